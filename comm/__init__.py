@@ -1,0 +1,1 @@
+"""Collectives between the ranks of one tensor-parallel group. Imports kernels."""

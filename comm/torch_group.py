@@ -1,0 +1,81 @@
+"""Collectives over torch's own process groups: gloo between CPUs, torch's NCCL between GPUs.
+
+The groups are made directly, not through `torch.distributed.init_process_group`, so that nothing is global: a process
+may hold several ranks or groups. Ranks find each other through a TCP store that rank 0 serves.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .base import CommError, Communicator
+
+
+class TorchCommunicator(Communicator):
+    """One rank of a gloo (CPU) or NCCL (CUDA) group; see `connect` in connect.py for the arguments."""
+
+    def __init__(
+        self, rank: int, size: int, store: dist.Store, own_ip: str, device: torch.device, timeout_s: float
+    ) -> None:
+        self.rank, self.size = rank, size
+        self._timeout_s = timeout_s
+        try:
+            self._group = _make_group(store, rank, size, own_ip, device, timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            raise CommError(f"rank {rank} of {size} could not join the group: {str(error).splitlines()[0]}") from error
+        self.description = f"{self._group.name()} through torch, {size} ranks"
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        self._wait("all_reduce", self._group.allreduce([x]))
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self.size, *x.shape)
+        self._wait("all_gather", self._group.allgather([list(out.unbind(0))], [x.contiguous()]))
+        return out
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x)[self.rank].clone()
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        options = dist.BroadcastOptions()
+        options.rootRank = root
+        self._wait("broadcast", self._group.broadcast([x], options))
+        return x
+
+    def barrier(self) -> None:
+        self._wait("barrier", self._group.barrier())
+
+    def abort(self) -> None:
+        self._group.abort()
+
+    def close(self) -> None:
+        self._group.shutdown()
+
+    def _wait(self, operation: str, work: dist.Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise CommError(
+                f"rank {self.rank} of {self.size}: {operation} failed or took longer than {self._timeout_s:.0f} s:"
+                f" {str(error).splitlines()[0]}"
+            ) from error
+
+
+def _make_group(
+    store: dist.Store, rank: int, size: int, own_ip: str, device: torch.device, timeout: timedelta
+) -> dist.ProcessGroup:
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(store, rank, size, options)
+    gloo = dist.ProcessGroupGloo._Options()
+    # By address: gloo's own choice resolves the host's name, which fails on machines without a DNS entry for it.
+    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own_ip)]
+    gloo._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, size, gloo)

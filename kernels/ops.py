@@ -1,0 +1,95 @@
+"""The ops of a decoder step: check the arguments, choose the implementation by the tensors' device, launch.
+
+One function per op, each with the same signature as its definition in `reference.py`. A trailing underscore means
+that an argument is written in place. Shapes: T tokens, D hidden size, H heads, E head size, I intermediate size,
+V rows of a vocabulary shard. Argument errors are ValueErrors that name the tensor and the rule.
+
+Every op runs on the device of its tensors through its torch definition; the CUDA kernels take their places here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import jit, reference
+
+
+def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
+    """`out[t] = weight[ids[t] - first_row]`, or zero where that row is not in `weight`; returns [T, D].
+
+    weight  [V, D]  one rank's rows of the embedding
+    ids     [T]     int32 or int64, on the same device
+    Summing `out` over the ranks of a vocabulary-parallel embedding gives the full lookup.
+    """
+    _require(weight.dim() == 2, "weight", weight, "must be [V, D]")
+    _require(ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64), "ids", ids, "must be [T], int32 or int64")
+    return reference.gather_rows(weight, ids, first_row=first_row)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, returned in x's dtype.
+
+    x  [..., D] (hidden states, or [T, H, E] for the norm of queries and keys); weight  [D]
+    """
+    _require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`residual += x`, then the RMSNorm of that sum (unrounded, float32) in x's dtype; returns [T, D].
+
+    x, residual  [T, D], same shape and dtype; residual is updated in place
+    weight       [D]
+    """
+    _require(x.shape == residual.shape, "residual", residual, f"must have the shape of x, {list(x.shape)}")
+    _require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    """Rotary embedding of q and k, in place; the two halves of a head are the pairs (GPT-NeoX order).
+
+    q [T, H, E], k [T, Hkv, E]  may be views of a fused QKV
+    positions  [T]      int32 or int64
+    cos_sin    [P, E]   float32, cosines in the first half of a row, sines in the second
+    """
+    _require(q.shape[-1] == cos_sin.shape[-1], "cos_sin", cos_sin, f"must be [P, {q.shape[-1]}], the head size of q")
+    _require(len(positions) == len(q) == len(k), "positions", positions, f"must be [{len(q)}], one per row of q and k")
+    reference.rope_(q, k, positions, cos_sin)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """`silu(x[:, :I]) * x[:, I:]`, computed in float32; x [T, 2 I] -> [T, I] in x's dtype."""
+    _require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
+    return reference.silu_and_mul(x)
+
+
+def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Write the keys and values of T tokens into their slots: `cache[slot // page_size, slot % page_size] = row`.
+
+    k, v              [T, Hkv, E]
+    k_cache, v_cache  [pages, page_size, Hkv, E], any strides (the layout of the pool), updated in place
+    slots             [T]  int32 or int64; a negative slot is skipped; converts to the cache's dtype
+    """
+    _require(k.shape == v.shape, "v", v, f"must have the shape of k, {list(k.shape)}")
+    _require(
+        k_cache.shape == v_cache.shape, "v_cache", v_cache, f"must have the shape of k_cache, {list(k_cache.shape)}"
+    )
+    _require(k.shape[1:] == k_cache.shape[2:], "k", k, f"must be [T, {k_cache.shape[2]}, {k_cache.shape[3]}]")
+    _require(slots.shape == k.shape[:1], "slots", slots, f"must be [{len(k)}], one per row of k")
+    reference.store_kv_(k, v, k_cache, v_cache, slots)
+
+
+def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
+    """How many leading elements of `a` and `b` are equal; both 1-D int32, contiguous, on the host."""
+    compare = jit.radix_compare()
+    if compare is None:
+        return reference.common_prefix_length(a, b)
+    return compare(a, b)
+
+
+def _require(holds: bool, name: str, tensor: Tensor, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} {rule}")

@@ -1,0 +1,237 @@
+"""The command `lockstep`. Options that configure the runtime are generated from the fields of Config."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from .. import __version__
+from ..runtime.config import Config
+from ..runtime.outputs import CompletionOutput, Delta, RequestOutput
+from ..runtime.request import SamplingParams
+from .cluster import RankFailed
+from .llm import LLM
+from .placement import PlacementError
+
+log = logging.getLogger(__name__)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+DEFAULT_MAX_TOKENS = 128
+
+
+def main() -> None:
+    """The console script: errors that a user can act on are one line, without a traceback."""
+    try:
+        app()
+    except ValueError as error:
+        _fail(error, code=2)
+    except (PlacementError, RankFailed) as error:
+        _fail(error, code=1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+@app.callback(invoke_without_command=True)
+def lockstep(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Tensor-parallel inference for large language models."""
+    if version:
+        print(f"lockstep {__version__}")
+        raise typer.Exit
+
+
+def with_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the command's parameter `config` by MODEL and an option for every other field of Config."""
+
+    def wrapped(**given: Any) -> None:
+        names = {f.name for f in dataclasses.fields(Config)}
+        options = {name: given.pop(name) for name in list(given) if name in names}
+        command(config=options, **given)
+
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
+    parameters = [*_config_parameters(), *own]
+    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    return wrapped
+
+
+def _config_parameters() -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        note = f.metadata["help"][:1].upper() + f.metadata["help"][1:] + "."
+        flag = "--" + f.name.replace("_", "-")
+        if f.name == "model":
+            info = typer.Argument(metavar="[MODEL]", help=note, show_default=False)
+        elif hints[f.name] is bool:
+            info = typer.Option(f"{flag}/--no-{flag[2:]}", help=note)
+        else:
+            info = typer.Option(flag, *f.metadata["flags"], help=note)
+        yield inspect.Parameter(
+            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=Annotated[hints[f.name], info]
+        )
+
+
+@app.command()
+@with_config
+def generate(
+    config: dict[str, Any],
+    *,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt; repeat for several.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option("--prompt-file", help="A file that is one prompt; repeat for several.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Each prompt is a user's message, put into the chat template.")
+    ] = False,
+    max_tokens: Annotated[int | None, typer.Option(help=f"Longest output; {DEFAULT_MAX_TOKENS} if not given.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; the model's recommendation if not given.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this total probability.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens; random if not given.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the output at this text; repeat for several.")] = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Outputs for each prompt.")] = 1,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: log-probabilities of this many candidates.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to max-tokens whatever is sampled.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each output.")] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error; logs go to stderr.")] = "info",
+) -> None:
+    """Complete prompts; text streams to stdout as it comes."""
+    _start_logging(log_level)
+    if logprobs is not None and not as_json:
+        raise ValueError("--logprobs is printed with --json only; add --json")
+    prompts = _read_prompts(prompt or [], prompt_file or [])
+    chosen = {
+        "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or None,
+        "n": n, "logprobs": logprobs, "ignore_eos": ignore_eos, "max_tokens": max_tokens,
+    }  # fmt: skip
+    SamplingParams(**{k: v for k, v in chosen.items() if v is not None})  # refuse what is wrong before loading a model
+    with LLM(**config) as llm:
+        params = _with_defaults(llm.get_default_sampling_params(), chosen)
+        inputs = [llm.tokenizer.encode_chat([{"role": "user", "content": p}]) for p in prompts] if chat else prompts
+        started = time.perf_counter()
+        results = _show(llm, prompts, inputs, params, as_json)
+        seconds = time.perf_counter() - started
+        tokens = sum(len(o.token_ids) for r in results for o in r.outputs)
+        outputs = sum(len(r.outputs) for r in results)
+        log.info(
+            "generated %d tokens in %d outputs in %.2f s, %.1f tokens/s, tensor_parallel_size=%d",
+            tokens, outputs, seconds, tokens / seconds, llm.config.tensor_parallel_size,
+        )  # fmt: skip
+
+
+def _with_defaults(recommended: SamplingParams, chosen: dict[str, Any]) -> SamplingParams:
+    """The model's recommendation, overridden by what was given on the command line."""
+    given = {k: v for k, v in chosen.items() if v is not None}
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    return SamplingParams(**{"max_tokens": DEFAULT_MAX_TOKENS, **{k: getattr(recommended, k) for k in names}, **given})
+
+
+def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:
+    prompts = list(texts)
+    for path in files:
+        try:
+            prompts.append(path.read_text().rstrip("\n"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"prompt file {path}: {error}") from error
+    if not prompts and sys.stdin is not None and not sys.stdin.isatty():
+        prompts = [sys.stdin.read().rstrip("\n")]
+    if not prompts:
+        raise ValueError("no prompt; give --prompt TEXT, --prompt-file FILE, or pipe one in")
+    return prompts
+
+
+def _show(
+    llm: LLM, prompts: list[str], inputs: list[Any], params: SamplingParams, as_json: bool
+) -> list[RequestOutput]:
+    """Print the outputs in order: the first unfinished one as it grows, the others when their turn comes."""
+    printer = _Printer(prompts, params.n, as_json)
+    results: dict[int, RequestOutput] = {}
+    for event in llm.stream(inputs, params):
+        if isinstance(event, Delta):
+            printer.text(event)
+        else:
+            number = int(event.request_id)
+            results[number] = event
+            if as_json:
+                printer.objects(number, event)
+    return [results[i] for i in sorted(results)]
+
+
+class _Printer:
+    def __init__(self, prompts: list[str], n: int, as_json: bool) -> None:
+        self._prompts, self._n, self._as_json = prompts, n, as_json
+        self._pending: dict[tuple[int, int], list[Delta]] = {(p, i): [] for p in range(len(prompts)) for i in range(n)}
+        self._headed: tuple[int, int] | None = None
+
+    def text(self, delta: Delta) -> None:
+        if self._as_json:
+            return
+        self._pending[delta.prompt, delta.output].append(delta)
+        while self._pending:
+            turn = next(iter(self._pending))
+            self._head(turn)
+            ready, self._pending[turn] = self._pending[turn], []
+            sys.stdout.write("".join(d.text for d in ready))
+            sys.stdout.flush()
+            if not (ready and ready[-1].finished):
+                return
+            sys.stdout.write("\n")
+            del self._pending[turn]
+
+    def objects(self, number: int, result: RequestOutput) -> None:
+        for output in result.outputs:
+            print(json.dumps(_as_object(self._prompts[number], result, output), ensure_ascii=False), flush=True)
+
+    def _head(self, turn: tuple[int, int]) -> None:
+        if turn == self._headed or len(self._prompts) * self._n == 1:
+            return
+        self._headed = turn
+        which = f" ({turn[1] + 1} of {self._n})" if self._n > 1 else ""
+        print(f"--- {self._prompts[turn[0]]}{which}", flush=True)
+
+
+def _as_object(prompt: str, result: RequestOutput, output: CompletionOutput) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "prompt": prompt,
+        "index": output.index,
+        "text": output.text,
+        "token_ids": output.token_ids,
+        "finish_reason": output.finish_reason,
+        "prompt_tokens": len(result.prompt_token_ids),
+        "completion_tokens": len(output.token_ids),
+    }
+    if output.stop_reason is not None:
+        found["stop_reason"] = output.stop_reason
+    if output.logprobs is not None:
+        found["logprobs"] = [
+            {
+                "token_id": token,
+                "logprob": position[token].logprob,
+                "top": [{"token_id": i, "logprob": c.logprob, "token": c.decoded_token} for i, c in position.items()],
+            }
+            for token, position in zip(output.token_ids, output.logprobs, strict=True)
+        ]
+    return found
+
+
+def _start_logging(level: str) -> None:
+    levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+    if level not in levels:
+        raise ValueError(f"log_level={level!r} is not one of {', '.join(levels)}")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("lockstep").setLevel(levels[level])

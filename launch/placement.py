@@ -1,0 +1,101 @@
+"""A place in the Ray cluster for every rank, or a plain answer why there is none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from ..runtime.config import Config
+
+log = logging.getLogger(__name__)
+LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least: tensors never travel through it
+REPORT_S = 5.0
+
+
+class PlacementError(RuntimeError):
+    """The cluster cannot give the ranks what they need; the message has its table of resources."""
+
+
+def start_ray(config: Config) -> bool:
+    """Connect this process to Ray; True if that started a cluster of our own, which we then also end."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    started = time.perf_counter()
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise PlacementError(f"no Ray cluster at {address}: {reason}") from error
+        log.info("connected to the Ray cluster at %s in %.1f s", address, time.perf_counter() - started)
+        return False
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, config.tensor_parallel_size),
+        include_dashboard=False,
+        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+        **quiet,
+    )
+    log.info("started Ray on this machine in %.1f s", time.perf_counter() - started)
+    return True
+
+
+def has_gpus() -> bool:
+    """Whether the cluster that this process is connected to has any GPU."""
+    return bool(ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def place(config: Config) -> PlacementGroup:
+    """Reserve a bundle for each rank (index = rank), on as few nodes as possible; `config` is resolved.
+
+    Raises PlacementError at once if the cluster is too small, and after config.wait_for_resources if it is too busy.
+    """
+    bundle: dict[str, float] = {"CPU": 1}
+    if config.device == "cuda":
+        bundle["GPU"] = config.gpus_per_rank
+    size = config.tensor_parallel_size
+    wanted = f"{size} ranks with {_amounts(bundle)} each"
+    if sum(_fitting(node["Resources"], bundle) for node in _nodes()) < size:
+        raise PlacementError(
+            f"{wanted} never fit in this Ray cluster: {_table()}; add nodes, or use a smaller tensor_parallel_size"
+        )
+    group = placement_group([bundle] * size, strategy="PACK")
+    started, pause = time.perf_counter(), 0.2
+    while not group.wait(pause):
+        waited = time.perf_counter() - started
+        if waited > config.wait_for_resources:
+            remove_placement_group(group)
+            raise PlacementError(
+                f"no room for {wanted} within {waited:.0f} s, others hold it: {_table()};"
+                " free resources or raise wait_for_resources"
+            )
+        log.warning("waiting for %s, %.0f of %.0f s: %s", wanted, waited, config.wait_for_resources, _table())
+        pause = min(REPORT_S, max(0.1, config.wait_for_resources - waited))
+    return group
+
+
+def _nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _fitting(resources: dict[str, float], bundle: dict[str, float]) -> int:
+    """How many bundles an empty node takes."""
+    return min(int(resources.get(name, 0) / amount + 1e-6) for name, amount in bundle.items())
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources[name]:g} {name}" for name in ("CPU", "GPU") if name in resources)
+
+
+def _table() -> str:
+    """Each node with its CPUs and GPUs, and what is free in all."""
+    nodes = [f"{n['NodeManagerAddress']} has {_amounts(n['Resources']) or 'no CPU or GPU'}" for n in _nodes()]
+    return f"{'; '.join(nodes)}; free in all: {_amounts(ray.available_resources()) or 'nothing'}"

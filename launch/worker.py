@@ -1,0 +1,137 @@
+"""The Ray actor: one rank in a process of its own, leader (rank 0) or follower.
+
+Ray starts it, gives it its GPU and reports its death; it is not on the path of a step. The calls come in this order,
+on all ranks at once: bind, load, allocate, run.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+import torch
+
+from ..comm.connect import connect, join_rendezvous, open_rendezvous
+from ..runtime.config import Config
+from ..runtime.engine import Engine
+from ..runtime.executor import load_rank
+from ..runtime.hub import checkpoint_folder
+from ..runtime.model.config import ModelConfig
+from ..runtime.plan import Admit, Cancel, StepPlan, Stop, decode_command, decode_plan, encode
+from ..runtime.scheduler import Limits, Scheduler
+from .channel import Address, Inbox, Outbox
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a rank runs and how to reach it."""
+
+    rank: int
+    host: str
+    ip: str
+    pid: int
+    inbox: Address
+    rendezvous_port: int  # rank 0's; 0 on the others
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host} ({self.ip}), pid {self.pid}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a rank reports when its weights are in place."""
+
+    num_pages: int  # of KV cache that fit
+    weight_bytes: int
+    seconds: float
+    device: str
+    communication: str
+
+
+class Worker:
+    """One rank; `config` is resolved, `environment` is what the driver passes on of its own (NCCL_*, HF_*, ...)."""
+
+    def __init__(self, rank: int, size: int, config: Config, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        self.rank, self.size, self.config = rank, size, config
+        if config.device == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+
+    def bind(self) -> Endpoint:
+        """Open this rank's ports."""
+        self._ip = ray.util.get_node_ip_address()
+        self._inbox = Inbox(self._ip)
+        self._store = None
+        if self.rank == 0 and self.size > 1:
+            self._store = open_rendezvous(self._ip, self.config.startup_timeout)
+        port = self._store.port if self._store else 0
+        return Endpoint(self.rank, socket.gethostname(), self._ip, os.getpid(), self._inbox.address, port)
+
+    def load(self, endpoints: list[Endpoint], output: Address) -> Loaded:
+        """Load this rank's share of the weights, and meet the others."""
+        started = time.perf_counter()
+        folder = checkpoint_folder(self.config.model, self.config.revision)
+        model = ModelConfig.from_folder(folder)
+        leader = endpoints[0]
+        if self.size > 1 and self._store is None:
+            address = (leader.ip, leader.rendezvous_port)
+            self._store = join_rendezvous(address, self.rank, self.config.startup_timeout)
+        comm = connect(
+            self.rank,
+            self.size,
+            store=self._store,
+            own_ip=self._ip,
+            device=torch.device(self.config.device),
+            timeout_s=self.config.step_timeout,
+        )
+        self._runner = load_rank(self.config, model, Path(folder), comm)
+        if self.rank == 0:
+            self._outputs = Outbox(output)
+            self._followers = [Outbox(e.inbox) for e in endpoints[1:]]
+        seconds = time.perf_counter() - started
+        pages, weights = self._runner.num_pages(), self._runner.weight_bytes
+        return Loaded(pages, weights, seconds, str(self._runner.device), comm.description)
+
+    def allocate(self, limits: Limits) -> None:
+        """Take the memory for the KV cache; the same number of pages on all ranks."""
+        self._limits = limits
+        self._runner.allocate(limits)
+
+    def run(self) -> None:
+        """Work until told to stop; an exception here is the group's end, and Ray brings it to the driver."""
+        if self.rank == 0:
+            self._lead()
+        else:
+            self._follow()
+        self._runner.close()
+
+    def _lead(self) -> None:
+        engine = Engine(Scheduler(self._limits), self._runner, self._publish)
+        while True:
+            for message in self._inbox.receive(0 if engine.has_work else None):
+                command = decode_command(message)
+                if isinstance(command, Admit):
+                    engine.add(command.requests)
+                elif isinstance(command, Cancel):
+                    engine.cancel(command.uids)
+                else:
+                    self._tell_followers(encode(Stop()))
+                    return
+            if engine.has_work:
+                self._outputs.send(encode(engine.step()))
+
+    def _follow(self) -> None:
+        while not isinstance(plan := decode_plan(self._inbox.receive_one()), Stop):
+            self._runner.execute(plan)
+
+    def _publish(self, plan: StepPlan) -> None:
+        if self._followers:
+            self._tell_followers(encode(plan))
+
+    def _tell_followers(self, message: bytes) -> None:
+        for follower in self._followers:
+            follower.send(message)

@@ -1,0 +1,1 @@
+"""One rank: configuration, scheduler, cache, model and sampler. Imports comm and kernels."""

@@ -1,0 +1,59 @@
+"""The K/V memory of one rank, and the two orders in which its pages can lie.
+
+Both layouts are the same five indices with other strides; what reads or writes a layer gets a view
+[pages, page_size, Hkv, E] and never sees which one it is:
+
+    layer-first  [layers, 2, pages, page_size, Hkv, E]   one layer is contiguous: short strides for attention
+    page-first   [pages, layers, 2, page_size, Hkv, E]   one page is contiguous over all layers: moved as one block
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+KVLayout = Literal["layer-first", "page-first"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVShape:
+    """What one rank's share of the cache looks like, but for the number of pages."""
+
+    num_layers: int
+    page_size: int
+    num_kv_heads: int  # of this rank
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers, keys and values."""
+        return 2 * self.num_layers * self.page_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVPool:
+    """`num_pages` pages of keys and values for every layer, allocated once."""
+
+    def __init__(self, shape: KVShape, num_pages: int, device: torch.device, layout: KVLayout = "layer-first") -> None:
+        self.shape = shape
+        self.num_pages = num_pages
+        self.layout = layout
+        page = (shape.page_size, shape.num_kv_heads, shape.head_dim)
+        if layout == "layer-first":
+            self._memory = torch.zeros(shape.num_layers, 2, num_pages, *page, dtype=shape.dtype, device=device)
+        else:
+            self._memory = torch.zeros(num_pages, shape.num_layers, 2, *page, dtype=shape.dtype, device=device)
+
+    def k(self, layer: int) -> Tensor:
+        """The keys of one layer, a view [pages, page_size, Hkv, E]."""
+        return self._view(layer, 0)
+
+    def v(self, layer: int) -> Tensor:
+        """The values of one layer, a view [pages, page_size, Hkv, E]."""
+        return self._view(layer, 1)
+
+    def _view(self, layer: int, which: int) -> Tensor:
+        return self._memory[layer, which] if self.layout == "layer-first" else self._memory[:, layer, which]

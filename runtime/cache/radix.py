@@ -1,0 +1,172 @@
+"""Which token sequences are cached, as a tree over whole pages.
+
+A node holds a run of tokens (a multiple of the page size) and the pages with their KV; a path from the root spells a
+cached sequence. A request locks the node at the end of what it shares; what nobody locks can be evicted, leaves first,
+least recently used first. The idea of a radix tree over the KV cache is SGLang's (Zheng et al., 2023, 2312.07104).
+
+    root - [system prompt] -+- [question A] - [answer A]
+                            +- [question B]
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from ...kernels import ops
+
+NO_PAGES = np.empty(0, dtype=np.int32)
+
+
+class Node:
+    """A run of whole pages below `parent`; `locks` counts the requests that use it or something below it."""
+
+    __slots__ = ("children", "last_used", "locks", "pages", "parent", "tokens")
+
+    def __init__(self, tokens: np.ndarray, pages: np.ndarray, parent: Node | None) -> None:
+        self.tokens = tokens  # [n * page_size] int32
+        self.pages = pages  # [n] int32
+        self.parent = parent
+        self.children: dict[bytes, Node] = {}  # by the bytes of their first page of tokens
+        self.locks = 0
+        self.last_used = 0
+
+
+class RadixCache:
+    """The tree, and the pages it owns."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.root = Node(NO_PAGES, NO_PAGES, None)
+        self.num_pages = 0  # owned by the tree
+        self.num_evictable = 0  # of these, in nodes that nobody locks
+        self._clock = 0  # logical time: eviction order must not depend on a wall clock
+        self._leaves: list[
+            tuple[int, int, Node]
+        ] = []  # heap of (last used, tie break, node); entries may be out of date
+        self._pushes = 0
+        self._leaves_kept = 0  # length of the heap after its last clean-up
+
+    def match(self, tokens: np.ndarray, start: Node | None = None) -> tuple[Node, np.ndarray]:
+        """The longest cached prefix of `tokens` below `start` (the root), in whole pages.
+
+        Returns its last node and its pages [n] int32, n * page_size <= len(tokens). Splits a node that matches in
+        part, so that the returned node ends exactly there. Lock it before anything else is inserted or evicted.
+        """
+        node, found = start or self.root, []
+        self._clock += 1
+        while (child := node.children.get(self._key(tokens))) is not None:
+            n = ops.common_prefix_length(child.tokens, tokens) // self.page_size
+            node = child if n == len(child.pages) else self._split(child, n)
+            self._touch(node)
+            found.append(node.pages)
+            if node is not child:
+                break
+            tokens = tokens[n * self.page_size :]
+        return node, np.concatenate(found) if found else NO_PAGES
+
+    def insert(self, tokens: np.ndarray, pages: np.ndarray, start: Node | None = None) -> tuple[Node, int]:
+        """Add the sequence `tokens` (whole pages) below `start`; returns its last node and how many pages were there.
+
+        The tree owns pages[that number:] from now on; the ones before are duplicates that stay the caller's.
+        """
+        node, present = self.match(tokens, start)
+        n = len(present)
+        if n == len(pages):
+            return node, n
+        rest = tokens[n * self.page_size :].copy()
+        leaf = Node(rest, pages[n:].copy(), node)
+        node.children[self._key(rest)] = leaf
+        self.num_pages += len(leaf.pages)
+        self.num_evictable += len(leaf.pages)
+        self._touch(leaf)
+        return leaf, n
+
+    def lock(self, node: Node) -> None:
+        """Keep `node` and its ancestors from being evicted, until `unlock`."""
+        up: Node | None = node
+        while up is not None:
+            if up.locks == 0:
+                self.num_evictable -= len(up.pages)
+            up.locks += 1
+            up = up.parent
+
+    def unlock(self, node: Node) -> None:
+        """Take one lock of `node` and its ancestors back; they count as used now."""
+        self._clock += 1
+        up: Node | None = node
+        while up is not None:
+            assert up.locks > 0, "unlock without lock"
+            up.locks -= 1
+            if up.locks == 0:
+                self.num_evictable += len(up.pages)
+            self._touch(up)
+            up = up.parent
+
+    def evict(self, num_pages: int) -> np.ndarray:
+        """Drop the least recently used `num_pages` pages, the end of a sequence before its beginning; returns them."""
+        assert num_pages <= self.num_evictable, "evicting more than is evictable"
+        freed: list[np.ndarray] = []
+        while num_pages > 0:
+            node = self._oldest_leaf()
+            n = min(num_pages, len(node.pages))
+            freed.append(node.pages[len(node.pages) - n :])
+            self._drop_tail(node, n)
+            num_pages -= n
+        return np.concatenate(freed) if freed else NO_PAGES
+
+    def _oldest_leaf(self) -> Node:
+        while True:
+            last_used, _, node = heapq.heappop(self._leaves)
+            if node.last_used == last_used and self._is_evictable(node):
+                return node
+
+    def _drop_tail(self, node: Node, n: int) -> None:
+        self.num_pages -= n
+        self.num_evictable -= n
+        keep = len(node.pages) - n
+        if keep:
+            node.pages, node.tokens = node.pages[:keep], node.tokens[: keep * self.page_size]
+            self._push_if_evictable(node)
+        else:
+            parent = node.parent
+            assert parent is not None
+            del parent.children[self._key(node.tokens)]
+            node.parent = None
+            self._push_if_evictable(parent)
+
+    def _split(self, node: Node, n: int) -> Node:
+        """Cut `node` after n pages. The new node is the upper part: who locked `node` still holds all of its path."""
+        cut = n * self.page_size
+        upper = Node(node.tokens[:cut], node.pages[:n], node.parent)
+        upper.locks, upper.last_used = node.locks, node.last_used
+        assert node.parent is not None
+        node.parent.children[self._key(upper.tokens)] = upper
+        node.tokens, node.pages, node.parent = node.tokens[cut:], node.pages[n:], upper
+        upper.children[self._key(node.tokens)] = node
+        return upper
+
+    def _touch(self, node: Node) -> None:
+        node.last_used = self._clock
+        self._push_if_evictable(node)
+
+    def _push_if_evictable(self, node: Node) -> None:
+        if self._is_evictable(node):
+            self._pushes += 1
+            heapq.heappush(self._leaves, (node.last_used, self._pushes, node))
+            if len(self._leaves) > 2 * self._leaves_kept + 1024:
+                self._drop_stale_entries()
+
+    def _drop_stale_entries(self) -> None:
+        """Each use of a leaf leaves its old entry behind; a server that never evicts would collect them for ever."""
+        self._leaves = [e for e in self._leaves if e[2].last_used == e[0] and self._is_evictable(e[2])]
+        heapq.heapify(self._leaves)
+        self._leaves_kept = len(self._leaves)
+
+    def _is_evictable(self, node: Node) -> bool:
+        return node.locks == 0 and not node.children and node.parent is not None
+
+    def _key(self, tokens: np.ndarray) -> bytes:
+        """What a child is found by; a run shorter than a page gives a key that no child has."""
+        return tokens[: self.page_size].tobytes()

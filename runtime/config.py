@@ -1,0 +1,128 @@
+"""Every knob of the runtime in one frozen dataclass; the command line is generated from its fields.
+
+A field's docstring is its help text and says its unit. "auto" and None are resolved once, into a new Config
+(`resolved`), never by writing to a frozen one. There are no environment variables of our own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+
+from .cache.pool import KVLayout
+from .model.config import ModelConfig
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "float16", "bfloat16"]
+LoadFormat = Literal["auto", "dummy"]
+
+DEMO_MODEL = str(Path(__file__).parent.parent / "launch" / "demo")
+
+
+def option(default: Any, help: str, *flags: str) -> Any:
+    """A Config field with its help text; `flags` are spellings beside the one made from the field's name."""
+    return field(default=default, metadata={"help": help, "flags": flags})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How to load a model and run it; raises ValueError naming the field, the value and what is allowed."""
+
+    model: str = option(
+        DEMO_MODEL, "folder of a Hugging Face checkpoint, or a hub id; the bundled demo model if not given"
+    )
+    tensor_parallel_size: int = option(1, "number of ranks that share each layer, one per GPU", "--tp")
+    device: Device = option("auto", "where to run; auto is cuda where there is a GPU")
+    dtype: DType = option("auto", "of weights and activations; auto is the checkpoint's on cuda, float32 on cpu")
+    max_model_len: int | None = option(None, "longest prompt plus output, in tokens; the model's own if not given")
+    max_num_seqs: int = option(256, "requests that run at once")
+    max_num_batched_tokens: int = option(8192, "tokens computed in one step, over all requests")
+    page_size: int = option(16, "tokens in one page of the KV cache")
+    kv_layout: KVLayout = option("layer-first", "order of layers and pages in the KV cache")
+    num_pages: int | None = option(None, "pages of the KV cache; sized from the memory if not given")
+    kv_cache_memory: float | None = option(
+        None, "GiB for the KV cache on each rank; sized from the memory if not given"
+    )
+    gpu_memory_utilization: float = option(0.9, "share of each GPU's memory to use, weights included")
+    enable_prefix_caching: bool = option(True, "keep the KV of finished prompts and reuse it for equal prefixes")
+    load_format: LoadFormat = option("auto", "auto reads safetensors; dummy fills the weights with random numbers")
+    revision: str | None = option(None, "branch, tag or commit of a hub model")
+    ray_address: str | None = option(
+        None, "address of a running Ray cluster, or auto; RAY_ADDRESS if set, else a local one is started"
+    )
+    gpus_per_rank: float = option(1.0, "share of a GPU that Ray gives each rank; below 1, ranks share a GPU")
+    startup_timeout: float = option(600.0, "seconds within which the ranks must be placed, loaded and connected")
+    wait_for_resources: float = option(60.0, "seconds to wait for busy CPUs or GPUs of the Ray cluster")
+    step_timeout: float = option(120.0, "seconds that one step may take before the group is declared stuck")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for f in dataclasses.fields(self):
+            self._check_choice(f.name, get_args(hints[f.name]))
+        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size"):
+            self._check_integer(name)
+        for name in ("max_model_len", "num_pages"):
+            if getattr(self, name) is not None:
+                self._check_integer(name)
+        for name in ("gpus_per_rank", "startup_timeout", "wait_for_resources", "step_timeout"):
+            self._check(name, getattr(self, name) > 0, "must be above 0")
+        self._check("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "must be in (0, 1]")
+        if self.kv_cache_memory is not None:
+            self._check("kv_cache_memory", self.kv_cache_memory > 0, "must be above 0 GiB")
+        self._check(
+            "max_num_batched_tokens",
+            self.max_num_batched_tokens >= self.max_num_seqs,
+            f"must be at least max_num_seqs ({self.max_num_seqs}), so that every running request gets its next token",
+        )
+        if self.num_pages is not None and self.kv_cache_memory is not None:
+            raise ValueError("num_pages and kv_cache_memory both size the KV cache; give one of them")
+
+    def _check_choice(self, name: str, choices: tuple[Any, ...]) -> None:
+        if choices and all(isinstance(c, str) for c in choices):
+            value = getattr(self, name)
+            self._check(name, value in choices, f"is not one of {', '.join(choices)}")
+
+    def _check_integer(self, name: str) -> None:
+        value = getattr(self, name)
+        self._check(
+            name, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "must be an integer >= 1"
+        )
+
+    def _check(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r} {rule}")
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> Config:
+        """A Config from keyword arguments; an unknown one is refused with the names there are."""
+        known = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
+        return cls(**options)
+
+    def resolved(self, model: ModelConfig, *, cuda: bool) -> Config:
+        """This Config with device, dtype and max_model_len decided; `cuda` says whether the ranks will have GPUs."""
+        device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
+        dtype = self.dtype
+        if dtype == "auto":
+            # float32 on a CPU: exact equality between TP sizes and batches, and no slow emulated bfloat16.
+            dtype = "float32" if device == "cpu" else str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
+        limit = model.max_position_embeddings
+        if self.max_model_len is not None and self.max_model_len > limit:
+            raise ValueError(
+                f"max_model_len={self.max_model_len} is beyond the {limit} positions that the model was made for;"
+                f" use at most {limit}"
+            )
+        return dataclasses.replace(self, device=device, dtype=dtype, max_model_len=self.max_model_len or limit)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of weights and activations; only of a resolved Config."""
+        dtype = getattr(torch, self.dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype

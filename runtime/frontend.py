@@ -1,0 +1,218 @@
+"""The front end's side of every live request: what was asked, what has come, and the text of it.
+
+This is the ledger from which a request could be admitted again: prompt ids, tokens produced, sampling parameters with
+the seed. Ranks hold nothing that is not here.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+
+import msgspec
+import numpy as np
+
+from .executor import Executor
+from .outputs import CompletionOutput, Delta, Logprob, RequestOutput
+from .plan import Finished, FinishReason, StepOutput, TokenLogprobs
+from .request import Request, SamplingParams
+from .tokenizer import Detokenizer, Tokenizer
+
+Prompt = str | Sequence[int]
+INT64 = 2**64
+
+
+class RequestRefused(ValueError):
+    """A prompt or its parameters can never run; nothing was started."""
+
+
+class Stream:
+    """One output on its way: its tokens, its text, and how much of the text has been handed out."""
+
+    def __init__(self, request: Request, owner: Generation, index: int, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.owner = owner
+        self.output = CompletionOutput(index)
+        params = request.params
+        if params.logprobs is not None:
+            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+        self._tokenizer = tokenizer
+        self._stops = params.stop_strings
+        self._held_back = max((len(s) for s in self._stops), default=1) - 1  # may still become a stop string
+        self._text = Detokenizer(tokenizer, request.tokens.tolist(), skip_special_tokens=params.skip_special_tokens)
+        self._given = 0
+
+    def push(self, token: int, logprobs: TokenLogprobs | None, finished: Finished | None) -> bool:
+        """Take in one token; True if a stop string in the text has ended the output, which the ranks do not know."""
+        out = self.output
+        out.token_ids.append(token)
+        if logprobs is not None:
+            self._push_logprobs(token, logprobs)
+        ends_it = finished is not None and finished.stop_id is not None
+        searched = len(out.text)
+        if not ends_it or self.request.params.include_stop_str_in_output:
+            out.text += self._text.push(token)
+        if finished is not None:
+            out.text += self._text.flush()
+        if self._cut_at_stop_string(searched):
+            return finished is None
+        if finished is not None:
+            self.end(
+                finished.reason, finished.stop_id if finished.stop_id in self.request.params.stop_token_ids else None
+            )
+        return False
+
+    def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        self.output.finish_reason, self.output.stop_reason = reason, stop_reason
+
+    @property
+    def finished(self) -> bool:
+        return self.output.finish_reason is not None
+
+    def take_text(self) -> str:
+        """The text that is certain and has not been taken yet."""
+        end = len(self.output.text) if self.finished else max(self._given, len(self.output.text) - self._held_back)
+        text, self._given = self.output.text[self._given : end], end
+        return text
+
+    def _cut_at_stop_string(self, searched: int) -> bool:
+        """End the output at the first stop string that reaches into the text after `searched`."""
+        if len(self.output.token_ids) <= self.request.params.min_tokens:
+            return False
+        hits = [(at, s) for s in self._stops if (at := self.output.text.find(s, max(0, searched - len(s) + 1))) >= 0]
+        if not hits:
+            return False
+        at, stop = min(hits)
+        keep = at + len(stop) if self.request.params.include_stop_str_in_output else at
+        self.output.text = self.output.text[:keep]
+        self.end("stop", stop)
+        return True
+
+    def _push_logprobs(self, token: int, found: TokenLogprobs) -> None:
+        out = self.output
+        assert out.logprobs is not None
+        assert out.cumulative_logprob is not None
+        entry = {
+            i: Logprob(value, rank, self._tokenizer.decode([i], skip_special_tokens=False))
+            for rank, (i, value) in enumerate(zip(found.top_ids, found.top, strict=True), start=1)
+        }
+        own = Logprob(found.token, found.rank, self._tokenizer.decode([token], skip_special_tokens=False))
+        out.logprobs.append({token: own} | entry)
+        out.cumulative_logprob += found.token
+
+
+class Generation:
+    """A prompt with its n outputs on their way."""
+
+    def __init__(self, number: int, prompt: str | None, ids: list[int]) -> None:
+        self.number = number
+        self.prompt = prompt
+        self.prompt_ids = ids
+        self.sequences: list[Stream] = []
+        self.num_cached_tokens = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(s.finished for s in self.sequences)
+
+    def result(self) -> RequestOutput:
+        outputs = [s.output for s in self.sequences]
+        return RequestOutput(str(self.number), self.prompt, self.prompt_ids, outputs, self.num_cached_tokens)
+
+
+class Frontend:
+    """Turns prompts into requests and the steps' tokens into text, over any Executor."""
+
+    def __init__(self, executor: Executor, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> None:
+        self.executor = executor
+        self.tokenizer = tokenizer
+        self.eos_token_ids = list(eos_token_ids)
+        self._live: dict[int, Stream] = {}
+        self._next_uid = 0
+        self._next_number = 0
+
+    def prepare(self, prompt: Prompt, params: SamplingParams) -> Generation:
+        """Check a prompt and its parameters and make its requests, without starting them.
+
+        Raises RequestRefused naming what is wrong, the rule and the way out.
+        """
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _checked_ids(prompt)
+        generation = Generation(self._next_number, text, ids)
+        self._next_number += 1
+        first_seed = params.seed if params.seed is not None else secrets.randbits(63)
+        for index in range(params.n):
+            request = self._request(ids, params, first_seed + index)
+            generation.sequences.append(Stream(request, generation, index, self.tokenizer))
+        try:
+            self.executor.limits.check(generation.sequences[0].request)
+        except ValueError as error:
+            raise RequestRefused(str(error)) from error
+        return generation
+
+    def submit(self, generations: Iterable[Generation]) -> None:
+        """Start the requests of prepared generations."""
+        sequences = [s for g in generations for s in g.sequences]
+        self._live.update({s.request.uid: s for s in sequences})
+        self.executor.submit([s.request for s in sequences])
+
+    def cancel(self, generations: Iterable[Generation]) -> None:
+        """End what is unfinished of these; their outputs end with reason "abort" and the tokens they have."""
+        sequences = [s for g in generations for s in g.sequences if s.request.uid in self._live]
+        for sequence in sequences:
+            sequence.end("abort")
+            del self._live[sequence.request.uid]
+        self.executor.cancel([s.request.uid for s in sequences])
+
+    def poll(self, timeout_s: float) -> list[Stream]:
+        """Take in what the ranks have produced, waiting up to timeout_s for it; the outputs that got something new."""
+        changed: dict[int, Stream] = {}
+        for output in self.executor.poll(timeout_s):
+            changed.update(self._take_in(output))
+        return list(changed.values())
+
+    def _take_in(self, output: StepOutput) -> dict[int, Stream]:
+        changed = {}
+        finished = {f.uid: f for f in output.finished}
+        stopped = []
+        for uid, cached in output.cached.items():
+            if uid in self._live:
+                owner = self._live[uid].owner
+                owner.num_cached_tokens = max(owner.num_cached_tokens, min(cached, len(owner.prompt_ids)))
+        for uid, token in zip(output.uids, output.tokens, strict=True):
+            sequence = self._live.get(uid)  # None: ended here while the step was on its way
+            if sequence is not None:
+                changed[uid] = sequence
+                if sequence.push(token, output.logprobs.get(uid), finished.get(uid)):
+                    stopped.append(uid)
+                if sequence.finished:
+                    del self._live[uid]
+        for uid in finished.keys() & self._live.keys():  # ended without a token: refused by the engine
+            changed[uid] = self._live.pop(uid)
+            changed[uid].end(finished[uid].reason, finished[uid].error)
+        if stopped:
+            self.executor.cancel(stopped)
+        return changed
+
+    def _request(self, ids: list[int], params: SamplingParams, seed: int) -> Request:
+        room = max(1, self.executor.limits.max_length - len(ids))
+        max_tokens = room if params.max_tokens is None else params.max_tokens
+        signed = (seed + INT64 // 2) % INT64 - INT64 // 2
+        own = msgspec.structs.replace(params, n=1, seed=signed, max_tokens=max_tokens)
+        stop_ids = [*params.stop_token_ids, *([] if params.ignore_eos else self.eos_token_ids)]
+        request = Request(self._next_uid, np.array(ids, np.int32), len(ids), own, stop_ids)
+        self._next_uid += 1
+        return request
+
+
+def take_deltas(changed: Iterable[Stream], numbers: dict[int, int]) -> list[Delta]:
+    """What to show of the changed outputs; `numbers` maps a generation's number to its place among the prompts."""
+    return [Delta(numbers[s.owner.number], s.output.index, s.take_text(), s.finished) for s in changed]
+
+
+def _checked_ids(prompt: Sequence[int]) -> list[int]:
+    ids = list(prompt)
+    for i in ids:
+        if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not -(2**31) <= i < 2**31:
+            raise RequestRefused(f"{i!r} in the prompt is not a token id; give a string or a list of integers")
+    return [int(i) for i in ids]

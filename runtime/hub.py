@@ -1,0 +1,33 @@
+"""From what the user calls a model to a folder on this host."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+NEEDED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+def checkpoint_folder(model: str, revision: str | None = None) -> Path:
+    """The folder named `model`, or the local copy of the hub model of that id, downloaded if need be.
+
+    Raises ValueError, in one line, where there is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ValueError(
+            f"model folder {model} does not exist; give a folder with config.json, or a hub id like org/name"
+        )
+    from huggingface_hub import snapshot_download  # costs 0.5 s: only for models from the hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=NEEDED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{model} is no folder here and could not be fetched from the hub: {reason}") from error

@@ -1,0 +1,1 @@
+"""The one decoder, its layers, and the loader that fills them from a checkpoint."""

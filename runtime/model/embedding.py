@@ -1,0 +1,51 @@
+"""The vocabulary, cut over the ranks by rows: lookup at the bottom, logits at the top.
+
+The vocabulary is padded to a multiple of the number of ranks, so that all shards have one size. Padding is zero in the
+weight and cut from the logits.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...comm.base import Communicator
+from ...kernels import ops
+from .weights import Piece, Weights
+
+
+def vocabulary_shard(
+    weights: Weights, comm: Communicator, name: str, vocab_size: int, hidden_size: int, *, ignored: tuple[str, ...] = ()
+) -> Tensor:
+    """The rank's rows [V, D] of a [vocab_size, D] weight; V = vocab_size / ranks, rounded up."""
+    num_rows = -(-vocab_size // comm.size)
+    first = min(comm.rank * num_rows, vocab_size)
+    stop = min(first + num_rows, vocab_size)
+    piece = Piece(name, (vocab_size, hidden_size), (slice(first, stop),), (slice(0, stop - first),))
+    return weights.add((num_rows, hidden_size), [piece], ignored=ignored)
+
+
+class Embedding:
+    """Token ids to hidden states; the ranks' results add up to the lookup, which the first norm completes."""
+
+    def __init__(self, comm: Communicator, weight: Tensor) -> None:
+        self.weight = weight
+        self.first_row = comm.rank * len(weight)
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """token_ids [T] -> a partial sum [T, D]."""
+        return ops.gather_rows(self.weight, token_ids, first_row=self.first_row)
+
+
+class Head:
+    """Hidden states to the logits of the whole vocabulary, on every rank."""
+
+    def __init__(self, comm: Communicator, weight: Tensor, vocab_size: int) -> None:
+        self.comm = comm
+        self.weight = weight
+        self.vocab_size = vocab_size
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [S, D] -> [S, vocab_size] float32."""
+        shards = self.comm.all_gather(F.linear(hidden, self.weight).float())  # [ranks, S, V]
+        return shards.transpose(0, 1).flatten(1)[:, : self.vocab_size]

@@ -1,0 +1,90 @@
+"""Linear layers cut over the ranks, in Megatron's order: first by output rows, then by input columns.
+
+Between the two nothing is exchanged: each rank computes whole heads, or its own intermediate features. The second
+layer returns a partial sum, which the next norm completes. Shapes: T tokens, D hidden, I intermediate features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...comm.base import Communicator
+from ...kernels import ops
+from .weights import ALL, Piece, Weights
+
+
+def share(size: int, comm: Communicator) -> slice:
+    """The rank's share of `size` features, all shares being equal."""
+    assert size % comm.size == 0, "check_tensor_parallel has refused such a size"
+    each = size // comm.size
+    return slice(comm.rank * each, (comm.rank + 1) * each)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One [features, D] projection of the checkpoint and the rows of it that the rank computes."""
+
+    name: str
+    features: int
+    rows: slice
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+class ColumnLinear:
+    """Several projections of the same input in one product: the rank's rows of each, one below the other."""
+
+    def __init__(self, weights: Weights, projections: Sequence[Projection], in_features: int, *, bias: bool) -> None:
+        total = sum(p.num_rows for p in projections)
+        matrix, vector = [], []
+        start = 0
+        for p in projections:
+            into = (slice(start, start + p.num_rows),)
+            matrix.append(Piece(f"{p.name}.weight", (p.features, in_features), (p.rows,), into))
+            vector.append(Piece(f"{p.name}.bias", (p.features,), (p.rows,), into))
+            start += p.num_rows
+        self.weight = weights.add((total, in_features), matrix)
+        self.bias = weights.add((total,), vector) if bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, D], the same on each rank -> [T, the rank's rows]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowLinear:
+    """The rank's columns of one projection; the results of all ranks add up to the layer's."""
+
+    def __init__(
+        self, weights: Weights, comm: Communicator, name: str, out_features: int, in_features: int, *, bias: bool
+    ) -> None:
+        columns = share(in_features, comm)
+        piece = Piece(f"{name}.weight", (out_features, in_features), (ALL, columns))
+        self.weight = weights.add((out_features, in_features // comm.size), [piece])
+        self.bias = weights.add((out_features,), [Piece(f"{name}.bias", (out_features,))]) if bias else None
+        self.adds_bias = comm.rank == 0  # once in the sum
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, the rank's columns] -> a partial sum [T, D]."""
+        return F.linear(x, self.weight, self.bias if self.adds_bias else None)
+
+
+class MLP:
+    """`down(silu(gate(x)) * up(x))`, each rank with its share of the intermediate features."""
+
+    def __init__(
+        self, weights: Weights, comm: Communicator, name: str, hidden_size: int, intermediate_size: int, *, bias: bool
+    ) -> None:
+        rows = share(intermediate_size, comm)
+        gate_up = [Projection(f"{name}.{part}_proj", intermediate_size, rows) for part in ("gate", "up")]
+        self.gate_up = ColumnLinear(weights, gate_up, hidden_size, bias=bias)
+        self.down = RowLinear(weights, comm, f"{name}.down_proj", hidden_size, intermediate_size, bias=bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, D] -> a partial sum [T, D]."""
+        return self.down(ops.silu_and_mul(self.gate_up(x)))

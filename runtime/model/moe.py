@@ -1,0 +1,57 @@
+"""Mixture of experts: a router picks a few experts for each token, and their outputs are mixed.
+
+Every rank holds its share of the intermediate features of *every* expert, so the block is cut like an MLP: all ranks
+route alike (the router is replicated and its input has the same bits everywhere) and the output is a partial sum.
+Shapes: N experts, K chosen per token, I the rank's intermediate features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...comm.base import Communicator
+from ...kernels import ops
+from .config import Experts
+from .linear import share
+from .weights import ALL, Piece, Weights
+
+
+class MoE:
+    """`sum over the chosen experts of score * expert(x)`."""
+
+    def __init__(self, weights: Weights, comm: Communicator, name: str, hidden_size: int, experts: Experts) -> None:
+        self.experts = experts
+        n, full, hidden = experts.num_experts, experts.intermediate_size, hidden_size
+        rows = share(full, comm)
+        size = full // comm.size
+        gate_up, down = [], []
+        for expert in range(n):
+            prefix = f"{name}.experts.{expert}"
+            for part, start in (("gate", 0), ("up", size)):
+                into = (expert, slice(start, start + size))
+                gate_up.append(Piece(f"{prefix}.{part}_proj.weight", (full, hidden), (rows,), into))
+            down.append(Piece(f"{prefix}.down_proj.weight", (hidden, full), (ALL, rows), (expert,)))
+        self.router = weights.add((n, hidden), [Piece(f"{name}.gate.weight", (n, hidden))])
+        self.gate_up = weights.add((n, 2 * size, hidden), gate_up)
+        self.down = weights.add((n, hidden, size), down)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, D] -> a partial sum [T, D]."""
+        scores, chosen = self._route(x)
+        out = torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            tokens, choice = torch.where(chosen == expert)
+            hidden = ops.silu_and_mul(F.linear(x[tokens], self.gate_up[expert]))  # [t, I]
+            mixed = F.linear(hidden, self.down[expert]) * scores[tokens, choice, None]
+            out.index_add_(0, tokens, mixed)
+        return out
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores [T, K] in x's dtype and the numbers [T, K] of each token's experts."""
+        probabilities = F.linear(x, self.router).softmax(-1, dtype=torch.float32)
+        scores, chosen = probabilities.topk(self.experts.num_per_token, dim=-1)
+        if self.experts.normalized:
+            scores = scores / scores.sum(-1, keepdim=True)
+        return scores.to(x.dtype), chosen

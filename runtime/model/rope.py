@@ -1,0 +1,124 @@
+"""Rotary positions: from the checkpoint's parameters to one table of cosines and sines.
+
+Sources: RoFormer (Su et al. 2021) for the default, position interpolation (Chen et al. 2023) for linear, YaRN
+(Peng et al. 2023) for yarn, the Llama 3.1 release for llama3. The names and defaults of the parameters are those of
+transformers. YaRN's attention factor is multiplied into the table, so attention itself knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fields import Fields
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """How the angle of a position is made; fields beyond `theta` are only read by the types that have them."""
+
+    type: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    original_positions: int = 0  # positions before scaling; llama3 and yarn
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn: dimensions that turn more often than this within original_positions are kept
+    beta_slow: float = 1.0  # yarn: those that turn less often are interpolated by the whole factor
+    truncate: bool = True  # yarn: round the bounds between the two to whole dimensions
+    attention_factor: float = 1.0  # yarn: cosines and sines are multiplied by it
+
+    @classmethod
+    def from_hf(cls, hf: Fields) -> Rope:
+        """From config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4)."""
+        given = hf.nested("rope_scaling" if "rope_scaling" in hf else "rope_parameters")
+        kind = given.text("rope_type", given.text("type", "default"))
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope type {kind!r} is not supported; the supported ones are {', '.join(ROPE_TYPES)}")
+        if given.number("partial_rotary_factor", hf.number("partial_rotary_factor", 1.0)) != 1.0:
+            raise ValueError(f"{hf.source}: partial_rotary_factor is not supported; every dimension must be rotated")
+        theta = given.number("rope_theta", hf.number("rope_theta", 10000.0))
+        if kind == "default":
+            return cls(theta=theta)
+        if kind == "linear":
+            return cls(type=kind, theta=theta, factor=given.number("factor"))
+        positions = hf.integer("max_position_embeddings")
+        original = given.integer("original_max_position_embeddings", positions)
+        scaled: dict[str, Any] = {
+            "type": kind,
+            "theta": theta,
+            "original_positions": hf.integer("original_max_position_embeddings", original),
+        }
+        return cls(**scaled, **(_llama3(given) if kind == "llama3" else _yarn(given, positions / original)))
+
+    @property
+    def extended_positions(self) -> int:
+        """How far YaRN stretches the original positions, which config.json often leaves to the reader; else 0."""
+        return int(self.original_positions * self.factor) if self.type == "yarn" else 0
+
+    def inverse_frequencies(self, head_dim: int) -> Tensor:
+        """Radians per position of each pair of dimensions, [E / 2] float32."""
+        plain = 1.0 / self.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+        if self.type == "linear":
+            return plain / self.factor
+        if self.type == "llama3":
+            return self._blend(plain, self._llama3_kept(plain))
+        if self.type == "yarn":
+            return self._blend(plain, self._yarn_kept(head_dim))
+        return plain
+
+    def table(self, head_dim: int, num_positions: int) -> Tensor:
+        """[num_positions, E] float32: cosines in the first half of a row, sines in the second."""
+        angles = torch.outer(torch.arange(num_positions).float(), self.inverse_frequencies(head_dim))
+        return torch.cat((angles.cos(), angles.sin()), dim=-1) * self.attention_factor
+
+    def _blend(self, plain: Tensor, kept: Tensor) -> Tensor:
+        """`kept` of the plain frequency and the rest of the interpolated one, per pair."""
+        return plain * kept + plain / self.factor * (1 - kept)
+
+    def _llama3_kept(self, plain: Tensor) -> Tensor:
+        """0 for wavelengths above original / low_freq_factor, 1 below original / high_freq_factor, linear in turns."""
+        turns = self.original_positions * plain / (2 * math.pi)
+        return ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+
+    def _yarn_kept(self, head_dim: int) -> Tensor:
+        """1 up to the pair that makes beta_fast turns, 0 from the one that makes beta_slow, linear in between."""
+        low, high = (self._pair_with_turns(turns, head_dim) for turns in (self.beta_fast, self.beta_slow))
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        width = high - low or 0.001  # no division by zero when both bounds fall on one pair
+        return 1 - ((torch.arange(head_dim // 2).float() - low) / width).clamp(0, 1)
+
+    def _pair_with_turns(self, turns: float, head_dim: int) -> float:
+        """The (fractional) pair whose angle makes `turns` full turns within the original positions."""
+        return head_dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+
+def _llama3(given: Fields) -> dict[str, float]:
+    return {name: given.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+
+
+def _yarn(given: Fields, default_factor: float) -> dict[str, Any]:
+    factor = given.number("factor", default_factor)
+    attention_factor = _mscale(factor, 1.0)
+    if "mscale" in given and "mscale_all_dim" in given:
+        attention_factor = _mscale(factor, given.number("mscale")) / _mscale(factor, given.number("mscale_all_dim"))
+    return {
+        "factor": factor,
+        "attention_factor": given.number("attention_factor", attention_factor),
+        "beta_fast": given.number("beta_fast", 32.0),
+        "beta_slow": given.number("beta_slow", 1.0),
+        "truncate": given.flag("truncate", True),
+    }
+
+
+def _mscale(factor: float, weight: float) -> float:
+    """YaRN's temperature for a context grown by `factor`."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

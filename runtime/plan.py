@@ -1,0 +1,104 @@
+"""What travels between the front end, the leader and the followers: msgpack structs, never pickle.
+
+    front end --Request, cancel--> leader --StepPlan--> followers
+    front end <---StepOutput------ leader
+
+A StepPlan is the whole truth about a step: a rank that executes the same plans in the same order holds the same state.
+Arrays are int32 and travel as their bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from .request import Request, SamplingParams
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class Admission(msgspec.Struct, frozen=True):
+    """A request takes a slot: its tokens so far and how to sample the next ones."""
+
+    slot: int
+    tokens: np.ndarray  # [L] int32
+    num_prompt_tokens: int
+    params: SamplingParams
+    stop_ids: list[int]
+
+
+class StepPlan(msgspec.Struct, frozen=True, tag=True):
+    """One step: B rows, each a run of tokens of one slot; those at the end of their request sample the next token."""
+
+    step: int
+    admitted: list[Admission]
+    slots: np.ndarray  # [B] int32
+    starts: np.ndarray  # [B] int32: position of the first token computed
+    counts: np.ndarray  # [B] int32: tokens computed, >= 1
+    sampled_rows: np.ndarray  # [S] int32: rows whose last token has no successor yet
+    page_writes: (
+        np.ndarray
+    )  # [W * 3] int32, triples (slot, index, page): page_table[slot, index] = page, before the step
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Log-probabilities at one position, of the model's own distribution (before penalties and temperature)."""
+
+    token: float
+    rank: int  # 1 is the most likely token
+    top_ids: list[int]
+    top: list[float]
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """A request ended; exactly one per request."""
+
+    uid: int
+    reason: FinishReason
+    stop_id: int | None = None  # the token id that ended it, for reason "stop"
+    error: str | None = None  # why the engine refused it, for reason "abort"
+
+
+class StepOutput(msgspec.Struct, frozen=True):
+    """What one step produced: token tokens[i] for request uids[i], and who ended with it."""
+
+    uids: list[int]
+    tokens: list[int]
+    finished: list[Finished]
+    logprobs: dict[int, TokenLogprobs] = {}
+    cached: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
+
+
+class Admit(msgspec.Struct, frozen=True, tag=True):
+    requests: list[Request]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    uids: list[int]
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Followers and leader leave their loops."""
+
+
+Command = Admit | Cancel | Stop
+
+
+def _array_to_bytes(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return np.ascontiguousarray(value, dtype=np.int32).tobytes()
+    raise TypeError(f"{type(value).__name__} does not travel between ranks")
+
+
+def _bytes_to_array(kind: type, value: Any) -> Any:
+    if kind is np.ndarray:
+        return np.frombuffer(value, dtype=np.int32).copy()  # the message's own memory is read-only
+    raise TypeError(f"{kind.__name__} does not travel between ranks")
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=_array_to_bytes).encode
+decode_command = msgspec.msgpack.Decoder(Command, dec_hook=_bytes_to_array).decode
+decode_plan = msgspec.msgpack.Decoder(StepPlan | Stop, dec_hook=_bytes_to_array).decode
+decode_output = msgspec.msgpack.Decoder(StepOutput, dec_hook=_bytes_to_array).decode

@@ -1,0 +1,140 @@
+"""What a user asks for: sampling parameters, and a request as it travels to the scheduler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+
+MAX_LOGPROBS = 20
+MAX_N = 128
+MAX_STOP_STRINGS = 16
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How to choose tokens and when to stop; the names and defaults are vLLM's.
+
+    Raises ValueError naming the parameter, its value and the rule. `seed` fixes the tokens of a request: they depend
+    on (seed, position) only, not on the batch, a preemption or the TP size. Without one a random seed is drawn.
+    With n > 1, output i uses seed + i: the same tokens as n requests with those seeds.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    seed: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        self._integer("n", 1, MAX_N)
+        self._number("temperature", 0, 2)
+        self._number("top_p", 0, 1)
+        _require(self.top_p > 0, "top_p", self.top_p, "must be in (0, 1]; 1 keeps every token")
+        self._integer("top_k", -1)
+        self._number("min_p", 0, 1)
+        self._number("repetition_penalty", 0, math.inf)
+        _require(
+            self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "must be above 0; 1 is neutral"
+        )
+        self._number("presence_penalty", -2, 2)
+        self._number("frequency_penalty", -2, 2)
+        self._integer("min_tokens", 0)
+        if self.max_tokens is not None:
+            self._integer("max_tokens", 1)
+            rule = f"must be at most max_tokens ({self.max_tokens})"
+            _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, rule)
+        if self.logprobs is not None:
+            self._integer("logprobs", 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            self._integer("seed", -(2**63), 2**63 - 1)
+        self._check_bias()
+        self._check_stops()
+
+    @property
+    def stop_strings(self) -> Sequence[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError where a token id of these parameters is not one of the model's."""
+        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            for i in ids:
+                _require(0 <= i < vocab_size, name, i, f"is not a token id; the model has ids 0 to {vocab_size - 1}")
+
+    def _integer(self, name: str, low: int, high: float = math.inf) -> None:
+        value = getattr(self, name)
+        _require(isinstance(value, int) and not isinstance(value, bool), name, value, "must be an integer")
+        _require(low <= value <= high, name, value, _range(low, high))
+
+    def _number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        _require(isinstance(value, (int, float)) and not isinstance(value, bool), name, value, "must be a number")
+        _require(math.isfinite(value) and low <= value <= high, name, value, f"{_range(low, high)} and finite")
+
+    def _check_bias(self) -> None:
+        _require(isinstance(self.logit_bias, dict), "logit_bias", self.logit_bias, "must map token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            _require(isinstance(token, int), "logit_bias", token, "must have integer token ids as keys")
+            number = isinstance(bias, (int, float)) and abs(bias) <= 100
+            _require(number, f"logit_bias[{token}]", bias, "must be between -100 and 100")
+
+    def _check_stops(self) -> None:
+        _require(
+            self.stop is None or isinstance(self.stop, (str, list)), "stop", self.stop, "must be a string or a list"
+        )
+        strings = self.stop_strings
+        _require(
+            len(strings) <= MAX_STOP_STRINGS, "stop", len(strings), f"strings are too many; at most {MAX_STOP_STRINGS}"
+        )
+        for s in strings:
+            _require(isinstance(s, str) and s != "", "stop", s, "must be a non-empty string")
+        for i in self.stop_token_ids:
+            _require(isinstance(i, int) and not isinstance(i, bool), "stop_token_ids", i, "must be integers")
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One output to produce: what the scheduler admits. The front end keeps it until the output has ended.
+
+    `tokens` are the prompt and, for a request that is admitted again, what it has produced; `stop_ids` end the output
+    (EOS ids included unless ignored); params.seed and params.max_tokens are set, n is spent.
+    """
+
+    uid: int
+    tokens: np.ndarray  # [L] int32
+    num_prompt_tokens: int
+    params: SamplingParams
+    stop_ids: list[int]
+
+    @property
+    def max_length(self) -> int:
+        """Prompt plus longest output, in tokens."""
+        assert self.params.max_tokens is not None
+        return self.num_prompt_tokens + self.params.max_tokens
+
+
+def _range(low: float, high: float) -> str:
+    return f"must be at least {low}" if high == math.inf else f"must be between {low} and {high}"
+
+
+def _require(holds: bool, name: str, value: Any, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name}={value!r} {rule}")

@@ -1,0 +1,153 @@
+"""From logits to tokens, the same on every rank: a function of the logits, the request and the position only.
+
+A random draw is a race: token v wins with the least `E(v) / p(v)`, where E(v) is exponential noise hashed from (seed,
+position, v). So neither the batch, nor the row, nor what was drawn before has any influence, and a rank that held only
+a part of the vocabulary could run its part of the race.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .plan import Admission, TokenLogprobs
+from .request import SamplingParams
+
+GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd: the increment of SplitMix64
+
+
+@dataclass(frozen=True)
+class SlotState:
+    """What sampling needs to know of the request in a slot."""
+
+    params: SamplingParams
+    num_prompt_tokens: int
+    stop_ids: Tensor  # [n] int64, on the device
+
+    @property
+    def has_penalties(self) -> bool:
+        p = self.params
+        return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+
+
+class Sampler:
+    """The sampling parameters of every slot, in arrays for what all rows have and in SlotState for the rest."""
+
+    def __init__(self, max_num_seqs: int, device: torch.device) -> None:
+        self.device = device
+        self.slots: list[SlotState | None] = [None] * max_num_seqs
+        self.temperature = np.zeros(max_num_seqs, np.float32)
+        self.top_p, self.min_p = np.ones(max_num_seqs, np.float32), np.zeros(max_num_seqs, np.float32)
+        self.top_k = np.zeros(max_num_seqs, np.int64)
+        self.seed = np.zeros(max_num_seqs, np.int64)
+        self.edited = np.zeros(max_num_seqs, bool)  # logits are changed before sampling
+        self.logprobs = np.full(max_num_seqs, -1, np.int32)
+
+    def admit(self, admission: Admission) -> None:
+        """Take over the parameters of a request that has been given a slot; params.seed must be set."""
+        slot, p = admission.slot, admission.params
+        assert p.seed is not None, "the front end draws a seed for each request"
+        stop_ids = torch.tensor(admission.stop_ids, dtype=torch.int64, device=self.device)
+        state = SlotState(p, admission.num_prompt_tokens, stop_ids)
+        self.slots[slot] = state
+        self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
+        self.top_k[slot], self.seed[slot] = max(p.top_k, 0), p.seed
+        self.edited[slot] = state.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
+        self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
+
+    def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
+        """One token per row; [S] int64.
+
+        logits     [S, V] float32, may be written to
+        slots      [S]    int32, on the host: the request of each row
+        positions  [S]    int32, on the host: the place that the new token will take
+        tokens     [slots, L] int32: what each slot holds so far, for the penalties
+        """
+        for row in np.flatnonzero(self.edited[slots]).tolist():
+            self._edit(logits[row], int(slots[row]), int(positions[row]), tokens)
+        temperature = self.temperature[slots]
+        if not temperature.any():
+            return logits.argmax(-1)
+        random = torch.from_numpy(temperature > 0).to(self.device)
+        scale = torch.from_numpy(np.where(temperature > 0, temperature, 1)).to(self.device)
+        scores = self._filter(logits / scale[:, None], slots)
+        # log(p / E) up to a constant of the row: its argmax is the argmin of E / p.
+        scores = scores - self._noise(slots, positions, logits.shape[1]).log()
+        return torch.where(random, scores.argmax(-1), logits.argmax(-1))
+
+    def top_logprobs(self, logits: Tensor, chosen: Tensor, slots: np.ndarray) -> dict[int, TokenLogprobs]:
+        """Log-probabilities for the rows whose requests ask for them, by row; logits [S, V] as the model gave them."""
+        rows = np.flatnonzero(self.logprobs[slots] >= 0)
+        if len(rows) == 0:
+            return {}
+        index = torch.from_numpy(rows).to(self.device)
+        logprobs = logits[index].log_softmax(-1)
+        own = logprobs.gather(1, chosen[index, None])
+        ranks = (logprobs > own).sum(-1) + 1
+        top, ids = logprobs.topk(min(int(self.logprobs[slots].max()), logits.shape[1]), dim=-1)
+        table = zip(rows.tolist(), own[:, 0].tolist(), ranks.tolist(), ids.tolist(), top.tolist(), strict=True)
+        widths = self.logprobs[slots]
+        return {row: TokenLogprobs(t, r, i[: widths[row]], p[: widths[row]]) for row, t, r, i, p in table}
+
+    def _edit(self, logits: Tensor, slot: int, position: int, tokens: Tensor) -> None:
+        """Penalties, logit bias and min_tokens on one row [V], in place."""
+        state = self.slots[slot]
+        assert state is not None
+        if state.has_penalties:
+            self._penalize(logits, state, tokens[slot, :position].long())
+        for token, bias in state.params.logit_bias.items():
+            logits[token] += bias
+        if position < state.num_prompt_tokens + state.params.min_tokens:
+            logits[state.stop_ids] = -torch.inf
+
+    def _penalize(self, logits: Tensor, state: SlotState, tokens: Tensor) -> None:
+        """Repetition counts prompt and output (Keskar et al., 2019); presence and frequency the output (OpenAI)."""
+        p = state.params
+        if p.repetition_penalty != 1:
+            seen = tokens.unique()
+            values = logits[seen]
+            logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
+        counts = torch.bincount(tokens[state.num_prompt_tokens :], minlength=len(logits))
+        logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
+
+    def _filter(self, scores: Tensor, slots: np.ndarray) -> Tensor:
+        """-inf for what min-p, then top-k, then top-p of what top-k left, exclude; scores [S, V] after temperature."""
+        min_p, top_k, top_p = self.min_p[slots], self.top_k[slots], self.top_p[slots]
+        if min_p.any():
+            least = (
+                scores.max(-1, keepdim=True).values
+                + torch.from_numpy(np.log(np.maximum(min_p, 1e-30))).to(scores)[:, None]
+            )
+            scores = scores.masked_fill(scores < least, -torch.inf)
+        if not top_k.any() and (top_p == 1).all():
+            return scores
+        ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
+        k = torch.from_numpy(np.where(top_k > 0, top_k, scores.shape[1])).to(self.device)
+        ordered = ordered.masked_fill(torch.arange(scores.shape[1], device=self.device) >= k[:, None], -torch.inf)
+        before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)
+        before[:, 0] = 0  # the most likely token always stays
+        exclude = before >= torch.from_numpy(top_p).to(self.device)[:, None]
+        exclude &= torch.from_numpy(top_p < 1).to(self.device)[:, None]  # rounding of the sum must not cut a tail
+        return torch.empty_like(scores).scatter_(-1, ids, ordered.masked_fill(exclude, -torch.inf))
+
+    def _noise(self, slots: np.ndarray, positions: np.ndarray, vocab_size: int) -> Tensor:
+        """Exponential noise [S, V] float32, a pure function of (seed, position, token)."""
+        seed = torch.from_numpy(self.seed[slots]).to(self.device)
+        key = _mix(_mix(seed) + GOLDEN * torch.from_numpy(positions.astype(np.int64)).to(self.device))
+        bits = _mix(key[:, None] + GOLDEN * torch.arange(vocab_size, device=self.device))
+        uniform = _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
+        return -uniform.log().to(torch.float32)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), elementwise on int64 taken as 64 unsigned bits."""
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, n: int) -> Tensor:
+    return (x >> n) & ((1 << (64 - n)) - 1)

@@ -1,0 +1,376 @@
+"""Which tokens each step computes: continuous batching with chunked prefill over pages, in integers only.
+
+Every step takes the next token of all decoding requests and fills the rest of its token budget with prompts, oldest
+first; prefill and decode share one batch. When pages run out, the newest request is preempted: its pages go to the
+prefix tree or are freed, and it is computed again later. The oldest request never yields, so there is no deadlock and
+no starvation.
+
+State is advanced when a step is scheduled, not when it has run: `schedule` may be called again before the results of
+the step before are known, and `commit` then only learns which tokens came. KV that a scheduled step will write may be
+shared from that moment, because every rank runs the steps in order and a step stores all its keys before it reads any.
+
+Per-request state lives in NumPy arrays indexed by slot, so that a decode step costs the same few array operations for
+one request as for hundreds; Python loops touch only requests that begin, end, or fill a page.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cache.pages import PagePool
+from .cache.radix import NO_PAGES, Node
+from .plan import Admission, Finished, FinishReason, StepOutput, StepPlan, TokenLogprobs
+from .request import Request
+
+NO_SLOTS = np.empty(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What fits: fixed when the engine starts, known to the front end, which refuses what can never run."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_pages: int
+    page_size: int
+    vocab_size: int
+    enable_prefix_caching: bool = True
+
+    @property
+    def max_length(self) -> int:
+        """The longest prompt plus output of one request, in tokens."""
+        return min(self.max_model_len, self.num_pages * self.page_size)
+
+    def check(self, request: Request) -> None:
+        """Raises ValueError, naming the numbers and the way out, for a request that can never run."""
+        if len(request.tokens) == 0:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(request.tokens) >= self.max_length:
+            raise ValueError(
+                f"the prompt has {len(request.tokens)} tokens, but the context is {self.max_length} and needs room for"
+                " at least one more; shorten the prompt or raise max_model_len"
+            )
+        lowest, highest = int(request.tokens.min()), int(request.tokens.max())
+        if lowest < 0 or highest >= self.vocab_size:
+            wrong = lowest if lowest < 0 else highest
+            raise ValueError(f"token id {wrong} in the prompt; the model has ids 0 to {self.vocab_size - 1}")
+        request.params.check_vocabulary(self.vocab_size)
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """A plan on its way, with who its sampled rows belonged to when it was made."""
+
+    plan: StepPlan
+    slots: np.ndarray  # [S] int32
+    tickets: np.ndarray  # [S] int64: one per admission, so that a slot's next owner is not taken for this one
+
+
+class Scheduler:
+    """Requests in, plans out; see the module docstring."""
+
+    def __init__(self, limits: Limits) -> None:
+        n, pages_per_seq = limits.max_num_seqs, -(-limits.max_length // limits.page_size)
+        self.limits = limits
+        self.pages = PagePool(limits.num_pages, limits.page_size)
+        self.waiting: deque[Request] = deque()  # in order of arrival; preempted requests are at the front
+        self.order = NO_SLOTS  # [R] the running slots, in order of arrival
+        self.requests: list[Request | None] = [None] * n
+        self.nodes: list[Node] = [self.pages.tree.root] * n  # locked end of the shared prefix, when caching
+        self.tokens = np.zeros((n, limits.max_length), np.int32)
+        self.page_table = np.zeros((n, pages_per_seq), np.int32)
+        self.uid = np.zeros(n, np.int64)
+        self.ticket = np.full(n, -1, np.int64)  # one per admission
+        # Lengths in tokens. computed: KV scheduled; known: ids the host knows; length: known and on their way.
+        self.computed, self.known, self.length, self.limit = (np.zeros(n, np.int32) for _ in range(4))
+        self.min_length = np.zeros(n, np.int32)  # no stop id ends a request before
+        self.num_pages = np.zeros(n, np.int32)  # in the page table, of these the first num_shared are the tree's
+        self.num_shared = np.zeros(n, np.int32)
+        self.private = np.zeros(n, bool)  # holds duplicates of cached pages: shares nothing more until it ends
+        self.stop_ids = np.full((n, 1), -1, np.int32)
+        self.num_preemptions = 0
+        self._free_slots = list(range(n - 1, -1, -1))
+        self._step = 0
+        self._next_ticket = 0
+        self._writes: list[np.ndarray] = []  # [n, 3] each: the page table's changes since the last plan
+        self._head_blocked = False  # the first waiting request did not fit, and nothing has been released since
+        self._cached: dict[int, int] = {}  # prefix hits to report with the next output
+
+    # -- requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises ValueError where it can never run."""
+        self.limits.check(request)
+        self.waiting.append(request)
+
+    def cancel(self, uid: int) -> Finished | None:
+        """End a request wherever it is; None if it has ended already."""
+        for request in self.waiting:
+            if request.uid == uid:
+                self.waiting.remove(request)
+                self._head_blocked = False
+                return Finished(uid, "abort")
+        for slot in self.order.tolist():
+            owner = self.requests[slot]
+            if owner is not None and owner.uid == uid:
+                self._release(slot)
+                return Finished(uid, "abort")
+        return None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting) or len(self.order) > 0
+
+    # -- a step begins
+
+    def schedule(self) -> Scheduled | None:
+        """The next step, or None if nothing can be computed now (no requests, or all wait for results)."""
+        counts, preempted = self._make_room()
+        prefilling = self._prefilling(self.order)
+        self._extend_decoding(self.order[(counts > 0) & ~prefilling])
+        for row in np.flatnonzero((counts > 0) & prefilling).tolist():
+            counts[row] = self._extend_prefill(int(self.order[row]), int(counts[row]))
+        admitted: list[Admission] = []
+        if not preempted and not self._head_blocked:
+            admitted, new_counts = self._admit(self.limits.max_num_batched_tokens - int(counts.sum()))
+            counts = np.append(counts, np.array(new_counts, np.int32))
+        return self._seal(counts, admitted)
+
+    def _choose_counts(self) -> np.ndarray:
+        """Tokens to compute for each running slot: every decode row, then prompts in order under the budget."""
+        slots = self.order
+        remaining = np.where(self.length[slots] < self.limit[slots], self.length[slots] - self.computed[slots], 0)
+        decoding = ~self._prefilling(slots)
+        wanted = np.where(decoding, 0, remaining)
+        budget = self.limits.max_num_batched_tokens - int(remaining[decoding].sum())
+        before = np.cumsum(wanted) - wanted
+        chunks = np.clip(budget - before, 0, wanted)
+        return np.where(decoding, remaining, self._align(slots, chunks, wanted))
+
+    def _align(self, slots: np.ndarray, chunks: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        """End a chunk that does not finish its prompt on a page boundary, where it can be shared."""
+        overhang = (self.computed[slots] + chunks) % self.limits.page_size
+        return np.where((chunks < wanted) & (chunks > overhang), chunks - overhang, chunks)
+
+    def _prefilling(self, slots: np.ndarray) -> np.ndarray:
+        return self.length[slots] - self.computed[slots] > 1
+
+    def _pages_for(self, lengths: np.ndarray) -> np.ndarray:
+        return -(-lengths // self.limits.page_size)
+
+    def _make_room(self) -> tuple[np.ndarray, bool]:
+        """The counts of this step, and whether newest requests had to be preempted for its pages."""
+        preempted = False
+        while True:
+            counts = self._choose_counts()
+            needed = self._pages_for(self.computed[self.order] + counts) - self.num_pages[self.order]
+            if int(np.maximum(needed, 0).sum()) <= self.pages.num_available:
+                return counts, preempted
+            self._preempt(int(self.order[-1]))
+            preempted = True
+
+    def _extend_decoding(self, slots: np.ndarray) -> None:
+        """A page for each decode row whose last one is full."""
+        full = slots[self.computed[slots] >= self.num_pages[slots] * self.limits.page_size]
+        if len(full):
+            self._append_pages(full, self.pages.allocate(len(full)))
+
+    def _extend_prefill(self, slot: int, count: int) -> int:
+        """Pages for the next `count` tokens of a prompt; returns how many of them are not cached by now."""
+        end = int(self.computed[slot]) + count
+        self._match(slot, end)  # not beyond: pages of the others' steps were counted on
+        missing = -(-end // self.limits.page_size) - int(self.num_pages[slot])
+        if missing > 0:
+            self._append_pages(np.full(missing, slot, np.int32), self.pages.allocate(missing))
+        self._share(slot, end)
+        return end - int(self.computed[slot])
+
+    def _append_pages(self, slots: np.ndarray, pages: np.ndarray) -> None:
+        """Add pages[i] to the page table of slots[i]; slots are distinct, or all the same."""
+        first = self.num_pages[slots]
+        index = first + np.arange(len(pages), dtype=np.int32) if len(slots) > 1 and slots[0] == slots[-1] else first
+        self.page_table[slots, index] = pages
+        np.add.at(self.num_pages, slots, 1)
+        self._writes.append(np.stack((slots, index, pages), axis=1).astype(np.int32))
+
+    # -- the prefix cache
+
+    def _match(self, slot: int, end: int) -> None:
+        """Continue the slot's shared prefix, up to token `end`, with what the tree has now.
+
+        The last known token is always left to compute: its hidden state gives the next one.
+        """
+        size, shared = self.limits.page_size, int(self.num_shared[slot])
+        on_boundary = self.computed[slot] == shared * size and self.num_pages[slot] == shared
+        if not self.limits.enable_prefix_caching or self.private[slot] or not on_boundary:
+            return
+        end = min(end, int(self.known[slot]) - 1) // size * size
+        node, pages = self.pages.tree.match(self.tokens[slot, shared * size : end], self.nodes[slot])
+        if len(pages):
+            self._hold(slot, node)
+            self._append_pages(np.full(len(pages), slot, np.int32), pages)
+            self.num_shared[slot] = shared + len(pages)
+            self.computed[slot] = self.num_shared[slot] * size
+
+    def _hold(self, slot: int, node: Node) -> None:
+        """Lock `node` in place of the slot's present one, which is above it."""
+        self.pages.tree.lock(node)
+        self.pages.tree.unlock(self.nodes[slot])
+        self.nodes[slot] = node
+
+    def _share(self, slot: int, end: int) -> None:
+        """Give the tree the whole pages before token `end`, which this step completes; the slot goes on using them."""
+        size, shared = self.limits.page_size, int(self.num_shared[slot])
+        full = min(end, int(self.known[slot])) // size
+        if not self.limits.enable_prefix_caching or self.private[slot] or full <= shared:
+            return
+        tree, tokens = self.pages.tree, self.tokens[slot, shared * size : full * size]
+        if len(tree.match(tokens, self.nodes[slot])[1]):
+            self.private[slot] = True  # somebody else's copy is in the tree: keep ours until the end
+            return
+        node, _ = tree.insert(tokens, self.page_table[slot, shared:full], self.nodes[slot])
+        self._hold(slot, node)
+        self.num_shared[slot] = full
+
+    # -- admission
+
+    def _admit(self, budget: int) -> tuple[list[Admission], list[int]]:
+        """Let waiting requests in, in order, while slots, tokens and pages for their whole prompts are there."""
+        admitted: list[Admission] = []
+        counts: list[int] = []
+        while self.waiting and self._free_slots and budget > 0:
+            request, slot, writes = self.waiting[0], self._free_slots[-1], len(self._writes)
+            self._occupy(slot, request)
+            self._match(slot, len(request.tokens))
+            if not self._fits(slot):
+                self._vacate(slot)
+                del self._writes[writes:]
+                self._head_blocked = True
+                break
+            self.waiting.popleft()
+            self._free_slots.pop()
+            self._cached[request.uid] = int(self.computed[slot])
+            counts.append(self._extend_prefill(slot, self._first_chunk(slot, budget)))
+            budget -= counts[-1]
+            self.order = np.append(self.order, np.int32(slot))
+            admitted.append(
+                Admission(slot, request.tokens, request.num_prompt_tokens, request.params, request.stop_ids)
+            )
+        return admitted, counts
+
+    def _first_chunk(self, slot: int, budget: int) -> int:
+        slots = np.array([slot])
+        remaining = self.length[slots] - self.computed[slots]
+        return int(self._align(slots, np.minimum(remaining, budget), remaining)[0])
+
+    def _fits(self, slot: int) -> bool:
+        """Room for the prompt now, and for the prompts in progress and one page more of every running request."""
+        needed = int(self._pages_for(self.length[slot]) - self.num_pages[slot])
+        running = self.order
+        promised = np.maximum(self._pages_for(self.length[running]) - self.num_pages[running], 0) + 1
+        return needed + (int(promised.sum()) if len(running) else 0) <= self.pages.num_available
+
+    def _occupy(self, slot: int, request: Request) -> None:
+        n = len(request.tokens)
+        self.uid[slot] = request.uid
+        self.requests[slot] = request
+        self.ticket[slot] = self._next_ticket
+        self._next_ticket += 1
+        self.tokens[slot, :n] = request.tokens
+        self.known[slot] = self.length[slot] = n
+        self.limit[slot] = min(request.max_length, self.limits.max_length)
+        self.min_length[slot] = request.num_prompt_tokens + request.params.min_tokens
+        self.computed[slot] = self.num_pages[slot] = self.num_shared[slot] = 0
+        self.private[slot] = False
+        self.nodes[slot] = self.pages.tree.root
+        self.pages.tree.lock(self.pages.tree.root)
+        self._set_stop_ids(slot, request.stop_ids)
+
+    def _vacate(self, slot: int) -> None:
+        self.pages.tree.unlock(self.nodes[slot])
+        self.requests[slot] = None
+        self.ticket[slot] = -1
+
+    def _set_stop_ids(self, slot: int, ids: list[int]) -> None:
+        if len(ids) > self.stop_ids.shape[1]:
+            wider = np.full((len(self.stop_ids), len(ids)), -1, np.int32)
+            wider[:, : self.stop_ids.shape[1]] = self.stop_ids
+            self.stop_ids = wider
+        self.stop_ids[slot] = -1
+        self.stop_ids[slot, : len(ids)] = ids
+
+    # -- the plan
+
+    def _seal(self, counts: np.ndarray, admitted: list[Admission]) -> Scheduled | None:
+        """Advance the state of all rows by what they compute, and write the plan down."""
+        rows, counts = self.order[counts > 0], counts[counts > 0].astype(np.int32)
+        if len(rows) == 0:
+            return None
+        starts = self.computed[rows]
+        self.computed[rows] += counts
+        sampled = np.flatnonzero(self.computed[rows] == self.length[rows]).astype(np.int32)
+        slots = rows[sampled]
+        self.length[slots] += 1
+        writes = np.concatenate(self._writes).ravel() if self._writes else NO_PAGES
+        self._writes = []
+        plan = StepPlan(self._step, admitted, rows, starts, counts, sampled, writes)
+        self._step += 1
+        return Scheduled(plan, slots, self.ticket[slots])
+
+    # -- a step has run
+
+    def commit(
+        self, scheduled: Scheduled, tokens: np.ndarray, logprobs: dict[int, TokenLogprobs] | None = None
+    ) -> StepOutput:
+        """Take in the sampled tokens [S] of a step, in the order of its sampled rows; ends the requests that are done.
+
+        `logprobs` are by index into tokens. Tokens of requests that were cancelled or preempted since are dropped:
+        sampling is keyed by position, so a preempted request will draw the same token again.
+        """
+        alive = np.flatnonzero(self.ticket[scheduled.slots] == scheduled.tickets)
+        slots, tokens = scheduled.slots[alive], tokens[alive]
+        self.tokens[slots, self.known[slots]] = tokens
+        self.known[slots] += 1
+        uids = self.uid[slots].tolist()
+        stopped = (self.stop_ids[slots] == tokens[:, None]).any(axis=1) & (self.known[slots] > self.min_length[slots])
+        ended = stopped | (self.known[slots] == self.limit[slots])
+        finished = []
+        for i in np.flatnonzero(ended).tolist():
+            reason: FinishReason = "stop" if stopped[i] else "length"
+            finished.append(Finished(uids[i], reason, int(tokens[i]) if stopped[i] else None))
+            self._release(int(slots[i]))
+        cached, self._cached = self._cached, {}
+        kept = {uids[i]: logprobs[row] for i, row in enumerate(alive.tolist()) if row in logprobs} if logprobs else {}
+        return StepOutput(uids, tokens.tolist(), finished, kept, cached)
+
+    def _preempt(self, slot: int) -> None:
+        """Back to the front of the queue with the tokens it has; its cached pages may be there when it returns."""
+        request = self.requests[slot]
+        assert request is not None
+        tokens = self.tokens[slot, : self.known[slot]].copy()
+        self._release(slot)
+        self.waiting.appendleft(
+            Request(request.uid, tokens, request.num_prompt_tokens, request.params, request.stop_ids)
+        )
+        self.num_preemptions += 1
+
+    def _release(self, slot: int) -> None:
+        """The slot is free; its whole pages go to the tree, the others and duplicates back to the pool."""
+        size, shared = self.limits.page_size, int(self.num_shared[slot])
+        pages = self.page_table[slot, : self.num_pages[slot]].copy()
+        kept = shared
+        if self.limits.enable_prefix_caching:
+            full = int(min(self.computed[slot], self.known[slot])) // size
+            tokens = self.tokens[slot, shared * size : full * size]
+            _, present = self.pages.tree.insert(tokens, pages[shared:full], self.nodes[slot])
+            self.pages.release(pages[shared : shared + present])
+            kept = full
+        self.pages.release(pages[kept:])
+        self._vacate(slot)
+        self._head_blocked = False
+        self.order = self.order[self.order != slot]
+        self._free_slots.append(slot)

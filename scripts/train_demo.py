@@ -1,0 +1,266 @@
+"""Train the demo model that ships in launch/demo: a small Llama on the King James Bible, from nothing, in minutes.
+
+    apt-get install bible-kjv && bible -f 'Gen1:1-Rev22:21' > kjv.txt
+    python scripts/train_demo.py --text kjv.txt --output launch/demo
+
+The text is one verse a line, `Ge1:1 In the beginning ...`; the public-domain text is the only input. A document is a
+passage of a chapter, plain or told in turns by a user and an assistant, and closes with <|eos|>: so the model learns to
+stop and to answer. Every epoch cuts the chapters anew. Writes the layout of Hugging Face's `LlamaForCausalLM`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"]
+BOS, EOS, USER, ASSISTANT = range(4)  # their ids, in that order
+
+CONTEXT = 2048  # tokens of a training row, and the longest position the model has seen
+CONFIG: dict[str, Any] = {  # keys as transformers 4 writes them; transformers 5 reads them too
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 288,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,  # splits over 1, 2 and 4 ranks
+    "num_key_value_heads": 2,  # of 4 ranks, two share each one
+    "head_dim": 64,  # the smallest that FlashInfer compiles
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": CONTEXT,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "initializer_range": 0.08,  # about hidden_size ** -0.5; from 0.02 attention takes hundreds of steps to form
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "torch_dtype": "bfloat16",
+}
+GENERATION = {"bos_token_id": BOS, "eos_token_id": EOS, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
+CHAT_TEMPLATE = (  # what `dialogue` builds, as text; a system message speaks as the user does
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + eos_token }}"
+    "{% else %}{{ '<|user|>' + message['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+PASSAGE_VERSES = (1, 2, 4, 8, 16, 32)  # each as likely: short answers and long context
+TURN_VERSES = (1, 2, 3)
+DIALOGUE_SHARE = 0.25
+VALIDATION_STRIDE = 20  # every 20th chapter is held out
+
+PEAK_LEARNING_RATE = 4e-3
+WEIGHT_DECAY = 0.5  # strong, for dozens of epochs over four megabytes
+WARMUP = 0.02  # of the run
+
+Verse = list[int]
+
+
+def main() -> None:
+    args = parse_args()
+    random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    chapters = read_chapters(args.text)
+    held_out = chapters[VALIDATION_STRIDE - 1 :: VALIDATION_STRIDE]
+    trained_on = [chapter for i, chapter in enumerate(chapters, 1) if i % VALIDATION_STRIDE]
+    tokenizer = train_tokenizer(trained_on)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG)).float().to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}")
+    train(model, tokenizer, trained_on, held_out, args)
+
+    model.to(torch.bfloat16)
+    print(f"validation in bf16: {bits_per_byte(model, tokenizer, held_out):.4f} bits per byte")
+    save(model, tokenizer, args.output)
+    print_samples(model, args.output)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, required=True, help="one verse a line, after its reference")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--device", default="auto", help="auto takes CUDA where there is one")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end earlier, learning rate decayed all the same"
+    )
+    parser.add_argument("--rows", type=int, default=16, help=f"rows of {CONTEXT} tokens in a step")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    return args
+
+
+def read_chapters(path: Path) -> list[list[str]]:
+    """The verses of each chapter, in order, without their references."""
+    lines = (line.split(maxsplit=1) for line in path.read_text().splitlines())
+    by_chapter = groupby(lines, key=lambda line: line[0].rsplit(":", 1)[0])
+    return [[verse.strip() for _, verse in chapter] for _, chapter in by_chapter]
+
+
+def train_tokenizer(chapters: list[list[str]]) -> Tokenizer:
+    """Byte-level BPE: any text at all survives encoding and decoding, also what the training text never has."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(("\n".join(chapter) for chapter in chapters), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", BOS)]
+    )
+    return tokenizer
+
+
+def batches(chapters: list[list[Verse]], newline: int, rows: int, device: str) -> Iterator[Tensor]:
+    """Endless [rows, CONTEXT + 1] of documents end to end; like a prompt, each row starts where a document starts."""
+    span = torch.arange(CONTEXT + 1, device=device)
+    while True:
+        stream = torch.tensor(list(chain.from_iterable(documents(chapters, newline))), device=device)
+        starts = (stream[: -len(span)] == BOS).nonzero()  # [documents, 1]
+        for _ in range(len(stream) // (rows * CONTEXT)):
+            chosen = starts[torch.randint(len(starts), (rows,), device=device)]
+            yield stream[chosen + span]
+
+
+def documents(chapters: list[list[Verse]], newline: int) -> list[list[int]]:
+    """Every chapter cut into passages of random lengths, plain or as dialogues, shuffled."""
+    passages = [passage for chapter in chapters for passage in cut(chapter, PASSAGE_VERSES)]
+    random.shuffle(passages)
+    return [
+        dialogue(verses, newline)
+        if len(verses) > max(TURN_VERSES) and random.random() < DIALOGUE_SHARE
+        else [BOS, *join(verses, newline), EOS]
+        for verses in passages
+    ]
+
+
+def dialogue(verses: list[Verse], newline: int) -> list[int]:
+    """The verses told in turns; a last question that nobody answers is left out."""
+    turns = [join(turn, newline) for turn in cut(verses, TURN_VERSES)]
+    exchanges = zip(turns[::2], turns[1::2], strict=False)
+    return [BOS, *chain.from_iterable([USER, *asked, ASSISTANT, *answer, EOS] for asked, answer in exchanges)]
+
+
+def cut(verses: list[Verse], lengths: Sequence[int]) -> Iterator[list[Verse]]:
+    start = 0
+    while start < len(verses):
+        stop = start + random.choice(lengths)
+        yield verses[start:stop]
+        start = stop
+
+
+def join(verses: list[Verse], newline: int) -> list[int]:
+    return [token for verse in verses for token in (newline, *verse)][1:]
+
+
+def train(
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    trained_on: list[list[str]],
+    held_out: list[list[str]],
+    args: argparse.Namespace,
+) -> None:
+    """AdamW under a cosine that reaches zero with the last step or the last minute, whichever comes first."""
+    chapters = [[verse.ids for verse in tokenizer.encode_batch(c, add_special_tokens=False)] for c in trained_on]
+    [newline] = tokenizer.encode("\n", add_special_tokens=False).ids
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    gains = [p for p in model.parameters() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": gains, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+    started = time.monotonic()
+    for step, rows in enumerate(batches(chapters, newline, args.rows, args.device), 1):
+        elapsed_s = time.monotonic() - started
+        progress = max(step / args.steps, elapsed_s / (60 * args.minutes))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(progress)
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
+            logits = model(input_ids=rows[:, :-1], use_cache=False).logits  # [rows, CONTEXT, V]
+        loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 200 == 0 or progress >= 1:
+            validation = bits_per_byte(model, tokenizer, held_out)
+            print(f"step {step}  {elapsed_s:.0f} s  loss {loss.item():.3f}  validation {validation:.4f} bits per byte")
+        if progress >= 1:
+            return
+
+
+def learning_rate(progress: float) -> float:
+    """Linear warm-up, then a cosine to zero at progress 1."""
+    return PEAK_LEARNING_RATE * min(1.0, progress / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+@torch.inference_mode()
+def bits_per_byte(model: LlamaForCausalLM, tokenizer: Tokenizer, chapters: list[list[str]]) -> float:
+    """Cost of the chapters, <|eos|> included, each as one document cut off at CONTEXT tokens, per byte of its text."""
+    nats, num_bytes = 0.0, 0
+    for chapter in chapters:
+        ids = [*tokenizer.encode("\n".join(chapter)).ids, EOS][:CONTEXT]
+        row = torch.tensor([ids], device=model.device)
+        logits = model(input_ids=row, use_cache=False).logits[0, :-1]
+        nats += F.cross_entropy(logits.float(), row[0, 1:], reduction="sum").item()
+        num_bytes += len(tokenizer.decode(ids).encode())
+    return nats / math.log(2) / num_bytes
+
+
+def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.cpu() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in {
+        "config.json": CONFIG,
+        "generation_config.json": GENERATION,
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIAL_TOKENS[BOS],
+            "eos_token": SPECIAL_TOKENS[EOS],
+            "pad_token": SPECIAL_TOKENS[EOS],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": CONTEXT,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    }.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def print_samples(model: LlamaForCausalLM, folder: Path) -> None:
+    """What a user of the checkpoint sees: two continuations and one answer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    question = [{"role": "user", "content": "Who is the king of this land?"}]
+    chat = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    for prompt in ("<|bos|>In the beginning", "<|bos|>And the king said unto", chat):
+        ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(model.device)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=120, pad_token_id=EOS, **GENERATION
+        )
+        print(f"--- {tokenizer.decode(out[0])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Tiny random Hugging Face checkpoints of every supported family, made by transformers itself.
+
+Norm weights and biases are random too: transformers starts them at ones and zeros, which would hide a wrong one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+TINY: dict[str, Any] = {
+    "vocab_size": 131,  # prime: no number of ranks divides it
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # not hidden_size / num_attention_heads
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+# By architecture: transformers' name of the model type, and what differs from TINY.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "LlamaForCausalLM": ("llama", {}),
+    "MistralForCausalLM": ("mistral", {"sliding_window": None}),
+    "Qwen2ForCausalLM": ("qwen2", {"head_dim": 8}),  # transformers' Qwen2 has no head_dim of its own
+    "Qwen3ForCausalLM": ("qwen3", {}),
+    "Qwen3MoeForCausalLM": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    ),
+}
+
+
+def tiny_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random float32 model of the family, in memory."""
+    model_type, family = FAMILIES[architecture]
+    config = AutoConfig.for_model(model_type, **{**TINY, **family, **overrides}, architectures=[architecture])
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def tiny_checkpoint(folder: Path, architecture: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Save a `tiny_model` into `folder` and return it; its config.json is in the dialect of transformers 5."""
+    model = tiny_model(architecture, seed, **overrides)
+    model.save_pretrained(folder)
+    return model
+
+
+def rewrite_config(folder: Path, **changes: Any) -> None:
+    """Set fields of config.json; a value of `...` removes the field."""
+    path = folder / "config.json"
+    fields = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in fields.items() if value is not ...}))
+
+
+def to_transformers4(folder: Path) -> None:
+    """Rewrite config.json into the dialect of transformers 4: torch_dtype, rope_theta, rope_scaling."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = dict(config["rope_parameters"])
+    theta = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    rewrite_config(
+        folder,
+        dtype=...,
+        torch_dtype=config["dtype"],
+        rope_parameters=...,
+        rope_theta=theta,
+        rope_scaling=None if kind == "default" else {"type": kind, **rope},
+    )

@@ -1,0 +1,101 @@
+"""Several ranks in one process: a communicator whose ranks are threads, so that tensor parallelism is a unit test.
+
+It is strict where a real one would hang or give garbage: ranks that disagree on the operation, the shape or the dtype
+are an error, a rank that does not arrive is an error, and what a collective consumes is overwritten.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lockstep.comm.base import CommError, Communicator
+
+T = TypeVar("T")
+
+
+class ThreadGroup:
+    """What the threads share: a place for each rank's operation and tensor, and a barrier."""
+
+    def __init__(self, size: int, timeout_s: float = 60.0) -> None:
+        self.size = size
+        self.offers: list[tuple[str, Tensor]] = [("nothing", torch.empty(0))] * size
+        self.barrier = threading.Barrier(size, timeout=timeout_s)
+
+    def rank(self, rank: int) -> ThreadRank:
+        return ThreadRank(self, rank)
+
+
+class ThreadRank(Communicator):
+    """One rank's end; sums go in rank order, so they have the same bits on each rank."""
+
+    description = "threads of one process, for tests"
+
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self.group = group
+        self.rank = rank
+        self.size = group.size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self._exchange("all_reduce", x, _sum, consumes=True)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return self._exchange("all_gather", x, torch.stack)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return self._exchange("reduce_scatter", x, lambda xs: _sum([other[self.rank] for other in xs]), consumes=True)
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        return x.copy_(self._exchange(f"broadcast from {root}", x, lambda xs: xs[root].clone()))
+
+    def barrier(self) -> None:
+        self._exchange("barrier", torch.empty(0), lambda xs: xs[self.rank])
+
+    def abort(self) -> None:
+        self.group.barrier.abort()
+
+    def _exchange(
+        self, operation: str, x: Tensor, combine: Callable[[list[Tensor]], Tensor], *, consumes: bool = False
+    ) -> Tensor:
+        """`combine` of every rank's x; between the two waits nobody writes to what others read."""
+        self.group.offers[self.rank] = (operation, x)
+        self._wait(operation)
+        calls = {(name, offer.shape, offer.dtype) for name, offer in self.group.offers}
+        if len(calls) > 1:
+            raise CommError(f"the ranks disagree: {calls}")
+        result = combine([offer for _, offer in self.group.offers])
+        self._wait(operation)
+        if consumes:
+            x.fill_(float("nan") if x.is_floating_point() else -1)
+        return result
+
+    def _wait(self, operation: str) -> None:
+        try:
+            self.group.barrier.wait()
+        except threading.BrokenBarrierError:
+            raise CommError(f"rank {self.rank}: another rank failed or did not arrive at {operation}") from None
+
+
+def run_ranks(size: int, fn: Callable[[Communicator], T], timeout_s: float = 60.0) -> list[T]:
+    """`fn(communicator)` of `size` ranks at once; returns the results in rank order or raises the first error."""
+    group = ThreadGroup(size, timeout_s)
+    with ThreadPoolExecutor(size) as threads:
+        ranks = [threads.submit(fn, group.rank(rank)) for rank in range(size)]
+        finished, _ = wait(ranks, return_when=FIRST_EXCEPTION)
+        for rank in finished:
+            if rank.exception() is not None:
+                group.barrier.abort()  # the others must not wait for it
+                return [rank.result()]  # raises
+    return [rank.result() for rank in ranks]
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total
