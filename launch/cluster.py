@@ -121,8 +121,9 @@ class RayExecutor:
         self._group = place(config)
         deadline = time.perf_counter() + config.startup_timeout
         self._actors = [self._start_actor(rank, config) for rank in range(config.tensor_parallel_size)]
-        self._endpoints = self._all("bind", deadline)
-        self._outputs = Inbox(ray.util.get_node_ip_address())
+        ip = "127.0.0.1" if self._owns_ray else None  # our own cluster is this machine: keep off the network
+        self._endpoints = self._all("bind", deadline, ip)
+        self._outputs = Inbox(ip or ray.util.get_node_ip_address())
         loaded: list[Loaded] = self._all("load", deadline, self._endpoints, self._outputs.address)
         for endpoint, report in zip(self._endpoints, loaded, strict=True):
             log.info("%s: %s", endpoint, _describe(report, config))

@@ -14,7 +14,7 @@ from ..runtime.config import Config
 
 log = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least: tensors never travel through it
-REPORT_S = 5.0
+FIRST_REPORT_S, REPORT_S = 2.0, 5.0
 
 
 class PlacementError(RuntimeError):
@@ -26,7 +26,7 @@ def start_ray(config: Config) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = config.ray_address or os.environ.get("RAY_ADDRESS")
     started = time.perf_counter()
     if address:
@@ -68,7 +68,7 @@ def place(config: Config) -> PlacementGroup:
             f"{wanted} never fit in this Ray cluster: {_table()}; add nodes, or use a smaller tensor_parallel_size"
         )
     group = placement_group([bundle] * size, strategy="PACK")
-    started, pause = time.perf_counter(), 0.2
+    started, pause = time.perf_counter(), min(FIRST_REPORT_S, config.wait_for_resources)
     while not group.wait(pause):
         waited = time.perf_counter() - started
         if waited > config.wait_for_resources:

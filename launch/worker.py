@@ -61,9 +61,9 @@ class Worker:
         if config.device == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
 
-    def bind(self) -> Endpoint:
-        """Open this rank's ports."""
-        self._ip = ray.util.get_node_ip_address()
+    def bind(self, ip: str | None) -> Endpoint:
+        """Open this rank's ports on `ip`, by default the address by which the cluster knows this node."""
+        self._ip = ip or ray.util.get_node_ip_address()
         self._inbox = Inbox(self._ip)
         self._store = None
         if self.rank == 0 and self.size > 1:

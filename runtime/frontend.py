@@ -136,6 +136,8 @@ class Frontend:
 
         Raises RequestRefused naming what is wrong, the rule and the way out.
         """
+        if len(prompt) == 0:
+            raise RequestRefused("the prompt is empty; give a text or at least one token id")
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _checked_ids(prompt)
         generation = Generation(self._next_number, text, ids)

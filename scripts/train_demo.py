@@ -34,10 +34,10 @@ CONTEXT = 2048  # tokens of a training row, and the longest position the model h
 CONFIG: dict[str, Any] = {  # keys as transformers 4 writes them; transformers 5 reads them too
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 1024,
+    "vocab_size": 2048,
     "hidden_size": 128,
-    "intermediate_size": 288,
-    "num_hidden_layers": 6,
+    "intermediate_size": 320,
+    "num_hidden_layers": 5,
     "num_attention_heads": 4,  # splits over 1, 2 and 4 ranks
     "num_key_value_heads": 2,  # of 4 ranks, two share each one
     "head_dim": 64,  # the smallest that FlashInfer compiles

@@ -194,6 +194,9 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn, other bounds": {
         "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 2.0,
     },
+    "yarn, bound beyond the last pair": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_slow": 0.001,
+    },
     "yarn, mscale": {
         "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256,
         "mscale": 0.7, "mscale_all_dim": 1.3,

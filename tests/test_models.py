@@ -206,6 +206,13 @@ def test_mistral_has_a_window_unless_it_is_null() -> None:
     assert ModelConfig.from_hf({**mistral, "sliding_window": None}).window(0) is None
 
 
+def test_upper_layers_have_the_window_where_layer_types_are_not_given() -> None:
+    qwen = {**HF, **SLIDING, "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 4, "max_window_layers": 1}
+    assert ModelConfig.from_hf(qwen).windows == (None, WINDOW, WINDOW, WINDOW)
+    assert ModelConfig.from_hf({**qwen, "max_window_layers": 0}).windows == (WINDOW,) * 4
+    assert ModelConfig.from_hf({**qwen, "use_sliding_window": False}).windows == (None,) * 4
+
+
 def test_yarn_extends_the_positions() -> None:
     assert ModelConfig.from_hf({**HF, "rope_scaling": YARN}).max_position_embeddings == 128
     assert ModelConfig.from_hf({**HF, "rope_scaling": {**LLAMA3, "factor": 16.0}}).max_position_embeddings == 64
