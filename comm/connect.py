@@ -11,7 +11,7 @@ import torch
 from torch.distributed import Store, TCPStore
 
 from .base import CommError, Communicator, SingleRank
-from .torch_group import TorchCommunicator
+from .torch_group import Backend, TorchCommunicator
 
 
 def open_rendezvous(own_ip: str, timeout_s: float) -> TCPStore:
@@ -29,15 +29,24 @@ def join_rendezvous(address: tuple[str, int], rank: int, timeout_s: float) -> TC
 
 
 def connect(
-    rank: int, size: int, *, store: Store | None, own_ip: str, device: torch.device, timeout_s: float
+    rank: int,
+    size: int,
+    *,
+    store: Store | None,
+    own_ip: str,
+    device: torch.device,
+    shares_device: bool = False,
+    timeout_s: float,
 ) -> Communicator:
     """Join a group of `size` ranks as `rank`; returns once all are there.
 
-    store      the rendezvous, not needed for a single rank
-    own_ip     the address of this rank's host that the others can reach
-    timeout_s  deadline of joining and of each collective; CommError after it
+    store          the rendezvous, not needed for a single rank
+    own_ip         the address of this rank's host that the others can reach
+    shares_device  another rank may use the same GPU
+    timeout_s      deadline of joining and of each collective; CommError after it
     """
     if size == 1:
         return SingleRank()
     assert store is not None, "ranks meet at a rendezvous"
-    return TorchCommunicator(rank, size, store, own_ip, device, timeout_s)
+    backend: Backend = "nccl" if device.type == "cuda" and not shares_device else "gloo"
+    return TorchCommunicator(rank, size, store=store, own_ip=own_ip, backend=backend, timeout_s=timeout_s)

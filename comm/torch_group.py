@@ -1,5 +1,7 @@
 """Collectives over torch's own process groups: gloo between CPUs, torch's NCCL between GPUs.
 
+gloo also serves ranks that share a GPU, which torch's NCCL refuses; it then copies through the host.
+
 The groups are made directly, not through `torch.distributed.init_process_group`, so that nothing is global: a process
 may hold several ranks or groups. Ranks find each other through a TCP store that rank 0 serves.
 """
@@ -7,27 +9,32 @@ may hold several ranks or groups. Ranks find each other through a TCP store that
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .base import CommError, Communicator
 
 
+Backend = Literal["gloo", "nccl"]
+
+
 class TorchCommunicator(Communicator):
     """One rank of a gloo (CPU) or NCCL (CUDA) group; see `connect` in connect.py for the arguments."""
 
     def __init__(
-        self, rank: int, size: int, store: dist.Store, own_ip: str, device: torch.device, timeout_s: float
+        self, rank: int, size: int, *, store: dist.Store, own_ip: str, backend: Backend, timeout_s: float
     ) -> None:
         self.rank, self.size = rank, size
         self._timeout_s = timeout_s
+        timeout = timedelta(seconds=timeout_s)
         try:
-            self._group = _make_group(store, rank, size, own_ip, device, timedelta(seconds=timeout_s))
+            make = _gloo if backend == "gloo" else _nccl
+            self._group = make(store, rank, size, own_ip, timeout)
         except RuntimeError as error:
             raise CommError(f"rank {rank} of {size} could not join the group: {str(error).splitlines()[0]}") from error
-        self.description = f"{self._group.name()} through torch, {size} ranks"
+        self.description = f"{backend} through torch, {size} ranks"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -67,15 +74,15 @@ class TorchCommunicator(Communicator):
             ) from error
 
 
-def _make_group(
-    store: dist.Store, rank: int, size: int, own_ip: str, device: torch.device, timeout: timedelta
-) -> dist.ProcessGroup:
-    if device.type == "cuda":
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = timeout
-        return dist.ProcessGroupNCCL(store, rank, size, options)
-    gloo = dist.ProcessGroupGloo._Options()
+def _nccl(store: dist.Store, rank: int, size: int, own_ip: str, timeout: timedelta) -> dist.ProcessGroup:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _gloo(store: dist.Store, rank: int, size: int, own_ip: str, timeout: timedelta) -> dist.ProcessGroup:
+    options = dist.ProcessGroupGloo._Options()
     # By address: gloo's own choice resolves the host's name, which fails on machines without a DNS entry for it.
-    gloo._devices = [dist.ProcessGroupGloo.create_device(hostname=own_ip)]
-    gloo._timeout = timeout
-    return dist.ProcessGroupGloo(store, rank, size, gloo)
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_ip)]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, size, options)

@@ -86,6 +86,7 @@ class Worker:
             store=self._store,
             own_ip=self._ip,
             device=torch.device(self.config.device),
+            shares_device=self.config.gpus_per_rank < 1,
             timeout_s=self.config.step_timeout,
         )
         self._runner = load_rank(self.config, model, Path(folder), comm)

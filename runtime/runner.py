@@ -51,7 +51,7 @@ class Runner:
         started = time.perf_counter()
         self.decoder = Decoder(model, comm, dtype=config.torch_dtype, device=device, max_positions=config.max_model_len)
         if config.load_format == "dummy":
-            fill_dummy(self.decoder.weights(), rank=comm.rank)
+            fill_dummy(self.decoder.weights())
         else:
             load_weights(self.decoder.weights(), folder)
         self.weight_bytes = sum(w.tensor.nbytes for w in self.decoder.weights())

@@ -3,9 +3,10 @@
     apt-get install bible-kjv && bible -f 'Gen1:1-Rev22:21' > kjv.txt
     python scripts/train_demo.py --text kjv.txt --output launch/demo
 
-The text is one verse a line, `Ge1:1 In the beginning ...`; the public-domain text is the only input. A document is a
+The text is one verse a line, `Ge1:1 In the beginning ...`, in the public domain, and the only input. A document is a
 passage of a chapter, plain or told in turns by a user and an assistant, and closes with <|eos|>: so the model learns to
-stop and to answer. Every epoch cuts the chapters anew. Writes the layout of Hugging Face's `LlamaForCausalLM`.
+stop, and to answer with a verse. Every epoch cuts the chapters anew. Writes the layout of Hugging Face's
+`LlamaForCausalLM`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,8 @@ CHAT_TEMPLATE = (  # what `dialogue` builds, as text; a system message speaks as
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-PASSAGE_VERSES = (1, 2, 4, 8, 16, 32)  # each as likely: short answers and long context
-TURN_VERSES = (1, 2, 3)
-DIALOGUE_SHARE = 0.25
+PASSAGE_VERSES = (1, 2, 3, 4, 5, 20)  # each as likely: many ends to learn from, and long context
+DIALOGUE_SHARE = 0.33  # of the passages of two verses and more
 VALIDATION_STRIDE = 20  # every 20th chapter is held out
 
 PEAK_LEARNING_RATE = 4e-3
@@ -96,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="one verse a line, after its reference")
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--device", default="auto", help="auto takes CUDA where there is one")
-    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="end earlier, learning rate decayed all the same"
     )
@@ -146,28 +146,25 @@ def batches(chapters: list[list[Verse]], newline: int, rows: int, device: str) -
 
 def documents(chapters: list[list[Verse]], newline: int) -> list[list[int]]:
     """Every chapter cut into passages of random lengths, plain or as dialogues, shuffled."""
-    passages = [passage for chapter in chapters for passage in cut(chapter, PASSAGE_VERSES)]
+    passages = [passage for chapter in chapters for passage in cut(chapter)]
     random.shuffle(passages)
     return [
-        dialogue(verses, newline)
-        if len(verses) > max(TURN_VERSES) and random.random() < DIALOGUE_SHARE
-        else [BOS, *join(verses, newline), EOS]
+        dialogue(verses) if len(verses) > 1 and random.random() < DIALOGUE_SHARE else [BOS, *join(verses, newline), EOS]
         for verses in passages
     ]
 
 
-def dialogue(verses: list[Verse], newline: int) -> list[int]:
-    """The verses told in turns; a last question that nobody answers is left out."""
-    turns = [join(turn, newline) for turn in cut(verses, TURN_VERSES)]
-    exchanges = zip(turns[::2], turns[1::2], strict=False)
+def dialogue(verses: list[Verse]) -> list[int]:
+    """The verses told in turns, one each; a last question that nobody answers is left out."""
+    exchanges = zip(verses[::2], verses[1::2], strict=False)
     return [BOS, *chain.from_iterable([USER, *asked, ASSISTANT, *answer, EOS] for asked, answer in exchanges)]
 
 
-def cut(verses: list[Verse], lengths: Sequence[int]) -> Iterator[list[Verse]]:
+def cut(chapter: list[Verse]) -> Iterator[list[Verse]]:
     start = 0
-    while start < len(verses):
-        stop = start + random.choice(lengths)
-        yield verses[start:stop]
+    while start < len(chapter):
+        stop = start + random.choice(PASSAGE_VERSES)
+        yield chapter[start:stop]
         start = stop
 
 
@@ -200,7 +197,7 @@ def train(
             logits = model(input_ids=rows[:, :-1], use_cache=False).logits  # [rows, CONTEXT, V]
         loss = F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 200 == 0 or progress >= 1:

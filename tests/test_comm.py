@@ -1,0 +1,208 @@
+"""Every Communicator against torch on random data: the single rank, gloo between processes, and what failures say."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.comm.base import CommError, Communicator, SingleRank
+from lockstep.comm.connect import connect, join_rendezvous, open_rendezvous
+
+from ranks import run_ranks
+
+Job = Callable[[Communicator], Any]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
+
+
+def _process(
+    rank: int, size: int, port: Connection, job: Job, timeout_s: float, device: str, answer: Connection
+) -> None:
+    torch.set_num_threads(1)
+    if rank == 0:
+        store = open_rendezvous("127.0.0.1", timeout_s)
+        for _ in range(size - 1):
+            port.send(store.port)
+    else:
+        store = join_rendezvous(("127.0.0.1", port.recv()), rank, timeout_s)
+    where = torch.device(device, rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(where)
+    try:
+        comm = connect(rank, size, store=store, own_ip="127.0.0.1", device=where, timeout_s=timeout_s)
+        answer.send(job(comm))
+    except CommError as error:
+        answer.send(error)
+
+
+def run_processes(size: int, job: Job, timeout_s: float = 30.0, device: str = "cpu") -> list[Any]:
+    """`job(communicator)` in `size` processes; their results, None for one that died."""
+    context = multiprocessing.get_context("spawn")
+    ports, answers = context.Pipe(), [context.Pipe() for _ in range(size)]
+    processes = [
+        context.Process(
+            target=_process, args=(rank, size, ports[rank > 0], job, timeout_s, device, answers[rank][1]), daemon=True
+        )
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    found = []
+    for process, (answer, _) in zip(processes, answers, strict=True):
+        ready = wait([answer, process.sentinel], timeout_s + 60)
+        assert ready, "a rank hangs"
+        found.append(answer.recv() if answer.poll(0.5) else None)
+    for process in processes:
+        process.join(10)
+    return found
+
+
+def everything(comm: Communicator) -> dict[str, Any]:
+    """All collectives on random data, next to what they must give."""
+    found: dict[str, Any] = {}
+    for dtype in DTYPES:
+        for shape in [(0,), (1,), (3, 5), (4, 257), (8, 1024)]:
+            # Small integers: exact in every dtype, so the sum must be bit-equal in any order.
+            def make(rank: int, *shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+                random = torch.Generator().manual_seed(rank + sum(shape))
+                return torch.randint(-8, 8, shape, generator=random).to(dtype)
+
+            every = torch.stack([make(rank, *shape) for rank in range(comm.size)])
+            mine = make(comm.rank, *shape)
+            key = f"{dtype} {shape}"
+            found[f"all_gather {key}"] = torch.equal(comm.all_gather(mine), every)
+            found[f"all_gather strided {key}"] = torch.equal(
+                comm.all_gather(mine.t()) if mine.dim() == 2 else every, every.mT if mine.dim() == 2 else every
+            )
+            found[f"broadcast {key}"] = torch.equal(comm.broadcast(mine.clone(), comm.size - 1), every[-1])
+            blocks = torch.stack([make(rank, comm.size, *shape) for rank in range(comm.size)])
+            found[f"reduce_scatter {key}"] = torch.equal(
+                comm.reduce_scatter(blocks[comm.rank].clone()), blocks.sum(0).to(dtype)[comm.rank]
+            )
+            found[f"all_reduce {key}"] = torch.equal(comm.all_reduce(mine), every.sum(0).to(dtype))
+    comm.barrier()
+    return found
+
+
+def fused_norm(comm: Communicator) -> torch.Tensor:
+    """The completion of a partial sum; returns norm and residual."""
+    torch.manual_seed(comm.rank)
+    x, residual = torch.randn(5, 64), torch.ones(5, 64)
+    out = comm.all_reduce_add_rms_norm(x, residual, torch.full((64,), 2.0), 1e-5)
+    return torch.stack((out, residual))
+
+
+def same_bits(comm: Communicator) -> list[bytes]:
+    """The bytes of float sums, whose order of addition matters."""
+    torch.manual_seed(comm.rank)
+    return [comm.all_reduce(torch.randn(n)).numpy().tobytes() for n in (1, 7, 1000, 100_003)]
+
+
+def many_with_a_laggard(comm: Communicator) -> bool:
+    ok = True
+    for i in range(500):
+        if comm.rank == 1 and i % 100 == 0:
+            time.sleep(0.02)
+        ok &= bool(
+            (comm.all_reduce(torch.full((17,), float(i + comm.rank))) == comm.size * i + sum(range(comm.size))).all()
+        )
+    comm.close()
+    return ok
+
+
+def dies(comm: Communicator) -> float:
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.perf_counter()
+    try:
+        comm.all_reduce(torch.ones(1 << 20))
+    except CommError as error:
+        assert "rank 0 of 2: all_reduce" in str(error)
+        assert "\n" not in str(error)
+        return time.perf_counter() - started
+    raise AssertionError("a collective ended without its peer")
+
+
+def never_arrives(comm: Communicator) -> str:
+    if comm.rank == 1:
+        time.sleep(4)
+        return ""
+    try:
+        comm.all_reduce(torch.ones(8))
+    except CommError as error:
+        return str(error)
+    raise AssertionError("a collective ended without its peer")
+
+
+def test_single_rank() -> None:
+    assert all(everything(SingleRank()).values())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_threads_of_the_tests_are_a_communicator(size: int) -> None:
+    for found in run_ranks(size, everything):
+        assert all(found.values()), [name for name, ok in found.items() if not ok]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gloo(size: int) -> None:
+    for found in run_processes(size, everything):
+        assert all(found.values()), [name for name, ok in found.items() if not ok]
+
+
+@pytest.mark.multigpu
+def test_nccl() -> None:
+    for found in run_processes(2, nccl_everything, device="cuda"):
+        assert found
+
+
+def nccl_everything(comm: Communicator) -> bool:
+    x = torch.full((3, 7), float(comm.rank + 1), device="cuda")
+    gathered = comm.all_gather(x)
+    summed = comm.all_reduce(x.clone())
+    comm.barrier()
+    return bool((summed == 3).all() and (gathered[0] == 1).all() and (gathered[1] == 2).all())
+
+
+def test_gloo_completes_a_partial_sum() -> None:
+    first, second = run_processes(2, fused_norm)
+    partials = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        partials.append(torch.randn(5, 64))
+    residual = partials[0] + partials[1] + 1
+    expected = torch.nn.functional.rms_norm(residual, (64,), torch.full((64,), 2.0), 1e-5)
+    torch.testing.assert_close(first, torch.stack((expected, residual)), rtol=1e-6, atol=1e-6)
+    assert torch.equal(first, second)
+
+
+def test_gloo_gives_every_rank_the_same_bits() -> None:
+    first, *others = run_processes(3, same_bits)
+    assert all(other == first for other in others)
+
+
+def test_gloo_with_a_rank_that_lags() -> None:
+    assert run_processes(2, many_with_a_laggard) == [True, True]
+
+
+def test_a_dead_peer_ends_the_collective() -> None:
+    seconds, dead = run_processes(2, dies)
+    assert dead is None
+    assert seconds < 5
+
+
+def test_a_silent_peer_ends_the_collective_at_its_deadline() -> None:
+    message, _ = run_processes(2, never_arrives, timeout_s=2.0)
+    assert "took longer than 2 s" in message
+
+
+def test_no_rendezvous_is_an_error_that_names_the_address() -> None:
+    with pytest.raises(CommError, match=r"rank 1 could not reach rank 0 at 127.0.0.1:1"):
+        join_rendezvous(("127.0.0.1", 1), 1, 1.0)

@@ -1,0 +1,196 @@
+"""The whole engine against transformers, and against itself in every other arrangement of the same work.
+
+float32 on a CPU, token for token. The checkpoints are random with a wide initialization: with transformers' default
+they repeat one token, and a broken cache would pass.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lockstep.runtime.engine import Engine
+from lockstep.runtime.request import Request
+
+from checkpoints import FAMILIES, tiny_checkpoint
+from engines import Results, request, run_engine
+
+LENGTHS = (1, 3, 4, 5, 15, 16, 17, 31, 40, 64, 7, 22)
+
+
+def prompts() -> list[list[int]]:
+    """16 prompts of mixed lengths, some equal, some with a common beginning."""
+    rng = np.random.default_rng(7)
+    found = [rng.integers(3, 131, n).tolist() for n in LENGTHS]
+    return [*found, found[9], found[9][:33] + found[0], found[8][:16] + found[7], found[5]]
+
+
+def greedy(model: PreTrainedModel, prompt: list[int], n: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("architecture", list(FAMILIES))
+def test_64_tokens_of_16_requests_are_those_of_transformers(tmp_path: Path, architecture: str, tp: int) -> None:
+    model = tiny_checkpoint(tmp_path, architecture)
+    found = run_engine(tmp_path, [request(i, p, max_tokens=64) for i, p in enumerate(prompts())], tp=tp)
+    distinct = 0
+    for i, prompt in enumerate(prompts()):
+        wanted = greedy(model, prompt, 64)
+        assert found.tokens[i] == wanted, f"prompt {i} of {len(prompt)} tokens"
+        distinct = max(distinct, len(set(wanted)))
+    assert distinct > 8, "the checkpoint repeats itself and would hide a broken cache"
+
+
+def mixed() -> list[Request]:
+    """The prompts with all kinds of sampling."""
+    kinds = [
+        {"temperature": 0},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_p": 0.9},
+        {"temperature": 1.2, "top_k": 20, "min_p": 0.01},
+        {"temperature": 0.9, "repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.2},
+        {"temperature": 1.0, "logit_bias": {5: 4.0, 9: -50.0}, "min_tokens": 4},
+    ]
+    return [request(i, p, stop_ids=[2], max_tokens=24, **kinds[i % len(kinds)]) for i, p in enumerate(prompts())]
+
+
+@pytest.fixture(scope="module")
+def baseline(llama_folder: Path) -> Results:
+    return run_engine(llama_folder, mixed())
+
+
+ARRANGEMENTS = {
+    "chunks of 7 tokens": {"max_num_batched_tokens": 7, "max_num_seqs": 7},
+    "one token at a time": {"max_num_batched_tokens": 1, "max_num_seqs": 1},
+    "no prefix cache": {"enable_prefix_caching": False},
+    "page-first": {"kv_layout": "page-first"},
+    "page size 1": {"page_size": 1},
+    "page size 16": {"page_size": 16},
+    "page size 5": {"page_size": 5},
+    "four at a time": {"max_num_seqs": 4},
+    "two ranks": {"tp": 2},
+    "four ranks": {"tp": 4},
+    "pages for the longest request only": {"num_pages": 32},
+    "two ranks, few pages, chunks": {"tp": 2, "num_pages": 40, "max_num_batched_tokens": 32},
+    "no prefix cache, few pages": {"num_pages": 32, "enable_prefix_caching": False},
+}
+
+
+@pytest.mark.parametrize("options", list(ARRANGEMENTS.values()), ids=list(ARRANGEMENTS))
+def test_the_same_tokens_in_any_arrangement(llama_folder: Path, baseline: Results, options: dict[str, object]) -> None:
+    if "num_pages" in options:
+        options = {"max_model_len": 32 * 4, **options}
+    found = run_engine(llama_folder, mixed(), **options)  # type: ignore[arg-type]
+    assert found.tokens == baseline.tokens
+    assert found.finished == baseline.finished
+    if "num_pages" in options:
+        assert found.preemptions > 0, "meant to run out of pages"
+
+
+def test_the_same_tokens_alone(llama_folder: Path, baseline: Results) -> None:
+    for r in mixed():
+        assert run_engine(llama_folder, [r]).tokens[r.uid] == baseline.tokens[r.uid]
+
+
+def test_the_same_tokens_when_requests_come_and_go(llama_folder: Path, baseline: Results) -> None:
+    """Requests arrive one per step, between others that are cancelled in every phase."""
+    arriving, noise = mixed(), [request(100 + i, p, max_tokens=50) for i, p in enumerate(prompts())]
+
+    def between(step: int, engine: Engine) -> None:
+        if step <= len(arriving) - 1:
+            engine.add([arriving[step], noise[step]])
+            engine.cancel([100 + step - 3])
+            if step % 5 == 0:
+                engine.cancel([100 + step])
+
+    found = run_engine(
+        llama_folder, arriving[:1], between=between, num_pages=64, max_num_batched_tokens=48, max_model_len=128
+    )
+    assert {uid: found.tokens[uid] for uid in baseline.tokens} == baseline.tokens
+    cancelled = [f for uid, f in found.finished.items() if uid >= 100 and f.reason == "abort"]
+    assert len(cancelled) >= 10
+
+
+def test_a_prefix_is_computed_once_even_within_one_step(llama_folder: Path) -> None:
+    prompt = prompts()[9]  # 64 tokens, pages of 4
+    found = run_engine(llama_folder, [request(i, prompt) for i in range(4)])
+    assert found.cached == {0: 0, 1: 60, 2: 60, 3: 60}
+    assert len({tuple(t) for t in found.tokens.values()}) == 1
+
+
+def test_a_finished_answer_is_a_cached_prefix(llama_folder: Path) -> None:
+    prompt = prompts()[8]
+    first = run_engine(llama_folder, [request(0, prompt)]).tokens[0]
+    longer = prompt + first + [7, 8, 9]
+    alone = run_engine(llama_folder, [request(1, longer)])
+
+    def between(step: int, engine: Engine) -> None:
+        if step == 40:
+            engine.add([request(1, longer)])
+
+    again = run_engine(llama_folder, [request(0, prompt), request(2, [5] * 30, max_tokens=60)], between=between)
+    assert again.tokens[1] == alone.tokens[1]
+    assert again.cached[1] == (len(prompt) + len(first) - 1) // 4 * 4
+
+
+def test_stop_ids_and_min_tokens(llama_folder: Path) -> None:
+    prompt = prompts()[4]
+    free = run_engine(llama_folder, [request(0, prompt)]).tokens[0]
+    stop = free[5]
+    first = free.index(stop)
+    ended = run_engine(llama_folder, [request(0, prompt, stop_ids=[stop])])
+    assert ended.tokens[0] == free[: first + 1]
+    assert (ended.finished[0].reason, ended.finished[0].stop_id) == ("stop", stop)
+    later = run_engine(llama_folder, [request(0, prompt, stop_ids=[stop], min_tokens=first + 3)])
+    assert stop not in later.tokens[0][: first + 3]
+    assert len(later.tokens[0]) > first + 3
+
+
+def test_logprobs_are_those_of_transformers(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path, "Qwen3ForCausalLM")
+    prompt = prompts()[6]
+    found = run_engine(tmp_path, [request(0, prompt, logprobs=3, temperature=1.0, presence_penalty=1.0)], tp=2)
+    tokens = found.tokens[0]
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    wanted = logits.log_softmax(-1)
+    for i, (token, got) in enumerate(zip(tokens, found.logprobs[0], strict=True)):
+        assert got.token == pytest.approx(float(wanted[i, token]), abs=1e-4)
+        assert got.rank == int((wanted[i] > wanted[i, token]).sum()) + 1
+        top = wanted[i].topk(3)
+        assert got.top_ids == top.indices.tolist()
+        assert got.top == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+def test_a_request_that_cannot_run_ends_alone(llama_folder: Path) -> None:
+    bad = [request(1, []), request(2, [131]), request(3, [-1]), request(4, [3] * 300)]
+    found = run_engine(llama_folder, [request(0, prompts()[0]), *bad, request(5, prompts()[1])])
+    assert found.finished[0].reason == found.finished[5].reason == "length"
+    errors = {uid: found.finished[uid].error for uid in (1, 2, 3, 4)}
+    assert all(found.finished[uid].reason == "abort" for uid in errors)
+    assert "empty" in str(errors[1])
+    assert "131" in str(errors[2])
+    assert "0 to 130" in str(errors[2])
+    assert "-1" in str(errors[3])
+    assert "300 tokens" in str(errors[4])
+
+
+def test_context_ends_the_output(llama_folder: Path) -> None:
+    found = run_engine(llama_folder, [request(0, [5] * 250, max_tokens=100)])
+    assert len(found.tokens[0]) == 6
+    assert found.finished[0].reason == "length"

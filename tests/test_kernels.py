@@ -1,0 +1,159 @@
+"""The ops against torch's own functions, transformers' modules and plain loops; the same tests run on a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from lockstep.kernels import jit, ops, reference
+from lockstep.runtime.cache.pool import KVPool, KVShape
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Relative to the largest value: one rounding of the result, and for the norms of the sum before it.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    torch.manual_seed(0)
+    return str(request.param)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    scale = float(expected.abs().max().clamp(min=1)) if expected.numel() else 1.0
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=scale * TOLERANCE[actual.dtype])
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("rows", [0, 1, 77])
+def test_gather_rows_of_all_shards_sum_to_the_lookup(device: str, rows: int, ids_dtype: torch.dtype) -> None:
+    table = torch.randn(131, 24, device=device).bfloat16()
+    ids = torch.randint(0, 131, (rows,), device=device, dtype=ids_dtype)
+    shards = [
+        ops.gather_rows(part, ids, first_row=first) for first, part in zip((0, 44, 88), table.split(44), strict=True)
+    ]
+    assert torch.equal(sum(shards), F.embedding(ids, table))
+    foreign = (ids < 44) | (ids >= 88)
+    assert not shards[1][foreign].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 40), (0, 8), (3, 4, 16)])
+def test_rms_norm(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = torch.randn(*shape, device=device).to(dtype), torch.rand(shape[-1], device=device).to(dtype) + 0.5
+    expected = F.rms_norm(x.double(), shape[-1:], weight.double(), 1e-5)
+    close(ops.rms_norm(x, weight, 1e-5), expected)
+
+
+def test_rms_norm_is_that_of_transformers() -> None:
+    norm = LlamaRMSNorm(64, eps=1e-6)
+    torch.nn.init.uniform_(norm.weight)
+    x = torch.randn(7, 64)
+    torch.testing.assert_close(ops.rms_norm(x, norm.weight.detach(), 1e-6), norm(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_updates_the_residual(device: str, dtype: torch.dtype) -> None:
+    x, residual = (torch.randn(9, 48, device=device).to(dtype) for _ in range(2))
+    weight = torch.rand(48, device=device).to(dtype) + 0.5
+    total = x.double() + residual.double()
+    kept = residual.clone()
+    close(ops.add_rms_norm(x, kept, weight, 1e-5), F.rms_norm(total, (48,), weight.double(), 1e-5))
+    assert torch.equal(kept, total.to(dtype))
+
+
+def test_rope_is_that_of_transformers(device: str) -> None:
+    positions = torch.tensor([0, 3, 9, 200, 1], device=device)
+    angles = positions[:, None] * (10000.0 ** -(torch.arange(0, 32, 2, device=device) / 32))
+    cos_sin = torch.zeros(256, 32, device=device)
+    cos_sin[positions] = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    fused = torch.randn(5, 6 * 32, device=device)  # q and k are views of one projection, as in the decoder
+    q, k = fused[:, : 4 * 32].view(5, 4, 32), fused[:, 4 * 32 :].view(5, 2, 32)
+    cos, sin = torch.cat((angles, angles), -1).cos()[None], torch.cat((angles, angles), -1).sin()[None]
+    wanted_q, wanted_k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    ops.rope_(q, k, positions.int(), cos_sin)
+    torch.testing.assert_close(q, wanted_q[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(k, wanted_k[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_and_mul(device: str, dtype: torch.dtype) -> None:
+    x = torch.randn(6, 34, device=device).to(dtype)
+    close(ops.silu_and_mul(x), F.silu(x[:, :17].double()) * x[:, 17:].double())
+
+
+@pytest.mark.parametrize("layout", ["layer-first", "page-first"])
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+@pytest.mark.parametrize("rows", [0, 1, 29])
+def test_store_kv_moves_exactly_these_rows(device: str, layout: str, page_size: int, rows: int) -> None:
+    shape = KVShape(num_layers=3, page_size=page_size, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16)
+    pool = KVPool(shape, 40, torch.device(device), layout)  # type: ignore[arg-type]
+    k, v = (torch.randn(rows, 2, 8, device=device).bfloat16() for _ in range(2))
+    slots = torch.randperm(40 * page_size, device=device)[:rows].int()
+    slots[::5] = -1
+    wanted = {which: torch.zeros(40 * page_size, 2, 8, dtype=torch.bfloat16) for which in "kv"}
+    for row, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            wanted["k"][slot], wanted["v"][slot] = k[row].cpu(), v[row].cpu()
+    ops.store_kv_(k, v, pool.k(1), pool.v(1), slots)
+    assert torch.equal(pool.k(1).reshape(-1, 2, 8).cpu(), wanted["k"])
+    assert torch.equal(pool.v(1).reshape(-1, 2, 8).cpu(), wanted["v"])
+    for untouched in (pool.k(0), pool.v(0), pool.k(2), pool.v(2)):
+        assert not untouched.any()
+
+
+def test_a_wrong_argument_is_named_with_the_rule() -> None:
+    x = torch.zeros(2, 8)
+    with pytest.raises(ValueError, match=r"weight \[7\] torch.float32 must be \[8\]"):
+        ops.rms_norm(x, torch.zeros(7), 1e-5)
+    with pytest.raises(ValueError, match=r"ids .* int32 or int64"):
+        ops.gather_rows(x, torch.zeros(3))
+    with pytest.raises(ValueError, match="residual"):
+        ops.add_rms_norm(x, torch.zeros(3, 8), torch.zeros(8), 1e-5)
+    with pytest.raises(ValueError, match="slots"):
+        cache = torch.zeros(4, 2, 1, 8)
+        ops.store_kv_(x.view(2, 1, 8), x.view(2, 1, 8), cache, cache.clone(), torch.zeros(3, dtype=torch.int32))
+
+
+tokens = st.lists(st.integers(0, 3), max_size=80).map(lambda ids: np.array(ids, np.int32))
+
+
+@settings(max_examples=300, derandomize=True, deadline=None)
+@given(tokens, tokens)
+def test_common_prefix_length_in_cpp_and_numpy(a: np.ndarray, b: np.ndarray) -> None:
+    expected = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    assert reference.common_prefix_length(a, b) == expected
+    assert ops.common_prefix_length(a, b) == expected
+
+
+def test_radix_cpp_is_what_runs_here() -> None:
+    assert jit.radix_compare() is not None
+
+
+def test_common_prefix_at_every_place_of_a_long_array() -> None:
+    a = np.arange(100, dtype=np.int32)
+    for i in range(100):
+        b = a.copy()
+        b[i] = -1
+        assert ops.common_prefix_length(a, b) == i
+    assert ops.common_prefix_length(a, a.copy()) == 100
+    assert ops.common_prefix_length(a, a[:37]) == 37
+
+
+def test_without_a_compiler_numpy_serves_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: object
+) -> None:
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jit.radix_compare.cache_clear()
+    try:
+        assert ops.common_prefix_length(np.array([1, 2], np.int32), np.array([1, 3], np.int32)) == 1
+        assert "NumPy" in caplog.text
+    finally:
+        jit.radix_compare.cache_clear()
