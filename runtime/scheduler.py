@@ -50,9 +50,11 @@ class Limits:
         if len(request.tokens) == 0:
             raise ValueError("the prompt is empty; give at least one token")
         if len(request.tokens) >= self.max_length:
+            cache_is_full = self.max_length == self.num_pages * self.page_size
             raise ValueError(
                 f"the prompt has {len(request.tokens)} tokens, but the context is {self.max_length} and needs room for"
-                " at least one more; shorten the prompt or raise max_model_len"
+                " at least one more; shorten the prompt or raise"
+                f" {'num_pages or kv_cache_memory, the KV cache is full then' if cache_is_full else 'max_model_len'}"
             )
         lowest, highest = int(request.tokens.min()), int(request.tokens.max())
         if lowest < 0 or highest >= self.vocab_size:
@@ -98,6 +100,7 @@ class Scheduler:
         self._next_ticket = 0
         self._writes: list[np.ndarray] = []  # [n, 3] each: the page table's changes since the last plan
         self._head_blocked = False  # the first waiting request did not fit, and nothing has been released since
+        self._preempted: set[int] = set()  # uids that wait again
         self._cached: dict[int, int] = {}  # prefix hits to report with the next output
 
     # -- requests come and go
@@ -109,16 +112,15 @@ class Scheduler:
 
     def cancel(self, uid: int) -> Finished | None:
         """End a request wherever it is; None if it has ended already."""
-        for request in self.waiting:
+        for i, request in enumerate(self.waiting):
             if request.uid == uid:
-                self.waiting.remove(request)
+                del self.waiting[i]
+                self._preempted.discard(uid)
                 self._head_blocked = False
                 return Finished(uid, "abort")
-        for slot in self.order.tolist():
-            owner = self.requests[slot]
-            if owner is not None and owner.uid == uid:
-                self._release(slot)
-                return Finished(uid, "abort")
+        for slot in self.order[self.uid[self.order] == uid].tolist():
+            self._release(slot)
+            return Finished(uid, "abort")
         return None
 
     @property
@@ -194,7 +196,7 @@ class Scheduler:
         first = self.num_pages[slots]
         index = first + np.arange(len(pages), dtype=np.int32) if len(slots) > 1 and slots[0] == slots[-1] else first
         self.page_table[slots, index] = pages
-        np.add.at(self.num_pages, slots, 1)
+        self.num_pages[slots] = index + 1  # of equal slots the last one counts
         self._writes.append(np.stack((slots, index, pages), axis=1).astype(np.int32))
 
     # -- the prefix cache
@@ -253,7 +255,9 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self._free_slots.pop()
-            self._cached[request.uid] = int(self.computed[slot])
+            if request.uid not in self._preempted:
+                self._cached[request.uid] = int(self.computed[slot])
+            self._preempted.discard(request.uid)
             counts.append(self._extend_prefill(slot, self._first_chunk(slot, budget)))
             budget -= counts[-1]
             self.order = np.append(self.order, np.int32(slot))
@@ -356,6 +360,7 @@ class Scheduler:
         self.waiting.appendleft(
             Request(request.uid, tokens, request.num_prompt_tokens, request.params, request.stop_ids)
         )
+        self._preempted.add(request.uid)
         self.num_preemptions += 1
 
     def _release(self, slot: int) -> None:

@@ -342,3 +342,119 @@ def test_random_operations_in_small_worlds() -> None:
         SchedulerMachine,
         settings=settings(max_examples=100, stateful_step_count=30, derandomize=True, deadline=None, database=None),
     )
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_random_operations_under_pressure(page_size: int, depth: int, caching: bool) -> None:
+    """Longer lives: hundreds of requests in a cache that is always full."""
+    total: Counter[str] = Counter()
+    for seed in range(4):
+        rng = random.Random(f"{seed} {page_size} {depth} {caching}")
+        max_num_seqs = rng.randint(2, 12)
+        world = limits(
+            max_model_len=150,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 7, 20, 100]),
+            num_pages=rng.choice([100, 160, 300]) // page_size,
+            page_size=page_size,
+            enable_prefix_caching=caching,
+        )
+        simulation = Simulation(world, depth)
+        for _ in range(400):
+            operate(simulation, rng)
+            simulation.check()
+        simulation.finish()
+        total["preempted"] += simulation.scheduler.num_preemptions
+        total["cached"] += sum(map(sum, (entry.cached for entry in simulation.ledger.values())))
+        total.update(finished.reason for entry in simulation.ledger.values() for finished in entry.finished)
+    assert (total.pop("cached") > 0) == caching
+    assert total.keys() == {"preempted", "stop", "length", "abort"}  # the pressure was there
+    assert min(total.values()) > 20
+
+
+def operate(simulation: Simulation, rng: random.Random) -> None:
+    """One random operation; steps are the most frequent ones."""
+    kind = rng.random()
+    ledger, longest = simulation.ledger, simulation.limits.max_length - 1
+    if kind < 0.2 and len(simulation.scheduler.waiting) < 8:
+        prompt = FAMILY[: rng.randrange(90)] + rng.choices(range(VOCAB), k=rng.choice([1, 2, 2, 30]))
+        if ledger and rng.random() < 0.3:
+            entry = rng.choice(list(ledger.values()))
+            prompt = entry.request.tokens.tolist() + entry.tokens
+        stop_ids = rng.sample(range(VOCAB), k=rng.choice([0, 0, 0, 1, 3]))
+        simulation.add(
+            prompt[:longest], max_tokens=rng.choice([1, 5, 40, 200]), min_tokens=rng.choice([0, 0, 3]), stop_ids=stop_ids
+        )
+    elif kind < 0.23 and ledger:
+        simulation.cancel(rng.choice(list(ledger)[-12:]))
+    else:
+        simulation.advance()
+
+
+def cached_tokens(simulation: Simulation) -> list[int]:
+    return [sum(entry.cached) for entry in simulation.ledger.values()]
+
+
+def computed_tokens(simulation: Simulation) -> int:
+    """Run everything to its end; how many tokens all the steps computed."""
+    total = 0
+    while simulation.scheduler.has_work or simulation.in_flight:
+        if simulation.schedule():
+            total += int(simulation.in_flight[-1][0].plan.counts.sum())
+        while simulation.in_flight:
+            simulation.commit()
+    simulation.finish()
+    return total
+
+
+def test_equal_prompts_of_one_step_are_computed_once() -> None:
+    simulation = Simulation(limits(max_num_batched_tokens=200, page_size=16, num_pages=20), depth=1)
+    for _ in range(4):
+        simulation.add(FAMILY[:50], max_tokens=1)
+    assert computed_tokens(simulation) == 50 + 3 * 2
+    assert cached_tokens(simulation) == [0, 48, 48, 48]
+
+
+@pytest.mark.parametrize("budget", [20, 37, 50, 64])
+def test_a_prefix_that_arrives_in_chunks_is_computed_once(budget: int) -> None:
+    """Each request adds its own page to a system prompt longer than the budget; nobody computes that a second time."""
+    world = limits(max_model_len=200, max_num_batched_tokens=budget, page_size=16, num_pages=100)
+    simulation = Simulation(world, depth=1)
+    for own in range(4):
+        simulation.add(FAMILY[:160] + [own] * 16, max_tokens=1)
+    assert computed_tokens(simulation) == 160 + 4 * 16
+
+
+def test_cached_tokens_take_no_budget() -> None:
+    simulation = Simulation(limits(max_model_len=200, max_num_batched_tokens=16, page_size=1, num_pages=400), depth=1)
+    simulation.add(FAMILY[:180], max_tokens=1)
+    simulation.add(FAMILY[:181], max_tokens=1)
+    simulation.finish()
+    assert simulation.num_steps <= 180 // 16 + 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_pages", "message"),
+    [
+        ([], 8, "prompt is empty; give at least one token"),
+        ([0] * 60, 64, r"60 tokens, but the context is 60 .* shorten the prompt or raise max_model_len"),
+        ([0] * 32, 2, r"32 tokens, but the context is 32 .* raise num_pages or kv_cache_memory"),
+        ([0, VOCAB], 8, "token id 7 in the prompt; the model has ids 0 to 6"),
+        ([0, -1], 8, "token id -1 in the prompt; the model has ids 0 to 6"),
+    ],
+)
+def test_what_can_never_run_is_refused(prompt: list[int], num_pages: int, message: str) -> None:
+    simulation = Simulation(limits(num_pages=num_pages, page_size=16), depth=1)
+    with pytest.raises(ValueError, match=message):
+        simulation.add(prompt)
+    assert not simulation.scheduler.has_work
+
+
+def test_the_longest_request_that_is_accepted_ends_with_the_whole_cache() -> None:
+    simulation = Simulation(limits(max_model_len=48, num_pages=3, page_size=16), depth=2)
+    simulation.add([0] * 47, max_tokens=500)
+    simulation.add([1], max_tokens=500)
+    simulation.finish()
+    assert [len(entry.tokens) for entry in simulation.ledger.values()] == [1, 47]

@@ -1,0 +1,180 @@
+"""The ranks as a group of Ray actors: started together, watched together, and ended together.
+
+Any rank's failure is the group's end, because the others cannot go on without it. Several ranks then fail within
+moments of each other; the group reports the one that the others only followed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ..comm.base import CommError
+from ..runtime.config import Config
+from .errors import RankFailed
+from .worker import Endpoint, Worker
+
+FORWARDED = ("NCCL_", "GLOO_", "OMP_", "HF_", "HUGGING_FACE_", "TORCH_", "CUDA_LAUNCH_")
+WATCH_S = 0.5
+OTHERS_S = 2.0  # after one rank failed, for Ray to report the others
+KILL_S = 5.0  # for Ray to end the processes
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What Ray says of a rank's call that has ended."""
+
+    rank: int
+    error: RayError | None  # None: it returned, though nobody told it to
+
+    @property
+    def cause(self) -> BaseException | None:
+        """The exception that the rank raised; None if it died."""
+        return self.error.cause if isinstance(self.error, RayTaskError) else None
+
+    @property
+    def is_echo(self) -> bool:
+        """Whether another rank's failure may be behind this one: a CommError says that a peer is gone or silent."""
+        return isinstance(self.cause, CommError)
+
+    @property
+    def reason(self) -> str:
+        if self.error is None:
+            return "ended by itself"
+        if self.cause is not None:
+            return f"failed: {type(self.cause).__name__}: {_first_line(self.cause)}"
+        return f"died: {_reason_of_death(self.error)}"
+
+
+class Ranks:
+    """A Worker in each bundle of `group`; `config` is resolved. Call `close` in any case."""
+
+    def __init__(self, config: Config, group: PlacementGroup) -> None:
+        self.endpoints: list[Endpoint] = []  # set by whoever called `bind`
+        self.failure: RankFailed | None = None
+        self._calls: list[Any] = []  # the last one of each rank
+        self._closing = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="lockstep-watch", daemon=True)
+        self._actors = [_start_actor(rank, config, group) for rank in range(config.tensor_parallel_size)]
+
+    def call(self, method: str, deadline: float, *arguments: Any) -> list[Any]:
+        """The results of `method` on every rank, in rank order.
+
+        Raises the first cause if a rank fails: a user's mistake as the ValueError it is, anything else, and an answer
+        that has not come by `deadline` (of time.perf_counter), as RankFailed.
+        """
+        self._calls = [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        silent = self._calls
+        while silent:
+            left = deadline - time.perf_counter()
+            if left <= 0:
+                who = ", ".join(self._where(self._calls.index(call)) for call in silent)
+                raise RankFailed(f"no answer to {method} from {who} within startup_timeout; raise it, or look there")
+            _, silent = ray.wait(self._calls, num_returns=len(self._calls), timeout=min(WATCH_S, left))
+            failures = [failure for failure in self._ended() if failure.error is not None]
+            if failures:
+                self._raise(self._find_cause(failures))
+        return list(ray.get(self._calls))
+
+    def run(self) -> None:
+        """Let the ranks work, and watch them from a thread of its own."""
+        self._calls = [actor.run.remote() for actor in self._actors]
+        self._watcher.start()
+
+    def fail(self, reason: str) -> None:
+        """End all ranks for this reason, unless there is one already."""
+        self.failure = self.failure or RankFailed(reason)
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def close(self, patience_s: float) -> None:
+        """End all ranks, those that have not ended by themselves within patience_s by force."""
+        self._closing.set()
+        if self.failure is None and self._watcher.is_alive():
+            ray.wait(self._calls, num_returns=len(self._calls), timeout=patience_s)
+        for actor in self._actors:
+            ray.kill(actor)
+        if self._calls:
+            ray.wait(self._calls, num_returns=len(self._calls), timeout=KILL_S)
+        if self._watcher.is_alive():
+            self._watcher.join()  # before Ray is shut down under it
+
+    def _watch(self) -> None:
+        """Wait for the first rank whose `run` ends, and note why."""
+        while not self._closing.is_set():
+            if not ray.is_initialized():  # a call would start Ray again
+                self.failure = RankFailed("Ray was shut down in this process; close the LLM before")
+                return
+            done, _ = ray.wait(self._calls, num_returns=1, timeout=WATCH_S)
+            if done and not self._closing.is_set():
+                cause = self._find_cause(self._ended())
+                self.fail(f"{self._where(cause.rank)} {cause.reason}{self._suspects() if cause.is_echo else ''}")
+                return
+
+    def _find_cause(self, failures: list[Failure]) -> Failure:
+        """Of several ranks that failed together, the one that the others followed."""
+        if all(failure.is_echo for failure in failures):
+            ray.wait(self._calls, num_returns=len(self._calls), timeout=OTHERS_S)
+            failures = self._ended()
+        return min(failures, key=lambda failure: failure.is_echo)
+
+    def _suspects(self) -> str:
+        """Whom the ranks that failed may have waited for: those that Ray still takes for alive."""
+        ended = {failure.rank for failure in self._ended()}
+        silent = [self._where(rank) for rank in range(len(self._calls)) if rank not in ended]
+        return f"; no word from {', '.join(silent)}" if silent else ""
+
+    def _ended(self) -> list[Failure]:
+        found = ((rank, _outcome(call)) for rank, call in enumerate(self._calls))
+        return [Failure(rank, error) for rank, (ended, error) in found if ended]
+
+    def _raise(self, failure: Failure) -> None:
+        where = self._where(failure.rank)
+        if isinstance(failure.cause, ValueError):
+            raise ValueError(f"{failure.cause} ({where})") from failure.error
+        raise RankFailed(f"{where} {failure.reason}") from failure.error
+
+    def _where(self, rank: int) -> str:
+        return str(self.endpoints[rank]) if self.endpoints else f"rank {rank}"
+
+
+def _start_actor(rank: int, config: Config, group: PlacementGroup) -> Any:
+    environment = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+    actor = ray.remote(Worker).options(
+        num_cpus=1,
+        num_gpus=config.gpus_per_rank if config.device == "cuda" else 0,
+        max_restarts=0,
+        max_task_retries=0,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+    )
+    return actor.remote(rank, config.tensor_parallel_size, config, environment)
+
+
+def _outcome(call: Any) -> tuple[bool, RayError | None]:
+    """Whether a call has ended, and the error if with one."""
+    try:
+        ray.get(call, timeout=0)
+    except GetTimeoutError:
+        return False, None
+    except RayError as error:
+        return True, error
+    return True, None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+
+
+def _reason_of_death(error: RayError) -> str:
+    """The one line of Ray's report that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "exit" in line.lower()] or lines[-1:] or [type(error).__name__]
+    return telling[0].split(" There are some potential")[0]
