@@ -18,9 +18,8 @@ from .. import __version__
 from ..runtime.config import Config
 from ..runtime.outputs import CompletionOutput, Delta, RequestOutput
 from ..runtime.request import SamplingParams
-from .cluster import RankFailed
+from .errors import PlacementError, RankFailed
 from .llm import LLM
-from .placement import PlacementError
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)

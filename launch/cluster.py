@@ -64,16 +64,18 @@ class RayExecutor:
             self._commands.send(encode(Cancel(list(uids))))
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
-        self._check_open()
         deadline = time.perf_counter() + timeout_s
-        while True:
+        while not self._closed:
             left = deadline - time.perf_counter()
             messages = self._outputs.receive(min(POLL_S, max(0.0, left)))
             if messages:
                 return self._take_in(messages)
+            self._check_silence()
             self._check()
             if left <= 0:
                 return []
+        self._check()
+        return []
 
     def close(self) -> None:
         """Stop the ranks and end what was started for them; safe to call twice."""
@@ -113,18 +115,17 @@ class RayExecutor:
         self._live.difference_update(finished.uid for output in outputs for finished in output.finished)
         return outputs
 
-    def _check_open(self) -> None:
+    def _check(self) -> None:
         if self._closed:
             raise RankFailed("the ranks were ended by close(); make a new LLM")
-
-    def _check(self) -> None:
-        """Raises RankFailed if the ranks can do no more: closed, dead, or silent for longer than a step may take."""
-        self._check_open()
-        silence = time.perf_counter() - self._heard
-        if self._live and silence > self._patience_s:
-            self._ranks.fail(f"no step has ended for {silence:.0f} s; {self._ranks.endpoints[0]} hangs")
         if self._ranks.failure is not None:
             raise self._ranks.failure
+
+    def _check_silence(self) -> None:
+        """A leader that hangs tells nobody: it is found out when no step ends for longer than one may take."""
+        silence = time.perf_counter() - self._heard
+        if self._live and silence > self._patience_s:
+            self._ranks.fail(f"no step has ended for {silence:.0f} s, step_timeout is over: {self._ranks.endpoints[0]}")
 
 
 def _while_connected(end: Callable[..., Any], *arguments: Any) -> None:

@@ -12,7 +12,6 @@ from ..runtime.hub import checkpoint_folder
 from ..runtime.llm import OfflineLLM
 from ..runtime.model.config import ModelConfig
 from ..runtime.tokenizer import Tokenizer
-from .cluster import RayExecutor
 
 log = logging.getLogger(__name__)
 
@@ -36,5 +35,7 @@ class LLM(OfflineLLM):
             log.info("one rank: running in this process, without Ray")
             executor = LocalExecutor(self.config, described, folder)
         else:
+            from .cluster import RayExecutor  # Ray costs 0.4 s, and one rank does not need it
+
             executor = RayExecutor(self.config, described, folder)
         super().__init__(executor, described, folder, tokenizer)

@@ -4,48 +4,63 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from ..runtime.config import Config
+from .errors import PlacementError
 
 log = logging.getLogger(__name__)
 LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least: tensors never travel through it
+CONNECT_S = 5.0  # Ray itself tries for two minutes
 FIRST_REPORT_S, REPORT_S = 2.0, 5.0
-
-
-class PlacementError(RuntimeError):
-    """The cluster cannot give the ranks what they need; the message has its table of resources."""
 
 
 def start_ray(config: Config) -> bool:
     """Connect this process to Ray; True if that started a cluster of our own, which we then also end."""
     if ray.is_initialized():
+        log.info("using the Ray cluster that this process is connected to")
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    address = config.ray_address or os.environ.get("RAY_ADDRESS", "local")
     started = time.perf_counter()
-    if address:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise PlacementError(f"no Ray cluster at {address}: {reason}") from error
-        log.info("connected to the Ray cluster at %s in %.1f s", address, time.perf_counter() - started)
-        return False
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, config.tensor_parallel_size),
-        include_dashboard=False,
-        object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-        **quiet,
-    )
-    log.info("started Ray on this machine in %.1f s", time.perf_counter() - started)
-    return True
+    if address == "local":
+        cpus = max(os.cpu_count() or 1, config.tensor_parallel_size)
+        _init(address, num_cpus=cpus, include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES)
+    else:
+        # Its C++ core repeats on stderr what the exception says; the environment is the only way to tell it.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        _check_reachable(address)
+        _init(address)
+    log.info("Ray cluster: %s, ready in %.1f s", address, time.perf_counter() - started)
+    return address == "local"
+
+
+def _init(address: str, **options: Any) -> None:
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (RayError, ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PlacementError(
+            f"no Ray cluster at {address}: {reason}; see that it runs, with the same Ray and Python, and that"
+            " RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are set as they are there"
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Raises PlacementError within CONNECT_S if nobody listens at host:port."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # "auto", and what Ray refuses at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError as error:
+        raise PlacementError(f"no Ray cluster at {address}: {error}; see that it runs and is reachable") from error
 
 
 def has_gpus() -> bool:
@@ -68,18 +83,25 @@ def place(config: Config) -> PlacementGroup:
             f"{wanted} never fit in this Ray cluster: {_table()}; add nodes, or use a smaller tensor_parallel_size"
         )
     group = placement_group([bundle] * size, strategy="PACK")
-    started, pause = time.perf_counter(), min(FIRST_REPORT_S, config.wait_for_resources)
+    try:
+        _wait(group, wanted, config.wait_for_resources)
+    except BaseException:
+        remove_placement_group(group)
+        raise
+    return group
+
+
+def _wait(group: PlacementGroup, wanted: str, limit_s: float) -> None:
+    started, pause = time.perf_counter(), min(FIRST_REPORT_S, limit_s)
     while not group.wait(pause):
         waited = time.perf_counter() - started
-        if waited > config.wait_for_resources:
-            remove_placement_group(group)
+        if waited >= limit_s:
             raise PlacementError(
                 f"no room for {wanted} within {waited:.0f} s, others hold it: {_table()};"
                 " free resources or raise wait_for_resources"
             )
-        log.warning("waiting for %s, %.0f of %.0f s: %s", wanted, waited, config.wait_for_resources, _table())
-        pause = min(REPORT_S, max(0.1, config.wait_for_resources - waited))
-    return group
+        log.warning("waiting for %s, %.0f of %.0f s: %s", wanted, waited, limit_s, _table())
+        pause = min(REPORT_S, max(0.1, limit_s - waited))
 
 
 def _nodes() -> list[dict[str, Any]]:

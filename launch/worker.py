@@ -59,7 +59,9 @@ class Worker:
         os.environ.update(environment)
         self.rank, self.size, self.config = rank, size, config
         if config.device == "cpu":
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+            # Ray sets OMP_NUM_THREADS=1 in its workers: only the driver's own choice counts.
+            cores = len(os.sched_getaffinity(0)) // size
+            torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", max(1, cores))))
 
     def bind(self, ip: str | None) -> Endpoint:
         """Open this rank's ports on `ip`, by default the address by which the cluster knows this node."""

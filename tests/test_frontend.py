@@ -120,7 +120,7 @@ def run(frontend: Frontend, generation: Generation) -> tuple[str, list[str]]:
         (["zzz", "unto", "said"], "And the LORD "),
         ("And", ""),
         ("not in it", "And the LORD said unto Moses, saying"),
-        ([" unto Moses, s", "unto"], "And the LORD said"),
+        ([" unto Moses, s", "unto"], "And the LORD said "),  # the one that is complete first
     ],
 )
 def test_stop_strings(tokenizer: Tokenizer, stop: Any, wanted: str, burst: int) -> None:
