@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import torch
-from torch.distributed import Store, TCPStore
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # exported, but not in its stubs
 
 from .base import CommError, Communicator, SingleRank
 from .torch_group import Backend, TorchCommunicator

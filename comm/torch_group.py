@@ -9,13 +9,12 @@ may hold several ranks or groups. Ranks find each other through a TCP store that
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
 
 from .base import CommError, Communicator
-
 
 Backend = Literal["gloo", "nccl"]
 
@@ -23,9 +22,7 @@ Backend = Literal["gloo", "nccl"]
 class TorchCommunicator(Communicator):
     """One rank of a gloo (CPU) or NCCL (CUDA) group; see `connect` in connect.py for the arguments."""
 
-    def __init__(
-        self, rank: int, size: int, *, store: dist.Store, own_ip: str, backend: Backend, timeout_s: float
-    ) -> None:
+    def __init__(self, rank: int, size: int, *, store: Any, own_ip: str, backend: Backend, timeout_s: float) -> None:
         self.rank, self.size = rank, size
         self._timeout_s = timeout_s
         timeout = timedelta(seconds=timeout_s)
@@ -74,14 +71,14 @@ class TorchCommunicator(Communicator):
             ) from error
 
 
-def _nccl(store: dist.Store, rank: int, size: int, own_ip: str, timeout: timedelta) -> dist.ProcessGroup:
+def _nccl(store: Any, rank: int, size: int, own_ip: str, timeout: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
-def _gloo(store: dist.Store, rank: int, size: int, own_ip: str, timeout: timedelta) -> dist.ProcessGroup:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: Any, rank: int, size: int, own_ip: str, timeout: timedelta) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch.distributed builds it the same way
     # By address: gloo's own choice resolves the host's name, which fails on machines without a DNS entry for it.
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_ip)]
     options._timeout = timeout

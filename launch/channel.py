@@ -24,7 +24,7 @@ class Inbox:
 
     def __init__(self, ip: str) -> None:
         public, secret = zmq.curve_keypair()
-        self._socket = zmq.Context.instance().socket(zmq.PULL)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.set(zmq.CURVE_SERVER, 1)
@@ -32,7 +32,7 @@ class Inbox:
         if ":" in ip:
             self._socket.set(zmq.IPV6, 1)
             ip = f"[{ip}]"
-        port = self._socket.bind_to_random_port(f"tcp://{ip}")
+        port: int = self._socket.bind_to_random_port(f"tcp://{ip}")
         self.address = Address(f"tcp://{ip}:{port}", public)
 
     def receive(self, timeout_s: float | None) -> list[bytes]:
@@ -48,9 +48,7 @@ class Inbox:
 
     def receive_one(self) -> bytes:
         """The next message, however long it takes: the caller's owner ends it if nothing can come any more."""
-        message = self._socket.recv()
-        assert isinstance(message, bytes)
-        return message
+        return self._socket.recv()
 
     def close(self) -> None:
         self._socket.close()
@@ -61,7 +59,7 @@ class Outbox:
 
     def __init__(self, address: Address) -> None:
         public, secret = zmq.curve_keypair()
-        self._socket = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set(zmq.LINGER, 1000)  # ms: the last message still goes out when the process ends
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.CURVE_PUBLICKEY, public)

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ DEFAULT_MAX_TOKENS = 128
 
 def main() -> None:
     """The console script: errors that a user can act on are one line, without a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an orderly end, as after Ctrl-C
     try:
         app()
     except ValueError as error:
@@ -114,7 +116,7 @@ def generate(
     if logprobs is not None and not as_json:
         raise ValueError("--logprobs is printed with --json only; add --json")
     prompts = _read_prompts(prompt or [], prompt_file or [])
-    chosen = {
+    chosen: dict[str, Any] = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or None,
         "n": n, "logprobs": logprobs, "ignore_eos": ignore_eos, "max_tokens": max_tokens,
     }  # fmt: skip

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from typing import Any
 
@@ -33,8 +35,6 @@ def start_ray(config: Config) -> bool:
         cpus = max(os.cpu_count() or 1, config.tensor_parallel_size)
         _init(address, num_cpus=cpus, include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES)
     else:
-        # Its C++ core repeats on stderr what the exception says; the environment is the only way to tell it.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         _check_reachable(address)
         _init(address)
     log.info("Ray cluster: %s, ready in %.1f s", address, time.perf_counter() - started)
@@ -42,6 +42,7 @@ def start_ray(config: Config) -> bool:
 
 
 def _init(address: str, **options: Any) -> None:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except (RayError, ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
@@ -50,6 +51,9 @@ def _init(address: str, **options: Any) -> None:
             f"no Ray cluster at {address}: {reason}; see that it runs, with the same Ray and Python, and that"
             " RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are set as they are there"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray has set a handler that aborts with a dump of the stack; its processes end with ours in any case.
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _check_reachable(address: str) -> None:

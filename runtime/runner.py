@@ -70,6 +70,9 @@ class Runner:
             wanted = config.max_num_seqs * pages_per_seq
             return min(wanted, max(int(CPU_KV_CACHE_GIB * GIB) // page_bytes, pages_per_seq))
         free, total = torch.cuda.mem_get_info(self.device)
+        if config.gpus_per_rank < 1:  # the others' memory comes and goes while this is measured: keep to a share
+            share = config.gpu_memory_utilization * config.gpus_per_rank * total
+            return int(share - torch.cuda.memory_reserved(self.device)) // page_bytes
         return int(free - (1 - config.gpu_memory_utilization) * total) // page_bytes
 
     @torch.inference_mode()

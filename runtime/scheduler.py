@@ -50,11 +50,11 @@ class Limits:
         if len(request.tokens) == 0:
             raise ValueError("the prompt is empty; give at least one token")
         if len(request.tokens) >= self.max_length:
-            cache_is_full = self.max_length == self.num_pages * self.page_size
+            whole_cache = self.max_length == self.num_pages * self.page_size
             raise ValueError(
                 f"the prompt has {len(request.tokens)} tokens, but the context is {self.max_length} and needs room for"
                 " at least one more; shorten the prompt or raise"
-                f" {'num_pages or kv_cache_memory, the KV cache is full then' if cache_is_full else 'max_model_len'}"
+                f" {'num_pages or kv_cache_memory (the KV cache is the limit)' if whole_cache else 'max_model_len'}"
             )
         lowest, highest = int(request.tokens.min()), int(request.tokens.max())
         if lowest < 0 or highest >= self.vocab_size:
@@ -92,7 +92,6 @@ class Scheduler:
         self.min_length = np.zeros(n, np.int32)  # no stop id ends a request before
         self.num_pages = np.zeros(n, np.int32)  # in the page table, of these the first num_shared are the tree's
         self.num_shared = np.zeros(n, np.int32)
-        self.private = np.zeros(n, bool)  # holds duplicates of cached pages: shares nothing more until it ends
         self.stop_ids = np.full((n, 1), -1, np.int32)
         self.num_preemptions = 0
         self._free_slots = list(range(n - 1, -1, -1))
@@ -132,34 +131,38 @@ class Scheduler:
     def schedule(self) -> Scheduled | None:
         """The next step, or None if nothing can be computed now (no requests, or all wait for results)."""
         counts, preempted = self._make_room()
-        prefilling = self._prefilling(self.order)
-        self._extend_decoding(self.order[(counts > 0) & ~prefilling])
-        for row in np.flatnonzero((counts > 0) & prefilling).tolist():
-            counts[row] = self._extend_prefill(int(self.order[row]), int(counts[row]))
+        self._extend_decoding(self.order[counts == 1])
+        left = 0  # of the prompt in progress, after this step
+        if len(self.order):
+            last, count = int(self.order[-1]), int(counts[-1])
+            left = int(self.length[last] - self.computed[last]) - count
+            if count > 1:
+                self._extend_prefill(last, count)
         admitted: list[Admission] = []
-        if not preempted and not self._head_blocked:
+        if left <= 1 and not preempted and not self._head_blocked:
             admitted, new_counts = self._admit(self.limits.max_num_batched_tokens - int(counts.sum()))
             counts = np.append(counts, np.array(new_counts, np.int32))
         return self._seal(counts, admitted)
 
     def _choose_counts(self) -> np.ndarray:
-        """Tokens to compute for each running slot: every decode row, then prompts in order under the budget."""
+        """Tokens to compute for each running slot: all that decode, and a chunk of the one prompt in progress.
+
+        That prompt is the newest request's: none is admitted before the one in front has its whole prompt computed,
+        or all but one token. So whoever has the same prefix finds it in the tree when admitted.
+        """
         slots = self.order
-        remaining = np.where(self.length[slots] < self.limit[slots], self.length[slots] - self.computed[slots], 0)
-        decoding = ~self._prefilling(slots)
-        wanted = np.where(decoding, 0, remaining)
-        budget = self.limits.max_num_batched_tokens - int(remaining[decoding].sum())
-        before = np.cumsum(wanted) - wanted
-        chunks = np.clip(budget - before, 0, wanted)
-        return np.where(decoding, remaining, self._align(slots, chunks, wanted))
+        counts = np.where(self.length[slots] < self.limit[slots], self.length[slots] - self.computed[slots], 0)
+        if len(slots):
+            budget = self.limits.max_num_batched_tokens - int(counts[:-1].sum())
+            counts[-1] = self._chunk(int(self.computed[slots[-1]]), int(counts[-1]), budget)
+        return counts
 
-    def _align(self, slots: np.ndarray, chunks: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        """End a chunk that does not finish its prompt on a page boundary, where it can be shared."""
-        overhang = (self.computed[slots] + chunks) % self.limits.page_size
-        return np.where((chunks < wanted) & (chunks > overhang), chunks - overhang, chunks)
-
-    def _prefilling(self, slots: np.ndarray) -> np.ndarray:
-        return self.length[slots] - self.computed[slots] > 1
+    def _chunk(self, start: int, remaining: int, budget: int) -> int:
+        """Tokens to compute now: all, or what the budget allows down to a page boundary, where they can be shared."""
+        if remaining <= budget:
+            return remaining
+        whole = budget - (start + budget) % self.limits.page_size
+        return whole if whole > 0 else budget
 
     def _pages_for(self, lengths: np.ndarray) -> np.ndarray:
         return -(-lengths // self.limits.page_size)
@@ -181,15 +184,13 @@ class Scheduler:
         if len(full):
             self._append_pages(full, self.pages.allocate(len(full)))
 
-    def _extend_prefill(self, slot: int, count: int) -> int:
-        """Pages for the next `count` tokens of a prompt; returns how many of them are not cached by now."""
+    def _extend_prefill(self, slot: int, count: int) -> None:
+        """Pages for the next `count` tokens of a prompt."""
         end = int(self.computed[slot]) + count
-        self._match(slot, end)  # not beyond: pages of the others' steps were counted on
         missing = -(-end // self.limits.page_size) - int(self.num_pages[slot])
         if missing > 0:
             self._append_pages(np.full(missing, slot, np.int32), self.pages.allocate(missing))
         self._share(slot, end)
-        return end - int(self.computed[slot])
 
     def _append_pages(self, slots: np.ndarray, pages: np.ndarray) -> None:
         """Add pages[i] to the page table of slots[i]; slots are distinct, or all the same."""
@@ -201,22 +202,21 @@ class Scheduler:
 
     # -- the prefix cache
 
-    def _match(self, slot: int, end: int) -> None:
-        """Continue the slot's shared prefix, up to token `end`, with what the tree has now.
+    def _match(self, slot: int) -> None:
+        """Begin with the longest prefix that is cached.
 
         The last known token is always left to compute: its hidden state gives the next one.
         """
-        size, shared = self.limits.page_size, int(self.num_shared[slot])
-        on_boundary = self.computed[slot] == shared * size and self.num_pages[slot] == shared
-        if not self.limits.enable_prefix_caching or self.private[slot] or not on_boundary:
+        if not self.limits.enable_prefix_caching:
             return
-        end = min(end, int(self.known[slot]) - 1) // size * size
-        node, pages = self.pages.tree.match(self.tokens[slot, shared * size : end], self.nodes[slot])
+        size = self.limits.page_size
+        end = (int(self.known[slot]) - 1) // size * size
+        node, pages = self.pages.tree.match(self.tokens[slot, :end])
         if len(pages):
             self._hold(slot, node)
             self._append_pages(np.full(len(pages), slot, np.int32), pages)
-            self.num_shared[slot] = shared + len(pages)
-            self.computed[slot] = self.num_shared[slot] * size
+            self.num_shared[slot] = len(pages)
+            self.computed[slot] = len(pages) * size
 
     def _hold(self, slot: int, node: Node) -> None:
         """Lock `node` in place of the slot's present one, which is above it."""
@@ -225,18 +225,19 @@ class Scheduler:
         self.nodes[slot] = node
 
     def _share(self, slot: int, end: int) -> None:
-        """Give the tree the whole pages before token `end`, which this step completes; the slot goes on using them."""
+        """Give the tree the whole pages before token `end`, which this step completes; the slot goes on using them.
+
+        Where the tree has somebody else's copy by now, the slot keeps its own until it ends.
+        """
         size, shared = self.limits.page_size, int(self.num_shared[slot])
         full = min(end, int(self.known[slot])) // size
-        if not self.limits.enable_prefix_caching or self.private[slot] or full <= shared:
+        if not self.limits.enable_prefix_caching or full == shared:
             return
         tree, tokens = self.pages.tree, self.tokens[slot, shared * size : full * size]
-        if len(tree.match(tokens, self.nodes[slot])[1]):
-            self.private[slot] = True  # somebody else's copy is in the tree: keep ours until the end
-            return
-        node, _ = tree.insert(tokens, self.page_table[slot, shared:full], self.nodes[slot])
-        self._hold(slot, node)
-        self.num_shared[slot] = full
+        if len(tree.match(tokens, self.nodes[slot])[1]) == 0:
+            node, _ = tree.insert(tokens, self.page_table[slot, shared:full], self.nodes[slot])
+            self._hold(slot, node)
+            self.num_shared[slot] = full
 
     # -- admission
 
@@ -247,7 +248,7 @@ class Scheduler:
         while self.waiting and self._free_slots and budget > 0:
             request, slot, writes = self.waiting[0], self._free_slots[-1], len(self._writes)
             self._occupy(slot, request)
-            self._match(slot, len(request.tokens))
+            self._match(slot)
             if not self._fits(slot):
                 self._vacate(slot)
                 del self._writes[writes:]
@@ -258,25 +259,21 @@ class Scheduler:
             if request.uid not in self._preempted:
                 self._cached[request.uid] = int(self.computed[slot])
             self._preempted.discard(request.uid)
-            counts.append(self._extend_prefill(slot, self._first_chunk(slot, budget)))
-            budget -= counts[-1]
+            start = int(self.computed[slot])
+            remaining = len(request.tokens) - start
+            counts.append(self._chunk(start, remaining, budget))
+            self._extend_prefill(slot, counts[-1])
+            budget = budget - remaining if remaining <= budget else 0
             self.order = np.append(self.order, np.int32(slot))
             admitted.append(
                 Admission(slot, request.tokens, request.num_prompt_tokens, request.params, request.stop_ids)
             )
         return admitted, counts
 
-    def _first_chunk(self, slot: int, budget: int) -> int:
-        slots = np.array([slot])
-        remaining = self.length[slots] - self.computed[slots]
-        return int(self._align(slots, np.minimum(remaining, budget), remaining)[0])
-
     def _fits(self, slot: int) -> bool:
-        """Room for the prompt now, and for the prompts in progress and one page more of every running request."""
-        needed = int(self._pages_for(self.length[slot]) - self.num_pages[slot])
-        running = self.order
-        promised = np.maximum(self._pages_for(self.length[running]) - self.num_pages[running], 0) + 1
-        return needed + (int(promised.sum()) if len(running) else 0) <= self.pages.num_available
+        """Room for the whole prompt, and for one page more of every running request."""
+        needed = -(-int(self.length[slot]) // self.limits.page_size) - int(self.num_pages[slot])
+        return needed + len(self.order) <= self.pages.num_available
 
     def _occupy(self, slot: int, request: Request) -> None:
         n = len(request.tokens)
@@ -289,7 +286,6 @@ class Scheduler:
         self.limit[slot] = min(request.max_length, self.limits.max_length)
         self.min_length[slot] = request.num_prompt_tokens + request.params.min_tokens
         self.computed[slot] = self.num_pages[slot] = self.num_shared[slot] = 0
-        self.private[slot] = False
         self.nodes[slot] = self.pages.tree.root
         self.pages.tree.lock(self.pages.tree.root)
         self._set_stop_ids(slot, request.stop_ids)

@@ -15,7 +15,7 @@ from lockstep.runtime.config import Config
 from lockstep.runtime.engine import Engine
 from lockstep.runtime.executor import load_rank, plan_limits
 from lockstep.runtime.model.config import ModelConfig
-from lockstep.runtime.plan import Finished, Stop, StepOutput, TokenLogprobs, decode_plan, encode
+from lockstep.runtime.plan import Finished, StepOutput, Stop, TokenLogprobs, decode_plan, encode
 from lockstep.runtime.request import Request, SamplingParams
 from lockstep.runtime.scheduler import Scheduler
 

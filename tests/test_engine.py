@@ -200,7 +200,7 @@ def test_context_ends_the_output(llama_folder: Path) -> None:
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_same_tokens_on_a_gpu(llama_folder: Path, baseline: Results, tp: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    found = run_engine(llama_folder, mixed(), device="cuda", dtype="float32", tp=tp, kv_cache_memory=0.1)
+    found = run_engine(llama_folder, mixed(), device="cuda", dtype="float32", tp=tp)
     assert found.tokens == baseline.tokens
 
 
@@ -210,7 +210,7 @@ def test_bfloat16_on_a_gpu_stays_close_to_transformers(tmp_path: Path, architect
     """Greedy tokens in bf16 may differ where two are nearly equal: compare the log-probability of what was chosen."""
     model = tiny_checkpoint(tmp_path, architecture)
     prompt = prompts()[9]
-    found = run_engine(tmp_path, [request(0, prompt, logprobs=1)], device="cuda", dtype="bfloat16", kv_cache_memory=0.1)
+    found = run_engine(tmp_path, [request(0, prompt, logprobs=1)], device="cuda", dtype="bfloat16")
     with torch.inference_mode():
         logits = model(torch.tensor([prompt + found.tokens[0]])).logits[0, len(prompt) - 1 : -1]
     for i, (token, got) in enumerate(zip(found.tokens[0], found.logprobs[0], strict=True)):

@@ -116,8 +116,8 @@ def test_a_wrong_argument_is_named_with_the_rule() -> None:
         ops.gather_rows(x, torch.zeros(3))
     with pytest.raises(ValueError, match="residual"):
         ops.add_rms_norm(x, torch.zeros(3, 8), torch.zeros(8), 1e-5)
+    cache = torch.zeros(4, 2, 1, 8)
     with pytest.raises(ValueError, match="slots"):
-        cache = torch.zeros(4, 2, 1, 8)
         ops.store_kv_(x.view(2, 1, 8), x.view(2, 1, 8), cache, cache.clone(), torch.zeros(3, dtype=torch.int32))
 
 

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checkpoints import tiny_model
-from ranks import run_ranks
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +24,9 @@ from lockstep.runtime.model.moe import MoE
 from lockstep.runtime.model.norm import RMSNorm
 from lockstep.runtime.model.rope import Rope
 from lockstep.runtime.model.weights import Weights, load_weights
+
+from checkpoints import tiny_model
+from ranks import run_ranks
 
 CPU = torch.device("cpu")
 D, FF, T = 24, 16, 7

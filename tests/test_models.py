@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILIES, rewrite_config, tiny_checkpoint, to_transformers4
-from ranks import run_ranks
 from torch import Tensor
 
 from lockstep.comm.base import Communicator
@@ -22,6 +20,9 @@ from lockstep.runtime.model.attention import TorchAttention
 from lockstep.runtime.model.config import ARCHITECTURES, ModelConfig
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.weights import load_weights
+
+from checkpoints import FAMILIES, rewrite_config, tiny_checkpoint, to_transformers4
+from ranks import run_ranks
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4  # float32; the order of sums differs from transformers

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from lockstep.kernels import ops, reference
 from lockstep.runtime.cache.pages import PagePool
@@ -222,25 +229,22 @@ def lines_run(work: Callable[[], Any]) -> int:
     return lines
 
 
-def wide_tree(num_leaves: int, uses: int = 1) -> RadixCache:
-    """Leaves of two pages each, all below one page, each used `uses` times more."""
+def wide_tree(num_leaves: int) -> RadixCache:
+    """Leaves of two pages each, all below one page."""
     cache = RadixCache(page_size=1)
     for leaf in range(num_leaves):
         cache.insert(np.array([0, leaf, leaf], np.int32), np.arange(3, dtype=np.int32) + 3 * leaf)
-    for _ in range(uses):
-        for leaf in range(num_leaves):
-            cache.match(np.array([0, leaf, leaf], np.int32))
     return cache
 
 
 def test_cost_of_evicting_does_not_depend_on_the_size_of_the_tree() -> None:
-    costs = [lines_run(lambda: cache.evict(100)) for cache in (wide_tree(n, uses=0) for n in (200, 6400))]
-    assert costs[1] <= 1.1 * costs[0]
+    small, large = wide_tree(200), wide_tree(6400)
+    assert lines_run(lambda: large.evict(100)) <= 1.1 * lines_run(lambda: small.evict(100))
 
 
 def test_stale_entries_cost_a_constant_per_use() -> None:
     """Uses leave stale entries behind: to meet them must cost at most in proportion to the uses."""
-    cache = wide_tree(1000, uses=0)
+    cache = wide_tree(1000)
     uses = 5000
     tokens = np.array([0, 1, 1], np.int32)
     cost = lines_run(lambda: [cache.match(tokens) for _ in range(uses)] and cache.evict(1500))
@@ -255,6 +259,17 @@ def test_a_server_that_never_evicts_does_not_collect_stale_entries() -> None:
         cache.lock(node)
         cache.unlock(node)
     assert len(cache._leaves) <= 2 * 100 + 1024
+
+
+def test_parts_of_a_split_node_do_not_keep_the_whole_alive() -> None:
+    cache = RadixCache(page_size=1)
+    cache.insert(np.arange(10_000, dtype=np.int32), np.arange(10_000, dtype=np.int32))
+    cache.match(np.arange(5, dtype=np.int32))
+    cache.evict(9_995)
+    (kept,) = walk(cache)
+    assert len(kept.tokens) == 5
+    assert kept.tokens.base is None
+    assert kept.pages.base is None
 
 
 def test_a_deep_path_is_evicted_from_its_end() -> None:

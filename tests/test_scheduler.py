@@ -16,10 +16,17 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from lockstep.runtime.cache.radix import Node
-from lockstep.runtime.plan import Finished, StepOutput, StepPlan
+from lockstep.runtime.plan import Finished, StepPlan
 from lockstep.runtime.request import Request, SamplingParams
 from lockstep.runtime.scheduler import Limits, Scheduled, Scheduler
 
@@ -128,7 +135,9 @@ class Simulation:
 
     # -- operations
 
-    def add(self, prompt: list[int], *, max_tokens: int = 4, min_tokens: int = 0, stop_ids: list[int] | None = None) -> int:
+    def add(
+        self, prompt: list[int], *, max_tokens: int = 4, min_tokens: int = 0, stop_ids: list[int] | None = None
+    ) -> int:
         uid = len(self.ledger)
         params = SamplingParams(max_tokens=max_tokens, min_tokens=min(min_tokens, max_tokens), seed=uid % 3)
         request = Request(uid, np.array(prompt, np.int32), len(prompt), params, stop_ids or [])
@@ -147,7 +156,9 @@ class Simulation:
         """Schedule a step and run it, its results kept back; False if there was nothing to compute."""
         s = self.scheduler
         tickets, before = s.ticket.copy(), s.computed.copy()
-        decoding = [slot for slot in s.order if s.length[slot] == s.computed[slot] + 1 and s.length[slot] < s.limit[slot]]
+        decoding = [
+            slot for slot in s.order if s.length[slot] == s.computed[slot] + 1 and s.length[slot] < s.limit[slot]
+        ]
         prompts = [slot for slot in s.order if s.length[slot] > s.computed[slot] + 1]
         scheduled = s.schedule()
         if scheduled is None:
@@ -187,9 +198,8 @@ class Simulation:
 
     def advance(self) -> None:
         """What an engine does next: fill the pipeline, else take in its oldest results."""
-        if len(self.in_flight) == self.depth or not self.schedule():
-            if self.in_flight:
-                self.commit()
+        if (len(self.in_flight) == self.depth or not self.schedule()) and self.in_flight:
+            self.commit()
 
     def finish(self) -> None:
         """Run everything to its end, and check what was delivered."""
@@ -256,9 +266,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(0, 30),
         caching=st.booleans(),
     )
-    def start(
-        self, page_size: int, depth: int, capacity: int, max_num_seqs: int, budget: int, caching: bool
-    ) -> None:
+    def start(self, page_size: int, depth: int, capacity: int, max_num_seqs: int, budget: int, caching: bool) -> None:
         self.simulation = Simulation(
             limits(
                 max_num_seqs=max_num_seqs,
@@ -350,19 +358,19 @@ def test_random_operations_in_small_worlds() -> None:
 def test_random_operations_under_pressure(page_size: int, depth: int, caching: bool) -> None:
     """Longer lives: hundreds of requests in a cache that is always full."""
     total: Counter[str] = Counter()
-    for seed in range(4):
+    for seed in range(8):
         rng = random.Random(f"{seed} {page_size} {depth} {caching}")
-        max_num_seqs = rng.randint(2, 12)
+        max_num_seqs = rng.randint(4, 12)
         world = limits(
             max_model_len=150,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 7, 20, 100]),
-            num_pages=rng.choice([100, 160, 300]) // page_size,
+            num_pages=rng.choice([90, 120, 180]) // page_size,
             page_size=page_size,
             enable_prefix_caching=caching,
         )
         simulation = Simulation(world, depth)
-        for _ in range(400):
+        for _ in range(700):
             operate(simulation, rng)
             simulation.check()
         simulation.finish()
@@ -371,23 +379,26 @@ def test_random_operations_under_pressure(page_size: int, depth: int, caching: b
         total.update(finished.reason for entry in simulation.ledger.values() for finished in entry.finished)
     assert (total.pop("cached") > 0) == caching
     assert total.keys() == {"preempted", "stop", "length", "abort"}  # the pressure was there
-    assert min(total.values()) > 20
+    assert min(total.values()) >= 20
 
 
 def operate(simulation: Simulation, rng: random.Random) -> None:
     """One random operation; steps are the most frequent ones."""
     kind = rng.random()
     ledger, longest = simulation.ledger, simulation.limits.max_length - 1
-    if kind < 0.2 and len(simulation.scheduler.waiting) < 8:
-        prompt = FAMILY[: rng.randrange(90)] + rng.choices(range(VOCAB), k=rng.choice([1, 2, 2, 30]))
-        if ledger and rng.random() < 0.3:
+    if kind < 0.25 and len(simulation.scheduler.waiting) < 8:
+        prompt = FAMILY[: rng.choice([0, 5, 10, 20, 60])] + rng.choices(range(VOCAB), k=rng.choice([1, 2, 3, 20]))
+        if ledger and rng.random() < 0.15:
             entry = rng.choice(list(ledger.values()))
             prompt = entry.request.tokens.tolist() + entry.tokens
         stop_ids = rng.sample(range(VOCAB), k=rng.choice([0, 0, 0, 1, 3]))
         simulation.add(
-            prompt[:longest], max_tokens=rng.choice([1, 5, 40, 200]), min_tokens=rng.choice([0, 0, 3]), stop_ids=stop_ids
+            prompt[:longest],
+            max_tokens=rng.choice([1, 10, 80, 200]),
+            min_tokens=rng.choice([0, 0, 3]),
+            stop_ids=stop_ids,
         )
-    elif kind < 0.23 and ledger:
+    elif kind < 0.26 and ledger:
         simulation.cancel(rng.choice(list(ledger)[-12:]))
     else:
         simulation.advance()

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import FAMILIES, tiny_checkpoint
-from ranks import ThreadGroup
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -18,6 +16,9 @@ from lockstep.runtime.model import weights as weights_module
 from lockstep.runtime.model.config import ModelConfig
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.weights import CheckpointMismatch, Piece, Weights, fill_dummy, load_weights
+
+from checkpoints import FAMILIES, tiny_checkpoint
+from ranks import ThreadGroup
 
 CPU = torch.device("cpu")
 

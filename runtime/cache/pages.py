@@ -29,7 +29,8 @@ class PagePool:
         if n > self.num_free:
             self.release(self.tree.evict(n - self.num_free))
         self.num_free -= n
-        return self._free[self.num_free : self.num_free + n].copy()
+        pages: np.ndarray = self._free[self.num_free : self.num_free + n].copy()
+        return pages
 
     def release(self, pages: np.ndarray) -> None:
         """Give pages back; they are free."""
@@ -39,4 +40,5 @@ class PagePool:
 
     def free_pages(self) -> np.ndarray:
         """The free pages, in no particular order (for the invariants of the tests)."""
-        return self._free[: self.num_free].copy()
+        free: np.ndarray = self._free[: self.num_free].copy()
+        return free

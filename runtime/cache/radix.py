@@ -42,9 +42,8 @@ class RadixCache:
         self.num_pages = 0  # owned by the tree
         self.num_evictable = 0  # of these, in nodes that nobody locks
         self._clock = 0  # logical time: eviction order must not depend on a wall clock
-        self._leaves: list[
-            tuple[int, int, Node]
-        ] = []  # heap of (last used, tie break, node); entries may be out of date
+        # Heap of (last used, tie break, node); entries may be out of date.
+        self._leaves: list[tuple[int, int, Node]] = []
         self._pushes = 0
         self._leaves_kept = 0  # length of the heap after its last clean-up
 
@@ -137,13 +136,16 @@ class RadixCache:
             self._push_if_evictable(parent)
 
     def _split(self, node: Node, n: int) -> Node:
-        """Cut `node` after n pages. The new node is the upper part: who locked `node` still holds all of its path."""
+        """Cut `node` after n pages. The new node is the upper part: who locked `node` still holds all of its path.
+
+        Both parts copy: views would keep the whole array alive for as long as either of them.
+        """
         cut = n * self.page_size
-        upper = Node(node.tokens[:cut], node.pages[:n], node.parent)
+        upper = Node(node.tokens[:cut].copy(), node.pages[:n].copy(), node.parent)
         upper.locks, upper.last_used = node.locks, node.last_used
         assert node.parent is not None
         node.parent.children[self._key(upper.tokens)] = upper
-        node.tokens, node.pages, node.parent = node.tokens[cut:], node.pages[n:], upper
+        node.tokens, node.pages, node.parent = node.tokens[cut:].copy(), node.pages[n:].copy(), upper
         upper.children[self._key(node.tokens)] = node
         return upper
 

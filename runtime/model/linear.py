@@ -34,7 +34,7 @@ class Projection:
 
     @property
     def num_rows(self) -> int:
-        return self.rows.stop - self.rows.start
+        return int(self.rows.stop - self.rows.start)
 
 
 class ColumnLinear:
