@@ -18,7 +18,7 @@ install_all() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     { echo "error: lockstep needs Python 3.10 or newer, which $python is not; set PYTHON" >&2; return 1; }
   [ -x .venv/bin/python ] || "$python" -m venv .venv || return 1
-  local pip=".venv/bin/python -m pip install --quiet --disable-pip-version-check"
+  local pip=".venv/bin/python -m pip install -qq --disable-pip-version-check"
   if [ "$machine" = cpu ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     # The CPU build where pip can find one; the general build also runs without a GPU but brings gigabytes along.
     $pip 'torch==2.13.0+cpu' 2>/dev/null ||

@@ -166,6 +166,8 @@ class Simulation:
             return False
         plan = scheduled.plan
         assert int(plan.counts.sum()) <= self.limits.max_num_batched_tokens
+        older = s.order[:-1]
+        assert (s.length[older] - s.computed[older] <= 1).all()  # one prompt in progress at a time: the newest
         for slot in decoding + prompts[:1]:
             preempted = s.ticket[slot] != tickets[slot]
             assert preempted or (slot in plan.slots and s.computed[slot] > before[slot])

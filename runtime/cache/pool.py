@@ -9,9 +9,11 @@ Both layouts are the same five indices with other strides; what reads or writes 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,10 +44,8 @@ class KVPool:
         self.num_pages = num_pages
         self.layout = layout
         page = (shape.page_size, shape.num_kv_heads, shape.head_dim)
-        if layout == "layer-first":
-            self._memory = torch.zeros(shape.num_layers, 2, num_pages, *page, dtype=shape.dtype, device=device)
-        else:
-            self._memory = torch.zeros(num_pages, shape.num_layers, 2, *page, dtype=shape.dtype, device=device)
+        outer = (shape.num_layers, 2, num_pages) if layout == "layer-first" else (num_pages, shape.num_layers, 2)
+        self._memory = _zeros((*outer, *page), shape.dtype, device)
 
     def k(self, layer: int) -> Tensor:
         """The keys of one layer, a view [pages, page_size, Hkv, E]."""
@@ -57,3 +57,10 @@ class KVPool:
 
     def _view(self, layer: int, which: int) -> Tensor:
         return self._memory[layer, which] if self.layout == "layer-first" else self._memory[:, layer, which]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """torch.zeros, but on a host the memory is not touched: pages that are never used cost neither time nor RAM."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
