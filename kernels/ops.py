@@ -4,10 +4,13 @@ One function per op, each with the same signature as its definition in `referenc
 that an argument is written in place. Shapes: T tokens, D hidden size, H heads, E head size, I intermediate size,
 V rows of a vocabulary shard. Argument errors are ValueErrors that name the tensor and the rule.
 
-Every op runs on the device of its tensors through its torch definition; the CUDA kernels take their places here.
+CUDA tensors go to the kernels of `cuda.py`, all others to the definitions.
 """
 
 from __future__ import annotations
+
+import functools
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -25,7 +28,7 @@ def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
     """
     _require(weight.dim() == 2, "weight", weight, "must be [V, D]")
     _require(ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64), "ids", ids, "must be [T], int32 or int64")
-    return reference.gather_rows(weight, ids, first_row=first_row)
+    return _on(weight).gather_rows(weight, ids, first_row=first_row)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -34,7 +37,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x  [..., D] (hidden states, or [T, H, E] for the norm of queries and keys); weight  [D]
     """
     _require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
-    return reference.rms_norm(x, weight, eps)
+    return _on(x).rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,7 +48,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     """
     _require(x.shape == residual.shape, "residual", residual, f"must have the shape of x, {list(x.shape)}")
     _require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
-    return reference.add_rms_norm(x, residual, weight, eps)
+    return _on(x).add_rms_norm(x, residual, weight, eps)
 
 
 def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
@@ -57,13 +60,13 @@ def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
     """
     _require(q.shape[-1] == cos_sin.shape[-1], "cos_sin", cos_sin, f"must be [P, {q.shape[-1]}], the head size of q")
     _require(len(positions) == len(q) == len(k), "positions", positions, f"must be [{len(q)}], one per row of q and k")
-    reference.rope_(q, k, positions, cos_sin)
+    _on(q).rope_(q, k, positions, cos_sin)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """`silu(x[:, :I]) * x[:, I:]`, computed in float32; x [T, 2 I] -> [T, I] in x's dtype."""
     _require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
-    return reference.silu_and_mul(x)
+    return _on(x).silu_and_mul(x)
 
 
 def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -79,7 +82,7 @@ def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
     )
     _require(k.shape[1:] == k_cache.shape[2:], "k", k, f"must be [T, {k_cache.shape[2]}, {k_cache.shape[3]}]")
     _require(slots.shape == k.shape[:1], "slots", slots, f"must be [{len(k)}], one per row of k")
-    reference.store_kv_(k, v, k_cache, v_cache, slots)
+    _on(k).store_kv_(k, v, k_cache, v_cache, slots)
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -88,6 +91,23 @@ def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     if compare is None:
         return reference.common_prefix_length(a, b)
     return compare(a, b)
+
+
+def _on(tensor: Tensor) -> ModuleType:
+    """Where the ops for this tensor's device are."""
+    return _cuda() if tensor.is_cuda else reference
+
+
+@functools.cache
+def _cuda() -> ModuleType:
+    try:
+        from . import cuda  # imports CuPy, which only machines with a GPU have
+    except ImportError as error:
+        raise RuntimeError(
+            f"tensors on a GPU need CuPy, which does not import here ({error});"
+            " install lockstep[cuda12] or lockstep[cuda13]"
+        ) from error
+    return cuda
 
 
 def _require(holds: bool, name: str, tensor: Tensor, rule: str) -> None:

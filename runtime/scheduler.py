@@ -130,53 +130,39 @@ class Scheduler:
 
     def schedule(self) -> Scheduled | None:
         """The next step, or None if nothing can be computed now (no requests, or all wait for results)."""
-        counts, preempted = self._make_room()
+        counts = self._make_room()
         self._extend_decoding(self.order[counts == 1])
-        left = 0  # of the prompt in progress, after this step
-        if len(self.order):
-            last, count = int(self.order[-1]), int(counts[-1])
-            left = int(self.length[last] - self.computed[last]) - count
-            if count > 1:
-                self._extend_prefill(last, count)
+        if len(self.order) and counts[-1] > 1:
+            self._extend_prefill(int(self.order[-1]), int(counts[-1]))
         admitted: list[Admission] = []
-        if left <= 1 and not preempted and not self._head_blocked:
+        if not self._head_blocked:
             admitted, new_counts = self._admit(self.limits.max_num_batched_tokens - int(counts.sum()))
             counts = np.append(counts, np.array(new_counts, np.int32))
         return self._seal(counts, admitted)
 
     def _choose_counts(self) -> np.ndarray:
-        """Tokens to compute for each running slot: all that decode, and a chunk of the one prompt in progress.
+        """Tokens to compute for each running slot: all that decode, and what the budget allows of the last one.
 
-        That prompt is the newest request's: none is admitted before the one in front has its whole prompt computed,
-        or all but one token. So whoever has the same prefix finds it in the tree when admitted.
+        Only the newest request can be in the middle of its prompt: it was cut for want of budget, and then none is
+        left to admit the next. So whoever has the same prefix comes after it and finds it in the tree.
         """
         slots = self.order
         counts = np.where(self.length[slots] < self.limit[slots], self.length[slots] - self.computed[slots], 0)
         if len(slots):
-            budget = self.limits.max_num_batched_tokens - int(counts[:-1].sum())
-            counts[-1] = self._chunk(int(self.computed[slots[-1]]), int(counts[-1]), budget)
+            counts[-1] = min(counts[-1], self.limits.max_num_batched_tokens - counts[:-1].sum())
         return counts
-
-    def _chunk(self, start: int, remaining: int, budget: int) -> int:
-        """Tokens to compute now: all, or what the budget allows down to a page boundary, where they can be shared."""
-        if remaining <= budget:
-            return remaining
-        whole = budget - (start + budget) % self.limits.page_size
-        return whole if whole > 0 else budget
 
     def _pages_for(self, lengths: np.ndarray) -> np.ndarray:
         return -(-lengths // self.limits.page_size)
 
-    def _make_room(self) -> tuple[np.ndarray, bool]:
-        """The counts of this step, and whether newest requests had to be preempted for its pages."""
-        preempted = False
+    def _make_room(self) -> np.ndarray:
+        """The counts of this step, after preempting the newest requests until there are pages for it."""
         while True:
             counts = self._choose_counts()
             needed = self._pages_for(self.computed[self.order] + counts) - self.num_pages[self.order]
             if int(np.maximum(needed, 0).sum()) <= self.pages.num_available:
-                return counts, preempted
+                return counts
             self._preempt(int(self.order[-1]))
-            preempted = True
 
     def _extend_decoding(self, slots: np.ndarray) -> None:
         """A page for each decode row whose last one is full."""
@@ -202,27 +188,15 @@ class Scheduler:
 
     # -- the prefix cache
 
-    def _match(self, slot: int) -> None:
-        """Begin with the longest prefix that is cached.
+    def _match(self, tokens: np.ndarray) -> tuple[Node, np.ndarray]:
+        """The longest cached prefix of a request's tokens, as the tree's node and pages.
 
-        The last known token is always left to compute: its hidden state gives the next one.
+        The last token is always left to compute: its hidden state gives the next one.
         """
         if not self.limits.enable_prefix_caching:
-            return
+            return self.pages.tree.root, NO_PAGES
         size = self.limits.page_size
-        end = (int(self.known[slot]) - 1) // size * size
-        node, pages = self.pages.tree.match(self.tokens[slot, :end])
-        if len(pages):
-            self._hold(slot, node)
-            self._append_pages(np.full(len(pages), slot, np.int32), pages)
-            self.num_shared[slot] = len(pages)
-            self.computed[slot] = len(pages) * size
-
-    def _hold(self, slot: int, node: Node) -> None:
-        """Lock `node` in place of the slot's present one, which is above it."""
-        self.pages.tree.lock(node)
-        self.pages.tree.unlock(self.nodes[slot])
-        self.nodes[slot] = node
+        return self.pages.tree.match(tokens[: (len(tokens) - 1) // size * size])
 
     def _share(self, slot: int, end: int) -> None:
         """Give the tree the whole pages before token `end`, which this step completes; the slot goes on using them.
@@ -236,7 +210,9 @@ class Scheduler:
         tree, tokens = self.pages.tree, self.tokens[slot, shared * size : full * size]
         if len(tree.match(tokens, self.nodes[slot])[1]) == 0:
             node, _ = tree.insert(tokens, self.page_table[slot, shared:full], self.nodes[slot])
-            self._hold(slot, node)
+            tree.lock(node)
+            tree.unlock(self.nodes[slot])
+            self.nodes[slot] = node
             self.num_shared[slot] = full
 
     # -- admission
@@ -246,37 +222,33 @@ class Scheduler:
         admitted: list[Admission] = []
         counts: list[int] = []
         while self.waiting and self._free_slots and budget > 0:
-            request, slot, writes = self.waiting[0], self._free_slots[-1], len(self._writes)
-            self._occupy(slot, request)
-            self._match(slot)
-            if not self._fits(slot):
-                self._vacate(slot)
-                del self._writes[writes:]
+            request = self.waiting[0]
+            node, pages = self._match(request.tokens)
+            self.pages.tree.lock(node)
+            if not self._fits(len(request.tokens), len(pages)):
+                self.pages.tree.unlock(node)
                 self._head_blocked = True
                 break
             self.waiting.popleft()
-            self._free_slots.pop()
-            if request.uid not in self._preempted:
-                self._cached[request.uid] = int(self.computed[slot])
-            self._preempted.discard(request.uid)
-            start = int(self.computed[slot])
-            remaining = len(request.tokens) - start
-            counts.append(self._chunk(start, remaining, budget))
+            slot = self._free_slots.pop()
+            self._occupy(slot, request, node, pages)
+            counts.append(min(len(request.tokens) - int(self.computed[slot]), budget))
             self._extend_prefill(slot, counts[-1])
-            budget = budget - remaining if remaining <= budget else 0
-            self.order = np.append(self.order, np.int32(slot))
+            budget -= counts[-1]
             admitted.append(
                 Admission(slot, request.tokens, request.num_prompt_tokens, request.params, request.stop_ids)
             )
         return admitted, counts
 
-    def _fits(self, slot: int) -> bool:
-        """Room for the whole prompt, and for one page more of every running request."""
-        needed = -(-int(self.length[slot]) // self.limits.page_size) - int(self.num_pages[slot])
+    def _fits(self, length: int, present: int) -> bool:
+        """Room for a whole prompt of which `present` pages are there, and one page more for every running request."""
+        needed = -(-length // self.limits.page_size) - present
         return needed + len(self.order) <= self.pages.num_available
 
-    def _occupy(self, slot: int, request: Request) -> None:
+    def _occupy(self, slot: int, request: Request, node: Node, pages: np.ndarray) -> None:
+        """Give the slot to a request whose cached prefix ends at `node`, locked, and lies in `pages`."""
         n = len(request.tokens)
+        self.order = np.append(self.order, np.int32(slot))
         self.uid[slot] = request.uid
         self.requests[slot] = request
         self.ticket[slot] = self._next_ticket
@@ -285,15 +257,15 @@ class Scheduler:
         self.known[slot] = self.length[slot] = n
         self.limit[slot] = min(request.max_length, self.limits.max_length)
         self.min_length[slot] = request.num_prompt_tokens + request.params.min_tokens
-        self.computed[slot] = self.num_pages[slot] = self.num_shared[slot] = 0
-        self.nodes[slot] = self.pages.tree.root
-        self.pages.tree.lock(self.pages.tree.root)
         self._set_stop_ids(slot, request.stop_ids)
-
-    def _vacate(self, slot: int) -> None:
-        self.pages.tree.unlock(self.nodes[slot])
-        self.requests[slot] = None
-        self.ticket[slot] = -1
+        self.nodes[slot] = node
+        self.num_pages[slot] = 0
+        self._append_pages(np.full(len(pages), slot, np.int32), pages)
+        self.num_shared[slot] = len(pages)
+        self.computed[slot] = len(pages) * self.limits.page_size
+        if request.uid not in self._preempted:
+            self._cached[request.uid] = int(self.computed[slot])
+        self._preempted.discard(request.uid)
 
     def _set_stop_ids(self, slot: int, ids: list[int]) -> None:
         if len(ids) > self.stop_ids.shape[1]:
@@ -371,7 +343,9 @@ class Scheduler:
             self.pages.release(pages[shared : shared + present])
             kept = full
         self.pages.release(pages[kept:])
-        self._vacate(slot)
-        self._head_blocked = False
+        self.pages.tree.unlock(self.nodes[slot])
+        self.requests[slot] = None
+        self.ticket[slot] = -1
         self.order = self.order[self.order != slot]
+        self._head_blocked = False
         self._free_slots.append(slot)

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lockstep.runtime.cache.radix import Node
+from lockstep.runtime.cache.radix import Node, RadixCache
 from lockstep.runtime.plan import Finished, StepPlan
 from lockstep.runtime.request import Request, SamplingParams
 from lockstep.runtime.scheduler import Limits, Scheduled, Scheduler
@@ -80,7 +80,9 @@ class Rank:
             self.length[admission.slot], self.seed[admission.slot] = 0, admission.params.seed
             for token in admission.tokens.tolist():
                 self.append(admission.slot, token)
-        for slot, index, page in plan.page_writes.reshape(-1, 3):
+        writes = plan.page_writes.reshape(-1, 3).tolist()
+        assert len({(slot, index) for slot, index, _ in writes}) == len(writes)  # so their order has no meaning
+        for slot, index, page in writes:
             self.page_table[slot, index] = page
         rows = list(zip(plan.slots.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True))
         assert len({slot for slot, _, _ in rows}) == len(rows)
@@ -446,6 +448,33 @@ def test_cached_tokens_take_no_budget() -> None:
     simulation.add(FAMILY[:181], max_tokens=1)
     simulation.finish()
     assert simulation.num_steps <= 180 // 16 + 2
+
+
+def test_cancelling_what_does_not_fit_lets_the_next_one_in() -> None:
+    simulation = Simulation(limits(num_pages=50), depth=1)
+    simulation.add([0] * 30, max_tokens=9)
+    large, small = simulation.add([1] * 40), simulation.add([2] * 5)
+    simulation.advance()
+    simulation.cancel(large)
+    simulation.commit()
+    simulation.schedule()
+    assert simulation.admitted == [0, small]
+    simulation.finish()
+
+
+def test_a_blocked_request_costs_nothing_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = Simulation(limits(num_pages=50), depth=1)
+    tree, lookups = simulation.scheduler.pages.tree, []
+    monkeypatch.setattr(tree, "match", lambda *arguments: lookups.append(1) or RadixCache.match(tree, *arguments))
+    simulation.add([0] * 30, max_tokens=15)
+    simulation.add([1] * 40)
+    for _ in range(4):
+        simulation.advance()
+    before = len(lookups)
+    for _ in range(20):
+        simulation.advance()
+    assert len(lookups) == before
+    simulation.finish()
 
 
 @pytest.mark.parametrize(

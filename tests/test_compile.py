@@ -1,0 +1,41 @@
+"""Every CUDA source compiles for the architectures we name; needs a compiler, not a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+INSTANCES = {
+    "index.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
+    "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
+    "elementwise.cu": [
+        *(f"rms_norm<{t}, {v}, {n}>" for t, v in (("bf16", 8), ("f16", 1), ("float", 4)) for n in (1, 16)),
+        "rope<bf16, int>",
+        "rope<float, long long>",
+        "silu_and_mul<bf16, 8>",
+        "silu_and_mul<float, 1>",
+    ],
+}
+
+
+def test_every_source_is_listed() -> None:
+    assert set(INSTANCES) == {p.name for p in (ROOT / "kernels").glob("*.cu")}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("source", list(INSTANCES))
+def test_it_compiles_without_spilling(source: str, architecture: str, tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    uses = "".join(f"auto use{i} = &{name};\n" for i, name in enumerate(INSTANCES[source]))
+    (tmp_path / "all.cu").write_text(f'#include "{source}"\n{uses}')
+    command = ["nvcc", f"-arch={architecture}", "-std=c++17", "-Xptxas=-v", f"-I{ROOT / 'kernels'}", "-cubin"]
+    done = subprocess.run([*command, "-o", "all.cubin", "all.cu"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reports = [line for line in done.stderr.splitlines() if "spill" in line]
+    assert len(reports) == len(INSTANCES[source])
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in reports), done.stderr
