@@ -24,6 +24,7 @@ class Communicator(ABC):
     rank: int
     size: int
     description: str  # for the log: which implementation was chosen and why
+    capturable: bool  # in a CUDA graph
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -62,6 +63,7 @@ class SingleRank(Communicator):
     rank = 0
     size = 1
     description = "single rank, no communication"
+    capturable = True
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x

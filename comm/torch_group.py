@@ -31,6 +31,7 @@ class TorchCommunicator(Communicator):
             self._group = make(store, rank, size, own_ip, timeout)
         except RuntimeError as error:
             raise CommError(f"rank {rank} of {size} could not join the group: {str(error).splitlines()[0]}") from error
+        self.capturable = backend == "nccl"
         self.description = f"{backend} through torch, {size} ranks"
 
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ class Worker:
         self._runner.close()
 
     def _lead(self) -> None:
-        engine = Engine(Scheduler(self._limits), self._runner, self._publish)
+        engine = Engine(Scheduler(self._limits), self._runner, self._publish, overlap=self._runner.overlaps)
         while True:
             for message in self._inbox.receive(0 if engine.has_work else None):
                 command = decode_command(message)
@@ -129,7 +129,7 @@ class Worker:
 
     def _follow(self) -> None:
         while not isinstance(plan := decode_plan(self._inbox.receive_one()), Stop):
-            self._runner.execute(plan)
+            self._runner.launch(plan)
 
     def _publish(self, plan: StepPlan) -> None:
         if self._followers:

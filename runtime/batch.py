@@ -1,28 +1,100 @@
-"""One step as tensors: what the decoder and the attention backend read."""
+"""One step as tensors: what the decoder and the attention backend read, and how it is made from a plan."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from .plan import StepPlan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """B rows (one request each) with T tokens in all, row after row; decode rows have one token, prefill rows more.
 
-    Lengths live on the host, where attention plans are made; what kernels index with lives on the device.
+    Lengths and pages are on the host, where attention plans are made; what kernels index with is on the device.
     """
 
     token_ids: Tensor  # [T] int32, on the device
     positions: Tensor  # [T] int32, on the device: the place of each token in its request
-    kv_slots: Tensor  # [T] int32, on the device: page * page_size + offset, where its K and V go
-    page_table: Tensor  # [B, P] int32, on the device: the pages of each row in order; beyond its length anything
+    kv_slots: Tensor  # [T] int32, on the device: page * page_size + offset, where its K and V go; negative: nowhere
+    page_table: np.ndarray  # [B, P] int32, on the host: the pages of each row in order; beyond its length anything
     query_starts: np.ndarray  # [B + 1] int32, on the host: row b has tokens query_starts[b]:query_starts[b + 1]
     kv_lengths: np.ndarray  # [B] int32, on the host: keys that the last token of the row sees, itself included
-    sampled_tokens: Tensor  # [S] int64, on the device: which of the T tokens need logits (the last of some rows)
 
     @property
     def num_rows(self) -> int:
         return len(self.kv_lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostBatch:
+    """The metadata of a step, all of it on the host; per token [T] or per row [B], int32."""
+
+    slots: np.ndarray  # [T]: whose token
+    positions: np.ndarray  # [T]
+    kv_slots: np.ndarray  # [T]
+    page_table: np.ndarray  # [B, P]
+    query_starts: np.ndarray  # [B + 1]
+    kv_lengths: np.ndarray  # [B]
+
+
+class SlotTables:
+    """What a rank knows of its slots from the plans: their tokens, on the device, and their pages, on the host."""
+
+    def __init__(self, num_slots: int, max_length: int, page_size: int, device: torch.device) -> None:
+        self.page_size = page_size
+        self.tokens = torch.zeros(num_slots, max_length, dtype=torch.int32, device=device)
+        self.pages = np.zeros((num_slots, -(-max_length // page_size)), np.int32)
+
+    def take_in(self, plan: StepPlan) -> None:
+        """Bring the slots up to date: the tokens of new requests, and new pages."""
+        for admission in plan.admitted:
+            tokens = torch.from_numpy(admission.tokens).to(self.tokens.device, non_blocking=True)
+            self.tokens[admission.slot, : len(tokens)] = tokens
+        slot, index, page = plan.page_writes.reshape(-1, 3).T
+        self.pages[slot, index] = page
+
+    def describe(self, plan: StepPlan) -> HostBatch:
+        """The plan's rows, token by token."""
+        ends = np.cumsum(plan.counts, dtype=np.int32)
+        if ends[-1] == len(ends):  # only decode rows: a token each
+            slots, positions = plan.slots, plan.starts
+        else:
+            slots = np.repeat(plan.slots, plan.counts)
+            before = ends - plan.counts - plan.starts
+            positions = np.arange(ends[-1], dtype=np.int32) - np.repeat(before, plan.counts)
+        page, offset = np.divmod(positions, self.page_size)
+        kv_lengths = plan.starts + plan.counts
+        return HostBatch(
+            slots=slots,
+            positions=positions,
+            kv_slots=self.pages[slots, page] * self.page_size + offset,
+            page_table=self.pages[plan.slots, : -(-int(kv_lengths.max()) // self.page_size)],
+            query_starts=np.append(np.int32(0), ends),
+            kv_lengths=kv_lengths,
+        )
+
+    def batch(self, host: HostBatch) -> Batch:
+        """The step on the device, in one copy."""
+        packed = torch.from_numpy(np.stack((host.slots, host.positions, host.kv_slots)))
+        slots, positions, kv_slots = packed.to(self.tokens.device, non_blocking=True).unbind(0)
+        return self.lookup(slots, positions, kv_slots, host)
+
+    def lookup(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch | Batch) -> Batch:
+        """The batch whose tokens are those at `positions` of `slots` (both [T] int32, on the device)."""
+        return Batch(
+            token_ids=self.tokens[slots.long(), positions.long()],
+            positions=positions,
+            kv_slots=kv_slots,
+            page_table=host.page_table,
+            query_starts=host.query_starts,
+            kv_lengths=host.kv_lengths,
+        )
+
+    def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Write sampled tokens [S] at `positions` of `slots` (int64, on the device): inputs of the next step."""
+        self.tokens[slots, positions] = tokens.to(torch.int32)

@@ -19,6 +19,7 @@ from .model.config import ModelConfig
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 LoadFormat = Literal["auto", "dummy"]
+AttentionChoice = Literal["auto", "flashinfer", "torch"]
 
 DEMO_MODEL = str(Path(__file__).parent.parent / "launch" / "demo")
 
@@ -49,6 +50,13 @@ class Config:
     )
     gpu_memory_utilization: float = option(0.9, "share of each GPU's memory to use, weights included")
     enable_prefix_caching: bool = option(True, "keep the KV of finished prompts and reuse it for equal prefixes")
+    attention_backend: AttentionChoice = option(
+        "auto", "auto is flashinfer on a GPU where it has the dtype and head size"
+    )
+    enforce_eager: bool = option(
+        False, "launch every kernel of a decode step from Python instead of replaying CUDA graphs"
+    )
+    overlap_scheduling: bool = option(True, "on a GPU, schedule a step while the one before still runs")
     load_format: LoadFormat = option("auto", "auto reads safetensors; dummy fills the weights with random numbers")
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     ray_address: str | None = option(

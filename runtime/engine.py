@@ -1,4 +1,8 @@
-"""The leader's loop body: schedule a step, tell the followers, run it, take in what came."""
+"""The leader's loop body: schedule a step, tell the followers, launch it, take in what came.
+
+With overlap, a step is scheduled and launched while the one before still runs: its inputs are read on the device from
+where the sampler leaves them, and the host learns the tokens one step later.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,21 @@ from collections.abc import Callable, Sequence
 
 from .plan import Finished, StepOutput, StepPlan
 from .request import Request
-from .runner import Runner
-from .scheduler import Scheduler
+from .runner import Runner, Sampled
+from .scheduler import Scheduled, Scheduler
 
 
 class Engine:
     """One group of ranks, seen from rank 0; `publish` sends each plan to the followers before it runs here."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, publish: Callable[[StepPlan], None]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, publish: Callable[[StepPlan], None], *, overlap: bool = False
+    ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self._publish = publish
+        self._overlap = overlap
+        self._running: tuple[Scheduled, Callable[[], Sampled]] | None = None
         self._ended: list[Finished] = []  # outside of a step: refused or cancelled
 
     def add(self, requests: Sequence[Request]) -> None:
@@ -36,16 +44,25 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._ended)
+        return self.scheduler.has_work or self._running is not None or bool(self._ended)
 
     def step(self) -> StepOutput:
-        """Run one step, if there is anything to compute; returns what it produced and who ended."""
-        scheduled = self.scheduler.schedule()
+        """Launch a step, if there is anything to compute, and take in a finished one; what it produced and who ended."""
+        before, self._running = self._running, self._launch()
+        if not self._overlap:
+            before, self._running = self._running, None
         output = StepOutput([], [], [])
-        if scheduled is not None:
-            self._publish(scheduled.plan)
-            sampled = self.runner.execute(scheduled.plan)
+        if before is not None:
+            scheduled, wait = before
+            sampled = wait()
             output = self.scheduler.commit(scheduled, sampled.tokens, sampled.logprobs)
         output.finished.extend(self._ended)
         self._ended.clear()
         return output
+
+    def _launch(self) -> tuple[Scheduled, Callable[[], Sampled]] | None:
+        scheduled = self.scheduler.schedule()
+        if scheduled is None:
+            return None
+        self._publish(scheduled.plan)
+        return scheduled, self.runner.launch(scheduled.plan)

@@ -52,7 +52,7 @@ class LocalExecutor:
         runner = load_rank(resolved, model, folder, SingleRank())
         self.limits = plan_limits(config, resolved, model, runner.num_pages())
         runner.allocate(self.limits)
-        self._engine = Engine(Scheduler(self.limits), runner, publish=lambda plan: None)
+        self._engine = Engine(Scheduler(self.limits), runner, publish=lambda plan: None, overlap=runner.overlaps)
 
     def submit(self, requests: Sequence[Request]) -> None:
         self._engine.add(requests)

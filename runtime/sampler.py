@@ -7,6 +7,7 @@ a part of the vocabulary could run its part of the race.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,19 +79,23 @@ class Sampler:
         scores = scores - self._noise(slots, positions, logits.shape[1]).log()
         return torch.where(random, scores.argmax(-1), logits.argmax(-1))
 
-    def top_logprobs(self, logits: Tensor, chosen: Tensor, slots: np.ndarray) -> dict[int, TokenLogprobs]:
-        """Log-probabilities for the rows whose requests ask for them, by row; logits [S, V] as the model gave them."""
-        rows = np.flatnonzero(self.logprobs[slots] >= 0)
-        if len(rows) == 0:
-            return {}
+    def top_logprobs(self, logits: Tensor, chosen: Tensor, slots: np.ndarray) -> Callable[[], dict[int, TokenLogprobs]]:
+        """Log-probabilities for the rows whose requests ask for them (one at least), by row.
+
+        logits  [S, V] as the model gave them. The returned function waits for the device.
+        """
+        rows, widths = np.flatnonzero(self.logprobs[slots] >= 0), self.logprobs[slots]
         index = torch.from_numpy(rows).to(self.device)
         logprobs = logits[index].log_softmax(-1)
         own = logprobs.gather(1, chosen[index, None])
         ranks = (logprobs > own).sum(-1) + 1
         top, ids = logprobs.topk(min(int(self.logprobs[slots].max()), logits.shape[1]), dim=-1)
-        table = zip(rows.tolist(), own[:, 0].tolist(), ranks.tolist(), ids.tolist(), top.tolist(), strict=True)
-        widths = self.logprobs[slots]
-        return {row: TokenLogprobs(t, r, i[: widths[row]], p[: widths[row]]) for row, t, r, i, p in table}
+
+        def collect() -> dict[int, TokenLogprobs]:
+            table = zip(rows.tolist(), own[:, 0].tolist(), ranks.tolist(), ids.tolist(), top.tolist(), strict=True)
+            return {row: TokenLogprobs(t, r, i[: widths[row]], p[: widths[row]]) for row, t, r, i, p in table}
+
+        return collect
 
     def _edit(self, logits: Tensor, slot: int, position: int, tokens: Tensor) -> None:
         """Penalties, logit bias and min_tokens on one row [V], in place."""

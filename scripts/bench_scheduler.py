@@ -2,8 +2,8 @@
 
     python scripts/bench_scheduler.py
 
-All requests decode at a context of about 1000 tokens with prefix caching on, in a steady state. The rank is a real
-Runner whose model is never built: only its `make_batch`, on the CPU, is used. Times are microseconds per step, the
+All requests decode at a context of about 1000 tokens with prefix caching on, in a steady state. The rank's
+part is what it makes of a plan before the model runs (runtime/batch.py). Times are microseconds per step, the
 median and the 99th percentile over `STEPS` steps, of the best of `ROUNDS` rounds. Last line: JSON.
 """
 
@@ -17,14 +17,13 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from lockstep.runtime.plan import StepPlan
+from lockstep.runtime.batch import SlotTables
 from lockstep.runtime.request import Request, SamplingParams
-from lockstep.runtime.runner import Runner
 from lockstep.runtime.scheduler import Limits, Scheduler
 
 CONTEXT, STEPS, ROUNDS = 1000, 300, 5
 VOCAB = 32_000
-PHASES = ("schedule", "make_batch", "commit")
+PHASES = ("schedule", "batch", "commit")
 
 
 def limits(num_requests: int, page_size: int) -> Limits:
@@ -38,27 +37,13 @@ def limits(num_requests: int, page_size: int) -> Limits:
     )
 
 
-def host_runner(limits: Limits) -> Runner:
-    """A Runner with the state that `make_batch` reads, and no model."""
-    runner = Runner.__new__(Runner)
-    runner.limits, runner.device = limits, torch.device("cpu")
-    runner.tokens = torch.zeros(limits.max_num_seqs, limits.max_length, dtype=torch.int32)
-    runner.page_table = np.zeros((limits.max_num_seqs, -(-limits.max_length // limits.page_size)), np.int32)
-    return runner
-
-
-def take_in(runner: Runner, plan: StepPlan) -> None:
-    """What the runner does with page writes, less the sampler's part, of which decode steps have none."""
-    slot, index, page = plan.page_writes.reshape(-1, 3).T
-    runner.page_table[slot, index] = page
-
-
 class Bench:
     """`num_requests` requests of equal length that share a prefix of 200 tokens, decoding for ever."""
 
     def __init__(self, num_requests: int, page_size: int) -> None:
         self.limits = limits(num_requests, page_size)
-        self.scheduler, self.runner = Scheduler(self.limits), host_runner(self.limits)
+        self.scheduler = Scheduler(self.limits)
+        self.tables = SlotTables(num_requests, self.limits.max_length, page_size, torch.device("cpu"))
         rng = np.random.default_rng(0)
         common = rng.integers(VOCAB, size=200)
         for uid in range(num_requests):
@@ -74,8 +59,8 @@ class Bench:
         scheduled = self.scheduler.schedule()
         assert scheduled is not None
         clock.append(time.perf_counter())
-        take_in(self.runner, scheduled.plan)
-        self.runner.make_batch(scheduled.plan)
+        self.tables.take_in(scheduled.plan)
+        self.tables.batch(self.tables.describe(scheduled.plan))
         clock.append(time.perf_counter())
         tokens = np.zeros(len(scheduled.plan.sampled_rows), np.int32)
         self.scheduler.commit(scheduled, tokens)

@@ -61,9 +61,13 @@ def run_engine(
     *,
     tp: int = 1,
     between: Callable[[int, Engine], None] | None = None,
+    overlap: bool = False,
     **options: Any,
 ) -> Results:
-    """Run all requests to their end; `between(step, engine)` may add and cancel in the meantime."""
+    """Run all requests to their end; `between(step, engine)` may add and cancel in the meantime.
+
+    With `overlap`, also on a CPU, results are committed one step late, as on a GPU.
+    """
     asked = Config(model=str(folder), tensor_parallel_size=tp, **{"device": "cpu", **OPTIONS, **options})
     model = ModelConfig.from_folder(folder)
     config = asked.resolved(model, cuda=False)
@@ -76,14 +80,14 @@ def run_engine(
         runner.allocate(limits)
         if comm.rank > 0:
             while not isinstance(plan := decode_plan(wires[comm.rank].get(timeout=60)), Stop):
-                runner.execute(plan)
+                runner.launch(plan)
             return None
 
         def publish(message: Any) -> None:
             for wire in wires[1:]:
                 wire.put(encode(message))
 
-        engine = Engine(Scheduler(limits), runner, publish)
+        engine = Engine(Scheduler(limits), runner, publish, overlap=overlap or runner.overlaps)
         engine.add(requests)
         results = Results()
         while engine.has_work:

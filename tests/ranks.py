@@ -35,6 +35,7 @@ class ThreadRank(Communicator):
     """One rank's end; sums go in rank order, so they have the same bits on each rank."""
 
     description = "threads of one process, for tests"
+    capturable = False
 
     def __init__(self, group: ThreadGroup, rank: int) -> None:
         self.group = group

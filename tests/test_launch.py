@@ -1,25 +1,32 @@
-"""Ranks as Ray actors: same tokens as one rank, and every way of failing ends soon, says why, and leaves nothing behind.
+"""Ranks as Ray actors: the tokens of one rank, and every way of failing ends soon, says why, and leaves nothing behind.
 
-The tests share one small Ray of this process, as a user's own program would have it; what starts and ends Ray itself is
-in test_processes.py.
+Most tests share one small Ray of this process, as a user's own program would have it; those at the end start processes
+that start Ray themselves, and a cluster of two nodes. Other people's Ray runs on the same machine: ours is known by a
+mark in its environment, which Ray's servers and workers inherit however they are detached.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from lockstep import LLM, SamplingParams
-from lockstep.launch import ranks
+from lockstep.launch import cluster, ranks
 from lockstep.launch.cluster import RayExecutor
 from lockstep.launch.errors import PlacementError, RankFailed
 from lockstep.launch.worker import Worker
@@ -27,14 +34,57 @@ from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.frontend import RequestRefused
 from lockstep.runtime.outputs import Delta, RequestOutput
 
-from owned import is_running, kill_marked, marked, new_mark, wait_until_gone
-
+T = TypeVar("T")
 SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
 PROMPTS = ["In the beginning", "And the LORD spake unto Moses, saying,", "Blessed is"]
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
 SEEDED = SamplingParams(temperature=0.8, top_p=0.9, seed=7, max_tokens=16, ignore_eos=True, n=2)
 LONG = SamplingParams(temperature=0.8, seed=1, max_tokens=1500, ignore_eos=True)
 CPUS = 4
+HANGS = r"^no step has ended for \d+ s, .*rank 0 on [^\n]*$"
+BUG = r"^rank 1 on [^\n]* failed: IndexError: pop from empty list$"
+MARK = "LOCKSTEP_TEST_MARK"
+
+
+def new_mark() -> dict[str, str]:
+    """An environment variable to start something with."""
+    return {MARK: uuid.uuid4().hex}
+
+
+def marked(mark: dict[str, str], title: str = "") -> dict[int, str]:
+    """The live processes with this mark whose command line contains `title`: pid -> command line."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            owned = f"{MARK}={mark[MARK]}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:  # ended meanwhile
+            continue
+        if owned and title in command:
+            found[int(folder.name)] = command
+    return found
+
+
+def left_after(timeout_s: float, find: Callable[[], T]) -> T:
+    """What `find` still finds after at most timeout_s; returns as soon as it finds nothing."""
+    deadline = time.monotonic() + timeout_s
+    while (left := find()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def kill_marked(mark: dict[str, str]) -> None:
+    """For the end of a test that failed: nothing of it may stay behind."""
+    for pid in marked(mark):
+        os.kill(pid, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +103,7 @@ def mark() -> Iterator[dict[str, str]]:
     )
     yield mark
     ray.shutdown()
-    left = wait_until_gone(mark, 15)
+    left = left_after(15, lambda: marked(mark))
     kill_marked(mark)
     assert not left
 
@@ -140,7 +190,7 @@ def test_close_with_requests_in_flight_leaves_nothing(victim: LLM) -> None:
     victim.close()
     victim.close()
     assert time.monotonic() - started < 10
-    assert not any(map(is_running, workers))
+    assert not left_after(5, lambda: [pid for pid in workers if is_running(pid)])
     with pytest.raises(RankFailed, match="close"):
         victim.generate(PROMPTS, GREEDY, use_tqdm=False)
     with pytest.raises(RankFailed, match="close"):
@@ -165,7 +215,7 @@ def test_a_killed_rank_is_reported_at_once(victim: LLM, rank: int) -> None:
     with pytest.raises(RankFailed, match=f"rank {rank} on"):
         victim.generate(PROMPTS, GREEDY, use_tqdm=False)
     victim.close()
-    assert not any(map(is_running, workers))
+    assert not left_after(5, lambda: [pid for pid in workers if is_running(pid)])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -183,19 +233,18 @@ def test_a_hung_rank_ends_the_group_after_step_timeout(victim: LLM, rank: int) -
         assert f"rank {1 - rank} of 2: all_" in str(caught.value)
         assert "longer than 2 s" in str(caught.value)
     victim.close()
-    assert not any(map(is_running, workers))
+    assert not left_after(5, lambda: [pid for pid in workers if is_running(pid)])
 
 
 def test_a_leader_that_hangs_alone_is_noticed(mark: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for it in a collective: it hangs before its first step."""
+    monkeypatch.setattr(cluster, "GRACE_S", 1)
     monkeypatch.setattr(ranks, "Worker", failing("run", 0, lambda: time.sleep(600)))
-    with LLM(tensor_parallel_size=2, step_timeout=1, **SMALL) as llm:
-        with pytest.raises(RankFailed, match=r"no step has ended for \d+ s.*rank 0 on"):
-            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    with LLM(tensor_parallel_size=2, step_timeout=1, **SMALL) as llm, pytest.raises(RankFailed, match=HANGS):
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
 
 
-@pytest.mark.parametrize("method", ["bind", "load", "allocate"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("method", "rank"), [("bind", 1), ("load", 0), ("load", 1), ("allocate", 1)])
 def test_a_rank_that_dies_at_start_up_is_named(
     mark: dict[str, str], monkeypatch: pytest.MonkeyPatch, method: str, rank: int
 ) -> None:
@@ -204,21 +253,20 @@ def test_a_rank_that_dies_at_start_up_is_named(
     with pytest.raises(RankFailed, match=rf"^rank {rank}.* died: [^\n]*$"):
         LLM(tensor_parallel_size=2, **SMALL)
     assert time.monotonic() - started < 20
-    assert not marked(mark, "FailingWorker")
+    assert not left_after(5, lambda: marked(mark, "FailingWorker"))
 
 
 def test_a_rank_that_hangs_at_start_up_is_named(mark: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "Worker", failing("load", 1, lambda: time.sleep(600)))
     with pytest.raises(RankFailed, match=r"^no answer to load from .*rank 1 on .* within startup_timeout"):
         LLM(tensor_parallel_size=2, startup_timeout=6, **SMALL)
-    assert not marked(mark, "FailingWorker")
+    assert not left_after(5, lambda: marked(mark, "FailingWorker"))
 
 
 def test_an_exception_in_a_step_is_reported_as_the_ranks(mark: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "Worker", failing("run", 1, lambda: [].pop()))
-    with LLM(tensor_parallel_size=2, **SMALL) as llm:
-        with pytest.raises(RankFailed, match=r"^rank 1 on .*failed: IndexError: pop from empty list$"):
-            llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    with LLM(tensor_parallel_size=2, **SMALL) as llm, pytest.raises(RankFailed, match=BUG):
+        llm.generate(PROMPTS, GREEDY, use_tqdm=False)
 
 
 def test_what_only_the_ranks_find_wrong_is_the_users_error(mark: dict[str, str], tmp_path: Path) -> None:
@@ -251,3 +299,168 @@ def test_a_busy_cluster_is_waited_for_in_the_open(two_ranks: LLM, caplog: pytest
         remove_placement_group(others)
     assert 3 < time.monotonic() - started < 6
     assert "waiting for 2 ranks with 1 CPU each, 2 of 3 s" in caplog.text
+
+
+CLI = [sys.executable, "-c", "from lockstep.launch.cli import main; main()", "generate", "--device=cpu"]
+SMALL_FLAGS = ["--num-pages=256", "--max-num-seqs=8", "--max-num-batched-tokens=256"]
+ENDLESS = ["--tp=2", "--prompt=In the", "--max-tokens=1900", "--ignore-eos"]
+FIELDS = {"prompt", "index", "text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens"}
+UNLIMITED = SamplingParams(temperature=0.8, seed=3, max_tokens=12, n=2)
+FLAGS = ["--temperature=0.8", "--top-p=1", "--top-k=0", "--seed=3", "--max-tokens=12", "-n", "2", "--json"]
+
+
+def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """In a session of its own, as from a terminal of its own."""
+    environment = {**os.environ, **environment}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        arguments,
+        env=environment,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=pipe,
+        stderr=pipe,
+        start_new_session=True,
+    )
+
+
+def run(arguments: list[str], environment: dict[str, str]) -> str:
+    """stdout of a command that must succeed."""
+    process = start(arguments, environment)
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture
+def own_mark() -> Iterator[dict[str, str]]:
+    """The mark of one test; nothing with it may be left, with 15 s for Ray to see that its owner is gone."""
+    mark = new_mark()
+    yield mark
+    left = left_after(15, lambda: marked(mark))
+    kill_marked(mark)
+    assert not left
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def test_the_command_prints_the_tokens_of_one_rank(own_mark: dict[str, str], one_rank: LLM) -> None:
+    before = shared_memory()
+    prompts = [f"--prompt={prompt}" for prompt in PROMPTS[:2]]
+    lines = run([*CLI, "--tp=2", *SMALL_FLAGS, *FLAGS, *prompts], own_mark).splitlines()
+    assert not marked(own_mark)  # not a moment later
+    assert not shared_memory() - before
+    found = [json.loads(line) for line in lines]
+    found.sort(key=lambda line: (PROMPTS.index(line["prompt"]), line["index"]))
+    assert all(set(line) == FIELDS for line in found)
+    expected = one_rank.generate(PROMPTS[:2], UNLIMITED, use_tqdm=False)
+    assert [line["token_ids"] for line in found] == tokens(expected)
+    assert [line["text"] for line in found] == [output.text for result in expected for output in result.outputs]
+    for line, result in zip(found, [r for r in expected for _ in range(2)], strict=True):
+        assert line["prompt_tokens"] == len(result.prompt_token_ids)
+        assert line["completion_tokens"] == len(line["token_ids"])
+        assert line["finish_reason"] == ("length" if line["completion_tokens"] == 12 else "stop")
+
+
+def test_a_program_that_forgets_to_close_ends_cleanly(own_mark: dict[str, str]) -> None:
+    program = f"""
+from lockstep import LLM
+llm = LLM(tensor_parallel_size=2, **{SMALL})
+print(len(llm.generate("In the", use_tqdm=False)))
+"""
+    assert run([sys.executable, "-c", program], own_mark) == "1\n"
+
+
+SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+@pytest.mark.parametrize("phase", ["gcs_server", "ray::Worker", "generating"])
+def test_ranks_and_ray_end_with_their_owner(phase: str) -> None:
+    """Each signal while Ray starts, while the ranks start, and while they work; Ctrl-C reaches the whole session."""
+    marks = {number: new_mark() for number in SIGNALS}
+    owners = {number: start([*CLI, *ENDLESS, *SMALL_FLAGS], mark) for number, mark in marks.items()}
+    try:
+        for number, owner in owners.items():
+            assert owner.stdout is not None
+            if phase == "generating":
+                assert owner.stdout.read(1)
+            else:
+                assert not left_after(30, lambda n=number: not marked(marks[n], phase))  # type: ignore[misc]
+            (os.killpg if number == signal.SIGINT else os.kill)(owner.pid, number)
+        for number, owner in owners.items():
+            assert owner.wait(15) in (SIGNALS[number], *([15] if phase == "gcs_server" else []))
+            assert not left_after(15, lambda n=number: marked(marks[n]))  # type: ignore[misc]
+            assert owner.stderr is not None
+            assert "Traceback" not in owner.stderr.read()
+    finally:
+        for mark in marks.values():
+            kill_marked(mark)
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[tuple[dict[str, str], str]]:
+    """A Ray cluster of two nodes with one CPU each, on this machine: what to set to use it, and its address."""
+    folder = Path(tempfile.mkdtemp(prefix="ls-"))  # short: it holds sockets, whose paths end at 107 characters
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(uuid.uuid4().hex * 2)
+    environment = {**new_mark(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    port = address.partition(":")[2]
+    head = ["--head", f"--port={port}", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false"]
+    nodes = []
+    try:
+        for role in (head, [f"--address={address}"]):
+            nodes.append(start_node(role, environment))
+        yield environment, address
+        for node in reversed(nodes):
+            node.terminate()
+            node.wait(20)
+        left = left_after(15, lambda: marked(environment))
+    finally:
+        kill_marked(environment)
+        shutil.rmtree(folder, ignore_errors=True)
+    assert not left
+
+
+def start_node(role: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """`ray start --block`, which ends the node when it is ended; returns once the node runs."""
+    ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *role]
+    node = start([*ray_start, "--num-cpus=1", "--num-gpus=0", "--object-store-memory=80000000"], environment)
+    assert node.stderr is not None
+    for line in node.stderr:
+        if "Ray runtime started" in line:
+            return node
+    raise AssertionError(f"no Ray node: {node.communicate(timeout=10)}")
+
+
+def test_a_cluster_of_two_nodes(two_nodes: tuple[dict[str, str], str], one_rank: LLM) -> None:
+    """One CPU a node: two ranks can only run on different ones."""
+    environment, address = two_nodes
+    command = [*CLI, "--tp=2", *SMALL_FLAGS, *FLAGS, f"--prompt={PROMPTS[0]}"]
+    expected = tokens(one_rank.generate(PROMPTS[:1], UNLIMITED, use_tqdm=False))
+    by_flag = run([*command, f"--ray-address={address}"], environment)
+    assert not left_after(5, lambda: marked(environment, "ray::Worker"))
+    by_variable = run(command, {**environment, "RAY_ADDRESS": address})
+    assert not left_after(5, lambda: marked(environment, "ray::Worker"))
+    for out in (by_flag, by_variable):
+        assert [json.loads(line)["token_ids"] for line in out.splitlines()] == expected
+
+
+def test_ranks_on_a_cluster_end_with_their_owner(two_nodes: tuple[dict[str, str], str]) -> None:
+    environment, address = two_nodes
+    owner = start([*CLI, *ENDLESS, *SMALL_FLAGS, f"--ray-address={address}"], environment)
+    assert owner.stdout is not None
+    assert owner.stdout.read(1)
+    assert len(marked(environment, "ray::Worker")) == 2
+    owner.kill()
+    owner.wait(10)
+    assert not left_after(15, lambda: marked(environment, "ray::Worker"))
+    assert len(marked(environment, "/raylet/raylet")) == 2

@@ -162,8 +162,8 @@ def test_torch_attention_is_attention(window: int | None, kv_heads: int) -> None
     nothing = torch.empty(0)
     starts = np.cumsum([0, *counts], dtype=np.int32)
     batch = Batch(
-        token_ids=nothing, positions=nothing, kv_slots=nothing, page_table=tables, query_starts=starts,
-        kv_lengths=np.array(lengths, dtype=np.int32), sampled_tokens=nothing,
+        token_ids=nothing, positions=nothing, kv_slots=nothing, page_table=tables.numpy(), query_starts=starts,
+        kv_lengths=np.array(lengths, dtype=np.int32),
     )  # fmt: skip
     attention = TorchAttention(scale)
     attention.plan(batch)

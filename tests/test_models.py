@@ -90,10 +90,9 @@ def _batch(step: Step, tables: Tensor, page_size: int) -> Batch:
         token_ids=torch.cat([_prompts()[n][start:stop] for n, start, stop in step]).int(),
         positions=positions.int(),
         kv_slots=(tables[rows, positions // page_size] * page_size + positions % page_size).int(),
-        page_table=tables[[n for n, _, _ in step]].int(),
+        page_table=tables[[n for n, _, _ in step]].int().numpy(),
         query_starts=np.cumsum([0] + [stop - start for _, start, stop in step], dtype=np.int32),
         kv_lengths=np.array([stop for _, _, stop in step], dtype=np.int32),
-        sampled_tokens=torch.arange(len(positions)),
     )
 
 
@@ -121,7 +120,7 @@ def _logits(
     for step in steps:
         batch = _batch(step, tables, page_size)
         attention.plan(batch)
-        logits = decoder.logits(decoder.forward(batch, pool, attention)[batch.sampled_tokens])
+        logits = decoder.logits(decoder.forward(batch, pool, attention))
         for (n, _, _), part in zip(step, logits.split(np.diff(batch.query_starts).tolist()), strict=True):
             parts[n].append(part)
     return [torch.cat(part) for part in parts]

@@ -261,6 +261,22 @@ def test_a_server_that_never_evicts_does_not_collect_stale_entries() -> None:
     assert len(cache._leaves) <= 2 * 100 + 1024
 
 
+def test_an_evicted_node_is_not_evicted_again() -> None:
+    """The second insert uses the first leaf, then makes it an inner node that becomes a leaf again later."""
+    cache = RadixCache(page_size=1)
+    for number, tokens in enumerate(([1], [1, 2], [3])):
+        cache.insert(np.array(tokens, np.int32), np.array([0, number][-len(tokens) :], np.int32))
+    assert cache.evict(3).tolist() == [1, 0, 2]
+
+
+def test_allocated_pages_stay_the_same_when_others_are_released() -> None:
+    pool = PagePool(num_pages=4, page_size=1)
+    first, second = pool.allocate(2), pool.allocate(2)
+    before = second.tolist()
+    pool.release(first)
+    assert second.tolist() == before
+
+
 def test_unlocking_counts_as_use() -> None:
     cache = RadixCache(page_size=1)
     first, _ = cache.insert(np.array([1], np.int32), np.array([1], np.int32))

@@ -236,6 +236,15 @@ class Simulation:
             nodes.extend(node.children.values())
         return nodes
 
+    def check_content(self, node: Node, prefix: int) -> None:
+        """Every place in the tree below `node` holds the KV of the path that leads there."""
+        for child in node.children.values():
+            end, content = prefix, self.rank.content[child.pages].ravel().tolist()
+            for token, found in zip(child.tokens.tolist(), content, strict=True):
+                end = extend(end, token)
+                assert found == end
+            self.check_content(child, end)
+
     def check(self) -> None:
         s, nodes = self.scheduler, self.nodes()
         owned = s.pages.free_pages().tolist() + [page for node in nodes for page in node.pages.tolist()]
@@ -253,9 +262,11 @@ class Simulation:
         assert sorted(owned) == list(range(self.limits.num_pages))
         assert all(node.locks == locks[id(node)] for node in nodes)
         assert s.pages.tree.num_evictable == sum(len(node.pages) for node in nodes if not locks[id(node)])
+        self.check_content(s.pages.tree.root, 0)
         running, waiting = [self.uid_in(slot) for slot in s.order], [request.uid for request in s.waiting]
         assert running + waiting == sorted(running + waiting)  # in order of arrival, through preemptions too
         assert self.admitted == sorted(self.admitted)
+        assert s._preempted <= set(waiting)  # nothing is remembered of those who ended
         assert sorted(running + waiting) == [uid for uid, entry in self.ledger.items() if not entry.finished]
 
 
@@ -294,11 +305,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.simulation.add(prompt, max_tokens=max_tokens, min_tokens=min_tokens, stop_ids=stop_ids)
 
     @precondition(lambda self: self.simulation.ledger)
-    @rule(which=st.integers(0, 99))
-    def ask_again(self, which: int) -> None:
+    @rule(which=st.integers(0, 99), own=st.lists(st.integers(0, VOCAB - 1), max_size=3))
+    def ask_again(self, which: int, own: list[int]) -> None:
         """A conversation's next turn: a prompt and its output are the new prompt."""
         entry = self.simulation.ledger[which % len(self.simulation.ledger)]
-        prompt = entry.request.tokens.tolist() + entry.tokens
+        prompt = entry.request.tokens.tolist() + entry.tokens + own
         self.simulation.add(prompt[: self.simulation.limits.max_length - 1], max_tokens=3)
 
     @precondition(lambda self: self.simulation.ledger)
@@ -394,7 +405,7 @@ def operate(simulation: Simulation, rng: random.Random) -> None:
         prompt = FAMILY[: rng.choice([0, 5, 10, 20, 60])] + rng.choices(range(VOCAB), k=rng.choice([1, 2, 3, 20]))
         if ledger and rng.random() < 0.15:
             entry = rng.choice(list(ledger.values()))
-            prompt = entry.request.tokens.tolist() + entry.tokens
+            prompt = entry.request.tokens.tolist() + entry.tokens + [0]
         stop_ids = rng.sample(range(VOCAB), k=rng.choice([0, 0, 0, 1, 3]))
         simulation.add(
             prompt[:longest],
@@ -460,6 +471,14 @@ def test_cancelling_what_does_not_fit_lets_the_next_one_in() -> None:
     simulation.schedule()
     assert simulation.admitted == [0, small]
     simulation.finish()
+
+
+def test_who_is_admitted_leaves_a_page_for_those_who_run() -> None:
+    simulation = Simulation(limits(num_pages=20), depth=1)
+    simulation.add([0] * 10, max_tokens=5)
+    simulation.add([1] * 10, max_tokens=5)
+    simulation.finish()
+    assert simulation.scheduler.num_preemptions == 0
 
 
 def test_a_blocked_request_costs_nothing_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:

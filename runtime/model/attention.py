@@ -89,7 +89,8 @@ class TorchAttention:
         counts = np.diff(batch.query_starts)
         self._prefills = np.flatnonzero(counts > 1).tolist()
         decodes = np.flatnonzero(counts == 1)
-        device = batch.page_table.device
+        device = batch.positions.device
+        self._pages = torch.from_numpy(batch.page_table).to(device)
         self._decodes = torch.from_numpy(decodes).to(device)
         self._decode_tokens = torch.from_numpy(batch.query_starts[decodes]).long().to(device)
         self._decode_lengths = torch.from_numpy(batch.kv_lengths[decodes]).long().to(device)
@@ -109,7 +110,7 @@ class TorchAttention:
         page_size = k_cache.shape[1]
         last = (self._decode_lengths - 1).unsqueeze(1)  # [B, 1]
         num_pages = -(-self._longest_decode // page_size)
-        pages = self._batch.page_table[self._decodes, :num_pages]
+        pages = self._pages[self._decodes, :num_pages]
         # Beyond a row's length its pages may be any number: read page 0 there, the mask hides it.
         pages = pages.where(torch.arange(num_pages, device=q.device) <= last // page_size, 0)
         keys = torch.arange(num_pages * page_size, device=q.device)
@@ -120,7 +121,7 @@ class TorchAttention:
         """The n last tokens of one row: q [n, H, E] -> [n, H, E]."""
         page_size = k_cache.shape[1]
         length = int(self._batch.kv_lengths[row])
-        pages = self._batch.page_table[row : row + 1, : -(-length // page_size)]
+        pages = self._pages[row : row + 1, : -(-length // page_size)]
         positions = torch.arange(length - len(q), length, device=q.device).unsqueeze(1)
         keys = torch.arange(pages.shape[1] * page_size, device=q.device)
         seen = _seen(positions, keys, window)  # [n, K]
