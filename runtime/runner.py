@@ -127,7 +127,7 @@ class Runner:
         self._make(1, max_length, announce=False)
         counts: list[int] = []
         while budget > 0 and len(counts) < self.config.max_num_seqs:
-            counts.append(min(budget, max_length))
+            counts.append(min(budget, max_length - 1))  # the sampled token needs a place, too
             budget -= counts[-1]
         rows = np.arange(len(counts), dtype=np.int32)
         params = SamplingParams(seed=0, max_tokens=1)

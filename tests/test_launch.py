@@ -7,6 +7,7 @@ mark in its environment, which Ray's servers and workers inherit however they ar
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -434,11 +436,13 @@ def start_node(role: list[str], environment: dict[str, str]) -> subprocess.Popen
     """`ray start --block`, which ends the node when it is ended; returns once the node runs."""
     ray_start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *role]
     node = start([*ray_start, "--num-cpus=1", "--num-gpus=0", "--object-store-memory=80000000"], environment)
-    assert node.stderr is not None
-    for line in node.stderr:
-        if "Ray runtime started" in line:
-            return node
-    raise AssertionError(f"no Ray node: {node.communicate(timeout=10)}")
+    watchdog = threading.Timer(30, node.kill)
+    watchdog.start()
+    assert node.stdout is not None
+    said = list(itertools.takewhile(lambda line: "Ray runtime started" not in line, node.stdout))
+    watchdog.cancel()
+    assert node.poll() is None, said
+    return node
 
 
 def test_a_cluster_of_two_nodes(two_nodes: tuple[dict[str, str], str], one_rank: LLM) -> None:
