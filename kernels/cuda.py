@@ -26,6 +26,7 @@ C_NAMES = {
 }
 THREADS = 256  # at most, for all kernels: their __launch_bounds__
 VECTOR_BYTES = 16
+RACE_BLOCKS = 1024  # enough to fill any GPU
 
 
 def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
@@ -83,6 +84,17 @@ def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
     shape = np.int32(page_size), np.int32(pages * page_size), np.int32(width)
     grid, threads = (tokens, 2), _threads(width // vector)
     kernel(grid, threads, k, v, k_stride, v_stride, k_cache, v_cache, page_stride, slot_stride, slots.int(), *shape)
+
+
+def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
+    rows, vocab = logits.shape
+    best = keys.new_full((rows,), torch.iinfo(torch.int64).min)
+    if logits.numel():
+        parts = max(1, min(RACE_BLOCKS // rows, vocab // (4 * THREADS)))
+        row_stride = np.int64(logits.stride(0))
+        kernel = _kernel("sample.cu", "race")
+        kernel((rows, parts), THREADS, best, logits, row_stride, temperature, keys, np.int32(vocab))
+    return 0xFFFFFFFF - (best & 0xFFFFFFFF)
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -144,7 +156,8 @@ def _kernel(source: str, name: str) -> Any:
 
 
 def _module(source: str, name: str) -> Any:
-    return cupy.RawModule(code=source_text(source), options=("-std=c++17",), name_expressions=(name,))
+    templates = (name,) if "<" in name else None
+    return cupy.RawModule(code=source_text(source), options=("-std=c++17",), name_expressions=templates)
 
 
 def source_text(name: str) -> str:

@@ -85,6 +85,23 @@ def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
     _on(k).store_kv_(k, v, k_cache, v_cache, slots)
 
 
+def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
+    """A token per row, [S] int64: the likeliest where temperature is 0, else drawn from softmax(logits / temperature).
+
+    logits       [S, V] float32, rows contiguous
+    temperature  [S]    float32, >= 0
+    keys         [S]    int64: row s draws with noise hashed from (keys[s], token) alone
+    The draw is a race: token v wins with the least E(v) / p(v), E exponential. Equal scores go to the lower id.
+    """
+    _require(logits.dim() == 2 and logits.dtype == torch.float32, "logits", logits, "must be [S, V] float32")
+    rows = logits.shape[:1]
+    _require(
+        temperature.shape == rows and temperature.dtype == torch.float32, "temperature", temperature, "must be [S]"
+    )
+    _require(keys.shape == rows and keys.dtype == torch.int64, "keys", keys, f"must be [{rows[0]}] int64")
+    return _on(logits).race(logits, temperature, keys)
+
+
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     """How many leading elements of `a` and `b` are equal; both 1-D int32, contiguous, on the host."""
     compare = jit.radix_compare()

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd: the increment of SplitMix64
+
 
 def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
     local = ids - first_row
@@ -52,6 +54,34 @@ def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
     where = (slots.long() // page_size, slots.long() % page_size)
     k_cache.index_put_(where, k.to(k_cache.dtype))
     v_cache.index_put_(where, v.to(v_cache.dtype))
+
+
+def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
+    if not temperature.any():
+        return logits.argmax(-1)
+    random = temperature > 0
+    scaled = logits / torch.where(random, temperature, 1)[:, None]
+    # log(p / E) up to a constant of the row: its argmax is the argmin of E / p.
+    drawn = (scaled - _exponential(keys, logits.shape[1]).log()).argmax(-1)
+    return torch.where(random, drawn, logits.argmax(-1))
+
+
+def _exponential(keys: Tensor, size: int) -> Tensor:
+    """Exponential noise [S, size] float32; element v of a row is hashed from the row's key and v."""
+    bits = _mix(keys[:, None] + GOLDEN * torch.arange(size, device=keys.device))
+    uniform = _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
+    return -uniform.log().to(torch.float32)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), elementwise on int64 taken as 64 unsigned bits."""
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, n: int) -> Tensor:
+    return (x >> n) & ((1 << (64 - n)) - 1)
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:

@@ -47,7 +47,7 @@ class Engine:
         return self.scheduler.has_work or self._running is not None or bool(self._ended)
 
     def step(self) -> StepOutput:
-        """Launch a step, if there is anything to compute, and take in a finished one; what it produced and who ended."""
+        """Launch a step, if there is anything to compute, and take in a finished one: its tokens, and who ended."""
         before, self._running = self._running, self._launch()
         if not self._overlap:
             before, self._running = self._running, None

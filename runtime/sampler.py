@@ -1,8 +1,8 @@
 """From logits to tokens, the same on every rank: a function of the logits, the request and the position only.
 
-A random draw is a race: token v wins with the least `E(v) / p(v)`, where E(v) is exponential noise hashed from (seed,
-position, v). So neither the batch, nor the row, nor what was drawn before has any influence, and a rank that held only
-a part of the vocabulary could run its part of the race.
+A random draw is a race (`ops.race`): token v wins with the least `E(v) / p(v)`, E(v) being exponential noise hashed
+from (seed, position, v). So neither the batch, nor the row, nor what was drawn before has any influence, and a rank that
+held only a part of the vocabulary could run its part of the race.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import ops
 from .plan import Admission, TokenLogprobs
 from .request import SamplingParams
 
-GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd: the increment of SplitMix64
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Sampler:
         self.temperature = np.zeros(max_num_seqs, np.float32)
         self.top_p, self.min_p = np.ones(max_num_seqs, np.float32), np.zeros(max_num_seqs, np.float32)
         self.top_k = np.zeros(max_num_seqs, np.int64)
-        self.seed = np.zeros(max_num_seqs, np.int64)
+        self.seed = np.zeros(max_num_seqs, np.uint64)
+        self.filtered = np.zeros(max_num_seqs, bool)  # top-k, top-p or min-p
         self.edited = np.zeros(max_num_seqs, bool)  # logits are changed before sampling
         self.logprobs = np.full(max_num_seqs, -1, np.int32)
 
@@ -55,7 +57,8 @@ class Sampler:
         state = SlotState(p, admission.num_prompt_tokens, stop_ids)
         self.slots[slot] = state
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
-        self.top_k[slot], self.seed[slot] = max(p.top_k, 0), p.seed
+        self.top_k[slot], self.seed[slot] = max(p.top_k, 0), p.seed % 2**64
+        self.filtered[slot] = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
         self.edited[slot] = state.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
 
@@ -70,14 +73,12 @@ class Sampler:
         for row in np.flatnonzero(self.edited[slots]).tolist():
             self._edit(logits[row], int(slots[row]), int(positions[row]), tokens)
         temperature = self.temperature[slots]
-        if not temperature.any():
-            return logits.argmax(-1)
-        random = torch.from_numpy(temperature > 0).to(self.device)
-        scale = torch.from_numpy(np.where(temperature > 0, temperature, 1)).to(self.device)
-        scores = self._filter(logits / scale[:, None], slots)
-        # log(p / E) up to a constant of the row: its argmax is the argmin of E / p.
-        scores = scores - self._noise(slots, positions, logits.shape[1]).log()
-        return torch.where(random, scores.argmax(-1), logits.argmax(-1))
+        if self.filtered[slots].any() and temperature.any():
+            scale = np.where(temperature > 0, temperature, 1)
+            logits = self._filter(logits / self._to_device(scale)[:, None], slots)
+            temperature = (temperature > 0).astype(np.float32)  # it has been applied
+        keys = _mix(_mix(self.seed[slots]) + GOLDEN * positions.astype(np.uint64))
+        return ops.race(logits, self._to_device(temperature), self._to_device(keys.view(np.int64)))
 
     def top_logprobs(self, logits: Tensor, chosen: Tensor, slots: np.ndarray) -> Callable[[], dict[int, TokenLogprobs]]:
         """Log-probabilities for the rows whose requests ask for them (one at least), by row.
@@ -122,37 +123,26 @@ class Sampler:
         """-inf for what min-p, then top-k, then top-p of what top-k left, exclude; scores [S, V] after temperature."""
         min_p, top_k, top_p = self.min_p[slots], self.top_k[slots], self.top_p[slots]
         if min_p.any():
-            least = (
-                scores.max(-1, keepdim=True).values
-                + torch.from_numpy(np.log(np.maximum(min_p, 1e-30))).to(scores)[:, None]
-            )
+            least = scores.max(-1, keepdim=True).values + self._to_device(np.log(np.maximum(min_p, 1e-30)))[:, None]
             scores = scores.masked_fill(scores < least, -torch.inf)
         if not top_k.any() and (top_p == 1).all():
             return scores
         ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
-        k = torch.from_numpy(np.where(top_k > 0, top_k, scores.shape[1])).to(self.device)
+        k = self._to_device(np.where(top_k > 0, top_k, scores.shape[1]))
         ordered = ordered.masked_fill(torch.arange(scores.shape[1], device=self.device) >= k[:, None], -torch.inf)
         before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)
         before[:, 0] = 0  # the most likely token always stays
-        exclude = before >= torch.from_numpy(top_p).to(self.device)[:, None]
-        exclude &= torch.from_numpy(top_p < 1).to(self.device)[:, None]  # rounding of the sum must not cut a tail
+        exclude = before >= self._to_device(top_p)[:, None]
+        exclude &= self._to_device(top_p < 1)[:, None]  # rounding of the sum must not cut a tail
         return torch.empty_like(scores).scatter_(-1, ids, ordered.masked_fill(exclude, -torch.inf))
 
-    def _noise(self, slots: np.ndarray, positions: np.ndarray, vocab_size: int) -> Tensor:
-        """Exponential noise [S, V] float32, a pure function of (seed, position, token)."""
-        seed = torch.from_numpy(self.seed[slots]).to(self.device)
-        key = _mix(_mix(seed) + GOLDEN * torch.from_numpy(positions.astype(np.int64)).to(self.device))
-        bits = _mix(key[:, None] + GOLDEN * torch.arange(vocab_size, device=self.device))
-        uniform = _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
-        return -uniform.log().to(torch.float32)
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), elementwise on int64 taken as 64 unsigned bits."""
-    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, n: int) -> Tensor:
-    return (x >> n) & ((1 << (64 - n)) - 1)
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 on uint64, as in `race`."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed

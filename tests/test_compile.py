@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 INSTANCES = {
     "index.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
     "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
+    "sample.cu": ["race"],
     "elementwise.cu": [
         *(f"rms_norm<{t}, {v}, {n}>" for t, v in (("bf16", 8), ("f16", 1), ("float", 4)) for n in (1, 16)),
         "rope<bf16, int>",

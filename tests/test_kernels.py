@@ -108,6 +108,25 @@ def test_store_kv_moves_exactly_these_rows(device: str, layout: str, page_size: 
         assert not untouched.any()
 
 
+@pytest.mark.parametrize(("rows", "vocab"), [(0, 7), (1, 151_936), (5, 131), (300, 1024)])
+def test_race_is_its_definition(device: str, rows: int, vocab: int) -> None:
+    logits = torch.randn(rows, vocab, device=device) * 3
+    temperature = torch.rand(rows, device=device)
+    temperature[::3] = 0
+    keys = torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
+    found = ops.race(logits, temperature, keys)
+    assert torch.equal(found.cpu(), reference.race(logits.cpu(), temperature.cpu(), keys.cpu()))
+    assert torch.equal(found[::3], logits[::3].argmax(-1))
+
+
+def test_race_takes_the_lower_id_of_equals_and_never_an_excluded_one(device: str) -> None:
+    logits = torch.full((4, 100), -torch.inf, device=device)
+    logits[:, [60, 30]] = 1.0
+    keys = torch.arange(4, device=device)
+    assert (ops.race(logits, torch.zeros(4, device=device), keys) == 30).all()
+    assert set(ops.race(logits, torch.ones(4, device=device), keys).tolist()) <= {30, 60}
+
+
 def test_a_wrong_argument_is_named_with_the_rule() -> None:
     x = torch.zeros(2, 8)
     with pytest.raises(ValueError, match=r"weight \[7\] torch.float32 must be \[8\]"):

@@ -378,6 +378,13 @@ print(len(llm.generate("In the", use_tqdm=False)))
     assert run([sys.executable, "-c", program], own_mark) == "1\n"
 
 
+def orphans(mark: dict[str, str], number: int) -> list[str]:
+    """What a signal to the owner has left; after SIGKILL Ray's two agents may go on for the 60 s in which they try to
+    report the raylet's death to a GCS that is dead as well (a constant of Ray's)."""
+    left = marked(mark).values()
+    return [title for title in left if number != signal.SIGKILL or not title.rstrip().endswith("Agent")]
+
+
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
@@ -396,7 +403,7 @@ def test_ranks_and_ray_end_with_their_owner(phase: str) -> None:
             (os.killpg if number == signal.SIGINT else os.kill)(owner.pid, number)
         for number, owner in owners.items():
             assert owner.wait(15) in (SIGNALS[number], *([15] if phase == "gcs_server" else []))
-            assert not left_after(15, lambda n=number: marked(marks[n]))  # type: ignore[misc]
+            assert not left_after(15, lambda n=number: orphans(marks[n], n))  # type: ignore[misc]
             assert owner.stderr is not None
             assert "Traceback" not in owner.stderr.read()
     finally:
