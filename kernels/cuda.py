@@ -50,14 +50,34 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return _norm(x.contiguous(), residual, weight, eps)
 
 
-def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-    tokens, q_heads, head_dim = q.shape
+def rotate_and_store_(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    tokens, (pages, page_size, kv_heads, head_dim) = len(qkv), k_cache.shape
+    heads = qkv.shape[1] // head_dim
+    q = qkv.new_empty(tokens, heads - 2 * kv_heads, head_dim)
     if tokens == 0:
-        return
-    heads = q_heads + k.shape[1]
-    kernel = _kernel("elementwise.cu", f"rope<{_c(q)}, {_c(positions)}>")
-    shape = np.int32(len(cos_sin)), np.int32(q_heads), np.int32(heads), np.int32(head_dim)
-    kernel((tokens, 1), THREADS, q, k, positions, cos_sin, *shape, np.int64(q.stride(0)), np.int64(k.stride(0)))
+        return q
+    pairs = next((n for n in (1, 2, 4, 8) if 64 * n >= head_dim), None)
+    if pairs is None:
+        raise ValueError(f"heads of {head_dim} elements are too long to rotate; at most 512")
+    kernel = _kernel("attention.cu", f"rotate_and_store<{_c(qkv)}, {_c(k_cache)}, {pairs}>")
+    norms = (np.int64(0) if norm is None else norm for norm in (q_norm, k_norm))
+    tables = positions.int(), cos_sin, np.int32(len(cos_sin))
+    caches = k_cache, v_cache, np.int64(k_cache.stride(0)), np.int64(k_cache.stride(1))
+    where = slots.int(), np.int32(page_size), np.int32(pages * page_size)
+    shape = np.int32(tokens), np.int32(heads), np.int32(kv_heads), np.int32(head_dim)
+    warps = tokens * heads
+    kernel((-(-warps // 4), 1), 128, q, qkv, *norms, np.float32(eps), *tables, *caches, *where, *shape)
+    return q
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

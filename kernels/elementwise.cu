@@ -1,4 +1,4 @@
-// What happens to a row of hidden states between two matrix products: norm with residual, rotary positions, SiLU * up.
+// What happens to a row of hidden states between two matrix products: norm with residual, SiLU * up.
 #include "common.cuh"
 
 // One block a row of `size` elements, N vectors a thread, held in registers. With a residual: residual += x, norm of the unrounded sum.
@@ -34,23 +34,6 @@ __global__ void __launch_bounds__(256) rms_norm(
         #pragma unroll
         for (int j = 0; j < V; ++j) result.at[j] = from_float<T>(value[n][j] * scale * to_float(w.at[j]));
         *reinterpret_cast<Vec<T, V>*>(out + row + i) = result;
-    }
-}
-
-// Grid (T), threads over (head, pair); the first q_heads heads are q's, the others k's. Strides of a token in elements.
-template <typename T, typename Position>
-__global__ void __launch_bounds__(256) rope(
-    T* __restrict__ q, T* __restrict__ k, const Position* __restrict__ positions, const float* __restrict__ cos_sin,
-    int rows, int q_heads, int heads, int head_dim, long long q_stride, long long k_stride) {
-    if ((unsigned long long)positions[blockIdx.x] >= rows) return;  // beyond the table: leave the token alone
-    const int half = head_dim / 2;
-    const float* row = cos_sin + (long long)positions[blockIdx.x] * head_dim;
-    for (int i = threadIdx.x; i < heads * half; i += blockDim.x) {
-        const int head = i / half, pair = i % half;
-        T* x = head < q_heads ? q + blockIdx.x * q_stride + head * head_dim : k + blockIdx.x * k_stride + (head - q_heads) * head_dim;
-        const float cos = row[pair], sin = row[half + pair], first = to_float(x[pair]), second = to_float(x[half + pair]);
-        x[pair] = from_float<T>(first * cos - second * sin);
-        x[half + pair] = from_float<T>(second * cos + first * sin);
     }
 }
 

@@ -34,7 +34,7 @@ def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, returned in x's dtype.
 
-    x  [..., D] (hidden states, or [T, H, E] for the norm of queries and keys); weight  [D]
+    x  [..., D]; weight  [D]
     """
     _require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
     return _on(x).rms_norm(x, weight, eps)
@@ -51,16 +51,34 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return _on(x).add_rms_norm(x, residual, weight, eps)
 
 
-def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-    """Rotary embedding of q and k, in place; the two halves of a head are the pairs (GPT-NeoX order).
+def rotate_and_store_(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """What lies between the QKV projection and attention: norm and rotate q and k, store k and v; q [T, H, E].
 
-    q [T, H, E], k [T, Hkv, E]  may be views of a fused QKV
-    positions  [T]      int32 or int64
-    cos_sin    [P, E]   float32, cosines in the first half of a row, sines in the second
+    qkv               [T, (H + 2 Hkv) E]  heads of q, then k, then v; contiguous
+    q_norm, k_norm    [E]     weights of RMSNorm over each head, or None
+    positions         [T]     int32
+    cos_sin           [P, E]  float32, cosines in the first half of a row, sines in the second; the halves of a head
+                              are rotated as pairs (GPT-NeoX order)
+    k_cache, v_cache  [pages, page_size, Hkv, E], slots [T]: as in `store_kv_`; updated in place
+    Computed in float32, rounded once.
     """
-    _require(q.shape[-1] == cos_sin.shape[-1], "cos_sin", cos_sin, f"must be [P, {q.shape[-1]}], the head size of q")
-    _require(len(positions) == len(q) == len(k), "positions", positions, f"must be [{len(q)}], one per row of q and k")
-    _on(q).rope_(q, k, positions, cos_sin)
+    _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [T, (H + 2 Hkv) E], contiguous")
+    _require(qkv.shape[1] % k_cache.shape[3] == 0, "qkv", qkv, f"must have heads of size {k_cache.shape[3]}")
+    _require(qkv.shape[1] > 2 * k_cache.shape[2] * k_cache.shape[3], "qkv", qkv, "must have heads of q, k and v")
+    _require(cos_sin.shape[-1] == k_cache.shape[3], "cos_sin", cos_sin, f"must be [P, {k_cache.shape[3]}]")
+    _require(positions.shape == qkv.shape[:1], "positions", positions, f"must be [{len(qkv)}], one per row of qkv")
+    _require(slots.shape == qkv.shape[:1], "slots", slots, f"must be [{len(qkv)}], one per row of qkv")
+    return _on(qkv).rotate_and_store_(qkv, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, slots)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -34,11 +34,31 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return (total * scale * weight.float()).to(x.dtype)
 
 
-def rope_(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+def rotate_and_store_(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    kv_heads, head_dim = k_cache.shape[2:]
+    heads = qkv.unflatten(-1, (-1, head_dim))  # [T, H + 2 Hkv, E]
+    q, k, v = heads[:, : -2 * kv_heads], heads[:, -2 * kv_heads : -kv_heads], heads[:, -kv_heads:]
+    q, k = _rotate(q.float(), q_norm, eps, positions, cos_sin), _rotate(k.float(), k_norm, eps, positions, cos_sin)
+    store_kv_(k.to(qkv.dtype), v, k_cache, v_cache, slots)
+    return q.to(qkv.dtype)
+
+
+def _rotate(x: Tensor, norm: Tensor | None, eps: float, positions: Tensor, cos_sin: Tensor) -> Tensor:
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, E/2] each
-    for x in (q, k):
-        first, second = x.float().chunk(2, dim=-1)
-        x.copy_(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1))
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ class SlotTables:
 
     def __init__(self, num_slots: int, max_length: int, page_size: int, device: torch.device) -> None:
         self.page_size = page_size
-        self.tokens = torch.zeros(num_slots, max_length, dtype=torch.int32, device=device)
+        self.spare_slot = num_slots  # takes what the padding of a graph writes
+        self.tokens = torch.zeros(num_slots + 1, max_length, dtype=torch.int32, device=device)
         self.pages = np.zeros((num_slots, -(-max_length // page_size)), np.int32)
 
     def take_in(self, plan: StepPlan) -> None:

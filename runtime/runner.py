@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..comm.base import Communicator
-from .batch import SlotTables
+from .batch import HostBatch, SlotTables
 from .cache.pool import KVPool, KVShape
 from .config import Config
 from .graphs import DecodeGraphs, GraphAttention, GraphParts
@@ -152,7 +152,7 @@ class Runner:
             self.sampler.admit(admission)
         host = self.tables.describe(plan)
         if self.graphs is not None and len(host.slots) == len(plan.sampled_rows) <= self.graphs.max_rows:
-            return self._sample(plan, self.graphs.run(host))
+            return self._replay(plan, self.graphs, host)
         batch = self.tables.batch(host)
         self.attention.plan(batch)
         hidden = self.decoder.forward(batch, self.pool, self.attention)
@@ -160,6 +160,13 @@ class Runner:
             return lambda: Sampled(np.empty(0, np.int32), {})
         last = self._to_device(host.query_starts[1:][plan.sampled_rows] - 1).long()
         return self._sample(plan, self.decoder.logits(hidden[last]))
+
+    def _replay(self, plan: StepPlan, graphs: DecodeGraphs, host: HostBatch) -> Callable[[], Sampled]:
+        logits, chosen = graphs.run(host, *self.sampler.race_inputs(host.slots, host.positions + 1))
+        if not self.sampler.is_plain(host.slots):
+            return self._sample(plan, logits)
+        tokens = _fetch(chosen.to(torch.int32))
+        return lambda: Sampled(tokens(), {})
 
     @property
     def overlaps(self) -> bool:

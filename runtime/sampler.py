@@ -1,8 +1,8 @@
 """From logits to tokens, the same on every rank: a function of the logits, the request and the position only.
 
-A random draw is a race (`ops.race`): token v wins with the least `E(v) / p(v)`, E(v) being exponential noise hashed
-from (seed, position, v). So neither the batch, nor the row, nor what was drawn before has any influence, and a rank that
-held only a part of the vocabulary could run its part of the race.
+A random draw is a race (`ops.race`): token v wins with the least E(v) / p(v), E(v) being exponential noise hashed from
+the request's seed, the position and v. So neither the batch, nor the row, nor what was drawn before has any influence,
+and a rank that held only a part of the vocabulary could run its part of the race.
 """
 
 from __future__ import annotations
@@ -72,13 +72,21 @@ class Sampler:
         """
         for row in np.flatnonzero(self.edited[slots]).tolist():
             self._edit(logits[row], int(slots[row]), int(positions[row]), tokens)
-        temperature = self.temperature[slots]
+        temperature, keys = self.race_inputs(slots, positions)
         if self.filtered[slots].any() and temperature.any():
             scale = np.where(temperature > 0, temperature, 1)
             logits = self._filter(logits / self._to_device(scale)[:, None], slots)
             temperature = (temperature > 0).astype(np.float32)  # it has been applied
+        return ops.race(logits, self._to_device(temperature), self._to_device(keys))
+
+    def race_inputs(self, slots: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Temperature [S] float32 and key [S] int64 of each row for `ops.race`, on the host."""
         keys = _mix(_mix(self.seed[slots]) + GOLDEN * positions.astype(np.uint64))
-        return ops.race(logits, self._to_device(temperature), self._to_device(keys.view(np.int64)))
+        return self.temperature[slots], keys.view(np.int64)
+
+    def is_plain(self, slots: np.ndarray) -> bool:
+        """Whether `ops.race` on the logits is all that these requests ask for."""
+        return not (self.edited[slots] | self.filtered[slots] | (self.logprobs[slots] >= 0)).any()
 
     def top_logprobs(self, logits: Tensor, chosen: Tensor, slots: np.ndarray) -> Callable[[], dict[int, TokenLogprobs]]:
         """Log-probabilities for the rows whose requests ask for them (one at least), by row.

@@ -13,10 +13,9 @@ INSTANCES = {
     "index.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
     "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
     "sample.cu": ["race"],
+    "attention.cu": [f"rotate_and_store<{t}, {t}, {p}>" for t in ("bf16", "f16", "float") for p in (1, 2, 4, 8)],
     "elementwise.cu": [
         *(f"rms_norm<{t}, {v}, {n}>" for t, v in (("bf16", 8), ("f16", 1), ("float", 4)) for n in (1, 16)),
-        "rope<bf16, int>",
-        "rope<float, long long>",
         "silu_and_mul<bf16, 8>",
         "silu_and_mul<float, 1>",
     ],

@@ -68,18 +68,47 @@ def test_add_rms_norm_updates_the_residual(device: str, dtype: torch.dtype) -> N
     assert torch.equal(kept, total.to(dtype))
 
 
-def test_rope_is_that_of_transformers(device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["layer-first", "page-first"])
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotate_and_store_is_that_of_transformers(
+    device: str, normed: bool, head_dim: int, layout: str, dtype: torch.dtype
+) -> None:
+    heads, kv_heads, tokens = 6, 2, 5
     positions = torch.tensor([0, 3, 9, 200, 1], device=device)
-    angles = positions[:, None] * (10000.0 ** -(torch.arange(0, 32, 2, device=device) / 32))
-    cos_sin = torch.zeros(256, 32, device=device)
+    slots = torch.tensor([17, 2, -1, 30, 4], device=device, dtype=torch.int32)
+    angles = positions[:, None] * (10000.0 ** -(torch.arange(0, head_dim, 2, device=device) / head_dim))
+    cos_sin = torch.zeros(256, head_dim, device=device)
     cos_sin[positions] = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    fused = torch.randn(5, 6 * 32, device=device)  # q and k are views of one projection, as in the decoder
-    q, k = fused[:, : 4 * 32].view(5, 4, 32), fused[:, 4 * 32 :].view(5, 2, 32)
-    cos, sin = torch.cat((angles, angles), -1).cos()[None], torch.cat((angles, angles), -1).sin()[None]
-    wanted_q, wanted_k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
-    ops.rope_(q, k, positions.int(), cos_sin)
-    torch.testing.assert_close(q, wanted_q[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(k, wanted_k[0].transpose(0, 1), rtol=1e-5, atol=1e-5)
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
+    norms = [torch.rand(head_dim, device=device).to(dtype) + 0.5 if normed else None for _ in range(2)]
+    shape = KVShape(num_layers=2, page_size=4, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    pool = KVPool(shape, 9, torch.device(device), layout)  # type: ignore[arg-type]
+    found = ops.rotate_and_store_(qkv, *norms, 1e-6, positions.int(), cos_sin, pool.k(1), pool.v(1), slots)
+
+    q, k, _ = qkv.double().unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
+    if norms[0] is not None and norms[1] is not None:
+        q = F.rms_norm(q, (head_dim,), norms[0].double(), 1e-6)
+        k = F.rms_norm(k, (head_dim,), norms[1].double(), 1e-6)
+    cos, sin = (
+        torch.cat((angles, angles), -1).cos()[None].double(),
+        torch.cat((angles, angles), -1).sin()[None].double(),
+    )
+    q, k = (
+        x[0].transpose(0, 1) for x in apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
+    )
+    close(found, q)
+    stored_k, stored_v = (x.reshape(-1, kv_heads, head_dim) for x in (pool.k(1), pool.v(1)))
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            close(stored_k[slot], k[token])
+            assert torch.equal(stored_v[slot], qkv[token].view(-1, head_dim)[-kv_heads:])
+    untouched = [n for n in range(36) if n not in slots.tolist()]
+    assert not stored_k[untouched].any()
+    assert not stored_v[untouched].any()
+    assert not pool.k(0).any()
+    assert not pool.v(0).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

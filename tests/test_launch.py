@@ -388,9 +388,9 @@ def orphans(mark: dict[str, str], number: int) -> list[str]:
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-@pytest.mark.parametrize("phase", ["gcs_server", "ray::Worker", "generating"])
+@pytest.mark.parametrize("phase", ["gcs_server", "generating"])
 def test_ranks_and_ray_end_with_their_owner(phase: str) -> None:
-    """Each signal while Ray starts, while the ranks start, and while they work; Ctrl-C reaches the whole session."""
+    """Each signal while Ray starts and while the ranks work; Ctrl-C reaches the whole session."""
     marks = {number: new_mark() for number in SIGNALS}
     owners = {number: start([*CLI, *ENDLESS, *SMALL_FLAGS], mark) for number, mark in marks.items()}
     try:

@@ -43,7 +43,6 @@ class Attention:
     def __init__(self, weights: Weights, comm: Communicator, config: ModelConfig, layer: int, name: str) -> None:
         self.layer = layer
         self.window = config.window(layer)
-        self.head_dim = config.head_dim
         self.eps = config.norm_eps
         q_features = config.num_heads * config.head_dim
         kv_features = config.num_kv_heads * config.head_dim
@@ -54,7 +53,6 @@ class Attention:
             Projection(f"{name}.k_proj", kv_features, kv_rows),
             Projection(f"{name}.v_proj", kv_features, kv_rows),
         ]
-        self.split = [p.num_rows for p in projections]
         self.qkv = ColumnLinear(weights, projections, config.hidden_size, bias=config.qkv_bias)
         self.output = RowLinear(
             weights, comm, f"{name}.o_proj", config.hidden_size, q_features, bias=config.output_bias
@@ -67,11 +65,8 @@ class Attention:
         self, x: Tensor, batch: Batch, cos_sin: Tensor, cache: tuple[Tensor, Tensor], backend: AttentionBackend
     ) -> Tensor:
         """x [T, D] -> a partial sum [T, D]; keys and values of the T tokens go into `cache`, this layer's (K, V)."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv(x).split(self.split, dim=-1))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = ops.rms_norm(q, self.q_norm, self.eps), ops.rms_norm(k, self.k_norm, self.eps)
-        ops.rope_(q, k, batch.positions, cos_sin)
-        ops.store_kv_(k, v, *cache, batch.kv_slots)
+        norms = self.q_norm, self.k_norm, self.eps
+        q = ops.rotate_and_store_(self.qkv(x), *norms, batch.positions, cos_sin, *cache, batch.kv_slots)
         return self.output(backend.run(q, *cache, self.window).flatten(1))
 
 

@@ -93,7 +93,7 @@ class FlashInferAttention:
             self._plan_prefill(batch, pages)
 
     def plan_graph(self, batch: Batch) -> None:
-        """Plan a decode step that a CUDA graph of this many rows replays; the plan goes into the graph's own buffers."""
+        """Plan a decode step for the graph of this many rows; the plan goes into the graph's own buffers."""
         self._plan_decode(self._graph_decode[batch.num_rows], Pages.of(batch, self.shape.page_size))
 
     def add_graph(self, num_rows: int, max_pages: int) -> None:
