@@ -10,8 +10,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
 
@@ -121,11 +122,12 @@ def generate(
         "n": n, "logprobs": logprobs, "ignore_eos": ignore_eos, "max_tokens": max_tokens,
     }  # fmt: skip
     SamplingParams(**{k: v for k, v in chosen.items() if v is not None})  # refuse what is wrong before loading a model
-    with LLM(**config) as llm:
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
         params = _with_defaults(llm.get_default_sampling_params(), chosen)
         inputs = [llm.tokenizer.encode_chat([{"role": "user", "content": p}]) for p in prompts] if chat else prompts
         started = time.perf_counter()
-        results = _show(llm, prompts, inputs, params, as_json)
+        results = _show(llm, inputs, params, _Printer(stdout, prompts, params.n, as_json))
         seconds = time.perf_counter() - started
         tokens = sum(len(o.token_ids) for r in results for o in r.outputs)
         outputs = sum(len(r.outputs) for r in results)
@@ -156,11 +158,7 @@ def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:
     return prompts
 
 
-def _show(
-    llm: LLM, prompts: list[str], inputs: list[Any], params: SamplingParams, as_json: bool
-) -> list[RequestOutput]:
-    """Print the outputs in order: the first unfinished one as it grows, the others when their turn comes."""
-    printer = _Printer(prompts, params.n, as_json)
+def _show(llm: LLM, inputs: list[Any], params: SamplingParams, printer: _Printer) -> list[RequestOutput]:
     results: dict[int, RequestOutput] = {}
     for event in llm.stream(inputs, params):
         if isinstance(event, Delta):
@@ -168,14 +166,15 @@ def _show(
         else:
             number = int(event.request_id)
             results[number] = event
-            if as_json:
-                printer.objects(number, event)
+            printer.objects(number, event)
     return [results[i] for i in sorted(results)]
 
 
 class _Printer:
-    def __init__(self, prompts: list[str], n: int, as_json: bool) -> None:
-        self._prompts, self._n, self._as_json = prompts, n, as_json
+    """Prints the outputs in order: the first unfinished one as it grows, the others when their turn comes."""
+
+    def __init__(self, out: TextIO, prompts: list[str], n: int, as_json: bool) -> None:
+        self._out, self._prompts, self._n, self._as_json = out, prompts, n, as_json
         self._pending: dict[tuple[int, int], list[Delta]] = {(p, i): [] for p in range(len(prompts)) for i in range(n)}
         self._headed: tuple[int, int] | None = None
 
@@ -187,23 +186,24 @@ class _Printer:
             turn = next(iter(self._pending))
             self._head(turn)
             ready, self._pending[turn] = self._pending[turn], []
-            sys.stdout.write("".join(d.text for d in ready))
-            sys.stdout.flush()
+            self._out.write("".join(d.text for d in ready))
+            self._out.flush()
             if not (ready and ready[-1].finished):
                 return
-            sys.stdout.write("\n")
+            self._out.write("\n")
             del self._pending[turn]
 
     def objects(self, number: int, result: RequestOutput) -> None:
-        for output in result.outputs:
-            print(json.dumps(_as_object(self._prompts[number], result, output), ensure_ascii=False), flush=True)
+        for output in result.outputs if self._as_json else []:
+            line = json.dumps(_as_object(self._prompts[number], result, output), ensure_ascii=False)
+            print(line, file=self._out, flush=True)
 
     def _head(self, turn: tuple[int, int]) -> None:
         if turn == self._headed or len(self._prompts) * self._n == 1:
             return
         self._headed = turn
         which = f" ({turn[1] + 1} of {self._n})" if self._n > 1 else ""
-        print(f"--- {self._prompts[turn[0]]}{which}", flush=True)
+        print(f"--- {self._prompts[turn[0]]}{which}", file=self._out, flush=True)
 
 
 def _as_object(prompt: str, result: RequestOutput, output: CompletionOutput) -> dict[str, Any]:

@@ -70,8 +70,8 @@ class RayExecutor:
             messages = self._outputs.receive(min(POLL_S, max(0.0, left)))
             if messages:
                 return self._take_in(messages)
-            self._check_silence()
             self._check()
+            self._check_silence()
             if left <= 0:
                 return []
         self._check()

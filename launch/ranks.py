@@ -7,6 +7,7 @@ moments of each other; the group reports the one that the others only followed.
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..comm.base import CommError
@@ -60,6 +61,7 @@ class Ranks:
     def __init__(self, config: Config, group: PlacementGroup) -> None:
         self.endpoints: list[Endpoint] = []  # set by whoever called `bind`
         self.failure: RankFailed | None = None
+        self._group = group
         self._calls: list[Any] = []  # the last one of each rank
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="lockstep-watch", daemon=True)
@@ -109,15 +111,16 @@ class Ranks:
 
     def _watch(self) -> None:
         """Wait for the first rank whose `run` ends, and note why."""
-        while not self._closing.is_set():
-            if not ray.is_initialized():  # a call would start Ray again
-                self.failure = RankFailed("Ray was shut down in this process; close the LLM before")
-                return
-            done, _ = ray.wait(self._calls, num_returns=1, timeout=WATCH_S)
-            if done and not self._closing.is_set():
-                cause = self._find_cause(self._ended())
-                self.fail(f"{self._where(cause.rank)} {cause.reason}{self._suspects() if cause.is_echo else ''}")
-                return
+        try:
+            while ray.is_initialized() and not self._closing.is_set():
+                done, _ = ray.wait(self._calls, num_returns=1, timeout=WATCH_S)
+                if done and not self._closing.is_set():
+                    cause = self._find_cause(self._ended())
+                    self.fail(f"{self._where(cause.rank)} {cause.reason}{self._suspects() if cause.is_echo else ''}")
+                    return
+        finally:  # Ray ends this thread where the user shuts it down
+            if not self._closing.is_set():
+                self.failure = self.failure or RankFailed("Ray was shut down under the ranks; close the LLM before")
 
     def _find_cause(self, failures: list[Failure]) -> Failure:
         """Of several ranks that failed together, the one that the others followed."""
@@ -143,7 +146,11 @@ class Ranks:
         raise RankFailed(f"{where} {failure.reason}") from failure.error
 
     def _where(self, rank: int) -> str:
-        return str(self.endpoints[rank]) if self.endpoints else f"rank {rank}"
+        """The rank with its place: where it said it is, or where Ray was to start it."""
+        if self.endpoints:
+            return str(self.endpoints[rank])
+        node = placement_group_table(self._group)["bundles_to_node_id"][rank]
+        return f"rank {rank} on {next(n['NodeManagerAddress'] for n in ray.nodes() if n['NodeID'] == node)}"
 
 
 def _start_actor(rank: int, config: Config, group: PlacementGroup) -> Any:
@@ -174,7 +181,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _reason_of_death(error: RayError) -> str:
-    """The one line of Ray's report that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "exit" in line.lower()] or lines[-1:] or [type(error).__name__]
-    return telling[0].split(" There are some potential")[0]
+    """What happened, out of Ray's report: a headline, indented details or a traceback, what happened, and advice."""
+    lines = str(error).splitlines()
+    details = [number for number, line in enumerate(lines) if line[:1].isspace()]
+    told = lines[details[-1] + 1 :] if details else lines
+    return re.split(r" Some common causes| There are some potential", told[0])[0] if told else type(error).__name__

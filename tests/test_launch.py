@@ -252,7 +252,7 @@ def test_a_rank_that_dies_at_start_up_is_named(
 ) -> None:
     monkeypatch.setattr(ranks, "Worker", failing(method, rank, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     started = time.monotonic()
-    with pytest.raises(RankFailed, match=rf"^rank {rank}.* died: [^\n]*$"):
+    with pytest.raises(RankFailed, match=rf"^rank {rank} on .* died: [^\n]*$"):
         LLM(tensor_parallel_size=2, **SMALL)
     assert time.monotonic() - started < 20
     assert not left_after(5, lambda: marked(mark, "FailingWorker"))
