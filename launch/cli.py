@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any, TextIO, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
 
 import typer
 
@@ -21,7 +21,9 @@ from ..runtime.config import Config
 from ..runtime.outputs import CompletionOutput, Delta, RequestOutput
 from ..runtime.request import SamplingParams
 from .errors import PlacementError, RankFailed
-from .llm import LLM
+
+if TYPE_CHECKING:
+    from .llm import LLM
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -122,6 +124,8 @@ def generate(
         "n": n, "logprobs": logprobs, "ignore_eos": ignore_eos, "max_tokens": max_tokens,
     }  # fmt: skip
     SamplingParams(**{k: v for k, v in chosen.items() if v is not None})  # refuse what is wrong before loading a model
+    from .llm import LLM  # torch and transformers: seconds that --help and a wrong flag need not wait for
+
     stdout = sys.stdout
     with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
         params = _with_defaults(llm.get_default_sampling_params(), chosen)

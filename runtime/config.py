@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-import torch
+if TYPE_CHECKING:  # `lockstep --help` needs no torch
+    import torch
 
-from .cache.pool import KVLayout
-from .model.config import ModelConfig
+    from .model.config import ModelConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
+KVLayout = Literal["layer-first", "page-first"]
 LoadFormat = Literal["auto", "dummy"]
 AttentionChoice = Literal["auto", "flashinfer", "torch"]
 
@@ -131,6 +132,8 @@ class Config:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of weights and activations; only of a resolved Config."""
+        import torch
+
         dtype = getattr(torch, self.dtype)
         assert isinstance(dtype, torch.dtype)
         return dtype

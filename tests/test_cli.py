@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import shutil
 import signal
@@ -43,7 +44,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """`lockstep` in this process: its exit status, stdout and stderr."""
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    on_sigterm, log_level = signal.getsignal(signal.SIGTERM), logging.getLogger("lockstep").level
 
     def run(*arguments: str, stdin: str | None = None) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lockstep", *arguments])
@@ -55,6 +56,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
     yield run
     signal.signal(signal.SIGTERM, on_sigterm)
+    logging.getLogger("lockstep").setLevel(log_level)
 
 
 @pytest.fixture

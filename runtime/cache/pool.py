@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-KVLayout = Literal["layer-first", "page-first"]
+from ..config import KVLayout
 
 
 @dataclass(frozen=True, kw_only=True)
