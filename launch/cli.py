@@ -159,6 +159,8 @@ def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:
         prompts = [sys.stdin.read().rstrip("\n")]
     if not prompts:
         raise ValueError("no prompt; give --prompt TEXT, --prompt-file FILE, or pipe one in")
+    if "" in prompts:
+        raise ValueError("the prompt is empty; give a text")
     return prompts
 
 

@@ -11,6 +11,7 @@ from ..runtime.executor import Executor, LocalExecutor
 from ..runtime.hub import checkpoint_folder
 from ..runtime.llm import OfflineLLM
 from ..runtime.model.config import ModelConfig
+from ..runtime.model.weights import check_files
 from ..runtime.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ class LLM(OfflineLLM):
         folder = checkpoint_folder(self.config.model, self.config.revision)
         described = ModelConfig.from_folder(folder)
         described.check_tensor_parallel(self.config.tensor_parallel_size)
+        if self.config.load_format != "dummy":
+            check_files(folder)  # before ranks are started for them
         tokenizer = Tokenizer(folder)
         executor: Executor
         address = self.config.ray_address or os.environ.get("RAY_ADDRESS")

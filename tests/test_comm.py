@@ -40,6 +40,7 @@ def _process(
         answer.send(job(comm))
     except CommError as error:
         answer.send(error)
+    answer.poll(timeout_s)  # a rank that leaves closes connections that the others may still be using
 
 
 def run_processes(size: int, job: Job, timeout_s: float = 30.0, device: str = "cpu") -> list[Any]:
@@ -59,7 +60,9 @@ def run_processes(size: int, job: Job, timeout_s: float = 30.0, device: str = "c
         ready = wait([answer, process.sentinel], timeout_s + 60)
         assert ready, "a rank hangs"
         found.append(answer.recv() if answer.poll(0.5) else None)
-    for process in processes:
+    for process, (answer, _) in zip(processes, answers, strict=True):
+        if process.is_alive():
+            answer.send("all have answered")
         process.join(10)
     return found
 

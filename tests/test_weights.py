@@ -207,13 +207,14 @@ def test_dummy_weights(checkpoint: Path) -> None:
     for decoder in ranks:
         fill_dummy(decoder.weights())
     layers = [decoder.layers[0].attention for decoder in ranks]
-    q = [layer.qkv.weight[: layer.split[0]] for layer in layers]
-    kv = [layer.qkv.weight[layer.split[0] :] for layer in layers]
+    size = ranks[0].config.head_dim  # one query head on each rank
+    q = [layer.qkv.weight[:size] for layer in layers]
+    kv = [layer.qkv.weight[size:] for layer in layers]
     assert math.isclose(float(q[0].std()), 0.02, rel_tol=0.2)
     assert not torch.equal(q[0], q[1])
     assert torch.equal(kv[0], kv[1])  # the same kv head
     assert not torch.equal(kv[1], kv[2])
-    assert not torch.equal(q[0], ranks[0].layers[1].attention.qkv.weight[: layers[0].split[0]])
+    assert not torch.equal(q[0], ranks[0].layers[1].attention.qkv.weight[:size])
     assert bool((ranks[0].norm.weight == 1).all())
     assert bool((ranks[3].embedding.weight[32:] == 0).all())  # padding: 131 rows in 4 shards of 33
 

@@ -81,6 +81,13 @@ def load_weights(weights: Sequence[Weight], folder: str | Path) -> None:
                 weight.tensor[piece.into].copy_(tensors[piece.name][piece.read])
 
 
+def check_files(folder: str | Path) -> None:
+    """Open every safetensors file of a checkpoint; ValueError naming the first that is missing, corrupt or cut."""
+    for path in _checkpoint_files(Path(folder)):
+        with _open(path):
+            pass
+
+
 def fill_dummy(weights: Sequence[Weight]) -> None:
     """Random numbers instead of a checkpoint: normal with deviation 0.02, ones for norms.
 
