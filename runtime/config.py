@@ -77,8 +77,9 @@ class Config:
         for name in ("max_model_len", "num_pages"):
             if getattr(self, name) is not None:
                 self._check_integer(name)
-        for name in ("gpus_per_rank", "startup_timeout", "wait_for_resources", "step_timeout"):
+        for name in ("startup_timeout", "wait_for_resources", "step_timeout"):
             self._check(name, getattr(self, name) > 0, "must be above 0")
+        self._check("gpus_per_rank", 0 < self.gpus_per_rank <= 1, "must be in (0, 1]")
         self._check("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "must be in (0, 1]")
         if self.kv_cache_memory is not None:
             self._check("kv_cache_memory", self.kv_cache_memory > 0, "must be above 0 GiB")
@@ -117,6 +118,8 @@ class Config:
     def resolved(self, model: ModelConfig, *, cuda: bool) -> Config:
         """This Config with device, dtype and max_model_len decided; `cuda` says whether the ranks will have GPUs."""
         device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
+        if device == "cpu" and self.attention_backend == "flashinfer":
+            raise ValueError("attention_backend='flashinfer' needs a GPU; use auto or torch on a CPU")
         dtype = self.dtype
         if dtype == "auto":
             # float32 on a CPU: exact equality between TP sizes and batches, and no slow emulated bfloat16.

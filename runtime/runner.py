@@ -96,13 +96,24 @@ class Runner:
         fast = self._flashinfer(announce)
         self.attention: AttentionBackend = fast or TorchAttention(self.model.head_dim**-0.5)
         self.graphs: DecodeGraphs | None = None
-        if fast is not None and not config.enforce_eager and self.model.experts is None and self.comm.capturable:
+        reason = self._why_eager()
+        if fast is not None and reason is None:
             parts = GraphParts(self.decoder, self.tables, self.pool, fast)
             self.graphs = DecodeGraphs(parts, min(config.max_num_seqs, MAX_GRAPH_ROWS), show_progress=announce)
+        elif fast is not None and announce:
+            log.info("decode without CUDA graphs: %s", reason)
+
+    def _why_eager(self) -> str | None:
+        """The reason why decode steps cannot be captured, or None."""
+        if self.config.enforce_eager:
+            return "enforce_eager is set"
+        if self.model.experts is not None:
+            return "the experts of this model are dispatched by the host"
+        return None if self.comm.capturable else f"{self.comm.description} cannot be captured"
 
     def _flashinfer(self, announce: bool) -> GraphAttention | None:
         """FlashInfer's attention, where this rank can use it."""
-        if self.device.type != "cuda" or self.config.attention_backend == "torch":
+        if self.config.attention_backend == "torch" or self.device.type != "cuda":
             return None
         from .model import flashinfer  # costs 5 s and needs a GPU
 

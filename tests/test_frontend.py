@@ -314,6 +314,8 @@ def test_the_models_own_recommendation_is_the_default(llm: LLM, tmp_path: Path) 
         ({"max_num_batched_tokens": 8}, r"max_num_batched_tokens=8 must be at least max_num_seqs \(256\)"),
         ({"max_model_len": 10**6}, "max_model_len=1000000 is beyond the 2048 positions"),
         ({"max_model_len": 2048, "num_pages": 2}, "max_model_len=2048 needs more than the 32 tokens"),
+        ({"attention_backend": "flashinfer", "device": "cpu"}, "attention_backend='flashinfer' needs a GPU"),
+        ({"gpus_per_rank": 2.0}, r"gpus_per_rank=2.0 must be in \(0, 1\]"),
         ({"num_pages": 4, "kv_cache_memory": 1.0}, "both size the KV cache"),
         ({"kv_cache_memory": 1e-9}, "raise kv_cache_memory"),
         ({"tensor_paralel_size": 2}, "unknown option tensor_paralel_size; the options are model, tensor_parallel_size"),
