@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import pytest
@@ -23,15 +24,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 
 
 def _process(
-    rank: int, size: int, port: Connection, job: Job, timeout_s: float, device: str, answer: Connection
+    rank: int, size: int, ports: SimpleQueue[int], job: Job, timeout_s: float, device: str, answer: Connection
 ) -> None:
     torch.set_num_threads(1)
     if rank == 0:
         store = open_rendezvous("127.0.0.1", timeout_s)
         for _ in range(size - 1):
-            port.send(store.port)
+            ports.put(store.port)
     else:
-        store = join_rendezvous(("127.0.0.1", port.recv()), rank, timeout_s)
+        store = join_rendezvous(("127.0.0.1", ports.get()), rank, timeout_s)
     where = torch.device(device, rank) if device == "cuda" else torch.device(device)
     if device == "cuda":
         torch.cuda.set_device(where)
@@ -46,10 +47,10 @@ def _process(
 def run_processes(size: int, job: Job, timeout_s: float = 30.0, device: str = "cpu") -> list[Any]:
     """`job(communicator)` in `size` processes; their results, None for one that died."""
     context = multiprocessing.get_context("spawn")
-    ports, answers = context.Pipe(), [context.Pipe() for _ in range(size)]
+    ports, answers = context.SimpleQueue(), [context.Pipe() for _ in range(size)]
     processes = [
         context.Process(
-            target=_process, args=(rank, size, ports[rank > 0], job, timeout_s, device, answers[rank][1]), daemon=True
+            target=_process, args=(rank, size, ports, job, timeout_s, device, answers[rank][1]), daemon=True
         )
         for rank in range(size)
     ]
