@@ -69,7 +69,6 @@ class LocalExecutor:
 
 def load_rank(config: Config, model: ModelConfig, folder: Path, comm: Communicator) -> Runner:
     """This process's rank with its weights loaded; `config` is resolved. Raises ValueError for what does not fit."""
-    model.check_tensor_parallel(comm.size)
     if config.device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(

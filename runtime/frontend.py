@@ -39,7 +39,7 @@ class Stream:
         self._tokenizer = tokenizer
         self._stops = params.stop_strings
         self._held_back = max((len(s) for s in self._stops), default=1) - 1  # may still become a stop string
-        self._text = Detokenizer(tokenizer, request.tokens.tolist(), skip_special_tokens=params.skip_special_tokens)
+        self._text = Detokenizer(tokenizer, owner.prompt_ids, skip_special_tokens=params.skip_special_tokens)
         self._given = 0
 
     def push(self, token: int, logprobs: TokenLogprobs | None, finished: Finished | None) -> bool:
@@ -143,8 +143,9 @@ class Frontend:
         generation = Generation(self._next_number, text, ids)
         self._next_number += 1
         first_seed = params.seed if params.seed is not None else secrets.randbits(63)
+        tokens = np.array(ids, np.int32)
         for index in range(params.n):
-            request = self._request(ids, params, first_seed + index)
+            request = self._request(tokens, params, first_seed + index)
             generation.sequences.append(Stream(request, generation, index, self.tokenizer))
         try:
             self.executor.limits.check(generation.sequences[0].request)
@@ -196,13 +197,13 @@ class Frontend:
             self.executor.cancel(stopped)
         return changed
 
-    def _request(self, ids: list[int], params: SamplingParams, seed: int) -> Request:
-        room = max(1, self.executor.limits.max_length - len(ids))
+    def _request(self, tokens: np.ndarray, params: SamplingParams, seed: int) -> Request:
+        room = max(1, self.executor.limits.max_length - len(tokens))
         max_tokens = room if params.max_tokens is None else params.max_tokens
         signed = (seed + INT64 // 2) % INT64 - INT64 // 2
         own = msgspec.structs.replace(params, n=1, seed=signed, max_tokens=max_tokens)
         stop_ids = [*params.stop_token_ids, *([] if params.ignore_eos else self.eos_token_ids)]
-        request = Request(self._next_uid, np.array(ids, np.int32), len(ids), own, stop_ids)
+        request = Request(self._next_uid, tokens, len(tokens), own, stop_ids)
         self._next_uid += 1
         return request
 
