@@ -1,17 +1,20 @@
-"""The one place where a rank gets its communicator.
+"""The one place where a rank gets its communicator: NCCL between GPUs, gloo between CPUs.
 
 Rank 0 opens a rendezvous on its host; its port travels to the others by whatever started them.
 """
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 
 import torch
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # exported, but not in its stubs
 
 from .base import CommError, Communicator, SingleRank
-from .torch_group import Backend, TorchCommunicator
+from .nccl import SHARED_GPU_SINCE, Nccl, NcclError, open_library, version_text
+from .nccl_group import NcclCommunicator, exchange
+from .torch_group import GlooCommunicator
 
 
 def open_rendezvous(own_ip: str, timeout_s: float) -> TCPStore:
@@ -36,6 +39,7 @@ def connect(
     own_ip: str,
     device: torch.device,
     shares_device: bool = False,
+    library: str | None = None,
     timeout_s: float,
 ) -> Communicator:
     """Join a group of `size` ranks as `rank`; returns once all are there.
@@ -43,10 +47,32 @@ def connect(
     store          the rendezvous, not needed for a single rank
     own_ip         the address of this rank's host that the others can reach
     shares_device  another rank may use the same GPU
+    library        path of the libnccl to use between GPUs; torch's own if None
     timeout_s      deadline of joining and of each collective; CommError after it
     """
     if size == 1:
         return SingleRank()
     assert store is not None, "ranks meet at a rendezvous"
-    backend: Backend = "nccl" if device.type == "cuda" and not shares_device else "gloo"
-    return TorchCommunicator(rank, size, store=store, own_ip=own_ip, backend=backend, timeout_s=timeout_s)
+    if device.type != "cuda":
+        return GlooCommunicator(rank, size, store=store, own_ip=own_ip, timeout_s=timeout_s)
+    nccl = open_library(library)
+    why_not = _why_not_nccl(nccl) if shares_device else ""
+    _agree(exchange(store, "choice", "gloo" if why_not else str(nccl), rank, size, timeout_s))
+    if why_not:
+        return GlooCommunicator(rank, size, store=store, own_ip=own_ip, timeout_s=timeout_s, why=why_not)
+    return NcclCommunicator(rank, size, store=store, nccl=nccl, device=device, timeout_s=timeout_s)
+
+
+def _why_not_nccl(nccl: Nccl) -> str:
+    """Why ranks that share a GPU cannot use NCCL; empty if they can."""
+    if nccl.version < SHARED_GPU_SINCE:
+        return f"the ranks share a GPU, which needs NCCL {version_text(SHARED_GPU_SINCE)} and this is {nccl}"
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        return f"the ranks share a GPU, which {nccl} allows with NCCL_MULTI_RANK_GPU_ENABLE=1 only"
+    return ""
+
+
+def _agree(choices: list[str]) -> None:
+    if len(set(choices)) > 1:
+        told = ", ".join(f"rank {rank} has {choice}" for rank, choice in enumerate(choices))
+        raise NcclError(f"the ranks differ: {told}; give all of them the same libnccl and the same NCCL_* environment")

@@ -1,38 +1,35 @@
-"""Collectives over torch's own process groups: gloo between CPUs, torch's NCCL between GPUs.
+"""Collectives over torch's gloo: between CPUs, and between ranks that share a GPU where NCCL cannot.
 
-gloo also serves ranks that share a GPU, which torch's NCCL refuses; it then copies through the host.
-
-The groups are made directly, not through `torch.distributed.init_process_group`, so that nothing is global: a process
-may hold several ranks or groups. Ranks find each other through a TCP store that rank 0 serves.
+On a GPU it copies through the host. The group is made directly, not through `torch.distributed.init_process_group`, so
+that nothing is global: a process may hold several ranks or groups. Ranks find each other through a TCP store that
+rank 0 serves.
 """
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from .base import CommError, Communicator
 
-Backend = Literal["gloo", "nccl"]
 
+class GlooCommunicator(Communicator):
+    """One rank; see `connect` in connect.py for the arguments. `why` goes into the description."""
 
-class TorchCommunicator(Communicator):
-    """One rank of a gloo (CPU) or NCCL (CUDA) group; see `connect` in connect.py for the arguments."""
+    capturable = False
 
-    def __init__(self, rank: int, size: int, *, store: Any, own_ip: str, backend: Backend, timeout_s: float) -> None:
+    def __init__(self, rank: int, size: int, *, store: Any, own_ip: str, timeout_s: float, why: str = "") -> None:
         self.rank, self.size = rank, size
         self._timeout_s = timeout_s
         timeout = timedelta(seconds=timeout_s)
         try:
-            make = _gloo if backend == "gloo" else _nccl
-            self._group = make(store, rank, size, own_ip, timeout)
+            self._group = _gloo(store, rank, size, own_ip, timeout)
         except RuntimeError as error:
             raise CommError(f"rank {rank} of {size} could not join the group: {str(error).splitlines()[0]}") from error
-        self.capturable = backend == "nccl"
-        self.description = f"{backend} through torch, {size} ranks"
+        self.description = f"gloo through torch, {size} ranks{why and f': {why}'}"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -70,12 +67,6 @@ class TorchCommunicator(Communicator):
                 f"rank {self.rank} of {self.size}: {operation} failed or took longer than {self._timeout_s:.0f} s:"
                 f" {str(error).splitlines()[0]}"
             ) from error
-
-
-def _nccl(store: Any, rank: int, size: int, own_ip: str, timeout: timedelta) -> Any:
-    options = dist.ProcessGroupNCCL.Options()
-    options._timeout = timeout
-    return dist.ProcessGroupNCCL(store, rank, size, options)
 
 
 def _gloo(store: Any, rank: int, size: int, own_ip: str, timeout: timedelta) -> Any:

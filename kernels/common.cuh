@@ -18,6 +18,8 @@ template <> __device__ __forceinline__ float from_float<float>(float x) { return
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn(x); }
 
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }  // NVRTC has no INFINITY
+
 __device__ __forceinline__ float warp_sum(float x) {
     for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(0xffffffffu, x, i);
     return x;
@@ -31,4 +33,18 @@ __device__ __forceinline__ float block_sum(float x) {
     __syncthreads();
     const int warps = blockDim.x / 32;
     return warp_sum(threadIdx.x % 32 < warps ? partial[threadIdx.x % 32] : 0.f);
+}
+
+// Programmatic dependent launch (sm_90 and later): a kernel launched so may start while the one before it still runs. It reads
+// what no kernel writes, weights above all, and then waits for the one before to end and its writes to be seen.
+__device__ __forceinline__ void launch_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }

@@ -6,13 +6,17 @@ common.cuh; they are joined into one text before compilation, because CuPy's cac
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import cupy
 import numpy as np
 import torch
+import torch.nn.functional as F
+from cuda.bindings import driver
 from torch import Tensor
 
 from .jit import SOURCES, CompileError
@@ -24,9 +28,25 @@ C_NAMES = {
     torch.int32: "int",
     torch.int64: "long long",
 }
+C_TYPES = {
+    Tensor: ctypes.c_void_p,
+    np.int64: ctypes.c_int64,
+    np.int32: ctypes.c_int32,
+    np.float32: ctypes.c_float,
+}
 THREADS = 256  # at most, for all kernels: their __launch_bounds__
 VECTOR_BYTES = 16
+DEFAULT_SHARED_BYTES = 48 * 1024  # a block gets more only when its kernel asks
 RACE_BLOCKS = 1024  # enough to fill any GPU
+PRODUCT_ROWS = 8  # of x, at most, for the product that streams the weight
+STAGED_BYTES = 100 * 1024  # of x in shared memory, at most: two blocks share 227 KiB
+ATTENTION_WARPS, ATTENTION_BLOCKS = 4, 3  # of a block; of a multiprocessor
+LEAST_SPLIT = 256  # keys: merging costs more than reading a few more
+LOG2_E = 1.4426950408889634
+GROUP_THREADS = 1024  # of the one block that groups pairs by expert
+Product = Callable[[Tensor, Tensor, Tensor], None]  # of experts: writes out from x and weights, with SiLU if gated
+# The tiles of a grouped product by their rows: warps down and across, 16 x 16 tiles down and across a warp, stages.
+EXPERT_TILES = {16: (1, 4, 1, 1, 6), 64: (1, 4, 4, 2, 3), 128: (2, 4, 4, 2, 3)}
 
 
 def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
@@ -48,6 +68,66 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _norm(x.contiguous(), residual, weight, eps)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    if _can_stream(x, weight, norm):
+        return _stream_weight(x, weight, bias, norm, eps, gated, add_to)
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    if add_to is not None:
+        add_to.addmm_(x, weight.t())
+        return add_to if bias is None else add_to.add_(bias)
+    out = F.linear(x, weight, bias)
+    return silu_and_mul(out) if gated else out
+
+
+def _can_stream(x: Tensor, weight: Tensor, norm: Tensor | None) -> bool:
+    whole = x.shape[1] % 8 == 0 and x.is_contiguous() and weight.is_contiguous()
+    aligned = all(t.data_ptr() % VECTOR_BYTES == 0 for t in (x, weight, norm) if t is not None)
+    fits = norm is None or _staged_bytes(x) <= STAGED_BYTES
+    return 0 < len(x) <= PRODUCT_ROWS and x.dtype in (torch.bfloat16, torch.float16) and whole and aligned and fits
+
+
+def _staged_bytes(x: Tensor) -> int:
+    """What x takes in shared memory; see `stride` in product.cu."""
+    return len(x) * (-(-x.shape[1] // 64) * 64 + 32) * x.element_size()
+
+
+def _stream_weight(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    gated: bool,
+    add_to: Tensor | None,
+) -> Tensor:
+    rows, size = x.shape
+    features = len(weight) // 2 if gated else len(weight)
+    out = x.new_empty(rows, features) if add_to is None else add_to
+    finish = 2 if gated else 0 if add_to is None else 1
+    tiles, multiprocessors = -(-features // (8 if gated else 16)), _multiprocessors(x.device.index)
+    # Few tiles: all warps of a multiprocessor share one. Short rows leave a warp few chunks to have on their way, and so
+    # do registers where x needs some, too.
+    staged = _staged_bytes(x) <= STAGED_BYTES
+    warps, depth = (16, 2) if tiles <= multiprocessors or not staged else (8, 4 if size >= 2048 else 2)
+    shared_bytes = _staged_bytes(x) if staged else 0
+    name = f"product<{_c(x)}, {warps}, {depth}, {str(staged).lower()}, {finish}>"
+    kernel = _kernel("product.cu", name, shared_bytes=shared_bytes, early=True)
+    optional = (np.int64(0) if t is None else t for t in (norm, bias))
+    sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size)
+    kernel((min(tiles, multiprocessors * (16 // warps)), 1), 32 * warps, out, x, weight, *optional, *sizes)
+    return out
 
 
 def rotate_and_store_(
@@ -80,6 +160,58 @@ def rotate_and_store_(
     return q
 
 
+def split_keys(positions: Tensor, kv_heads: int, window: int | None) -> Tensor:
+    rows, most = len(positions), _most_splits(len(positions), kv_heads, positions.device.index)
+    splits = positions.new_zeros(4 * (1 + most) + rows * kv_heads)  # the list, and a counter for each row and key head
+    if rows:
+        threads = min(1024, -(-rows // 32) * 32)
+        sizes = np.int32(rows), np.int32(window or 0), np.int32(LEAST_SPLIT), np.int32(most - rows)
+        _kernel("decode.cu", "split_keys")((1, 1), threads, splits, positions, *sizes)
+    return splits
+
+
+def _most_splits(rows: int, kv_heads: int, device: int) -> int:
+    """Splits that `rows` rows have at most: one each, and as many more as fill the GPU."""
+    return rows + max(rows, -(-_multiprocessors(device) * ATTENTION_BLOCKS // kv_heads))
+
+
+def decode_attention(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    pages: Tensor,
+    owners: Tensor,
+    splits: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    rows, (num_pages, page_size, kv_heads, head_dim) = len(qkv), k_cache.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    out = qkv.new_empty(rows, heads * head_dim)
+    if rows == 0:
+        return out
+    device = qkv.device.index
+    most = _most_splits(rows, kv_heads, device)
+    partial = torch.empty(most * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
+    counters = splits[4 * (1 + most) :]
+    kernel = _kernel("decode.cu", f"decode_attention<{_c(qkv)}, {head_dim}>", early=True)
+    norms = (np.int64(0) if norm is None else norm for norm in (q_norm, k_norm))
+    tables = positions, cos_sin, np.int32(len(cos_sin))
+    strides = np.int64(k_cache.stride(0)), np.int64(k_cache.stride(1))
+    where = slots, np.int32(num_pages * page_size), pages, np.int64(pages.stride(0)), owners, np.int32(page_size)
+    work = splits, partial, counters, np.float32(scale * LOG2_E), np.int32(heads), np.int32(kv_heads)
+    blocks = min(_multiprocessors(device) * ATTENTION_BLOCKS, most * kv_heads)
+    threads = 32 * ATTENTION_WARPS
+    kernel((blocks, 1), threads, out, qkv, *norms, np.float32(eps), *tables, k_cache, v_cache, *strides, *where, *work)
+    return out
+
+
 def silu_and_mul(x: Tensor) -> Tensor:
     size = x.shape[-1] // 2
     x = x.contiguous()
@@ -106,14 +238,76 @@ def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
     kernel(grid, threads, k, v, k_stride, v_stride, k_cache, v_cache, page_stride, slot_stride, slots.int(), *shape)
 
 
+def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    (tokens, size), pairs, num_experts = x.shape, chosen.numel(), len(gate_up)
+    if pairs == 0:
+        return torch.zeros_like(x)
+    x, chosen, scores = x.contiguous(), chosen.contiguous(), scores.contiguous()
+    multiply = _plain_product(chosen) if x.dtype == torch.float32 else _grouped_product(chosen, num_experts)
+    hidden = x.new_empty(pairs, down.shape[2])
+    multiply(hidden, x, gate_up)
+    mixed = x.new_empty(pairs, size)  # rows of pairs that have no expert stay unwritten and unread, as in hidden
+    multiply(mixed, hidden, down)
+    out = x.new_empty(tokens, size)
+    v = _vector(size, mixed, out)
+    threads = _threads(size // v)
+    kernel = _kernel("experts.cu", f"sum_choices<{_c(x)}, {v}>")
+    shape = np.int32(chosen.shape[1]), np.int32(num_experts), np.int32(size)
+    kernel((tokens, -(-size // (v * threads))), threads, out, mixed, scores, chosen, *shape)
+    return out
+
+
+def _grouped_product(chosen: Tensor, num_experts: int) -> Product:
+    """Products on tensor cores; groups the pairs by expert at once."""
+    pairs = chosen.numel()
+    # Few rows an expert: bandwidth counts; many: arithmetic, which larger tiles feed better. Bounds not measured.
+    rows = 16 if pairs <= 16 * num_experts else 64 if pairs <= 256 * num_experts else 128
+    in_use = min(num_experts, pairs)
+    num_tiles = in_use + (pairs - in_use) // rows  # no routing needs more
+    tiles = chosen.new_empty(num_tiles, 4, dtype=torch.int32)
+    order = chosen.new_empty(pairs, dtype=torch.int32)
+    group = _kernel("experts.cu", f"group_pairs<{rows}>", shared_bytes=8 * num_experts)
+    shape = np.int32(pairs), np.int32(num_experts), np.int32(num_tiles)
+    group((1, 1), GROUP_THREADS, tiles, order, chosen, *shape)
+
+    def multiply(out: Tensor, x: Tensor, weights: Tensor) -> None:
+        gated, columns = _is_gated(out, weights), out.shape[1]
+        warps_down, warps_across, m, n, stages = EXPERT_TILES[rows]
+        weight_rows = 16 * n * warps_across
+        name = f"{_c(x)}, {warps_down}, {warps_across}, {m}, {n}, {stages}, {str(gated).lower()}"
+        shared_bytes = stages * (rows + weight_rows) * 128
+        kernel = _kernel("experts.cu", f"grouped_product<{name}>", shared_bytes=shared_bytes)
+        parts = -(-columns // (weight_rows // 2 if gated else weight_rows))
+        sizes = np.int32(pairs // len(x)), np.int32(x.shape[1]), np.int32(columns)
+        kernel((num_tiles * parts, 1), 32 * warps_down * warps_across, out, x, weights, tiles, order, *sizes)
+
+    return multiply
+
+
+def _plain_product(chosen: Tensor) -> Product:
+    """Products in float32, a pair at a time."""
+
+    def multiply(out: Tensor, x: Tensor, weights: Tensor) -> None:
+        kernel = _kernel("experts.cu", f"plain_product<{str(_is_gated(out, weights)).lower()}>")
+        sizes = len(out), len(out) // len(x), len(weights), x.shape[1], out.shape[1]
+        kernel((-(-out.numel() // 8), 1), THREADS, out, x, weights, chosen, *map(np.int32, sizes))
+
+    return multiply
+
+
+def _is_gated(out: Tensor, weights: Tensor) -> bool:
+    """Whether the weights are two for each column of the output: gate and up."""
+    return weights.shape[1] == 2 * out.shape[1]
+
+
 def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
     rows, vocab = logits.shape
     best = keys.new_full((rows,), torch.iinfo(torch.int64).min)
     if logits.numel():
-        parts = max(1, min(RACE_BLOCKS // rows, vocab // (4 * THREADS)))
-        row_stride = np.int64(logits.stride(0))
-        kernel = _kernel("sample.cu", "race")
-        kernel((rows, parts), THREADS, best, logits, row_stride, temperature, keys, np.int32(vocab))
+        v = _vector(vocab, logits, strides=[logits.stride(0)])
+        parts = max(1, min(RACE_BLOCKS // rows, vocab // (v * THREADS)))
+        kernel = _kernel("sample.cu", f"race<{_c(logits)}, {v}>")
+        kernel((rows, parts), THREADS, best, logits, np.int64(logits.stride(0)), temperature, keys, np.int32(vocab))
     return 0xFFFFFFFF - (best & 0xFFFFFFFF)
 
 
@@ -150,6 +344,11 @@ def _vector(size: int, *tensors: Tensor, strides: list[int] | None = None) -> in
     return v if aligned and size % v == 0 and all(s % v == 0 for s in strides or []) else 1
 
 
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
 class _Stream:
     """A raw stream as CuPy's launch wants it."""
 
@@ -160,19 +359,50 @@ class _Stream:
 
 
 @functools.cache
-def _kernel(source: str, name: str) -> Any:
-    """One instance of a kernel template; call it with grid, threads and arguments (tensors or NumPy scalars)."""
+def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False) -> Callable[..., None]:
+    """One instance of a kernel template; call it with grid, threads and arguments (tensors or NumPy scalars).
+
+    early: launched while the kernel before it still runs; it calls wait_for_previous (common.cuh) before it reads what
+    that one writes.
+    """
     try:
         function = _module(source, name).get_function(name)
+        static_bytes = function.shared_size_bytes
     except cupy.cuda.compiler.CompileException as error:
         raise CompileError(f"NVRTC failed on {source}, {name}:\n{error}") from error
+
+    if shared_bytes > DEFAULT_SHARED_BYTES:  # all that there is: instances with other sizes share the function
+        most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+        function.max_dynamic_shared_size_bytes = most - static_bytes
 
     def launch(grid: tuple[int, int], threads: int, *arguments: Any) -> None:
         stream = _Stream(torch.cuda.current_stream().cuda_stream)
         passed = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-        function(grid, (threads,), passed, stream=stream)
+        function(grid, (threads,), passed, shared_mem=shared_bytes, stream=stream)
 
-    return launch
+    def launch_early(grid: tuple[int, int], threads: int, *arguments: Any) -> None:
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.attrs, config.numAttrs = [_early_attribute()], 1
+        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a.item() for a in arguments)
+        types = tuple(C_TYPES[type(a)] for a in arguments)
+        (status,) = driver.cuLaunchKernelEx(config, function.kernel.ptr, (values, types), 0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"cannot launch {name} on {grid} x {threads} threads: {status.name}")
+
+    return launch_early if early else launch
+
+
+@functools.cache
+def _early_attribute() -> Any:
+    """Programmatic dependent launch, which CuPy's launch cannot ask for."""
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
 
 
 def _module(source: str, name: str) -> Any:
@@ -182,4 +412,4 @@ def _module(source: str, name: str) -> Any:
 
 def source_text(name: str) -> str:
     """A source with the headers of this folder in place of their includes."""
-    return re.sub(r'#include "(\w+\.cuh)"\n', lambda m: (SOURCES / m[1]).read_text(), (SOURCES / name).read_text())
+    return re.sub(r'#include "(\w+\.cuh)"\n', lambda m: source_text(m[1]), (SOURCES / name).read_text())

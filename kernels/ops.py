@@ -51,6 +51,39 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return _on(x).add_rms_norm(x, residual, weight, eps)
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    """`x @ weight^T + bias` with what comes before and after it: a norm of x, SiLU * up, the residual; returns [T, F].
+
+    x       [T, D]
+    weight  [F, D]; [2 F, D] if gated: rows of gate, then of up, and the result is `silu(gate) * up`
+    bias    [F], or [2 F]
+    norm    [D]     weight of an RMSNorm of x with `eps`, before the product
+    add_to  [T, F]  takes the sum of itself and the product in place, and is returned; not together with gated
+    On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed, and a row's result has the same
+    bits in any of these batches.
+    """
+    features = len(weight) // 2 if gated else len(weight)
+    _require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
+    _require(norm is None or norm.shape == x.shape[1:], "x", x, "must have as many columns as the norm's weight")
+    if add_to is not None:
+        _require(
+            add_to.shape == (len(x), features) and add_to.is_contiguous() and not gated,
+            "add_to",
+            add_to,
+            f"must be [{len(x)}, {features}], contiguous, and not gated",
+        )
+    return _on(x).linear(x, weight, bias, norm=norm, eps=eps, gated=gated, add_to=add_to)
+
+
 def rotate_and_store_(
     qkv: Tensor,
     q_norm: Tensor | None,
@@ -81,6 +114,51 @@ def rotate_and_store_(
     return _on(qkv).rotate_and_store_(qkv, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, slots)
 
 
+def split_keys(positions: Tensor, kv_heads: int, window: int | None) -> Tensor:
+    """How `decode_attention` divides its keys among the blocks of a GPU; int32, made once a step for all its layers.
+
+    positions [B] int32: as for decode_attention, with the same window. Launches no copy and waits for nothing.
+    """
+    _require(positions.dim() == 1 and positions.dtype == torch.int32, "positions", positions, "must be [B] int32")
+    return _on(positions).split_keys(positions, kv_heads, window)
+
+
+def decode_attention(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    pages: Tensor,
+    owners: Tensor,
+    splits: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """`rotate_and_store_` of one new token a row, then its attention over the row's pages; returns [B, H E].
+
+    qkv ... slots  as for rotate_and_store_, with B rows
+    pages          [R, P] int32: row `owners[b]` has the pages of row b in order, for positions before `positions[b]`
+    owners         [B] int32
+    splits         from split_keys with these positions and this window
+    window         a query at position p sees the keys p - window < j <= p; None: all j <= p
+    Heads of 64, 128 or 256 elements in bfloat16 or float16 on a GPU; any on a CPU. The result depends on how the keys
+    are split, by rounding only.
+    """
+    _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
+    _require(pages.dim() == 2 and pages.dtype == torch.int32, "pages", pages, "must be [R, P] int32")
+    for name, tensor in (("positions", positions), ("slots", slots), ("owners", owners)):
+        _require(
+            tensor.shape == qkv.shape[:1] and tensor.dtype == torch.int32, name, tensor, f"must be [{len(qkv)}] int32"
+        )
+    inputs = qkv, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, slots, pages, owners, splits
+    return _on(qkv).decode_attention(*inputs, scale, window)
+
+
 def silu_and_mul(x: Tensor) -> Tensor:
     """`silu(x[:, :I]) * x[:, I:]`, computed in float32; x [T, 2 I] -> [T, I] in x's dtype."""
     _require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
@@ -103,15 +181,42 @@ def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
     _on(k).store_kv_(k, v, k_cache, v_cache, slots)
 
 
+def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`out[t] = sum over k of scores[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`, e = chosen[t, k].
+
+    x        [T, D]
+    chosen   [T, K]      int64; a number outside [0, N) adds nothing
+    scores   [T, K]      float32
+    gate_up  [N, 2 I, D] rows of gate, then of up; contiguous
+    down     [N, D, I]   contiguous
+    Returns [T, D] in x's dtype; all sums are in float32. On a GPU, D and I fill whole vectors of 16 bytes (multiples of
+    8 in bfloat16), no launch depends on what was chosen, and a token's output has the same bits alone and in any batch.
+    """
+    _require(gate_up.dim() == 3 and gate_up.is_contiguous(), "gate_up", gate_up, "must be [N, 2 I, D], contiguous")
+    num_experts, rows, size = gate_up.shape
+    fits = 2 * down.shape[-1] == rows and down.shape[:-1] == (num_experts, size) and down.is_contiguous()
+    _require(fits, "down", down, f"must be [{num_experts}, {size}, {rows} / 2], contiguous")
+    _require(x.dim() == 2 and x.shape[1] == size, "x", x, f"must be [T, {size}] for gate_up {list(gate_up.shape)}")
+    _require(x.dtype == gate_up.dtype == down.dtype, "x", x, f"must have the dtype of the weights, {gate_up.dtype}")
+    pairs = chosen.dim() == 2 and len(chosen) == len(x) and chosen.dtype == torch.int64
+    _require(pairs, "chosen", chosen, f"must be [{len(x)}, K] int64")
+    scored = scores.shape == chosen.shape and scores.dtype == torch.float32
+    _require(scored, "scores", scores, f"must be {list(chosen.shape)} float32")
+    for name, tensor in (("x", x), ("gate_up", gate_up), ("down", down)):
+        whole = tensor.shape[-1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+        _require(whole or not tensor.is_cuda, name, tensor, "must have rows of whole, aligned 16-byte vectors on a GPU")
+    return _on(x).experts(x, chosen, scores, gate_up, down)
+
+
 def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
     """A token per row, [S] int64: the likeliest where temperature is 0, else drawn from softmax(logits / temperature).
 
-    logits       [S, V] float32, rows contiguous
+    logits       [S, V] float32, bfloat16 or float16, rows contiguous
     temperature  [S]    float32, >= 0
     keys         [S]    int64: row s draws with noise hashed from (keys[s], token) alone
     The draw is a race: token v wins with the least E(v) / p(v), E exponential. Equal scores go to the lower id.
     """
-    _require(logits.dim() == 2 and logits.dtype == torch.float32, "logits", logits, "must be [S, V] float32")
+    _require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [S, V], floating point")
     rows = logits.shape[:1]
     _require(
         temperature.shape == rows and temperature.dtype == torch.float32, "temperature", temperature, "must be [S]"

@@ -34,6 +34,24 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return (total * scale * weight.float()).to(x.dtype)
 
 
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    add_to: Tensor | None = None,
+) -> Tensor:
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    out = F.linear(x, weight, bias)
+    if gated:
+        out = silu_and_mul(out)
+    return out if add_to is None else add_to.add_(out)
+
+
 def rotate_and_store_(
     qkv: Tensor,
     q_norm: Tensor | None,
@@ -45,12 +63,26 @@ def rotate_and_store_(
     v_cache: Tensor,
     slots: Tensor,
 ) -> Tensor:
+    q, k, v = _prepared_heads(qkv, k_cache, q_norm, k_norm, eps, positions, cos_sin)
+    store_kv_(k, v, k_cache, v_cache, slots)
+    return q
+
+
+def _prepared_heads(
+    qkv: Tensor,
+    k_cache: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [T, H, E], k and v [T, Hkv, E] with norm and rotation."""
     kv_heads, head_dim = k_cache.shape[2:]
     heads = qkv.unflatten(-1, (-1, head_dim))  # [T, H + 2 Hkv, E]
     q, k, v = heads[:, : -2 * kv_heads], heads[:, -2 * kv_heads : -kv_heads], heads[:, -kv_heads:]
     q, k = _rotate(q.float(), q_norm, eps, positions, cos_sin), _rotate(k.float(), k_norm, eps, positions, cos_sin)
-    store_kv_(k.to(qkv.dtype), v, k_cache, v_cache, slots)
-    return q.to(qkv.dtype)
+    return q.to(qkv.dtype), k.to(qkv.dtype), v
 
 
 def _rotate(x: Tensor, norm: Tensor | None, eps: float, positions: Tensor, cos_sin: Tensor) -> Tensor:
@@ -59,6 +91,40 @@ def _rotate(x: Tensor, norm: Tensor | None, eps: float, positions: Tensor, cos_s
     cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, E/2] each
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def split_keys(positions: Tensor, kv_heads: int, window: int | None) -> Tensor:
+    return positions.new_zeros(0)  # nothing to divide: decode_attention goes row by row
+
+
+def decode_attention(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    pages: Tensor,
+    owners: Tensor,
+    splits: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    q, k, v = _prepared_heads(qkv, k_cache, q_norm, k_norm, eps, positions, cos_sin)
+    store_kv_(k, v, k_cache, v_cache, slots)
+    out, page_size = torch.empty_like(q), k_cache.shape[1]
+    for row, position in enumerate(positions.tolist()):
+        first = 0 if window is None else max(0, position + 1 - window)
+        old = torch.arange(first, position, device=q.device)
+        place = pages[owners[row].long(), old // page_size].long(), old % page_size
+        keys = torch.cat((k_cache[place].to(q.dtype), k[row : row + 1])).transpose(0, 1)  # [Hkv, K, E]
+        values = torch.cat((v_cache[place].to(q.dtype), v[row : row + 1])).transpose(0, 1)
+        gqa = q.shape[1] != k.shape[1]
+        out[row] = F.scaled_dot_product_attention(q[row, :, None], keys, values, scale=scale, enable_gqa=gqa)[:, 0]
+    return out.flatten(1)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -74,6 +140,17 @@ def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
     where = (slots.long() // page_size, slots.long() % page_size)
     k_cache.index_put_(where, k.to(k_cache.dtype))
     v_cache.index_put_(where, v.to(v_cache.dtype))
+
+
+def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    out = torch.zeros_like(x, dtype=torch.float32)
+    for expert in chosen.unique().tolist():
+        if 0 <= expert < len(gate_up):
+            tokens, choice = torch.where(chosen == expert)
+            hidden = silu_and_mul(F.linear(x[tokens], gate_up[expert]))  # [t, I]
+            mixed = F.linear(hidden, down[expert]).float()
+            out.index_add_(0, tokens, mixed * scores[tokens, choice, None])
+    return out.to(x.dtype)
 
 
 def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from .. import __version__
-from ..runtime.config import Config
 from ..runtime.outputs import CompletionOutput, Delta, RequestOutput
 from ..runtime.request import SamplingParams
+from .bench import app as bench
 from .errors import PlacementError, RankFailed
+from .options import LogLevel, start_logging, with_config
 
 if TYPE_CHECKING:
     from .llm import LLM
 
 log = logging.getLogger(__name__)
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
 DEFAULT_MAX_TOKENS = 128
 
 
@@ -52,38 +51,6 @@ def lockstep(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         print(f"lockstep {__version__}")
         raise typer.Exit
-
-
-def with_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Replace the command's parameter `config` by MODEL and an option for every other field of Config."""
-
-    def wrapped(**given: Any) -> None:
-        names = {f.name for f in dataclasses.fields(Config)}
-        options = {name: given.pop(name) for name in list(given) if name in names}
-        command(config=options, **given)
-
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
-    parameters = [*_config_parameters(), *own]
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-    return wrapped
-
-
-def _config_parameters() -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        note = f.metadata["help"][:1].upper() + f.metadata["help"][1:] + "."
-        flag = "--" + f.name.replace("_", "-")
-        if f.name == "model":
-            info = typer.Argument(metavar="[MODEL]", help=note, show_default=False)
-        elif hints[f.name] is bool:
-            info = typer.Option(f"{flag}/--no-{flag[2:]}", help=note)
-        else:
-            info = typer.Option(flag, *f.metadata["flags"], help=note)
-        yield inspect.Parameter(
-            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=Annotated[hints[f.name], info]
-        )
 
 
 @app.command()
@@ -112,10 +79,10 @@ def generate(
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to max-tokens whatever is sampled.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each output.")] = False,
-    log_level: Annotated[str, typer.Option(help="debug, info, warning or error; logs go to stderr.")] = "info",
+    log_level: LogLevel = "info",
 ) -> None:
     """Complete prompts; text streams to stdout as it comes."""
-    _start_logging(log_level)
+    start_logging(log_level)
     if logprobs is not None and not as_json:
         raise ValueError("--logprobs is printed with --json only; add --json")
     prompts = _read_prompts(prompt or [], prompt_file or [])
@@ -234,11 +201,3 @@ def _as_object(prompt: str, result: RequestOutput, output: CompletionOutput) -> 
             for token, position in zip(output.token_ids, output.logprobs, strict=True)
         ]
     return found
-
-
-def _start_logging(level: str) -> None:
-    levels = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-    if level not in levels:
-        raise ValueError(f"log_level={level!r} is not one of {', '.join(levels)}")
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("lockstep").setLevel(levels[level])

@@ -19,9 +19,12 @@ from ray.util.placement_group import remove_placement_group
 
 from ..runtime.config import Config
 from ..runtime.executor import plan_limits
+from ..runtime.memory import loading_speed, tightest
 from ..runtime.model.config import ModelConfig
-from ..runtime.plan import Admit, Cancel, StepOutput, Stop, decode_output, encode
+from ..runtime.phases import Phases, summary
+from ..runtime.plan import Admit, Cancel, StepOutput, Stop, Trace, decode_report, encode
 from ..runtime.request import Request
+from ..runtime.stats import EngineStats, Profile
 from .channel import Inbox, Outbox
 from .errors import RankFailed
 from .placement import has_gpus, place, start_ray
@@ -43,8 +46,13 @@ class RayExecutor:
         self._live: set[int] = set()  # the requests that have not ended
         self._heard = 0.0  # when a step was last heard of
         self._closed = False
+        self._profile: Profile | None = None
+        self.stats = EngineStats()
+        self._phases = Phases()
         with ExitStack() as stack:
-            if start_ray(config):
+            with self._phases("Ray"):
+                ours = start_ray(config)
+            if ours:
                 stack.callback(_while_connected, ray.shutdown)
                 self._start(config, model, folder, stack, ip="127.0.0.1")  # one machine: keep off the network
             else:
@@ -77,6 +85,14 @@ class RayExecutor:
         self._check()
         return []
 
+    def start_profile(self, num_steps: int) -> None:
+        self._check()
+        self._commands.send(encode(Trace(num_steps)))
+
+    def take_profile(self) -> Profile | None:
+        profile, self._profile = self._profile, None
+        return profile
+
     def close(self) -> None:
         """Stop the ranks and end what was started for them; safe to call twice."""
         self._closed = True
@@ -85,33 +101,39 @@ class RayExecutor:
 
     def _start(self, asked: Config, model: ModelConfig, folder: Path, stack: ExitStack, ip: str | None) -> None:
         """Bring up the ranks; every step leaves on `stack` what undoes it."""
-        started = time.perf_counter()
         config = asked.resolved(model, cuda=has_gpus())
         if Path(asked.model).expanduser().is_dir():  # a relative path means another folder in the actors
             config = replace(config, model=str(folder.resolve()))
-        group = place(config)
+        with self._phases("placement"):
+            group = place(config)
         stack.callback(_while_connected, remove_placement_group, group)
         deadline = time.perf_counter() + config.startup_timeout
-        self._ranks = ranks = Ranks(config, group)
-        stack.callback(_while_connected, ranks.close, STOP_S)
-        ranks.endpoints = ranks.call("bind", deadline, ip)
+        with self._phases("actors"):
+            self._ranks = ranks = Ranks(config, group)
+            stack.callback(_while_connected, ranks.close, STOP_S)
+            ranks.endpoints = ranks.call("bind", deadline, ip)
         self._outputs = Inbox(ip or ray.util.get_node_ip_address())
         stack.callback(self._outputs.close)
         loaded: list[Loaded] = ranks.call("load", deadline, ranks.endpoints, self._outputs.address)
         for endpoint, report in zip(ranks.endpoints, loaded, strict=True):
             log.info("%s: %s", endpoint, _describe(report, config))
         log.info("communication: %s", loaded[0].communication)
-        self.limits = plan_limits(asked, config, model, min(report.num_pages for report in loaded))
-        ranks.call("allocate", deadline, self.limits)
+        self.memory = tightest([report.memory for report in loaded])
+        self.limits = plan_limits(asked, config, model, self.memory)
+        self._phases.take_in(ranks.call("allocate", deadline, self.limits))
         ranks.run()
         self._commands = Outbox(ranks.endpoints[0].inbox)
         stack.callback(self._commands.close)
         stack.callback(self._commands.send, encode(Stop()))
-        log.info("%d ranks ready in %.1f s", len(loaded), time.perf_counter() - started)
+        self.startup = self._phases.record()
+        log.info("%d ranks %s", len(loaded), summary(self.startup))
 
     def _take_in(self, messages: list[bytes]) -> list[StepOutput]:
         self._heard = time.perf_counter()
-        outputs = [decode_output(message) for message in messages]
+        reports = [decode_report(message) for message in messages]
+        self.stats = reports[-1].stats
+        self._profile = next((report.profile for report in reports if report.profile is not None), self._profile)
+        outputs = [report.output for report in reports]
         self._live.difference_update(finished.uid for output in outputs for finished in output.finished)
         return outputs
 
@@ -135,5 +157,5 @@ def _while_connected(end: Callable[..., Any], *arguments: Any) -> None:
 
 
 def _describe(report: Loaded, config: Config) -> str:
-    weights = f"{report.weight_bytes / 2**20:.1f} MiB of weights in {report.seconds:.1f} s"
-    return f"{weights}, {config.dtype} on {report.device}"
+    weights = loading_speed(report.memory.weights, report.loading_s)
+    return f"weights {weights}, {config.dtype} on {report.device}"

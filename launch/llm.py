@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from ..runtime.config import DEMO_MODEL, Config
@@ -26,19 +27,26 @@ class LLM(OfflineLLM):
 
     def __init__(self, model: str = DEMO_MODEL, **options: Any) -> None:
         self.config = Config.from_options({"model": model, **options})
-        folder = checkpoint_folder(self.config.model, self.config.revision)
-        described = ModelConfig.from_folder(folder)
-        described.check_tensor_parallel(self.config.tensor_parallel_size)
-        if self.config.load_format != "dummy":
-            check_files(folder)  # before ranks are started for them
+        folder, described = find_model(self.config)
         tokenizer = Tokenizer(folder)
-        executor: Executor
-        address = self.config.ray_address or os.environ.get("RAY_ADDRESS")
-        if self.config.tensor_parallel_size == 1 and not address:
-            log.info("one rank: running in this process, without Ray")
-            executor = LocalExecutor(self.config, described, folder)
-        else:
-            from .cluster import RayExecutor  # Ray costs 0.4 s, and one rank does not need it
+        super().__init__(start_executor(self.config, described, folder), described, folder, tokenizer)
 
-            executor = RayExecutor(self.config, described, folder)
-        super().__init__(executor, described, folder, tokenizer)
+
+def find_model(config: Config) -> tuple[Path, ModelConfig]:
+    """The checkpoint's folder and its description; raises ValueError for what no rank could load."""
+    folder = checkpoint_folder(config.model, config.revision)
+    model = ModelConfig.from_folder(folder)
+    model.check_tensor_parallel(config.tensor_parallel_size)
+    if config.load_format != "dummy":
+        check_files(folder)  # before ranks are started for them
+    return folder, model
+
+
+def start_executor(config: Config, model: ModelConfig, folder: Path) -> Executor:
+    """The executor that fits the configuration, ready for requests."""
+    if config.tensor_parallel_size == 1 and not (config.ray_address or os.environ.get("RAY_ADDRESS")):
+        log.info("one rank: running in this process, without Ray")
+        return LocalExecutor(config, model, folder)
+    from .cluster import RayExecutor  # Ray costs 0.4 s, and one rank does not need it
+
+    return RayExecutor(config, model, folder)

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 import torch
 
+from ..comm.base import Communicator
 from ..comm.connect import connect, join_rendezvous, open_rendezvous
 from ..runtime.config import Config
 from ..runtime.engine import Engine
 from ..runtime.executor import load_rank
 from ..runtime.hub import checkpoint_folder
+from ..runtime.memory import MemoryPlan
 from ..runtime.model.config import ModelConfig
-from ..runtime.plan import Admit, Cancel, StepPlan, Stop, decode_command, decode_plan, encode
+from ..runtime.phases import Phases
+from ..runtime.plan import Admit, Cancel, Report, StepPlan, Stop, Trace, decode_command, decode_plan, encode
 from ..runtime.scheduler import Limits, Scheduler
 from .channel import Address, Inbox, Outbox
 
@@ -43,11 +45,10 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a rank reports when its weights are in place."""
+    """What a rank reports when its weights are in place and the largest step has been rehearsed."""
 
-    num_pages: int  # of KV cache that fit
-    weight_bytes: int
-    seconds: float
+    memory: MemoryPlan
+    loading_s: float
     device: str
     communication: str
 
@@ -75,34 +76,38 @@ class Worker:
 
     def load(self, endpoints: list[Endpoint], output: Address) -> Loaded:
         """Load this rank's share of the weights, and meet the others."""
-        started = time.perf_counter()
+        self._phases = Phases()
         folder = checkpoint_folder(self.config.model, self.config.revision)
         model = ModelConfig.from_folder(folder)
-        leader = endpoints[0]
+        with self._phases("connecting"):
+            comm = self._connect(endpoints[0])
+        self._runner = load_rank(self.config, model, Path(folder), comm, self._phases)
+        if self.rank == 0:
+            self._outputs = Outbox(output)
+            self._followers = [Outbox(e.inbox) for e in endpoints[1:]]
+        memory, seconds = self._runner.plan_memory(), self._phases.seconds["weights"]
+        return Loaded(memory, seconds, str(self._runner.device), comm.description)
+
+    def _connect(self, leader: Endpoint) -> Communicator:
         if self.size > 1 and self._store is None:
             address = (leader.ip, leader.rendezvous_port)
             self._store = join_rendezvous(address, self.rank, self.config.startup_timeout)
-        comm = connect(
+        return connect(
             self.rank,
             self.size,
             store=self._store,
             own_ip=self._ip,
             device=torch.device(self.config.device),
             shares_device=self.config.gpus_per_rank < 1,
+            library=self.config.nccl_library,
             timeout_s=self.config.step_timeout,
         )
-        self._runner = load_rank(self.config, model, Path(folder), comm)
-        if self.rank == 0:
-            self._outputs = Outbox(output)
-            self._followers = [Outbox(e.inbox) for e in endpoints[1:]]
-        seconds = time.perf_counter() - started
-        pages, weights = self._runner.num_pages(), self._runner.weight_bytes
-        return Loaded(pages, weights, seconds, str(self._runner.device), comm.description)
 
-    def allocate(self, limits: Limits) -> None:
-        """Take the memory for the KV cache; the same number of pages on all ranks."""
+    def allocate(self, limits: Limits) -> dict[str, float]:
+        """Take the memory for the KV cache, the same number of pages on all ranks; the seconds of each phase so far."""
         self._limits = limits
         self._runner.allocate(limits)
+        return self._phases.seconds
 
     def run(self) -> None:
         """Work until told to stop; an exception here is the group's end, and Ray brings it to the driver."""
@@ -121,11 +126,14 @@ class Worker:
                     engine.add(command.requests)
                 elif isinstance(command, Cancel):
                     engine.cancel(command.uids)
+                elif isinstance(command, Trace):
+                    engine.start_profile(command.num_steps)
                 else:
                     self._tell_followers(encode(Stop()))
                     return
             if engine.has_work:
-                self._outputs.send(encode(engine.step()))
+                output = engine.step()
+                self._outputs.send(encode(Report(output, engine.stats, engine.take_profile())))
 
     def _follow(self) -> None:
         while not isinstance(plan := decode_plan(self._inbox.receive_one()), Stop):

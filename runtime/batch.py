@@ -15,12 +15,15 @@ from .plan import StepPlan
 class Batch:
     """B rows (one request each) with T tokens in all, row after row; decode rows have one token, prefill rows more.
 
-    Lengths and pages are on the host, where attention plans are made; what kernels index with is on the device.
+    Lengths and pages are on the host, where attention plans are made; what kernels index with is on the device, the
+    pages once more with it.
     """
 
     token_ids: Tensor  # [T] int32, on the device
     positions: Tensor  # [T] int32, on the device: the place of each token in its request
     kv_slots: Tensor  # [T] int32, on the device: page * page_size + offset, where its K and V go; negative: nowhere
+    owners: Tensor  # [T] int32, on the device: the row of `pages` that has the pages of each token's row
+    pages: Tensor  # [R, P] int32, on the device: pages in order; beyond a row's length anything
     page_table: np.ndarray  # [B, P] int32, on the host: the pages of each row in order; beyond its length anything
     query_starts: np.ndarray  # [B + 1] int32, on the host: row b has tokens query_starts[b]:query_starts[b + 1]
     kv_lengths: np.ndarray  # [B] int32, on the host: keys that the last token of the row sees, itself included
@@ -43,13 +46,17 @@ class HostBatch:
 
 
 class SlotTables:
-    """What a rank knows of its slots from the plans: their tokens, on the device, and their pages, on the host."""
+    """What a rank knows of its slots from the plans: their tokens, on the device, and their pages, on both sides.
+
+    The pages on the device follow the steps: those of a step's rows are written before its layers run.
+    """
 
     def __init__(self, num_slots: int, max_length: int, page_size: int, device: torch.device) -> None:
         self.page_size = page_size
         self.spare_slot = num_slots  # takes what the padding of a graph writes
         self.tokens = torch.zeros(num_slots + 1, max_length, dtype=torch.int32, device=device)
         self.pages = np.zeros((num_slots, -(-max_length // page_size)), np.int32)
+        self.device_pages = torch.zeros(num_slots + 1, self.pages.shape[1], dtype=torch.int32, device=device)
 
     def take_in(self, plan: StepPlan) -> None:
         """Bring the slots up to date: the tokens of new requests, and new pages."""
@@ -79,18 +86,28 @@ class SlotTables:
             kv_lengths=kv_lengths,
         )
 
-    def batch(self, host: HostBatch) -> Batch:
-        """The step on the device, in one copy."""
-        packed = torch.from_numpy(np.stack((host.slots, host.positions, host.kv_slots)))
-        slots, positions, kv_slots = packed.to(self.tokens.device, non_blocking=True).unbind(0)
-        return self.lookup(slots, positions, kv_slots, host)
+    def batch(self, plan: StepPlan, host: HostBatch) -> Batch:
+        """The step on the device."""
+        packed = self._to_device(np.stack((host.slots, host.positions, host.kv_slots)))
+        owners = self._to_device(plan.slots).long()
+        self.device_pages[owners, : host.page_table.shape[1]] = self._to_device(host.page_table)
+        slots, positions, kv_slots = packed.unbind(0)
+        return self._lookup(slots, positions, kv_slots, host)
 
-    def lookup(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch | Batch) -> Batch:
-        """The batch whose tokens are those at `positions` of `slots` (both [T] int32, on the device)."""
+    def decode_batch(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
+        """A step of one token a row from what is on the device alone, each [B] int32; can be captured in a graph."""
+        page = torch.div(kv_slots, self.page_size, rounding_mode="floor")  # a new one once in page_size steps
+        self.device_pages[slots.long(), (positions // self.page_size).long()] = page
+        return self._lookup(slots, positions, kv_slots, host)
+
+    def _lookup(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
+        """The batch whose tokens are those at `positions` of `slots`."""
         return Batch(
             token_ids=self.tokens[slots.long(), positions.long()],
             positions=positions,
             kv_slots=kv_slots,
+            owners=slots,
+            pages=self.device_pages,
             page_table=host.page_table,
             query_starts=host.query_starts,
             kv_lengths=host.kv_lengths,
@@ -99,3 +116,15 @@ class SlotTables:
     def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         """Write sampled tokens [S] at `positions` of `slots` (int64, on the device): inputs of the next step."""
         self.tokens[slots, positions] = tokens.to(torch.int32)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return to_device(array, self.tokens.device)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of `array` on the device, for which the host does not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if device.type == "cpu":
+        return tensor
+    # Pinned: from other memory the copy would wait for the steps before it. torch reuses the buffer when it is done.
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -64,6 +64,9 @@ class Config:
         None, "address of a running Ray cluster, or auto; RAY_ADDRESS if set, else a local one is started"
     )
     gpus_per_rank: float = option(1.0, "share of a GPU that Ray gives each rank; below 1, ranks share a GPU")
+    nccl_library: str | None = option(
+        None, "absolute path of the libnccl.so.2 to use on every rank; the one that torch brings if not given"
+    )
     startup_timeout: float = option(600.0, "seconds within which the ranks must be placed, loaded and connected")
     wait_for_resources: float = option(60.0, "seconds to wait for busy CPUs or GPUs of the Ray cluster")
     step_timeout: float = option(120.0, "seconds that one step may take before the group is declared stuck")
@@ -79,6 +82,10 @@ class Config:
                 self._check_integer(name)
         for name in ("startup_timeout", "wait_for_resources", "step_timeout"):
             self._check(name, getattr(self, name) > 0, "must be above 0")
+        if self.nccl_library is not None:
+            self._check(
+                "nccl_library", Path(self.nccl_library).is_absolute(), "must be an absolute path: ranks run elsewhere"
+            )
         self._check("gpus_per_rank", 0 < self.gpus_per_rank <= 1, "must be in (0, 1]")
         self._check("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "must be in (0, 1]")
         if self.kv_cache_memory is not None:
@@ -120,6 +127,8 @@ class Config:
         device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
         if device == "cpu" and self.attention_backend == "flashinfer":
             raise ValueError("attention_backend='flashinfer' needs a GPU; use auto or torch on a CPU")
+        if device == "cpu" and self.nccl_library is not None:
+            raise ValueError("nccl_library is for ranks on GPUs; leave it out on a CPU")
         dtype = self.dtype
         if dtype == "auto":
             # float32 on a CPU: exact equality between TP sizes and batches, and no slow emulated bfloat16.

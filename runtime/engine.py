@@ -6,12 +6,25 @@ where the sampler leaves them, and the host learns the tokens one step later.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from .plan import Finished, StepOutput, StepPlan
+from .profiler import Profiler
 from .request import Request
 from .runner import Runner, Sampled
 from .scheduler import Scheduled, Scheduler
+from .stats import EngineStats, Profile
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way."""
+
+    scheduled: Scheduled
+    wait: Callable[[], Sampled]
+    started: float  # of time.perf_counter
 
 
 class Engine:
@@ -24,8 +37,12 @@ class Engine:
         self.runner = runner
         self._publish = publish
         self._overlap = overlap
-        self._running: tuple[Scheduled, Callable[[], Sampled]] | None = None
+        self.stats = EngineStats()
+        self._running: Launched | None = None
+        self._last_end = 0.0  # of a step, of time.perf_counter
         self._ended: list[Finished] = []  # outside of a step: refused or cancelled
+        self._profiler: Profiler | None = None
+        self._profile: Profile | None = None
 
     def add(self, requests: Sequence[Request]) -> None:
         """Queue requests; one that can never run ends at once with the reason, and hurts nobody else."""
@@ -44,25 +61,66 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or self._running is not None or bool(self._ended)
+        busy = self.scheduler.has_work or self._running is not None or bool(self._ended)
+        return busy or self._profiler is not None
 
     def step(self) -> StepOutput:
         """Launch a step, if there is anything to compute, and take in a finished one: its tokens, and who ended."""
         before, self._running = self._running, self._launch()
         if not self._overlap:
             before, self._running = self._running, None
-        output = StepOutput([], [], [])
-        if before is not None:
-            scheduled, wait = before
-            sampled = wait()
-            output = self.scheduler.commit(scheduled, sampled.tokens, sampled.logprobs)
+        output = self._finish(before) if before is not None else StepOutput([], [], [])
         output.finished.extend(self._ended)
         self._ended.clear()
         return output
 
-    def _launch(self) -> tuple[Scheduled, Callable[[], Sampled]] | None:
+    def start_profile(self, num_steps: int) -> None:
+        """Trace up to `num_steps` decode steps, from the next one on; `take_profile` has them when they are over."""
+        self._profiler = Profiler(self.runner, num_steps)
+
+    def take_profile(self) -> Profile | None:
+        """A profile that is complete and has not been taken."""
+        profile, self._profile = self._profile, None
+        return profile
+
+    def _launch(self) -> Launched | None:
+        started = time.perf_counter()
         scheduled = self.scheduler.schedule()
+        if self._profiler is not None:
+            self._profile = self._profiler.before_launch(scheduled.plan if scheduled is not None else None)
+            self._profiler = self._profiler if self._profile is None else None
+            started = time.perf_counter()  # starting and ending a trace takes seconds, which are not the step's
         if scheduled is None:
             return None
         self._publish(scheduled.plan)
-        return scheduled, self.runner.launch(scheduled.plan)
+        published = time.perf_counter()
+        wait = self.runner.launch(scheduled.plan)
+        self.stats.schedule_s += published - started
+        self.stats.launch_s += time.perf_counter() - published
+        return Launched(scheduled, wait, started)
+
+    def _finish(self, step: Launched) -> StepOutput:
+        asked = time.perf_counter()
+        sampled = step.wait()
+        came = time.perf_counter()
+        output = self.scheduler.commit(step.scheduled, sampled.tokens, sampled.logprobs)
+        ended = time.perf_counter()
+        self.stats.wait_s += came - asked
+        self.stats.commit_s += ended - came
+        self._count(step.scheduled.plan, len(output.tokens), ended - max(step.started, self._last_end))
+        self._last_end = ended
+        return output
+
+    def _count(self, plan: StepPlan, num_tokens: int, seconds: float) -> None:
+        """Add a step that has ended; on the path of every step, so as few NumPy calls as possible."""
+        stats = self.stats
+        stats.steps += 1
+        stats.output_tokens += num_tokens
+        stats.preemptions = self.scheduler.num_preemptions
+        if plan.decodes:
+            stats.decode_steps += 1
+            stats.decode_s += seconds
+            stats.decode_kv_tokens += int(plan.starts.sum()) + len(plan.starts)
+        else:
+            decoding = plan.counts[: len(plan.counts) - len(plan.admitted)] == 1
+            stats.prompt_tokens += int(plan.counts.sum() - decoding.sum())

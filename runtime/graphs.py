@@ -6,10 +6,7 @@ static buffers; rows beyond the step's own have no slot for their keys, and nobo
 
 from __future__ import annotations
 
-import logging
-import time
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,22 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..kernels import ops
-from .batch import Batch, HostBatch, SlotTables
+from .batch import HostBatch, SlotTables
 from .cache.pool import KVPool
 from .model.attention import AttentionBackend
 from .model.decoder import Decoder
-
-log = logging.getLogger(__name__)
-
-
-class GraphAttention(AttentionBackend, Protocol):
-    """An attention backend whose plans can go into the static buffers of a graph."""
-
-    def add_graph(self, num_rows: int, max_pages: int) -> None:
-        """Make what a graph of `num_rows` rows needs, with `max_pages` pages in all."""
-
-    def plan_graph(self, batch: Batch) -> None:
-        """Like `plan`, for the next capture or replay of the graph with this batch's number of rows."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +27,7 @@ class GraphParts:
     decoder: Decoder
     tables: SlotTables
     pool: KVPool
-    attention: GraphAttention
+    attention: AttentionBackend
 
 
 class Inputs:
@@ -71,6 +56,7 @@ class Inputs:
             strict=True,
         ):
             part[:n], part[n:] = values, rest
+        # Few bytes from pageable memory travel with the call itself: the host may write the next step's at once.
         self._device.copy_(torch.from_numpy(self._host), non_blocking=True)
 
 
@@ -80,19 +66,33 @@ class Captured:
 
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
-    logits: Tensor  # [size, V] float32
+    logits: Tensor  # [size, V]
     chosen: Tensor  # [size] int64
 
 
 class DecodeGraphs:
-    """The graphs of one rank for up to `max_rows` rows: a step from the slots' last tokens to their next ones."""
+    """The graphs of one rank for up to `max_rows` rows: a step from the slots' last tokens to their next ones.
 
-    def __init__(self, parts: GraphParts, max_rows: int, *, show_progress: bool) -> None:
+    `memory` is that of earlier graphs, which nobody replays any more: torch would not reuse it otherwise.
+    """
+
+    def __init__(
+        self, parts: GraphParts, max_rows: int, *, memory: torch.cuda.CUDAGraph | None = None, show_progress: bool
+    ) -> None:
         self.max_rows = max_rows
         self._parts = parts
         self._captured: dict[int, Captured] = {}
         self._sizes = graph_sizes(max_rows)
-        self._capture(show_progress)
+        self._capture(memory, show_progress)
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._captured)
+
+    @property
+    def memory(self) -> torch.cuda.CUDAGraph:
+        """A graph that keeps the memory of all of them, also when the others are gone."""
+        return self._captured[self.max_rows].graph
 
     def run(self, host: HostBatch, temperature: np.ndarray, keys: np.ndarray) -> tuple[Tensor, Tensor]:
         """Logits [B, V] and the tokens [B] that `ops.race` draws from them, which are already in the token table.
@@ -101,51 +101,31 @@ class DecodeGraphs:
         """
         rows = len(host.slots)
         captured = self._captured[next(s for s in self._sizes if s >= rows)]
-        self._parts.attention.plan_graph(self._stage(captured.inputs, host, temperature, keys))
+        captured.inputs.fill(host, temperature, keys, self._parts.tables.spare_slot)
         captured.graph.replay()
         return captured.logits[:rows], captured.chosen[:rows]
 
-    def _capture(self, show_progress: bool) -> None:
+    def _capture(self, memory: torch.cuda.CUDAGraph | None, show_progress: bool) -> None:
         """The largest first: the smaller ones then fit into its memory."""
-        started, before = time.perf_counter(), torch.cuda.mem_get_info()[0]
-        tables = self._parts.tables
-        nothing, memory = np.zeros(0), None
+        tables, nothing = self._parts.tables, np.zeros(0)
         for size in tqdm(self._sizes[::-1], desc="capture CUDA graphs", unit="graph", disable=not show_progress):
-            self._parts.attention.add_graph(size, size * tables.pages.shape[1])
             inputs = Inputs(size, tables.tokens.device)
-            batch = self._stage(inputs, _no_rows(), nothing, nothing)
-            self._parts.attention.plan_graph(batch)
-            self._step(inputs, batch)  # outside of the graph first: kernels load and workspaces grow
+            inputs.fill(_rows(0), nothing, nothing, tables.spare_slot)
+            self._step(inputs)  # outside of the graph first: kernels load and workspaces grow
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-                logits, chosen = self._step(inputs, batch)
-            memory = memory or graph.pool()
+            with torch.cuda.graph(graph, pool=memory.pool() if memory else None, capture_error_mode="thread_local"):
+                logits, chosen = self._step(inputs)
+            memory = memory or graph
             self._captured[size] = Captured(graph, inputs, logits, chosen)
-        used = (before - torch.cuda.mem_get_info()[0]) / 2**30
-        log.info("%d CUDA graphs: %.2f GiB in %.1f s", len(self._sizes), used, time.perf_counter() - started)
 
-    def _step(self, inputs: Inputs, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _step(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         parts = self._parts
-        looked_up = parts.tables.lookup(inputs.slots, inputs.positions, inputs.kv_slots, batch)
-        logits = parts.decoder.logits(parts.decoder.forward(looked_up, parts.pool, parts.attention))
+        batch = parts.tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, _rows(inputs.size))
+        parts.attention.plan(batch)
+        logits = parts.decoder.logits(parts.decoder.forward(batch, parts.pool, parts.attention))
         chosen = ops.race(logits, inputs.temperature, inputs.keys)
         parts.tables.append(inputs.slots.long(), inputs.positions.long() + 1, chosen)
         return logits, chosen
-
-    def _stage(self, inputs: Inputs, host: HostBatch, temperature: np.ndarray, keys: np.ndarray) -> Batch:
-        """Bring the inputs to the device; the batch padded to their size, whose extra rows read one key of page 0."""
-        n = len(host.slots)
-        inputs.fill(host, temperature, keys, self._parts.tables.spare_slot)
-        lengths, pages = np.ones(inputs.size, np.int32), np.zeros((inputs.size, host.page_table.shape[1]), np.int32)
-        lengths[:n], pages[:n] = host.kv_lengths, host.page_table
-        return Batch(
-            token_ids=inputs.slots,  # looked up inside the graph
-            positions=inputs.positions,
-            kv_slots=inputs.kv_slots,
-            page_table=pages,
-            query_starts=np.arange(inputs.size + 1, dtype=np.int32),
-            kv_lengths=lengths,
-        )
 
 
 def graph_sizes(max_rows: int) -> list[int]:
@@ -154,13 +134,14 @@ def graph_sizes(max_rows: int) -> list[int]:
     return [*(s for s in sizes if s < max_rows), max_rows]
 
 
-def _no_rows() -> HostBatch:
-    none = np.zeros(0, np.int32)
+def _rows(count: int) -> HostBatch:
+    """So many decode rows, of which the host knows nothing else."""
+    zeros = np.zeros(count, np.int32)
     return HostBatch(
-        slots=none,
-        positions=none,
-        kv_slots=none,
-        page_table=np.zeros((0, 1), np.int32),
-        query_starts=none,
-        kv_lengths=none,
+        slots=zeros,
+        positions=zeros,
+        kv_slots=zeros,
+        page_table=np.zeros((count, 1), np.int32),
+        query_starts=np.arange(count + 1, dtype=np.int32),
+        kv_lengths=zeros + 1,
     )

@@ -1,7 +1,7 @@
 """What travels between the front end, the leader and the followers: msgpack structs, never pickle.
 
     front end --Request, cancel--> leader --StepPlan--> followers
-    front end <---StepOutput------ leader
+    front end <------Report------- leader
 
 A StepPlan is the whole truth about a step: a rank that executes the same plans in the same order holds the same state.
 Arrays are int32 and travel as their bytes.
@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from .request import Request, SamplingParams
+from .stats import EngineStats, Profile
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -41,6 +42,11 @@ class StepPlan(msgspec.Struct, frozen=True, tag=True):
     page_writes: (
         np.ndarray
     )  # [W * 3] int32, triples (slot, index, page): page_table[slot, index] = page, before the step
+
+    @property
+    def decodes(self) -> bool:
+        """Whether all rows are decoding requests: else the last row is new, or a chunk of a prompt."""
+        return not self.admitted and bool(self.counts[-1] == 1)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -71,6 +77,14 @@ class StepOutput(msgspec.Struct, frozen=True):
     cached: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
 
 
+class Report(msgspec.Struct, frozen=True):
+    """What the leader sends after a step: its output, the counters by then, and a profile that is complete."""
+
+    output: StepOutput
+    stats: EngineStats
+    profile: Profile | None
+
+
 class Admit(msgspec.Struct, frozen=True, tag=True):
     requests: list[Request]
 
@@ -79,11 +93,17 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     uids: list[int]
 
 
+class Trace(msgspec.Struct, frozen=True, tag=True):
+    """Profile the next decode steps."""
+
+    num_steps: int
+
+
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Followers and leader leave their loops."""
 
 
-Command = Admit | Cancel | Stop
+Command = Admit | Cancel | Trace | Stop
 
 
 def _array_to_bytes(value: Any) -> Any:
@@ -101,4 +121,4 @@ def _bytes_to_array(kind: type, value: Any) -> Any:
 encode = msgspec.msgpack.Encoder(enc_hook=_array_to_bytes).encode
 decode_command = msgspec.msgpack.Decoder(Command, dec_hook=_bytes_to_array).decode
 decode_plan = msgspec.msgpack.Decoder(StepPlan | Stop, dec_hook=_bytes_to_array).decode
-decode_output = msgspec.msgpack.Decoder(StepOutput, dec_hook=_bytes_to_array).decode
+decode_report = msgspec.msgpack.Decoder(Report, dec_hook=_bytes_to_array).decode

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +18,24 @@ import torch
 from torch import Tensor
 
 from ..comm.base import Communicator
-from .batch import HostBatch, SlotTables
+from .batch import HostBatch, SlotTables, to_device
 from .cache.pool import KVPool, KVShape
 from .config import Config
-from .graphs import DecodeGraphs, GraphAttention, GraphParts
+from .graphs import DecodeGraphs, GraphParts
+from .memory import MemoryPlan, Phase, Reading, check_weights, gpu_name, loading_speed, named_out_of_memory, read_gpu
 from .model.attention import AttentionBackend, TorchAttention
 from .model.config import ModelConfig
 from .model.decoder import Decoder
 from .model.weights import fill_dummy, load_weights
+from .neighbours import neighbours
+from .phases import Phases
 from .plan import Admission, StepPlan, TokenLogprobs
 from .request import SamplingParams
 from .sampler import Sampler
 from .scheduler import Limits
 
 log = logging.getLogger(__name__)
-GIB = 2**30
 MAX_GRAPH_ROWS = 256  # larger decode steps run long enough to hide their launches
-CPU_KV_CACHE_GIB = 1.0  # unless kv_cache_memory says otherwise: a host's memory is not ours to fill
 
 
 @dataclass(frozen=True)
@@ -49,41 +50,46 @@ class Runner:
     """`config` is resolved, `folder` holds the checkpoint; call `allocate` once before the first plan."""
 
     def __init__(
-        self, config: Config, model: ModelConfig, folder: Path, comm: Communicator, device: torch.device
+        self,
+        config: Config,
+        model: ModelConfig,
+        folder: Path,
+        comm: Communicator,
+        device: torch.device,
+        phases: Phases | None = None,
     ) -> None:
         self.config, self.model, self.comm, self.device = config, model, comm, device
+        self.phases = phases or Phases()
+        self._memory = self._plan_weights()
+        self._graph_memory: torch.cuda.CUDAGraph | None = None
         assert config.max_model_len is not None
-        started = time.perf_counter()
-        self.decoder = Decoder(model, comm, dtype=config.torch_dtype, device=device, max_positions=config.max_model_len)
-        if config.load_format == "dummy":
-            fill_dummy(self.decoder.weights())
-        else:
-            load_weights(self.decoder.weights(), folder)
-        self.weight_bytes = sum(w.tensor.nbytes for w in self.decoder.weights())
-        log.info("weights: %.2f GiB in %.1f s", self.weight_bytes / GIB, time.perf_counter() - started)
+        with self._phase("weights"):
+            decoder = Decoder(model, comm, dtype=config.torch_dtype, device=device, max_positions=config.max_model_len)
+            if config.load_format == "dummy":
+                fill_dummy(decoder.weights())
+            else:
+                load_weights(decoder.weights(), folder)
+        self.decoder = decoder
+        log.info("weights: %s", loading_speed(self._memory.weights, self.phases.seconds["weights"]))
 
-    def num_pages(self) -> int:
-        """How many pages of KV cache this rank has memory for; the group uses the least of its ranks."""
-        config, page_bytes = self.config, self._kv_shape().page_bytes
-        if config.num_pages is not None:
-            return config.num_pages
-        if config.kv_cache_memory is not None:
-            return int(config.kv_cache_memory * GIB) // page_bytes
-        assert config.max_model_len is not None
-        pages_per_seq = -(-config.max_model_len // config.page_size)
-        if self.device.type == "cpu":
-            wanted = config.max_num_seqs * pages_per_seq
-            return min(wanted, max(int(CPU_KV_CACHE_GIB * GIB) // page_bytes, pages_per_seq))
-        self._rehearse(config.max_model_len)
-        free, total = torch.cuda.mem_get_info(self.device)
-        if config.gpus_per_rank < 1:  # the others' memory comes and goes while this is measured: keep to a share
-            share = config.gpu_memory_utilization * config.gpus_per_rank * total
-            return int(share - torch.cuda.memory_reserved(self.device)) // page_bytes
-        return int(free - (1 - config.gpu_memory_utilization) * total) // page_bytes
+    def plan_memory(self) -> MemoryPlan:
+        """What this rank needs, and the pages that there is room for; a group uses the least of its ranks' numbers.
+
+        Where pages were asked for, these; `plan_limits` refuses what does not fit.
+        """
+        if self.device.type == "cuda":
+            with self._phase("rehearsal"):
+                self._memory = self._rehearse()
+        self._memory = self._memory.with_pages(self.config)
+        return self._memory
 
     def allocate(self, limits: Limits) -> None:
         """Take the memory that steps need: the KV cache, the tokens and pages of every slot, the graphs."""
-        self._make(limits.num_pages, limits.max_length, announce=self.comm.rank == 0)
+        announce = self.comm.rank == 0
+        with self._phase("KV cache"):
+            self._make(limits.num_pages, limits.max_length, announce=announce)
+        with self._phase("graphs"):
+            self._capture(announce=announce)
         gc.collect()
         gc.freeze()  # torch leaves so many objects behind that a full collection would stop a step for 50 ms
 
@@ -93,29 +99,36 @@ class Runner:
         self.tables = SlotTables(config.max_num_seqs, max_length, config.page_size, self.device)
         self.pool = KVPool(self._kv_shape(), num_pages, self.device, config.kv_layout)
         self.sampler = Sampler(config.max_num_seqs, self.device)
-        fast = self._flashinfer(announce)
-        self.attention: AttentionBackend = fast or TorchAttention(self.model.head_dim**-0.5)
+        self._fast = self._flashinfer(announce)
+        self.attention: AttentionBackend = self._fast or TorchAttention(self.model.head_dim**-0.5)
         self.graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def _capture(self, *, announce: bool) -> None:
+        """Capture the decode steps, where that can be done."""
+        if self._fast is None:
+            return
         reason = self._why_eager()
-        if fast is not None and reason is None:
-            parts = GraphParts(self.decoder, self.tables, self.pool, fast)
-            self.graphs = DecodeGraphs(parts, min(config.max_num_seqs, MAX_GRAPH_ROWS), show_progress=announce)
-        elif fast is not None and announce:
+        if reason is None:
+            parts = GraphParts(self.decoder, self.tables, self.pool, self._fast)
+            rows = min(self.config.max_num_seqs, MAX_GRAPH_ROWS)
+            self.graphs = DecodeGraphs(parts, rows, memory=self._graph_memory, show_progress=announce)
+            self._graph_memory = self.graphs.memory
+        elif announce:
             log.info("decode without CUDA graphs: %s", reason)
 
     def _why_eager(self) -> str | None:
         """The reason why decode steps cannot be captured, or None."""
         if self.config.enforce_eager:
             return "enforce_eager is set"
-        if self.model.experts is not None:
-            return "the experts of this model are dispatched by the host"
         return None if self.comm.capturable else f"{self.comm.description} cannot be captured"
 
-    def _flashinfer(self, announce: bool) -> GraphAttention | None:
+    def _flashinfer(self, announce: bool) -> AttentionBackend | None:
         """FlashInfer's attention, where this rank can use it."""
         if self.config.attention_backend == "torch" or self.device.type != "cuda":
             return None
-        from .model import flashinfer  # costs 5 s and needs a GPU
+        with self.phases("imports"):
+            from .model import flashinfer  # costs 5 s and needs a GPU
 
         config, model = self.config, self.model
         shape = flashinfer.AttentionShape(
@@ -135,10 +148,57 @@ class Runner:
         windows = {model.window(layer) for layer in range(model.num_layers)}
         return flashinfer.FlashInferAttention(shape, model.head_dim**-0.5, windows, self.device)
 
-    def _rehearse(self, max_length: int) -> None:
-        """Take, and leave with torch's allocator, what the largest step and the graphs need besides the KV cache."""
+    def _plan_weights(self) -> MemoryPlan:
+        """The plan before anything is loaded; ValueError if not even the weights fit."""
+        config, nowhere = self.config, torch.device("meta")
+        sketch = Decoder(self.model, self.comm, dtype=config.torch_dtype, device=nowhere, max_positions=1)
+        plan = MemoryPlan(
+            place="the CPU",
+            weights=sum(w.tensor.nbytes for w in sketch.weights()),
+            page_bytes=sketch.kv_shape(config.page_size, config.torch_dtype).page_bytes,
+            page_size=config.page_size,
+        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of an earlier runner in this process
+            reading = self._read()
+            plan = replace(
+                plan,
+                place=gpu_name(self.device),
+                total=reading.total,
+                at_start=reading.used,
+                utilization=config.gpu_memory_utilization,
+                gpus_per_rank=config.gpus_per_rank,
+                neighbours=neighbours(self.device),
+            )
+        check_weights(plan)
+        return plan
+
+    def _rehearse(self) -> MemoryPlan:
+        """Take, and leave with torch's allocator, what the largest step and the graphs need besides the KV cache.
+
+        Graphs know the KV cache by its address: those captured here show what they take, and are then captured again.
+        """
+        assert self.config.max_model_len is not None
+        self._make(1, self.config.max_model_len, announce=False)
+        self.launch(self._largest_step(self.config.max_model_len))()
+        before = self._read()
+        self._capture(announce=False)
+        torch.cuda.synchronize(self.device)
+        plan = replace(
+            self._memory,
+            workspaces=max(0, before.used - self._memory.at_start - self._memory.weights),
+            graphs=max(0, self._read().used - before.used),
+            num_graphs=self.graphs.num_graphs if self.graphs else 0,
+            graph_rows=self.graphs.max_rows if self.graphs else 0,
+            neighbours=neighbours(self.device),
+        )
+        del self.tables, self.pool, self.graphs, self.attention, self._fast
+        gc.collect()  # what a cycle keeps would be taken twice
+        return plan
+
+    def _largest_step(self, max_length: int) -> StepPlan:
+        """As many tokens as one step may have, of as few requests as possible."""
         budget = self.config.max_num_batched_tokens
-        self._make(1, max_length, announce=False)
         counts: list[int] = []
         while budget > 0 and len(counts) < self.config.max_num_seqs:
             counts.append(min(budget, max_length - 1))  # the sampled token needs a place, too
@@ -148,9 +208,16 @@ class Runner:
         nothing = np.zeros(0, np.int32)
         admitted = [Admission(int(slot), nothing, 0, params, []) for slot in rows]
         # All pages are page 0: this computes nonsense of the right size.
-        self.launch(StepPlan(0, admitted, rows, np.zeros_like(rows), np.array(counts, np.int32), rows, nothing))()
-        del self.tables, self.pool, self.graphs, self.attention
-        torch.cuda.synchronize(self.device)
+        return StepPlan(0, admitted, rows, np.zeros_like(rows), np.array(counts, np.int32), rows, nothing)
+
+    @contextmanager
+    def _phase(self, name: Phase) -> Iterator[None]:
+        """A part of the start: timed, and named by the error if the GPU runs out of memory in it."""
+        with self.phases(name), named_out_of_memory(name, self._memory, self.device):
+            yield
+
+    def _read(self) -> Reading:
+        return read_gpu(self.device, self.config.gpus_per_rank)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Callable[[], Sampled]:
@@ -164,13 +231,13 @@ class Runner:
         host = self.tables.describe(plan)
         if self.graphs is not None and len(host.slots) == len(plan.sampled_rows) <= self.graphs.max_rows:
             return self._replay(plan, self.graphs, host)
-        batch = self.tables.batch(host)
+        batch = self.tables.batch(plan, host)
         self.attention.plan(batch)
-        hidden = self.decoder.forward(batch, self.pool, self.attention)
+        residual = self.decoder.forward(batch, self.pool, self.attention)
         if len(plan.sampled_rows) == 0:
             return lambda: Sampled(np.empty(0, np.int32), {})
         last = self._to_device(host.query_starts[1:][plan.sampled_rows] - 1).long()
-        return self._sample(plan, self.decoder.logits(hidden[last]))
+        return self._sample(plan, self.decoder.logits(residual, last))
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs, host: HostBatch) -> Callable[[], Sampled]:
         logits, chosen = graphs.run(host, *self.sampler.race_inputs(host.slots, host.positions + 1))
@@ -186,12 +253,15 @@ class Runner:
 
     def close(self) -> None:
         """End the group's communication; the memory goes with the runner."""
+        self.graphs = None  # NCCL waits for graphs that hold its kernels
         self.comm.close()
 
     def _sample(self, plan: StepPlan, logits: Tensor) -> Callable[[], Sampled]:
         slots = plan.slots[plan.sampled_rows]
         positions = (plan.starts + plan.counts)[plan.sampled_rows]
         wants_logprobs = self.comm.rank == 0 and bool((self.sampler.logprobs[slots] >= 0).any())
+        if not self.sampler.is_plain(slots):
+            logits = logits.float()
         raw = logits.clone() if wants_logprobs else logits  # sampling may edit its logits
         chosen = self.sampler.sample(logits, slots, positions, self.tables.tokens)
         self.tables.append(self._to_device(slots).long(), self._to_device(positions).long(), chosen)
@@ -203,7 +273,7 @@ class Runner:
         return self.decoder.kv_shape(self.config.page_size, self.config.torch_dtype)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return to_device(array, self.device)
 
 
 def _fetch(tensor: Tensor) -> Callable[[], np.ndarray]:

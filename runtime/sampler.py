@@ -65,7 +65,7 @@ class Sampler:
     def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
         """One token per row; [S] int64.
 
-        logits     [S, V] float32, may be written to
+        logits     [S, V], may be written to; float32 unless all these requests are plain
         slots      [S]    int32, on the host: the request of each row
         positions  [S]    int32, on the host: the place that the new token will take
         tokens     [slots, L] int32: what each slot holds so far, for the penalties

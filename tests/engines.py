@@ -76,7 +76,7 @@ def run_engine(
     @torch.inference_mode()
     def rank(comm: Communicator) -> Results | None:
         runner = load_rank(config, model, folder, comm)
-        limits = plan_limits(asked, config, model, runner.num_pages())
+        limits = plan_limits(asked, config, model, runner.plan_memory())
         runner.allocate(limits)
         if comm.rank > 0:
             while not isinstance(plan := decode_plan(wires[comm.rank].get(timeout=60)), Stop):

@@ -12,7 +12,29 @@ ROOT = Path(__file__).parent.parent
 INSTANCES = {
     "index.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
     "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
-    "sample.cu": ["race"],
+    "sample.cu": ["race<bf16, 8>", "race<float, 4>", "race<f16, 1>"],
+    "product.cu": [
+        f"product<{t}, {warps}, {depth}, {staged}, {finish}>"
+        for t, warps, depth, staged in (("bf16", 8, 4, "true"), ("f16", 8, 2, "true"), ("bf16", 16, 2, "false"))
+        for finish in (0, 1, 2)
+    ],
+    "decode.cu": [
+        "split_keys",
+        *(f"decode_attention<{t}, {e}>" for t, e in (("f16", 64), ("bf16", 128), ("bf16", 256))),
+    ],
+    "experts.cu": [
+        *(f"group_pairs<{rows}>" for rows in (16, 64, 128)),
+        *(
+            f"grouped_product<{t}, {shape}, {gated}>"
+            for t in ("bf16", "f16")
+            for shape in ("1, 4, 1, 1, 6", "1, 4, 4, 2, 3", "2, 4, 4, 2, 3")
+            for gated in ("true", "false")
+        ),
+        "plain_product<true>",
+        "plain_product<false>",
+        "sum_choices<bf16, 8>",
+        "sum_choices<float, 1>",
+    ],
     "attention.cu": [f"rotate_and_store<{t}, {t}, {p}>" for t in ("bf16", "f16", "float") for p in (1, 2, 4, 8)],
     "elementwise.cu": [
         *(f"rms_norm<{t}, {v}, {n}>" for t, v in (("bf16", 8), ("f16", 1), ("float", 4)) for n in (1, 16)),

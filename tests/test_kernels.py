@@ -25,8 +25,8 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    scale = float(expected.abs().max().clamp(min=1)) if expected.numel() else 1.0
+def close(actual: torch.Tensor, expected: torch.Tensor, factor: float = 1) -> None:
+    scale = float(expected.abs().max().clamp(min=1)) * factor if expected.numel() else 1.0
     torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=scale * TOLERANCE[actual.dtype])
 
 
@@ -137,9 +137,10 @@ def test_store_kv_moves_exactly_these_rows(device: str, layout: str, page_size: 
         assert not untouched.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "vocab"), [(0, 7), (1, 151_936), (5, 131), (300, 1024)])
-def test_race_is_its_definition(device: str, rows: int, vocab: int) -> None:
-    logits = torch.randn(rows, vocab, device=device) * 3
+def test_race_is_its_definition(device: str, rows: int, vocab: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(rows, vocab, device=device) * 3).to(dtype)
     temperature = torch.rand(rows, device=device)
     temperature[::3] = 0
     keys = torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
@@ -154,6 +155,118 @@ def test_race_takes_the_lower_id_of_equals_and_never_an_excluded_one(device: str
     keys = torch.arange(4, device=device)
     assert (ops.race(logits, torch.zeros(4, device=device), keys) == 30).all()
     assert set(ops.race(logits, torch.ones(4, device=device), keys).tolist()) <= {30, 60}
+
+
+SHAPES = [
+    (0, 16, 64),
+    (1, 48, 64),
+    (3, 40, 72),
+    (8, 24, 1024),
+    (1, 1032, 4096),
+    (8, 328, 14336),
+    (5, 64, 2048),
+    (65, 40, 64),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "features", "size"), SHAPES)
+def test_linear_with_all_that_goes_with_it(
+    device: str, rows: int, features: int, size: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(rows, size, device=device).to(dtype)
+    weight = (torch.randn(2 * features, size, device=device) / size**0.5).to(dtype)
+    bias, norm = (torch.rand(n, device=device).to(dtype) for n in (2 * features, size))
+    before = torch.randn(rows, features, device=device).to(dtype)
+    normed = F.rms_norm(x.double(), (size,), norm.double(), 1e-5)
+
+    plain = x.double() @ weight[:features].double().T
+    close(ops.linear(x, weight[:features]), plain)
+    close(ops.linear(x, weight[:features], bias[:features]), plain + bias[:features].double())
+    total = before.clone()
+    assert ops.linear(x, weight[:features], add_to=total) is total
+    close(total, before.double() + plain)
+    close(
+        ops.linear(x, weight[:features], bias[:features], add_to=before.clone()),
+        before.double() + plain + bias[:features].double(),
+    )
+    close(ops.linear(x, weight[:features], norm=norm, eps=1e-5), normed @ weight[:features].double().T)
+    gate, up = (normed @ weight.double().T + bias.double()).chunk(2, dim=-1)
+    close(ops.linear(x, weight, bias, norm=norm, eps=1e-5, gated=True), F.silu(gate) * up)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_row_of_linear_has_the_same_bits_in_any_small_batch(gated: bool) -> None:
+    x, weight = (torch.randn(n, 3072, device="cuda").bfloat16() for n in (8, 2048))
+    norm = torch.rand(3072, device="cuda").bfloat16()
+    together = ops.linear(x, weight, norm=norm, eps=1e-5, gated=gated)
+    for rows in (slice(0, 1), slice(2, 3), slice(5, 8)):
+        assert torch.equal(ops.linear(x[rows].contiguous(), weight, norm=norm, eps=1e-5, gated=gated), together[rows])
+
+
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (16, 2), (10, 2)])
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_decode_attention(
+    device: str, size: int, page_size: int, heads: int, kv_heads: int, window: int | None
+) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    positions = torch.tensor([0, 1, 17, 64, 999, 300, 3000][: 5 if device == "cpu" else 7], dtype=torch.int32)
+    rows, num_pages = len(positions), 3000 // page_size + 1
+    pages = torch.randperm(rows * num_pages).int().view(rows, num_pages)
+    owners = torch.randperm(rows).int()
+    slots = pages[owners.long(), positions.long() // page_size] * page_size + positions % page_size
+    slots[1] = -1  # padding of a graph stores nothing
+    k_cache, v_cache = (torch.randn(rows * num_pages, page_size, kv_heads, size).to(dtype) for _ in range(2))
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * size).to(dtype)
+    q_norm, k_norm = (torch.rand(size).to(dtype) + 0.5 for _ in range(2))
+    cos_sin = torch.randn(3001, size)
+    inputs = [t.to(device) for t in (qkv, q_norm, k_norm, positions, cos_sin, k_cache, v_cache, slots, pages, owners)]
+    qkv, q_norm, k_norm, positions, cos_sin, k_cache, v_cache, slots, pages, owners = inputs
+    k_wanted, v_wanted = k_cache.clone(), v_cache.clone()
+    rotation = q_norm, k_norm, 1e-6, positions, cos_sin
+    splits = ops.split_keys(positions, kv_heads, window)
+    for _ in range(2):  # what one layer leaves behind must not disturb the next
+        where = k_cache, v_cache, slots, pages, owners, splits
+        found = ops.decode_attention(qkv, *rotation, *where, 0.1, window).unflatten(1, (heads, size))
+    q = ops.rotate_and_store_(qkv, *rotation, k_wanted, v_wanted, slots)
+    assert torch.equal(k_cache, k_wanted)
+    assert torch.equal(v_cache, v_wanted)
+    own = [qkv.unflatten(1, (-1, size))[:, -kv_heads:], None]
+    everywhere = torch.arange(rows, device=device, dtype=torch.int32)
+    scratch = torch.zeros(rows, 1, kv_heads, size, device=device, dtype=dtype)
+    ops.rotate_and_store_(qkv, *rotation, scratch, torch.zeros_like(scratch), everywhere)  # keys of the new tokens
+    for row, position in enumerate(positions.tolist()):
+        if row == 1 or (device == "cuda" and position > 1000 and size == 256):
+            continue
+        seen = range(0 if window is None else max(0, position - window + 1), position)
+        page = pages[owners[row].long()].tolist()
+        where = [(page[j // page_size], j % page_size) for j in seen]
+        keys = torch.stack([*(k_cache[p, o] for p, o in where), scratch[row, 0]]).double()
+        values = torch.stack([*(v_cache[p, o] for p, o in where), own[0][row]]).double()
+        keys, values = (t.repeat_interleave(heads // kv_heads, 1) for t in (keys, values))  # [K, H, E]
+        weights = torch.softmax(torch.einsum("he,khe->hk", q[row].double(), keys) * 0.1, dim=-1)
+        close(found[row], torch.einsum("hk,khe->he", weights, values), 10 if device == "cpu" else 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("rows", [1, 2, 33, 256, 1500])
+def test_split_keys_is_every_key_once(rows: int, window: int | None) -> None:
+    positions = torch.randint(0, 5000, (rows,), device="cuda", dtype=torch.int32)
+    positions[::7] = 0
+    splits = ops.split_keys(positions, 8, window).tolist()
+    expected = {(n, j) for n, p in enumerate(positions.tolist()) for j in range(max(0, p + 1 - (window or p + 1)), p)}
+    items = [splits[4 * (i + 1) : 4 * (i + 2)] for i in range(splits[0])]
+    found = [(row, j) for row, first, stop, _ in items for j in range(first, stop)]
+    assert len(found) == len(expected)
+    assert set(found) == expected
+    assert [(row, number & 0xFFFF) for row, _, _, number in items] == sorted(
+        (row, n) for row in range(rows) for n in range(sum(item[0] == row for item in items))
+    )
+    assert all(number >> 16 == sum(item[0] == row for item in items) for row, _, _, number in items[:50])
 
 
 def test_a_wrong_argument_is_named_with_the_rule() -> None:

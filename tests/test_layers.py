@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lockstep.comm.base import CommError, Communicator
 from lockstep.runtime.batch import Batch
-from lockstep.runtime.model.attention import TorchAttention
+from lockstep.runtime.model.attention import Heads, TorchAttention
 from lockstep.runtime.model.config import Experts
 from lockstep.runtime.model.embedding import Embedding, Head, vocabulary_shard
 from lockstep.runtime.model.fields import Fields
 from lockstep.runtime.model.linear import MLP, ColumnLinear, Projection, RowLinear, share
 from lockstep.runtime.model.moe import MoE
-from lockstep.runtime.model.norm import RMSNorm
+from lockstep.runtime.model.norm import Normed, Residual, RMSNorm
 from lockstep.runtime.model.rope import Rope
 from lockstep.runtime.model.weights import Weights, load_weights
 
@@ -45,6 +45,13 @@ def _loaded(build: Callable[[Weights], Any], folder: Path) -> Any:
     return layer
 
 
+def _added(layer: MLP | MoE, x: Tensor) -> Tensor:
+    """What the layer adds to the residual stream on this rank."""
+    residual = Residual(torch.zeros_like(x))
+    layer(Normed(x), residual)
+    return residual.total if residual.partial is None else residual.partial
+
+
 @SIZES
 def test_mlp_shards_add_up(size: int, tmp_path: Path) -> None:
     saved = {f"mlp.{part}_proj.weight": _random(FF, D) + n for n, part in enumerate(("gate", "up"))}
@@ -60,7 +67,7 @@ def test_mlp_shards_add_up(size: int, tmp_path: Path) -> None:
     def run(comm: Communicator) -> Tensor:
         mlp = _loaded(lambda weights: MLP(weights, comm, "mlp", D, FF, bias=True), tmp_path)
         assert mlp.gate_up.weight.shape == (2 * FF // size, D)
-        return mlp(x)
+        return _added(mlp, x)
 
     torch.testing.assert_close(sum(run_ranks(size, run)), expected, atol=1e-3, rtol=1e-5)
 
@@ -85,7 +92,7 @@ def test_moe_shards_add_up(size: int, tmp_path: Path) -> None:
         return out
 
     def run(comm: Communicator) -> Tensor:
-        return _loaded(lambda weights: MoE(weights, comm, "moe", D, experts), tmp_path)(x)
+        return _added(_loaded(lambda weights: MoE(weights, comm, "moe", D, experts), tmp_path), x)
 
     expected = torch.stack([one_token(token) for token in x])
     torch.testing.assert_close(sum(run_ranks(size, run)), expected, atol=1e-2, rtol=1e-4)
@@ -102,7 +109,7 @@ def test_vocabulary_shards_are_the_whole_vocabulary(size: int, vocab: int, tmp_p
     def run(comm: Communicator) -> tuple[Tensor, Tensor]:
         rows = _loaded(lambda weights: vocabulary_shard(weights, comm, "embed", vocab, D), tmp_path)
         assert len(rows) == -(-vocab // size)
-        return comm.all_reduce(Embedding(comm, rows)(tokens)), Head(comm, rows, vocab)(hidden)
+        return Embedding(comm, rows)(tokens).total, Head(comm, rows, vocab)(Normed(hidden))
 
     for embedded, logits in run_ranks(size, run):
         assert torch.equal(embedded, saved["embed"][tokens.long()])
@@ -119,9 +126,12 @@ def test_norm_completes_partial_sums(size: int, tmp_path: Path) -> None:
 
     def run(comm: Communicator) -> list[Tensor]:
         norm = _loaded(lambda weights: RMSNorm(weights, comm, "norm", D, 1e-5), tmp_path)
-        x, residual = norm(first[comm.rank].clone(), None)
-        y, total = norm(second[comm.rank].clone(), residual)
-        assert total is residual  # updated in place
+        residual = Residual(comm.all_reduce(first[comm.rank].clone()))
+        total, x = residual.total, norm(residual).tensor()
+        residual.partial = second[comm.rank].clone()
+        y = norm(residual).tensor()
+        assert residual.total is total  # updated in place
+        assert residual.partial is None
         return [x, y, total]
 
     for x, y, total in run_ranks(size, run):
@@ -142,10 +152,14 @@ def test_column_then_row_is_two_linears(size: int, tmp_path: Path) -> None:
             return column, RowLinear(weights, comm, "b", D, FF, bias=True)
 
         column, row = _loaded(build, tmp_path)
-        return row(column(x))
+        residual = Residual(before.clone())
+        row(column(Normed(x)), residual)
+        return residual.total + comm.all_reduce(residual.partial) if comm.size > 1 else residual.total
 
-    expected = F.linear(F.linear(x, saved["a.weight"], saved["a.bias"]), saved["b.weight"], saved["b.bias"])
-    torch.testing.assert_close(sum(run_ranks(size, run)), expected, atol=1e-4, rtol=1e-5)
+    before = _random(T, D)
+    expected = before + F.linear(F.linear(x, saved["a.weight"], saved["a.bias"]), saved["b.weight"], saved["b.bias"])
+    for found in run_ranks(size, run):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])
@@ -158,16 +172,18 @@ def test_torch_attention_is_attention(window: int | None, kv_heads: int) -> None
     for row, own in zip(tables, pages, strict=False):
         row[: len(own)] = own
     k_cache, v_cache = _random(20, page_size, kv_heads, size), _random(20, page_size, kv_heads, size) ** 2
-    q = _random(sum(counts), heads, size)
-    nothing = torch.empty(0)
+    # Slots of -1 store nothing and positions of 0 rotate by nothing: the cache already holds all keys.
+    qkv, nowhere = _random(sum(counts), (heads + 2 * kv_heads) * size), torch.full((sum(counts),), -1)
+    q = qkv[:, : heads * size].unflatten(1, (heads, size))
+    unrotated = Heads(None, None, 0.0, torch.tensor([[1.0] * (size // 2) + [0.0] * (size // 2)]))
     starts = np.cumsum([0, *counts], dtype=np.int32)
     batch = Batch(
-        token_ids=nothing, positions=nothing, kv_slots=nothing, page_table=tables.numpy(), query_starts=starts,
-        kv_lengths=np.array(lengths, dtype=np.int32),
+        token_ids=nowhere, positions=torch.zeros_like(nowhere), kv_slots=nowhere, owners=nowhere, pages=tables,
+        page_table=tables.numpy(), query_starts=starts, kv_lengths=np.array(lengths, dtype=np.int32),
     )  # fmt: skip
     attention = TorchAttention(scale)
     attention.plan(batch)
-    found = attention.run(q, k_cache, v_cache, window)
+    found = attention.run(qkv, unrotated, k_cache, v_cache, window).unflatten(1, (heads, size))
     for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         for n in range(count):
             position = length - count + n

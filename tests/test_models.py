@@ -90,6 +90,8 @@ def _batch(step: Step, tables: Tensor, page_size: int) -> Batch:
         token_ids=torch.cat([_prompts()[n][start:stop] for n, start, stop in step]).int(),
         positions=positions.int(),
         kv_slots=(tables[rows, positions // page_size] * page_size + positions % page_size).int(),
+        owners=rows.int(),
+        pages=tables.int(),
         page_table=tables[[n for n, _, _ in step]].int().numpy(),
         query_starts=np.cumsum([0] + [stop - start for _, start, stop in step], dtype=np.int32),
         kv_lengths=np.array([stop for _, _, stop in step], dtype=np.int32),

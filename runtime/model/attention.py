@@ -5,6 +5,7 @@ Shapes: T tokens, H query heads and Hkv key heads of this rank, E head size, K k
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,23 +18,33 @@ from ...kernels import ops
 from ..batch import Batch
 from .config import ModelConfig
 from .linear import ColumnLinear, Projection, RowLinear, share
-from .norm import norm_weight
+from .norm import Normed, Residual, norm_weight
 from .weights import Weights
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a layer does to its heads of q and k before attention: norm, if there are weights [E], and rotation."""
+
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    cos_sin: Tensor  # [P, E] float32
 
 
 class AttentionBackend(Protocol):
     """Causal attention of a batch over its pages; made for one scale, number of heads and head size."""
 
     def plan(self, batch: Batch) -> None:
-        """Prepare for the layers of one step."""
+        """Prepare for the layers of one step. For one that only decodes this launches, and neither copies nor waits."""
 
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
-        """The last tokens of each row, as planned, over all keys of the row; the cache already holds theirs.
+    def run(self, qkv: Tensor, heads: Heads, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
+        """Store keys and values of the batch as planned; attention of its tokens over all keys of their rows.
 
-        q                 [T, H, E]
-        k_cache, v_cache  [pages, page_size, Hkv, E], any strides
+        qkv               [T, (H + 2 Hkv) E]  as it was projected
+        k_cache, v_cache  [pages, page_size, Hkv, E], any strides; updated in place
         window            a query at position p sees the keys p - window < j <= p; None: all j <= p
-        Returns [T, H, E].
+        Returns [T, H E].
         """
 
 
@@ -62,12 +73,23 @@ class Attention:
         )
 
     def __call__(
-        self, x: Tensor, batch: Batch, cos_sin: Tensor, cache: tuple[Tensor, Tensor], backend: AttentionBackend
-    ) -> Tensor:
-        """x [T, D] -> a partial sum [T, D]; keys and values of the T tokens go into `cache`, this layer's (K, V)."""
-        norms = self.q_norm, self.k_norm, self.eps
-        q = ops.rotate_and_store_(self.qkv(x), *norms, batch.positions, cos_sin, *cache, batch.kv_slots)
-        return self.output(backend.run(q, *cache, self.window).flatten(1))
+        self,
+        normed: Normed,
+        residual: Residual,
+        batch: Batch,
+        cos_sin: Tensor,
+        cache: tuple[Tensor, Tensor],
+        backend: AttentionBackend,
+    ) -> None:
+        """Rows [T, D]; the result is added to `residual`. Keys and values go into `cache`, this layer's (K, V)."""
+        heads = Heads(self.q_norm, self.k_norm, self.eps, cos_sin)
+        self.output(backend.run(self.qkv(normed), heads, *cache, self.window), residual)
+
+
+def prepare(qkv: Tensor, heads: Heads, batch: Batch, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    """The queries [T, H, E], ready for attention; the keys and values of the batch go into the cache."""
+    norms = heads.q_norm, heads.k_norm, heads.eps
+    return ops.rotate_and_store_(qkv, *norms, batch.positions, heads.cos_sin, k_cache, v_cache, batch.kv_slots)
 
 
 class TorchAttention:
@@ -91,14 +113,15 @@ class TorchAttention:
         self._decode_lengths = torch.from_numpy(batch.kv_lengths[decodes]).long().to(device)
         self._longest_decode = int(batch.kv_lengths[decodes].max(initial=0))
 
-    def run(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
+    def run(self, qkv: Tensor, heads: Heads, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
+        q = prepare(qkv, heads, self._batch, k_cache, v_cache)
         out = torch.empty_like(q)
         if len(self._decodes):
             out[self._decode_tokens] = self._decode(q[self._decode_tokens], k_cache, v_cache, window)
         for row in self._prefills:
             start, stop = self._batch.query_starts[row : row + 2].tolist()
             out[start:stop] = self._prefill(row, q[start:stop], k_cache, v_cache, window)
-        return out
+        return out.flatten(1)
 
     def _decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
         """One query for each decode row: q [B, H, E] -> [B, H, E]."""

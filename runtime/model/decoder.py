@@ -1,12 +1,14 @@
 """The one decoder, of which all supported families are rows in a table.
 
-partial = embedding of the tokens                                   summed over the ranks by the first norm
-each layer:  x, residual = norm(partial, residual);  partial = attention(x)
-             x, residual = norm(partial, residual);  partial = MLP or experts (x)
-hidden = final norm(partial, residual);  logits = head(hidden)
+residual = embedding of the tokens
+each layer:  residual += attention(norm(residual))
+             residual += MLP or experts (norm(residual))
+logits = head(final norm(residual))
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from .config import ModelConfig
 from .embedding import Embedding, Head, vocabulary_shard
 from .linear import MLP
 from .moe import MoE
-from .norm import RMSNorm
+from .norm import Residual, RMSNorm
 from .weights import Weight, Weights
 
 HEAD = "lm_head.weight"
@@ -42,17 +44,15 @@ class DecoderLayer:
 
     def __call__(
         self,
-        partial: Tensor,
-        residual: Tensor | None,
+        residual: Residual,
         batch: Batch,
         cos_sin: Tensor,
         cache: tuple[Tensor, Tensor],
         backend: AttentionBackend,
-    ) -> tuple[Tensor, Tensor]:
-        """The partial sum of this layer's MLP, and the residual without it; both [T, D]."""
-        x, residual = self.attention_norm(partial, residual)
-        x, residual = self.mlp_norm(self.attention(x, batch, cos_sin, cache, backend), residual)
-        return self.mlp(x), residual
+    ) -> None:
+        """Adds to `residual`; keys and values of the batch go into `cache`, this layer's (K, V)."""
+        self.attention(self.attention_norm(residual), residual, batch, cos_sin, cache, backend)
+        self.mlp(self.mlp_norm(residual), residual)
 
 
 class Decoder:
@@ -91,17 +91,19 @@ class Decoder:
             dtype=dtype,
         )
 
-    def forward(self, batch: Batch, pool: KVPool, attention: AttentionBackend) -> Tensor:
-        """The hidden states [T, D] of the batch after the final norm; `attention` has been planned for this batch.
+    def forward(self, batch: Batch, pool: KVPool, attention: AttentionBackend) -> Residual:
+        """The residual stream [T, D] of the batch after the last layer; `attention` has been planned for this batch.
 
         Keys and values of the T tokens are written into `pool`.
         """
-        partial, residual = self.embedding(batch.token_ids), None
+        residual = self.embedding(batch.token_ids)
         for n, layer in enumerate(self.layers):
-            partial, residual = layer(partial, residual, batch, self.cos_sin, (pool.k(n), pool.v(n)), attention)
-        hidden, _ = self.norm(partial, residual)
-        return hidden
+            layer(residual, batch, self.cos_sin, (pool.k(n), pool.v(n)), attention)
+        return residual
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, D] -> [S, vocab_size] float32, the same on every rank."""
+    def logits(self, residual: Residual, rows: Tensor | None = None) -> Tensor:
+        """The logits [S, vocab_size], the same on every rank, of `rows` [S] of the stream; of all if not given."""
+        hidden = self.norm(residual)
+        if rows is not None:
+            hidden = replace(hidden, x=hidden.x[rows])
         return self.head(hidden)

@@ -6,11 +6,11 @@ weight and cut from the logits.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
+from .norm import Normed, Residual
 from .weights import Piece, Weights
 
 
@@ -26,15 +26,16 @@ def vocabulary_shard(
 
 
 class Embedding:
-    """Token ids to hidden states; the ranks' results add up to the lookup, which the first norm completes."""
+    """Token ids to hidden states."""
 
     def __init__(self, comm: Communicator, weight: Tensor) -> None:
+        self.comm = comm
         self.weight = weight
         self.first_row = comm.rank * len(weight)
 
-    def __call__(self, token_ids: Tensor) -> Tensor:
-        """token_ids [T] -> a partial sum [T, D]."""
-        return ops.gather_rows(self.weight, token_ids, first_row=self.first_row)
+    def __call__(self, token_ids: Tensor) -> Residual:
+        """token_ids [T] -> the residual stream [T, D]: the sum of what each rank has of the lookup."""
+        return Residual(self.comm.all_reduce(ops.gather_rows(self.weight, token_ids, first_row=self.first_row)))
 
 
 class Head:
@@ -45,7 +46,8 @@ class Head:
         self.weight = weight
         self.vocab_size = vocab_size
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden [S, D] -> [S, vocab_size] float32."""
-        shards = self.comm.all_gather(F.linear(hidden, self.weight).float())  # [ranks, S, V]
+    def __call__(self, hidden: Normed) -> Tensor:
+        """Rows [S, D] -> [S, vocab_size] in their dtype."""
+        shard = ops.linear(hidden.x, self.weight, norm=hidden.weight, eps=hidden.eps)
+        shards = self.comm.all_gather(shard)  # [ranks, S, V]
         return shards.transpose(0, 1).flatten(1)[:, : self.vocab_size]

@@ -1,7 +1,8 @@
 """Linear layers cut over the ranks, in Megatron's order: first by output rows, then by input columns.
 
 Between the two nothing is exchanged: each rank computes whole heads, or its own intermediate features. The second
-layer returns a partial sum, which the next norm completes. Shapes: T tokens, D hidden, I intermediate features.
+layer adds to the residual stream: at once where the rank is alone, else as a partial sum, which the next norm
+completes. Shapes: T tokens, D hidden, I intermediate features.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
+from .norm import Normed, Residual
 from .weights import ALL, Piece, Weights
 
 
@@ -52,13 +53,13 @@ class ColumnLinear:
         self.weight = weights.add((total, in_features), matrix)
         self.bias = weights.add((total,), vector) if bias else None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, D], the same on each rank -> [T, the rank's rows]."""
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, normed: Normed, *, gated: bool = False) -> Tensor:
+        """Rows [T, D], the same on each rank -> [T, the rank's rows], or `silu(first half) * second half` if gated."""
+        return ops.linear(normed.x, self.weight, self.bias, norm=normed.weight, eps=normed.eps, gated=gated)
 
 
 class RowLinear:
-    """The rank's columns of one projection; the results of all ranks add up to the layer's."""
+    """The rank's columns of one projection, whose result goes into the residual stream."""
 
     def __init__(
         self, weights: Weights, comm: Communicator, name: str, out_features: int, in_features: int, *, bias: bool
@@ -67,11 +68,16 @@ class RowLinear:
         piece = Piece(f"{name}.weight", (out_features, in_features), (ALL, columns))
         self.weight = weights.add((out_features, in_features // comm.size), [piece])
         self.bias = weights.add((out_features,), [Piece(f"{name}.bias", (out_features,))]) if bias else None
+        self.is_alone = comm.size == 1
         self.adds_bias = comm.rank == 0  # once in the sum
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, the rank's columns] -> a partial sum [T, D]."""
-        return F.linear(x, self.weight, self.bias if self.adds_bias else None)
+    def __call__(self, x: Tensor, residual: Residual) -> None:
+        """x [T, the rank's columns]; the product with it is added to `residual`."""
+        bias = self.bias if self.adds_bias else None
+        if self.is_alone:
+            ops.linear(x, self.weight, bias, add_to=residual.total)
+        else:
+            residual.partial = ops.linear(x, self.weight, bias)
 
 
 class MLP:
@@ -85,6 +91,6 @@ class MLP:
         self.gate_up = ColumnLinear(weights, gate_up, hidden_size, bias=bias)
         self.down = RowLinear(weights, comm, f"{name}.down_proj", hidden_size, intermediate_size, bias=bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, D] -> a partial sum [T, D]."""
-        return self.down(ops.silu_and_mul(self.gate_up(x)))
+    def __call__(self, normed: Normed, residual: Residual) -> None:
+        """Rows [T, D]; the result is added to `residual`."""
+        self.down(self.gate_up(normed, gated=True), residual)

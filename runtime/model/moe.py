@@ -15,6 +15,7 @@ from ...comm.base import Communicator
 from ...kernels import ops
 from .config import Experts
 from .linear import share
+from .norm import Normed, Residual
 from .weights import ALL, Piece, Weights
 
 
@@ -37,21 +38,16 @@ class MoE:
         self.gate_up = weights.add((n, 2 * size, hidden), gate_up)
         self.down = weights.add((n, hidden, size), down)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [T, D] -> a partial sum [T, D]."""
+    def __call__(self, normed: Normed, residual: Residual) -> None:
+        """Rows [T, D]; the result is left in `residual` to be added by the next norm."""
+        x = normed.tensor()
         scores, chosen = self._route(x)
-        out = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            tokens, choice = torch.where(chosen == expert)
-            hidden = ops.silu_and_mul(F.linear(x[tokens], self.gate_up[expert]))  # [t, I]
-            mixed = F.linear(hidden, self.down[expert]) * scores[tokens, choice, None]
-            out.index_add_(0, tokens, mixed)
-        return out
+        residual.partial = ops.experts(x, chosen, scores, self.gate_up, self.down)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores [T, K] in x's dtype and the numbers [T, K] of each token's experts."""
+        """The scores [T, K] float32 and the numbers [T, K] int64 of each token's experts."""
         probabilities = F.linear(x, self.router).softmax(-1, dtype=torch.float32)
         scores, chosen = probabilities.topk(self.experts.num_per_token, dim=-1)
         if self.experts.normalized:
             scores = scores / scores.sum(-1, keepdim=True)
-        return scores.to(x.dtype), chosen
+        return scores, chosen

@@ -1,9 +1,12 @@
-"""RMSNorm, and the place where tensor parallelism adds up.
+"""RMSNorm, the residual stream, and the place where tensor parallelism adds up.
 
-The layers before a norm return partial sums; the norm completes them over the ranks, together with the residual.
+The layers before a norm add to the residual stream. One rank alone does so within its product, and leaves the norm to
+the product that follows; of several, each has a partial sum, which the norm completes.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -17,21 +20,38 @@ def norm_weight(weights: Weights, name: str, size: int) -> Tensor:
     return weights.add((size,), [Piece(name, (size,))], is_norm=True)
 
 
+@dataclass
+class Residual:
+    """The residual stream [T, D] of one step, updated in place, and what is still to be added to it."""
+
+    total: Tensor
+    partial: Tensor | None = None  # [T, D]; summed over the ranks it is the last layer's result
+
+
+@dataclass(frozen=True)
+class Normed:
+    """Rows [T, D] that are to be normalized by whoever reads them; without a weight they are already."""
+
+    x: Tensor
+    weight: Tensor | None = None
+    eps: float = 0.0
+
+    def tensor(self) -> Tensor:
+        """The normalized rows, for a reader that is not a product."""
+        return self.x if self.weight is None else ops.rms_norm(self.x, self.weight, self.eps)
+
+
 class RMSNorm:
-    """Completes a partial sum, adds it to the residual stream, and normalizes that."""
+    """Completes the residual stream, and normalizes that."""
 
     def __init__(self, weights: Weights, comm: Communicator, name: str, size: int, eps: float) -> None:
         self.weight = norm_weight(weights, f"{name}.weight", size)
         self.eps = eps
         self.comm = comm
 
-    def __call__(self, partial: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`residual += sum of partial over the ranks`; returns its norm and the residual, both [T, D].
-
-        partial   [T, D]  is consumed
-        residual  [T, D]  updated in place; None before the first norm, where the sum itself becomes the residual
-        """
-        if residual is None:
-            residual = self.comm.all_reduce(partial)
-            return ops.rms_norm(residual, self.weight, self.eps), residual
-        return self.comm.all_reduce_add_rms_norm(partial, residual, self.weight, self.eps), residual
+    def __call__(self, residual: Residual) -> Normed:
+        """The norm of the stream, in which nothing is left to add."""
+        partial, residual.partial = residual.partial, None
+        if partial is None:
+            return Normed(residual.total, self.weight, self.eps)
+        return Normed(self.comm.all_reduce_add_rms_norm(partial, residual.total, self.weight, self.eps))

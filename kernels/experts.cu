@@ -1,0 +1,196 @@
+// A mixture of experts without the host: the pairs (token, choice) are grouped by expert, two products run over the groups, and
+// the choices of each token are summed. Pair p is choice p % K of token p / K. No grid depends on what was chosen.
+#include "common.cuh"
+
+constexpr int DEPTH = 64;  // elements of a row in one stage: 128 bytes, eight chunks of 16
+
+__device__ __forceinline__ bool exists(long long expert, int experts) { return (unsigned long long)expert < (unsigned)experts; }
+__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+
+// One block. order = the pairs by expert; tiles[i] = (expert, its first place in `order`, rows), with 0 rows where there is no i-th tile.
+// Within an expert the atomics decide the order: no result depends on the place of its row.
+template <int ROWS>
+__global__ void __launch_bounds__(1024) group_pairs(
+    int4* __restrict__ tiles, int* __restrict__ order, const long long* __restrict__ chosen, int pairs, int experts, int num_tiles) {
+    extern __shared__ int count[];  // [experts] pairs, then [experts] next places
+    int* next = count + experts;
+    for (int e = threadIdx.x; e < experts; e += blockDim.x) count[e] = 0;
+    for (int i = threadIdx.x; i < num_tiles; i += blockDim.x) tiles[i] = make_int4(0, 0, 0, 0);
+    __syncthreads();
+    for (int p = threadIdx.x; p < pairs; p += blockDim.x)
+        if (exists(chosen[p], experts)) atomicAdd(count + chosen[p], 1);
+    __syncthreads();
+    for (int e = threadIdx.x; e < experts; e += blockDim.x) {
+        int first = 0, tile = 0;
+        for (int lower = 0; lower < e; ++lower) {
+            first += count[lower];
+            tile += (count[lower] + ROWS - 1) / ROWS;
+        }
+        next[e] = first;
+        for (int done = 0; done < count[e]; done += ROWS) tiles[tile++] = make_int4(e, first + done, min(ROWS, count[e] - done), 0);
+    }
+    __syncthreads();
+    for (int p = threadIdx.x; p < pairs; p += blockDim.x)
+        if (exists(chosen[p], experts)) order[atomicAdd(next + chosen[p], 1)] = p;
+}
+
+// Copy 16 bytes to shared memory in the background, or write zeros there without reading.
+__device__ __forceinline__ void copy_async(unsigned to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Wait until at most N of this thread's committed groups are under way.
+template <int N> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Four matrices of 8 x 8; lanes 8 i to 8 i + 7 give the rows of matrix i, of which lane l gets elements 2 (l % 4) and + 1 of row l / 4.
+__device__ __forceinline__ void load_matrices(unsigned (&to)[4], unsigned row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
+}
+
+// sum[16 x 8] += a[16 x 16] b[16 x 8] in float32: lane l holds columns 2 (l % 4) and + 1 of rows l / 4 and l / 4 + 8.
+#define MULTIPLY_ADD(T, NAME) \
+    __device__ __forceinline__ void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T) { \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); \
+    }
+MULTIPLY_ADD(bf16, "bf16")
+MULTIPLY_ADD(f16, "f16")
+
+// Where a chunk of a row lies in a stage: the exclusive or spreads equal chunks of eight rows, which are read at once, over all banks.
+__device__ __forceinline__ int place(int row, int chunk) { return row * 2 * DEPTH + (chunk ^ row % 8) * 16; }
+
+// out[p] = weights[expert of p] x[p / pairs_per_row] for the pairs of a tile and a part of the columns; GATED: column c is
+// silu(gate) * up of the rows c and columns + c of the weights. A block has WARPS_M x WARPS_N warps, each of them M x N tiles of
+// 16 rows by 16 weight rows. Every shape adds the same products of 16 in the same order: neither it nor other rows change a row's bits.
+template <typename T, int WARPS_M, int WARPS_N, int M, int N, int STAGES, bool GATED>
+__global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_product(
+    T* __restrict__ out, const T* __restrict__ x, const T* __restrict__ weights, const int4* __restrict__ tiles,
+    const int* __restrict__ order, int pairs_per_row, int width, int columns) {
+    constexpr int STEP = 4 * WARPS_M * WARPS_N;  // rows that the block copies at once: eight threads a row
+    constexpr int ROWS = 16 * M * WARPS_M, WEIGHT_ROWS = 16 * N * WARPS_N, PART = GATED ? WEIGHT_ROWS / 2 : WEIGHT_ROWS;
+    extern __shared__ __align__(128) char stages[];  // of each: the rows of x, then those of the weights
+    const int parts = (columns + PART - 1) / PART, first_column = blockIdx.x % parts * PART;
+    const int4 tile = tiles[blockIdx.x / parts];
+    const int expert = tile.x, rows = tile.z, *pairs = order + tile.y;
+    if (rows == 0) return;
+
+    const int chunk = threadIdx.x % 8, copied_row = threadIdx.x / 8;
+    const T *x_rows[ROWS / STEP], *weight_rows[WEIGHT_ROWS / STEP];
+    #pragma unroll
+    for (int i = 0; i < ROWS / STEP; ++i) {
+        const int pair = pairs[min(copied_row + i * STEP, rows - 1)];
+        x_rows[i] = x + (long long)(pair / pairs_per_row) * width;
+    }
+    #pragma unroll
+    for (int i = 0; i < WEIGHT_ROWS / STEP; ++i) {
+        // Gate and up alternate by eight rows, so that one thread sums both of a column.
+        const int row = copied_row + i * STEP, column = min(first_column + (GATED ? row / 16 * 8 + row % 8 : row), columns - 1);
+        const long long matrix = GATED ? expert * 2ll + row / 8 % 2 : expert;
+        weight_rows[i] = weights + (matrix * columns + column) * width;
+    }
+    const unsigned memory = (unsigned)__cvta_generic_to_shared(stages);
+    const auto load = [&](int step) {
+        const unsigned stage = memory + step % STAGES * (ROWS + WEIGHT_ROWS) * 2 * DEPTH;
+        const int k = step * DEPTH + chunk * 8, at = min(k, width - 8);
+        #pragma unroll
+        for (int i = 0; i < ROWS / STEP; ++i)
+            copy_async(stage + place(copied_row + i * STEP, chunk), x_rows[i] + at, k < width && copied_row + i * STEP < rows);
+        #pragma unroll
+        for (int i = 0; i < WEIGHT_ROWS / STEP; ++i)
+            copy_async(stage + place(ROWS + copied_row + i * STEP, chunk), weight_rows[i] + at, k < width);
+    };
+
+    const int steps = (width + DEPTH - 1) / DEPTH;
+    #pragma unroll
+    for (int step = 0; step < STAGES - 1; ++step) {
+        if (step < steps) load(step);
+        commit_copies();
+    }
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int first_row = warp / WARPS_N * 16 * M, first_weight_row = warp % WARPS_N * 16 * N;
+    float sums[M][N][2][4] = {};
+    for (int step = 0; step < steps; ++step) {
+        wait_copies<STAGES - 2>();  // this thread's copies of this step are done; with the barrier, everyone's,
+        __syncthreads();            // and everyone has left the stage that the next copies overwrite
+        if (step + STAGES - 1 < steps) load(step + STAGES - 1);
+        commit_copies();  // an empty group, too: the wait counts them
+        const unsigned stage = memory + step % STAGES * (ROWS + WEIGHT_ROWS) * 2 * DEPTH;
+        #pragma unroll
+        for (int k = 0; k < DEPTH / 8; k += 2) {
+            unsigned a[M][4], b[N][4];  // a: the quarters of a tile, down first; b: two tiles of 8 rows, each its halves along k
+            #pragma unroll
+            for (int m = 0; m < M; ++m) load_matrices(a[m], stage + place(first_row + 16 * m + lane % 16, k + lane / 16));
+            #pragma unroll
+            for (int n = 0; n < N; ++n)
+                load_matrices(b[n], stage + place(ROWS + first_weight_row + 16 * n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
+            #pragma unroll
+            for (int m = 0; m < M; ++m)
+                #pragma unroll
+                for (int n = 0; n < N; ++n)
+                    #pragma unroll
+                    for (int half = 0; half < 2; ++half) multiply_add(sums[m][n][half], a[m], b[n][2 * half], b[n][2 * half + 1], T());
+        }
+    }
+
+    #pragma unroll
+    for (int i = 0; i < 2 * M; ++i) {  // rows of eight
+        const int row = first_row + 8 * i + lane / 4;
+        if (row >= rows) break;
+        T* target = out + (long long)pairs[row] * columns;
+        #pragma unroll
+        for (int j = 0; j < (GATED ? N : 2 * N); ++j) {  // columns of eight
+            const int column = first_column + first_weight_row / (GATED ? 2 : 1) + 8 * j + lane % 4 * 2;
+            if (column >= columns) break;
+            Vec<T, 2> result;
+            #pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const auto& sum = sums[i / 2][GATED ? j : j / 2];
+                const int at = i % 2 * 2 + c;
+                result.at[c] = from_float<T>(GATED ? silu(sum[0][at]) * sum[1][at] : sum[GATED ? 0 : j % 2][at]);
+            }
+            *reinterpret_cast<Vec<T, 2>*>(target + column) = result;
+        }
+    }
+}
+
+// The same product in float32, which tensor cores would round: one warp for each pair and column, which reads its weights for itself.
+template <bool GATED>
+__global__ void __launch_bounds__(256) plain_product(
+    float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weights, const long long* __restrict__ chosen,
+    int pairs, int pairs_per_row, int experts, int width, int columns) {
+    const long long at = blockIdx.x * 8ll + threadIdx.x / 32, pair = at / columns;
+    const int column = at % columns, lane = threadIdx.x % 32;
+    if (pair >= pairs || !exists(chosen[pair], experts)) return;
+    const float* row = weights + (chosen[pair] * (GATED ? 2 : 1) * columns + column) * width;
+    x += pair / pairs_per_row * width;
+    float first = 0.f, second = 0.f;
+    for (int i = lane; i < width; i += 32) {
+        first += x[i] * row[i];
+        if (GATED) second += x[i] * row[(long long)columns * width + i];
+    }
+    first = warp_sum(first);
+    if (GATED) first = silu(first) * warp_sum(second);
+    if (lane == 0) out[at] = first;
+}
+
+// out[t] = sum over k of scores[t, k] * mixed[t K + k] in float32, in the order of k; grid (T, parts of a row).
+template <typename T, int V>
+__global__ void __launch_bounds__(256) sum_choices(
+    T* __restrict__ out, const T* __restrict__ mixed, const float* __restrict__ scores, const long long* __restrict__ chosen,
+    int choices, int experts, int size) {
+    const long long first = (long long)blockIdx.x * choices;
+    for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * V; i < size; i += gridDim.y * blockDim.x * V) {
+        float sum[V] = {};
+        for (long long pair = first; pair < first + choices; ++pair) {
+            if (!exists(chosen[pair], experts)) continue;  // nothing was written there
+            const Vec<T, V> in = *reinterpret_cast<const Vec<T, V>*>(mixed + pair * size + i);
+            #pragma unroll
+            for (int j = 0; j < V; ++j) sum[j] += scores[pair] * to_float(in.at[j]);
+        }
+        Vec<T, V> result;
+        #pragma unroll
+        for (int j = 0; j < V; ++j) result.at[j] = from_float<T>(sum[j]);
+        *reinterpret_cast<Vec<T, V>*>(out + (long long)blockIdx.x * size + i) = result;
+    }
+}

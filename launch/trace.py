@@ -1,0 +1,112 @@
+"""What a Chrome trace of torch.profiler says: which class of kernels takes the time, and how much lies between them.
+
+On a GPU the events are kernels, copies and fills. On a CPU they are torch's ops: these nest, and each is charged with
+the time that it does not spend in another one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
+HOST_EVENTS = ("cpu_op",)
+OTHER = "other"
+# The first class with a pattern in a kernel's name has it: names of attention kernels also contain those of products
+# (they are made of CUTLASS), and a fused all-reduce is named after its norm as well.
+CLASSES = {
+    "communication": r"nccl|gloo|c10d|all_?reduce|all_?gather",
+    "attention": r"attention|flashinfer|Batch(Decode|Prefill)|MergeState|plan_decode|fmha",
+    "sampling": r"\brace\b|argmax|topk|multinomial|sort",
+    "product": r"product|matvec|gemm|gemv|nvjet|cutlass|splitK|aten::(addmm|mm|bmm|linear|matmul)$",
+    "norm": r"norm|aten::(mean|rsqrt)$",
+    "copy": r"mem(cpy|set)|copy|gather_rows|store_kv|aten::(cat|clone|fill_|_?index\w*)$",
+    "elementwise": r"elementwise|silu|rotate|aten::(__\w+__|bitwise_\w+|floor_divide|remainder|where|any|sum|[lg][et])$"
+    r"|aten::(add|sub|mul|div|square|pow|exp|log)_?$",
+}
+
+
+@dataclass(frozen=True)
+class Event:
+    """One kernel or op; times in microseconds."""
+
+    name: str
+    start: float
+    stop: float
+    own: float  # without the events inside it
+
+
+@dataclass(frozen=True)
+class KernelTimes:
+    """Where the time of a trace goes."""
+
+    busy_us: float  # of the device: time in which at least one kernel runs
+    idle_share: float  # of the time from the start of the first kernel to the end of the last
+    shares: dict[str, float]  # class -> its part of all kernels' time, the largest first
+
+
+def kernel_times(trace: bytes) -> KernelTimes | None:
+    """The time of the trace's kernels, or of its ops where there are none; None where there are neither."""
+    events = read_events(trace) if trace else []
+    if not events:
+        return None
+    busy = union(events)
+    span = max(e.stop for e in events) - min(e.start for e in events)
+    total = sum(e.own for e in events)
+    times: dict[str, float] = {}
+    for event in events:
+        name = classify(event.name)
+        times[name] = times.get(name, 0.0) + event.own
+    largest_first = sorted(times.items(), key=lambda item: -item[1])
+    return KernelTimes(busy, 1 - busy / span, {name: time / total for name, time in largest_first})
+
+
+def classify(name: str) -> str:
+    """The class of a kernel or op, by its name."""
+    return next((c for c, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
+
+
+def read_events(trace: bytes) -> list[Event]:
+    """The kernels of a trace or, where there are none, its ops."""
+    raw = json.loads(trace)["traceEvents"]
+    found = [e for e in raw if e.get("cat") in DEVICE_EVENTS]
+    if found:
+        return [Event(e["name"], e["ts"], e["ts"] + e["dur"], e["dur"]) for e in found]
+    return _nested([e for e in raw if e.get("cat") in HOST_EVENTS])
+
+
+def union(events: Iterable[Event]) -> float:
+    """The time in which at least one of the events is on."""
+    total, end = 0.0, float("-inf")
+    for event in sorted(events, key=lambda e: e.start):
+        total += max(0.0, event.stop - max(event.start, end))
+        end = max(end, event.stop)
+    return total
+
+
+def write_trace(trace: bytes, path: Path) -> None:
+    """Write a trace to a file, gzipped if its name ends in .gz."""
+    path.write_bytes(gzip.compress(trace) if path.suffix == ".gz" else trace)
+
+
+def _nested(raw: list[dict[str, Any]]) -> list[Event]:
+    """Events of threads, each of which has one event inside another but never across its end."""
+    raw = sorted(raw, key=lambda e: (e["tid"], e["ts"], -e["dur"]))
+    own = [e["dur"] for e in raw]
+    open_: list[int] = []
+    for i, event in enumerate(raw):
+        while open_ and not _is_inside(event, raw[open_[-1]]):
+            open_.pop()
+        if open_:
+            own[open_[-1]] -= event["dur"]
+        open_.append(i)
+    return [Event(e["name"], e["ts"], e["ts"] + e["dur"], t) for e, t in zip(raw, own, strict=True)]
+
+
+def _is_inside(event: dict[str, Any], outer: dict[str, Any]) -> bool:
+    return bool(event["tid"] == outer["tid"] and event["ts"] < outer["ts"] + outer["dur"])
