@@ -117,8 +117,8 @@ def _stream_weight(
     out = x.new_empty(rows, features) if add_to is None else add_to
     finish = 2 if gated else 0 if add_to is None else 1
     tiles, multiprocessors = -(-features // (8 if gated else 16)), _multiprocessors(x.device.index)
-    # Few tiles: all warps of a multiprocessor share one. Short rows leave a warp few chunks to have on their way, and so
-    # do registers where x needs some, too.
+    # Few tiles: all warps of a multiprocessor share one. Short rows leave a warp few chunks to have on their way; so do
+    # registers where x needs some, too.
     staged = _staged_bytes(x) <= STAGED_BYTES
     warps, depth = (16, 2) if tiles <= multiprocessors or not staged else (8, 4 if size >= 2048 else 2)
     shared_bytes = _staged_bytes(x) if staged else 0
@@ -371,7 +371,9 @@ def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = Fals
     except cupy.cuda.compiler.CompileException as error:
         raise CompileError(f"NVRTC failed on {source}, {name}:\n{error}") from error
 
-    if shared_bytes > DEFAULT_SHARED_BYTES:  # all that there is: instances with other sizes share the function
+    if (
+        static_bytes + shared_bytes > DEFAULT_SHARED_BYTES
+    ):  # all that there is: instances with other sizes share the function
         most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
         function.max_dynamic_shared_size_bytes = most - static_bytes
 

@@ -115,7 +115,7 @@ class SlotTables:
 
     def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         """Write sampled tokens [S] at `positions` of `slots` (int64, on the device): inputs of the next step."""
-        self.tokens[slots, positions] = tokens.to(torch.int32)
+        self.tokens[slots, positions] = tokens.int()
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.tokens.device)

@@ -67,7 +67,7 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
     logits: Tensor  # [size, V]
-    chosen: Tensor  # [size] int64
+    chosen: Tensor  # [size] int32
 
 
 class DecodeGraphs:
@@ -123,7 +123,7 @@ class DecodeGraphs:
         batch = parts.tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, _rows(inputs.size))
         parts.attention.plan(batch)
         logits = parts.decoder.logits(parts.decoder.forward(batch, parts.pool, parts.attention))
-        chosen = ops.race(logits, inputs.temperature, inputs.keys)
+        chosen = ops.race(logits, inputs.temperature, inputs.keys).to(torch.int32)
         parts.tables.append(inputs.slots.long(), inputs.positions.long() + 1, chosen)
         return logits, chosen
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,7 @@ class Runner:
         self.tables = SlotTables(config.max_num_seqs, max_length, config.page_size, self.device)
         self.pool = KVPool(self._kv_shape(), num_pages, self.device, config.kv_layout)
         self.sampler = Sampler(config.max_num_seqs, self.device)
+        self._landing = Landing(config.max_num_seqs, self.device)
         self._fast = self._flashinfer(announce)
         self.attention: AttentionBackend = self._fast or TorchAttention(self.model.head_dim**-0.5)
         self.graphs: DecodeGraphs | None = None
@@ -181,12 +183,14 @@ class Runner:
         assert self.config.max_model_len is not None
         self._make(1, self.config.max_model_len, announce=False)
         self.launch(self._largest_step(self.config.max_model_len))()
+        workspaces = self._read().used - self._memory.at_start - self._memory.weights
+        torch.cuda.empty_cache()  # as each capture does: what the largest step left would hide what the graphs take
         before = self._read()
         self._capture(announce=False)
         torch.cuda.synchronize(self.device)
         plan = replace(
             self._memory,
-            workspaces=max(0, before.used - self._memory.at_start - self._memory.weights),
+            workspaces=max(0, workspaces),
             graphs=max(0, self._read().used - before.used),
             num_graphs=self.graphs.num_graphs if self.graphs else 0,
             graph_rows=self.graphs.max_rows if self.graphs else 0,
@@ -243,7 +247,7 @@ class Runner:
         logits, chosen = graphs.run(host, *self.sampler.race_inputs(host.slots, host.positions + 1))
         if not self.sampler.is_plain(host.slots):
             return self._sample(plan, logits)
-        tokens = _fetch(chosen.to(torch.int32))
+        tokens = self._landing.fetch(chosen)
         return lambda: Sampled(tokens(), {})
 
     @property
@@ -266,7 +270,7 @@ class Runner:
         chosen = self.sampler.sample(logits, slots, positions, self.tables.tokens)
         self.tables.append(self._to_device(slots).long(), self._to_device(positions).long(), chosen)
         logprobs = self.sampler.top_logprobs(raw, chosen, slots) if wants_logprobs else dict
-        tokens = _fetch(chosen.to(torch.int32))
+        tokens = self._landing.fetch(chosen.to(torch.int32))
         return lambda: Sampled(tokens(), logprobs())
 
     def _kv_shape(self) -> KVShape:
@@ -276,16 +280,25 @@ class Runner:
         return to_device(array, self.device)
 
 
-def _fetch(tensor: Tensor) -> Callable[[], np.ndarray]:
-    """Start copying to the host; the returned function waits for it."""
-    if tensor.device.type == "cpu":
-        return tensor.numpy
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
+class Landing:
+    """Where sampled tokens arrive on the host: a few pinned buffers in turn, more than steps may be in flight."""
 
-    def wait() -> np.ndarray:
-        done.synchronize()
-        return copy.numpy()
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            buffers = torch.empty(3, max_rows, dtype=torch.int32, pin_memory=True)
+            self._turns = cycle([(buffer, torch.cuda.Event()) for buffer in buffers])
 
-    return wait
+    def fetch(self, tokens: Tensor) -> Callable[[], np.ndarray]:
+        """Start copying tokens [S] int32 to the host; the returned function waits for them."""
+        if not self._cuda:
+            return tokens.numpy
+        buffer, done = next(self._turns)
+        landed = buffer[: len(tokens)].copy_(tokens, non_blocking=True)
+        done.record()
+
+        def wait() -> np.ndarray:
+            done.synchronize()
+            return landed.numpy().copy()
+
+        return wait
