@@ -40,7 +40,7 @@ DEFAULT_SHARED_BYTES = 48 * 1024  # a block gets more only when its kernel asks
 RACE_BLOCKS = 1024  # enough to fill any GPU
 PRODUCT_ROWS = 8  # of x, at most, for the product that streams the weight
 STAGED_BYTES = 100 * 1024  # of x in shared memory, at most: two blocks share 227 KiB
-ATTENTION_WARPS, ATTENTION_BLOCKS = 4, 3  # of a block; of a multiprocessor
+ATTENTION_BLOCKS = 3  # of a multiprocessor, for which registers suffice
 LEAST_SPLIT = 256  # keys: merging costs more than reading a few more
 LOG2_E = 1.4426950408889634
 GROUP_THREADS = 1024  # of the one block that groups pairs by expert
@@ -120,7 +120,8 @@ def _stream_weight(
     # Few tiles: all warps of a multiprocessor share one. Short rows leave a warp few chunks to have on their way; so do
     # registers where x needs some, too.
     staged = _staged_bytes(x) <= STAGED_BYTES
-    warps, depth = (16, 2) if tiles <= multiprocessors or not staged else (8, 4 if size >= 2048 else 2)
+    warps = 16 if tiles <= multiprocessors or not staged else 8
+    depth = 2 if not staged else max(2, min(4, -(-size // (64 * warps))))
     shared_bytes = _staged_bytes(x) if staged else 0
     name = f"product<{_c(x)}, {warps}, {depth}, {str(staged).lower()}, {finish}>"
     kernel = _kernel("product.cu", name, shared_bytes=shared_bytes, early=True)
@@ -162,11 +163,13 @@ def rotate_and_store_(
 
 def split_keys(positions: Tensor, kv_heads: int, window: int | None) -> Tensor:
     rows, most = len(positions), _most_splits(len(positions), kv_heads, positions.device.index)
-    splits = positions.new_zeros(4 * (1 + most) + rows * kv_heads)  # the list, and a counter for each row and key head
+    # The list twice, sorted and not, its order, and a counter for each row and key head.
+    splits = positions.new_zeros(4 * (1 + 2 * most) + most + rows * kv_heads)
     if rows:
         threads = min(1024, -(-rows // 32) * 32)
         sizes = np.int32(rows), np.int32(window or 0), np.int32(LEAST_SPLIT), np.int32(most - rows)
-        _kernel("decode.cu", "split_keys")((1, 1), threads, splits, positions, *sizes)
+        kernel = _kernel("decode.cu", "split_keys", shared_bytes=4 * most)
+        kernel((1, 1), threads, splits, positions, *sizes)
     return splits
 
 
@@ -199,16 +202,20 @@ def decode_attention(
     device = qkv.device.index
     most = _most_splits(rows, kv_heads, device)
     partial = torch.empty(most * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
-    counters = splits[4 * (1 + most) :]
-    kernel = _kernel("decode.cu", f"decode_attention<{_c(qkv)}, {head_dim}>", early=True)
+    counters = splits[4 * (1 + 2 * most) + most :]
+    # With less than a block for each multiprocessor nothing hides a block's latency: let it have more warps.
+    few = rows * kv_heads <= _multiprocessors(device)
+    warps, blocks_each = (8, 1) if few else (4, ATTENTION_BLOCKS)
+    kernel = _kernel("decode.cu", f"decode_attention<{_c(qkv)}, {head_dim}, {warps}>", early=True)
     norms = (np.int64(0) if norm is None else norm for norm in (q_norm, k_norm))
     tables = positions, cos_sin, np.int32(len(cos_sin))
     strides = np.int64(k_cache.stride(0)), np.int64(k_cache.stride(1))
     where = slots, np.int32(num_pages * page_size), pages, np.int64(pages.stride(0)), owners, np.int32(page_size)
-    work = splits, partial, counters, np.float32(scale * LOG2_E), np.int32(heads), np.int32(kv_heads)
-    blocks = min(_multiprocessors(device) * ATTENTION_BLOCKS, most * kv_heads)
-    threads = 32 * ATTENTION_WARPS
-    kernel((blocks, 1), threads, out, qkv, *norms, np.float32(eps), *tables, k_cache, v_cache, *strides, *where, *work)
+    work = splits, np.int32(most), partial, counters, np.float32(scale * LOG2_E), np.int32(heads), np.int32(kv_heads)
+    blocks = min(_multiprocessors(device) * blocks_each, most * kv_heads)
+    kernel(
+        (blocks, 1), 32 * warps, out, qkv, *norms, np.float32(eps), *tables, k_cache, v_cache, *strides, *where, *work
+    )
     return out
 
 
@@ -303,12 +310,33 @@ def _is_gated(out: Tensor, weights: Tensor) -> bool:
 def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
     rows, vocab = logits.shape
     best = keys.new_full((rows,), torch.iinfo(torch.int64).min)
-    if logits.numel():
+    if rows:
         v = _vector(vocab, logits, strides=[logits.stride(0)])
         parts = max(1, min(RACE_BLOCKS // rows, vocab // (v * THREADS)))
         kernel = _kernel("sample.cu", f"race<{_c(logits)}, {v}>")
         kernel((rows, parts), THREADS, best, logits, np.int64(logits.stride(0)), temperature, keys, np.int32(vocab))
-    return 0xFFFFFFFF - (best & 0xFFFFFFFF)
+    tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    if rows:
+        _kernel("sample.cu", "winners")((-(-rows // THREADS), 1), THREADS, tokens, best, np.int32(rows))
+    return tokens
+
+
+def begin_decode_(
+    tokens: Tensor, pages: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, page_size: int
+) -> Tensor:
+    rows, token_ids = len(slots), torch.empty_like(slots)
+    if rows:
+        tables = tokens, np.int64(tokens.stride(0)), pages, np.int64(pages.stride(0))
+        where = slots, positions, kv_slots, np.int32(page_size), np.int32(rows)
+        _kernel("slots.cu", "begin_decode")((-(-rows // THREADS), 1), THREADS, token_ids, *tables, *where)
+    return token_ids
+
+
+def append_tokens_(tokens: Tensor, slots: Tensor, positions: Tensor, chosen: Tensor) -> None:
+    if rows := len(slots):
+        table = tokens, np.int64(tokens.stride(0))
+        kernel = _kernel("slots.cu", "append_tokens")
+        kernel((-(-rows // THREADS), 1), THREADS, *table, slots, positions, chosen, np.int32(rows))
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:

@@ -9,7 +9,6 @@
 // movmatrix turns them and the values into what the second product, [elements, keys] x [keys, heads], wants.
 #include "heads.cuh"
 
-constexpr int WARPS = 4;
 constexpr int TILE = 16;   // keys that a warp takes at once
 constexpr int GROUP = 8;   // query heads of one key head, at most
 
@@ -19,10 +18,19 @@ __device__ __forceinline__ unsigned transpose(unsigned x) {
     return y;
 }
 
-// work[0] splits in all, work[1] unused; then (row, first key, last key + 1, splits of the row << 16 | number of this one) each.
-// Rows are cut evenly, into parts of `least` keys or more (a multiple of TILE), so that there are about `target` in all. One block.
-extern "C" __global__ void __launch_bounds__(1024) split_keys(int* __restrict__ work, const int* __restrict__ positions, int rows, int window, int least, int target) {
+// Copy 16 bytes to shared memory without waiting for them.
+__device__ __forceinline__ void copy_later(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));
+}
+
+// The list of splits, longest first: blocks that take every n-th get about equal shares. work[0] is their number; from work[4] on
+// there are four numbers each: row, first key, last key + 1, splits of the row << 16 | number of this one. Room for `most` = rows +
+// target of them; then as much for the list in the order of rows, and the place in that order of each. Rows are cut evenly, into
+// parts of `least` keys or more (a multiple of TILE), about `target` in all beyond one a row. One block.
+extern "C" __global__ void __launch_bounds__(1024) split_keys(
+    int* __restrict__ work, const int* __restrict__ positions, int rows, int window, int least, int target) {
     __shared__ int totals[32], base;
+    extern __shared__ int lengths[];  // of the splits, in the order of rows
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     auto keys = [&](int row) { return window > 0 ? min(positions[row], window - 1) : positions[row]; };  // that are in the cache
     int sum = 0;
@@ -35,6 +43,7 @@ extern "C" __global__ void __launch_bounds__(1024) split_keys(int* __restrict__ 
     for (int w = 0; w < blockDim.x / 32; ++w) all += totals[w];
     const int size = max(least, (all / TILE + target) / target * TILE);  // a multiple of TILE: no split is empty
     __syncthreads();
+    int4* unsorted = reinterpret_cast<int4*>(work) + 1 + rows + target;
     for (int first = 0; first < rows; first += blockDim.x) {
         const int row = first + threadIdx.x, length = row < rows ? keys(row) : 0;
         const int splits = row < rows ? max(1, (length + size - 1) / size) : 0;
@@ -45,46 +54,58 @@ extern "C" __global__ void __launch_bounds__(1024) split_keys(int* __restrict__ 
         }
         if (lane == 31) totals[warp] = before;
         __syncthreads();
-        int start = base;
+        int start = base + before - splits;
         for (int w = 0; w < warp; ++w) start += totals[w];
         if (row < rows) {
             const int begin = positions[row] - length, part = (length + splits * TILE - 1) / (splits * TILE) * TILE;
-            for (int s = 0; s < splits; ++s)
-                reinterpret_cast<int4*>(work)[1 + start + before - splits + s] =
-                    make_int4(row, begin + min(length, s * part), begin + min(length, (s + 1) * part), splits << 16 | s);
+            for (int s = 0; s < splits; ++s) {
+                const int from = min(length, s * part), to = min(length, (s + 1) * part);
+                lengths[start + s] = to - from;
+                unsorted[start + s] = make_int4(row, begin + from, begin + to, splits << 16 | s);
+            }
         }
         __syncthreads();
-        if (threadIdx.x == blockDim.x - 1) base = start + before;
+        if (threadIdx.x == blockDim.x - 1) base = start + splits;
         __syncthreads();
+    }
+    for (int i = threadIdx.x; i < base; i += blockDim.x) {
+        int place = 0;
+        for (int j = 0; j < base; ++j) place += lengths[j] > lengths[i] || (lengths[j] == lengths[i] && j < i);
+        reinterpret_cast<int4*>(work)[1 + place] = unsorted[i];
+        work[4 * (1 + 2 * (rows + target)) + place] = i;
     }
     if (threadIdx.x == 0) work[0] = base;
 }
 
-// One split of one key head: its place in the list of work, and where its keys are.
+// One split of one key head: whose it is, and where its keys are.
 struct Split {
-    int row, begin, end, splits, number, head;
+    int row, begin, end, splits, number, head, position, index;
     const int* pages;
 };
 
-template <typename T, int E>
-__global__ void __launch_bounds__(32 * WARPS, E <= 128 ? 3 : 1) decode_attention(
+template <typename T, int E, int WARPS>
+__global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attention(
     T* __restrict__ out, const T* qkv, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows,
     T* k_cache, T* v_cache, long long page_stride, long long slot_stride, const int* __restrict__ slots, int num_slots,
     const int* __restrict__ pages, long long pages_stride, const int* __restrict__ owners, int page_size,
-    const int* __restrict__ work, float* partial, unsigned* arrived, float scale, int heads, int kv_heads) {
-    constexpr int BLOCKS = E / 32;
+    const int* __restrict__ work, int most_splits, float* partial, unsigned* arrived, float scale, int heads, int kv_heads) {
+    constexpr int BLOCKS = E / 32, VECTORS = E / 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, group = heads / kv_heads;
-    __shared__ alignas(16) T query[GROUP][E + 32], key[E], value[E];
+    // As projected, of this split and the next: q's heads, then k, then v; and the angles.
+    __shared__ alignas(16) T raw[2][GROUP + 2][E], query[GROUP][E + 32], key[E], norms[2][E];
+    __shared__ alignas(16) float angles[2][E];
     __shared__ float outs[WARPS][GROUP][E + 4], most[WARPS + 1][GROUP], sums[WARPS + 1][GROUP];
     __shared__ bool merges;
     launch_next();
 
     const int items = work[0] * kv_heads;
     auto find = [&](int item) {
-        if (item >= items) return Split{0, 0, 0, 0, 0, 0, pages};
-        const int4 w = reinterpret_cast<const int4*>(work)[1 + item / kv_heads];
-        return Split{w.x, w.y, w.z, w.w >> 16, w.w & 0xffff, item % kv_heads, pages + owners[w.x] * pages_stride};
+        if (item >= items) return Split{0, 0, 0, 0, 0, 0, 0, 0, pages};
+        const int place = item / kv_heads;
+        const int4 w = reinterpret_cast<const int4*>(work)[1 + place];
+        const int index = work[4 * (1 + 2 * most_splits) + place];
+        return Split{w.x, w.y, w.z, w.w >> 16, w.w & 0xffff, item % kv_heads, positions[w.x], index, pages + owners[w.x] * pages_stride};
     };
     auto offset = [&](const Split& split, int token) {
         token = min(token, split.end - 1);
@@ -97,29 +118,53 @@ __global__ void __launch_bounds__(32 * WARPS, E <= 128 ? 3 : 1) decode_attention
         if (any) first = offset(split, token), second = offset(split, token + 8);
         return any;
     };
-    Split now = find(blockIdx.x);
-    if (aim(now, now.begin + warp * TILE + g)) {
+    auto fetch = [&](const Split& split) {
+        if (!aim(split, split.begin + warp * TILE + g)) return;
         #pragma unroll
         for (int j = 0; j < BLOCKS; ++j) k[j][0] = stream(k_cache + first + 32 * j), k[j][1] = stream(k_cache + second + 32 * j);
         #pragma unroll
         for (int j = 0; j < BLOCKS; ++j) v[j][0] = stream(v_cache + first + 32 * j), v[j][1] = stream(v_cache + second + 32 * j);
+    };
+    auto is_rotated = [&](const Split& split) { return split.position >= 0 && split.position < table_rows; };
+    auto bring_angles = [&](const Split& split, int turn) {
+        for (int i = threadIdx.x; i < E / 4 && is_rotated(split); i += 32 * WARPS)
+            copy_later(&angles[turn][4 * i], cos_sin + (long long)split.position * E + 4 * i);
+    };
+    auto bring_heads = [&](const Split& split, int turn) {
+        const T* from = qkv + (long long)split.row * (heads + 2 * kv_heads) * E;
+        for (int i = threadIdx.x; i < (group + 2) * VECTORS; i += 32 * WARPS) {
+            const int h = i / VECTORS, head = h < group ? split.head * group + h : heads + (h - group) * kv_heads + split.head;
+            copy_later(&raw[turn][h][i % VECTORS * 8], from + head * E + i % VECTORS * 8);
+        }
+    };
+
+    Split now = find(blockIdx.x);
+    fetch(now);
+    bring_angles(now, 0);
+    for (int i = threadIdx.x; i < E; i += 32 * WARPS) {
+        norms[0][i] = q_norm ? q_norm[i] : T();
+        norms[1][i] = k_norm ? k_norm[i] : T();
     }
     wait_for_previous();
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    bring_heads(now, 0);
+    for (int item = blockIdx.x, turn = 0; item < items; item += gridDim.x, turn ^= 1) {
+        asm volatile("cp.async.wait_all;" ::: "memory");
+        __syncthreads();
         const Split next = find(item + gridDim.x);
         const int row = now.row, head = now.head;
         const bool newest = now.number == now.splits - 1;  // this split also has the new token
-        const int position = positions[row];
-        const T* heads_of_row = qkv + (long long)row * (heads + 2 * kv_heads) * E;
-        const float* angles = position >= 0 && position < table_rows ? cos_sin + (long long)position * E : nullptr;
+        const float* rotation = is_rotated(now) ? angles[turn] : nullptr;
         for (int h = warp; h < GROUP; h += WARPS) {
-            if (h < group) prepare_head<E / 64>(query[h], heads_of_row + (head * group + h) * E, q_norm, eps, angles, E);
+            if (h < group) prepare_head<E / 64>(query[h], raw[turn][h], q_norm ? norms[0] : nullptr, eps, rotation, E);
             else for (int i = lane; i < E; i += 32) query[h][i] = from_float<T>(0.f);
         }
-        if (newest && warp == WARPS - 1) prepare_head<E / 64>(key, heads_of_row + (heads + head) * E, k_norm, eps, angles, E);
-        if (newest && warp == WARPS - 2)
-            for (int i = lane; i < E; i += 32) value[i] = heads_of_row[(heads + kv_heads + head) * E + i];
+        if (newest && warp == WARPS - 1) prepare_head<E / 64>(key, raw[turn][group], k_norm ? norms[1] : nullptr, eps, rotation, E);
+        const T* value = raw[turn][group + 1];
         __syncthreads();
+        if (item + gridDim.x < items) {
+            bring_angles(next, turn ^ 1);
+            bring_heads(next, turn ^ 1);
+        }
         if (newest) {
             const int slot = slots[row];
             const long long at = slot / page_size * page_stride + slot % page_size * slot_stride + head * E;
@@ -132,12 +177,7 @@ __global__ void __launch_bounds__(32 * WARPS, E <= 128 ? 3 : 1) decode_attention
         float acc[2 * BLOCKS][4] = {}, top[2] = {-infinity(), -infinity()}, sum[2] = {};  // top and sum: of heads 2 t and 2 t + 1
         int token = now.begin + warp * TILE + g;
         bool more = token - g < now.end;
-        if (!more && aim(next, next.begin + warp * TILE + g)) {  // nothing for this warp here
-            #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) k[j][0] = stream(k_cache + first + 32 * j), k[j][1] = stream(k_cache + second + 32 * j);
-            #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) v[j][0] = stream(v_cache + first + 32 * j), v[j][1] = stream(v_cache + second + 32 * j);
-        }
+        if (!more) fetch(next);  // nothing for this warp here
         for (; more; token += WARPS * TILE) {
             more = aim(now, token + WARPS * TILE);
             const bool any = more || aim(next, next.begin + warp * TILE + g);
@@ -193,7 +233,8 @@ __global__ void __launch_bounds__(32 * WARPS, E <= 128 ? 3 : 1) decode_attention
             if (lane == 0) most[WARPS][h] = newest ? dot * scale : -infinity(), sums[WARPS][h] = newest ? 1.f : 0.f;
         }
         __syncthreads();
-        float* mine = partial + (long long)item * group * (E + 2);  // E sums, then the greatest score and the sum of weights, of each head
+        const long long step = (long long)kv_heads * group * (E + 2);  // E sums, the greatest score and the sum of weights of each head
+        float* mine = partial + now.index * step + head * group * (E + 2);
         for (int at = threadIdx.x; at < group * E; at += 32 * WARPS) {
             const int h = at / E, i = at % E;
             float high = most[WARPS][h], total = 0.f, result = 0.f;
@@ -224,7 +265,6 @@ __global__ void __launch_bounds__(32 * WARPS, E <= 128 ? 3 : 1) decode_attention
             __syncthreads();
             if (merges) {
                 __threadfence();
-                const long long step = (long long)kv_heads * group * (E + 2);
                 for (int at = threadIdx.x; at < group * E; at += 32 * WARPS) {
                     const int h = at / E, i = at % E;
                     const float* from = mine - now.number * step + h * (E + 2);
@@ -241,7 +281,6 @@ __global__ void __launch_bounds__(32 * WARPS, E <= 128 ? 3 : 1) decode_attention
                 }
             }
         }
-        __syncthreads();  // shared memory is free for the next split
         now = next;
     }
 }

@@ -209,7 +209,7 @@ def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Te
 
 
 def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
-    """A token per row, [S] int64: the likeliest where temperature is 0, else drawn from softmax(logits / temperature).
+    """A token per row, [S] int32: the likeliest where temperature is 0, else drawn from softmax(logits / temperature).
 
     logits       [S, V] float32, bfloat16 or float16, rows contiguous
     temperature  [S]    float32, >= 0
@@ -223,6 +223,27 @@ def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
     )
     _require(keys.shape == rows and keys.dtype == torch.int64, "keys", keys, f"must be [{rows[0]}] int64")
     return _on(logits).race(logits, temperature, keys)
+
+
+def begin_decode_(
+    tokens: Tensor, pages: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, page_size: int
+) -> Tensor:
+    """The tokens of a decode step, `tokens[slots, positions]`, [B] int32; the pages of these positions go into `pages`.
+
+    tokens                      [R, L] int32: the tokens of each slot
+    pages                       [R, P] int32: the pages of each slot, updated in place at positions // page_size
+    slots, positions, kv_slots  [B] int32; kv_slots // page_size is the page, a negative one changes nothing
+    """
+    for name, tensor in (("slots", slots), ("positions", positions), ("kv_slots", kv_slots)):
+        _require(tensor.shape == slots.shape and tensor.dtype == torch.int32, name, tensor, "must be [B] int32")
+    return _on(tokens).begin_decode_(tokens, pages, slots, positions, kv_slots, page_size)
+
+
+def append_tokens_(tokens: Tensor, slots: Tensor, positions: Tensor, chosen: Tensor) -> None:
+    """`tokens[slots, positions + 1] = chosen`; tokens [R, L], updated in place, and the others [B], all int32."""
+    for name, tensor in (("slots", slots), ("positions", positions), ("chosen", chosen)):
+        _require(tensor.shape == slots.shape and tensor.dtype == torch.int32, name, tensor, "must be [B] int32")
+    _on(tokens).append_tokens_(tokens, slots, positions, chosen)
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:

@@ -155,12 +155,24 @@ def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Te
 
 def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
     if not temperature.any():
-        return logits.argmax(-1)
+        return logits.argmax(-1).int()
     random = temperature > 0
     scaled = logits / torch.where(random, temperature, 1)[:, None]
     # log(p / E) up to a constant of the row: its argmax is the argmin of E / p.
     drawn = (scaled - _exponential(keys, logits.shape[1]).log()).argmax(-1)
-    return torch.where(random, drawn, logits.argmax(-1))
+    return torch.where(random, drawn, logits.argmax(-1)).int()
+
+
+def begin_decode_(
+    tokens: Tensor, pages: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, page_size: int
+) -> Tensor:
+    stores = kv_slots >= 0
+    pages[slots[stores].long(), positions[stores].long() // page_size] = kv_slots[stores] // page_size
+    return tokens[slots.long(), positions.long()]
+
+
+def append_tokens_(tokens: Tensor, slots: Tensor, positions: Tensor, chosen: Tensor) -> None:
+    tokens[slots.long(), positions.long() + 1] = chosen
 
 
 def _exponential(keys: Tensor, size: int) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import ops
 from .plan import StepPlan
 
 
@@ -92,18 +93,20 @@ class SlotTables:
         owners = self._to_device(plan.slots).long()
         self.device_pages[owners, : host.page_table.shape[1]] = self._to_device(host.page_table)
         slots, positions, kv_slots = packed.unbind(0)
-        return self._lookup(slots, positions, kv_slots, host)
+        return self._batch(self.tokens[slots.long(), positions.long()], slots, positions, kv_slots, host)
 
     def decode_batch(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
         """A step of one token a row from what is on the device alone, each [B] int32; can be captured in a graph."""
-        page = torch.div(kv_slots, self.page_size, rounding_mode="floor")  # a new one once in page_size steps
-        self.device_pages[slots.long(), (positions // self.page_size).long()] = page
-        return self._lookup(slots, positions, kv_slots, host)
+        where = slots, positions, kv_slots
+        return self._batch(ops.begin_decode_(self.tokens, self.device_pages, *where, self.page_size), *where, host)
 
-    def _lookup(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
-        """The batch whose tokens are those at `positions` of `slots`."""
+    def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Write sampled tokens after `positions` of `slots`, all [S] int32: inputs of the next step."""
+        ops.append_tokens_(self.tokens, slots, positions, tokens)
+
+    def _batch(self, token_ids: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
         return Batch(
-            token_ids=self.tokens[slots.long(), positions.long()],
+            token_ids=token_ids,
             positions=positions,
             kv_slots=kv_slots,
             owners=slots,
@@ -112,10 +115,6 @@ class SlotTables:
             query_starts=host.query_starts,
             kv_lengths=host.kv_lengths,
         )
-
-    def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
-        """Write sampled tokens [S] at `positions` of `slots` (int64, on the device): inputs of the next step."""
-        self.tokens[slots, positions] = tokens.int()
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.tokens.device)

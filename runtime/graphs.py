@@ -123,8 +123,8 @@ class DecodeGraphs:
         batch = parts.tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, _rows(inputs.size))
         parts.attention.plan(batch)
         logits = parts.decoder.logits(parts.decoder.forward(batch, parts.pool, parts.attention))
-        chosen = ops.race(logits, inputs.temperature, inputs.keys).to(torch.int32)
-        parts.tables.append(inputs.slots.long(), inputs.positions.long() + 1, chosen)
+        chosen = ops.race(logits, inputs.temperature, inputs.keys)
+        parts.tables.append(inputs.slots, inputs.positions, chosen)
         return logits, chosen
 
 

@@ -268,9 +268,9 @@ class Runner:
             logits = logits.float()
         raw = logits.clone() if wants_logprobs else logits  # sampling may edit its logits
         chosen = self.sampler.sample(logits, slots, positions, self.tables.tokens)
-        self.tables.append(self._to_device(slots).long(), self._to_device(positions).long(), chosen)
+        self.tables.append(self._to_device(slots), self._to_device(positions - 1), chosen)
         logprobs = self.sampler.top_logprobs(raw, chosen, slots) if wants_logprobs else dict
-        tokens = self._landing.fetch(chosen.to(torch.int32))
+        tokens = self._landing.fetch(chosen)
         return lambda: Sampled(tokens(), logprobs())
 
     def _kv_shape(self) -> KVShape:
@@ -299,6 +299,6 @@ class Landing:
 
         def wait() -> np.ndarray:
             done.synchronize()
-            return landed.numpy().copy()
+            return np.array(landed.numpy())
 
         return wait

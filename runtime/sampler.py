@@ -63,7 +63,7 @@ class Sampler:
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
 
     def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
-        """One token per row; [S] int64.
+        """One token per row; [S] int32.
 
         logits     [S, V], may be written to; float32 unless all these requests are plain
         slots      [S]    int32, on the host: the request of each row
@@ -96,7 +96,7 @@ class Sampler:
         rows, widths = np.flatnonzero(self.logprobs[slots] >= 0), self.logprobs[slots]
         index = torch.from_numpy(rows).to(self.device)
         logprobs = logits[index].log_softmax(-1)
-        own = logprobs.gather(1, chosen[index, None])
+        own = logprobs.gather(1, chosen[index, None].long())
         ranks = (logprobs > own).sum(-1) + 1
         top, ids = logprobs.topk(min(int(self.logprobs[slots].max()), logits.shape[1]), dim=-1)
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 INSTANCES = {
     "index.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
     "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
-    "sample.cu": ["race<bf16, 8>", "race<float, 4>", "race<f16, 1>"],
+    "sample.cu": ["race<bf16, 8>", "race<float, 4>", "race<f16, 1>", "winners"],
+    "slots.cu": ["begin_decode", "append_tokens"],
     "product.cu": [
         f"product<{t}, {warps}, {depth}, {staged}, {finish}>"
         for t, warps, depth, staged in (("bf16", 8, 4, "true"), ("f16", 8, 2, "true"), ("bf16", 16, 2, "false"))
@@ -20,7 +21,7 @@ INSTANCES = {
     ],
     "decode.cu": [
         "split_keys",
-        *(f"decode_attention<{t}, {e}>" for t, e in (("f16", 64), ("bf16", 128), ("bf16", 256))),
+        *(f"decode_attention<{shape}>" for shape in ("f16, 64, 4", "bf16, 128, 4", "bf16, 128, 8")),
     ],
     "experts.cu": [
         *(f"group_pairs<{rows}>" for rows in (16, 64, 128)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -146,7 +148,7 @@ def test_race_is_its_definition(device: str, rows: int, vocab: int, dtype: torch
     keys = torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
     found = ops.race(logits, temperature, keys)
     assert torch.equal(found.cpu(), reference.race(logits.cpu(), temperature.cpu(), keys.cpu()))
-    assert torch.equal(found[::3], logits[::3].argmax(-1))
+    assert torch.equal(found[::3].long(), logits[::3].argmax(-1))
 
 
 def test_race_takes_the_lower_id_of_equals_and_never_an_excluded_one(device: str) -> None:
@@ -208,7 +210,7 @@ def test_a_row_of_linear_has_the_same_bits_in_any_small_batch(gated: bool) -> No
 @pytest.mark.parametrize("window", [None, 1, 50])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (16, 2), (10, 2)])
 @pytest.mark.parametrize("page_size", [1, 5, 16])
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("size", [64, 128])
 def test_decode_attention(
     device: str, size: int, page_size: int, heads: int, kv_heads: int, window: int | None
 ) -> None:
@@ -239,7 +241,7 @@ def test_decode_attention(
     scratch = torch.zeros(rows, 1, kv_heads, size, device=device, dtype=dtype)
     ops.rotate_and_store_(qkv, *rotation, scratch, torch.zeros_like(scratch), everywhere)  # keys of the new tokens
     for row, position in enumerate(positions.tolist()):
-        if row == 1 or (device == "cuda" and position > 1000 and size == 256):
+        if row == 1:
             continue
         seen = range(0 if window is None else max(0, position - window + 1), position)
         page = pages[owners[row].long()].tolist()
@@ -259,14 +261,34 @@ def test_split_keys_is_every_key_once(rows: int, window: int | None) -> None:
     positions[::7] = 0
     splits = ops.split_keys(positions, 8, window).tolist()
     expected = {(n, j) for n, p in enumerate(positions.tolist()) for j in range(max(0, p + 1 - (window or p + 1)), p)}
-    items = [splits[4 * (i + 1) : 4 * (i + 2)] for i in range(splits[0])]
+    items = [tuple(splits[4 * (i + 1) : 4 * (i + 2)]) for i in range(splits[0])]
     found = [(row, j) for row, first, stop, _ in items for j in range(first, stop)]
     assert len(found) == len(expected)
     assert set(found) == expected
-    assert [(row, number & 0xFFFF) for row, _, _, number in items] == sorted(
-        (row, n) for row in range(rows) for n in range(sum(item[0] == row for item in items))
-    )
-    assert all(number >> 16 == sum(item[0] == row for item in items) for row, _, _, number in items[:50])
+    lengths = [stop - first for _, first, stop, _ in items]
+    assert lengths == sorted(lengths, reverse=True)
+    of_row = Counter(row for row, *_ in items)
+    assert sorted((row, code) for row, _, _, code in items) == [
+        (row, of_row[row] << 16 | n) for row in range(rows) for n in range(of_row[row])
+    ]
+    most = (len(splits) - 4 - rows * 8) // 9
+    order = splits[4 * (1 + 2 * most) :][: splits[0]]
+    in_order = sorted(range(splits[0]), key=lambda i: (items[i][0], items[i][3]))
+    assert [order[i] for i in in_order] == list(range(splits[0]))
+
+
+def test_the_two_ends_of_a_decode_step(device: str) -> None:
+    tokens = torch.randint(0, 99, (5, 40), device=device).int()
+    pages, kept = torch.zeros(5, 10, device=device).int(), torch.zeros(5, 10).int()
+    slots, positions, kv_slots = (torch.tensor(x, device=device).int() for x in ([3, 0, 4], [38, 0, 7], [30, 9, -1]))
+    found = ops.begin_decode_(tokens, pages, slots, positions, kv_slots, 4)
+    assert found.tolist() == [int(tokens[3, 38]), int(tokens[0, 0]), int(tokens[4, 7])]
+    kept[3, 9], kept[0, 0] = 7, 2
+    assert torch.equal(pages.cpu(), kept)
+    wanted = tokens.clone()
+    wanted[3, 39], wanted[0, 1], wanted[4, 8] = 1, 2, 3
+    ops.append_tokens_(tokens, slots, positions, torch.tensor([1, 2, 3], device=device).int())
+    assert torch.equal(tokens, wanted)
 
 
 def test_a_wrong_argument_is_named_with_the_rule() -> None:

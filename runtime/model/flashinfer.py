@@ -20,7 +20,7 @@ from ..batch import Batch, to_device
 from .attention import Heads, prepare
 
 WORKSPACE_BYTES = 128 * 2**20  # FlashInfer's own recommendation; partial results of split keys live there
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (64, 128)  # of our decode kernel; FlashInfer has 256, too
 MAX_GROUP = 8  # query heads of a key head, that our decode kernel has room for
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -41,7 +41,7 @@ def why_not(shape: AttentionShape) -> str | None:
     if shape.dtype not in DTYPES:
         return f"FlashInfer has no {str(shape.dtype).removeprefix('torch.')}"
     if shape.head_dim not in HEAD_DIMS:
-        return f"FlashInfer has no head_dim {shape.head_dim}"
+        return f"there are no kernels for head_dim {shape.head_dim}"
     if shape.num_heads > MAX_GROUP * shape.num_kv_heads:
         return f"{shape.num_heads} query heads on {shape.num_kv_heads} key heads are more than {MAX_GROUP} on each"
     return None
