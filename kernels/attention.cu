@@ -8,6 +8,8 @@ __global__ void __launch_bounds__(128, 8) rotate_and_store(
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows,
     C* __restrict__ k_cache, C* __restrict__ v_cache, long long page_stride, long long slot_stride,
     const int* __restrict__ slots, int page_size, int num_slots, int tokens, int heads, int kv_heads, int head_dim) {
+    launch_next();
+    wait_for_previous();
     const long long warp = blockIdx.x * 4ll + threadIdx.x / 32;
     const int token = warp / heads, head = warp % heads;
     if (token >= tokens) return;

@@ -2,9 +2,11 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 typedef __nv_bfloat16 bf16;
 typedef __half f16;
+typedef __nv_fp8_e4m3 fp8;  // stored only
 
 // V elements that are loaded and stored at once; 16 bytes where shapes and addresses allow, one element otherwise.
 template <typename T, int V> struct alignas(sizeof(T) * V) Vec { T at[V]; };
@@ -17,6 +19,7 @@ template <typename T> __device__ __forceinline__ T from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x); }
 template <> __device__ __forceinline__ f16 from_float<f16>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ fp8 from_float<fp8>(float x) { return fp8(x); }  // saturates
 
 __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }  // NVRTC has no INFINITY
 

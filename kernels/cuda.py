@@ -27,6 +27,7 @@ C_NAMES = {
     torch.float16: "f16",
     torch.int32: "int",
     torch.int64: "long long",
+    torch.float8_e4m3fn: "fp8",
 }
 C_TYPES = {
     Tensor: ctypes.c_void_p,
@@ -150,7 +151,7 @@ def rotate_and_store_(
     pairs = next((n for n in (1, 2, 4, 8) if 64 * n >= head_dim), None)
     if pairs is None:
         raise ValueError(f"heads of {head_dim} elements are too long to rotate; at most 512")
-    kernel = _kernel("attention.cu", f"rotate_and_store<{_c(qkv)}, {_c(k_cache)}, {pairs}>")
+    kernel = _kernel("attention.cu", f"rotate_and_store<{_c(qkv)}, {_c(k_cache)}, {pairs}>", early=True)
     norms = (np.int64(0) if norm is None else norm for norm in (q_norm, k_norm))
     tables = positions.int(), cos_sin, np.int32(len(cos_sin))
     caches = k_cache, v_cache, np.int64(k_cache.stride(0)), np.int64(k_cache.stride(1))
@@ -227,7 +228,8 @@ def silu_and_mul(x: Tensor) -> Tensor:
         v = _vector(size, x, out)
         rows, threads = out.numel() // size, _threads(size // v)
         parts = min(-(-size // (v * threads)), 32 if rows < 256 else 4)
-        _kernel("elementwise.cu", f"silu_and_mul<{_c(x)}, {v}>")((rows, parts), threads, out, x, np.int32(size))
+        kernel = _kernel("elementwise.cu", f"silu_and_mul<{_c(x)}, {v}>", early=True)
+        kernel((rows, parts), threads, out, x, np.int32(size))
     return out
 
 
@@ -350,7 +352,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Ten
     registers = next((n for n in (1, 2, 4, 8, 16) if n >= needed), None)
     if registers is None:
         raise ValueError(f"rows of {size} elements are too long for the norm; at most {16 * v * threads}")
-    kernel = _kernel("elementwise.cu", f"rms_norm<{_c(x)}, {v}, {registers}>")
+    kernel = _kernel("elementwise.cu", f"rms_norm<{_c(x)}, {v}, {registers}>", early=True)
     base = np.int64(0) if residual is None else residual
     kernel((x.numel() // size, 1), threads, out, x, base, weight, np.int32(size), np.float32(eps))
     return out

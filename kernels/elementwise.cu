@@ -5,6 +5,8 @@
 template <typename T, int V, int N>
 __global__ void __launch_bounds__(256) rms_norm(
     T* __restrict__ out, const T* __restrict__ x, T* __restrict__ residual, const T* __restrict__ weight, int size, float eps) {
+    launch_next();
+    wait_for_previous();
     const long long row = (long long)blockIdx.x * size;
     float value[N][V];
     float squares = 0.f;
@@ -40,6 +42,8 @@ __global__ void __launch_bounds__(256) rms_norm(
 // x [T, 2 size] -> out [T, size]; grid (T, parts).
 template <typename T, int V>
 __global__ void __launch_bounds__(256) silu_and_mul(T* __restrict__ out, const T* __restrict__ x, int size) {
+    launch_next();
+    wait_for_previous();
     const T* gate = x + 2ll * blockIdx.x * size;
     const T* up = gate + size;
     for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * V; i < size; i += gridDim.y * blockDim.x * V) {

@@ -170,7 +170,8 @@ def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
 
     k, v              [T, Hkv, E]
     k_cache, v_cache  [pages, page_size, Hkv, E], any strides (the layout of the pool), updated in place
-    slots             [T]  int32 or int64; a negative slot is skipped; converts to the cache's dtype
+    slots             [T]  int32 or int64; a negative slot is skipped
+    Converts to the cache's dtype; in float8_e4m3fn what is beyond 448 becomes 448.
     """
     _require(k.shape == v.shape, "v", v, f"must have the shape of k, {list(k.shape)}")
     _require(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FP8_MAX = 448.0  # of float8_e4m3fn
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
 
@@ -138,8 +139,12 @@ def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Ten
         k, v, slots = k[kept], v[kept], slots[kept]
     page_size = k_cache.shape[1]
     where = (slots.long() // page_size, slots.long() % page_size)
-    k_cache.index_put_(where, k.to(k_cache.dtype))
-    v_cache.index_put_(where, v.to(v_cache.dtype))
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        if cache.dtype == torch.float8_e4m3fn:  # torch makes NaN of what is too large, and cannot index the dtype
+            stored = rows.float().clamp(-FP8_MAX, FP8_MAX).to(cache.dtype)
+            cache.view(torch.uint8).index_put_(where, stored.view(torch.uint8))
+        else:
+            cache.index_put_(where, rows.to(cache.dtype))
 
 
 def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:

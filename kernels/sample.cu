@@ -17,20 +17,15 @@ __device__ __forceinline__ long long pack(float score, int index) {
     return ((long long)ordered << 32) | (0xffffffffu - (unsigned)index);
 }
 
-// An upper bound of the score of a token with these 52 random bits: E = -log(u) is at least 1 - u.
-__device__ __forceinline__ float most(float score, u64 bits) {
-    const unsigned rest = (unsigned)(~bits >> 20);  // the upper 32 bits of 1 - u, rounded down
-    return score - __logf((float)rest * 0x1p-32f) + 1e-3f + 1e-6f * fminf(fabsf(score), 1e30f);
-}
-
-// A lower bound: E is at most (1 - u) / u.
+// A lower bound of the score of a token with these 52 random bits: E = -log(u) is at most (1 - u) / u.
 __device__ __forceinline__ float least(float score, u64 bits) {
     const float u = (float)(unsigned)(bits >> 20) * 0x1p-32f, rest = (float)((unsigned)(~bits >> 20) + 1ull) * 0x1p-32f;
     return score - __logf(rest) + __logf(u) - 1e-3f - 1e-6f * fminf(fabsf(score), 1e30f);
 }
 
 // Grid (S, parts): each block takes a part of a row and joins its best with the row's. `best` starts at the least integer.
-// Bounds in single precision tell who cannot win; only for the others two precise logarithms are taken.
+// E is at least 1 - u: who is to reach the bar needs a small 1 - u, one integer to compare with for V tokens. Only for those that
+// may reach it two precise logarithms are taken.
 template <typename T, int V>
 __global__ void __launch_bounds__(256) race(
     long long* __restrict__ best, const T* __restrict__ logits, long long row_stride, const float* __restrict__ temperature,
@@ -40,26 +35,31 @@ __global__ void __launch_bounds__(256) race(
     const u64 key = (u64)keys[blockIdx.x];
     long long mine = -0x7fffffffffffffffll - 1;
     float bar = -infinity();  // no more than the best score of this warp
-    bool started = false;
+    bool started = t == 0.f;
     for (int base = (blockIdx.y * blockDim.x + threadIdx.x / 32 * 32) * V; base < vocab; base += gridDim.y * blockDim.x * V) {
         const int first = base + threadIdx.x % 32 * V;
         Vec<T, V> values;
         u64 bits[V];
         if (first < vocab) values = *reinterpret_cast<const Vec<T, V>*>(row + first);
+        float high = -infinity();
         #pragma unroll
         for (int i = 0; i < V; ++i) {
+            if (first + i < vocab) high = fmaxf(high, to_float(values.at[i]));
             if (t > 0.f) bits[i] = mix(key + 0x9E3779B97F4A7C15ull * (u64)(first + i)) >> 12;
-            if (t > 0.f && !started && first + i < vocab) bar = fmaxf(bar, least(to_float(values.at[i]) * inverse, bits[i]));
+            if (!started && first + i < vocab) bar = fmaxf(bar, least(to_float(values.at[i]) * inverse, bits[i]));
         }
         if (!started)
             for (int i = 16; i > 0; i >>= 1) bar = fmaxf(bar, __shfl_xor_sync(0xffffffffu, bar, i));
         started = true;
+        high *= inverse;
+        const float reach = __expf(high - bar + 1e-3f + 1e-6f * fminf(fabsf(high), 1e30f));  // of 1 - u
+        const unsigned limit = reach < 0.99f ? (unsigned)(reach * 0x1p32f) : 0xffffffffu;
         #pragma unroll
         for (int i = 0; i < V; ++i) {
             if (first + i >= vocab) break;
             float score = to_float(values.at[i]);
             if (t > 0.f) {
-                if (most(score * inverse, bits[i]) < bar) continue;
+                if ((unsigned)(~bits[i] >> 20) > limit) continue;  // the upper bits of 1 - u, rounded down
                 // double: 52 random bits stay apart, also where E is small and decides.
                 score = __fdiv_rn(score, t) - logf((float)-log(((double)bits[i] + 0.5) * 0x1p-52));
             }

@@ -232,3 +232,19 @@ def test_bfloat16_on_a_gpu_stays_close_to_transformers(
         wanted = logits.log_softmax(-1)
         for n, (token, got) in enumerate(zip(found.tokens[i], found.logprobs[i], strict=True)):
             assert got.token == pytest.approx(float(wanted[n, token]), abs=0.3), f"prompt {i}, token {n}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 8, 24])
+@pytest.mark.parametrize("architecture", list(FAMILIES))
+def test_a_graph_is_eager_bit_for_bit(tmp_path: Path, architecture: str, rows: int) -> None:
+    tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
+    found = []
+    for enforce_eager in (False, True):
+        # As many requests as a graph has rows, all of one length: nothing is padded.
+        requests = [request(i, [7 * i + j for j in range(9)], logprobs=3, temperature=i % 2) for i in range(rows)]
+        options = {"device": "cuda", "dtype": "bfloat16", "enforce_eager": enforce_eager}
+        found.append(run_engine(tmp_path, requests, **options))  # type: ignore[arg-type]
+    graphs, eager = found
+    assert graphs.tokens == eager.tokens
+    assert graphs.logprobs == eager.logprobs

@@ -140,6 +140,22 @@ def test_store_kv_moves_exactly_these_rows(device: str, layout: str, page_size: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 5])
+def test_store_kv_converts_to_fp8(device: str, width: int, dtype: torch.dtype) -> None:
+    k, v = (torch.randn(9, 2, width, device=device).mul(200).to(dtype) for _ in range(2))
+    k_cache, v_cache = (torch.zeros(3, 4, 2, width, device=device, dtype=torch.float8_e4m3fn) for _ in range(2))
+    slots = torch.tensor([3, -1, 11, 0, 5, 4, 9, 7, 1], device=device).int()
+    ops.store_kv_(k, v, k_cache, v_cache, slots)
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        stored = cache.view(12, 2, width).float()
+        kept = slots >= 0
+        # 3 bits of mantissa: half a step of rounding is a 16th of the value; below 2^-6 the steps are 2^-9
+        wanted = rows[kept].float().clamp(-448, 448)
+        assert ((stored[slots[kept].long()] - wanted).abs() <= (wanted.abs() / 16).clamp(min=2**-10)).all()
+        assert not stored[[2, 6, 8, 10]].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "vocab"), [(0, 7), (1, 151_936), (5, 131), (300, 1024)])
 def test_race_is_its_definition(device: str, rows: int, vocab: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(rows, vocab, device=device) * 3).to(dtype)
