@@ -41,8 +41,7 @@ DEFAULT_SHARED_BYTES = 48 * 1024  # a block gets more only when its kernel asks
 RACE_BLOCKS = 1024  # enough to fill any GPU
 PRODUCT_ROWS = 8  # of x, at most, for the product that streams the weight
 STAGED_BYTES = 100 * 1024  # of x in shared memory, at most: two blocks share 227 KiB
-ATTENTION_BLOCKS = 3  # of a multiprocessor, for which registers suffice
-LEAST_SPLIT = 256  # keys: merging costs more than reading a few more
+LEAST_SPLIT = 512  # keys: merging costs more than reading a few more
 LOG2_E = 1.4426950408889634
 GROUP_THREADS = 1024  # of the one block that groups pairs by expert
 Product = Callable[[Tensor, Tensor, Tensor], None]  # of experts: writes out from x and weights, with SiLU if gated
@@ -174,9 +173,16 @@ def split_keys(positions: Tensor, kv_heads: int, window: int | None) -> Tensor:
     return splits
 
 
+def _attention_blocks(rows: int, kv_heads: int, device: int) -> tuple[int, int]:
+    """Warps of a block of decode_attention, and blocks on the whole GPU."""
+    multiprocessors = _multiprocessors(device)
+    # Where not every multiprocessor has a row nothing hides a block's latency: it gets more warps. Else registers limit.
+    return (8, multiprocessors) if rows * kv_heads <= multiprocessors else (4, 3 * multiprocessors)
+
+
 def _most_splits(rows: int, kv_heads: int, device: int) -> int:
-    """Splits that `rows` rows have at most: one each, and as many more as fill the GPU."""
-    return rows + max(rows, -(-_multiprocessors(device) * ATTENTION_BLOCKS // kv_heads))
+    """Splits that `rows` rows have at most: one each, and as many more as give every block some."""
+    return rows + max(rows, _attention_blocks(rows, kv_heads, device)[1] // kv_heads)
 
 
 def decode_attention(
@@ -204,9 +210,7 @@ def decode_attention(
     most = _most_splits(rows, kv_heads, device)
     partial = torch.empty(most * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
     counters = splits[4 * (1 + 2 * most) + most :]
-    # With less than a block for each multiprocessor nothing hides a block's latency: let it have more warps.
-    few = rows * kv_heads <= _multiprocessors(device)
-    warps, blocks_each = (8, 1) if few else (4, ATTENTION_BLOCKS)
+    warps, blocks = _attention_blocks(rows, kv_heads, device)
     kernel = _kernel("decode.cu", f"decode_attention<{_c(qkv)}, {head_dim}, {warps}>", early=True)
     norms = (np.int64(0) if norm is None else norm for norm in (q_norm, k_norm))
     tables = positions, cos_sin, np.int32(len(cos_sin))

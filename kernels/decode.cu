@@ -100,6 +100,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
     launch_next();
 
     const int items = work[0] * kv_heads;
+    // Every other round goes backwards: the splits come longest first, and each block is to have as much as the others.
+    auto item_of = [&](int round) { return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x); };
     auto find = [&](int item) {
         if (item >= items) return Split{0, 0, 0, 0, 0, 0, 0, 0, pages};
         const int place = item / kv_heads;
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
         }
     };
 
-    Split now = find(blockIdx.x);
+    Split now = find(item_of(0));
     fetch(now);
     bring_angles(now, 0);
     for (int i = threadIdx.x; i < E; i += 32 * WARPS) {
@@ -147,10 +149,11 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
     }
     wait_for_previous();
     bring_heads(now, 0);
-    for (int item = blockIdx.x, turn = 0; item < items; item += gridDim.x, turn ^= 1) {
+    for (int round = 0; item_of(round) < items; ++round) {
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncthreads();
-        const Split next = find(item + gridDim.x);
+        const Split next = find(item_of(round + 1));
+        const int turn = round % 2;
         const int row = now.row, head = now.head;
         const bool newest = now.number == now.splits - 1;  // this split also has the new token
         const float* rotation = is_rotated(now) ? angles[turn] : nullptr;
@@ -161,7 +164,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
         if (newest && warp == WARPS - 1) prepare_head<E / 64>(key, raw[turn][group], k_norm ? norms[1] : nullptr, eps, rotation, E);
         const T* value = raw[turn][group + 1];
         __syncthreads();
-        if (item + gridDim.x < items) {
+        if (item_of(round + 1) < items) {
             bring_angles(next, turn ^ 1);
             bring_heads(next, turn ^ 1);
         }

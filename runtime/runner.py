@@ -161,7 +161,8 @@ class Runner:
             page_size=config.page_size,
         )
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # of an earlier runner in this process
+            gc.collect()  # an earlier runner in this process
+            torch.cuda.empty_cache()
             reading = self._read()
             plan = replace(
                 plan,
@@ -184,7 +185,8 @@ class Runner:
         self._make(1, self.config.max_model_len, announce=False)
         self.launch(self._largest_step(self.config.max_model_len))()
         workspaces = self._read().used - self._memory.at_start - self._memory.weights
-        torch.cuda.empty_cache()  # as each capture does: what the largest step left would hide what the graphs take
+        gc.collect()  # as each capture does, too: what the largest step left would hide what the graphs take
+        torch.cuda.empty_cache()
         before = self._read()
         self._capture(announce=False)
         torch.cuda.synchronize(self.device)
