@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 
 from ..kernels import ops
@@ -49,6 +50,10 @@ class Communicator(ABC):
     def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """`residual += sum of x over the ranks` in place, then RMSNorm of it [T, D]; x [T, D] is consumed."""
         return ops.add_rms_norm(self.all_reduce(x), residual, weight, eps)
+
+    def wait(self, done: torch.cuda.Event) -> None:
+        """Returns once the device has reached `done`; raises CommError where that waits for a peer in vain."""
+        done.synchronize()
 
     def abort(self) -> None:  # noqa: B027 - an implementation without anything to interrupt needs no override
         """End a collective that waits for a peer, from another thread; the group is unusable afterwards."""

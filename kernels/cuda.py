@@ -176,7 +176,7 @@ def split_keys(positions: Tensor, kv_heads: int, window: int | None) -> Tensor:
 def _attention_blocks(rows: int, kv_heads: int, device: int) -> tuple[int, int]:
     """Warps of a block of decode_attention, and blocks on the whole GPU."""
     multiprocessors = _multiprocessors(device)
-    # Where not every multiprocessor has a row nothing hides a block's latency: it gets more warps. Else registers limit.
+    # With no more rows than multiprocessors nothing hides a block's latency: it gets more warps. Else registers limit.
     return (8, multiprocessors) if rows * kv_heads <= multiprocessors else (4, 3 * multiprocessors)
 
 
@@ -217,9 +217,19 @@ def decode_attention(
     strides = np.int64(k_cache.stride(0)), np.int64(k_cache.stride(1))
     where = slots, np.int32(num_pages * page_size), pages, np.int64(pages.stride(0)), owners, np.int32(page_size)
     work = splits, np.int32(most), partial, counters, np.float32(scale * LOG2_E), np.int32(heads), np.int32(kv_heads)
-    blocks = min(_multiprocessors(device) * blocks_each, most * kv_heads)
     kernel(
-        (blocks, 1), 32 * warps, out, qkv, *norms, np.float32(eps), *tables, k_cache, v_cache, *strides, *where, *work
+        (min(blocks, most * kv_heads), 1),
+        32 * warps,
+        out,
+        qkv,
+        *norms,
+        np.float32(eps),
+        *tables,
+        k_cache,
+        v_cache,
+        *strides,
+        *where,
+        *work,
     )
     return out
 

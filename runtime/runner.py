@@ -100,7 +100,7 @@ class Runner:
         self.tables = SlotTables(config.max_num_seqs, max_length, config.page_size, self.device)
         self.pool = KVPool(self._kv_shape(), num_pages, self.device, config.kv_layout)
         self.sampler = Sampler(config.max_num_seqs, self.device)
-        self._landing = Landing(config.max_num_seqs, self.device)
+        self._landing = Landing(config.max_num_seqs, self.comm, self.device)
         self._fast = self._flashinfer(announce)
         self.attention: AttentionBackend = self._fast or TorchAttention(self.model.head_dim**-0.5)
         self.graphs: DecodeGraphs | None = None
@@ -285,7 +285,8 @@ class Runner:
 class Landing:
     """Where sampled tokens arrive on the host: a few pinned buffers in turn, more than steps may be in flight."""
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
+    def __init__(self, max_rows: int, comm: Communicator, device: torch.device) -> None:
+        self._comm = comm
         self._cuda = device.type == "cuda"
         if self._cuda:
             buffers = torch.empty(3, max_rows, dtype=torch.int32, pin_memory=True)
@@ -300,7 +301,7 @@ class Landing:
         done.record()
 
         def wait() -> np.ndarray:
-            done.synchronize()
+            self._comm.wait(done)
             return np.array(landed.numpy())
 
         return wait

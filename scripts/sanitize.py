@@ -1,0 +1,76 @@
+"""Every CUDA kernel once, at sizes that fill nothing evenly; to be run under compute-sanitizer.
+
+    compute-sanitizer --tool memcheck --report-api-errors no python scripts/sanitize.py
+    compute-sanitizer --tool racecheck python scripts/sanitize.py
+
+Without API errors, because cuda-bindings asks the driver for functions that it need not have.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lockstep.kernels import ops
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda").bfloat16()
+
+
+def integers(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def products() -> None:
+    for rows, features, size in ((1, 48, 64), (3, 40, 72), (8, 24, 1024), (2, 1032, 4096)):
+        x, weight, norm = random(rows, size), random(2 * features, size), random(size)
+        ops.linear(x, weight, norm=norm, eps=1e-6)
+        ops.linear(x, weight, norm=norm, eps=1e-6, gated=True)
+        ops.linear(x, weight[:features], add_to=random(rows, features))
+    ops.linear(random(8, 14336), random(328, 14336), add_to=random(8, 328))  # x does not fit into shared memory
+    for tokens in (1, 7, 64):
+        chosen = torch.randint(-1, 7, (tokens, 2), device="cuda")
+        ops.experts(
+            random(tokens, 64), chosen, torch.rand(tokens, 2, device="cuda"), random(6, 80, 64), random(6, 64, 40)
+        )
+
+
+def attention() -> None:
+    positions, owners = integers([0, 1, 17, 300, 1999]), integers([2, 0, 1, 4, 3])
+    rows, heads, kv_heads = 5, 8, 2
+    for size, page_size, window in ((64, 5, None), (128, 16, None), (128, 16, 50)):
+        pages = torch.randperm(5 * 400, device="cuda").int().view(5, 400)
+        k_cache, v_cache = random(2000, page_size, kv_heads, size), random(2000, page_size, kv_heads, size)
+        cos_sin = torch.randn(2000, size, device="cuda")
+        slots = pages[owners.long(), positions.long() // page_size] * page_size + positions % page_size
+        for first in range(rows):  # few rows and many take different blocks
+            part = slice(first, rows)
+            qkv, where = random(rows - first, (heads + 2 * kv_heads) * size), (cos_sin, k_cache, v_cache, slots[part])
+            splits = ops.split_keys(positions[part], kv_heads, window)
+            norms = random(size), random(size), 1e-6, positions[part]
+            ops.decode_attention(qkv, *norms, *where, pages, owners[part], splits, 0.1, window)
+            ops.rotate_and_store_(qkv, *norms, *where)
+        ops.store_kv_(random(rows, kv_heads, size), random(rows, kv_heads, size), k_cache, v_cache, slots)
+
+
+def the_rest() -> None:
+    x, weight = random(5, 40), random(40)
+    ops.rms_norm(x, weight, 1e-6)
+    ops.add_rms_norm(x, random(5, 40), weight, 1e-6)
+    ops.silu_and_mul(x)
+    ops.gather_rows(x, integers([0, 4, 9, -1]))
+    temperature, keys = torch.tensor([0.0, 1.0, 0.5], device="cuda"), torch.arange(3, device="cuda")
+    ops.race(torch.randn(3, 1001, device="cuda"), temperature, keys)
+    ops.race(random(3, 4000), temperature, keys)
+    table = torch.zeros(4, 9, dtype=torch.int32, device="cuda")
+    ops.begin_decode_(table, table.clone(), integers([1, 3]), integers([8, 0]), integers([30, -1]), 4)
+    ops.append_tokens_(table, integers([1, 3]), integers([7, 0]), integers([5, 6]))
+
+
+if __name__ == "__main__":
+    products()
+    attention()
+    the_rest()
+    torch.cuda.synchronize()
+    print("every kernel ran")
