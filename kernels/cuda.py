@@ -289,7 +289,7 @@ def _grouped_product(chosen: Tensor, num_experts: int) -> Product:
     num_tiles = in_use + (pairs - in_use) // rows  # no routing needs more
     tiles = chosen.new_empty(num_tiles, 4, dtype=torch.int32)
     order = chosen.new_empty(pairs, dtype=torch.int32)
-    group = _kernel("experts.cu", f"group_pairs<{rows}>", shared_bytes=8 * num_experts)
+    group = _kernel("experts.cu", f"group_pairs<{rows}>", shared_bytes=8 * (num_experts + 3))
     shape = np.int32(pairs), np.int32(num_experts), np.int32(num_tiles)
     group((1, 1), GROUP_THREADS, tiles, order, chosen, *shape)
 

@@ -12,8 +12,8 @@ __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); 
 template <int ROWS>
 __global__ void __launch_bounds__(1024) group_pairs(
     int4* __restrict__ tiles, int* __restrict__ order, const long long* __restrict__ chosen, int pairs, int experts, int num_tiles) {
-    extern __shared__ int count[];  // [experts] pairs, then [experts] next places
-    int* next = count + experts;
+    extern __shared__ int count[];  // [experts] pairs, then [experts] next places, apart by whole vectors: reads come as such
+    int* next = count + (experts + 3) / 4 * 4;
     for (int e = threadIdx.x; e < experts; e += blockDim.x) count[e] = 0;
     for (int i = threadIdx.x; i < num_tiles; i += blockDim.x) tiles[i] = make_int4(0, 0, 0, 0);
     __syncthreads();
