@@ -80,6 +80,9 @@ def linear(
     gated: bool = False,
     add_to: Tensor | None = None,
 ) -> Tensor:
+    if norm is not None and not (len(x) <= PRODUCT_ROWS and x.dtype == torch.bfloat16 and _fits(x)):
+        # In float16 a row times the norm's weight may be too large before it is scaled.
+        x, norm = rms_norm(x, norm, eps), None
     if _can_stream(x, weight, norm):
         return _stream_weight(x, weight, bias, norm, eps, gated, add_to)
     if norm is not None:
@@ -94,8 +97,12 @@ def linear(
 def _can_stream(x: Tensor, weight: Tensor, norm: Tensor | None) -> bool:
     whole = x.shape[1] % 8 == 0 and x.is_contiguous() and weight.is_contiguous()
     aligned = all(t.data_ptr() % VECTOR_BYTES == 0 for t in (x, weight, norm) if t is not None)
-    fits = norm is None or _staged_bytes(x) <= STAGED_BYTES
-    return 0 < len(x) <= PRODUCT_ROWS and x.dtype in (torch.bfloat16, torch.float16) and whole and aligned and fits
+    return 0 < len(x) <= PRODUCT_ROWS and x.dtype in (torch.bfloat16, torch.float16) and whole and aligned
+
+
+def _fits(x: Tensor) -> bool:
+    """Whether x has room in the shared memory of a block that is not alone."""
+    return _staged_bytes(x) <= STAGED_BYTES
 
 
 def _staged_bytes(x: Tensor) -> int:
@@ -119,7 +126,7 @@ def _stream_weight(
     tiles, multiprocessors = -(-features // (8 if gated else 16)), _multiprocessors(x.device.index)
     # Few tiles: all warps of a multiprocessor share one. Short rows leave a warp few chunks to have on their way; so do
     # registers where x needs some, too.
-    staged = _staged_bytes(x) <= STAGED_BYTES
+    staged = _fits(x)
     warps = 16 if tiles <= multiprocessors or not staged else 8
     depth = 2 if not staged else max(2, min(4, -(-size // (64 * warps))))
     shared_bytes = _staged_bytes(x) if staged else 0
