@@ -80,13 +80,11 @@ def linear(
     gated: bool = False,
     add_to: Tensor | None = None,
 ) -> Tensor:
-    if norm is not None and not (len(x) <= PRODUCT_ROWS and x.dtype == torch.bfloat16 and _fits(x)):
-        # In float16 a row times the norm's weight may be too large before it is scaled.
+    streams = _can_stream(x, weight)
+    if norm is not None and not (streams and _can_take_in(x, norm)):
         x, norm = rms_norm(x, norm, eps), None
-    if _can_stream(x, weight, norm):
+    if streams:
         return _stream_weight(x, weight, bias, norm, eps, gated, add_to)
-    if norm is not None:
-        x = rms_norm(x, norm, eps)
     if add_to is not None:
         add_to.addmm_(x, weight.t())
         return add_to if bias is None else add_to.add_(bias)
@@ -94,10 +92,15 @@ def linear(
     return silu_and_mul(out) if gated else out
 
 
-def _can_stream(x: Tensor, weight: Tensor, norm: Tensor | None) -> bool:
+def _can_stream(x: Tensor, weight: Tensor) -> bool:
     whole = x.shape[1] % 8 == 0 and x.is_contiguous() and weight.is_contiguous()
-    aligned = all(t.data_ptr() % VECTOR_BYTES == 0 for t in (x, weight, norm) if t is not None)
+    aligned = x.data_ptr() % VECTOR_BYTES == 0 and weight.data_ptr() % VECTOR_BYTES == 0
     return 0 < len(x) <= PRODUCT_ROWS and x.dtype in (torch.bfloat16, torch.float16) and whole and aligned
+
+
+def _can_take_in(x: Tensor, norm: Tensor) -> bool:
+    """Whether the product can apply the norm. In float16 a row times the norm's weight may be too large, unscaled."""
+    return x.dtype == torch.bfloat16 and _fits(x) and norm.data_ptr() % VECTOR_BYTES == 0
 
 
 def _fits(x: Tensor) -> bool:
