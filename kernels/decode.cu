@@ -140,19 +140,20 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
         }
     };
 
-    Split now = find(item_of(0));
-    fetch(now);
-    bring_angles(now, 0);
+    const Split very_first = find(item_of(0));
+    fetch(very_first);
+    bring_angles(very_first, 0);
     for (int i = threadIdx.x; i < E; i += 32 * WARPS) {
         norms[0][i] = q_norm ? q_norm[i] : T();
         norms[1][i] = k_norm ? k_norm[i] : T();
     }
     wait_for_previous();
-    bring_heads(now, 0);
+    bring_heads(very_first, 0);
     for (int round = 0; item_of(round) < items; ++round) {
         asm volatile("cp.async.wait_all;" ::: "memory");
         __syncthreads();
-        const Split next = find(item_of(round + 1));
+        // Looked up once more, from L1, rather than kept: registers are scarce.
+        const Split now = find(item_of(round)), next = find(item_of(round + 1));
         const int turn = round % 2;
         const int row = now.row, head = now.head;
         const bool newest = now.number == now.splits - 1;  // this split also has the new token
@@ -284,6 +285,5 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
                 }
             }
         }
-        now = next;
     }
 }
