@@ -402,7 +402,7 @@ def test_ranks_and_ray_end_with_their_owner(phase: str) -> None:
                 assert not left_after(30, lambda n=number: not marked(marks[n], phase))  # type: ignore[misc]
             (os.killpg if number == signal.SIGINT else os.kill)(owner.pid, number)
         for number, owner in owners.items():
-            assert owner.wait(15) in (SIGNALS[number], *([15] if phase == "gcs_server" else []))
+            assert owner.wait(40) in (SIGNALS[number], *([15] if phase == "gcs_server" else []))
             assert not left_after(15, lambda n=number: orphans(marks[n], n))  # type: ignore[misc]
             assert owner.stderr is not None
             assert "Traceback" not in owner.stderr.read()
