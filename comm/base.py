@@ -51,6 +51,10 @@ class Communicator(ABC):
         """`residual += sum of x over the ranks` in place, then RMSNorm of it [T, D]; x [T, D] is consumed."""
         return ops.add_rms_norm(self.all_reduce(x), residual, weight, eps)
 
+    def buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+        """Where the input of the next collective may be written, so that it need not be copied; None: anywhere."""
+        return None
+
     def wait(self, done: torch.cuda.Event) -> None:
         """Returns once the device has reached `done`; raises CommError where that waits for a peer in vain."""
         done.synchronize()

@@ -1,4 +1,4 @@
-"""The one place where a rank gets its communicator: NCCL between GPUs, gloo between CPUs.
+"""The one place where a rank gets its communicator: NCCL and shared memory between GPUs, gloo between CPUs.
 
 Rank 0 opens a rendezvous on its host; its port travels to the others by whatever started them.
 """
@@ -14,6 +14,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # e
 from .base import CommError, Communicator, SingleRank
 from .nccl import SHARED_GPU_SINCE, Nccl, NcclError, open_library, version_text
 from .nccl_group import NcclCommunicator, exchange
+from .symmetric_group import AllReduce, share_memory
 from .torch_group import GlooCommunicator
 
 
@@ -40,6 +41,7 @@ def connect(
     device: torch.device,
     shares_device: bool = False,
     library: str | None = None,
+    all_reduce: AllReduce = "nccl",
     timeout_s: float,
 ) -> Communicator:
     """Join a group of `size` ranks as `rank`; returns once all are there.
@@ -48,6 +50,7 @@ def connect(
     own_ip         the address of this rank's host that the others can reach
     shares_device  another rank may use the same GPU
     library        path of the libnccl to use between GPUs; torch's own if None
+    all_reduce     between GPUs: who adds up small messages; auto chooses by their size
     timeout_s      deadline of joining and of each collective; CommError after it
     """
     if size == 1:
@@ -60,7 +63,8 @@ def connect(
     _agree(exchange(store, "choice", "gloo" if why_not else str(nccl), rank, size, timeout_s))
     if why_not:
         return GlooCommunicator(rank, size, store=store, own_ip=own_ip, timeout_s=timeout_s, why=why_not)
-    return NcclCommunicator(rank, size, store=store, nccl=nccl, device=device, timeout_s=timeout_s)
+    group = NcclCommunicator(rank, size, store=store, nccl=nccl, device=device, timeout_s=timeout_s)
+    return share_memory(group, all_reduce, store=store, device=device, shares_device=shares_device, timeout_s=timeout_s)
 
 
 def _why_not_nccl(nccl: Nccl) -> str:

@@ -88,10 +88,10 @@ template <typename T, int V> __device__ __forceinline__ void copy(T* to, const T
     *reinterpret_cast<Vec<T, V>*>(to) = *reinterpret_cast<const Vec<T, V>*>(from);
 }
 
-// f(i) for the vectors at i < length that are this block's, where a peer may have `whole` elements.
+// f(i) for this block's vectors of a chunk of `whole` elements, of which `length` are there.
 template <int V, typename F> __device__ __forceinline__ void share(long long whole, long long length, F f) {
     const unsigned units = (whole + UNIT - 1) / UNIT, part = (units + gridDim.x - 1) / gridDim.x;
-    const long long first = (long long)blockIdx.x * part * UNIT, stop = min(length, first + (long long)part * UNIT);
+    const long long first = (long long)blockIdx.x * part * UNIT, stop = min(min(whole, length), first + (long long)part * UNIT);
     for (long long i = first + threadIdx.x * V; i < stop; i += blockDim.x * V) f(i);
 }
 

@@ -1,7 +1,8 @@
 """The CUDA kernels behind `ops.py`: compiled by NVRTC through CuPy on first use, launched on torch's current stream.
 
-The one module that imports CuPy. Arguments have been checked by `ops.py`; here shapes become grids. Sources include
-common.cuh; they are joined into one text before compilation, because CuPy's cache does not look into included files.
+With peers.py the only module that imports CuPy. Arguments have been checked by `ops.py`; here shapes become grids.
+Sources include common.cuh; they are joined into one text before compilation, because CuPy's cache does not look into
+included files.
 """
 
 from __future__ import annotations
@@ -79,17 +80,20 @@ def linear(
     eps: float = 0.0,
     gated: bool = False,
     add_to: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     streams = _can_stream(x, weight)
     if norm is not None and not (streams and _can_take_in(x, norm)):
         x, norm = rms_norm(x, norm, eps), None
     if streams:
-        return _stream_weight(x, weight, bias, norm, eps, gated, add_to)
+        return _stream_weight(x, weight, bias, norm, eps, gated, add_to, out)
     if add_to is not None:
         add_to.addmm_(x, weight.t())
         return add_to if bias is None else add_to.add_(bias)
-    out = F.linear(x, weight, bias)
-    return silu_and_mul(out) if gated else out
+    if out is not None:
+        return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    product = F.linear(x, weight, bias)
+    return silu_and_mul(product) if gated else product
 
 
 def _can_stream(x: Tensor, weight: Tensor) -> bool:
@@ -121,10 +125,12 @@ def _stream_weight(
     eps: float,
     gated: bool,
     add_to: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor:
     rows, size = x.shape
     features = len(weight) // 2 if gated else len(weight)
-    out = x.new_empty(rows, features) if add_to is None else add_to
+    if out is None:
+        out = x.new_empty(rows, features) if add_to is None else add_to
     finish = 2 if gated else 0 if add_to is None else 1
     tiles, multiprocessors = -(-features // (8 if gated else 16)), _multiprocessors(x.device.index)
     # Few tiles: all warps of a multiprocessor share one. Short rows leave a warp few chunks to have on their way; so do

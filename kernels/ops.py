@@ -60,6 +60,7 @@ def linear(
     eps: float = 0.0,
     gated: bool = False,
     add_to: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`x @ weight^T + bias` with what comes before and after it: a norm of x, SiLU * up, the residual; returns [T, F].
 
@@ -68,20 +69,20 @@ def linear(
     bias    [F], or [2 F]
     norm    [D]     weight of an RMSNorm of x with `eps`, before the product
     add_to  [T, F]  takes the sum of itself and the product in place, and is returned; not together with gated
+    out     [T, F]  takes the product, and is returned; not together with gated or add_to
     On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed, and a row's result has the same
     bits in any of these batches.
     """
     features = len(weight) // 2 if gated else len(weight)
     _require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
     _require(norm is None or norm.shape == x.shape[1:], "x", x, "must have as many columns as the norm's weight")
-    if add_to is not None:
-        _require(
-            add_to.shape == (len(x), features) and add_to.is_contiguous() and not gated,
-            "add_to",
-            add_to,
-            f"must be [{len(x)}, {features}], contiguous, and not gated",
-        )
-    return _on(x).linear(x, weight, bias, norm=norm, eps=eps, gated=gated, add_to=add_to)
+    for name, into in (("add_to", add_to), ("out", out)):
+        if into is not None:
+            fits = into.shape == (len(x), features) and into.dtype == x.dtype and into.is_contiguous()
+            alone = not gated and (add_to is None or out is None)
+            rule = f"must be [{len(x)}, {features}] {x.dtype}, contiguous, not gated, and alone"
+            _require(fits and alone, name, into, rule)
+    return _on(x).linear(x, weight, bias, norm=norm, eps=eps, gated=gated, add_to=add_to, out=out)
 
 
 def rotate_and_store_(

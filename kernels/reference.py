@@ -44,13 +44,16 @@ def linear(
     eps: float = 0.0,
     gated: bool = False,
     add_to: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    out = F.linear(x, weight, bias)
+    product = F.linear(x, weight, bias)
     if gated:
-        out = silu_and_mul(out)
-    return out if add_to is None else add_to.add_(out)
+        product = silu_and_mul(product)
+    if add_to is not None:
+        return add_to.add_(product)
+    return product if out is None else out.copy_(product)
 
 
 def rotate_and_store_(

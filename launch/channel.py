@@ -6,9 +6,47 @@ the key from there can connect, and nothing that arrives is ever unpickled.
 
 from __future__ import annotations
 
+import math
+import os
+import select
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 
 import zmq
+
+
+class Bell:
+    """Wakes the one thread that waits for it, from any other; what rang once stays ringing until it is cleared."""
+
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._open = threading.Lock()  # a closed descriptor's number may be somebody else's by now
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def ring(self) -> None:
+        with self._open:
+            if self._fd >= 0:
+                os.eventfd_write(self._fd, 1)
+
+    def wait(self) -> None:
+        """Wait until somebody rings, however long it takes."""
+        poller = select.poll()  # select.select takes low descriptors only
+        poller.register(self._fd, select.POLLIN)
+        poller.poll()
+
+    def clear(self) -> None:
+        with suppress(BlockingIOError):  # it did not ring
+            os.eventfd_read(self._fd)
+
+    def close(self) -> None:
+        """From now on nobody hears it; safe to call twice."""
+        with self._open:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
 
 
 @dataclass(frozen=True)
@@ -35,10 +73,17 @@ class Inbox:
         port: int = self._socket.bind_to_random_port(f"tcp://{ip}")
         self.address = Address(f"tcp://{ip}:{port}", public)
 
-    def receive(self, timeout_s: float | None) -> list[bytes]:
-        """All messages that are there, in order of arrival; waits up to timeout_s (None: for ever) for the first."""
+    def receive(self, timeout_s: float | None, bell: Bell | None = None) -> list[bytes]:
+        """All messages that are there, in order of arrival; waits up to timeout_s (None: for ever) for the first.
+
+        Returns early, and perhaps without any, when the bell rings.
+        """
         messages: list[bytes] = []
-        if self._socket.poll(None if timeout_s is None else int(timeout_s * 1000)):
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        if bell is not None:
+            poller.register(bell, zmq.POLLIN)
+        if poller.poll(None if timeout_s is None else math.ceil(timeout_s * 1000)):
             try:
                 while True:
                     messages.append(self._socket.recv(zmq.NOBLOCK))

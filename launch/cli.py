@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import signal
@@ -14,11 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from .. import __version__
+from ..runtime.config import Config
 from ..runtime.outputs import CompletionOutput, Delta, RequestOutput
 from ..runtime.request import SamplingParams
 from .bench import app as bench
+from .chat import chat
 from .errors import PlacementError, RankFailed
-from .options import LogLevel, start_logging, with_config
+from .options import LogLevel, start_logging, with_config, with_fields
+from .server.config import ServerConfig
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -106,6 +110,55 @@ def generate(
             "generated %d tokens in %d outputs in %.2f s, %.1f tokens/s, tensor_parallel_size=%d",
             tokens, outputs, seconds, tokens / seconds, llm.config.tensor_parallel_size,
         )  # fmt: skip
+
+
+@app.command()
+@with_config
+@with_fields("server", ServerConfig)
+def serve(config: dict[str, Any], server: dict[str, Any], *, log_level: LogLevel = "info") -> None:
+    """Serve the model over HTTP, as OpenAI does."""
+    start_logging(log_level)
+    options = ServerConfig(**server)
+    from .server.run import serve as run  # the web framework and torch: seconds
+
+    run(Config.from_options(config), options)
+
+
+@app.command("chat")
+@with_config
+def chat_command(
+    config: dict[str, Any],
+    *,
+    url: Annotated[str | None, typer.Option(help="A server to talk to; the model runs here if not given.")] = None,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Talk to a model, or to a server that serves one: Ctrl-C stops an answer, /exit ends."""
+    start_logging(log_level)
+    chat(config, url)
+
+
+@app.command()
+@with_config
+def doctor(
+    config: dict[str, Any],
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Say what would keep the ranks from starting here or on the cluster, and the way out; status 1 if anything."""
+    start_logging(log_level)
+    from .doctor import diagnose  # Ray, and torch while the GPUs are tried
+
+    asked, stdout, findings = Config.from_options(config), sys.stdout, []
+    with redirect_stdout(sys.stderr):
+        for finding in diagnose(asked):
+            findings.append(finding)
+            if not as_json:
+                print(finding, file=stdout, flush=True)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    if any(finding.status == "fail" for finding in findings):
+        raise typer.Exit(1)
 
 
 def _with_defaults(recommended: SamplingParams, chosen: dict[str, Any]) -> SamplingParams:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,22 +27,49 @@ from ..runtime.phases import Phases, summary
 from ..runtime.plan import Admit, Cancel, StepOutput, Stop, Trace, decode_report, encode
 from ..runtime.request import Request
 from ..runtime.stats import EngineStats, Profile
-from .channel import Inbox, Outbox
-from .errors import RankFailed
+from .channel import Bell, Inbox, Outbox
+from .errors import PlacementError, RankFailed
 from .placement import has_gpus, place, start_ray
 from .ranks import Ranks
-from .worker import Loaded
+from .worker import Endpoint, Loaded
 
 log = logging.getLogger(__name__)
-POLL_S = 0.25  # how soon a failure is noticed
 STOP_S = 5.0  # for the ranks to finish their step when they are told to stop
 GRACE_S = 5.0  # after step_timeout, for a rank to say itself whom it waits for
 
 
-class RayExecutor:
-    """`config.tensor_parallel_size` ranks as Ray actors; ready when the constructor returns."""
+class Connection:
+    """This process's connection to Ray, for one executor after the other; `close` ends a cluster of our own.
 
-    def __init__(self, config: Config, model: ModelConfig, folder: Path) -> None:
+    The thread that waits for an executor's output is woken by `bell`, which also rings when a rank fails. A start in
+    progress is given up when `leaving` is set. Whether there are GPUs is found out once: ranks that are started again
+    after a node was lost must not find themselves on a CPU.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.bell = Bell()
+        self.leaving = threading.Event()
+        with ExitStack() as stack:
+            stack.callback(self.bell.close)
+            ours = start_ray(config)
+            if ours:
+                stack.callback(_while_connected, ray.shutdown)
+            self.ip = "127.0.0.1" if ours else None  # one machine: keep off the network
+            self.has_gpus = has_gpus()
+            self._open = stack.pop_all()
+
+    def close(self) -> None:
+        """Safe to call twice."""
+        self._open.close()
+
+
+class RayExecutor:
+    """`config.tensor_parallel_size` ranks as Ray actors; ready when the constructor returns.
+
+    Without a connection it makes its own, and sees to its own end when the process exits.
+    """
+
+    def __init__(self, config: Config, model: ModelConfig, folder: Path, connection: Connection | None = None) -> None:
         model.check_tensor_parallel(config.tensor_parallel_size)
         self._patience_s = config.step_timeout + GRACE_S
         self._live: set[int] = set()  # the requests that have not ended
@@ -51,14 +80,11 @@ class RayExecutor:
         self._phases = Phases()
         with ExitStack() as stack:
             with self._phases("Ray"):
-                ours = start_ray(config)
-            if ours:
-                stack.callback(_while_connected, ray.shutdown)
-                self._start(config, model, folder, stack, ip="127.0.0.1")  # one machine: keep off the network
-            else:
-                self._start(config, model, folder, stack, ip=None)
+                used = connection or stack.enter_context(closing(Connection(config)))
+            self._start(config, model, folder, stack, used)
             self._open = stack.pop_all()
-        atexit.register(self.close)  # before Ray's own exit, which would pull the ranks from under the watcher
+        if connection is None:
+            atexit.register(self.close)  # before Ray's own exit, which would pull the ranks from under the watcher
 
     def submit(self, requests: Sequence[Request]) -> None:
         self._check()
@@ -72,17 +98,16 @@ class RayExecutor:
             self._commands.send(encode(Cancel(list(uids))))
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
-        deadline = time.perf_counter() + timeout_s
-        while not self._closed:
-            left = deadline - time.perf_counter()
-            messages = self._outputs.receive(min(POLL_S, max(0.0, left)))
+        """As Executor.poll; returns early when the connection's bell rings."""
+        if not self._closed:
+            failed = self._ranks.failure is not None
+            patience = 0.0 if failed else max(0.0, min(timeout_s, self._patience()))
+            messages = self._outputs.receive(patience, self._bell)
             if messages:
                 return self._take_in(messages)
-            self._check()
-            self._check_silence()
-            if left <= 0:
-                return []
         self._check()
+        if self._patience() <= 0:
+            self._give_up()
         return []
 
     def start_profile(self, num_steps: int) -> None:
@@ -99,9 +124,17 @@ class RayExecutor:
         atexit.unregister(self.close)
         self._open.close()
 
-    def _start(self, asked: Config, model: ModelConfig, folder: Path, stack: ExitStack, ip: str | None) -> None:
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """Where each rank runs."""
+        return self._ranks.endpoints
+
+    def _start(self, asked: Config, model: ModelConfig, folder: Path, stack: ExitStack, connection: Connection) -> None:
         """Bring up the ranks; every step leaves on `stack` what undoes it."""
-        config = asked.resolved(model, cuda=has_gpus())
+        if not ray.is_initialized():  # the next call would start Ray anew, in its own way
+            raise PlacementError("Ray was shut down in this process; connect to it again")
+        config = asked.resolved(model, cuda=connection.has_gpus)
+        self._bell, ip = connection.bell, connection.ip
         if Path(asked.model).expanduser().is_dir():  # a relative path means another folder in the actors
             config = replace(config, model=str(folder.resolve()))
         with self._phases("placement"):
@@ -109,7 +142,7 @@ class RayExecutor:
         stack.callback(_while_connected, remove_placement_group, group)
         deadline = time.perf_counter() + config.startup_timeout
         with self._phases("actors"):
-            self._ranks = ranks = Ranks(config, group)
+            self._ranks = ranks = Ranks(config, group, connection.bell, connection.leaving)
             stack.callback(_while_connected, ranks.close, STOP_S)
             ranks.endpoints = ranks.call("bind", deadline, ip)
         self._outputs = Inbox(ip or ray.util.get_node_ip_address())
@@ -143,11 +176,13 @@ class RayExecutor:
         if self._ranks.failure is not None:
             raise self._ranks.failure
 
-    def _check_silence(self) -> None:
-        """A leader that hangs tells nobody: it is found out when no step ends for longer than one may take."""
+    def _patience(self) -> float:
+        """Seconds until the ranks count as hung, if nothing comes: a leader that hangs tells nobody."""
+        return self._heard + self._patience_s - time.perf_counter() if self._live else math.inf
+
+    def _give_up(self) -> None:
         silence = time.perf_counter() - self._heard
-        if self._live and silence > self._patience_s:
-            self._ranks.fail(f"no step has ended for {silence:.0f} s, step_timeout is over: {self._ranks.endpoints[0]}")
+        self._ranks.fail(f"no step has ended for {silence:.0f} s, step_timeout is over: {self._ranks.endpoints[0]}")
 
 
 def _while_connected(end: Callable[..., Any], *arguments: Any) -> None:

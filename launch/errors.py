@@ -6,4 +6,15 @@ class PlacementError(RuntimeError):
 
 
 class RankFailed(RuntimeError):
-    """A rank died, raised or hung; the message says which, where and why."""
+    """A rank died, raised or hung; the message says which, where and why.
+
+    `last_words` are the last lines that the rank has written to its stderr, where they can be read from here.
+    """
+
+    def __init__(self, reason: str, last_words: str = "") -> None:
+        super().__init__(reason)
+        self.last_words = last_words
+
+
+class EngineFailed(RuntimeError):
+    """The ranks have failed and will not be started again, or the service has ended; the message says why."""

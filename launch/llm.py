@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..runtime.config import DEMO_MODEL, Config
 from ..runtime.executor import Executor, LocalExecutor
@@ -14,6 +14,9 @@ from ..runtime.llm import OfflineLLM
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.weights import check_files
 from ..runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from .cluster import Connection
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +45,24 @@ def find_model(config: Config) -> tuple[Path, ModelConfig]:
     return folder, model
 
 
-def start_executor(config: Config, model: ModelConfig, folder: Path) -> Executor:
-    """The executor that fits the configuration, ready for requests."""
-    if config.tensor_parallel_size == 1 and not (config.ray_address or os.environ.get("RAY_ADDRESS")):
+def connect_ray(config: Config) -> Connection | None:
+    """What executors that are started one after the other share; None where the one rank runs in this process."""
+    if _in_process(config):
+        return None
+    from .cluster import Connection  # Ray costs 0.4 s, and one rank does not need it
+
+    return Connection(config)
+
+
+def start_executor(config: Config, model: ModelConfig, folder: Path, connection: Connection | None = None) -> Executor:
+    """The executor that fits the configuration, ready for requests; it connects to Ray by itself if it must."""
+    if _in_process(config):
         log.info("one rank: running in this process, without Ray")
         return LocalExecutor(config, model, folder)
-    from .cluster import RayExecutor  # Ray costs 0.4 s, and one rank does not need it
+    from .cluster import RayExecutor
 
-    return RayExecutor(config, model, folder)
+    return RayExecutor(config, model, folder, connection)
+
+
+def _in_process(config: Config) -> bool:
+    return config.tensor_parallel_size == 1 and not (config.ray_address or os.environ.get("RAY_ADDRESS"))

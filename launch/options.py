@@ -12,28 +12,37 @@ import typer
 
 from ..runtime.config import Config
 
+Command = Callable[..., None]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error; logs go to stderr.")]
 
 
-def with_config(command: Callable[..., None]) -> Callable[..., None]:
+def with_config(command: Command) -> Command:
     """Replace the command's parameter `config` by MODEL and an option for every other field of Config."""
-
-    def wrapped(**given: Any) -> None:
-        names = {f.name for f in dataclasses.fields(Config)}
-        options = {name: given.pop(name) for name in list(given) if name in names}
-        command(config=options, **given)
-
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "config"]
-    parameters = [*_config_parameters(), *own]
-    wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
-    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-    return wrapped
+    return with_fields("config", Config)(command)
 
 
-def _config_parameters() -> Iterator[inspect.Parameter]:
-    hints = get_type_hints(Config)
-    for f in dataclasses.fields(Config):
+def with_fields(parameter: str, of: type[Any]) -> Callable[[Command], Command]:
+    """Replace the command's `parameter`, a dictionary, by an option for every field of the dataclass `of`."""
+
+    def decorate(command: Command) -> Command:
+        def wrapped(**given: Any) -> None:
+            names = {f.name for f in dataclasses.fields(of)}
+            options = {name: given.pop(name) for name in list(given) if name in names}
+            command(**{parameter: options}, **given)
+
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        parameters = [*_parameters(of), *(p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != parameter)]
+        wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
+        wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+        return wrapped
+
+    return decorate
+
+
+def _parameters(of: type[Any]) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(of)
+    for f in dataclasses.fields(of):
         note = f.metadata["help"][:1].upper() + f.metadata["help"][1:] + "."
         flag = "--" + f.name.replace("_", "-")
         if f.name == "model":
@@ -41,7 +50,7 @@ def _config_parameters() -> Iterator[inspect.Parameter]:
         elif hints[f.name] is bool:
             info = typer.Option(f"{flag}/--no-{flag[2:]}", help=note)
         else:
-            info = typer.Option(flag, *f.metadata["flags"], help=note)
+            info = typer.Option(flag, *f.metadata["flags"], help=note, envvar=f.metadata.get("envvar"))
         yield inspect.Parameter(
             f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=Annotated[hints[f.name], info]
         )

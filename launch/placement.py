@@ -16,9 +16,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from ..runtime.config import Config
 from .errors import PlacementError
+from .resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
 
 log = logging.getLogger(__name__)
-LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least: tensors never travel through it
 CONNECT_S = 5.0  # Ray itself tries for two minutes
 FIRST_REPORT_S, REPORT_S = 2.0, 5.0
 
@@ -77,16 +77,14 @@ def place(config: Config) -> PlacementGroup:
 
     Raises PlacementError at once if the cluster is too small, and after config.wait_for_resources if it is too busy.
     """
-    bundle: dict[str, float] = {"CPU": 1}
-    if config.device == "cuda":
-        bundle["GPU"] = config.gpus_per_rank
+    each = bundle(config, cuda=config.device == "cuda")
     size = config.tensor_parallel_size
-    wanted = f"{size} ranks with {_amounts(bundle)} each"
-    if sum(_fitting(node["Resources"], bundle) for node in _nodes()) < size:
+    wanted = f"{size} ranks with {_amounts(each)} each"
+    if sum(fitting(node["Resources"], each) for node in nodes()) < size:
         raise PlacementError(
             f"{wanted} never fit in this Ray cluster: {_table()}; add nodes, or use a smaller tensor_parallel_size"
         )
-    group = placement_group([bundle] * size, strategy="PACK")
+    group = placement_group([each] * size, strategy="PACK")
     try:
         _wait(group, wanted, config.wait_for_resources)
     except BaseException:
@@ -108,13 +106,9 @@ def _wait(group: PlacementGroup, wanted: str, limit_s: float) -> None:
         pause = min(REPORT_S, max(0.1, limit_s - waited))
 
 
-def _nodes() -> list[dict[str, Any]]:
+def nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster that are alive, as Ray describes them."""
     return [node for node in ray.nodes() if node["Alive"]]
-
-
-def _fitting(resources: dict[str, float], bundle: dict[str, float]) -> int:
-    """How many bundles an empty node takes."""
-    return min(int(resources.get(name, 0) / amount + 1e-6) for name, amount in bundle.items())
 
 
 def _amounts(resources: dict[str, float]) -> str:
@@ -123,5 +117,5 @@ def _amounts(resources: dict[str, float]) -> str:
 
 def _table() -> str:
     """Each node with its CPUs and GPUs, and what is free in all."""
-    nodes = [f"{n['NodeManagerAddress']} has {_amounts(n['Resources']) or 'no CPU or GPU'}" for n in _nodes()]
-    return f"{'; '.join(nodes)}; free in all: {_amounts(ray.available_resources()) or 'nothing'}"
+    amounts = [f"{n['NodeManagerAddress']} has {_amounts(n['Resources']) or 'no CPU or GPU'}" for n in nodes()]
+    return f"{'; '.join(amounts)}; free in all: {_amounts(ray.available_resources()) or 'nothing'}"

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,12 +22,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ..comm.base import CommError
 from ..runtime.config import Config
+from .channel import Bell
 from .errors import RankFailed
 from .worker import Endpoint, Worker
 
 FORWARDED = ("NCCL_", "GLOO_", "OMP_", "HF_", "HUGGING_FACE_", "TORCH_", "CUDA_LAUNCH_")
 WATCH_S = 0.5
 OTHERS_S = 2.0  # after one rank failed, for Ray to report the others
+LAST_LINES, LAST_BYTES = 10, 8192  # of a failed rank's stderr
+RAYS_OWN = (":job_id:", ":actor_name:")  # lines that Ray puts there for its own use
 KILL_S = 5.0  # for Ray to end the processes
 
 
@@ -56,9 +61,13 @@ class Failure:
 
 
 class Ranks:
-    """A Worker in each bundle of `group`; `config` is resolved. Call `close` in any case."""
+    """A Worker in each bundle of `group`; `config` is resolved. Call `close` in any case.
 
-    def __init__(self, config: Config, group: PlacementGroup) -> None:
+    `bell` rings when there is a `failure`; when `leaving` is set, nobody waits for the answer to a call any more.
+    """
+
+    def __init__(self, config: Config, group: PlacementGroup, bell: Bell, leaving: threading.Event) -> None:
+        self._bell, self._leaving = bell, leaving
         self.endpoints: list[Endpoint] = []  # set by whoever called `bind`
         self.failure: RankFailed | None = None
         self._group = group
@@ -84,6 +93,8 @@ class Ranks:
             failures = [failure for failure in self._ended() if failure.error is not None]
             if failures:
                 self._raise(self._find_cause(failures))
+            if silent and self._leaving.is_set():
+                raise RankFailed("the start was given up, because the service ends")
         return list(ray.get(self._calls))
 
     def run(self) -> None:
@@ -91,9 +102,10 @@ class Ranks:
         self._calls = [actor.run.remote() for actor in self._actors]
         self._watcher.start()
 
-    def fail(self, reason: str) -> None:
-        """End all ranks for this reason, unless there is one already."""
-        self.failure = self.failure or RankFailed(reason)
+    def fail(self, reason: str, rank: int | None = None) -> None:
+        """End all ranks for this reason, unless there is one already; of `rank` its last words are kept."""
+        self.failure = self.failure or RankFailed(reason, self._last_words(rank))
+        self._bell.ring()
         for actor in self._actors:
             ray.kill(actor)
 
@@ -116,11 +128,13 @@ class Ranks:
                 done, _ = ray.wait(self._calls, num_returns=1, timeout=WATCH_S)
                 if done and not self._closing.is_set():
                     cause = self._find_cause(self._ended())
-                    self.fail(f"{self._where(cause.rank)} {cause.reason}{self._suspects() if cause.is_echo else ''}")
+                    suspects = self._suspects() if cause.is_echo else ""
+                    self.fail(f"{self._where(cause.rank)} {cause.reason}{suspects}", cause.rank)
                     return
         finally:  # Ray ends this thread where the user shuts it down
             if not self._closing.is_set():
                 self.failure = self.failure or RankFailed("Ray was shut down under the ranks; close the LLM before")
+                self._bell.ring()
 
     def _find_cause(self, failures: list[Failure]) -> Failure:
         """Of several ranks that failed together, the one that the others followed."""
@@ -143,7 +157,19 @@ class Ranks:
         where = self._where(failure.rank)
         if isinstance(failure.cause, ValueError):
             raise ValueError(f"{failure.cause} ({where})") from failure.error
-        raise RankFailed(f"{where} {failure.reason}") from failure.error
+        raise RankFailed(f"{where} {failure.reason}", self._last_words(failure.rank)) from failure.error
+
+    def _last_words(self, rank: int | None) -> str:
+        """The end of what the rank has written to its stderr, if it runs on this machine and told where that goes."""
+        if rank is None or not self.endpoints or self.endpoints[rank].host != socket.gethostname():
+            return ""
+        path = Path(self.endpoints[rank].stderr)
+        if not path.is_file():  # a pipe or a terminal, or on another host of the same name
+            return ""
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LAST_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+        return "\n".join([line for line in lines if not line.startswith(RAYS_OWN)][-LAST_LINES:])
 
     def _where(self, rank: int) -> str:
         """The rank with its place: where it said it is, or where Ray was to start it."""

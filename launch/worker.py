@@ -36,11 +36,14 @@ class Endpoint:
     host: str
     ip: str
     pid: int
+    gpus: list[str]  # that Ray gave it, by their numbers on the host
+    stderr: str  # the file that it goes to, on that host
     inbox: Address
     rendezvous_port: int  # rank 0's; 0 on the others
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} ({self.ip}), pid {self.pid}"
+        gpus = "".join(f", GPU {gpu}" for gpu in self.gpus)
+        return f"rank {self.rank} on {self.host} ({self.ip}){gpus}, pid {self.pid}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ class Worker:
         if self.rank == 0 and self.size > 1:
             self._store = open_rendezvous(self._ip, self.config.startup_timeout)
         port = self._store.port if self._store else 0
-        return Endpoint(self.rank, socket.gethostname(), self._ip, os.getpid(), self._inbox.address, port)
+        gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
+        stderr = os.readlink("/proc/self/fd/2")
+        return Endpoint(self.rank, socket.gethostname(), self._ip, os.getpid(), gpus, stderr, self._inbox.address, port)
 
     def load(self, endpoints: list[Endpoint], output: Address) -> Loaded:
         """Load this rank's share of the weights, and meet the others."""

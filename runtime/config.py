@@ -21,6 +21,7 @@ DType = Literal["auto", "float32", "float16", "bfloat16"]
 KVLayout = Literal["layer-first", "page-first"]
 LoadFormat = Literal["auto", "dummy"]
 AttentionChoice = Literal["auto", "flashinfer", "torch"]
+AllReduce = Literal["auto", "nccl", "one-shot", "two-shot"]
 
 DEMO_MODEL = str(Path(__file__).parent.parent / "launch" / "demo")
 
@@ -66,6 +67,10 @@ class Config:
     gpus_per_rank: float = option(1.0, "share of a GPU that Ray gives each rank; below 1, ranks share a GPU")
     nccl_library: str | None = option(
         None, "absolute path of the libnccl.so.2 to use on every rank; the one that torch brings if not given"
+    )
+    all_reduce: AllReduce = option(
+        "auto",
+        "who adds up over the ranks on GPUs; auto is shared memory for small messages, one-shot or two-shot by size",
     )
     startup_timeout: float = option(600.0, "seconds within which the ranks must be placed, loaded and connected")
     wait_for_resources: float = option(60.0, "seconds to wait for busy CPUs or GPUs of the Ray cluster")

@@ -1,11 +1,12 @@
 """The front end's side of every live request: what was asked, what has come, and the text of it.
 
-This is the ledger from which a request could be admitted again: prompt ids, tokens produced, sampling parameters with
-the seed. Ranks hold nothing that is not here.
+This is the ledger from which requests are admitted again after their ranks have failed: prompt ids, tokens produced,
+sampling parameters with the seed. Ranks hold nothing that is not here.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Iterable, Sequence
 
@@ -13,11 +14,12 @@ import msgspec
 import numpy as np
 
 from .executor import Executor
-from .outputs import CompletionOutput, Delta, Logprob, RequestOutput
+from .outputs import CompletionOutput, Delta, Event, Logprob, RequestOutput
 from .plan import Finished, FinishReason, StepOutput, TokenLogprobs
 from .request import Request, SamplingParams
 from .tokenizer import Detokenizer, Tokenizer
 
+log = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 INT64 = 2**64
 
@@ -33,6 +35,7 @@ class Stream:
         self.request = request
         self.owner = owner
         self.output = CompletionOutput(index)
+        self.running = False  # whether the ranks have begun with it, as far as is known here
         params = request.params
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
@@ -40,7 +43,8 @@ class Stream:
         self._stops = params.stop_strings
         self._held_back = max((len(s) for s in self._stops), default=1) - 1  # may still become a stop string
         self._text = Detokenizer(tokenizer, owner.prompt_ids, skip_special_tokens=params.skip_special_tokens)
-        self._given = 0
+        self._given = 0  # characters of the text that have been handed out
+        self._told = 0  # tokens that have been
 
     def push(self, token: int, logprobs: TokenLogprobs | None, finished: Finished | None) -> bool:
         """Take in one token; True if a stop string in the text has ended the output, which the ranks do not know."""
@@ -74,6 +78,28 @@ class Stream:
         end = len(self.output.text) if self.finished else max(self._given, len(self.output.text) - self._held_back)
         text, self._given = self.output.text[self._given : end], end
         return text
+
+    def take_event(self) -> Event:
+        """All that has not been taken yet."""
+        out, start = self.output, self._told
+        self._told = len(out.token_ids)
+        return Event(
+            index=out.index,
+            text=self.take_text(),
+            token_ids=out.token_ids[start:],
+            logprobs=None if out.logprobs is None else out.logprobs[start:],
+            finish_reason=out.finish_reason,
+            stop_reason=out.stop_reason,
+            prompt_token_ids=self.owner.prompt_ids,
+            num_cached_tokens=self.owner.num_cached_tokens,
+        )
+
+    def resumed(self) -> Request:
+        """The request as ranks that know nothing of it must be asked: with what it has produced."""
+        self.running = False
+        request = self.request
+        produced = np.array(self.output.token_ids, np.int32)
+        return msgspec.structs.replace(request, tokens=np.concatenate((request.tokens, produced)))
 
     def _cut_at_stop_string(self, searched: int) -> bool:
         """End the output at the first stop string that reaches into the text after `searched`."""
@@ -127,6 +153,8 @@ class Frontend:
         self.executor = executor
         self.tokenizer = tokenizer
         self.eos_token_ids = list(eos_token_ids)
+        self.num_cached_tokens = 0  # found in the prefix cache by requests that began, of
+        self.num_looked_up = 0  # so many: prompts, and after a failure what had been produced
         self._live: dict[int, Stream] = {}
         self._next_uid = 0
         self._next_number = 0
@@ -159,13 +187,27 @@ class Frontend:
         self._live.update({s.request.uid: s for s in sequences})
         self.executor.submit([s.request for s in sequences])
 
-    def cancel(self, generations: Iterable[Generation]) -> None:
+    def resubmit(self, executor: Executor) -> None:
+        """Go on over a new executor: admit every live request again with what it has produced.
+
+        Greedy and seeded outputs then end with the tokens that they would have had (float32: see SamplingParams).
+        Tokens that the old executor had on their way are produced again, and nothing is handed out twice.
+        """
+        self.executor = executor
+        self.executor.submit([stream.resumed() for stream in self._live.values()])
+
+    def cancel(self, generations: Iterable[Generation], reason: str | None = None) -> None:
         """End what is unfinished of these; their outputs end with reason "abort" and the tokens they have."""
         sequences = [s for g in generations for s in g.sequences if s.request.uid in self._live]
         for sequence in sequences:
-            sequence.end("abort")
+            sequence.end("abort", reason)
             del self._live[sequence.request.uid]
         self.executor.cancel([s.request.uid for s in sequences])
+
+    @property
+    def live(self) -> list[Stream]:
+        """The outputs that have not ended, as of now: any thread may ask."""
+        return list(self._live.values())
 
     def poll(self, timeout_s: float) -> list[Stream]:
         """Take in what the ranks have produced, waiting up to timeout_s for it; the outputs that got something new."""
@@ -178,15 +220,12 @@ class Frontend:
         changed = {}
         finished = {f.uid: f for f in output.finished}
         stopped = []
-        for uid, cached in output.cached.items():
-            if uid in self._live:
-                owner = self._live[uid].owner
-                owner.num_cached_tokens = max(owner.num_cached_tokens, min(cached, len(owner.prompt_ids)))
+        self._count_cached(output.cached)
         for uid, token in zip(output.uids, output.tokens, strict=True):
             sequence = self._live.get(uid)  # None: ended here while the step was on its way
             if sequence is not None:
                 changed[uid] = sequence
-                if sequence.push(token, output.logprobs.get(uid), finished.get(uid)):
+                if self._push(sequence, token, output.logprobs.get(uid), finished.get(uid)):
                     stopped.append(uid)
                 if sequence.finished:
                     del self._live[uid]
@@ -196,6 +235,28 @@ class Frontend:
         if stopped:
             self.executor.cancel(stopped)
         return changed
+
+    def _push(self, sequence: Stream, token: int, logprobs: TokenLogprobs | None, finished: Finished | None) -> bool:
+        """`sequence.push`, where an exception, most likely of the tokenizer's own, ends this output and no other."""
+        try:
+            return sequence.push(token, logprobs, finished)
+        except Exception as error:
+            log.exception("request %d ends: token %d cannot be taken in", sequence.request.uid, token)
+            sequence.end("abort", f"token {token} cannot be shown: {type(error).__name__}: {error}")
+            return finished is None
+
+    def _count_cached(self, cached: dict[int, int]) -> None:
+        """Requests have begun, with these many of their tokens found in the prefix cache."""
+        for uid, number in cached.items():
+            stream = self._live.get(uid)
+            if stream is None:
+                continue
+            stream.running = True
+            owner, produced = stream.owner, len(stream.output.token_ids)
+            self.num_cached_tokens += number
+            self.num_looked_up += len(owner.prompt_ids) + produced
+            if produced == 0:  # else it is admitted again
+                owner.num_cached_tokens = max(owner.num_cached_tokens, min(number, len(owner.prompt_ids)))
 
     def _request(self, tokens: np.ndarray, params: SamplingParams, seed: int) -> Request:
         room = max(1, self.executor.limits.max_length - len(tokens))

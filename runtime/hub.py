@@ -9,8 +9,8 @@ log = logging.getLogger(__name__)
 NEEDED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
-def checkpoint_folder(model: str, revision: str | None = None) -> Path:
-    """The folder named `model`, or the local copy of the hub model of that id, downloaded if need be.
+def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = True) -> Path:
+    """The folder named `model`, or the local copy of the hub model of that id, downloaded if need be and `fetch`.
 
     Raises ValueError, in one line, where there is neither.
     """
@@ -27,7 +27,9 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=NEEDED))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=NEEDED, local_files_only=not fetch))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not fetch:
+            raise ValueError(f"{model} is no folder here and not downloaded yet; hf download {model}") from error
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{model} is no folder here and could not be fetched from the hub: {reason}") from error

@@ -221,10 +221,12 @@ def read_gpu(device: torch.device, gpus_per_rank: float) -> Reading:
 
 def gpu_name(device: torch.device) -> str:
     """`GPU 3 (NVIDIA H200, 139.81 GiB)`, numbered as on the host: Ray shows a rank only its own."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+    index = device.index or 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    number = visible[index].strip() if index < len(visible) else ""
     properties = torch.cuda.get_device_properties(device)
     _, total = torch.cuda.mem_get_info(device)
-    return f"GPU {visible or device.index or 0} ({properties.name}, {size(total)})"
+    return f"GPU {number or index} ({properties.name}, {size(total)})"
 
 
 def size(amount: int) -> str:

@@ -61,7 +61,8 @@ class Runner:
     ) -> None:
         self.config, self.model, self.comm, self.device = config, model, comm, device
         self.phases = phases or Phases()
-        self._memory = self._plan_weights()
+        self._memory = plan_weights(config, model, comm, device)
+        check_weights(self._memory)
         self._graph_memory: torch.cuda.CUDAGraph | None = None
         assert config.max_model_len is not None
         with self._phase("weights"):
@@ -149,32 +150,6 @@ class Runner:
             return None
         windows = {model.window(layer) for layer in range(model.num_layers)}
         return flashinfer.FlashInferAttention(shape, model.head_dim**-0.5, windows, self.device)
-
-    def _plan_weights(self) -> MemoryPlan:
-        """The plan before anything is loaded; ValueError if not even the weights fit."""
-        config, nowhere = self.config, torch.device("meta")
-        sketch = Decoder(self.model, self.comm, dtype=config.torch_dtype, device=nowhere, max_positions=1)
-        plan = MemoryPlan(
-            place="the CPU",
-            weights=sum(w.tensor.nbytes for w in sketch.weights()),
-            page_bytes=sketch.kv_shape(config.page_size, config.torch_dtype).page_bytes,
-            page_size=config.page_size,
-        )
-        if self.device.type == "cuda":
-            gc.collect()  # an earlier runner in this process
-            torch.cuda.empty_cache()
-            reading = self._read()
-            plan = replace(
-                plan,
-                place=gpu_name(self.device),
-                total=reading.total,
-                at_start=reading.used,
-                utilization=config.gpu_memory_utilization,
-                gpus_per_rank=config.gpus_per_rank,
-                neighbours=neighbours(self.device),
-            )
-        check_weights(plan)
-        return plan
 
     def _rehearse(self) -> MemoryPlan:
         """Take, and leave with torch's allocator, what the largest step and the graphs need besides the KV cache.
@@ -280,6 +255,35 @@ class Runner:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
+
+
+def plan_weights(config: Config, model: ModelConfig, comm: Communicator, device: torch.device) -> MemoryPlan:
+    """The plan of a rank that has loaded nothing yet: its weights, its pages, and what `device` has; see check_weights.
+
+    `config` is resolved; of `comm` only the rank and the size count.
+    """
+    nowhere = torch.device("meta")
+    sketch = Decoder(model, comm, dtype=config.torch_dtype, device=nowhere, max_positions=1)
+    plan = MemoryPlan(
+        place="the CPU",
+        weights=sum(w.tensor.nbytes for w in sketch.weights()),
+        page_bytes=sketch.kv_shape(config.page_size, config.torch_dtype).page_bytes,
+        page_size=config.page_size,
+    )
+    if device.type != "cuda":
+        return plan
+    gc.collect()  # an earlier runner in this process
+    torch.cuda.empty_cache()
+    reading = read_gpu(device, config.gpus_per_rank)
+    return replace(
+        plan,
+        place=gpu_name(device),
+        total=reading.total,
+        at_start=reading.used,
+        utilization=config.gpu_memory_utilization,
+        gpus_per_rank=config.gpus_per_rank,
+        neighbours=neighbours(device),
+    )
 
 
 class Landing:

@@ -10,6 +10,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 INSTANCES = {
+    "allreduce.cu": [
+        *(
+            f"{name}<{t}>"
+            for name in ("reduce", "reduce_and_gather")
+            for t in ("bf16, 8, 2", "f16, 8, 8", "float, 1, 4")
+        ),
+        *(f"gather<{shape}>" for shape in ("16, 2", "16, 8", "1, 3")),
+        *(
+            f"reduce_add_rms_norm<{shape}, {two_steps}>"
+            for shape in ("bf16, 8, 2, 1", "bf16, 8, 4, 2", "bf16, 8, 8, 4", "f16, 1, 2, 4", "float, 4, 8, 4")
+            for two_steps in ("false", "true")
+        ),
+    ],
     "index.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
     "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
     "sample.cu": ["race<bf16, 8>", "race<float, 4>", "race<f16, 1>", "winners"],

@@ -147,11 +147,14 @@ class ModelConfig:
         """Raises ValueError, with the sizes that are possible, if the model cannot be split over `size` ranks."""
         problems = self._unsplittable(size)
         if problems:
-            possible = [n for n in range(1, min(self.num_heads, 64) + 1) if not self._unsplittable(n)]
             raise ValueError(
                 f"{', '.join(problems)} cannot be split over {size} ranks; "
-                f"use tensor_parallel_size={', '.join(map(str, possible))}"
+                f"use tensor_parallel_size={', '.join(map(str, self.tensor_parallel_sizes()))}"
             )
+
+    def tensor_parallel_sizes(self) -> list[int]:
+        """The numbers of ranks, up to 64, over which the model can be split."""
+        return [n for n in range(1, min(self.num_heads, 64) + 1) if not self._unsplittable(n)]
 
     def _unsplittable(self, size: int) -> list[str]:
         """What of the model `size` ranks cannot share evenly. Key heads may also be replicated, evenly."""

@@ -68,16 +68,17 @@ class RowLinear:
         piece = Piece(f"{name}.weight", (out_features, in_features), (ALL, columns))
         self.weight = weights.add((out_features, in_features // comm.size), [piece])
         self.bias = weights.add((out_features,), [Piece(f"{name}.bias", (out_features,))]) if bias else None
-        self.is_alone = comm.size == 1
+        self.comm = comm
         self.adds_bias = comm.rank == 0  # once in the sum
 
     def __call__(self, x: Tensor, residual: Residual) -> None:
         """x [T, the rank's columns]; the product with it is added to `residual`."""
         bias = self.bias if self.adds_bias else None
-        if self.is_alone:
+        if self.comm.size == 1:
             ops.linear(x, self.weight, bias, add_to=residual.total)
         else:
-            residual.partial = ops.linear(x, self.weight, bias)
+            out = self.comm.buffer(len(x), len(self.weight), x.dtype)
+            residual.partial = ops.linear(x, self.weight, bias, out=out)
 
 
 class MLP:

@@ -81,11 +81,13 @@ def load_weights(weights: Sequence[Weight], folder: str | Path) -> None:
                 weight.tensor[piece.into].copy_(tensors[piece.name][piece.read])
 
 
-def check_files(folder: str | Path) -> None:
+def check_files(folder: str | Path) -> list[Path]:
     """Open every safetensors file of a checkpoint; ValueError naming the first that is missing, corrupt or cut."""
-    for path in _checkpoint_files(Path(folder)):
+    paths = _checkpoint_files(Path(folder))
+    for path in paths:
         with _open(path):
             pass
+    return paths
 
 
 def fill_dummy(weights: Sequence[Weight]) -> None:

@@ -1,0 +1,185 @@
+"""Collectives through the memory that the ranks of one host share, for what is small; the rest goes to NCCL.
+
+An all-reduce of a decode step lasts a few microseconds, most of which NCCL spends on its protocol. Here the partial
+sums already lie where the peers read them, and the residual stream and its norm are part of the same kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
+
+from ..kernels import ops
+from .base import CommError, Communicator
+from .nccl_group import Done, NcclCommunicator, _record
+from .symmetric import Arena, NotShared, join
+
+log = logging.getLogger(__name__)
+AllReduce = Literal["auto", "nccl", "one-shot", "two-shot"]
+Algorithm = Literal["nccl", "one-shot", "two-shot"]
+SUMMED = (torch.float32, torch.bfloat16, torch.float16)
+
+# Bytes up to which an algorithm serves, by the number of ranks. Not measured: to begin with, what others use on NVLink.
+ONE_SHOT = {2: 8 << 20, 3: 512 << 10, 4: 512 << 10, 5: 256 << 10, 6: 256 << 10, 7: 256 << 10, 8: 256 << 10}
+TWO_SHOT = 8 << 20
+GATHER = 1 << 20  # of each rank
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which algorithm serves how many bytes; the same on all ranks, as it depends on their number and the option."""
+
+    one_shot: int  # up to so many bytes every rank adds up everything
+    two_shot: int  # beyond that, and up to so many, each adds up a share
+    gather: int  # up to so many bytes of each rank
+
+    @classmethod
+    def of(cls, choice: AllReduce, size: int) -> Policy:
+        if choice == "nccl" or size not in ONE_SHOT:
+            return cls(0, 0, 0)
+        one_shot = {"auto": ONE_SHOT[size], "one-shot": TWO_SHOT, "two-shot": 0}[choice]
+        return cls(one_shot, TWO_SHOT, GATHER)
+
+    def algorithm(self, nbytes: int) -> Algorithm:
+        if nbytes <= self.one_shot:
+            return "one-shot"
+        return "two-shot" if nbytes <= self.two_shot else "nccl"
+
+    @property
+    def largest(self) -> int:
+        """Bytes that a slot must hold."""
+        return max(self.one_shot, self.two_shot, self.gather)
+
+
+class SymmetricCommunicator(Communicator):
+    """One rank. Sums of floats have the same bits on all ranks and in all runs; broadcasts are NCCL's."""
+
+    capturable = True
+
+    def __init__(self, nccl: NcclCommunicator, arena: Arena, policy: Policy, device: torch.device) -> None:
+        self.rank, self.size = nccl.rank, nccl.size
+        self.description = f"{nccl.description}; up to {policy.largest >> 20} MiB through shared memory"
+        self._nccl, self._arena, self._policy, self._device = nccl, arena, policy, device
+        self._step = 1  # steps are told apart by who waits for their results
+        self._ended = False
+        self._token = torch.zeros(16, dtype=torch.uint8, device=device)
+
+    def buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+        nbytes = rows * columns * dtype.itemsize
+        return self._arena.buffer((rows, columns), dtype) if self._algorithm(nbytes, dtype) != "nccl" else None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        self._check()
+        algorithm = self._algorithm(x.nbytes, x.dtype)
+        if algorithm == "nccl":
+            return self._nccl.all_reduce(x)
+        return self._arena.all_reduce(x.contiguous(), two_shot=algorithm == "two-shot")
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        self._check()
+        if 0 < x.nbytes <= self._policy.gather:
+            return self._arena.all_gather(x.contiguous())
+        return self._nccl.all_gather(x)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        self._check()
+        if self._algorithm(x.nbytes, x.dtype) == "nccl":
+            return self._nccl.reduce_scatter(x)
+        return self._arena.reduce_scatter(x.contiguous())
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        self._check()
+        return self._nccl.broadcast(x, root)
+
+    def barrier(self) -> None:
+        self._check()
+        self._arena.all_gather(self._token, kind="barrier")
+        self._wait(_record(self._device))
+
+    def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        algorithm = self._algorithm(x.nbytes, x.dtype)
+        if algorithm == "nccl" or not self._arena.fits_norm(x.shape[-1], x.dtype):
+            return ops.add_rms_norm(self.all_reduce(x), residual, weight, eps)
+        self._check()
+        return self._arena.all_reduce_add_rms_norm(x, residual, weight, eps, two_shot=algorithm == "two-shot")
+
+    def wait(self, done: Done) -> None:
+        self._wait(done)
+        self._step += 1
+
+    def abort(self) -> None:
+        self._ended = True
+        self._arena.stop()
+        self._nccl.abort()
+
+    def close(self) -> None:
+        """As NCCL's; then the arenas, which no kernel uses any more: none waits for longer than its deadline."""
+        self._nccl.close()
+        torch.cuda.synchronize(self._device)
+        self._arena.close()
+
+    def _algorithm(self, nbytes: int, dtype: torch.dtype) -> Algorithm:
+        return self._policy.algorithm(nbytes) if nbytes > 0 and dtype in SUMMED else "nccl"
+
+    def _wait(self, done: Done) -> None:
+        self._nccl.wait(_Watched(done, self))
+        self._check()  # kernels that have given up end as well, with garbage
+
+    def _check(self) -> None:
+        """Raises CommError, and ends the group, if the device has waited for a peer in vain."""
+        late = self._arena.late()
+        if late is not None:
+            self.abort()
+            raise CommError(
+                f"rank {self.rank} of {self.size}: {late.kind} in step {self._step} has waited"
+                f" {self._arena.patience_s:.1f} s for rank {', '.join(map(str, late.ranks))}, which is gone or silent"
+                f" (round {late.round})"
+            )
+        if self._ended:
+            raise CommError(f"rank {self.rank} of {self.size}: the group has ended")
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """`done`, whose every look raises if the device has given up."""
+
+    done: Done
+    comm: SymmetricCommunicator
+
+    def query(self) -> bool:
+        self.comm._check()
+        return self.done.query()
+
+
+def share_memory(
+    nccl: NcclCommunicator,
+    choice: AllReduce,
+    *,
+    store: Store,
+    device: torch.device,
+    shares_device: bool,
+    timeout_s: float,
+) -> Communicator:
+    """The group with shared memory for small messages; NCCL alone, which says why, where the ranks cannot share any."""
+    policy = Policy.of(choice, nccl.size)
+    if policy.largest == 0:
+        return nccl
+    try:
+        arena = join(
+            store,
+            nccl.rank,
+            nccl.size,
+            device=device,
+            slot_bytes=policy.largest,
+            shares_device=shares_device,
+            timeout_s=timeout_s,
+        )
+    except NotShared as reason:
+        nccl.description += f"; no shared memory: {reason}"
+        return nccl
+    return SymmetricCommunicator(nccl, arena, policy, device)

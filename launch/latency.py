@@ -1,0 +1,120 @@
+"""What TTFT, TPOT, ITL and E2EL are: functions of the times at which the chunks of an answer came. vLLM's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+METRICS = ("ttft", "tpot", "itl", "e2el")
+
+
+@dataclass
+class Record:
+    """One request as its client saw it; times in seconds of one clock. A request that failed has an error."""
+
+    prompt_len: int
+    started: float = 0.0  # when it was sent
+    chunk_times: list[float] = field(default_factory=list)  # of chunks that bring tokens
+    ended: float = 0.0  # when the last chunk came
+    output_len: int = 0
+    text: str = ""
+    error: str = ""
+
+
+def ttft(record: Record) -> float:
+    """Time to first token: sent -> first chunk with a token."""
+    return record.chunk_times[0] - record.started
+
+
+def e2el(record: Record) -> float:
+    """End-to-end latency: sent -> last chunk."""
+    return record.ended - record.started
+
+
+def tpot(record: Record) -> float | None:
+    """Time per output token: (E2EL - TTFT) / (output tokens - 1); None where there is only one."""
+    return (e2el(record) - ttft(record)) / (record.output_len - 1) if record.output_len > 1 else None
+
+
+def itls(record: Record) -> list[float]:
+    """Inter-token latencies: the gaps between chunks, whatever number of tokens a chunk brings."""
+    return [later - earlier for earlier, later in pairwise(record.chunk_times)]
+
+
+def samples(records: Sequence[Record]) -> dict[str, list[float]]:
+    """Seconds of each metric, of the requests that were answered."""
+    answered = [r for r in records if not r.error]
+    return {
+        "ttft": [ttft(r) for r in answered],
+        "tpot": [t for r in answered if (t := tpot(r)) is not None],
+        "itl": [gap for r in answered for gap in itls(r)],
+        "e2el": [e2el(r) for r in answered],
+    }
+
+
+def statistics(name: str, seconds: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
+    """Mean, median, standard deviation and percentiles in ms, under vLLM's keys; 0 where nothing was measured."""
+    ms = np.array(seconds or [0.0]) * 1e3
+    found = {"mean": np.mean(ms), "median": np.median(ms), "std": np.std(ms)}
+    found |= {f"p{p:g}": np.percentile(ms, p) for p in percentiles}
+    return {f"{key}_{name}_ms": float(value) for key, value in found.items()}
+
+
+def summary(records: Sequence[Record], duration: float, slo: Mapping[str, float]) -> dict[str, Any]:
+    """Counts and rates over `duration` seconds; `slo` are the longest good times, in seconds."""
+    answered = [r for r in records if not r.error]
+    inputs, outputs = sum(r.prompt_len for r in answered), sum(r.output_len for r in answered)
+    return {
+        "duration": duration,
+        "completed": len(answered),
+        "failed": len(records) - len(answered),
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "request_throughput": len(answered) / duration,
+        "request_goodput": sum(is_good(r, slo) for r in answered) / duration if slo else None,
+        "output_throughput": outputs / duration,
+        "total_token_throughput": (inputs + outputs) / duration,
+        "max_output_tokens_per_s": peak_tokens(answered),
+        "max_concurrent_requests": peak_requests(answered),
+    }
+
+
+def details(records: Sequence[Record]) -> dict[str, list[Any]]:
+    """One entry for each request in the order of the prompts, zeros for one that failed."""
+    failed = [bool(r.error) for r in records]
+    return {
+        "input_lens": [r.prompt_len for r in records],
+        "output_lens": [0 if bad else r.output_len for r, bad in zip(records, failed, strict=True)],
+        "ttfts": [0.0 if bad else ttft(r) for r, bad in zip(records, failed, strict=True)],
+        "itls": [[] if bad else itls(r) for r, bad in zip(records, failed, strict=True)],
+        "latencies": [0.0 if bad else e2el(r) for r, bad in zip(records, failed, strict=True)],
+        "start_times": [r.started for r in records],
+        "generated_texts": [r.text for r in records],
+        "errors": [r.error for r in records],
+    }
+
+
+def is_good(record: Record, slo: Mapping[str, float]) -> bool:
+    """Whether a request keeps to all of `slo`; an output of one token has a TPOT of 0."""
+    times = {"ttft": ttft(record), "tpot": tpot(record) or 0.0, "e2el": e2el(record)}
+    return all(times[name] <= longest for name, longest in slo.items())
+
+
+def peak_tokens(answered: Sequence[Record]) -> float:
+    """Most output tokens in one second, counted from the first request on; chunks of an answer share its tokens."""
+    if not answered:
+        return 0.0
+    first = min(r.started for r in answered)
+    seconds = np.concatenate([np.array(r.chunk_times) - first for r in answered]).astype(int)
+    tokens = np.concatenate([np.full(len(r.chunk_times), r.output_len / len(r.chunk_times)) for r in answered])
+    return float(np.bincount(seconds, tokens).max())
+
+
+def peak_requests(answered: Sequence[Record]) -> int:
+    """Most requests in flight at once; one that ends when another starts does not overlap it."""
+    changes = sorted([(r.started, 1) for r in answered] + [(r.ended, -1) for r in answered])
+    return int(np.cumsum([change for _, change in changes]).max()) if changes else 0

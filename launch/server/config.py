@@ -1,0 +1,56 @@
+"""Every knob of the HTTP server in one frozen dataclass, like the runtime's Config; `lockstep serve` has both."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from ...runtime.config import option
+
+MIB = 2**20
+# Upper ends of what SamplingParams takes (runtime/request.py), which `lockstep --help` need not import.
+HIGHEST = {"port": 65535, "max_n": 128, "max_stop_strings": 16, "max_logprobs": 20}
+LOWEST = {"port": 0, "max_queued": 0, "max_logprobs": 0, "max_restarts": 0}  # everything else starts at 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where to listen, whom to answer and how much to take on; raises ValueError naming field, value and rule."""
+
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all of them, with an api-key then")
+    port: int = option(8000, "port to listen on; 0 takes a free one")
+    api_key: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "key that requests must carry, on every route but /health; repeat for several",
+            "flags": (),
+            "envvar": "LOCKSTEP_API_KEY",
+        },
+    )
+    served_model_name: list[str] | None = option(None, "name of the model in requests; repeat for several")
+    max_concurrent_requests: int = option(1024, "requests answered at once; more are refused with 429")
+    max_queued: int = option(1024, "outputs that wait for a place in the batch; more are refused with 429")
+    max_input_tokens: int | None = option(None, "longest prompt, in tokens; what fits if not given")
+    max_total_tokens: int | None = option(None, "longest prompt plus output, in tokens; the context if not given")
+    max_n: int = option(128, "outputs for each prompt")
+    max_stop_strings: int = option(4, "stop strings of a request")
+    max_client_batch_size: int = option(128, "prompts of a request")
+    max_logprobs: int = option(20, "candidates with log-probabilities at each position")
+    max_body_bytes: int = option(4 * MIB, "longest body of a request, in bytes; a longer one is refused with 413")
+    drain_timeout: float = option(30.0, "seconds that live requests get to end after SIGTERM or Ctrl-C")
+    max_restarts: int = option(3, "times that a failed group of ranks is started again within ten minutes")
+    log_requests: bool = option(False, "log a line for each request, without its text")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, int) and not isinstance(value, bool):
+                low, high = LOWEST.get(f.name, 1), HIGHEST.get(f.name)
+                if value < low or (high is not None and value > high):
+                    rule = f"at least {low}" if high is None else f"between {low} and {high}"
+                    raise ValueError(f"{f.name}={value} must be {rule}")
+        if not 0 <= self.drain_timeout < float("inf"):
+            raise ValueError(f"drain_timeout={self.drain_timeout} must be finite and at least 0 seconds")
+        for name in ("api_key", "served_model_name"):
+            if any(not text.strip() for text in getattr(self, name) or []):
+                raise ValueError(f"an empty {name} would match nothing or everything; give a text")
