@@ -19,26 +19,20 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Answer = Callable[[list[Message], dict[str, Any]], Iterator[str]]  # (conversation, settings) -> text as it comes
-SETTINGS: dict[str, type] = {
-    "temperature": float, "top_p": float, "top_k": int, "min_p": float, "repetition_penalty": float,
-    "max_tokens": int, "seed": int,
-}  # fmt: skip
+SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "seed": int}
 HELP = f"/clear forgets the conversation, /set NAME VALUE sets one of {', '.join(SETTINGS)}, /exit ends"
 
 
 def chat(config: dict[str, Any], url: str | None) -> None:
     """Talk until the input ends; with `url` to the server there, otherwise to the model that `config` describes."""
     if url is not None:
-        model = _only_model(config)
-        from .client import connection  # httpx and torch: seconds that a wrong option need not wait for
+        talk(remote(url, _only_model(config)), sys.stdout)
+    else:
+        from .llm import LLM  # torch: seconds that a wrong option need not wait for
 
-        talk(remote(connection(url), model), sys.stdout)
-        return
-    from .llm import LLM
-
-    stdout = sys.stdout
-    with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
-        talk(local(llm), stdout)
+        stdout = sys.stdout
+        with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
+            talk(local(llm), stdout)
 
 
 def talk(answer: Answer, out: TextIO) -> None:
@@ -46,7 +40,7 @@ def talk(answer: Answer, out: TextIO) -> None:
     print(HELP, file=out)
     messages: list[Message] = []
     settings: dict[str, Any] = {}
-    while (line := _read_line(out)) is not None and line != "/exit":
+    while (line := _read_line()) is not None and line != "/exit":
         if line.startswith("/"):
             print(_command(line.split(), messages, settings), file=out)
         elif line:
@@ -58,11 +52,13 @@ def talk(answer: Answer, out: TextIO) -> None:
                 messages.pop()  # an unanswered question would be followed by another one, which templates refuse
 
 
-def remote(options: dict[str, Any], model: str | None) -> Answer:
+def remote(url: str, model: str | None) -> Answer:
     """Answers of a server; of its first model if none is named."""
     import httpx
 
-    from .client import Events, describe, first_model, refusal
+    from .client import Events, connection, describe, first_model, refusal
+
+    options = connection(url)
 
     def answer(messages: list[Message], settings: dict[str, Any]) -> Iterator[str]:
         events = Events()
@@ -76,7 +72,7 @@ def remote(options: dict[str, Any], model: str | None) -> Answer:
                     for piece in response.iter_bytes():
                         yield from (choice.new_text for chunk in events.push(piece) for choice in chunk.choices)
         except httpx.HTTPError as error:
-            raise ValueError(f"{options['base_url']}: {describe(error)}") from error
+            raise ValueError(f"{url}: {describe(error)}") from error
 
     return answer
 
@@ -150,11 +146,9 @@ def _only_model(config: dict[str, Any]) -> str | None:
     return None if config["model"] == default.model else str(config["model"])
 
 
-def _read_line(out: TextIO) -> str | None:
+def _read_line() -> str | None:
     """A line of input without its spaces; None at its end or at Ctrl-C."""
-    if sys.stdin.isatty():
-        print("> ", end="", file=out, flush=True)
     try:
-        return input().strip()
+        return input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
         return None

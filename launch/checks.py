@@ -42,7 +42,7 @@ from .resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
 Status = Literal["ok", "warn", "fail"]
 NO_GPU = "skipped: no GPU here that the ranks would use"
 DRIVER = Path("/proc/driver/nvidia/version")
-NCCL_SHM_BYTES = 64 * 2**20  # of each rank: NCCL's buffers of 4 MiB, for as many channels as it may open to peers
+NCCL_SHM_BYTES = 64 * 2**20  # of each rank, an estimate: NCCL's buffers of 4 MiB, one for each of its channels
 MIN_FILES, ENOUGH_FILES = 512, 4096  # descriptors: Ray's and torch's own, beside one for each request's connection
 SIOCGIFADDR = 0x8915  # linux/sockios.h
 NAMED = ("torch", "ray", "transformers", "cupy", "flashinfer", "cuda-python")  # of the packages, those worth a line

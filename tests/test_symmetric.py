@@ -663,7 +663,6 @@ def gpu_graphs(comm: Communicator) -> int:
 def gpu_loses(comm: Communicator, when: str, how: str, in_graph: bool) -> tuple[list[str], float, float]:
     """The last rank is killed or stopped; what the others are told, after how long, and how long the GPU was busy."""
     comm = connected(comm)
-    comm._arena.set_patience(1.5)
     x = torch.ones(4096, device="cuda")
     graph = torch.cuda.CUDAGraph()
     comm.all_reduce(x)
@@ -674,6 +673,7 @@ def gpu_loses(comm: Communicator, when: str, how: str, in_graph: bool) -> tuple[
                 comm.all_reduce(x)
     work = graph.replay if in_graph else lambda: comm.all_reduce(x)
     comm.barrier()
+    comm._arena.set_patience(1.5)  # compiling took longer
     if when == "after":
         work()
     torch.cuda.synchronize()  # who leaves work behind when killed takes the MPS server along
