@@ -88,7 +88,8 @@ class Arena:
     ) -> None:
         self.rank, self.size, self.slot_bytes = rank, size, slot_bytes
         self.patience_s = SPARE * timeout_s
-        self._store, self._device, self._timeout_s = store, device, timeout_s
+        self._store, self._timeout_s = store, timeout_s
+        self._device = torch.empty(0, device=device).device  # with its index
         self._sharers = size if shares_device else 1
         self._own = 0
         self._mapped: list[int] = []  # of the peers
@@ -214,7 +215,7 @@ class Arena:
                 self._peers.free(own)
             self._leave()
         except RuntimeError as error:  # CommError, or CUDA's
-            log.warning("shared memory is left to the end of the process: %s", error)
+            log.warning("what is still mapped is left to the end of the process: %s", error)
 
     def _say(self, topic: str, timeout_s: float) -> None:
         exchange(self._store, f"arena/{topic}", "", self.rank, self.size, timeout_s)

@@ -156,9 +156,10 @@ class Service:
 
     @property
     def health(self) -> Health:
-        if self._closing_since and self._health.state == "ready":
-            return replace(self._health, state="draining", reason=ENDS, since=self._closing_since)
-        return self._health
+        health = self._health
+        if self._closing_since and health.state == "ready":
+            return replace(health, state="draining", reason=ENDS, since=self._closing_since)
+        return health
 
     @property
     def limits(self) -> Limits:
@@ -217,7 +218,7 @@ class Service:
     async def close(self, drain_timeout: float = 0.0) -> None:
         """Admit nothing more, give live requests drain_timeout seconds, end the rest with "abort", and the ranks.
 
-        Safe to call twice; nothing of the ranks is left when this returns.
+        Safe to call twice; the ranks have been ended when this returns.
         """
         self._closing_since = self._closing_since or time.time()
         if self._active:

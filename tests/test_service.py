@@ -20,6 +20,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ import ray
 
 from lockstep import LLM, SamplingParams
 from lockstep.launch import ranks, service
+from lockstep.launch.channel import Address
 from lockstep.launch.cluster import RayExecutor
 from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed
 from lockstep.launch.service import Service
-from lockstep.launch.worker import Worker
+from lockstep.launch.worker import Endpoint, Worker
 from lockstep.runtime import executor
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor
@@ -48,14 +50,14 @@ SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "
 MARK = "LOCKSTEP_TEST_MARK"
 SEEDED: dict[str, Any] = {"temperature": 0.9, "ignore_eos": True}
 WORK = [
-    ("In the beginning", SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)),
-    ("And the LORD spake unto Moses, saying,", SamplingParams(seed=7, top_p=0.9, max_tokens=150, **SEEDED)),
-    ("Blessed is", SamplingParams(n=2, seed=11, max_tokens=120, stop=["zebra", "righteousness"], **SEEDED)),
-    ("The sons of", SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, logprobs=2)),
-    ("And it came to pass", SamplingParams(seed=5, max_tokens=400, min_tokens=60, stop=["unto"], **SEEDED)),
-    ("Thou shalt not", SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, frequency_penalty=0.7)),
-    ("For unto us", SamplingParams(seed=9, top_k=20, min_p=0.02, max_tokens=130, logprobs=0, **SEEDED)),
-    ("The king", SamplingParams(seed=2, repetition_penalty=1.2, presence_penalty=0.5, max_tokens=110, **SEEDED)),
+    ("In the beginning", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)),
+    ("And the LORD spake unto Moses, saying,", SamplingParams(seed=7, top_p=0.9, max_tokens=100, **SEEDED)),
+    ("Blessed is", SamplingParams(n=2, seed=11, max_tokens=90, stop=["zebra", "arrows"], **SEEDED)),
+    ("The sons of", SamplingParams(temperature=0, max_tokens=70, ignore_eos=True, logprobs=2)),
+    ("And it came to pass", SamplingParams(seed=5, max_tokens=110, min_tokens=50, stop=["oppressed", "Brs"], **SEEDED)),
+    ("Thou shalt not", SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, frequency_penalty=0.7)),
+    ("For unto us", SamplingParams(seed=9, top_k=20, min_p=0.02, max_tokens=100, logprobs=0, **SEEDED)),
+    ("The king", SamplingParams(seed=2, repetition_penalty=1.2, presence_penalty=0.5, max_tokens=90, **SEEDED)),
 ]
 
 
@@ -660,6 +662,12 @@ def left_after(timeout_s: float, mark: str, title: str = "") -> list[int]:
     return left
 
 
+def test_a_rank_says_where_it_is() -> None:
+    place = Endpoint(1, "node7", "10.0.0.7", 42, ["3"], "", Address("", b""), 0)
+    assert str(place) == "rank 1 on node7 (10.0.0.7), GPU 3, pid 42"
+    assert str(replace(place, gpus=[])) == "rank 1 on node7 (10.0.0.7), pid 42"
+
+
 TWO = Config(tensor_parallel_size=2, step_timeout=2, **SMALL)
 
 
@@ -822,7 +830,7 @@ def ours(descriptor):
     alive = not link.startswith("socket:") or any(link[8:-1] in line.split() for line in known)
     return alive and "/session_" not in link
 
-for _ in range(4):
+for _ in range(3):
     asyncio.run(once())
     gc.collect()
     with os.scandir("/proc/self/fd") as found:
@@ -836,6 +844,6 @@ for _ in range(4):
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     counts = done.stdout.splitlines()
-    assert len(counts) == 4
+    assert len(counts) == 3
     assert len(set(counts[1:])) == 1, counts
     assert not left_after(5, mark)
