@@ -45,7 +45,8 @@ def allocate(nbytes: int, device: int) -> tuple[int, Tensor]:
     with cupy.cuda.Device(device):
         pointer = cupy.cuda.runtime.malloc(nbytes)
         memory = cupy.cuda.UnownedMemory(pointer, nbytes, None, device)
-        whole = torch.from_dlpack(cupy.ndarray(nbytes, cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))).zero_()
+        array = cupy.ndarray(nbytes, cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))
+        whole = torch.utils.dlpack.from_dlpack(array).zero_()
         torch.cuda.synchronize(device)
     return int(pointer), whole
 

@@ -105,6 +105,7 @@ class Worker:
             device=torch.device(self.config.device),
             shares_device=self.config.gpus_per_rank < 1,
             library=self.config.nccl_library,
+            all_reduce=self.config.all_reduce,
             timeout_s=self.config.step_timeout,
         )
 

@@ -69,7 +69,7 @@ class Config:
         None, "absolute path of the libnccl.so.2 to use on every rank; the one that torch brings if not given"
     )
     all_reduce: AllReduce = option(
-        "auto",
+        "nccl",
         "who adds up over the ranks on GPUs; auto is shared memory for small messages, one-shot or two-shot by size",
     )
     startup_timeout: float = option(600.0, "seconds within which the ranks must be placed, loaded and connected")
