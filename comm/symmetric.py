@@ -242,8 +242,8 @@ class Arena:
         start = self._peers.HEADER_BYTES + slot * self.slot_bytes
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         assert nbytes <= self.slot_bytes, "the policy sends larger ones elsewhere"
-        slot: Tensor = self._bytes[start : start + nbytes]
-        return slot.view(dtype).view(shape)
+        found: Tensor = self._bytes[start : start + nbytes].view(dtype)
+        return found.view(shape)
 
 
 def join(
