@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ... import __version__
 from ...runtime.frontend import RequestRefused
 from ..errors import EngineFailed
+from . import page
 from .errors import ApiError, ErrorReply, as_api_error
 from .gateway import Gateway
 from .replies import ChatCompletion, Completion, Detokenized, Healthy, ModelList, Tokens, Version
@@ -58,6 +61,9 @@ def create_app(gateway: Gateway, keys: Sequence[str]) -> ASGIApp:
             response_class=Response if reply is None else JSONResponse,
             responses=ERRORS | {200: {"content": content}}, openapi_extra=_takes(body),
         )  # fmt: skip
+    app.add_route("/stats", gateway.stats, include_in_schema=False)
+    for path in page.FILES:
+        app.add_route(path, page.send, include_in_schema=False)
     return RequireKey(app, keys)
 
 
@@ -86,7 +92,7 @@ def _takes(body: type[BaseModel] | None) -> dict[str, Any]:
 
 
 class RequireKey:
-    """Lets requests with one of the keys pass, and all to /health; without keys, all."""
+    """Lets requests with one of the keys pass, and all to /health; without keys, all. Browsers have it as password."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -97,14 +103,25 @@ class RequireKey:
             await self._app(scope, receive, send)
         else:
             error = ApiError(401, "this server needs a key it knows; send the header Authorization: Bearer KEY")
-            await error.response()(scope, receive, send)
+            response = error.response()
+            response.headers["WWW-Authenticate"] = 'Basic realm="lockstep", charset="UTF-8"'  # a browser then asks
+            await response(scope, receive, send)
 
     def _knows(self, scope: Scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
+        if scheme.lower() == b"basic":  # of a browser: any name, and the key as the password
+            key = _password(key)
         # Equal time for every key: digests of one length, and no key's comparison is left out.
         matches = [hmac.compare_digest(_digest(key.strip()), digest) for digest in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        return scheme.lower() in (b"bearer", b"basic") and any(matches)
+
+
+def _password(credentials: bytes) -> bytes:
+    try:
+        return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
+        return b""
 
 
 def _digest(key: bytes) -> bytes:

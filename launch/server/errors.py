@@ -51,8 +51,8 @@ class ApiError(Exception):
         headers = {"retry-after": str(RETRY_AFTER_S[self.status])} if self.status in RETRY_AFTER_S else {}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status == 413:
-            headers["connection"] = "close"  # the rest of the body is not read
+        if self.status in (413, 500):
+            headers["connection"] = "close"  # the rest of the body is not read; uvicorn closes after an exception
         return Response(self.reply().model_dump_json(), self.status, headers, "application/json")
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 
 from ... import __version__
@@ -192,6 +192,19 @@ class Gateway:
 
     async def version(self, request: Request) -> Version:
         return Version(version=__version__)
+
+    async def stats(self, request: Request) -> Response:
+        """What the page shows of the engine."""
+        stats, health = self._service.stats(), self._service.health
+        engine = stats.engine
+        found = {
+            "state": health.state, "reason": health.reason, "restarts": stats.restarts,
+            "running": stats.running, "waiting": stats.waiting, "kv_usage": stats.kv_usage,
+            "cached_tokens": stats.prefix_hits, "prompt_tokens": engine.prompt_tokens,
+            "output_tokens": engine.output_tokens, "steps": engine.steps, "preemptions": engine.preemptions,
+            "ranks": [rank._asdict() for rank in stats.ranks],
+        }  # fmt: skip
+        return JSONResponse(found)
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -83,8 +83,7 @@ async def send_json(send: Send, reply: BaseModel) -> None:
 
 async def send_events(send: Send, chunks: AsyncIterator[BaseModel]) -> None:
     """Server-sent events: one for each chunk, then [DONE]. What fails before the first chunk is raised."""
-    pending: Awaitable[BaseModel] = chunks.__anext__()
-    first = await pending
+    first = await anext(chunks)
     await _start(send, "text/event-stream; charset=utf-8", cache_control="no-cache", x_accel_buffering="no")
     await _send_event(send, first)
     try:

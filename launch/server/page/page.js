@@ -8,12 +8,6 @@ let model = "";
 let answer = null; // the AbortController of the answer that is coming
 let last = null; // the stats before, for rates
 
-function headers() {
-  const found = { "Content-Type": "application/json" };
-  if (at("key").value) found.Authorization = `Bearer ${at("key").value}`;
-  return found;
-}
-
 function parameters() {
   const found = {};
   for (const input of at("parameters").querySelectorAll("input[name]"))
@@ -62,7 +56,8 @@ async function ask(question) {
   at("stop").hidden = false;
   try {
     const body = JSON.stringify({ model, messages, stream: true, ...parameters() });
-    const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body, signal: answer.signal });
+    const headers = { "Content-Type": "application/json" };
+    const response = await fetch("/v1/chat/completions", { method: "POST", headers, body, signal: answer.signal });
     if (!response.ok) throw new Error(await reason(response));
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
@@ -123,11 +118,11 @@ function show(stats) {
 
 async function poll() {
   try {
-    const response = await fetch("/stats", { headers: headers() });
+    const response = await fetch("/stats");
     if (!response.ok) throw new Error(await reason(response));
     show(await response.json());
     if (!model) {
-      const models = await (await fetch("/v1/models", { headers: headers() })).json();
+      const models = await (await fetch("/v1/models")).json();
       model = models.data[0].id;
       at("model").textContent = model;
     }

@@ -1,0 +1,44 @@
+"""The page and what it reads; its script runs in browsers only, so here it is held against the routes that it asks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import httpx
+from test_server import KEY, Running, fake, run, tokenizer  # noqa: F401 - fixtures
+
+FILES = ("/", "/page.css", "/page.js")
+
+
+def test_the_page_has_its_files_and_its_script_asks_routes_there_are(run: Callable[..., Running]) -> None:  # noqa: F811
+    running = run()
+    texts = {path: running.http.get(path) for path in FILES}
+    assert {path: r.status_code for path, r in texts.items()} == dict.fromkeys(FILES, 200)
+    assert texts["/"].headers["content-type"].startswith("text/html")
+    assert set(re.findall(r'(?:src|href)="([^"]+)"', texts["/"].text)) == {"page.css", "page.js"}
+    ids = set(re.findall(r'id="(\w+)"', texts["/"].text))
+    assert set(re.findall(r'at\("(\w+)"\)', texts["/page.js"].text)) <= ids
+    for route in set(re.findall(r'fetch\("([^"]+)"', texts["/page.js"].text)):
+        assert running.http.get(route).status_code in (200, 405), route
+
+
+def test_stats_has_what_the_script_shows(run: Callable[..., Running]) -> None:  # noqa: F811
+    running = run()
+    fake(running).steps = 7
+    found = running.http.get("/stats").json()
+    shown = set(re.findall(r"stats\.(\w+)", running.http.get("/page.js").text)) | {"steps", "output_tokens"}
+    assert shown <= set(found)
+    assert (found["state"], found["steps"], found["preemptions"], found["restarts"]) == ("ready", 7, 3, 2)
+    assert found["ranks"] == [{"rank": 0, "host": "host", "pid": 1, "state": "running"}]
+
+
+def test_a_browser_gives_the_key_as_a_password(run: Callable[..., Running]) -> None:  # noqa: F811
+    running = run(api_key=[KEY])
+    for path in (*FILES, "/stats"):
+        refused = httpx.get(running.url + path)
+        assert refused.status_code == 401
+        assert refused.headers["www-authenticate"].startswith("Basic")
+        assert httpx.get(running.url + path, auth=("anybody", KEY)).status_code == 200
+        assert httpx.get(running.url + path, auth=("anybody", "wrong")).status_code == 401
+        assert httpx.get(running.url + path, headers={"Authorization": "Basic !"}).status_code == 401
