@@ -8,7 +8,8 @@ import logging
 import signal
 import sys
 import time
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -119,7 +120,8 @@ def serve(config: dict[str, Any], server: dict[str, Any], *, log_level: LogLevel
     """Serve the model over HTTP, as OpenAI does."""
     start_logging(log_level)
     options = ServerConfig(**server)
-    from .server.run import serve as run  # the web framework and torch: seconds
+    with _signals_wait():
+        from .server.run import serve as run  # the web framework and torch: seconds
 
     run(Config.from_options(config), options)
 
@@ -159,6 +161,16 @@ def doctor(
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     if any(finding.status == "fail" for finding in findings):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """An exception out of a signal's handler in the middle of torch's import aborts the process, or is lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _with_defaults(recommended: SamplingParams, chosen: dict[str, Any]) -> SamplingParams:

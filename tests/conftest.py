@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,12 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("llama")
     tiny_checkpoint(folder, "LlamaForCausalLM", max_position_embeddings=256)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _log_level_stays() -> Iterator[None]:
+    """Commands set the level of our logger; the next test must not inherit it."""
+    logger = logging.getLogger("lockstep")
+    level = logger.level
+    yield
+    logger.setLevel(level)

@@ -9,6 +9,7 @@ import socket
 import sys
 from types import FrameType
 
+import transformers.models.auto.tokenization_auto  # noqa: F401 - with the imports, while signals wait (cli.py)
 import uvicorn
 
 from ...runtime.config import Config
