@@ -553,7 +553,7 @@ def test_other_content_types(shared: Running, kind: str) -> None:
 
 
 def test_other_routes_and_methods(shared: Running) -> None:
-    for path in ("/", "/v1/nothing", "/v1/models/", "/docs", "/v1/embeddings"):
+    for path in ("/v2", "/v1/nothing", "/v1/models/", "/docs", "/v1/embeddings"):
         response = shared.http.get(path)
         assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
     response = shared.http.get("/v1/completions")
@@ -1074,7 +1074,7 @@ def test_the_command(serve: Callable[..., subprocess.Popen[str]]) -> None:
     next(stream)
     process.send_signal(signal.SIGTERM)
     assert list(stream)[-1].choices[0].finish_reason in ("length", "stop"), "live requests may end"
-    assert process.wait(10) == 0
+    assert process.wait(30) == 0
 
 
 def test_two_signals_end_the_command_at_once(serve: Callable[..., subprocess.Popen[str]]) -> None:
@@ -1088,7 +1088,7 @@ def test_two_signals_end_the_command_at_once(serve: Callable[..., subprocess.Pop
         process.send_signal(signal.SIGTERM)
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        assert process.wait(5) == 128 + signal.SIGINT
+        assert process.wait(30) == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize("after_s", [0.1, 1.0, 2.5])
@@ -1096,7 +1096,7 @@ def test_a_signal_while_it_starts(serve: Callable[..., subprocess.Popen[str]], a
     process = serve("--port=0", "--drain-timeout=0")
     time.sleep(after_s)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=15)
+    _, said = process.communicate(timeout=60)
     assert process.returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
     assert "Traceback" not in said
 
@@ -1107,6 +1107,6 @@ def test_bad_flags_are_one_line(serve: Callable[..., subprocess.Popen[str]], sha
         ("--max-n=1000", "error: max_n=1000 must be between 1 and 128"),
     ):
         process = serve(flag)
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=60)
         assert process.returncode == 2
         assert said.strip().splitlines()[-1].startswith(message)
