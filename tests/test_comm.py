@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -34,6 +35,7 @@ def _process(
     answer: Connection,
 ) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(options.pop("tell_after_s"), exit=False)  # where this rank waits
     if rank == 0:
         store = open_rendezvous("127.0.0.1", timeout_s)
         for _ in range(size - 1):
@@ -61,7 +63,7 @@ def run_processes(
     """
     context = multiprocessing.get_context("spawn")
     ports, answers = context.SimpleQueue(), [context.Pipe() for _ in range(size)]
-    options = {"device": device, **options}
+    options = {"device": device, "tell_after_s": patience_s - 5, **options}
     processes = [
         context.Process(
             target=_process, args=(rank, size, ports, job, timeout_s, options, answers[rank][1]), daemon=True
@@ -74,7 +76,7 @@ def run_processes(
     try:
         for process, (answer, _) in zip(processes, answers, strict=True):
             ready = wait([answer, process.sentinel], patience_s)
-            assert ready, "a rank hangs"
+            assert ready, "a rank hangs; where is on stderr"
             found.append(answer.recv() if answer.poll(0.5) else None)
         for process, (answer, _) in zip(processes, answers, strict=True):
             if process.is_alive():
@@ -85,6 +87,18 @@ def run_processes(
             process.kill()
             process.join()
     return found
+
+
+def on_gpus(size: int) -> dict[str, Any]:
+    """How to connect so many processes: a GPU each where there are as many, else all on one, else a skip."""
+    if torch.cuda.device_count() >= size:
+        return {"device": "cuda"}
+    path = os.environ.get("GPU_TEST_LIBNCCL")
+    if path is None:
+        pytest.skip("GPU_TEST_LIBNCCL, the path of a libnccl that lets ranks share a GPU, is not set")
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        pytest.skip("NCCL_MULTI_RANK_GPU_ENABLE is not 1")
+    return {"device": "cuda", "shares_device": True, "library": path}
 
 
 def everything(comm: Communicator) -> dict[str, Any]:
