@@ -573,10 +573,11 @@ def test_the_option_is_a_path_for_ranks_on_gpus() -> None:
 GPU_SHAPES: list[tuple[int, ...]] = [(0,), (1,), (7,), (4096,), (1 << 20,)]
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[(2, 2), (4, 4), (2, 1), (4, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
 def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
-    """(ranks, how to connect them): processes with a GPU each, or all on one."""
-    return request.param, on_gpus(request.param)
+    """(ranks, how to connect them): as processes on so many GPUs."""
+    size, gpus = request.param
+    return size, on_gpus(size, gpus)
 
 
 def gpu_collectives(comm: Communicator) -> list[str]:

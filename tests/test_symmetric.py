@@ -510,10 +510,11 @@ SIZES = (0, 1, 7, 8, 63, 4096, 4099, 65536 + 8, 1 << 20, (1 << 22) + 1, 1 << 24)
 NORMS = [(1, 64), (1, 8192), (3, 1000), (40, 4096), (256, 5120), (5, 501)]
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[(2, 2), (4, 4), (2, 1), (4, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
 def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
-    """(ranks, how to connect them): processes with a GPU each, or all on one."""
-    return request.param, {**on_gpus(request.param), "all_reduce": "auto"}
+    """(ranks, how to connect them): as processes on so many GPUs."""
+    size, gpus = request.param
+    return size, {**on_gpus(size, gpus), "all_reduce": "auto"}
 
 
 def part(rank: int, *shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
