@@ -150,6 +150,7 @@ def _check(config: Config, algorithms: list[str], paths: list[Path]) -> None:
     """What would be found out only when the ranks run."""
     if config.tensor_parallel_size < 2:
         raise ValueError("one rank has nobody to communicate with; give --tp 2 or more")
+    config.placed(cuda=True)  # refuses what does not fit the device that was asked for
     if algorithms:
         from .prober import NAMES
 
