@@ -85,6 +85,7 @@ class Prober(Rank):
         assert self._store is not None
         self._place = Place(self.rank, self.size, self._store, self._device, self.config.step_timeout)
         self._algorithms: dict[str, Algorithm] = {}
+        self._ours: SymmetricCommunicator | None = None
         refused = {}
         for name in spec.algorithms or self._usual():
             try:
@@ -159,8 +160,6 @@ class Prober(Rank):
         shots, _, fused = name.partition(" ")
         ours = self._shared(shots, nccl)
         return Completion(name, ours, device, columns) if fused else Ours(name, ours, device)
-
-    _ours: SymmetricCommunicator | None = None
 
     def _required(self, name: str) -> Communicator:
         if (name == "nccl") != isinstance(self._comm, NcclCommunicator):

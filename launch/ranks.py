@@ -62,7 +62,7 @@ class Failure:
 
 
 class Ranks:
-    """An actor in each bundle of `group`, a Worker as a rule; `config` is resolved. Call `close` in any case.
+    """An actor in each bundle of `group`, a Worker if not given; `config` is resolved. Call `close` in any case.
 
     `bell` rings when there is a `failure`; when `leaving` is set, nobody waits for the answer to a call any more.
     """
@@ -73,7 +73,7 @@ class Ranks:
         group: PlacementGroup,
         bell: Bell,
         leaving: threading.Event,
-        actor: type[Rank] = Worker,
+        actor: type[Rank] | None = None,
     ) -> None:
         self._bell, self._leaving = bell, leaving
         self.endpoints: list[Endpoint] = []  # set by whoever called `bind`
@@ -82,7 +82,7 @@ class Ranks:
         self._calls: list[Any] = []  # the last one of each rank
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="lockstep-watch", daemon=True)
-        self._actors = [_start_actor(actor, rank, config, group) for rank in range(config.tensor_parallel_size)]
+        self._actors = [_start_actor(actor or Worker, rank, config, group) for rank in range(config.tensor_parallel_size)]
 
     def call(self, method: str, deadline: float, *arguments: Any) -> list[Any]:
         """The results of `method` on every rank, in rank order.
