@@ -82,7 +82,9 @@ class Ranks:
         self._calls: list[Any] = []  # the last one of each rank
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="lockstep-watch", daemon=True)
-        self._actors = [_start_actor(actor or Worker, rank, config, group) for rank in range(config.tensor_parallel_size)]
+        self._actors = [
+            _start_actor(actor or Worker, rank, config, group) for rank in range(config.tensor_parallel_size)
+        ]
 
     def call(self, method: str, deadline: float, *arguments: Any) -> list[Any]:
         """The results of `method` on every rank, in rank order.
