@@ -6,15 +6,12 @@ the runtime are findings as they are: `values, rule; way out`.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import platform
 import resource
 import shutil
-import socket
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -36,6 +33,7 @@ from ..runtime.neighbours import WORTH_NAMING, Process, processes_on
 from ..runtime.runner import plan_weights
 from ..runtime.tokenizer import Tokenizer
 from .errors import PlacementError, RankFailed
+from .interfaces import is_own, own_addresses
 from .peers import PeerTest, Ways
 from .resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
 
@@ -44,7 +42,6 @@ NO_GPU = "skipped: no GPU here that the ranks would use"
 DRIVER = Path("/proc/driver/nvidia/version")
 NCCL_SHM_BYTES = 64 * 2**20  # of each rank, an estimate: NCCL's buffers of 4 MiB, one for each of its channels
 MIN_FILES, ENOUGH_FILES = 512, 4096  # descriptors: Ray's and torch's own, beside one for each request's connection
-SIOCGIFADDR = 0x8915  # linux/sockios.h
 NAMED = ("torch", "ray", "transformers", "cupy", "flashinfer", "cuda-python")  # of the packages, those worth a line
 
 
@@ -178,8 +175,7 @@ def judge_nccl(version: str, path: str, mapped: Sequence[str], *, chosen: bool) 
 
 
 def interface(case: Case) -> Finding:
-    addresses = {name: address for _, name in socket.if_nameindex() if (address := _address(name))}
-    return judge_interface(case.ip, _is_own(case.ip), addresses)
+    return judge_interface(case.ip, is_own(case.ip), own_addresses())
 
 
 def judge_interface(ip: str, own: bool, addresses: Mapping[str, str]) -> Finding:
@@ -375,25 +371,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _is_own(ip: str) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as trial:
-        try:
-            trial.bind((ip, 0))
-        except OSError:
-            return False
-    return True
-
-
-def _address(interface: str) -> str | None:
-    """The IPv4 address of a network interface."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        try:
-            answer = fcntl.ioctl(asking, SIOCGIFADDR, struct.pack("256s", interface.encode()))
-        except OSError:  # it has none
-            return None
-    return socket.inet_ntoa(answer[20:24])
 
 
 def _host_memory() -> int:

@@ -17,6 +17,7 @@ from ..runtime.config import Config
 from .checks import Case, Finding, judge_devices, run, versions
 from .placement import nodes, start_ray
 
+LOOPBACK = "127.0.0.1"
 NODE_S = 60.0  # for the slowest node to answer
 
 Examine = Callable[..., Iterable[Finding]]
@@ -86,7 +87,18 @@ def merged(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
 
 def _connect(config: Config) -> Finding:
     start_ray(config)
-    return Finding("", "ok", f"connected, {len(nodes())} nodes")
+    return judge_addresses([node["NodeManagerAddress"] for node in nodes()])
+
+
+def judge_addresses(addresses: Sequence[str]) -> Finding:
+    """Of the nodes: Ray takes the loopback address where it finds no route out, and then no other node can join."""
+    if addresses == [LOOPBACK]:
+        found, remedy = (
+            f"the only node calls itself {LOOPBACK}",
+            "ray start --head --node-ip-address=ITS_IP lets others join",
+        )
+        return Finding("", "warn", found, remedy)
+    return Finding("", "ok", f"connected, {len(addresses)} nodes")
 
 
 def _ask(config: Config, examine: Examine, there: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

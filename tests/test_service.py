@@ -663,7 +663,7 @@ def left_after(timeout_s: float, mark: str, title: str = "") -> list[int]:
 
 
 def test_a_rank_says_where_it_is() -> None:
-    place = Endpoint(1, "node7", "10.0.0.7", 42, ["3"], "", Address("", b""), 0)
+    place = Endpoint(1, "node7", "10.0.0.7", "eth0", 42, ["3"], "", Address("", b""), 0)
     assert str(place) == "rank 1 on node7 (10.0.0.7), GPU 3, pid 42"
     assert str(replace(place, gpus=[])) == "rank 1 on node7 (10.0.0.7), pid 42"
 
