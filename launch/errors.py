@@ -18,3 +18,7 @@ class RankFailed(RuntimeError):
 
 class EngineFailed(RuntimeError):
     """The ranks have failed and will not be started again, or the service has ended; the message says why."""
+
+
+class RequestEndsRanks(EngineFailed):
+    """This request has ended its ranks again and again, and is not tried any more; others go on."""

@@ -36,8 +36,9 @@ from ..runtime.scheduler import Limits
 from ..runtime.stats import EngineStats, Profile
 from ..runtime.tokenizer import Tokenizer, default_sampling_params
 from .channel import Bell
-from .errors import EngineFailed, PlacementError, RankFailed
+from .errors import EngineFailed, PlacementError, RankFailed, RequestEndsRanks
 from .llm import connect_ray, find_model, start_executor
+from .suspects import Suspects
 
 if TYPE_CHECKING:
     from .cluster import Connection
@@ -128,6 +129,7 @@ class Service:
         self._listeners: dict[int, Listener] = {}  # the thread's, by generation
         self._active: set[asyncio.Future[None]] = set()  # one for each `generate` in progress
         self._failures: list[float] = []  # within the window, of time.monotonic
+        self._suspects = Suspects(restart_window)  # the thread's; tasks only ask whether it knows a request
         self._before = EngineStats()  # counters of the executors that are gone
         self._places: list[tuple[int, str, int]] = []  # rank, host, pid
         self._thread = threading.Thread(target=self._run, name="lockstep-service", daemon=True)
@@ -188,8 +190,8 @@ class Service:
     async def generate(self, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[Event, None]:
         """What comes of a prompt, as it comes, until its n outputs have ended; leaving early cancels the rest.
 
-        Raises RequestRefused before anything is started, and EngineFailed if the ranks are gone for good. While they
-        are started again, it pauses.
+        Raises RequestRefused before anything is started, RequestEndsRanks if it was this request that ended its ranks
+        every time, and EngineFailed if the ranks are gone for good. While they are started again, it pauses.
         """
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
@@ -198,6 +200,10 @@ class Service:
             self._check()
             generation = await loop.run_in_executor(self._tokenizing, self._frontend.prepare, prompt, params)
             self._check()
+            if self._suspects.knows(generation):
+                raise RequestEndsRanks(
+                    "this request has ended its ranks every time, not long ago; it is not tried again"
+                )
             listener = Listener(generation)
             self._post(partial(self._admit, listener))
             left = params.n
@@ -267,6 +273,7 @@ class Service:
         if self._health.state == "recovering":
             self._recover()
         self._take_commands()
+        self._try_suspect()
         self._deliver(self._frontend.poll(WAIT_S if self._listeners else 0.0))
         if not self._listeners:
             self._bell.wait()
@@ -311,12 +318,34 @@ class Service:
         executor = self._detach()
         now = time.monotonic()
         recent = [then for then in self._failures if now - then < self._restart_window]
+        if not isinstance(executor, Absent):  # they had requests
+            recent = self._accuse(reason, recent)
         self._failures = [*recent, now]
         if len(recent) < self._max_restarts:
             self._set_health("recovering", reason)
         else:
             self._fail(f"{reason}; given up after {len(recent)} restarts within {self._restart_window:g} s")
         self._end_ranks(executor)
+
+    def _accuse(self, reason: str, recent: list[float]) -> list[float]:
+        """End the request that has caused this failure, if one has: then its failures count as one."""
+        found = self._suspects.died(self._frontend.generations)
+        if found is None:
+            return recent
+        guilty, deaths = found
+        why = f"this request has ended its ranks {deaths} times, the last time as the only suspect: {reason}"
+        same = [g for g in self._frontend.generations if g is guilty or self._suspects.knows(g)]
+        log.error("request %d ends, %d like it: %s", guilty.number, len(same) - 1, why)
+        self._frontend.cancel(same, why)
+        told = [self._listeners.pop(g.number, None) for g in same]
+        self._send((listener, RequestEndsRanks(why)) for listener in told if listener is not None)
+        return recent[: len(recent) - (deaths - 1)]
+
+    def _try_suspect(self) -> None:
+        """Let the next one that is under suspicion go on, when the one before has been cleared."""
+        suspect = self._suspects.next()
+        if suspect is not None:
+            self._frontend.resume(suspect)
 
     def _recover(self) -> None:
         """Start the ranks again, and admit what is in the ledger."""
@@ -329,7 +358,12 @@ class Service:
         except (PlacementError, ValueError, OSError) as error:  # trying again would not help
             self._fail(f"the ranks cannot be started again: {error}; before, {self._health.reason}")
             return
-        self._frontend.resubmit(executor)
+        suspects = self._suspects.waiting
+        if suspects:
+            log.warning(
+                "%d requests were live in two failures and came no further: they go on one by one", len(suspects)
+            )
+        self._frontend.resubmit(executor, suspects)
         self._set_health("ready")
         log.info("back after %.1f s: %d outputs go on", time.perf_counter() - started, len(self._frontend.live))
 
