@@ -25,7 +25,7 @@ from packaging.requirements import Requirement
 from ..comm.base import CommError, SingleRank
 from ..comm.nccl import mapped_libraries, open_library
 from ..runtime.config import Config
-from ..runtime.hub import checkpoint_folder
+from ..runtime.hub import NotFetched, checkpoint_folder
 from ..runtime.memory import MemoryPlan, check_kv_cache, check_weights, size
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.weights import check_files
@@ -92,6 +92,9 @@ def run(name: str, check: Callable[[], Finding]) -> Finding:
     """The check's finding under its name; what it raises is a failure."""
     try:
         return replace(check(), name=name)
+    except NotFetched as error:
+        finding, _, remedy = str(error).partition("; ")
+        return Finding(name, "warn", finding, f"{remedy}, or wait while it is fetched at the start")
     except (ValueError, CommError, PlacementError, RankFailed) as error:
         finding, _, remedy = _first_line(error).partition("; ")
         return Finding(name, "fail", finding, remedy)
@@ -102,6 +105,12 @@ def run(name: str, check: Callable[[], Finding]) -> Finding:
 def gpus_needed(config: Config) -> int:
     """If the ranks run on GPUs."""
     return math.ceil(config.tensor_parallel_size / max(1, int(1 / config.gpus_per_rank + 1e-6)))
+
+
+def on_gpus(config: Config, nodes: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether the ranks take GPUs, by each node's resources."""
+    has_gpus = any(amounts.get("GPU", 0) > 0 for amounts in nodes.values())
+    return config.device == "cuda" or (config.device == "auto" and has_gpus)
 
 
 # -- the machine
@@ -147,9 +156,7 @@ def devices(case: Case) -> Finding:
 
 def judge_devices(config: Config, nodes: Mapping[str, Mapping[str, float]]) -> Finding:
     """Whether the ranks ever fit, by each node's CPUs and GPUs in Ray's table of resources."""
-    ranks = config.tensor_parallel_size
-    has_gpus = any(amounts.get("GPU", 0) > 0 for amounts in nodes.values())
-    cuda = config.device == "cuda" or (config.device == "auto" and has_gpus)
+    ranks, cuda = config.tensor_parallel_size, on_gpus(config, nodes)
     room = sum(fitting(amounts, bundle(config, cuda=cuda)) for amounts in nodes.values())
     there = ", ".join(f"{node} has {a.get('CPU', 0):g} CPUs and {a.get('GPU', 0):g} GPUs" for node, a in nodes.items())
     each = f"with {config.gpus_per_rank:g} GPU each" if cuda else "on CPUs"

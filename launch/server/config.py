@@ -39,6 +39,7 @@ class ServerConfig:
     max_body_bytes: int = option(4 * MIB, "longest body of a request, in bytes; a longer one is refused with 413")
     drain_timeout: float = option(30.0, "seconds that live requests get to end after SIGTERM or Ctrl-C")
     max_restarts: int = option(3, "times that a failed group of ranks is started again within ten minutes")
+    preflight: bool = option(True, "before the start, look for what would make it fail, as lockstep doctor does")
     log_requests: bool = option(False, "log a line for each request, without its text")
 
     def __post_init__(self) -> None:
