@@ -121,6 +121,8 @@ class Gateway:
                 timings[prompt].saw(event)
                 tally.completion += len(event.token_ids)
                 tally.cached[prompt] = event.num_cached_tokens
+                if event.finish_reason == "error":
+                    raise ApiError(400, str(event.stop_reason), code="structured_outputs_failed")
                 if event.finish_reason == "abort":
                     why = event.stop_reason or "the server is shutting down"
                     raise ApiError(503, f"the server has ended this request: {why}", code="aborted")
