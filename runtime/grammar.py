@@ -15,7 +15,6 @@ from pathlib import Path
 
 import llguidance
 import msgspec
-import numpy as np
 from llguidance import gbnf_to_lark
 
 from .structured import StructuredOutputsParams
@@ -64,12 +63,13 @@ def _compiled(vocabulary: Vocabulary, kind: str, text: str, compact: bool) -> ll
     """A matcher that is copied and never moved: each request starts from the same state, with the same work to do."""
     try:
         grammar = _in_llguidance(kind, text, compact)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, LookupError, RecursionError, gbnf_to_lark.GbnfToLarkError) as error:
         raise GrammarError(f"structured_outputs={kind} cannot be used: {_short(str(error))}") from error
     matcher = llguidance.LLMatcher(load_tokens(vocabulary), grammar, limits=LIMITS, log_level=0)
-    trouble = matcher.get_error() or "; ".join(matcher.get_grammar_warnings())  # a warning: something is ignored
-    if trouble:
-        raise GrammarError(f"structured_outputs={kind} cannot be used: {_short(trouble)}")
+    warnings = "; ".join(matcher.get_grammar_warnings())  # that something is ignored
+    if matcher.is_error() or warnings:
+        trouble = why_not(matcher) if matcher.is_error() else _short(warnings)
+        raise GrammarError(f"structured_outputs={kind} cannot be used: {trouble}")
     return matcher
 
 
@@ -91,15 +91,21 @@ def _in_llguidance(kind: str, text: str, compact: bool) -> str:
 def try_out(vocabulary: Vocabulary, params: StructuredOutputsParams) -> None:
     """Compile and take the first step, as a rank would; raises GrammarError."""
     matcher = vocabulary.matcher(params)
-    mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    matcher.compute_bitmask()
     if matcher.is_error():
-        raise GrammarError(f"structured_outputs={params.kind} cannot be used: {_short(matcher.get_error())}")
-    if not mask.any():
-        raise GrammarError(f"structured_outputs={params.kind} cannot be used: it matches nothing at all")
+        raise GrammarError(f"structured_outputs={params.kind} cannot be used: {why_not(matcher)}")
+
+
+def why_not(matcher: llguidance.LLMatcher) -> str:
+    """What stops a matcher, in one line: which limit it was, or that nothing can come next."""
+    error = matcher.get_error()
+    if not error or error.startswith("NoExtension"):
+        return "no token of this model's vocabulary can come next"
+    return _short(error)
 
 
 def _short(reason: str) -> str:
-    """In one line that says which limit it was."""
+    """In one line."""
     line = " ".join(reason.replace("<non-verbose/>", "").split())
     return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 3] + "..."
 

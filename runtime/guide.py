@@ -17,7 +17,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from torch import Tensor
 
 from .batch import to_device
-from .grammar import GrammarError, Vocabulary
+from .grammar import GrammarError, Vocabulary, why_not
 from .plan import Admission
 
 
@@ -41,7 +41,7 @@ class Guide:
     def push(self, tokens: list[int]) -> None:
         """Move on; what comes after the end belongs to a request that has ended, and is dropped."""
         if self.error is None and not self._matcher.is_stopped() and not self._matcher.consume_tokens(tokens):
-            self._fail(self._matcher.get_error())
+            self._fail()
 
     def fill(self, mask: np.ndarray, position: int) -> None:
         """One bit for each token that may come at `position`: mask [W] int32.
@@ -60,14 +60,11 @@ class Guide:
             np.bitwise_and.at(longer, word, ~bit)
             if longer.any():
                 bits[:] = longer
-        if self._matcher.is_error():
-            self._fail(self._matcher.get_error())
-        elif not bits.any():
-            self._fail("no token of this model's vocabulary can come next")
+        if self._matcher.is_error() or not bits.any():
+            self._fail()
 
-    def _fail(self, reason: str) -> None:
-        reason = " ".join(reason.split())[:300]
-        self.error = f"structured_outputs={self.kind} ended this output: {reason}"
+    def _fail(self) -> None:
+        self.error = f"structured_outputs={self.kind} ended this output: {why_not(self._matcher)}"
 
 
 @dataclass(frozen=True)

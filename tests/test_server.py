@@ -45,6 +45,7 @@ from lockstep.runtime.outputs import Event, Logprob
 from lockstep.runtime.request import SamplingParams
 from lockstep.runtime.scheduler import Limits
 from lockstep.runtime.stats import EngineStats
+from lockstep.runtime.structured import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Detokenizer, Tokenizer
 
 MAX_LEN = 512
@@ -359,9 +360,36 @@ def test_every_sampling_parameter_arrives(shared: Running) -> None:
     }  # fmt: skip
     assert shared.post("/v1/completions", {"prompt": PROMPT, "user": "me", **asked}).status_code == 200
     assert fake(shared).asked[-1][1] == SamplingParams(**asked | {"logit_bias": {5: 1.5}})
-    assert set(asked) == set(SamplingParams.__struct_fields__), "what can be asked offline can be asked here"
+    here = {*asked, "structured_outputs"}
+    assert here == set(SamplingParams.__struct_fields__), "what can be asked offline can be asked here"
     assert shared.post("/v1/chat/completions", {"messages": CHAT, "max_tokens": 3}).status_code == 200
     assert fake(shared).asked[-1][1] == SamplingParams(temperature=0.7, max_tokens=3), "the model's recommendation"
+
+
+ASKED_FOR = {  # in each way to say it, and what it means
+    "openai": ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True,
+        "schema": {"type": "integer"}}}}, {"json": {"type": "integer"}}),
+    "openai without a schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        {"json_object": True}),
+    "openai json_object": ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+    "vllm": ({"structured_outputs": {"json": "{}", "disable_any_whitespace": True}},
+        {"json": "{}", "disable_any_whitespace": True}),
+    "vllm regex": ({"structured_outputs": {"regex": "a+", "json": None}}, {"regex": "a+"}),
+    "old json": ({"guided_json": {"type": "null"}}, {"json": {"type": "null"}}),
+    "old regex": ({"guided_regex": "a+"}, {"regex": "a+"}),
+    "old choice": ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+    "old grammar": ({"guided_grammar": "root ::= x"}, {"grammar": "root ::= x"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "meant"), ASKED_FOR.values(), ids=ASKED_FOR)
+def test_every_way_to_ask_for_a_structure_arrives(
+    shared: Running, asked: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    for route, body in (("completions", COMPLETION), ("chat/completions", CHAT_BODY)):
+        found = shared.post(f"/v1/{route}", {**body, **asked})
+        assert found.status_code == 200, found.text
+        assert fake(shared).asked[-1][1].structured_outputs == StructuredOutputsParams(**meant)
 
 
 NEUTRAL = {
@@ -500,13 +528,28 @@ BAD: list[tuple[str, dict[str, Any], str, str | None]] = [  # body, changes, par
     ("completions", {"x" * 10_000: 1}, "x" * 61 + "...", "unknown_parameter"),
     *[("chat/completions", {name: value}, name, "unsupported_parameter") for name, value in {
         "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [], "function_call": "auto",
-        "guided_json": {"type": "object"}, "guided_regex": "a*", "audio": {"voice": "x"},
+        "guided_decoding_backend": "x", "guided_whitespace_pattern": " ", "audio": {"voice": "x"},
         "modalities": ["text", "audio"], "chat_template": "{{ 1 }}", "chat_template_kwargs": {"a": 1},
         "prompt_logprobs": 1, "use_beam_search": True,
         "reasoning_effort": "low", "best_of": 2, "store": True, "metadata": {}, "priority": 1, "bad_words": ["a"],
-        "structured_outputs": {"json": {}}, "continue_final_message": True, "prediction": {}, "documents": [],
+        "continue_final_message": True, "prediction": {}, "documents": [],
     }.items()],
-    ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+    ("completions", {"response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
+    ("completions", {"response_format": {"type": "json_schema"}}, "response_format.json_schema",
+        "missing_required_parameter"),
+    ("completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+        "response_format.json_schema.name", "missing_required_parameter"),
+    ("completions", {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}},
+        "response_format.json_schema.schema", "invalid_type"),
+    ("completions", {"structured_outputs": {}}, "structured_outputs", "invalid_value"),
+    ("completions", {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "invalid_value"),
+    ("completions", {"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag",
+        "unsupported_parameter"),
+    ("completions", {"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "invalid_value"),
+    ("completions", {"guided_regex": "a" * 100_001}, "guided_regex", "invalid_value"),
+    ("completions", {"guided_choice": []}, "guided_choice", None),
+    ("completions", {"guided_json": 5}, "guided_json", "invalid_type"),
+    ("completions", {"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "invalid_value"),
 ]  # fmt: skip
 
 
