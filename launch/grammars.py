@@ -37,17 +37,10 @@ class GrammarCheck:
 
     async def check(self, params: StructuredOutputsParams) -> None:
         """Raises RequestRefused, saying what is wrong or which limit was met."""
-        line = msgspec.json.encode(params)
-        async with self._lock():
-            if line in self._passed:
-                self._passed.move_to_end(line)
-                return
-            error = await self._ask(line, params.kind)
-            if error is not None:
-                raise RequestRefused(error)
-            self._passed[line] = None
-            if len(self._passed) > REMEMBERED:
-                self._passed.popitem(last=False)
+        # Who leaves early does not take the answer's place: the next one would read it as its own.
+        error = await asyncio.shield(asyncio.ensure_future(self._trouble(params)))
+        if error is not None:
+            raise RequestRefused(error)
 
     def close(self) -> None:
         """End the process; safe to call twice."""
@@ -64,9 +57,27 @@ class GrammarCheck:
             self._turn = loop, asyncio.Lock()
         return self._turn[1]
 
+    async def _trouble(self, params: StructuredOutputsParams) -> str | None:
+        line = msgspec.json.encode(params)
+        async with self._lock():
+            if line in self._passed:
+                self._passed.move_to_end(line)
+                return None
+            error = await self._ask(line, params.kind)
+            if error is None:
+                self._passed[line] = None
+                if len(self._passed) > REMEMBERED:
+                    self._passed.popitem(last=False)
+            return error
+
     async def _ask(self, line: bytes, kind: str) -> str | None:
         try:
-            process = self._process or await self._start()
+            if self._process is None:
+                error = await self._start()
+                if error is not None:
+                    return error
+            process = self._process
+            assert process is not None
             assert process.stdin is not None
             process.stdin.write(line + b"\n")
             return await self._answer(process, TIME_BOX_S)
@@ -77,11 +88,9 @@ class GrammarCheck:
             self.close()
             limit = f"{MEMORY_BYTES // 2**30} GiB"
             return f"structured_outputs={kind} ended the compiler, which has {limit} of memory; give a simpler one"
-        except BaseException:  # the client has left: its answer must not become somebody else's
-            self.close()
-            raise
 
-    async def _start(self) -> asyncio.subprocess.Process:
+    async def _start(self) -> str | None:
+        """Why no grammar can be used at all, or None."""
         vocabulary = self._vocabulary
         process = self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "lockstep.runtime.grammar",
@@ -89,10 +98,7 @@ class GrammarCheck:
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         resource.prlimit(process.pid, resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-        error = await self._answer(process, START_S)
-        if error is not None:
-            raise RequestRefused(error)
-        return process
+        return await self._answer(process, START_S)
 
     async def _answer(self, process: asyncio.subprocess.Process, timeout_s: float) -> str | None:
         assert process.stdout is not None

@@ -105,8 +105,10 @@ def why_not(matcher: llguidance.LLMatcher) -> str:
 
 
 def _short(reason: str) -> str:
-    """In one line."""
+    """In one line; what a long one has to say comes after the pattern."""
     line = " ".join(reason.replace("<non-verbose/>", "").split())
+    if len(line) > LONGEST_REASON:
+        line = line[max(0, line.rfind("error: ")) :]
     return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 3] + "..."
 
 

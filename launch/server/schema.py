@@ -241,7 +241,11 @@ def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """The fields of a request and of what may be nested in it, by name; where two might be meant, as `parent.name`."""
     anywhere: list[type[BaseModel]] = [StreamOptions, TextPart, ChatMessage, model]
     found = {name: field for part in anywhere for name, field in part.model_fields.items()}
-    parents = {"response_format": ResponseFormat, "json_schema": JsonSchema, "structured_outputs": StructuredOutputs}
+    parents: dict[str, type[BaseModel]] = {
+        "response_format": ResponseFormat,
+        "json_schema": JsonSchema,
+        "structured_outputs": StructuredOutputs,
+    }
     for parent, part in parents.items():
         found |= {f"{parent}.{field.alias or name}": field for name, field in part.model_fields.items()}
     return found
