@@ -8,8 +8,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -24,6 +23,7 @@ from .chat import chat
 from .errors import PlacementError, RankFailed
 from .options import LogLevel, start_logging, with_config, with_fields
 from .server.config import ServerConfig
+from .signals import signals_wait
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -96,7 +96,10 @@ def generate(
         "n": n, "logprobs": logprobs, "ignore_eos": ignore_eos, "max_tokens": max_tokens,
     }  # fmt: skip
     SamplingParams(**{k: v for k, v in chosen.items() if v is not None})  # refuse what is wrong before loading a model
-    from .llm import LLM  # torch and transformers: seconds that --help and a wrong flag need not wait for
+    with signals_wait():  # torch and transformers: seconds that --help and a wrong flag need not wait for
+        import transformers.models.auto.tokenization_auto  # noqa: F401 - which LLM would import
+
+        from .llm import LLM
 
     stdout = sys.stdout
     with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
@@ -120,7 +123,7 @@ def serve(config: dict[str, Any], server: dict[str, Any], *, log_level: LogLevel
     """Serve the model over HTTP, as OpenAI does."""
     start_logging(log_level)
     options = ServerConfig(**server)
-    with _signals_wait():
+    with signals_wait():
         from .server.run import serve as run  # the web framework and torch: seconds
 
     run(Config.from_options(config), options)
@@ -149,7 +152,7 @@ def doctor(
 ) -> None:
     """Say what would keep the ranks from starting here or on the cluster, and the way out; status 1 if anything."""
     start_logging(log_level)
-    from .doctor import diagnose  # Ray, and torch while the GPUs are tried
+    from .doctor import diagnose
 
     asked, stdout, findings = Config.from_options(config), sys.stdout, []
     with redirect_stdout(sys.stderr):
@@ -161,16 +164,6 @@ def doctor(
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     if any(finding.status == "fail" for finding in findings):
         raise typer.Exit(1)
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """An exception out of a signal's handler in the middle of torch's import aborts the process, or is lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _with_defaults(recommended: SamplingParams, chosen: dict[str, Any]) -> SamplingParams:

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -38,6 +38,7 @@ from ..runtime.tokenizer import Tokenizer, default_sampling_params
 from .channel import Bell
 from .errors import EngineFailed, PlacementError, RankFailed
 from .llm import connect_ray, find_model, start_executor
+from .signals import Undo
 
 if TYPE_CHECKING:
     from .cluster import Connection
@@ -141,7 +142,7 @@ class Service:
         self._folder, self._model = find_model(self.config)
         self.tokenizer = Tokenizer(self._folder)
         self.default_params = default_sampling_params(self._folder)
-        with ExitStack() as stack:
+        with Undo() as stack:
             self._connection: Connection | None = connect_ray(self.config)
             if self._connection is not None:
                 stack.callback(self._connection.close)

@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ..runtime.config import Config
 from .checks import Case, Finding, judge_devices, run, versions
 from .placement import nodes, start_ray
+from .signals import Undo
 
 NODE_S = 60.0  # for the slowest node to answer
 
@@ -85,7 +86,7 @@ def merged(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
 
 
 def _connect(config: Config) -> Finding:
-    start_ray(config)
+    start_ray(config, Undo())  # there is an address, so nothing is started that would have to be undone
     return Finding("", "ok", f"connected, {len(nodes())} nodes")
 
 

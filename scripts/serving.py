@@ -1,4 +1,4 @@
-"""`lockstep serve` as its users have it, for the scripts that try to break it: started, watched, ended, searched for remains.
+"""`lockstep serve` for the scripts that try to break it: started, watched, ended, searched for remains.
 
 What belongs to a server is known by a mark in its environment, which Ray's processes inherit however they are detached.
 """

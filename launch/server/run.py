@@ -14,6 +14,7 @@ import uvicorn
 
 from ...runtime.config import Config
 from ..service import Service
+from ..signals import signals_wait
 from .app import create_app
 from .config import ServerConfig
 from .gateway import Gateway
@@ -30,7 +31,8 @@ def serve(config: Config, options: ServerConfig) -> None:
             service.start()
             ended_by = asyncio.run(serve_until_signal(service, options, open_port))
         finally:
-            asyncio.run(service.close())
+            with signals_wait():
+                asyncio.run(service.close())
     if ended_by is not None:
         sys.exit(128 + ended_by)
 
