@@ -74,6 +74,7 @@ class ServiceStats(msgspec.Struct, frozen=True):
     running: int  # of these, those that the ranks have begun with
     waiting: int
     kv_usage: float  # 0 to 1: pages of the running outputs; those that outputs share count for each
+    free_pages: int  # of the KV cache, by the scheduler's own account after its last step
     prefix_hits: int  # tokens found in the prefix cache, of
     prefix_queries: int  # so many that were looked for
     engine: EngineStats  # of all ranks since the start, restarted ones included
@@ -179,6 +180,7 @@ class Service:
             running=len(running),
             waiting=len(live) - len(running),
             kv_usage=min(1.0, pages / self.limits.num_pages),
+            free_pages=self._frontend.num_free_pages,
             prefix_hits=self._frontend.num_cached_tokens,
             prefix_queries=self._frontend.num_looked_up,
             engine=_sum(self._before, self._frontend.executor.stats),

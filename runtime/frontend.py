@@ -155,6 +155,7 @@ class Frontend:
         self.eos_token_ids = list(eos_token_ids)
         self.num_cached_tokens = 0  # found in the prefix cache by requests that began, of
         self.num_looked_up = 0  # so many: prompts, and after a failure what had been produced
+        self.num_free_pages = executor.limits.num_pages  # by the scheduler's account, after the last step
         self._live: dict[int, Stream] = {}
         self._next_uid = 0
         self._next_number = 0
@@ -193,7 +194,7 @@ class Frontend:
         Greedy and seeded outputs then end with the tokens that they would have had (float32: see SamplingParams).
         Tokens that the old executor had on their way are produced again, and nothing is handed out twice.
         """
-        self.executor = executor
+        self.executor, self.num_free_pages = executor, executor.limits.num_pages
         self.executor.submit([stream.resumed() for stream in self._live.values()])
 
     def cancel(self, generations: Iterable[Generation], reason: str | None = None) -> None:
@@ -221,6 +222,8 @@ class Frontend:
         finished = {f.uid: f for f in output.finished}
         stopped = []
         self._count_cached(output.cached)
+        if output.free_pages is not None:
+            self.num_free_pages = output.free_pages
         for uid, token in zip(output.uids, output.tokens, strict=True):
             sequence = self._live.get(uid)  # None: ended here while the step was on its way
             if sequence is not None:

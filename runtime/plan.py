@@ -75,6 +75,7 @@ class StepOutput(msgspec.Struct, frozen=True):
     finished: list[Finished]
     logprobs: dict[int, TokenLogprobs] = {}
     cached: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
+    free_pages: int | None = None  # that requests could have after this step, cached ones that nobody uses included
 
 
 class Report(msgspec.Struct, frozen=True):

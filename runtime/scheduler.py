@@ -317,7 +317,7 @@ class Scheduler:
             self._release(int(slots[i]))
         cached, self._cached = self._cached, {}
         kept = {uids[i]: logprobs[row] for i, row in enumerate(alive.tolist()) if row in logprobs} if logprobs else {}
-        return StepOutput(uids, tokens.tolist(), finished, kept, cached)
+        return StepOutput(uids, tokens.tolist(), finished, kept, cached, self.pages.num_available)
 
     def _preempt(self, slot: int) -> None:
         """Back to the front of the queue with the tokens it has; its cached pages may be there when it returns."""

@@ -18,6 +18,7 @@ from ..signals import signals_wait
 from .app import create_app
 from .config import ServerConfig
 from .gateway import Gateway
+from .patience import Patient, allow_descriptors
 
 log = logging.getLogger(__name__)
 LAST_WORDS_S = 2.0  # for answers that are complete but not yet sent when the service has ended
@@ -25,6 +26,7 @@ LAST_WORDS_S = 2.0  # for answers that are complete but not yet sent when the se
 
 def serve(config: Config, options: ServerConfig) -> None:
     """Serve until a signal: the first one drains, the second one ends at once, with status 128 + its number."""
+    allow_descriptors()
     with listener(options) as open_port:  # before the model is loaded: a port that is taken is known at once
         service = Service(config, max_restarts=options.max_restarts)
         try:
@@ -65,7 +67,7 @@ async def serve_until_signal(service: Service, options: ServerConfig, open_port:
 def create_uvicorn_config(service: Service, options: ServerConfig) -> uvicorn.Config:
     gateway = Gateway(service, options)
     return uvicorn.Config(
-        create_app(gateway, options.api_key or []), http="h11", ws="none", lifespan="off",
+        create_app(gateway, options.api_key or []), http=Patient, ws="none", lifespan="off",
         log_config=None, access_log=False, server_header=False,
         callback_notify=gateway.pulse.look, timeout_notify=1, timeout_graceful_shutdown=int(LAST_WORDS_S),
     )  # fmt: skip
