@@ -151,6 +151,7 @@ class Service:
             self._bell = self._connection.bell if self._connection is not None else Bell()
             self._leaving = self._connection.leaving if self._connection is not None else threading.Event()
             stack.callback(self._bell.close)
+            stack.callback(self._grammars.close)
             self._frontend = Frontend(self._start_executor(), self.tokenizer, self._model.eos_token_ids)
             self._open = stack.pop_all()
         self._set_health("ready")
@@ -231,7 +232,6 @@ class Service:
         if self._thread.is_alive():
             await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._leave)
         self._tokenizing.shutdown()
-        self._grammars.close()
 
     def _check(self) -> None:
         """Raises EngineFailed if a request cannot be admitted, now or after the ranks have come back."""
