@@ -47,12 +47,12 @@ class Connection:
     after a node was lost must not find themselves on a CPU.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, replicas: int = 1) -> None:
         self.bell = Bell()
         self.leaving = threading.Event()
         with ExitStack() as stack:
             stack.callback(self.bell.close)
-            ours = start_ray(config)
+            ours = start_ray(config, replicas)
             if ours:
                 stack.callback(_while_connected, ray.shutdown)
             self.ip = "127.0.0.1" if ours else None  # one machine: keep off the network

@@ -26,7 +26,7 @@ WAIT_S = 1  # Ray takes whole seconds
 FIRST_REPORT_S, REPORT_S = 2.0, 10.0
 
 
-def start_ray(config: Config) -> bool:
+def start_ray(config: Config, replicas: int = 1) -> bool:
     """Connect this process to Ray; True if that started a cluster of our own, which we then also end."""
     if ray.is_initialized():
         log.info("using the Ray cluster that this process is connected to")
@@ -35,7 +35,7 @@ def start_ray(config: Config) -> bool:
     address = config.ray_address or os.environ.get("RAY_ADDRESS", "local")
     started = time.perf_counter()
     if address == "local":
-        cpus = max(os.cpu_count() or 1, config.tensor_parallel_size)
+        cpus = max(os.cpu_count() or 1, replicas * config.tensor_parallel_size)
         _init(address, num_cpus=cpus, include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES)
     else:
         _check_reachable(address)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import msgspec
 
@@ -40,26 +41,25 @@ class Suspects:
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._marks: dict[int, Mark] = {}  # by number of the generation
+        self._marks: WeakKeyDictionary[Generation, Mark] = WeakKeyDictionary()
         self._waiting: list[Generation] = []  # suspects in the order in which they came
         self._tried: Generation | None = None
         self._guilty: list[Guilty] = []
 
     def died(self, live: Iterable[Generation]) -> tuple[Generation, int] | None:
-        """The ranks have died with these live: the one that has caused it and its deaths, if that is known now."""
+        """Ranks have died with these live: the one that has caused it and its deaths, if that is known now."""
         exposed = [g for g in live if g not in self._waiting]
-        deaths = {g.number: self._deaths(g) + 1 for g in exposed}
+        deaths = {g: self._deaths(g) + 1 for g in exposed}
         tried, self._tried = self._tried, None
-        if tried in exposed and deaths[tried.number] > 2:
-            self._marks, self._waiting = {}, []
+        if tried in exposed and deaths[tried] > 2:
+            self._marks.clear()
+            self._waiting.clear()
             now = time.monotonic()
             self._guilty = [g for g in self._guilty if g.until > now]
             self._guilty.append(Guilty(tried.prompt_ids, _params(tried), now + self._window_s))
-            return tried, deaths[tried.number]
-        self._marks = {g.number: Mark(_lengths(g), deaths[g.number]) for g in exposed} | {
-            g.number: self._marks[g.number] for g in self._waiting
-        }
-        self._waiting += [g for g in exposed if deaths[g.number] > 1]
+            return tried, deaths[tried]
+        self._marks.update({g: Mark(_lengths(g), deaths[g]) for g in exposed})
+        self._waiting += [g for g in exposed if deaths[g] > 1]
         self._waiting.sort(key=lambda g: g.number)
         return None
 
@@ -86,7 +86,7 @@ class Suspects:
 
     def _deaths(self, generation: Generation) -> int:
         """How often the ranks have died in a row with it live and one of its outputs no further than it is."""
-        mark = self._marks.get(generation.number)
+        mark = self._marks.get(generation)
         if mark is None:
             return 0
         pairs = zip(generation.sequences, mark.lengths, strict=True)

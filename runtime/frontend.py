@@ -196,8 +196,14 @@ class Frontend:
         self.executor = executor
         self.executor.submit([stream.resumed() for stream in self._live.values() if stream.owner not in later])
 
+    def withdraw(self, uids: Iterable[int]) -> list[Generation]:
+        """Take the generations of these requests off the ranks; they are live still, and to be resumed."""
+        found = list({s.owner.number: s.owner for uid in uids if (s := self._live.get(uid)) is not None}.values())
+        self.executor.cancel([s.request.uid for g in found for s in g.sequences if not s.finished])
+        return found
+
     def resume(self, generation: Generation) -> None:
-        """Admit one that was left for later."""
+        """Admit one again that was left for later or withdrawn, with what it has produced."""
         self.executor.submit([stream.resumed() for stream in generation.sequences if not stream.finished])
 
     def cancel(self, generations: Iterable[Generation], reason: str | None = None) -> None:

@@ -17,6 +17,7 @@ LOWEST = {"port": 0, "max_queued": 0, "max_logprobs": 0, "max_restarts": 0}  # e
 class ServerConfig:
     """Where to listen, whom to answer and how much to take on; raises ValueError naming field, value and rule."""
 
+    replicas: int = option(1, "groups of tensor_parallel_size ranks that share the requests, under Ray Serve")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all of them, with an api-key then")
     port: int = option(8000, "port to listen on; 0 takes a free one")
     api_key: list[str] | None = field(

@@ -28,7 +28,9 @@ def serve(config: Config, options: ServerConfig, preflight: Preflight | None) ->
     with listener(options) as open_port:  # before the model is loaded: a port that is taken is known at once
         if preflight is not None:
             preflight.judge()
-        service = Service(config, max_restarts=options.max_restarts)
+        service = Service(
+            config, max_restarts=options.max_restarts, replicas=options.replicas, max_queued=options.max_queued
+        )
         try:
             service.start()
             ended_by = asyncio.run(serve_until_signal(service, options, open_port))
