@@ -21,6 +21,7 @@ from cuda.bindings import driver
 from torch import Tensor
 
 from .jit import SOURCES, CompileError
+from .maps import TensorMap, map_rows, map_weight
 
 C_NAMES = {
     torch.float32: "float",
@@ -31,6 +32,7 @@ C_NAMES = {
     torch.float8_e4m3fn: "fp8",
 }
 C_TYPES = {
+    TensorMap: None,  # passed as it is
     Tensor: ctypes.c_void_p,
     np.int64: ctypes.c_int64,
     np.int32: ctypes.c_int32,
@@ -41,6 +43,13 @@ VECTOR_BYTES = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a block gets more only when its kernel asks
 RACE_BLOCKS = 1024  # enough to fill any GPU
 PRODUCT_ROWS = 8  # of x, at most, for the product that streams the weight
+# Rows of x, padded, for batch.cu, and stages of its pipeline: up to 64, two kernels in turn share a multiprocessor.
+BATCH_STAGES = {16: 6, 32: 5, 64: 4, 128: 3, 256: 4}
+BATCH_TILE, BATCH_STEP = 128, 64  # rows of the weight, and columns, as in batch.cu
+MOST_SHARES = 8  # of a tile: the blocks of a cluster
+LEAST_STEPS = 4  # of a share
+NEAR_STEPS = 8
+BUSY = 0.8
 STAGED_BYTES = 100 * 1024  # of x in shared memory, at most: two blocks share 227 KiB
 LEAST_SPLIT = 512  # keys: merging costs more than reading a few more
 LOG2_E = 1.4426950408889634
@@ -87,6 +96,8 @@ def linear(
         x, norm = rms_norm(x, norm, eps), None
     if streams:
         return _stream_weight(x, weight, bias, norm, eps, gated, add_to, out)
+    if _can_batch(x, weight, gated):
+        return _batch_product(x, weight, bias, gated, add_to, out)
     if add_to is not None:
         add_to.addmm_(x, weight.t())
         return add_to if bias is None else add_to.add_(bias)
@@ -144,6 +155,40 @@ def _stream_weight(
     optional = (np.int64(0) if t is None else t for t in (norm, bias))
     sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size)
     kernel((min(tiles, multiprocessors * (16 // warps)), 1), 32 * warps, out, x, weight, *optional, *sizes)
+    return out
+
+
+def _can_batch(x: Tensor, weight: Tensor, gated: bool) -> bool:
+    features = len(weight) // 2 if gated else len(weight)
+    whole = x.shape[1] % 8 == 0 and features % 8 == 0 and x.is_contiguous() and weight.is_contiguous()
+    aligned = x.data_ptr() % VECTOR_BYTES == 0 and weight.data_ptr() % VECTOR_BYTES == 0
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    return 0 < len(x) <= max(BATCH_STAGES) and is_half and whole and aligned and _is_hopper(x.device.index)
+
+
+def _batch_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, add_to: Tensor | None, out: Tensor | None
+) -> Tensor:
+    rows, size = x.shape
+    features = len(weight) // 2 if gated else len(weight)
+    if out is None:
+        out = x.new_empty(rows, features) if add_to is None else add_to
+    padded = next(n for n in BATCH_STAGES if n >= rows)
+    tiles, multiprocessors = (
+        -(-features // (BATCH_TILE // 2 if gated else BATCH_TILE)),
+        _multiprocessors(x.device.index),
+    )
+    # Few tiles are shared. By the weight alone, not by the rows of x, or a row's bits would depend on these.
+    shares = max(1, min(MOST_SHARES, int(BUSY * multiprocessors) // tiles, size // (BATCH_STEP * LEAST_STEPS)))
+    stages = BATCH_STAGES[padded]
+    finish = 2 if gated else 0 if add_to is None else 1
+    shared_bytes = stages * (BATCH_TILE + padded) * BATCH_STEP * 2 + 1024  # to align them
+    name = f"batch_product<{_c(x)}, {padded}, {stages}, {finish}, {NEAR_STEPS}>"
+    kernel = _kernel("batch.cu", name, shared_bytes=shared_bytes, early=True, cluster=shares, architecture="sm_90a")
+    maps = map_weight(weight, gated), map_rows(x, padded)
+    sizes = np.int32(rows), np.int32(features), np.int32(size)
+    blocks = tiles * shares if shares > 1 else min(tiles, multiprocessors)
+    kernel((blocks, 1), 32 * 9, *maps, out, np.int64(0) if bias is None else bias, *sizes)
     return out
 
 
@@ -405,6 +450,11 @@ def _vector(size: int, *tensors: Tensor, strides: list[int] | None = None) -> in
 
 
 @functools.cache
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
 def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
@@ -419,14 +469,24 @@ class _Stream:
 
 
 @functools.cache
-def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False) -> Callable[..., None]:
+def _kernel(
+    source: str,
+    name: str,
+    *,
+    shared_bytes: int = 0,
+    early: bool = False,
+    cluster: int = 1,
+    architecture: str | None = None,
+) -> Callable[..., None]:
     """One instance of a kernel template; call it with grid, threads and arguments (tensors or NumPy scalars).
 
     early: launched while the kernel before it still runs; it calls wait_for_previous (common.cuh) before it reads what
     that one writes.
+    cluster: so many blocks run at the same time and see each other's shared memory; early only.
+    architecture: with the instructions of this one alone, instead of what all devices of its generation have.
     """
     try:
-        function = _module(source, name).get_function(name)
+        function = _module(source, name, architecture).get_function(name)
         static_bytes = function.shared_size_bytes
     except cupy.cuda.compiler.CompileException as error:
         raise CompileError(f"NVRTC failed on {source}, {name}:\n{error}") from error
@@ -442,20 +502,29 @@ def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = Fals
         passed = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         function(grid, (threads,), passed, shared_mem=shared_bytes, stream=stream)
 
+    attributes = [_early_attribute()] if cluster == 1 else [_early_attribute(), _cluster_attribute(cluster)]
+
     def launch_early(grid: tuple[int, int], threads: int, *arguments: Any) -> None:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
-        config.attrs, config.numAttrs = [_early_attribute()], 1
-        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a.item() for a in arguments)
+        config.attrs = attributes
+        config.numAttrs = len(attributes)
+        values = tuple(_passed(a) for a in arguments)
         types = tuple(C_TYPES[type(a)] for a in arguments)
         (status,) = driver.cuLaunchKernelEx(config, function.kernel.ptr, (values, types), 0)
         if status != driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"cannot launch {name} on {grid} x {threads} threads: {status.name}")
 
     return launch_early if early else launch
+
+
+def _passed(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return argument if isinstance(argument, TensorMap) else argument.item()
 
 
 @functools.cache
@@ -467,9 +536,18 @@ def _early_attribute() -> Any:
     return attribute
 
 
-def _module(source: str, name: str) -> Any:
+@functools.cache
+def _cluster_attribute(blocks: int) -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = blocks, 1, 1
+    return attribute
+
+
+def _module(source: str, name: str, architecture: str | None) -> Any:
     templates = (name,) if "<" in name else None
-    return cupy.RawModule(code=source_text(source), options=("-std=c++17",), name_expressions=templates)
+    options = ("-std=c++17", *([f"-arch={architecture}"] if architecture else []))
+    return cupy.RawModule(code=source_text(source), options=options, name_expressions=templates)
 
 
 def source_text(name: str) -> str:

@@ -12,12 +12,6 @@
 constexpr int TILE = 16;   // keys that a warp takes at once
 constexpr int GROUP = 8;   // query heads of one key head, at most
 
-__device__ __forceinline__ unsigned transpose(unsigned x) {
-    unsigned y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 // Copy 16 bytes to shared memory without waiting for them.
 __device__ __forceinline__ void copy_later(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));

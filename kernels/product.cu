@@ -7,8 +7,6 @@
 // A block goes through its tiles of 16 rows of the weight; its warps share the columns of a tile and add up at the end.
 #include "tensor.cuh"
 
-enum Finish { STORE, ADD, SILU };
-
 constexpr int ROWS = 8;    // of x, at most
 constexpr int CHUNK = 64;  // columns that a warp takes at once: whole 128-byte lines of the weight
 

@@ -2,6 +2,9 @@
 #pragma once
 #include "common.cuh"
 
+// What becomes of a product: it is stored, added to what is there, or is gate and up of which silu(gate) * up is stored.
+enum Finish { STORE, ADD, SILU };
+
 __device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, bf16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -10,6 +13,13 @@ __device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1
 __device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, f16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// An 8 x 8 matrix of 16-bit elements, two neighbours of row lane / 4 on each lane, becomes its transpose, held in the same way.
+__device__ __forceinline__ unsigned transpose(unsigned x) {
+    unsigned y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
 }
 
 // What is read once need not stay in L1. volatile keeps such loads where they are written: before the wait.
@@ -22,4 +32,9 @@ __device__ __forceinline__ uint4 stream(const void* from) {
 template <typename T> __device__ __forceinline__ unsigned pack(float low, float high) {
     Vec<T, 2> both = {from_float<T>(low), from_float<T>(high)};
     return *reinterpret_cast<unsigned*>(&both);
+}
+
+template <typename T> __device__ __forceinline__ float2 unpack(unsigned both) {
+    const Vec<T, 2> v = *reinterpret_cast<Vec<T, 2>*>(&both);
+    return make_float2(to_float(v.at[0]), to_float(v.at[1]));
 }
