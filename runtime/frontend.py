@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from .executor import Executor
+from .grammar import Vocabulary, try_out
 from .outputs import CompletionOutput, Delta, Event, Logprob, RequestOutput
 from .plan import Finished, FinishReason, StepOutput, TokenLogprobs
 from .request import Request, SamplingParams
@@ -147,10 +148,20 @@ class Generation:
 
 
 class Frontend:
-    """Turns prompts into requests and the steps' tokens into text, over any Executor."""
+    """Turns prompts into requests and the steps' tokens into text, over any Executor.
 
-    def __init__(self, executor: Executor, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> None:
+    `vocabulary` is for trying grammars before they start; without it somebody else has done so.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        eos_token_ids: Iterable[int],
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         self.executor = executor
+        self._vocabulary = vocabulary
         self.tokenizer = tokenizer
         self.eos_token_ids = list(eos_token_ids)
         self.num_cached_tokens = 0  # found in the prefix cache by requests that began, of
@@ -177,6 +188,8 @@ class Frontend:
             generation.sequences.append(Stream(request, generation, index, self.tokenizer))
         try:
             self.executor.limits.check(generation.sequences[0].request)
+            if params.structured_outputs is not None and self._vocabulary is not None:
+                try_out(self._vocabulary, params.structured_outputs)
         except ValueError as error:
             raise RequestRefused(str(error)) from error
         return generation

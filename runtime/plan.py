@@ -17,7 +17,7 @@ import numpy as np
 from .request import Request, SamplingParams
 from .stats import EngineStats, Profile
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Admission(msgspec.Struct, frozen=True):
@@ -64,7 +64,7 @@ class Finished(msgspec.Struct, frozen=True):
     uid: int
     reason: FinishReason
     stop_id: int | None = None  # the token id that ended it, for reason "stop"
-    error: str | None = None  # why the engine refused it, for reason "abort"
+    error: str | None = None  # why: the engine refused it ("abort"), or its grammar could not go on ("error")
 
 
 class StepOutput(msgspec.Struct, frozen=True):

@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from .structured import StructuredOutputsParams
+
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
@@ -40,6 +42,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     logprobs: int | None = None
     seed: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._integer("n", 1, MAX_N)
@@ -65,6 +68,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             self._integer("seed", -(2**63), 2**63 - 1)
         self._check_bias()
         self._check_stops()
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise ValueError("ignore_eos=True does not go with structured_outputs, which end with the EOS token")
 
     @property
     def stop_strings(self) -> Sequence[str]:

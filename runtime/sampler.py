@@ -59,7 +59,8 @@ class Sampler:
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
         self.top_k[slot], self.seed[slot] = max(p.top_k, 0), p.seed % 2**64
         self.filtered[slot] = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
-        self.edited[slot] = state.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
+        guided = p.structured_outputs is not None  # its logits come masked
+        self.edited[slot] = guided or state.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
 
     def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
@@ -114,7 +115,8 @@ class Sampler:
             self._penalize(logits, state, tokens[slot, :position].long())
         for token, bias in state.params.logit_bias.items():
             logits[token] += bias
-        if position < state.num_prompt_tokens + state.params.min_tokens:
+        may_stop = position >= state.num_prompt_tokens + state.params.min_tokens
+        if not may_stop and state.params.structured_outputs is None:  # else runtime/guide.py has seen to it
             logits[state.stop_ids] = -torch.inf
 
     def _penalize(self, logits: Tensor, state: SlotState, tokens: Tensor) -> None:

@@ -256,7 +256,9 @@ class Scheduler:
         self.tokens[slot, :n] = request.tokens
         self.known[slot] = self.length[slot] = n
         self.limit[slot] = min(request.max_length, self.limits.max_length)
-        self.min_length[slot] = request.num_prompt_tokens + request.params.min_tokens
+        # A grammar that has nothing to add ends before min_tokens; until then its mask holds stop ids back.
+        min_tokens = 0 if request.params.structured_outputs is not None else request.params.min_tokens
+        self.min_length[slot] = request.num_prompt_tokens + min_tokens
         self._set_stop_ids(slot, request.stop_ids)
         self.nodes[slot] = node
         self.num_pages[slot] = 0
@@ -296,13 +298,19 @@ class Scheduler:
     # -- a step has run
 
     def commit(
-        self, scheduled: Scheduled, tokens: np.ndarray, logprobs: dict[int, TokenLogprobs] | None = None
+        self,
+        scheduled: Scheduled,
+        tokens: np.ndarray,
+        logprobs: dict[int, TokenLogprobs] | None = None,
+        failed: dict[int, str] | None = None,
     ) -> StepOutput:
         """Take in the sampled tokens [S] of a step, in the order of its sampled rows; ends the requests that are done.
 
-        `logprobs` are by index into tokens. Tokens of requests that were cancelled or preempted since are dropped:
-        sampling is keyed by position, so a preempted request will draw the same token again.
+        `logprobs` are by index into tokens; so is `failed`: who ends with an error instead of a token. Tokens of
+        requests that were cancelled or preempted since are dropped: sampling is keyed by position, so a preempted
+        request will draw the same token again.
         """
+        finished = self._end_failed(scheduled, failed) if failed else []
         alive = np.flatnonzero(self.ticket[scheduled.slots] == scheduled.tickets)
         slots, tokens = scheduled.slots[alive], tokens[alive]
         self.tokens[slots, self.known[slots]] = tokens
@@ -310,7 +318,6 @@ class Scheduler:
         uids = self.uid[slots].tolist()
         stopped = (self.stop_ids[slots] == tokens[:, None]).any(axis=1) & (self.known[slots] > self.min_length[slots])
         ended = stopped | (self.known[slots] == self.limit[slots])
-        finished = []
         for i in np.flatnonzero(ended).tolist():
             reason: FinishReason = "stop" if stopped[i] else "length"
             finished.append(Finished(uids[i], reason, int(tokens[i]) if stopped[i] else None))
@@ -318,6 +325,15 @@ class Scheduler:
         cached, self._cached = self._cached, {}
         kept = {uids[i]: logprobs[row] for i, row in enumerate(alive.tolist()) if row in logprobs} if logprobs else {}
         return StepOutput(uids, tokens.tolist(), finished, kept, cached)
+
+    def _end_failed(self, scheduled: Scheduled, failed: dict[int, str]) -> list[Finished]:
+        finished = []
+        for i, reason in failed.items():
+            slot = int(scheduled.slots[i])
+            if self.ticket[slot] == scheduled.tickets[i]:
+                finished.append(Finished(int(self.uid[slot]), "error", error=reason))
+                self._release(slot)
+        return finished
 
     def _preempt(self, slot: int) -> None:
         """Back to the front of the queue with the tokens it has; its cached pages may be there when it returns."""
