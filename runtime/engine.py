@@ -104,6 +104,7 @@ class Engine:
         sampled = step.wait()
         came = time.perf_counter()
         output = self.scheduler.commit(step.scheduled, sampled.tokens, sampled.logprobs, sampled.failed)
+        output.prompts.update({step.scheduled.explained[row]: found for row, found in sampled.prompts.items()})
         ended = time.perf_counter()
         self.stats.wait_s += came - asked
         self.stats.commit_s += ended - came

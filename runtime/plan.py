@@ -58,6 +58,13 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: list[float]
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True):
+    """What the model thinks of a prompt's tokens from position `start` on, each after those before it."""
+
+    start: int
+    logprobs: list[TokenLogprobs]
+
+
 class Finished(msgspec.Struct, frozen=True):
     """A request ended; exactly one per request."""
 
@@ -75,6 +82,7 @@ class StepOutput(msgspec.Struct, frozen=True):
     finished: list[Finished]
     logprobs: dict[int, TokenLogprobs] = {}
     cached: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
+    prompts: dict[int, PromptLogprobs] = {}  # uid -> a chunk of its prompt, if its log-probabilities are wanted
 
 
 class Report(msgspec.Struct, frozen=True):

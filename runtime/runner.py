@@ -32,7 +32,8 @@ from .model.decoder import Decoder
 from .model.weights import fill_dummy, load_weights
 from .neighbours import neighbours
 from .phases import Phases
-from .plan import Admission, StepPlan, TokenLogprobs
+from .plan import Admission, PromptLogprobs, StepPlan, TokenLogprobs
+from .prompts import prompt_logprobs
 from .request import SamplingParams
 from .sampler import Sampler
 from .scheduler import Limits
@@ -48,6 +49,7 @@ class Sampled:
     tokens: np.ndarray  # [S] int32
     logprobs: dict[int, TokenLogprobs]
     failed: dict[int, str] = field(default_factory=dict)  # rows whose grammar cannot go on, and why
+    prompts: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row of the plan
 
 
 class Runner:
@@ -222,10 +224,15 @@ class Runner:
         self.attention.plan(batch)
         residual = self.decoder.forward(batch, self.pool, self.attention)
         self.guides.catch_up()
-        if len(plan.sampled_rows) == 0:
-            return lambda: Sampled(np.empty(0, np.int32), {})
-        last = self._to_device(host.query_starts[1:][plan.sampled_rows] - 1).long()
-        return self._sample(plan, self.decoder.logits(residual, last))
+        sampled: Callable[[], Sampled] = lambda: Sampled(np.empty(0, np.int32), {})  # noqa: E731
+        if len(plan.sampled_rows):
+            last = self._to_device(host.query_starts[1:][plan.sampled_rows] - 1).long()
+            sampled = self._sample(plan, self.decoder.logits(residual, last))
+        widths, ends = self.sampler.prompt_logprobs[plan.slots], self.sampler.num_prompt_tokens[plan.slots]
+        if not ((widths >= 0) & (plan.starts < ends - 1)).any():
+            return sampled
+        prompts = prompt_logprobs(self.decoder, residual, self.tables.tokens, plan, host, widths, ends)
+        return lambda: replace(sampled(), prompts=prompts())
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs, host: HostBatch) -> Callable[[], Sampled]:
         logits, chosen = graphs.run(host, *self.sampler.race_inputs(host.slots, host.positions + 1))

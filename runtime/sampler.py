@@ -48,6 +48,8 @@ class Sampler:
         self.filtered = np.zeros(max_num_seqs, bool)  # top-k, top-p or min-p
         self.edited = np.zeros(max_num_seqs, bool)  # logits are changed before sampling
         self.logprobs = np.full(max_num_seqs, -1, np.int32)
+        self.prompt_logprobs = np.full(max_num_seqs, -1, np.int32)
+        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
 
     def admit(self, admission: Admission) -> None:
         """Take over the parameters of a request that has been given a slot; params.seed must be set."""
@@ -62,6 +64,8 @@ class Sampler:
         guided = p.structured_outputs is not None  # its logits come masked
         self.edited[slot] = guided or state.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
+        self.prompt_logprobs[slot] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
+        self.num_prompt_tokens[slot] = admission.num_prompt_tokens
 
     def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
         """One token per row; [S] int32.

@@ -70,6 +70,7 @@ class Scheduled:
     plan: StepPlan
     slots: np.ndarray  # [S] int32
     tickets: np.ndarray  # [S] int64: one per admission, so that a slot's next owner is not taken for this one
+    explained: dict[int, int]  # rows of the plan -> uid: requests that want to know of their prompts
 
 
 class Scheduler:
@@ -100,6 +101,7 @@ class Scheduler:
         self._writes: list[np.ndarray] = []  # [n, 3] each: the page table's changes since the last plan
         self._head_blocked = False  # the first waiting request did not fit, and nothing has been released since
         self._preempted: set[int] = set()  # uids that wait again
+        self._explained: set[int] = set()  # slots whose requests want log-probabilities of their prompts
         self._cached: dict[int, int] = {}  # prefix hits to report with the next output
 
     # -- requests come and go
@@ -188,14 +190,15 @@ class Scheduler:
 
     # -- the prefix cache
 
-    def _match(self, tokens: np.ndarray) -> tuple[Node, np.ndarray]:
+    def _match(self, request: Request) -> tuple[Node, np.ndarray]:
         """The longest cached prefix of a request's tokens, as the tree's node and pages.
 
-        The last token is always left to compute: its hidden state gives the next one.
+        The last token is always left to compute: its hidden state gives the next one. So are all where the prompt's
+        log-probabilities are wanted: the cache has keys and values, but not what the model made of them.
         """
-        if not self.limits.enable_prefix_caching:
+        if not self.limits.enable_prefix_caching or request.params.prompt_logprobs is not None:
             return self.pages.tree.root, NO_PAGES
-        size = self.limits.page_size
+        size, tokens = self.limits.page_size, request.tokens
         return self.pages.tree.match(tokens[: (len(tokens) - 1) // size * size])
 
     def _share(self, slot: int, end: int) -> None:
@@ -223,7 +226,7 @@ class Scheduler:
         counts: list[int] = []
         while self.waiting and self._free_slots and budget > 0:
             request = self.waiting[0]
-            node, pages = self._match(request.tokens)
+            node, pages = self._match(request)
             self.pages.tree.lock(node)
             if not self._fits(len(request.tokens), len(pages)):
                 self.pages.tree.unlock(node)
@@ -260,6 +263,8 @@ class Scheduler:
         min_tokens = 0 if request.params.structured_outputs is not None else request.params.min_tokens
         self.min_length[slot] = request.num_prompt_tokens + min_tokens
         self._set_stop_ids(slot, request.stop_ids)
+        if request.params.prompt_logprobs is not None:
+            self._explained.add(slot)
         self.nodes[slot] = node
         self.num_pages[slot] = 0
         self._append_pages(np.full(len(pages), slot, np.int32), pages)
@@ -293,7 +298,10 @@ class Scheduler:
         self._writes = []
         plan = StepPlan(self._step, admitted, rows, starts, counts, sampled, writes)
         self._step += 1
-        return Scheduled(plan, slots, self.ticket[slots])
+        explained: dict[int, int] = {}
+        if self._explained:
+            explained = {row: int(self.uid[slot]) for row, slot in enumerate(rows.tolist()) if slot in self._explained}
+        return Scheduled(plan, slots, self.ticket[slots], explained)
 
     # -- a step has run
 
@@ -361,6 +369,7 @@ class Scheduler:
         self.pages.release(pages[kept:])
         self.pages.tree.unlock(self.nodes[slot])
         self.requests[slot] = None
+        self._explained.discard(slot)
         self.ticket[slot] = -1
         self.order = self.order[self.order != slot]
         self._head_blocked = False
