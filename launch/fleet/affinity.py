@@ -22,7 +22,7 @@ class Affinity:
 
     def matched(self, tokens: np.ndarray, replica: str) -> int:
         """How many of the first `tokens` are in the replica's cache."""
-        pages = self._pages.get(replica, {})
+        pages = self._pages.get(replica, OrderedDict())
         return sum(self._page_size for _ in takewhile(pages.__contains__, self._hashes(tokens)))
 
     def sent(self, tokens: np.ndarray, replica: str) -> None:

@@ -1,7 +1,7 @@
 """The Executor over replicas: Ray Serve chooses one for each request, and the tokens come back over our own socket.
 
-A request on its way is an attempt with a number of its own: what a replica that counts as lost still sends is then known
-to be stale. Requests whose replica is lost are reported as RequestsLost; the front end has them go on elsewhere.
+A request on its way is an attempt with a number of its own: what a replica that counts as lost still sends is known to
+be stale by it. Requests whose replica is lost are reported as RequestsLost; the front end has them go on elsewhere.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import socket
 import threading
 import time
@@ -69,21 +68,14 @@ class FleetExecutor:
         with ExitStack() as stack:
             started = time.perf_counter()
             self._start(max_queued, stack)
+            self.limits = _common([hello.limits for hello in self._hellos.values()], replicas)
             self.startup = {"replicas": time.perf_counter() - started}
             self._open = stack.pop_all()
         log.info(
-            "%d replicas of %d ranks ready in %.1f s", replicas, config.tensor_parallel_size, *self.startup.values()
-        )
-
-    @property
-    def limits(self) -> Limits:
-        """Of one request, what every replica can hold; of requests at once, what all can."""
-        known = [hello.limits for hello in self._hellos.values()]
-        return replace(
-            known[0],
-            max_model_len=min(limits.max_model_len for limits in known),
-            num_pages=min(limits.num_pages for limits in known),
-            max_num_seqs=self._replicas * known[0].max_num_seqs,
+            "%d replicas, each of tensor_parallel_size=%d, ready in %.1f s",
+            replicas,
+            config.tensor_parallel_size,
+            *self.startup.values(),
         )
 
     @property
@@ -148,6 +140,7 @@ class FleetExecutor:
         threading.Thread(target=self._loop.run_forever, name="lockstep-fleet", daemon=True).start()
         stack.callback(self._loop.call_soon_threadsafe, self._loop.stop)
         front = Front(self._inbox.address, lifeline.getsockname()[:2], self._connection.ip, forwarded())
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
         stack.callback(self._delete)
@@ -235,8 +228,8 @@ class FleetExecutor:
         return found if found.uids or found.finished or found.cached else None
 
     def _forget(self, uid: int) -> Future[None] | None:
-        attempt, call = self._calls.pop(uid, (math.nan, None))
-        self._attempts.pop(attempt, None)  # type: ignore[call-overload]
+        attempt, call = self._calls.pop(uid, (-1, None))
+        self._attempts.pop(attempt, None)
         return call
 
     def _end_lifelines(self) -> None:
@@ -246,6 +239,16 @@ class FleetExecutor:
     def _delete(self) -> None:
         if ray.is_initialized():  # else the user's own ray.shutdown() came first
             serve.delete(self._name)
+
+
+def _common(known: Sequence[Limits], replicas: int) -> Limits:
+    """Of one request, what every replica can hold; of requests at once, what all can."""
+    return replace(
+        known[0],
+        max_model_len=min(limits.max_model_len for limits in known),
+        num_pages=min(limits.num_pages for limits in known),
+        max_num_seqs=replicas * known[0].max_num_seqs,
+    )
 
 
 def _cause(text: str) -> str:

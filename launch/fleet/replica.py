@@ -1,8 +1,8 @@
 """A replica: one group of ranks under Ray Serve, which places it, asks for its health and replaces it.
 
-Serve's calls admit requests and end with them; the tokens go to the front end over our own socket. As in service.py, one
-thread drives the executor and takes commands through a queue and a bell. A group that fails is not started again here:
-the replica says so and is replaced, while the front end has its requests go on elsewhere.
+Serve's calls admit requests and end with them; the tokens go to the front end over our own socket. As in service.py,
+one thread drives the executor and takes commands through a queue and a bell. A group that fails is not started again
+here: the replica says so and is replaced, while the front end has its requests go on elsewhere.
 """
 
 from __future__ import annotations
