@@ -13,7 +13,7 @@ import msgspec
 from ..runtime.config import Config
 from ..runtime.outputs import Delta
 from ..runtime.request import SamplingParams
-from .signals import signals_wait
+from .signals import Terminated, signals_wait
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -117,6 +117,8 @@ def _show(answer: Iterator[str], out: TextIO) -> str:
         for text in answer:
             said += text
             print(text, end="", file=out, flush=True)
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         note = " [stopped]"
     except ValueError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import signal
 import sys
 import time
 from contextlib import redirect_stdout
@@ -23,7 +22,7 @@ from .chat import chat
 from .errors import PlacementError, RankFailed
 from .options import LogLevel, start_logging, with_config, with_fields
 from .server.config import ServerConfig
-from .signals import signals_wait
+from .signals import end_on_sigterm, signals_wait, status_of
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -36,13 +35,15 @@ DEFAULT_MAX_TOKENS = 128
 
 def main() -> None:
     """The console script: errors that a user can act on are one line, without a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an orderly end, as after Ctrl-C
+    end_on_sigterm()
     try:
         app()
     except ValueError as error:
         _fail(error, code=2)
     except (PlacementError, RankFailed) as error:
         _fail(error, code=1)
+    except SystemExit as end:
+        sys.exit(status_of(end))
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -12,10 +12,33 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = 128 + signal.SIGINT
 _waiting = False
+_terminated = False
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception. Ray's waits take a KeyboardInterrupt for a signal; of a SystemExit they abort."""
+
+
+def end_on_sigterm() -> None:
+    """From now on SIGTERM is an orderly end, as Ctrl-C is."""
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def interrupt(number: int, frame: object = None) -> NoReturn:
+    """What a handler of a signal that ends the process does."""
+    global _terminated
+    _terminated = number == signal.SIGTERM
+    raise Terminated if _terminated else KeyboardInterrupt
+
+
+def status_of(end: SystemExit) -> int | str | None:
+    """The status to exit with: whoever knows KeyboardInterrupt only takes SIGTERM for Ctrl-C."""
+    return 128 + signal.SIGTERM if _terminated and end.code == INTERRUPTED else end.code
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import uvicorn
 
 from ...runtime.config import Config
 from ..service import Service
-from ..signals import signals_wait
+from ..signals import interrupt, signals_wait
 from .app import create_app
 from .config import ServerConfig
 from .gateway import Gateway
@@ -93,7 +93,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """In place of uvicorn's: runs as a signal handler."""
         if self._loop is None:
-            raise KeyboardInterrupt  # not serving yet
+            interrupt(sig)  # not serving yet
         self._loop.call_soon_threadsafe(self._on_signal, sig)
 
     def _on_signal(self, sig: int) -> None:
