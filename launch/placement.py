@@ -23,6 +23,7 @@ from .resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
 from .signals import Undo, signals_wait
 
 log = logging.getLogger(__name__)
+REMOVE_S = 5.0  # for the last of Ray's processes to end
 CONNECT_S = 5.0  # Ray itself tries for two minutes
 FIRST_REPORT_S, REPORT_S = 2.0, 5.0
 
@@ -39,7 +40,7 @@ def start_ray(config: Config, stack: Undo) -> bool:
         cpus = max(os.cpu_count() or 1, config.tensor_parallel_size)
         # Ray's own folder grows with each start; a short name: sockets in it have paths of up to 107 characters.
         folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR"))
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
+        stack.callback(_remove, folder)
         stack.callback(while_connected, ray.shutdown)
         with signals_wait():  # servers that were started half would stay for a minute
             _init(
@@ -54,6 +55,17 @@ def start_ray(config: Config, stack: Undo) -> bool:
         _init(address)
     log.info("Ray cluster: %s, ready in %.1f s", address, time.perf_counter() - started)
     return address == "local"
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder that processes may still write to, until they have ended too."""
+    until = time.monotonic() + REMOVE_S
+    while os.path.exists(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() > until:
+            log.warning("Ray's folder %s cannot be removed", folder)
+            return
+        time.sleep(0.02)
 
 
 def while_connected(end: Callable[..., Any], *arguments: Any) -> None:
