@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +29,11 @@ class Serving:
     def __init__(self, *flags: str, program: Sequence[str] = MAIN, **environment: str) -> None:
         self.mark = os.urandom(16).hex()
         self.log: IO[str] = tempfile.NamedTemporaryFile("w+", prefix="serve-", suffix=".log")  # noqa: SIM115 - of ours
-        self.before = remains()
+        self.folder = Path(tempfile.mkdtemp(prefix="s-"))  # for all its temporary files; short, for sockets in it
+        self.before = shared_memory()
         self.process = subprocess.Popen(
             [sys.executable, "-u", *program, "serve", "--port=0", *flags],
-            env=os.environ | {MARK: self.mark} | environment,
+            env=os.environ | {MARK: self.mark, "TMPDIR": str(self.folder)} | environment,
             stdin=subprocess.DEVNULL, stderr=self.log, stdout=self.log, start_new_session=True,
         )  # fmt: skip
 
@@ -66,8 +68,8 @@ class Serving:
         """What is still there after its end, after at most so many seconds."""
 
         def found() -> list[str]:
-            folders = sorted(remains() - self.before)
-            return [f"process {pid}: {title}" for pid, title in self.processes().items()] + folders
+            files = [*self.folder.glob("*"), *(shared_memory() - self.before)]
+            return [f"process {pid}: {title}" for pid, title in self.processes().items()] + [str(f) for f in files]
 
         wait(lambda: not found(), patience_s)
         return found()
@@ -77,6 +79,7 @@ class Serving:
         self.process.kill()
         for pid in self.processes():
             os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def wait(holds: Callable[[], object], seconds: float) -> None:
@@ -86,10 +89,9 @@ def wait(holds: Callable[[], object], seconds: float) -> None:
         time.sleep(0.02)
 
 
-def remains() -> set[str]:
-    """What servers could leave behind: shared memory, Ray's sockets and object store, our own temporary folders."""
-    names = [path for folder in ("/dev/shm", tempfile.gettempdir()) for path in Path(folder).glob("*")]
-    return {str(path) for path in names if re.search(r"ray|plasma|lockstep|gloo|nccl|torch", path.name)}
+def shared_memory() -> set[Path]:
+    """Of Ray, torch and NCCL; other people's servers on this machine may have some, too."""
+    return {path for path in Path("/dev/shm").glob("*") if re.search(r"ray|plasma|torch|nccl", path.name)}
 
 
 def cpu_seconds(pid: int) -> float:
