@@ -7,6 +7,7 @@ rank 0 serves.
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import Any
 
@@ -71,7 +72,10 @@ class GlooCommunicator(Communicator):
 
 def _gloo(store: Any, rank: int, size: int, own_ip: str, timeout: timedelta) -> Any:
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch.distributed builds it the same way
-    # By address: gloo's own choice resolves the host's name, which fails on machines without a DNS entry for it.
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_ip)]
+    # By address, unless the user names an interface: gloo's own choice resolves the host's name, which fails on
+    # machines without a DNS entry for it.
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    chosen = {"interface": interface} if interface else {"hostname": own_ip}
+    options._devices = [dist.ProcessGroupGloo.create_device(**chosen)]
     options._timeout = timeout
     return dist.ProcessGroupGloo(store, rank, size, options)

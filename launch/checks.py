@@ -6,15 +6,12 @@ the runtime are findings as they are: `values, rule; way out`.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import platform
 import resource
 import shutil
-import socket
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -28,7 +25,7 @@ from packaging.requirements import Requirement
 from ..comm.base import CommError, SingleRank
 from ..comm.nccl import mapped_libraries, open_library
 from ..runtime.config import Config
-from ..runtime.hub import checkpoint_folder
+from ..runtime.hub import NotFetched, checkpoint_folder
 from ..runtime.memory import MemoryPlan, check_kv_cache, check_weights, size
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.weights import check_files
@@ -36,6 +33,7 @@ from ..runtime.neighbours import WORTH_NAMING, Process, processes_on
 from ..runtime.runner import plan_weights
 from ..runtime.tokenizer import Tokenizer
 from .errors import PlacementError, RankFailed
+from .interfaces import is_own, own_addresses
 from .peers import PeerTest, Ways
 from .resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
 
@@ -44,7 +42,6 @@ NO_GPU = "skipped: no GPU here that the ranks would use"
 DRIVER = Path("/proc/driver/nvidia/version")
 NCCL_SHM_BYTES = 64 * 2**20  # of each rank, an estimate: NCCL's buffers of 4 MiB, one for each of its channels
 MIN_FILES, ENOUGH_FILES = 512, 4096  # descriptors: Ray's and torch's own, beside one for each request's connection
-SIOCGIFADDR = 0x8915  # linux/sockios.h
 NAMED = ("torch", "ray", "transformers", "cupy", "flashinfer", "cuda-python")  # of the packages, those worth a line
 
 
@@ -95,6 +92,9 @@ def run(name: str, check: Callable[[], Finding]) -> Finding:
     """The check's finding under its name; what it raises is a failure."""
     try:
         return replace(check(), name=name)
+    except NotFetched as error:
+        finding, _, remedy = str(error).partition("; ")
+        return Finding(name, "warn", finding, f"{remedy}, or wait while it is fetched at the start")
     except (ValueError, CommError, PlacementError, RankFailed) as error:
         finding, _, remedy = _first_line(error).partition("; ")
         return Finding(name, "fail", finding, remedy)
@@ -105,6 +105,12 @@ def run(name: str, check: Callable[[], Finding]) -> Finding:
 def gpus_needed(config: Config) -> int:
     """If the ranks run on GPUs."""
     return math.ceil(config.tensor_parallel_size / max(1, int(1 / config.gpus_per_rank + 1e-6)))
+
+
+def on_gpus(config: Config, nodes: Mapping[str, Mapping[str, float]]) -> bool:
+    """Whether the ranks take GPUs, by each node's resources."""
+    has_gpus = any(amounts.get("GPU", 0) > 0 for amounts in nodes.values())
+    return config.device == "cuda" or (config.device == "auto" and has_gpus)
 
 
 # -- the machine
@@ -150,9 +156,7 @@ def devices(case: Case) -> Finding:
 
 def judge_devices(config: Config, nodes: Mapping[str, Mapping[str, float]]) -> Finding:
     """Whether the ranks ever fit, by each node's CPUs and GPUs in Ray's table of resources."""
-    ranks = config.tensor_parallel_size
-    has_gpus = any(amounts.get("GPU", 0) > 0 for amounts in nodes.values())
-    cuda = config.device == "cuda" or (config.device == "auto" and has_gpus)
+    ranks, cuda = config.tensor_parallel_size, on_gpus(config, nodes)
     room = sum(fitting(amounts, bundle(config, cuda=cuda)) for amounts in nodes.values())
     there = ", ".join(f"{node} has {a.get('CPU', 0):g} CPUs and {a.get('GPU', 0):g} GPUs" for node, a in nodes.items())
     each = f"with {config.gpus_per_rank:g} GPU each" if cuda else "on CPUs"
@@ -178,8 +182,7 @@ def judge_nccl(version: str, path: str, mapped: Sequence[str], *, chosen: bool) 
 
 
 def interface(case: Case) -> Finding:
-    addresses = {name: address for _, name in socket.if_nameindex() if (address := _address(name))}
-    return judge_interface(case.ip, _is_own(case.ip), addresses)
+    return judge_interface(case.ip, is_own(case.ip), own_addresses())
 
 
 def judge_interface(ip: str, own: bool, addresses: Mapping[str, str]) -> Finding:
@@ -375,25 +378,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _is_own(ip: str) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET) as trial:
-        try:
-            trial.bind((ip, 0))
-        except OSError:
-            return False
-    return True
-
-
-def _address(interface: str) -> str | None:
-    """The IPv4 address of a network interface."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
-        try:
-            answer = fcntl.ioctl(asking, SIOCGIFADDR, struct.pack("256s", interface.encode()))
-        except OSError:  # it has none
-            return None
-    return socket.inet_ntoa(answer[20:24])
 
 
 def _host_memory() -> int:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -23,6 +23,7 @@ from .bench import app as bench
 from .chat import chat
 from .errors import PlacementError, RankFailed
 from .options import LogLevel, start_logging, with_config, with_fields
+from .preflight import Preflight
 from .server.config import ServerConfig
 
 if TYPE_CHECKING:
@@ -119,11 +120,12 @@ def generate(
 def serve(config: dict[str, Any], server: dict[str, Any], *, log_level: LogLevel = "info") -> None:
     """Serve the model over HTTP, as OpenAI does."""
     start_logging(log_level)
-    options = ServerConfig(**server)
-    with _signals_wait():
-        from .server.run import serve as run  # the web framework and torch: seconds
+    options, asked = ServerConfig(**server), Config.from_options(config)
+    with closing(Preflight(asked)) if options.preflight else nullcontext() as preflight:
+        with _signals_wait():
+            from .server.run import serve as run  # the web framework and torch: seconds
 
-    run(Config.from_options(config), options)
+        run(asked, options, preflight)
 
 
 @app.command("chat")

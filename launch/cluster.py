@@ -30,7 +30,8 @@ from ..runtime.stats import EngineStats, Profile
 from .channel import Bell, Inbox, Outbox
 from .errors import PlacementError, RankFailed
 from .placement import has_gpus, place, start_ray
-from .ranks import Ranks
+from .ranks import Ranks, forwarded
+from .roster import roster
 from .worker import Endpoint, Loaded
 
 log = logging.getLogger(__name__)
@@ -46,16 +47,17 @@ class Connection:
     after a node was lost must not find themselves on a CPU.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, replicas: int = 1) -> None:
         self.bell = Bell()
         self.leaving = threading.Event()
         with ExitStack() as stack:
             stack.callback(self.bell.close)
-            ours = start_ray(config)
+            ours = start_ray(config, replicas)
             if ours:
                 stack.callback(_while_connected, ray.shutdown)
             self.ip = "127.0.0.1" if ours else None  # one machine: keep off the network
             self.has_gpus = has_gpus()
+            self.has_started = False  # ranks, at least once: from then on a node that is missing may come back
             self._open = stack.pop_all()
 
     def close(self) -> None:
@@ -133,18 +135,22 @@ class RayExecutor:
         """Bring up the ranks; every step leaves on `stack` what undoes it."""
         if not ray.is_initialized():  # the next call would start Ray anew, in its own way
             raise PlacementError("Ray was shut down in this process; connect to it again")
+        if asked.device == "auto" and asked.wait_for_resources is not None and not connection.has_gpus:
+            raise ValueError("device='auto' is open while nodes with GPUs may still join; give --device cuda or cpu")
         config = asked.resolved(model, cuda=connection.has_gpus)
         self._bell, ip = connection.bell, connection.ip
         if Path(asked.model).expanduser().is_dir():  # a relative path means another folder in the actors
             config = replace(config, model=str(folder.resolve()))
         with self._phases("placement"):
-            group = place(config)
+            group = place(config, connection.leaving, again=connection.has_started)
         stack.callback(_while_connected, remove_placement_group, group)
         deadline = time.perf_counter() + config.startup_timeout
         with self._phases("actors"):
             self._ranks = ranks = Ranks(config, group, connection.bell, connection.leaving)
             stack.callback(_while_connected, ranks.close, STOP_S)
             ranks.endpoints = ranks.call("bind", deadline, ip)
+        if ip is None:
+            log.info("%s", roster(ranks.endpoints, forwarded()))
         self._outputs = Inbox(ip or ray.util.get_node_ip_address())
         stack.callback(self._outputs.close)
         loaded: list[Loaded] = ranks.call("load", deadline, ranks.endpoints, self._outputs.address)
@@ -155,6 +161,7 @@ class RayExecutor:
         self.limits = plan_limits(asked, config, model, self.memory)
         self._phases.take_in(ranks.call("allocate", deadline, self.limits))
         ranks.run()
+        connection.has_started = True
         self._commands = Outbox(ranks.endpoints[0].inbox)
         stack.callback(self._commands.close)
         stack.callback(self._commands.send, encode(Stop()))

@@ -18,3 +18,15 @@ class RankFailed(RuntimeError):
 
 class EngineFailed(RuntimeError):
     """The ranks have failed and will not be started again, or the service has ended; the message says why."""
+
+
+class RequestEndsRanks(EngineFailed):
+    """This request has ended its ranks again and again, and is not tried any more; others go on."""
+
+
+class RequestsLost(RuntimeError):
+    """Some of several replicas failed; these requests, by their uids, are to go on elsewhere."""
+
+    def __init__(self, uids: list[int], reason: str) -> None:
+        super().__init__(reason)
+        self.uids = uids

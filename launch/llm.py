@@ -45,13 +45,13 @@ def find_model(config: Config) -> tuple[Path, ModelConfig]:
     return folder, model
 
 
-def connect_ray(config: Config) -> Connection | None:
+def connect_ray(config: Config, replicas: int = 1) -> Connection | None:
     """What executors that are started one after the other share; None where the one rank runs in this process."""
-    if _in_process(config):
+    if replicas == 1 and _in_process(config):
         return None
     from .cluster import Connection  # Ray costs 0.4 s, and one rank does not need it
 
-    return Connection(config)
+    return Connection(config, replicas)
 
 
 def start_executor(config: Config, model: ModelConfig, folder: Path, connection: Connection | None = None) -> Executor:
@@ -62,6 +62,17 @@ def start_executor(config: Config, model: ModelConfig, folder: Path, connection:
     from .cluster import RayExecutor
 
     return RayExecutor(config, model, folder, connection)
+
+
+def start_fleet(config: Config, folder: Path, connection: Connection, replicas: int, max_queued: int) -> Executor:
+    """Several groups of ranks behind one Executor; raises ValueError where Ray Serve is not installed."""
+    try:
+        from .fleet.executor import FleetExecutor
+    except ImportError as error:
+        raise ValueError(
+            f"replicas={replicas} needs Ray Serve, and {error.name} is missing; pip install 'lockstep[serve]'"
+        ) from error
+    return FleetExecutor(config, folder, connection, replicas, max_queued)
 
 
 def _in_process(config: Config) -> bool:

@@ -8,6 +8,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -20,10 +21,12 @@ from .resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
 
 log = logging.getLogger(__name__)
 CONNECT_S = 5.0  # Ray itself tries for two minutes
-FIRST_REPORT_S, REPORT_S = 2.0, 5.0
+PATIENCE_S = 60.0  # for resources that others hold, and for nodes that a failure has taken
+WAIT_S = 1  # Ray takes whole seconds
+FIRST_REPORT_S, REPORT_S = 2.0, 10.0
 
 
-def start_ray(config: Config) -> bool:
+def start_ray(config: Config, replicas: int = 1) -> bool:
     """Connect this process to Ray; True if that started a cluster of our own, which we then also end."""
     if ray.is_initialized():
         log.info("using the Ray cluster that this process is connected to")
@@ -32,7 +35,7 @@ def start_ray(config: Config) -> bool:
     address = config.ray_address or os.environ.get("RAY_ADDRESS", "local")
     started = time.perf_counter()
     if address == "local":
-        cpus = max(os.cpu_count() or 1, config.tensor_parallel_size)
+        cpus = max(os.cpu_count() or 1, replicas * config.tensor_parallel_size)
         _init(address, num_cpus=cpus, include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES)
     else:
         _check_reachable(address)
@@ -72,38 +75,66 @@ def has_gpus() -> bool:
     return bool(ray.cluster_resources().get("GPU", 0) > 0)
 
 
-def place(config: Config) -> PlacementGroup:
+def place(config: Config, leaving: threading.Event, *, again: bool = False) -> PlacementGroup:
     """Reserve a bundle for each rank (index = rank), on as few nodes as possible; `config` is resolved.
 
-    Raises PlacementError at once if the cluster is too small, and after config.wait_for_resources if it is too busy.
+    Raises PlacementError: at once if the cluster is too small, unless nodes are waited for, because the user asked for
+    that or the ranks are placed `again` after a failure; after the wait if it still is or is too busy.
     """
     each = bundle(config, cuda=config.device == "cuda")
-    size = config.tensor_parallel_size
-    wanted = f"{size} ranks with {_amounts(each)} each"
-    if sum(fitting(node["Resources"], each) for node in nodes()) < size:
-        raise PlacementError(
-            f"{wanted} never fit in this Ray cluster: {_table()}; add nodes, or use a smaller tensor_parallel_size"
-        )
-    group = placement_group([each] * size, strategy="PACK")
+    wanted = Wanted(each, config.tensor_parallel_size)
+    if config.wait_for_resources is None and not again and not wanted.fits():
+        raise PlacementError(wanted.shortage())
+    group = placement_group([each] * wanted.number, strategy="PACK")
     try:
-        _wait(group, wanted, config.wait_for_resources)
+        _wait(group, wanted, config.wait_for_resources or PATIENCE_S, leaving)
     except BaseException:
         remove_placement_group(group)
         raise
     return group
 
 
-def _wait(group: PlacementGroup, wanted: str, limit_s: float) -> None:
-    started, pause = time.perf_counter(), min(FIRST_REPORT_S, limit_s)
-    while not group.wait(pause):
-        waited = time.perf_counter() - started
-        if waited >= limit_s:
-            raise PlacementError(
-                f"no room for {wanted} within {waited:.0f} s, others hold it: {_table()};"
-                " free resources or raise wait_for_resources"
-            )
-        log.warning("waiting for %s, %.0f of %.0f s: %s", wanted, waited, limit_s, _table())
-        pause = min(REPORT_S, max(0.1, limit_s - waited))
+@dataclass(frozen=True)
+class Wanted:
+    """`number` bundles of resources."""
+
+    bundle: dict[str, float]
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.number} ranks with {_amounts(self.bundle)} each"
+
+    def fits(self) -> bool:
+        """Whether the cluster as it is has room, if nobody else used it."""
+        return sum(fitting(node["Resources"], self.bundle) for node in nodes()) >= self.number
+
+    def shortage(self) -> str:
+        ways = "add nodes, wait for some with --wait-for-gpus SECONDS, or use a smaller tensor_parallel_size"
+        return f"{self} never fit in this Ray cluster: {_table()}; {ways}"
+
+
+def _wait(group: PlacementGroup, wanted: Wanted, limit_s: float, leaving: threading.Event) -> None:
+    started = time.perf_counter()
+    report = started + FIRST_REPORT_S
+    while not group.wait(WAIT_S):
+        now = time.perf_counter()
+        if leaving.is_set():
+            raise PlacementError("the wait for resources was given up, because the service ends")
+        if now - started >= limit_s:
+            raise PlacementError(_why_not(wanted, now - started))
+        if now >= report:
+            why = "others hold them" if wanted.fits() else "nodes are missing"
+            log.warning("waiting for %s, %.0f of %.0f s, %s: %s", wanted, now - started, limit_s, why, _table())
+            report = now + REPORT_S
+
+
+def _why_not(wanted: Wanted, waited_s: float) -> str:
+    if not wanted.fits():
+        return f"after {waited_s:.0f} s, {wanted.shortage()}"
+    return (
+        f"no room for {wanted} within {waited_s:.0f} s, others hold it: {_table()};"
+        " free resources or raise --wait-for-gpus"
+    )
 
 
 def nodes() -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ moments of each other; the group reports the one that the others only followed.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
@@ -26,6 +27,7 @@ from .channel import Bell
 from .errors import RankFailed
 from .worker import Endpoint, Worker
 
+# What an actor's environment does not have from its node. All else that a rank must know is in Config.
 FORWARDED = ("NCCL_", "GLOO_", "OMP_", "HF_", "HUGGING_FACE_", "TORCH_", "CUDA_LAUNCH_")
 WATCH_S = 0.5
 OTHERS_S = 2.0  # after one rank failed, for Ray to report the others
@@ -180,7 +182,6 @@ class Ranks:
 
 
 def _start_actor(rank: int, config: Config, group: PlacementGroup) -> Any:
-    environment = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
     actor = ray.remote(Worker).options(
         num_cpus=1,
         num_gpus=config.gpus_per_rank if config.device == "cuda" else 0,
@@ -188,7 +189,12 @@ def _start_actor(rank: int, config: Config, group: PlacementGroup) -> Any:
         max_task_retries=0,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
     )
-    return actor.remote(rank, config.tensor_parallel_size, config, environment)
+    return actor.remote(rank, config.tensor_parallel_size, config, forwarded())
+
+
+def forwarded() -> dict[str, str]:
+    """Of this process's environment, what the ranks get on every node."""
+    return {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
 
 
 def _outcome(call: Any) -> tuple[bool, RayError | None]:
@@ -207,8 +213,19 @@ def _first_line(error: BaseException) -> str:
 
 
 def _reason_of_death(error: RayError) -> str:
-    """What happened, out of Ray's report: a headline, indented details or a traceback, what happened, and advice."""
-    lines = str(error).splitlines()
-    details = [number for number, line in enumerate(lines) if line[:1].isspace()]
+    """What happened, out of Ray's report: a headline, indented details or a traceback, what happened, and advice.
+
+    What happened may go on in indented lines of its own: those at the end.
+    """
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    more = len(lines) - len(list(itertools.dropwhile(_is_indented, reversed(lines))))
+    details = [number for number, line in enumerate(lines[: len(lines) - more]) if _is_indented(line)]
     told = lines[details[-1] + 1 :] if details else lines
-    return re.split(r" Some common causes| There are some potential", told[0])[0] if told else type(error).__name__
+    if not told:
+        return type(error).__name__
+    happened = ", ".join(line.strip() for line in (told[0], *told[len(told) - more :]))
+    return re.split(r" Some common causes| There are some potential", happened)[0]
+
+
+def _is_indented(line: str) -> bool:
+    return line[:1].isspace()

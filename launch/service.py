@@ -36,8 +36,9 @@ from ..runtime.scheduler import Limits
 from ..runtime.stats import EngineStats, Profile
 from ..runtime.tokenizer import Tokenizer, default_sampling_params
 from .channel import Bell
-from .errors import EngineFailed, PlacementError, RankFailed
-from .llm import connect_ray, find_model, start_executor
+from .errors import EngineFailed, PlacementError, RankFailed, RequestEndsRanks, RequestsLost
+from .llm import connect_ray, find_model, start_executor, start_fleet
+from .suspects import Suspects
 
 if TYPE_CHECKING:
     from .cluster import Connection
@@ -115,11 +116,21 @@ class Listener:
 class Service:
     """A model that serves requests from asyncio: `start` it, `generate`, and `close` it in any case.
 
-    Ranks that fail are started again, up to max_restarts times within restart_window seconds.
+    Ranks that fail are started again, up to max_restarts times within restart_window seconds. With several replicas Ray
+    Serve does that, as often as it takes; max_queued requests wait for a place in one of them.
     """
 
-    def __init__(self, config: Config, *, max_restarts: int = 3, restart_window: float = 600.0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        max_restarts: int = 3,
+        restart_window: float = 600.0,
+        replicas: int = 1,
+        max_queued: int = 1024,
+    ) -> None:
         self.config = config
+        self._replicas, self._max_queued = replicas, max_queued
         self.name = config.model
         self._max_restarts, self._restart_window = max_restarts, restart_window
         self._health = Health("starting")  # the thread's view; closing is the tasks' business
@@ -128,6 +139,7 @@ class Service:
         self._listeners: dict[int, Listener] = {}  # the thread's, by generation
         self._active: set[asyncio.Future[None]] = set()  # one for each `generate` in progress
         self._failures: list[float] = []  # within the window, of time.monotonic
+        self._suspects = Suspects(restart_window)  # the thread's; tasks only ask whether it knows a request
         self._before = EngineStats()  # counters of the executors that are gone
         self._places: list[tuple[int, str, int]] = []  # rank, host, pid
         self._thread = threading.Thread(target=self._run, name="lockstep-service", daemon=True)
@@ -142,7 +154,7 @@ class Service:
         self.tokenizer = Tokenizer(self._folder)
         self.default_params = default_sampling_params(self._folder)
         with ExitStack() as stack:
-            self._connection: Connection | None = connect_ray(self.config)
+            self._connection: Connection | None = connect_ray(self.config, self._replicas)
             if self._connection is not None:
                 stack.callback(self._connection.close)
             self._bell = self._connection.bell if self._connection is not None else Bell()
@@ -177,19 +189,24 @@ class Service:
             num_live=len(live),
             running=len(running),
             waiting=len(live) - len(running),
-            kv_usage=min(1.0, pages / self.limits.num_pages),
+            kv_usage=min(1.0, pages / (self._replicas * self.limits.num_pages)),
             prefix_hits=self._frontend.num_cached_tokens,
             prefix_queries=self._frontend.num_looked_up,
             engine=_sum(self._before, self._frontend.executor.stats),
             restarts=self._health.restarts,
-            ranks=[RankStatus(*place, state) for place in self._places],
+            ranks=[RankStatus(*place, state) for place in self._where()],
         )
+
+    def _where(self) -> list[tuple[int, str, int]]:
+        """Rank, host and pid; replicas come and go."""
+        places = getattr(self._frontend.executor, "places", None)
+        return self._places if places is None else [(p.rank, p.host, p.pid) for p in places]
 
     async def generate(self, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[Event, None]:
         """What comes of a prompt, as it comes, until its n outputs have ended; leaving early cancels the rest.
 
-        Raises RequestRefused before anything is started, and EngineFailed if the ranks are gone for good. While they
-        are started again, it pauses.
+        Raises RequestRefused before anything is started, RequestEndsRanks if it was this request that ended its ranks
+        every time, and EngineFailed if the ranks are gone for good. While they are started again, it pauses.
         """
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
@@ -198,6 +215,10 @@ class Service:
             self._check()
             generation = await loop.run_in_executor(self._tokenizing, self._frontend.prepare, prompt, params)
             self._check()
+            if self._suspects.knows(generation):
+                raise RequestEndsRanks(
+                    "this request has ended its ranks every time, not long ago; it is not tried again"
+                )
             listener = Listener(generation)
             self._post(partial(self._admit, listener))
             left = params.n
@@ -252,6 +273,8 @@ class Service:
             while not self._leaving.is_set():
                 try:
                     self._work()
+                except RequestsLost as lost:
+                    self._move(lost)
                 except RankFailed as error:
                     said = f"\nthe last it wrote:\n{error.last_words}" if error.last_words else ""
                     log.error("%s%s", error, said)
@@ -267,6 +290,7 @@ class Service:
         if self._health.state == "recovering":
             self._recover()
         self._take_commands()
+        self._try_suspect()
         self._deliver(self._frontend.poll(WAIT_S if self._listeners else 0.0))
         if not self._listeners:
             self._bell.wait()
@@ -311,12 +335,49 @@ class Service:
         executor = self._detach()
         now = time.monotonic()
         recent = [then for then in self._failures if now - then < self._restart_window]
+        if not isinstance(executor, Absent):  # they had requests
+            recent = self._accuse(reason, recent)
         self._failures = [*recent, now]
         if len(recent) < self._max_restarts:
             self._set_health("recovering", reason)
         else:
             self._fail(f"{reason}; given up after {len(recent)} restarts within {self._restart_window:g} s")
         self._end_ranks(executor)
+
+    def _accuse(self, reason: str, recent: list[float]) -> list[float]:
+        """End the request that has caused this failure, if one has: then its failures count as one."""
+        deaths = self._end_guilty(reason, self._frontend.generations)
+        return recent[: len(recent) - (deaths - 1)] if deaths else recent
+
+    def _end_guilty(self, reason: str, live: list[Generation]) -> int:
+        """Of these, which were live when ranks died, end the one that has caused it; its deaths, 0 if none is known."""
+        found = self._suspects.died(live)
+        if found is None:
+            return 0
+        guilty, deaths = found
+        why = f"this request has ended its ranks {deaths} times, the last time as the only suspect: {reason}"
+        same = [g for g in self._frontend.generations if g is guilty or self._suspects.knows(g)]
+        log.error("request %d ends, %d like it: %s", guilty.number, len(same) - 1, why)
+        self._frontend.cancel(same, why)
+        told = [self._listeners.pop(g.number, None) for g in same]
+        self._send((listener, RequestEndsRanks(why)) for listener in told if listener is not None)
+        return deaths
+
+    def _move(self, lost: RequestsLost) -> None:
+        """A replica has failed: its requests go on in others, with what they have produced."""
+        moved = self._frontend.withdraw(lost.uids)
+        log.error("a replica has failed, %d requests go on elsewhere: %s", len(moved), lost)
+        self._end_guilty(str(lost), moved)
+        waiting = self._suspects.waiting
+        for generation in moved:
+            if generation not in waiting:
+                self._frontend.resume(generation)
+
+    def _try_suspect(self) -> None:
+        """Let the next one that is under suspicion go on, when the one before has been cleared."""
+        suspect = self._suspects.next()
+        if suspect is not None:
+            self._frontend.resume(suspect)
 
     def _recover(self) -> None:
         """Start the ranks again, and admit what is in the ledger."""
@@ -329,19 +390,24 @@ class Service:
         except (PlacementError, ValueError, OSError) as error:  # trying again would not help
             self._fail(f"the ranks cannot be started again: {error}; before, {self._health.reason}")
             return
-        self._frontend.resubmit(executor)
+        suspects = self._suspects.waiting
+        if suspects:
+            log.warning(
+                "%d requests were live in two failures and came no further: they go on one by one", len(suspects)
+            )
+        self._frontend.resubmit(executor, suspects)
         self._set_health("ready")
         log.info("back after %.1f s: %d outputs go on", time.perf_counter() - started, len(self._frontend.live))
 
     def _start_executor(self) -> Executor:
+        if self._replicas > 1:
+            assert self._connection is not None
+            return start_fleet(self.config, self._folder, self._connection, self._replicas, self._max_queued)
         executor = start_executor(self.config, self._model, self._folder, self._connection)
         if self._connection is None:
             self._places = [(0, socket.gethostname(), os.getpid())]
         else:
-            from .cluster import RayExecutor  # imported by now
-
-            assert isinstance(executor, RayExecutor)
-            self._places = [(e.rank, e.host, e.pid) for e in executor.endpoints]
+            self._places = [(e.rank, e.host, e.pid) for e in executor.endpoints]  # type: ignore[attr-defined]
         return executor
 
     def _fail(self, reason: str) -> None:

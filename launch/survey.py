@@ -14,9 +14,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ..runtime.config import Config
-from .checks import Case, Finding, judge_devices, run, versions
+from .checks import Case, Finding, judge_devices, on_gpus, run, versions
 from .placement import nodes, start_ray
+from .resources import bundle, fitting
 
+LOOPBACK = "127.0.0.1"
 NODE_S = 60.0  # for the slowest node to answer
 
 Examine = Callable[..., Iterable[Finding]]
@@ -39,9 +41,11 @@ def survey(config: Config, examine: Examine) -> Iterator[Finding]:
         return
     try:
         there = {node["NodeManagerAddress"]: node for node in nodes()}
-        yield run("devices", partial(judge_devices, config, {ip: node["Resources"] for ip, node in there.items()}))
+        resources = {ip: node["Resources"] for ip, node in there.items()}
+        yield run("devices", partial(judge_devices, config, resources))
         reports: dict[str, Report] = {}
-        for ip, call in _ask(config, examine, there).items():
+        asked = {ip: there[ip] for ip in candidates(config, resources)}
+        for ip, call in _ask(config, examine, asked).items():
             try:
                 reports[ip] = ray.get(call, timeout=0)
             except RayError as error:
@@ -51,6 +55,12 @@ def survey(config: Config, examine: Examine) -> Iterator[Finding]:
     finally:
         if not was_connected:
             ray.shutdown()
+
+
+def candidates(config: Config, resources: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The nodes that a rank may run on, all of them if there is none: a head without GPUs needs no checkpoint."""
+    each = bundle(config, cuda=on_gpus(config, resources))
+    return [ip for ip, amounts in resources.items() if fitting(amounts, each)] or list(resources)
 
 
 def judge_silence(ip: str, error: RayError) -> Finding:
@@ -86,7 +96,18 @@ def merged(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
 
 def _connect(config: Config) -> Finding:
     start_ray(config)
-    return Finding("", "ok", f"connected, {len(nodes())} nodes")
+    return judge_addresses([node["NodeManagerAddress"] for node in nodes()])
+
+
+def judge_addresses(addresses: Sequence[str]) -> Finding:
+    """Of the nodes: Ray takes the loopback address where it finds no route out, and then no other node can join."""
+    if addresses == [LOOPBACK]:
+        found, remedy = (
+            f"the only node calls itself {LOOPBACK}",
+            "ray start --head --node-ip-address=ITS_IP lets others join",
+        )
+        return Finding("", "warn", found, remedy)
+    return Finding("", "ok", f"connected, {len(addresses)} nodes")
 
 
 def _ask(config: Config, examine: Examine, there: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ..runtime.phases import Phases
 from ..runtime.plan import Admit, Cancel, Report, StepPlan, Stop, Trace, decode_command, decode_plan, encode
 from ..runtime.scheduler import Limits, Scheduler
 from .channel import Address, Inbox, Outbox
+from .interfaces import interface_of
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Endpoint:
     rank: int
     host: str
     ip: str
+    interface: str  # that has this address; empty if none can be told
     pid: int
     gpus: list[str]  # that Ray gave it, by their numbers on the host
     stderr: str  # the file that it goes to, on that host
@@ -70,6 +72,10 @@ class Worker:
     def bind(self, ip: str | None) -> Endpoint:
         """Open this rank's ports on `ip`, by default the address by which the cluster knows this node."""
         self._ip = ip or ray.util.get_node_ip_address()
+        interface = interface_of(self._ip)
+        if ip is None and interface:
+            # NCCL would choose by name among all interfaces, and take one that the other nodes cannot reach.
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
         self._inbox = Inbox(self._ip)
         self._store = None
         if self.rank == 0 and self.size > 1:
@@ -77,7 +83,9 @@ class Worker:
         port = self._store.port if self._store else 0
         gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
         stderr = os.readlink("/proc/self/fd/2")
-        return Endpoint(self.rank, socket.gethostname(), self._ip, os.getpid(), gpus, stderr, self._inbox.address, port)
+        return Endpoint(
+            self.rank, socket.gethostname(), self._ip, interface, os.getpid(), gpus, stderr, self._inbox.address, port
+        )
 
     def load(self, endpoints: list[Endpoint], output: Address) -> Loaded:
         """Load this rank's share of the weights, and meet the others."""

@@ -73,7 +73,12 @@ class Config:
         "who adds up over the ranks on GPUs; auto is shared memory for small messages, one-shot or two-shot by size",
     )
     startup_timeout: float = option(600.0, "seconds within which the ranks must be placed, loaded and connected")
-    wait_for_resources: float = option(60.0, "seconds to wait for busy CPUs or GPUs of the Ray cluster")
+    wait_for_resources: float | None = option(
+        None,
+        "seconds to wait for CPUs or GPUs of the Ray cluster, also of nodes that have yet to join it; if not given, 60"
+        " for those that others hold and none for nodes",
+        "--wait-for-gpus",
+    )
     step_timeout: float = option(120.0, "seconds that one step may take before the group is declared stuck")
 
     def __post_init__(self) -> None:
@@ -86,7 +91,8 @@ class Config:
             if getattr(self, name) is not None:
                 self._check_integer(name)
         for name in ("startup_timeout", "wait_for_resources", "step_timeout"):
-            self._check(name, getattr(self, name) > 0, "must be above 0")
+            value = getattr(self, name)
+            self._check(name, value is None or value > 0, "must be above 0")
         if self.nccl_library is not None:
             self._check(
                 "nccl_library", Path(self.nccl_library).is_absolute(), "must be an absolute path: ranks run elsewhere"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -187,14 +187,24 @@ class Frontend:
         self._live.update({s.request.uid: s for s in sequences})
         self.executor.submit([s.request for s in sequences])
 
-    def resubmit(self, executor: Executor) -> None:
-        """Go on over a new executor: admit every live request again with what it has produced.
+    def resubmit(self, executor: Executor, later: Collection[Generation] = ()) -> None:
+        """Go on over a new executor: admit every live request again with what it has produced, but those for `later`.
 
         Greedy and seeded outputs then end with the tokens that they would have had (float32: see SamplingParams).
         Tokens that the old executor had on their way are produced again, and nothing is handed out twice.
         """
         self.executor = executor
-        self.executor.submit([stream.resumed() for stream in self._live.values()])
+        self.executor.submit([stream.resumed() for stream in self._live.values() if stream.owner not in later])
+
+    def withdraw(self, uids: Iterable[int]) -> list[Generation]:
+        """Take the generations of these requests off the ranks; they are live still, and to be resumed."""
+        found = list({s.owner.number: s.owner for uid in uids if (s := self._live.get(uid)) is not None}.values())
+        self.executor.cancel([s.request.uid for g in found for s in g.sequences if not s.finished])
+        return found
+
+    def resume(self, generation: Generation) -> None:
+        """Admit one again that was left for later or withdrawn, with what it has produced."""
+        self.executor.submit([stream.resumed() for stream in generation.sequences if not stream.finished])
 
     def cancel(self, generations: Iterable[Generation], reason: str | None = None) -> None:
         """End what is unfinished of these; their outputs end with reason "abort" and the tokens they have."""
@@ -208,6 +218,11 @@ class Frontend:
     def live(self) -> list[Stream]:
         """The outputs that have not ended, as of now: any thread may ask."""
         return list(self._live.values())
+
+    @property
+    def generations(self) -> list[Generation]:
+        """Those that have outputs which have not ended."""
+        return list({stream.owner.number: stream.owner for stream in self.live}.values())
 
     def poll(self, timeout_s: float) -> list[Stream]:
         """Take in what the ranks have produced, waiting up to timeout_s for it; the outputs that got something new."""

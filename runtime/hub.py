@@ -9,10 +9,14 @@ log = logging.getLogger(__name__)
 NEEDED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
+class NotFetched(ValueError):
+    """A hub model that is not on this host yet; a start would fetch it."""
+
+
 def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = True) -> Path:
     """The folder named `model`, or the local copy of the hub model of that id, downloaded if need be and `fetch`.
 
-    Raises ValueError, in one line, where there is neither.
+    Raises ValueError, in one line, where there is neither: NotFetched where only `fetch` is missing.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -23,13 +27,14 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
         raise ValueError(
             f"model folder {model} does not exist; give a folder with config.json, or a hub id like org/name"
         )
-    from huggingface_hub import snapshot_download  # costs 0.5 s: only for models from the hub
+    from huggingface_hub import constants, snapshot_download  # costs 0.5 s: only for models from the hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=NEEDED, local_files_only=not fetch))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if not fetch:
-            raise ValueError(f"{model} is no folder here and not downloaded yet; hf download {model}") from error
+            kind = ValueError if constants.HF_HUB_OFFLINE else NotFetched
+            raise kind(f"{model} is no folder here and not downloaded yet; hf download {model}") from error
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{model} is no folder here and could not be fetched from the hub: {reason}") from error

@@ -22,7 +22,7 @@ from lockstep.launch import checks, peers
 from lockstep.launch.checks import Finding
 from lockstep.launch.cli import main
 from lockstep.launch.doctor import diagnose
-from lockstep.launch.survey import judge_versions, merged
+from lockstep.launch.survey import candidates, judge_addresses, judge_versions, merged
 from lockstep.runtime import neighbours
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor
@@ -362,6 +362,20 @@ def test_versions_must_be_equal() -> None:
     nodes["b"]["NCCL"] = "2.27.3"
     unequal = judge_versions(nodes)
     assert (unequal.status, unequal.finding) == ("fail", "NCCL (a has 2.28.9, b has 2.27.3)")
+
+
+def test_only_nodes_that_may_get_a_rank_look_at_themselves() -> None:
+    nodes = {"head": {"CPU": 8.0}, "a": {"CPU": 8.0, "GPU": 4.0}, "busy": {"GPU": 4.0}}
+    assert candidates(Config(), nodes) == ["a"]
+    assert candidates(Config(device="cpu"), nodes) == ["head", "a"]
+    assert candidates(Config(), {"empty": {}}) == ["empty"]
+
+
+def test_a_node_that_no_other_can_join_is_told_how() -> None:
+    assert judge_addresses(["10.0.0.1", "10.0.0.2"]).status == judge_addresses(["10.0.0.1"]).status == "ok"
+    lonely = judge_addresses(["127.0.0.1"])
+    assert lonely.status == "warn"
+    assert "--node-ip-address" in lonely.remedy
 
 
 def test_a_cluster_that_is_not_there(command: Command) -> None:

@@ -288,6 +288,18 @@ def test_a_request_that_never_fits_is_refused_at_once(mark: dict[str, str]) -> N
     assert time.monotonic() - started < 3
 
 
+def test_nodes_that_are_to_join_are_waited_for(mark: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    """What comes of it when one joins is in test_nodes.py."""
+    with pytest.raises(PlacementError, match=r"^after \d s, 2 ranks with 1 CPU, 1 GPU each never fit "):
+        LLM(tensor_parallel_size=2, wait_for_resources=3, **{**SMALL, "device": "cuda"})
+    assert "of 3 s, nodes are missing: " in caplog.text
+
+
+def test_the_device_cannot_depend_on_nodes_that_are_to_join(mark: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"^device='auto' is open while .* give --device cuda or cpu$"):
+        LLM(tensor_parallel_size=2, wait_for_resources=3, **{**SMALL, "device": "auto"})
+
+
 def test_a_busy_cluster_is_waited_for_in_the_open(two_ranks: LLM, caplog: pytest.LogCaptureFixture) -> None:
     others = placement_group([{"CPU": 1}])  # and two_ranks has 2 of the 4
     assert others.wait(10)
@@ -300,7 +312,7 @@ def test_a_busy_cluster_is_waited_for_in_the_open(two_ranks: LLM, caplog: pytest
     finally:
         remove_placement_group(others)
     assert 3 < time.monotonic() - started < 6
-    assert "waiting for 2 ranks with 1 CPU each, 2 of 3 s" in caplog.text
+    assert "waiting for 2 ranks with 1 CPU each, 2 of 3 s, others hold them: " in caplog.text
 
 
 CLI = [sys.executable, "-c", "from lockstep.launch.cli import main; main()", "generate", "--device=cpu"]

@@ -31,7 +31,7 @@ from lockstep import LLM, SamplingParams
 from lockstep.launch import ranks, service
 from lockstep.launch.channel import Address
 from lockstep.launch.cluster import RayExecutor
-from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed
+from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestEndsRanks
 from lockstep.launch.service import Service
 from lockstep.launch.worker import Endpoint, Worker
 from lockstep.runtime import executor
@@ -149,6 +149,7 @@ class Scripted:
     started: list[Scripted]
     starting: Callable[[], None]
     step_s = 0.0
+    deadly: dict[int, int]  # seed of a request -> the token under which the ranks die
 
     def __init__(self, *_: Any) -> None:
         type(self).starting()
@@ -180,7 +181,7 @@ class Scripted:
         if self.live:
             self.steps_left -= 1
             time.sleep(self.step_s)
-        if self.steps_left < 0:
+        if self.steps_left < 0 or any(self.deadly.get(r.params.seed) == at for r, at in self.live.values()):  # type: ignore[arg-type]
             raise self.error
         output = StepOutput([], [], [])
         for uid, turn in list(self.live.items()):
@@ -212,6 +213,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
     monkeypatch.setattr(Scripted, "started", [], raising=False)
     monkeypatch.setattr(Scripted, "starting", lambda: None, raising=False)
     monkeypatch.setattr(Scripted, "step_s", 0.002)
+    monkeypatch.setattr(Scripted, "deadly", {}, raising=False)
     return Scripted
 
 
@@ -257,6 +259,80 @@ def test_every_failure_is_recovered_from(scripted: type[Scripted], error: Except
             while len(scripted.started) == seen:
                 await asyncio.sleep(0)
             act()
+
+    run(main())
+
+
+@pytest.mark.parametrize("deadly", [{4: 0}, {4: 7}, {4: 5, 1: 5}, {4: 0, 1: 9}], ids=str)
+def test_a_request_that_ends_its_ranks_every_time_ends_alone(scripted: type[Scripted], deadly: dict[int, int]) -> None:
+    """As many restarts as are allowed for all go by for each of them, and count as one."""
+    scripted.deadly = deadly
+
+    async def main() -> None:
+        async with serving(max_restarts=3) as started:
+            asked = [asyncio.create_task(tokens_of(started, seed, 20 + seed)) for seed in range(7)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            for seed, answer in enumerate(answers):
+                if seed in deadly:
+                    assert isinstance(answer, RequestEndsRanks)
+                    assert str(answer).startswith(
+                        "this request has ended its ranks 3 times, the last time as the only "
+                    )
+                    assert str(answer).endswith("suspect: rank 1 on nowhere died: of the script")
+                else:
+                    assert answer == [of_script(seed, 20 + seed)]
+            assert started.health.state == "ready"
+            assert started.health.restarts == 3 * len(deadly)
+            assert len(started._failures) == len(deadly)
+            assert started.stats().num_live == 0
+
+    run(main())
+
+
+def test_a_request_that_ended_its_ranks_is_refused_when_it_comes_again(scripted: type[Scripted]) -> None:
+    """Clients try again by themselves, also at the same time."""
+    scripted.deadly = {4: 3}
+
+    async def main() -> None:
+        async with serving(max_restarts=3, restart_window=1.0) as started:
+            answers = await asyncio.gather(*(tokens_of(started, 4, 20) for _ in range(3)), return_exceptions=True)
+            assert all(isinstance(answer, RequestEndsRanks) for answer in answers)
+            with pytest.raises(RequestEndsRanks, match="not long ago"):
+                await tokens_of(started, 4, 20)
+            assert started.health.restarts == 3
+            assert await tokens_of(started, 4, 3) == [of_script(4, 3)], "it is not the same request"
+            await asyncio.sleep(1.0)
+            scripted.deadly.clear()
+            scripted.started[-1].deadly = {}
+            assert await tokens_of(started, 4, 20) == [of_script(4, 20)]
+
+    run(main())
+
+
+def test_one_deadly_output_of_several(scripted: type[Scripted]) -> None:
+    scripted.deadly = {5: 6}
+
+    async def main() -> None:
+        async with serving(max_restarts=3) as started:
+            others = asyncio.create_task(tokens_of(started, 1, 30))
+            with pytest.raises(RequestEndsRanks):
+                await tokens_of(started, 3, 20, n=4)
+            assert await others == [of_script(1, 30)]
+            assert started.health.restarts == 3
+
+    run(main())
+
+
+def test_a_suspect_that_leaves_makes_room_for_the_next(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        async with serving(max_restarts=9) as started:
+            scripted.deadly = dict.fromkeys(range(5), 4)
+            asked = [asyncio.create_task(tokens_of(started, seed, 30)) for seed in range(5)]
+            await until(lambda: started._suspects.waiting)
+            scripted.deadly = {}
+            asked[4].cancel()
+            assert await asyncio.gather(*asked[:4]) == [[of_script(seed, 30)] for seed in range(4)]
+            assert not started._suspects.waiting
 
     run(main())
 
@@ -663,7 +739,7 @@ def left_after(timeout_s: float, mark: str, title: str = "") -> list[int]:
 
 
 def test_a_rank_says_where_it_is() -> None:
-    place = Endpoint(1, "node7", "10.0.0.7", 42, ["3"], "", Address("", b""), 0)
+    place = Endpoint(1, "node7", "10.0.0.7", "eth0", 42, ["3"], "", Address("", b""), 0)
     assert str(place) == "rank 1 on node7 (10.0.0.7), GPU 3, pid 42"
     assert str(replace(place, gpus=[])) == "rank 1 on node7 (10.0.0.7), pid 42"
 
@@ -774,6 +850,54 @@ def test_an_exception_in_forward(
             assert started.health.restarts == 1
         assert "failed: IndexError: pop from empty list" in caplog.text
         assert "the follower's last words" in caplog.text
+
+    run(main())
+
+
+DEADLY = SamplingParams(seed=666, max_tokens=40, ignore_eos=True)
+DEADLY_TOKEN = 20
+
+
+def dying_at_a_token() -> type[Worker]:
+    """A Worker whose follower is killed when it computes with a certain token of DEADLY."""
+
+    def allocate(self: Worker, limits: Limits) -> dict[str, float]:
+        phases = Worker.allocate(self, limits)
+        launch, deadly = self._runner.launch, {}  # slot -> position
+
+        def dies(plan: Any) -> Any:
+            for admission in plan.admitted:
+                deadly.pop(admission.slot, None)
+                if admission.params.seed == DEADLY.seed:
+                    deadly[admission.slot] = admission.num_prompt_tokens + DEADLY_TOKEN
+            for slot, first, number in zip(plan.slots.tolist(), plan.starts, plan.counts, strict=True):
+                if self.rank == 1 and slot in deadly and first <= deadly[slot] < first + number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return launch(plan)
+
+        self._runner.launch = dies  # type: ignore[method-assign]
+        return phases
+
+    return type("DyingWorker", (Worker,), {"allocate": allocate})
+
+
+def test_a_request_that_kills_a_rank_every_time(
+    cluster: str, undisturbed: list[CompletionOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "Worker", dying_at_a_token())
+
+    async def main() -> None:
+        async with serving(TWO, max_restarts=3) as started:
+            gathered = Gathered()
+            others = asyncio.create_task(gathered.all_of(started))
+            with pytest.raises(RequestEndsRanks, match=r"ranks 3 times, .* suspect: rank 1 on .* died: "):
+                await gathered.listen(started, 99, "In the beginning", DEADLY)
+            deadly = gathered.outputs.pop((99, 0))
+            assert DEADLY_TOKEN <= len(deadly.token_ids) <= DEADLY_TOKEN + 1
+            await others
+            gathered.check(undisturbed)
+            assert started.health.state == "ready"
+            assert started.health.restarts <= 4, "a token more or less may have been on its way"
 
     run(main())
 

@@ -17,6 +17,7 @@ LOWEST = {"port": 0, "max_queued": 0, "max_logprobs": 0, "max_restarts": 0}  # e
 class ServerConfig:
     """Where to listen, whom to answer and how much to take on; raises ValueError naming field, value and rule."""
 
+    replicas: int = option(1, "groups of tensor_parallel_size ranks that share the requests, under Ray Serve")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all of them, with an api-key then")
     port: int = option(8000, "port to listen on; 0 takes a free one")
     api_key: list[str] | None = field(
@@ -39,6 +40,7 @@ class ServerConfig:
     max_body_bytes: int = option(4 * MIB, "longest body of a request, in bytes; a longer one is refused with 413")
     drain_timeout: float = option(30.0, "seconds that live requests get to end after SIGTERM or Ctrl-C")
     max_restarts: int = option(3, "times that a failed group of ranks is started again within ten minutes")
+    preflight: bool = option(True, "before the start, look for what would make it fail, as lockstep doctor does")
     log_requests: bool = option(False, "log a line for each request, without its text")
 
     def __post_init__(self) -> None:

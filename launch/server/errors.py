@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from starlette.responses import Response
 
 from ...runtime.frontend import RequestRefused
-from ..errors import EngineFailed
+from ..errors import EngineFailed, RequestEndsRanks
 
 LONGEST_MESSAGE = 600  # characters
 LONGEST_ECHO = 64  # of what was sent, in a message
@@ -49,6 +49,8 @@ class ApiError(Exception):
 
     def response(self) -> Response:
         headers = {"retry-after": str(RETRY_AFTER_S[self.status])} if self.status in RETRY_AFTER_S else {}
+        if self.code == "request_ends_ranks":
+            headers["x-should-retry"] = "false"  # OpenAI's clients try again after a 500
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
         if self.status in (413, 500):
@@ -58,6 +60,8 @@ class ApiError(Exception):
 
 def as_api_error(error: RequestRefused | EngineFailed) -> ApiError:
     """What to answer when the service does not take a request, or cannot finish it."""
+    if isinstance(error, RequestEndsRanks):
+        return ApiError(500, str(error), code="request_ends_ranks")
     if isinstance(error, EngineFailed):
         return ApiError(503, f"the engine has failed: {error}", code="engine_failed")
     return ApiError(400, str(error), code="invalid_value")

@@ -13,6 +13,7 @@ import transformers.models.auto.tokenization_auto  # noqa: F401 - with the impor
 import uvicorn
 
 from ...runtime.config import Config
+from ..preflight import Preflight
 from ..service import Service
 from .app import create_app
 from .config import ServerConfig
@@ -22,10 +23,14 @@ log = logging.getLogger(__name__)
 LAST_WORDS_S = 2.0  # for answers that are complete but not yet sent when the service has ended
 
 
-def serve(config: Config, options: ServerConfig) -> None:
+def serve(config: Config, options: ServerConfig, preflight: Preflight | None) -> None:
     """Serve until a signal: the first one drains, the second one ends at once, with status 128 + its number."""
     with listener(options) as open_port:  # before the model is loaded: a port that is taken is known at once
-        service = Service(config, max_restarts=options.max_restarts)
+        if preflight is not None:
+            preflight.judge()
+        service = Service(
+            config, max_restarts=options.max_restarts, replicas=options.replicas, max_queued=options.max_queued
+        )
         try:
             service.start()
             ended_by = asyncio.run(serve_until_signal(service, options, open_port))
