@@ -12,11 +12,17 @@ if TYPE_CHECKING:
     from .launch.llm import LLM
     from .runtime.config import Config
     from .runtime.request import SamplingParams
+    from .runtime.structured import StructuredOutputsParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Config", "SamplingParams"]
+__all__ = ["LLM", "Config", "SamplingParams", "StructuredOutputsParams"]
 
-_HOMES = {"LLM": "launch.llm", "Config": "runtime.config", "SamplingParams": "runtime.request"}
+_HOMES = {
+    "LLM": "launch.llm",
+    "Config": "runtime.config",
+    "SamplingParams": "runtime.request",
+    "StructuredOutputsParams": "runtime.structured",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ from .. import __version__
 from ..runtime.config import Config
 from ..runtime.outputs import CompletionOutput, Delta, RequestOutput
 from ..runtime.request import SamplingParams
+from ..runtime.structured import StructuredOutputsParams
 from .bench import app as bench
 from .chat import chat
 from .errors import PlacementError, RankFailed
@@ -79,6 +80,11 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Keep this many of the likeliest tokens; 0 keeps all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same tokens; random if not given.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the output at this text; repeat for several.")] = None,
+    json_schema: Annotated[
+        str | None, typer.Option(help="The output keeps to this JSON schema: a file, or the schema itself.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="The whole output matches this regular expression.")] = None,
+    choice: Annotated[list[str] | None, typer.Option(help="The output is one of these; repeat for several.")] = None,
     n: Annotated[int, typer.Option("--n", "-n", help="Outputs for each prompt.")] = 1,
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: log-probabilities of this many candidates.")
@@ -95,6 +101,7 @@ def generate(
     chosen: dict[str, Any] = {
         "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "stop": stop or None,
         "n": n, "logprobs": logprobs, "ignore_eos": ignore_eos, "max_tokens": max_tokens,
+        "structured_outputs": _structured(json_schema, regex, choice or None),
     }  # fmt: skip
     SamplingParams(**{k: v for k, v in chosen.items() if v is not None})  # refuse what is wrong before loading a model
     from .llm import LLM  # torch and transformers: seconds that --help and a wrong flag need not wait for
@@ -106,6 +113,10 @@ def generate(
         started = time.perf_counter()
         results = _show(llm, inputs, params, _Printer(stdout, prompts, params.n, as_json))
         seconds = time.perf_counter() - started
+        for result in results:
+            for output in result.outputs:
+                if output.finish_reason == "error":
+                    log.error("prompt %s, output %d: %s", result.request_id, output.index, output.stop_reason)
         tokens = sum(len(o.token_ids) for r in results for o in r.outputs)
         outputs = sum(len(r.outputs) for r in results)
         log.info(
@@ -180,6 +191,18 @@ def _with_defaults(recommended: SamplingParams, chosen: dict[str, Any]) -> Sampl
     given = {k: v for k, v in chosen.items() if v is not None}
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     return SamplingParams(**{"max_tokens": DEFAULT_MAX_TOKENS, **{k: getattr(recommended, k) for k in names}, **given})
+
+
+def _structured(json_schema: str | None, regex: str | None, choice: list[str] | None) -> StructuredOutputsParams | None:
+    """What the output must look like; a schema that does not begin with a brace is the name of a file."""
+    if json_schema is not None and not json_schema.lstrip().startswith("{"):
+        try:
+            json_schema = Path(json_schema).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"JSON schema {json_schema}: {error}") from error
+    if json_schema is None and regex is None and choice is None:
+        return None
+    return StructuredOutputsParams(json=json_schema, regex=regex, choice=choice)
 
 
 def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:

@@ -29,6 +29,7 @@ import msgspec
 from ..runtime.config import Config
 from ..runtime.executor import Executor
 from ..runtime.frontend import Frontend, Generation, Prompt, Stream
+from ..runtime.grammar import Vocabulary
 from ..runtime.outputs import Event
 from ..runtime.plan import StepOutput
 from ..runtime.request import Request, SamplingParams
@@ -37,6 +38,7 @@ from ..runtime.stats import EngineStats, Profile
 from ..runtime.tokenizer import Tokenizer, default_sampling_params
 from .channel import Bell
 from .errors import EngineFailed, PlacementError, RankFailed, RequestEndsRanks, RequestsLost
+from .grammars import GrammarCheck
 from .llm import connect_ray, find_model, start_executor, start_fleet
 from .suspects import Suspects
 
@@ -153,6 +155,7 @@ class Service:
         self._folder, self._model = find_model(self.config)
         self.tokenizer = Tokenizer(self._folder)
         self.default_params = default_sampling_params(self._folder)
+        self._grammars = GrammarCheck(Vocabulary(self._folder, self._model.vocab_size, self._model.eos_token_ids))
         with ExitStack() as stack:
             self._connection: Connection | None = connect_ray(self.config, self._replicas)
             if self._connection is not None:
@@ -160,6 +163,7 @@ class Service:
             self._bell = self._connection.bell if self._connection is not None else Bell()
             self._leaving = self._connection.leaving if self._connection is not None else threading.Event()
             stack.callback(self._bell.close)
+            stack.callback(self._grammars.close)
             self._frontend = Frontend(self._start_executor(), self.tokenizer, self._model.eos_token_ids)
             self._open = stack.pop_all()
         self._set_health("ready")
@@ -213,6 +217,8 @@ class Service:
         self._active.add(ended)
         try:
             self._check()
+            if params.structured_outputs is not None:
+                await self._grammars.check(params.structured_outputs)
             generation = await loop.run_in_executor(self._tokenizing, self._frontend.prepare, prompt, params)
             self._check()
             if self._suspects.knows(generation):

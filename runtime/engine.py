@@ -103,7 +103,8 @@ class Engine:
         asked = time.perf_counter()
         sampled = step.wait()
         came = time.perf_counter()
-        output = self.scheduler.commit(step.scheduled, sampled.tokens, sampled.logprobs)
+        output = self.scheduler.commit(step.scheduled, sampled.tokens, sampled.logprobs, sampled.failed)
+        output.prompts.update({step.scheduled.explained[row]: found for row, found in sampled.prompts.items()})
         ended = time.perf_counter()
         self.stats.wait_s += came - asked
         self.stats.commit_s += ended - came

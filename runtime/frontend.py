@@ -14,8 +14,9 @@ import msgspec
 import numpy as np
 
 from .executor import Executor
+from .grammar import Vocabulary, try_out
 from .outputs import CompletionOutput, Delta, Event, Logprob, RequestOutput
-from .plan import Finished, FinishReason, StepOutput, TokenLogprobs
+from .plan import Finished, FinishReason, PromptLogprobs, StepOutput, TokenLogprobs
 from .request import Request, SamplingParams
 from .tokenizer import Detokenizer, Tokenizer
 
@@ -92,6 +93,7 @@ class Stream:
             stop_reason=out.stop_reason,
             prompt_token_ids=self.owner.prompt_ids,
             num_cached_tokens=self.owner.num_cached_tokens,
+            prompt_logprobs=self.owner.prompt_logprobs,
         )
 
     def resumed(self) -> Request:
@@ -118,24 +120,20 @@ class Stream:
         out = self.output
         assert out.logprobs is not None
         assert out.cumulative_logprob is not None
-        entry = {
-            i: Logprob(value, rank, self._tokenizer.decode([i], skip_special_tokens=False))
-            for rank, (i, value) in enumerate(zip(found.top_ids, found.top, strict=True), start=1)
-        }
-        own = Logprob(found.token, found.rank, self._tokenizer.decode([token], skip_special_tokens=False))
-        out.logprobs.append({token: own} | entry)
+        out.logprobs.append(_candidates(self._tokenizer, token, found))
         out.cumulative_logprob += found.token
 
 
 class Generation:
     """A prompt with its n outputs on their way."""
 
-    def __init__(self, number: int, prompt: str | None, ids: list[int]) -> None:
+    def __init__(self, number: int, prompt: str | None, ids: list[int], *, explained: bool = False) -> None:
         self.number = number
         self.prompt = prompt
         self.prompt_ids = ids
         self.sequences: list[Stream] = []
         self.num_cached_tokens = 0
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] * len(ids) if explained else None
 
     @property
     def finished(self) -> bool:
@@ -143,14 +141,33 @@ class Generation:
 
     def result(self) -> RequestOutput:
         outputs = [s.output for s in self.sequences]
-        return RequestOutput(str(self.number), self.prompt, self.prompt_ids, outputs, self.num_cached_tokens)
+        return RequestOutput(
+            str(self.number), self.prompt, self.prompt_ids, outputs, self.num_cached_tokens, self.prompt_logprobs
+        )
+
+    def explain(self, found: PromptLogprobs, tokenizer: Tokenizer) -> None:
+        """Take in a chunk of the prompt's log-probabilities; what is there stays, as after a preemption."""
+        assert self.prompt_logprobs is not None
+        for position, logprobs in enumerate(found.logprobs, start=found.start):
+            if self.prompt_logprobs[position] is None:
+                self.prompt_logprobs[position] = _candidates(tokenizer, self.prompt_ids[position], logprobs)
 
 
 class Frontend:
-    """Turns prompts into requests and the steps' tokens into text, over any Executor."""
+    """Turns prompts into requests and the steps' tokens into text, over any Executor.
 
-    def __init__(self, executor: Executor, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> None:
+    `vocabulary` is for trying grammars before they start; without it somebody else has done so.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        eos_token_ids: Iterable[int],
+        vocabulary: Vocabulary | None = None,
+    ) -> None:
         self.executor = executor
+        self._vocabulary = vocabulary
         self.tokenizer = tokenizer
         self.eos_token_ids = list(eos_token_ids)
         self.num_cached_tokens = 0  # found in the prefix cache by requests that began, of
@@ -168,15 +185,19 @@ class Frontend:
             raise RequestRefused("the prompt is empty; give a text or at least one token id")
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _checked_ids(prompt)
-        generation = Generation(self._next_number, text, ids)
+        generation = Generation(self._next_number, text, ids, explained=params.prompt_logprobs is not None)
         self._next_number += 1
         first_seed = params.seed if params.seed is not None else secrets.randbits(63)
         tokens = np.array(ids, np.int32)
         for index in range(params.n):
+            if index == 1:  # the first has said all that there is to say of the prompt
+                params = msgspec.structs.replace(params, prompt_logprobs=None)
             request = self._request(tokens, params, first_seed + index)
             generation.sequences.append(Stream(request, generation, index, self.tokenizer))
         try:
             self.executor.limits.check(generation.sequences[0].request)
+            if params.structured_outputs is not None and self._vocabulary is not None:
+                try_out(self._vocabulary, params.structured_outputs)
         except ValueError as error:
             raise RequestRefused(str(error)) from error
         return generation
@@ -236,6 +257,9 @@ class Frontend:
         finished = {f.uid: f for f in output.finished}
         stopped = []
         self._count_cached(output.cached)
+        for uid, found in output.prompts.items():
+            if uid in self._live:
+                self._live[uid].owner.explain(found, self.tokenizer)
         for uid, token in zip(output.uids, output.tokens, strict=True):
             sequence = self._live.get(uid)  # None: ended here while the step was on its way
             if sequence is not None:
@@ -287,6 +311,15 @@ class Frontend:
 def take_deltas(changed: Iterable[Stream], numbers: dict[int, int]) -> list[Delta]:
     """What to show of the changed outputs; `numbers` maps a generation's number to its place among the prompts."""
     return [Delta(numbers[s.owner.number], s.output.index, s.take_text(), s.finished) for s in changed]
+
+
+def _candidates(tokenizer: Tokenizer, token: int, found: TokenLogprobs) -> dict[int, Logprob]:
+    """The token itself first, then the likeliest ones."""
+    entry = {
+        i: Logprob(value, rank, tokenizer.decode([i], skip_special_tokens=False))
+        for rank, (i, value) in enumerate(zip(found.top_ids, found.top, strict=True), start=1)
+    }
+    return {token: Logprob(found.token, found.rank, tokenizer.decode([token], skip_special_tokens=False))} | entry
 
 
 def _checked_ids(prompt: Sequence[int]) -> list[int]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from .executor import Executor
 from .frontend import Frontend, Generation, Prompt, RequestRefused, Stream, take_deltas
+from .grammar import Vocabulary
 from .model.config import ModelConfig
 from .outputs import Delta, RequestOutput
 from .request import SamplingParams
@@ -29,7 +30,8 @@ class OfflineLLM:
         self.executor = executor
         self.tokenizer = tokenizer or Tokenizer(folder)
         self._defaults = default_sampling_params(folder)
-        self._frontend = Frontend(executor, self.tokenizer, model.eos_token_ids)
+        vocabulary = Vocabulary(folder, model.vocab_size, model.eos_token_ids)
+        self._frontend = Frontend(executor, self.tokenizer, model.eos_token_ids, vocabulary)
 
     def generate(
         self,

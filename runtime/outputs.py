@@ -40,6 +40,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # one for each prompt token; None for the first
 
     @property
     def finished(self) -> bool:
@@ -64,6 +65,7 @@ class Event(msgspec.Struct, frozen=True):  # one for each token: made six times 
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None  # one for each of token_ids, if they were asked for
     finish_reason: FinishReason | None  # with the last event of this output
-    stop_reason: int | str | None  # as in CompletionOutput; for "abort" the reason, if there is one to tell
+    stop_reason: int | str | None  # as in CompletionOutput; for "abort" and "error" why, if there is something to tell
     prompt_token_ids: list[int]  # the same list in every event of a generation
     num_cached_tokens: int
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # as in RequestOutput, likewise in every event

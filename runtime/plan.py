@@ -17,7 +17,7 @@ import numpy as np
 from .request import Request, SamplingParams
 from .stats import EngineStats, Profile
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Admission(msgspec.Struct, frozen=True):
@@ -58,13 +58,20 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: list[float]
 
 
+class PromptLogprobs(msgspec.Struct, frozen=True):
+    """What the model thinks of a prompt's tokens from position `start` on, each after those before it."""
+
+    start: int
+    logprobs: list[TokenLogprobs]
+
+
 class Finished(msgspec.Struct, frozen=True):
     """A request ended; exactly one per request."""
 
     uid: int
     reason: FinishReason
     stop_id: int | None = None  # the token id that ended it, for reason "stop"
-    error: str | None = None  # why the engine refused it, for reason "abort"
+    error: str | None = None  # why: the engine refused it ("abort"), or its grammar could not go on ("error")
 
 
 class StepOutput(msgspec.Struct, frozen=True):
@@ -75,6 +82,7 @@ class StepOutput(msgspec.Struct, frozen=True):
     finished: list[Finished]
     logprobs: dict[int, TokenLogprobs] = {}
     cached: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
+    prompts: dict[int, PromptLogprobs] = {}  # uid -> a chunk of its prompt, if its log-probabilities are wanted
 
 
 class Report(msgspec.Struct, frozen=True):

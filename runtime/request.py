@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from .structured import StructuredOutputsParams
+
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
@@ -38,8 +40,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     seed: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self._integer("n", 1, MAX_N)
@@ -59,12 +63,15 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             self._integer("max_tokens", 1)
             rule = f"must be at most max_tokens ({self.max_tokens})"
             _require(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, rule)
-        if self.logprobs is not None:
-            self._integer("logprobs", 0, MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._integer(name, 0, MAX_LOGPROBS)
         if self.seed is not None:
             self._integer("seed", -(2**63), 2**63 - 1)
         self._check_bias()
         self._check_stops()
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise ValueError("ignore_eos=True does not go with structured_outputs, which end with the EOS token")
 
     @property
     def stop_strings(self) -> Sequence[str]:

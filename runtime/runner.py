@@ -10,7 +10,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -22,7 +22,9 @@ from ..comm.base import Communicator
 from .batch import HostBatch, SlotTables, to_device
 from .cache.pool import KVPool, KVShape
 from .config import Config
+from .grammar import Vocabulary
 from .graphs import DecodeGraphs, GraphParts
+from .guide import Guides
 from .memory import MemoryPlan, Phase, Reading, check_weights, gpu_name, loading_speed, named_out_of_memory, read_gpu
 from .model.attention import AttentionBackend, TorchAttention
 from .model.config import ModelConfig
@@ -30,7 +32,8 @@ from .model.decoder import Decoder
 from .model.weights import fill_dummy, load_weights
 from .neighbours import neighbours
 from .phases import Phases
-from .plan import Admission, StepPlan, TokenLogprobs
+from .plan import Admission, PromptLogprobs, StepPlan, TokenLogprobs
+from .prompts import prompt_logprobs
 from .request import SamplingParams
 from .sampler import Sampler
 from .scheduler import Limits
@@ -45,6 +48,8 @@ class Sampled:
 
     tokens: np.ndarray  # [S] int32
     logprobs: dict[int, TokenLogprobs]
+    failed: dict[int, str] = field(default_factory=dict)  # rows whose grammar cannot go on, and why
+    prompts: dict[int, PromptLogprobs] = field(default_factory=dict)  # by row of the plan
 
 
 class Runner:
@@ -72,6 +77,7 @@ class Runner:
             else:
                 load_weights(decoder.weights(), folder)
         self.decoder = decoder
+        self._vocabulary = Vocabulary(folder, model.vocab_size, model.eos_token_ids)
         log.info("weights: %s", loading_speed(self._memory.weights, self.phases.seconds["weights"]))
 
     def plan_memory(self) -> MemoryPlan:
@@ -101,6 +107,7 @@ class Runner:
         self.tables = SlotTables(config.max_num_seqs, max_length, config.page_size, self.device)
         self.pool = KVPool(self._kv_shape(), num_pages, self.device, config.kv_layout)
         self.sampler = Sampler(config.max_num_seqs, self.device)
+        self.guides = Guides(self._vocabulary, config.max_num_seqs)
         self._landing = Landing(config.max_num_seqs, self.comm, self.device)
         self._fast = self._flashinfer(announce)
         self.attention: AttentionBackend = self._fast or TorchAttention(self.model.head_dim**-0.5)
@@ -209,19 +216,27 @@ class Runner:
         self.tables.take_in(plan)
         for admission in plan.admitted:
             self.sampler.admit(admission)
+            self.guides.admit(admission)
         host = self.tables.describe(plan)
         if self.graphs is not None and len(host.slots) == len(plan.sampled_rows) <= self.graphs.max_rows:
             return self._replay(plan, self.graphs, host)
         batch = self.tables.batch(plan, host)
         self.attention.plan(batch)
         residual = self.decoder.forward(batch, self.pool, self.attention)
-        if len(plan.sampled_rows) == 0:
-            return lambda: Sampled(np.empty(0, np.int32), {})
-        last = self._to_device(host.query_starts[1:][plan.sampled_rows] - 1).long()
-        return self._sample(plan, self.decoder.logits(residual, last))
+        self.guides.catch_up()
+        sampled: Callable[[], Sampled] = lambda: Sampled(np.empty(0, np.int32), {})  # noqa: E731
+        if len(plan.sampled_rows):
+            last = self._to_device(host.query_starts[1:][plan.sampled_rows] - 1).long()
+            sampled = self._sample(plan, self.decoder.logits(residual, last))
+        widths, ends = self.sampler.prompt_logprobs[plan.slots], self.sampler.num_prompt_tokens[plan.slots]
+        if not ((widths >= 0) & (plan.starts < ends - 1)).any():
+            return sampled
+        prompts = prompt_logprobs(self.decoder, residual, self.tables.tokens, plan, host, widths, ends)
+        return lambda: replace(sampled(), prompts=prompts())
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs, host: HostBatch) -> Callable[[], Sampled]:
         logits, chosen = graphs.run(host, *self.sampler.race_inputs(host.slots, host.positions + 1))
+        self.guides.catch_up()
         if not self.sampler.is_plain(host.slots):
             return self._sample(plan, logits)
         tokens = self._landing.fetch(chosen)
@@ -244,11 +259,15 @@ class Runner:
         if not self.sampler.is_plain(slots):
             logits = logits.float()
         raw = logits.clone() if wants_logprobs else logits  # sampling may edit its logits
+        guided = bool(self.guides.active[slots].any())
+        failed = self.guides.mask(logits, slots, positions) if guided else {}
         chosen = self.sampler.sample(logits, slots, positions, self.tables.tokens)
         self.tables.append(self._to_device(slots), self._to_device(positions - 1), chosen)
         logprobs = self.sampler.top_logprobs(raw, chosen, slots) if wants_logprobs else dict
         tokens = self._landing.fetch(chosen)
-        return lambda: Sampled(tokens(), logprobs())
+        if guided:
+            self.guides.sent(slots, tokens)
+        return lambda: Sampled(tokens(), logprobs(), failed)
 
     def _kv_shape(self) -> KVShape:
         return self.decoder.kv_shape(self.config.page_size, self.config.torch_dtype)

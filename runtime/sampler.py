@@ -48,6 +48,8 @@ class Sampler:
         self.filtered = np.zeros(max_num_seqs, bool)  # top-k, top-p or min-p
         self.edited = np.zeros(max_num_seqs, bool)  # logits are changed before sampling
         self.logprobs = np.full(max_num_seqs, -1, np.int32)
+        self.prompt_logprobs = np.full(max_num_seqs, -1, np.int32)
+        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
 
     def admit(self, admission: Admission) -> None:
         """Take over the parameters of a request that has been given a slot; params.seed must be set."""
@@ -59,8 +61,11 @@ class Sampler:
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
         self.top_k[slot], self.seed[slot] = max(p.top_k, 0), p.seed % 2**64
         self.filtered[slot] = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
-        self.edited[slot] = state.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
+        guided = p.structured_outputs is not None  # its logits come masked
+        self.edited[slot] = guided or state.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
+        self.prompt_logprobs[slot] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
+        self.num_prompt_tokens[slot] = admission.num_prompt_tokens
 
     def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
         """One token per row; [S] int32.
@@ -114,7 +119,8 @@ class Sampler:
             self._penalize(logits, state, tokens[slot, :position].long())
         for token, bias in state.params.logit_bias.items():
             logits[token] += bias
-        if position < state.num_prompt_tokens + state.params.min_tokens:
+        may_stop = position >= state.num_prompt_tokens + state.params.min_tokens
+        if not may_stop and state.params.structured_outputs is None:  # else runtime/guide.py has seen to it
             logits[state.stop_ids] = -torch.inf
 
     def _penalize(self, logits: Tensor, state: SlotState, tokens: Tensor) -> None:

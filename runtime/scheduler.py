@@ -70,6 +70,7 @@ class Scheduled:
     plan: StepPlan
     slots: np.ndarray  # [S] int32
     tickets: np.ndarray  # [S] int64: one per admission, so that a slot's next owner is not taken for this one
+    explained: dict[int, int]  # rows of the plan -> uid: requests that want to know of their prompts
 
 
 class Scheduler:
@@ -100,6 +101,7 @@ class Scheduler:
         self._writes: list[np.ndarray] = []  # [n, 3] each: the page table's changes since the last plan
         self._head_blocked = False  # the first waiting request did not fit, and nothing has been released since
         self._preempted: set[int] = set()  # uids that wait again
+        self._explained: set[int] = set()  # slots whose requests want log-probabilities of their prompts
         self._cached: dict[int, int] = {}  # prefix hits to report with the next output
 
     # -- requests come and go
@@ -188,14 +190,15 @@ class Scheduler:
 
     # -- the prefix cache
 
-    def _match(self, tokens: np.ndarray) -> tuple[Node, np.ndarray]:
+    def _match(self, request: Request) -> tuple[Node, np.ndarray]:
         """The longest cached prefix of a request's tokens, as the tree's node and pages.
 
-        The last token is always left to compute: its hidden state gives the next one.
+        The last token is always left to compute: its hidden state gives the next one. So are all where the prompt's
+        log-probabilities are wanted: the cache has keys and values, but not what the model made of them.
         """
-        if not self.limits.enable_prefix_caching:
+        if not self.limits.enable_prefix_caching or request.params.prompt_logprobs is not None:
             return self.pages.tree.root, NO_PAGES
-        size = self.limits.page_size
+        size, tokens = self.limits.page_size, request.tokens
         return self.pages.tree.match(tokens[: (len(tokens) - 1) // size * size])
 
     def _share(self, slot: int, end: int) -> None:
@@ -223,7 +226,7 @@ class Scheduler:
         counts: list[int] = []
         while self.waiting and self._free_slots and budget > 0:
             request = self.waiting[0]
-            node, pages = self._match(request.tokens)
+            node, pages = self._match(request)
             self.pages.tree.lock(node)
             if not self._fits(len(request.tokens), len(pages)):
                 self.pages.tree.unlock(node)
@@ -256,8 +259,12 @@ class Scheduler:
         self.tokens[slot, :n] = request.tokens
         self.known[slot] = self.length[slot] = n
         self.limit[slot] = min(request.max_length, self.limits.max_length)
-        self.min_length[slot] = request.num_prompt_tokens + request.params.min_tokens
+        # A grammar that has nothing to add ends before min_tokens; until then its mask holds stop ids back.
+        min_tokens = 0 if request.params.structured_outputs is not None else request.params.min_tokens
+        self.min_length[slot] = request.num_prompt_tokens + min_tokens
         self._set_stop_ids(slot, request.stop_ids)
+        if request.params.prompt_logprobs is not None:
+            self._explained.add(slot)
         self.nodes[slot] = node
         self.num_pages[slot] = 0
         self._append_pages(np.full(len(pages), slot, np.int32), pages)
@@ -291,18 +298,27 @@ class Scheduler:
         self._writes = []
         plan = StepPlan(self._step, admitted, rows, starts, counts, sampled, writes)
         self._step += 1
-        return Scheduled(plan, slots, self.ticket[slots])
+        explained: dict[int, int] = {}
+        if self._explained:
+            explained = {row: int(self.uid[slot]) for row, slot in enumerate(rows.tolist()) if slot in self._explained}
+        return Scheduled(plan, slots, self.ticket[slots], explained)
 
     # -- a step has run
 
     def commit(
-        self, scheduled: Scheduled, tokens: np.ndarray, logprobs: dict[int, TokenLogprobs] | None = None
+        self,
+        scheduled: Scheduled,
+        tokens: np.ndarray,
+        logprobs: dict[int, TokenLogprobs] | None = None,
+        failed: dict[int, str] | None = None,
     ) -> StepOutput:
         """Take in the sampled tokens [S] of a step, in the order of its sampled rows; ends the requests that are done.
 
-        `logprobs` are by index into tokens. Tokens of requests that were cancelled or preempted since are dropped:
-        sampling is keyed by position, so a preempted request will draw the same token again.
+        `logprobs` are by index into tokens; so is `failed`: who ends with an error instead of a token. Tokens of
+        requests that were cancelled or preempted since are dropped: sampling is keyed by position, so a preempted
+        request will draw the same token again.
         """
+        finished = self._end_failed(scheduled, failed) if failed else []
         alive = np.flatnonzero(self.ticket[scheduled.slots] == scheduled.tickets)
         slots, tokens = scheduled.slots[alive], tokens[alive]
         self.tokens[slots, self.known[slots]] = tokens
@@ -310,7 +326,6 @@ class Scheduler:
         uids = self.uid[slots].tolist()
         stopped = (self.stop_ids[slots] == tokens[:, None]).any(axis=1) & (self.known[slots] > self.min_length[slots])
         ended = stopped | (self.known[slots] == self.limit[slots])
-        finished = []
         for i in np.flatnonzero(ended).tolist():
             reason: FinishReason = "stop" if stopped[i] else "length"
             finished.append(Finished(uids[i], reason, int(tokens[i]) if stopped[i] else None))
@@ -318,6 +333,15 @@ class Scheduler:
         cached, self._cached = self._cached, {}
         kept = {uids[i]: logprobs[row] for i, row in enumerate(alive.tolist()) if row in logprobs} if logprobs else {}
         return StepOutput(uids, tokens.tolist(), finished, kept, cached)
+
+    def _end_failed(self, scheduled: Scheduled, failed: dict[int, str]) -> list[Finished]:
+        finished = []
+        for i, reason in failed.items():
+            slot = int(scheduled.slots[i])
+            if self.ticket[slot] == scheduled.tickets[i]:
+                finished.append(Finished(int(self.uid[slot]), "error", error=reason))
+                self._release(slot)
+        return finished
 
     def _preempt(self, slot: int) -> None:
         """Back to the front of the queue with the tokens it has; its cached pages may be there when it returns."""
@@ -345,6 +369,7 @@ class Scheduler:
         self.pages.release(pages[kept:])
         self.pages.tree.unlock(self.nodes[slot])
         self.requests[slot] = None
+        self._explained.discard(slot)
         self.ticket[slot] = -1
         self.order = self.order[self.order != slot]
         self._head_blocked = False

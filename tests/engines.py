@@ -32,6 +32,7 @@ class Results:
         self.finished: dict[int, Finished] = {}
         self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self.cached: dict[int, int] = {}
+        self.prompts: dict[int, dict[int, TokenLogprobs]] = {}  # by uid and position
         self.preemptions = 0
         self.steps = 0
 
@@ -42,6 +43,9 @@ class Results:
             self.tokens.setdefault(uid, []).append(token)
         for uid, logprobs in output.logprobs.items():
             self.logprobs.setdefault(uid, []).append(logprobs)
+        for uid, chunk in output.prompts.items():
+            found = dict(enumerate(chunk.logprobs, start=chunk.start))
+            self.prompts[uid] = found | self.prompts.get(uid, {})  # the first word counts, as in the front end
         for finished in output.finished:
             assert finished.uid not in self.finished, "a request ended twice"
             self.finished[finished.uid] = finished

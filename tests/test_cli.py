@@ -202,3 +202,31 @@ def test_the_command_without_this_process_around_it() -> None:
     refused = subprocess.run(bad, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert re.fullmatch(r"error: model folder [^\n]*\n", refused.stderr)
+
+
+def test_the_output_keeps_to_what_was_asked(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"enum": ["went up", "came down"]}')
+    asked = ("generate", *FLAGS, "--prompt", "And the king", "--seed=1", "--n=4")
+    for schema in (str(tmp_path / "schema.json"), '{"enum": ["went up", "came down"]}'):
+        code, out, _ = command(*asked, "--json", "--json-schema", schema)
+        assert code == 0
+        assert {json.loads(line)["text"] for line in out.splitlines()} <= {'"went up"', '"came down"'}
+    code, out, _ = command(*asked, "--regex", "[a-c]{3}")
+    assert [bool(re.fullmatch("[a-c]{3}", line)) for line in out.splitlines()[1::2]] == [True] * 4
+    assert command(*asked, "--choice=went", "--choice=came")[1].splitlines()[1] in ("went", "came")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--regex=("], "error: structured_outputs=regex cannot be used: .*unclosed group"),
+        (["--regex=a", "--choice=b"], "error: structured_outputs=has regex and choice"),
+        (["--json-schema=no such file"], "error: JSON schema no such file"),
+        (["--json-schema={"], "error: structured_outputs=json cannot be used"),
+        (["--regex=a", "--ignore-eos"], "error: ignore_eos=True does not go with structured_outputs"),
+    ],
+)
+def test_structures_that_cannot_be_kept_to(command: Command, flags: list[str], message: str) -> None:
+    code, out, said = command("generate", *FLAGS, "--prompt=a", *flags)
+    assert (code, out) == (2, "")
+    assert re.match(message, said.splitlines()[-1])

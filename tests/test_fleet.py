@@ -1,4 +1,4 @@
-"""Replicas under Ray Serve: where a request goes, and that the tokens are those of one rank whatever happens to a replica."""
+"""Replicas under Ray Serve: where a request goes, and that the tokens are one rank's whatever happens to a replica."""
 
 from __future__ import annotations
 
@@ -41,12 +41,17 @@ def test_the_longest_prefix_is_that_of_brute_force() -> None:
         prompt = [draw.randrange(2) for _ in range(draw.randrange(40))]
         replica = draw.choice("abc")
         for other in "abc":
-            known = [len(os.path.commonprefix([prompt, old])) // 4 * 4 for old in sent.get(other, [])]
+            known = [common(prompt, old) // 4 * 4 for old in sent.get(other, [])]
             assert affinity.matched(np.array(prompt, np.int32), other) == max(known, default=0)
         affinity.sent(np.array(prompt, np.int32), replica)
         sent.setdefault(replica, []).append(prompt)
     affinity.keep("ac")
     assert affinity.matched(np.array(sent["b"][-1], np.int32), "b") == 0
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def test_no_more_pages_are_remembered_than_the_cache_holds() -> None:

@@ -335,7 +335,7 @@ def test_the_context_is_limited_to_what_the_cache_holds(caplog: pytest.LogCaptur
 
 
 def test_the_package_exports_its_public_names() -> None:
-    assert set(lockstep.__all__) == {"LLM", "Config", "SamplingParams"}
+    assert set(lockstep.__all__) == {"LLM", "Config", "SamplingParams", "StructuredOutputsParams"}
     assert lockstep.Config is Config
     with pytest.raises(AttributeError, match="exports LLM"):
         lockstep.nothing  # noqa: B018

@@ -17,13 +17,14 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import httpx
 import openai
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from pydantic import BaseModel, Field
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
@@ -35,6 +36,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from lockstep import LLM
+from lockstep.launch import grammars
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server import pulse, wire
 from lockstep.launch.server.config import ServerConfig
@@ -45,6 +47,7 @@ from lockstep.runtime.outputs import Event, Logprob
 from lockstep.runtime.request import SamplingParams
 from lockstep.runtime.scheduler import Limits
 from lockstep.runtime.stats import EngineStats
+from lockstep.runtime.structured import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Detokenizer, Tokenizer
 
 MAX_LEN = 512
@@ -359,9 +362,36 @@ def test_every_sampling_parameter_arrives(shared: Running) -> None:
     }  # fmt: skip
     assert shared.post("/v1/completions", {"prompt": PROMPT, "user": "me", **asked}).status_code == 200
     assert fake(shared).asked[-1][1] == SamplingParams(**asked | {"logit_bias": {5: 1.5}})
-    assert set(asked) == set(SamplingParams.__struct_fields__), "what can be asked offline can be asked here"
+    here = {*asked, "structured_outputs"}
+    assert here == set(SamplingParams.__struct_fields__), "what can be asked offline can be asked here"
     assert shared.post("/v1/chat/completions", {"messages": CHAT, "max_tokens": 3}).status_code == 200
     assert fake(shared).asked[-1][1] == SamplingParams(temperature=0.7, max_tokens=3), "the model's recommendation"
+
+
+ASKED_FOR = {  # in each way to say it, and what it means
+    "openai": ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True,
+        "schema": {"type": "integer"}}}}, {"json": {"type": "integer"}}),
+    "openai without a schema": ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+        {"json_object": True}),
+    "openai json_object": ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+    "vllm": ({"structured_outputs": {"json": "{}", "disable_any_whitespace": True}},
+        {"json": "{}", "disable_any_whitespace": True}),
+    "vllm regex": ({"structured_outputs": {"regex": "a+", "json": None}}, {"regex": "a+"}),
+    "old json": ({"guided_json": {"type": "null"}}, {"json": {"type": "null"}}),
+    "old regex": ({"guided_regex": "a+"}, {"regex": "a+"}),
+    "old choice": ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
+    "old grammar": ({"guided_grammar": "root ::= x"}, {"grammar": "root ::= x"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("asked", "meant"), ASKED_FOR.values(), ids=ASKED_FOR)
+def test_every_way_to_ask_for_a_structure_arrives(
+    shared: Running, asked: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    for route, body in (("completions", COMPLETION), ("chat/completions", CHAT_BODY)):
+        found = shared.post(f"/v1/{route}", {**body, **asked})
+        assert found.status_code == 200, found.text
+        assert fake(shared).asked[-1][1].structured_outputs == StructuredOutputsParams(**meant)
 
 
 NEUTRAL = {
@@ -500,13 +530,28 @@ BAD: list[tuple[str, dict[str, Any], str, str | None]] = [  # body, changes, par
     ("completions", {"x" * 10_000: 1}, "x" * 61 + "...", "unknown_parameter"),
     *[("chat/completions", {name: value}, name, "unsupported_parameter") for name, value in {
         "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [], "function_call": "auto",
-        "guided_json": {"type": "object"}, "guided_regex": "a*", "audio": {"voice": "x"},
+        "guided_decoding_backend": "x", "guided_whitespace_pattern": " ", "audio": {"voice": "x"},
         "modalities": ["text", "audio"], "chat_template": "{{ 1 }}", "chat_template_kwargs": {"a": 1},
         "prompt_logprobs": 1, "use_beam_search": True,
         "reasoning_effort": "low", "best_of": 2, "store": True, "metadata": {}, "priority": 1, "bad_words": ["a"],
-        "structured_outputs": {"json": {}}, "continue_final_message": True, "prediction": {}, "documents": [],
+        "continue_final_message": True, "prediction": {}, "documents": [],
     }.items()],
-    ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+    ("completions", {"response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
+    ("completions", {"response_format": {"type": "json_schema"}}, "response_format.json_schema",
+        "missing_required_parameter"),
+    ("completions", {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+        "response_format.json_schema.name", "missing_required_parameter"),
+    ("completions", {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": 5}}},
+        "response_format.json_schema.schema", "invalid_type"),
+    ("completions", {"structured_outputs": {}}, "structured_outputs", "invalid_value"),
+    ("completions", {"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "invalid_value"),
+    ("completions", {"structured_outputs": {"structural_tag": "x"}}, "structured_outputs.structural_tag",
+        "unsupported_parameter"),
+    ("completions", {"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "invalid_value"),
+    ("completions", {"guided_regex": "a" * 100_001}, "guided_regex", "invalid_value"),
+    ("completions", {"guided_choice": []}, "guided_choice", None),
+    ("completions", {"guided_json": 5}, "guided_json", "invalid_type"),
+    ("completions", {"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "invalid_value"),
 ]  # fmt: skip
 
 
@@ -1027,6 +1072,93 @@ def test_the_demo_model_says_what_it_says_offline(real: Running) -> None:
         model="demo", messages=cast(Any, CHAT), max_tokens=9, temperature=0, extra_body={"repetition_penalty": 1}
     )
     assert chat.choices[0].message.content == answer.text
+
+
+class Person(BaseModel):
+    name: Annotated[str, Field(max_length=20)]
+    age: Annotated[int, Field(ge=0, le=120)]
+    tags: Annotated[list[Literal["king", "prophet"]], Field(max_length=3)]
+
+
+def test_openais_client_parses_structured_outputs(real: Running) -> None:
+    """The client makes the schema from the class, and the object from the answer."""
+    for seed in range(3):
+        parsed = real.openai.chat.completions.parse(
+            model="demo", messages=cast(Any, CHAT), response_format=Person, seed=seed, max_tokens=1000, temperature=1
+        )
+        assert parsed.choices[0].message.parsed is not None
+        assert 0 <= parsed.choices[0].message.parsed.age <= 120
+    with real.openai.chat.completions.stream(
+        model="demo", messages=cast(Any, CHAT), response_format=Person, seed=2, max_tokens=1000, temperature=1
+    ) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == parsed.choices[0].message.parsed
+
+
+def test_a_structure_is_the_same_offline(real: Running) -> None:
+    structured = StructuredOutputsParams(regex=r"(Moses|Aaron) (went|spake)( [a-z]{2,6}){2,5}\.")
+    params = SamplingParams(n=3, seed=5, temperature=1, max_tokens=60, structured_outputs=structured)
+    with LLM(**SMALL) as llm:
+        outputs = llm.generate([PROMPT], params, use_tqdm=False)[0].outputs
+    found = real.openai.completions.create(
+        model="demo", prompt=PROMPT, n=3, seed=5, temperature=1, max_tokens=60,
+        top_p=1, extra_body={"guided_regex": structured.regex, "top_k": 0},
+    )  # fmt: skip
+    assert [c.text for c in found.choices] == [o.text for o in outputs]
+    assert all(re.fullmatch(structured.regex or "", c.text) for c in found.choices)
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [  # a body, the field to blame, what is said of it
+    ({"guided_regex": "("}, "guided_regex", "unclosed group"),
+    ({"guided_regex": "(?<=a)b"}, "guided_regex", "look-around"),
+    ({"structured_outputs": {"regex": "(" * 9000 + ")" * 9000}}, "structured_outputs", "nest"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
+        "response_format", "Unimplemented keys"),
+    ({"guided_json": {"allOf": [{"anyOf": [{"required": [f"a{i}"]}, {"required": [f"b{i}"]}]} for i in range(24)]}},
+        "guided_json", "schema too large"),
+    ({"guided_json": {"enum": [f"{i * 7919}" * 2 for i in range(5000)]}}, "guided_json", "limit"),
+    ({"guided_grammar": "root ::= " * 3000}, "guided_grammar", "Expected name"),
+]  # fmt: skip
+
+
+def test_hostile_grammars_are_refused_while_a_stream_goes_on(real: Running) -> None:
+    body = {**COMPLETION, "max_tokens": 400, "ignore_eos": True, "temperature": 0.9, "seed": 3}
+    wanted = real.post("/v1/completions", body).json()["choices"][0]["text"]
+    text, refused = "", iter(REFUSED)
+    with real.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+            changes, param, said = next(refused, (None, "", ""))
+            if changes is not None:
+                answer = real.post("/v1/completions", {**COMPLETION, **changes})
+                assert answer.status_code == 400, answer.text
+                assert error_of(answer)["param"] == param
+                assert said in error_of(answer)["message"]
+    assert text == wanted
+    assert next(refused, None) is None, "all of them came while the stream was going on"
+
+
+@pytest.mark.parametrize("fault", ["slow", "killed"])
+def test_a_compiler_that_hangs_or_dies_costs_one_request(
+    real: Running, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    body = {**COMPLETION, "guided_regex": f"a{{{len(fault)}}}", "max_tokens": 9}
+    assert real.post("/v1/completions", {**body, "guided_regex": "first"}).status_code == 200
+    compiler = cast(Service, real.service)._grammars._process
+    assert compiler is not None
+    if fault == "slow":
+        monkeypatch.setattr(grammars, "TIME_BOX_S", 0.2)
+        os.kill(compiler.pid, signal.SIGSTOP)
+    else:
+        os.kill(compiler.pid, signal.SIGKILL)
+    answer = real.post("/v1/completions", body)
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "guided_regex"
+    assert ("takes more than 0.2 s" if fault == "slow" else "4 GiB of memory") in error_of(answer)["message"]
+    monkeypatch.undo()
+    assert real.post("/v1/completions", body).json()["choices"][0]["text"] == "a" * len(fault)
+    wait_until(lambda: compiler.returncode is not None)
 
 
 def test_the_real_service_frees_what_a_client_leaves(real: Running) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 import ray
 
-from lockstep import LLM, SamplingParams
+from lockstep import LLM, SamplingParams, StructuredOutputsParams
 from lockstep.launch import ranks, service
 from lockstep.launch.channel import Address
 from lockstep.launch.cluster import RayExecutor
@@ -49,6 +49,7 @@ from lockstep.runtime.tokenizer import Tokenizer
 SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
 MARK = "LOCKSTEP_TEST_MARK"
 SEEDED: dict[str, Any] = {"temperature": 0.9, "ignore_eos": True}
+NAMES = StructuredOutputsParams(regex=r"([A-Z][a-z]{2,9}, ){20,}and [A-Z][a-z]+\.")
 WORK = [
     ("In the beginning", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)),
     ("And the LORD spake unto Moses, saying,", SamplingParams(seed=7, top_p=0.9, max_tokens=100, **SEEDED)),
@@ -57,6 +58,7 @@ WORK = [
     ("And it came to pass", SamplingParams(seed=5, max_tokens=110, min_tokens=50, stop=["oppressed", "Brs"], **SEEDED)),
     ("Thou shalt not", SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, frequency_penalty=0.7)),
     ("For unto us", SamplingParams(seed=9, top_k=20, min_p=0.02, max_tokens=100, logprobs=0, **SEEDED)),
+    ("The names were", SamplingParams(seed=4, temperature=0.9, max_tokens=100, structured_outputs=NAMES)),
     ("The king", SamplingParams(seed=2, repetition_penalty=1.2, presence_penalty=0.5, max_tokens=90, **SEEDED)),
 ]
 

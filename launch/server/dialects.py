@@ -49,6 +49,7 @@ class Piece:
         if event.logprobs is not None:
             self.tokens += zip(event.token_ids, event.logprobs, strict=True)
         assert event.finish_reason != "abort", "an aborted output is an error, not an answer"
+        assert event.finish_reason != "error"
         self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
 
     @property

@@ -101,12 +101,12 @@ def shortened(text: str, longest: int) -> str:
 
 def _place(loc: tuple[int | str, ...], fields: dict[str, FieldInfo]) -> tuple[str | None, FieldInfo | None]:
     """Where in the body, as `messages[0].content`, and the innermost field; names of union members are left out."""
-    path, field = "", None
+    path, field, parent = "", None, ""
     for step in loc:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step in fields:
-            path, field = f"{path}.{step}" if path else step, fields[step]
+        elif (name := f"{parent}.{step}") in fields or (name := step) in fields:
+            path, field, parent = f"{path}.{step}" if path else step, fields[name], step
             if field.description or _is_unsupported(field):  # all that may be inside is said of the whole
                 break
     return (path, field) if loc else (None, None)

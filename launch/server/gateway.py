@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 
 from ... import __version__
+from ...runtime.frontend import RequestRefused
 from ...runtime.outputs import Event
 from ...runtime.request import SamplingParams
 from ..service import Service
@@ -26,6 +27,7 @@ from .pulse import Pulse
 from .replies import Detokenized, Healthy, Model, ModelList, PromptDetails, Tokens, Usage, Version
 from .rules import Asked, Rules, num_top
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .structured import refused
 from .text import Text
 from .wire import Answer, read_body, send_events, send_json
 
@@ -99,6 +101,8 @@ class Gateway:
                     whole = await _whole(pieces, len(prompts) * (body.n or 1))
                     await send_json(send, dialect.whole(whole, tally.usage()))
             outcome = "answered"
+        except RequestRefused as error:
+            raise refused(error, body) from error
         except asyncio.CancelledError:
             self._metrics.ended("abort")
             outcome = "left by its client"
@@ -121,6 +125,8 @@ class Gateway:
                 timings[prompt].saw(event)
                 tally.completion += len(event.token_ids)
                 tally.cached[prompt] = event.num_cached_tokens
+                if event.finish_reason == "error":
+                    raise ApiError(400, str(event.stop_reason), code="structured_outputs_failed")
                 if event.finish_reason == "abort":
                     why = event.stop_reason or "the server is shutting down"
                     raise ApiError(503, f"the server has ended this request: {why}", code="aborted")

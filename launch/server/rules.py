@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ...runtime.request import SamplingParams
 from ..service import Service
 from .config import ServerConfig
 from .errors import ApiError, from_value_error
 from .schema import ChatRequest, CompletionRequest, fields_of
+from .structured import structured_outputs
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat goes on to the end of the context
 ASKED = (
@@ -81,7 +83,11 @@ class Rules:
             )
         given = {name: value for name in ASKED if (value := getattr(body, name)) is not None}
         recommended = {name: getattr(self._defaults, name) for name in RECOMMENDED}
-        own = {"max_tokens": asked or (room if chat else min(room, COMPLETION_TOKENS)), "logprobs": num_top(body)}
+        own: dict[str, Any] = {
+            "max_tokens": asked or (room if chat else min(room, COMPLETION_TOKENS)),
+            "logprobs": num_top(body),
+            "structured_outputs": structured_outputs(body),
+        }
         try:
             params = SamplingParams(**(recommended | given | own))
             params.check_vocabulary(self._vocab_size)

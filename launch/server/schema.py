@@ -23,6 +23,7 @@ Never = Annotated[None, NOT_HERE]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
+Choices = Annotated[list[Text], Field(min_length=1, max_length=MOST_ENTRIES, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -48,8 +49,38 @@ class StreamOptions(Strict):
     include_obfuscation: Off | None = None
 
 
-class TextFormat(Strict):
-    type: Literal["text"]
+class JsonSchema(Strict):
+    """OpenAI's wrapper of a schema; the output always keeps to it, so `strict` makes no difference."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema", description="a JSON schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """`json_schema` is for the type of that name; without a schema any object will do."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """vLLM's: exactly one of json, regex, choice, grammar and json_object."""
+
+    json_: Annotated[
+        str | dict[str, Any] | None, Field(alias="json", description="a JSON schema, as an object or as text")
+    ] = None
+    regex: Text | None = None
+    choice: Choices | None = None
+    grammar: Text | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+
+    disable_additional_properties: Annotated[Off | None, NOT_HERE] = None
+    disable_fallback: bool | None = None
+    structural_tag: Never = None
+    whitespace_pattern: Never = None
 
 
 class Generate(Strict):
@@ -82,15 +113,18 @@ class Generate(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Annotated[str | dict[str, Any] | None, Field(description="a JSON schema, as an object or text")] = None
+    guided_regex: Text | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: Text | None = None
 
     allowed_token_ids: Never = None
     bad_words: Never = None
     cache_salt: Never = None
-    guided_choice: Never = None
     guided_decoding_backend: Never = None
-    guided_grammar: Never = None
-    guided_json: Never = None
-    guided_regex: Never = None
     guided_whitespace_pattern: Never = None
     kv_transfer_params: Never = None
     length_penalty: Never = None
@@ -98,10 +132,8 @@ class Generate(Strict):
     metadata: Never = None
     priority: Never = None
     prompt_logprobs: Never = None
-    response_format: Annotated[TextFormat | None, NOT_HERE] = None
     return_tokens_as_token_ids: Annotated[Off | None, NOT_HERE] = None
     spaces_between_special_tokens: Annotated[On | None, NOT_HERE] = None
-    structured_outputs: Never = None
     truncate_prompt_tokens: Never = None
     use_beam_search: Annotated[Off | None, NOT_HERE] = None
     vllm_xargs: Never = None
@@ -206,6 +238,14 @@ class DetokenizeRequest(Strict):
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of a request and of what may be nested in it, by name."""
-    parts: list[type[BaseModel]] = [StreamOptions, TextFormat, TextPart, ChatMessage, model]
-    return {name: field for part in parts for name, field in part.model_fields.items()}
+    """The fields of a request and of what may be nested in it, by name; where two might be meant, as `parent.name`."""
+    anywhere: list[type[BaseModel]] = [StreamOptions, TextPart, ChatMessage, model]
+    found = {name: field for part in anywhere for name, field in part.model_fields.items()}
+    parents: dict[str, type[BaseModel]] = {
+        "response_format": ResponseFormat,
+        "json_schema": JsonSchema,
+        "structured_outputs": StructuredOutputs,
+    }
+    for parent, part in parents.items():
+        found |= {f"{parent}.{field.alias or name}": field for name, field in part.model_fields.items()}
+    return found
