@@ -13,6 +13,7 @@ import msgspec
 from ..runtime.config import Config
 from ..runtime.outputs import Delta
 from ..runtime.request import SamplingParams
+from .signals import Terminated, signals_wait
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -28,7 +29,10 @@ def chat(config: dict[str, Any], url: str | None) -> None:
     if url is not None:
         talk(remote(url, _only_model(config)), sys.stdout)
     else:
-        from .llm import LLM  # torch: seconds that a wrong option need not wait for
+        with signals_wait():  # torch: seconds that a wrong option need not wait for
+            import transformers.models.auto.tokenization_auto  # noqa: F401 - which LLM would import
+
+            from .llm import LLM
 
         stdout = sys.stdout
         with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
@@ -113,6 +117,8 @@ def _show(answer: Iterator[str], out: TextIO) -> str:
         for text in answer:
             said += text
             print(text, end="", file=out, flush=True)
+    except Terminated:
+        raise
     except KeyboardInterrupt:
         note = " [stopped]"
     except ValueError as error:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext, redirect_stdout
+from contextlib import closing, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -26,6 +24,7 @@ from .errors import PlacementError, RankFailed
 from .options import LogLevel, start_logging, with_config, with_fields
 from .preflight import Preflight
 from .server.config import ServerConfig
+from .signals import end_on_sigterm, signals_wait, status_of
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -38,13 +37,15 @@ DEFAULT_MAX_TOKENS = 128
 
 def main() -> None:
     """The console script: errors that a user can act on are one line, without a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # an orderly end, as after Ctrl-C
+    end_on_sigterm()
     try:
         app()
     except ValueError as error:
         _fail(error, code=2)
     except (PlacementError, RankFailed) as error:
         _fail(error, code=1)
+    except SystemExit as end:
+        sys.exit(status_of(end))
 
 
 def _fail(error: Exception, code: int) -> None:
@@ -104,7 +105,10 @@ def generate(
         "structured_outputs": _structured(json_schema, regex, choice or None),
     }  # fmt: skip
     SamplingParams(**{k: v for k, v in chosen.items() if v is not None})  # refuse what is wrong before loading a model
-    from .llm import LLM  # torch and transformers: seconds that --help and a wrong flag need not wait for
+    with signals_wait():  # torch and transformers: seconds that --help and a wrong flag need not wait for
+        import transformers.models.auto.tokenization_auto  # noqa: F401 - which LLM would import
+
+        from .llm import LLM
 
     stdout = sys.stdout
     with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
@@ -133,7 +137,7 @@ def serve(config: dict[str, Any], server: dict[str, Any], *, log_level: LogLevel
     start_logging(log_level)
     options, asked = ServerConfig(**server), Config.from_options(config)
     with closing(Preflight(asked)) if options.preflight else nullcontext() as preflight:
-        with _signals_wait():
+        with signals_wait():
             from .server.run import serve as run  # the web framework and torch: seconds
 
         run(asked, options, preflight)
@@ -162,7 +166,7 @@ def doctor(
 ) -> None:
     """Say what would keep the ranks from starting here or on the cluster, and the way out; status 1 if anything."""
     start_logging(log_level)
-    from .doctor import diagnose  # Ray, and torch while the GPUs are tried
+    from .doctor import diagnose
 
     asked, stdout, findings = Config.from_options(config), sys.stdout, []
     with redirect_stdout(sys.stderr):
@@ -174,16 +178,6 @@ def doctor(
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     if any(finding.status == "fail" for finding in findings):
         raise typer.Exit(1)
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """An exception out of a signal's handler in the middle of torch's import aborts the process, or is lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _with_defaults(recommended: SamplingParams, chosen: dict[str, Any]) -> SamplingParams:

@@ -10,11 +10,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.util.placement_group import remove_placement_group
@@ -29,9 +28,10 @@ from ..runtime.request import Request
 from ..runtime.stats import EngineStats, Profile
 from .channel import Bell, Inbox, Outbox
 from .errors import PlacementError, RankFailed
-from .placement import has_gpus, place, start_ray
+from .placement import has_gpus, place, start_ray, while_connected
 from .ranks import Ranks, forwarded
 from .roster import roster
+from .signals import Undo
 from .worker import Endpoint, Loaded
 
 log = logging.getLogger(__name__)
@@ -50,11 +50,9 @@ class Connection:
     def __init__(self, config: Config, replicas: int = 1) -> None:
         self.bell = Bell()
         self.leaving = threading.Event()
-        with ExitStack() as stack:
+        with Undo() as stack:
             stack.callback(self.bell.close)
-            ours = start_ray(config, replicas)
-            if ours:
-                stack.callback(_while_connected, ray.shutdown)
+            ours = start_ray(config, stack, replicas)
             self.ip = "127.0.0.1" if ours else None  # one machine: keep off the network
             self.has_gpus = has_gpus()
             self.has_started = False  # ranks, at least once: from then on a node that is missing may come back
@@ -80,7 +78,7 @@ class RayExecutor:
         self._profile: Profile | None = None
         self.stats = EngineStats()
         self._phases = Phases()
-        with ExitStack() as stack:
+        with Undo() as stack:
             with self._phases("Ray"):
                 used = connection or stack.enter_context(closing(Connection(config)))
             self._start(config, model, folder, stack, used)
@@ -131,7 +129,7 @@ class RayExecutor:
         """Where each rank runs."""
         return self._ranks.endpoints
 
-    def _start(self, asked: Config, model: ModelConfig, folder: Path, stack: ExitStack, connection: Connection) -> None:
+    def _start(self, asked: Config, model: ModelConfig, folder: Path, stack: Undo, connection: Connection) -> None:
         """Bring up the ranks; every step leaves on `stack` what undoes it."""
         if not ray.is_initialized():  # the next call would start Ray anew, in its own way
             raise PlacementError("Ray was shut down in this process; connect to it again")
@@ -143,11 +141,11 @@ class RayExecutor:
             config = replace(config, model=str(folder.resolve()))
         with self._phases("placement"):
             group = place(config, connection.leaving, again=connection.has_started)
-        stack.callback(_while_connected, remove_placement_group, group)
+        stack.callback(while_connected, remove_placement_group, group)
         deadline = time.perf_counter() + config.startup_timeout
         with self._phases("actors"):
             self._ranks = ranks = Ranks(config, group, connection.bell, connection.leaving)
-            stack.callback(_while_connected, ranks.close, STOP_S)
+            stack.callback(while_connected, ranks.close, STOP_S)
             ranks.endpoints = ranks.call("bind", deadline, ip)
         if ip is None:
             log.info("%s", roster(ranks.endpoints, forwarded()))
@@ -190,12 +188,6 @@ class RayExecutor:
     def _give_up(self) -> None:
         silence = time.perf_counter() - self._heard
         self._ranks.fail(f"no step has ended for {silence:.0f} s, step_timeout is over: {self._ranks.endpoints[0]}")
-
-
-def _while_connected(end: Callable[..., Any], *arguments: Any) -> None:
-    """Call `end`, unless the user's own ray.shutdown() came first: the call would start Ray again."""
-    if ray.is_initialized():
-        end(*arguments)
 
 
 def _describe(report: Loaded, config: Config) -> str:

@@ -14,6 +14,7 @@ from ..runtime.llm import OfflineLLM
 from ..runtime.model.config import ModelConfig
 from ..runtime.model.weights import check_files
 from ..runtime.tokenizer import Tokenizer
+from .signals import signals_wait
 
 if TYPE_CHECKING:
     from .cluster import Connection
@@ -49,7 +50,8 @@ def connect_ray(config: Config, replicas: int = 1) -> Connection | None:
     """What executors that are started one after the other share; None where the one rank runs in this process."""
     if replicas == 1 and _in_process(config):
         return None
-    from .cluster import Connection  # Ray costs 0.4 s, and one rank does not need it
+    with signals_wait():  # Ray costs 0.4 s, and one rank does not need it
+        from .cluster import Connection
 
     return Connection(config, replicas)
 
@@ -59,7 +61,8 @@ def start_executor(config: Config, model: ModelConfig, folder: Path, connection:
     if _in_process(config):
         log.info("one rank: running in this process, without Ray")
         return LocalExecutor(config, model, folder)
-    from .cluster import RayExecutor
+    with signals_wait():
+        from .cluster import RayExecutor
 
     return RayExecutor(config, model, folder, connection)
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..runtime.config import Config
 from ..runtime.request import Request, SamplingParams
 from ..runtime.stats import EngineStats, Profile
+from .signals import signals_wait
 from .trace import kernel_times
 
 POLL_S = 1.0
@@ -85,7 +86,8 @@ class Bench:
     """
 
     def __init__(self, config: Config, workloads: Sequence[Workload], seed: int = 0) -> None:
-        from .llm import find_model, start_executor  # torch: seconds that a wrong option need not wait for
+        with signals_wait():  # torch: seconds that a wrong option need not wait for
+            from .llm import find_model, start_executor
 
         self.config = config
         folder, model = find_model(config)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import socket
+import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +21,18 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ..runtime.config import Config
 from .errors import PlacementError
 from .resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
+from .signals import Undo, signals_wait
 
 log = logging.getLogger(__name__)
+REMOVE_S = 5.0  # for the last of Ray's processes to end
 CONNECT_S = 5.0  # Ray itself tries for two minutes
 PATIENCE_S = 60.0  # for resources that others hold, and for nodes that a failure has taken
 WAIT_S = 1  # Ray takes whole seconds
 FIRST_REPORT_S, REPORT_S = 2.0, 10.0
 
 
-def start_ray(config: Config, replicas: int = 1) -> bool:
-    """Connect this process to Ray; True if that started a cluster of our own, which we then also end."""
+def start_ray(config: Config, stack: Undo, replicas: int = 1) -> bool:
+    """Connect this process to Ray; True if that started a cluster of our own, which `stack` then ends."""
     if ray.is_initialized():
         log.info("using the Ray cluster that this process is connected to")
         return False
@@ -36,12 +41,40 @@ def start_ray(config: Config, replicas: int = 1) -> bool:
     started = time.perf_counter()
     if address == "local":
         cpus = max(os.cpu_count() or 1, replicas * config.tensor_parallel_size)
-        _init(address, num_cpus=cpus, include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES)
+        # Ray's own folder grows with each start; a short name: sockets in it have paths of up to 107 characters.
+        folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR"))
+        stack.callback(_remove, folder)
+        stack.callback(while_connected, ray.shutdown)
+        with signals_wait():  # servers that were started half would stay for a minute
+            _init(
+                address,
+                num_cpus=cpus,
+                include_dashboard=False,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                _temp_dir=folder,
+            )
     else:
         _check_reachable(address)
         _init(address)
     log.info("Ray cluster: %s, ready in %.1f s", address, time.perf_counter() - started)
     return address == "local"
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder that processes may still write to, until they have ended too."""
+    until = time.monotonic() + REMOVE_S
+    while os.path.exists(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() > until:
+            log.warning("Ray's folder %s cannot be removed", folder)
+            return
+        time.sleep(0.02)
+
+
+def while_connected(end: Callable[..., Any], *arguments: Any) -> None:
+    """Call `end`, unless the user's own ray.shutdown() came first: the call would start Ray again."""
+    if ray.is_initialized():
+        end(*arguments)
 
 
 def _init(address: str, **options: Any) -> None:

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -40,6 +40,7 @@ from .channel import Bell
 from .errors import EngineFailed, PlacementError, RankFailed, RequestEndsRanks, RequestsLost
 from .grammars import GrammarCheck
 from .llm import connect_ray, find_model, start_executor, start_fleet
+from .signals import Undo
 from .suspects import Suspects
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class ServiceStats(msgspec.Struct, frozen=True):
     running: int  # of these, those that the ranks have begun with
     waiting: int
     kv_usage: float  # 0 to 1: pages of the running outputs; those that outputs share count for each
+    free_pages: int  # of the KV cache, by the scheduler's own account after its last step
     prefix_hits: int  # tokens found in the prefix cache, of
     prefix_queries: int  # so many that were looked for
     engine: EngineStats  # of all ranks since the start, restarted ones included
@@ -156,7 +158,7 @@ class Service:
         self.tokenizer = Tokenizer(self._folder)
         self.default_params = default_sampling_params(self._folder)
         self._grammars = GrammarCheck(Vocabulary(self._folder, self._model.vocab_size, self._model.eos_token_ids))
-        with ExitStack() as stack:
+        with Undo() as stack:
             self._connection: Connection | None = connect_ray(self.config, self._replicas)
             if self._connection is not None:
                 stack.callback(self._connection.close)
@@ -188,12 +190,14 @@ class Service:
         running = [stream for stream in live if stream.running]
         lengths = (len(s.owner.prompt_ids) + len(s.output.token_ids) for s in running)
         pages = sum(-(-length // self.limits.page_size) for length in lengths)
+        total, free = self._replicas * self.limits.num_pages, self._frontend.num_free_pages
         state: Literal["running", "ended"] = "running" if self._health.state == "ready" else "ended"
         return ServiceStats(
             num_live=len(live),
             running=len(running),
             waiting=len(live) - len(running),
-            kv_usage=min(1.0, pages / (self._replicas * self.limits.num_pages)),
+            kv_usage=min(1.0, pages / total),
+            free_pages=total if free is None else free,
             prefix_hits=self._frontend.num_cached_tokens,
             prefix_queries=self._frontend.num_looked_up,
             engine=_sum(self._before, self._frontend.executor.stats),

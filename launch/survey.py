@@ -17,6 +17,7 @@ from ..runtime.config import Config
 from .checks import Case, Finding, judge_devices, on_gpus, run, versions
 from .placement import nodes, start_ray
 from .resources import bundle, fitting
+from .signals import Undo
 
 LOOPBACK = "127.0.0.1"
 NODE_S = 60.0  # for the slowest node to answer
@@ -95,7 +96,7 @@ def merged(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
 
 
 def _connect(config: Config) -> Finding:
-    start_ray(config)
+    start_ray(config, Undo())  # there is an address, so nothing is started that would have to be undone
     return judge_addresses([node["NodeManagerAddress"] for node in nodes()])
 
 

@@ -172,6 +172,7 @@ class Frontend:
         self.eos_token_ids = list(eos_token_ids)
         self.num_cached_tokens = 0  # found in the prefix cache by requests that began, of
         self.num_looked_up = 0  # so many: prompts, and after a failure what had been produced
+        self.num_free_pages: int | None = None  # by the scheduler's account, once a step has ended
         self._live: dict[int, Stream] = {}
         self._next_uid = 0
         self._next_number = 0
@@ -214,7 +215,7 @@ class Frontend:
         Greedy and seeded outputs then end with the tokens that they would have had (float32: see SamplingParams).
         Tokens that the old executor had on their way are produced again, and nothing is handed out twice.
         """
-        self.executor = executor
+        self.executor, self.num_free_pages = executor, None
         self.executor.submit([stream.resumed() for stream in self._live.values() if stream.owner not in later])
 
     def withdraw(self, uids: Iterable[int]) -> list[Generation]:
@@ -260,6 +261,8 @@ class Frontend:
         for uid, found in output.prompts.items():
             if uid in self._live:
                 self._live[uid].owner.explain(found, self.tokenizer)
+        if output.free_pages is not None:
+            self.num_free_pages = output.free_pages
         for uid, token in zip(output.uids, output.tokens, strict=True):
             sequence = self._live.get(uid)  # None: ended here while the step was on its way
             if sequence is not None:

@@ -83,6 +83,7 @@ class StepOutput(msgspec.Struct, frozen=True):
     logprobs: dict[int, TokenLogprobs] = {}
     cached: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
     prompts: dict[int, PromptLogprobs] = {}  # uid -> a chunk of its prompt, if its log-probabilities are wanted
+    free_pages: int | None = None  # that requests could have after this step, cached ones that nobody uses included
 
 
 class Report(msgspec.Struct, frozen=True):

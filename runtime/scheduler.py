@@ -332,7 +332,7 @@ class Scheduler:
             self._release(int(slots[i]))
         cached, self._cached = self._cached, {}
         kept = {uids[i]: logprobs[row] for i, row in enumerate(alive.tolist()) if row in logprobs} if logprobs else {}
-        return StepOutput(uids, tokens.tolist(), finished, kept, cached)
+        return StepOutput(uids, tokens.tolist(), finished, kept, cached, free_pages=self.pages.num_available)
 
     def _end_failed(self, scheduled: Scheduled, failed: dict[int, str]) -> list[Finished]:
         finished = []

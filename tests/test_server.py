@@ -83,7 +83,7 @@ class FakeService:
     def stats(self) -> ServiceStats:
         engine = EngineStats(steps=self.steps, preemptions=3)
         ranks = [RankStatus(0, "host", 1, "running")]
-        return ServiceStats(self.live, self.live, self.waiting, 0.25, 10, 40, engine, 2, ranks)
+        return ServiceStats(self.live, self.live, self.waiting, 0.25, 384, 10, 40, engine, 2, ranks)
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
         if self.health.state in ("failed", "draining"):
@@ -895,6 +895,7 @@ def test_metrics(run: Callable[..., Running]) -> None:
     assert found[f"lockstep:request_time_per_output_token_seconds_count{label}"] == 2
     assert found[f"lockstep:e2e_request_latency_seconds_count{label}"] == 2
     assert found[f"lockstep:kv_cache_usage_perc{label}"] == 0.25
+    assert found[f"lockstep:kv_cache_free_pages{label}"] == 384
     assert found[f"lockstep:num_requests_running{label}"] == found[f"lockstep:num_requests_waiting{label}"] == 0
     assert found[f"lockstep:prefix_cache_hits_total{label}"] == 10
     assert found[f"lockstep:prefix_cache_queries_total{label}"] == 40

@@ -16,7 +16,6 @@ import uuid
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from ..channel import Inbox
 from ..cluster import Connection
 from ..errors import PlacementError, RankFailed, RequestsLost
 from ..ranks import forwarded
+from ..signals import Undo
 from .messages import Front, Hello, Place, Stepped, decode
 from .replica import Replica
 from .router import PrefixRouter
@@ -63,9 +63,10 @@ class FleetExecutor:
         self._over: deque[tuple[int, str, bool]] = deque()  # attempts that failed, why, whether the replica is lost
         self._hellos: dict[str, Hello] = {}
         self._stats: dict[str, EngineStats] = {}  # of each replica that there was
+        self._free_pages: dict[str, int | None] = {}  # of each replica, after its last step
         self._lifelines: list[socket.socket] = []
         self._loop = asyncio.new_event_loop()
-        with ExitStack() as stack:
+        with Undo() as stack:
             started = time.perf_counter()
             self._start(max_queued, stack)
             self.limits = _common([hello.limits for hello in self._hellos.values()], replicas)
@@ -130,7 +131,7 @@ class FleetExecutor:
         """End the application with its replicas; safe to call twice."""
         self._open.close()
 
-    def _start(self, max_queued: int, stack: ExitStack) -> None:
+    def _start(self, max_queued: int, stack: Undo) -> None:
         ip = self._connection.ip or ray.util.get_node_ip_address()
         self._inbox = Inbox(ip)
         stack.callback(self._inbox.close)
@@ -210,6 +211,7 @@ class FleetExecutor:
             self._hellos = dict(list(self._hellos.items())[-self._replicas :])
             return None
         self._stats[message.replica] = message.stats
+        self._free_pages[message.replica] = message.output.free_pages
         return self._translated(message.output)
 
     def _translated(self, output: StepOutput) -> StepOutput | None:
@@ -222,10 +224,17 @@ class FleetExecutor:
             finished=[msgspec.structs.replace(f, uid=own[f.uid]) for f in output.finished if f.uid in own],
             logprobs={own[a]: value for a, value in output.logprobs.items() if a in own},
             cached={own[a]: value for a, value in output.cached.items() if a in own},
+            prompts={own[a]: value for a, value in output.prompts.items() if a in own},
+            free_pages=self._num_free_pages(),
         )
         for finished in found.finished:
             self._forget(finished.uid)
-        return found if found.uids or found.finished or found.cached else None
+        return found if found.uids or found.finished or found.cached or found.prompts else None
+
+    def _num_free_pages(self) -> int:
+        """Of all replicas; those that have not made a step yet have all of theirs."""
+        known = (self._free_pages.get(replica) for replica in self._hellos)
+        return sum(self.limits.num_pages if free is None else free for free in known)
 
     def _forget(self, uid: int) -> Future[None] | None:
         attempt, call = self._calls.pop(uid, (-1, None))

@@ -29,7 +29,7 @@ from .rules import Asked, Rules, num_top
 from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .structured import refused
 from .text import Text
-from .wire import Answer, read_body, send_events, send_json
+from .wire import Answer, Reading, read_body, send_events, send_json
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Gateway:
         self._service, self._config = service, config
         self._rules = Rules(service, config)
         self._text = Text(service.tokenizer)
+        self._reading = Reading(config.max_body_bytes)
         self._metrics = Metrics(self._rules.names[0], service.stats)
         self._started = int(time.time())
         self._requests = self._outputs = 0  # live
@@ -66,11 +67,11 @@ class Gateway:
     # -- generation
 
     async def completions(self, request: Request) -> Response:
-        body = await read_body(request, CompletionRequest, self._config.max_body_bytes)
+        body = await read_body(request, CompletionRequest, self._reading)
         return Answer(lambda send: self._complete(body, send))
 
     async def chat(self, request: Request) -> Response:
-        body = await read_body(request, ChatRequest, self._config.max_body_bytes)
+        body = await read_body(request, ChatRequest, self._reading)
         return Answer(lambda send: self._converse(body, send))
 
     async def _complete(self, body: CompletionRequest, send: Send) -> None:
@@ -173,7 +174,7 @@ class Gateway:
         return ModelList(data=[Model(id=n, created=self._started, max_model_len=longest) for n in self._rules.names])
 
     async def tokenize(self, request: Request) -> Tokens:
-        body = await read_body(request, TokenizeRequest, self._config.max_body_bytes)
+        body = await read_body(request, TokenizeRequest, self._reading)
         self._rules.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either a prompt or messages", param="prompt", code="invalid_value")
@@ -185,7 +186,7 @@ class Gateway:
         return Tokens(count=len(ids), max_model_len=self._rules.max_total, tokens=ids, token_strs=strings)
 
     async def detokenize(self, request: Request) -> Detokenized:
-        body = await read_body(request, DetokenizeRequest, self._config.max_body_bytes)
+        body = await read_body(request, DetokenizeRequest, self._reading)
         self._rules.check_model(body.model)
         self._rules.check_ids(body.tokens, "tokens")
         return Detokenized(prompt=await self._text.decode(body.tokens, skip=False))

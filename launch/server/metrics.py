@@ -92,6 +92,7 @@ class _Readings(Collector):
         gauges = {
             "num_requests_running": ("Outputs being computed.", stats.running),
             "num_requests_waiting": ("Outputs waiting for a place in the batch.", stats.waiting),
+            "kv_cache_free_pages": ("Pages of the KV cache that nobody holds, after the last step.", stats.free_pages),
             "kv_cache_usage_perc": ("Share of the KV cache that live outputs hold; 1 is all.", stats.kv_usage),
         }
         counters = {

@@ -15,9 +15,11 @@ import uvicorn
 from ...runtime.config import Config
 from ..preflight import Preflight
 from ..service import Service
+from ..signals import interrupt, signals_wait
 from .app import create_app
 from .config import ServerConfig
 from .gateway import Gateway
+from .patience import Patient, allow_descriptors
 
 log = logging.getLogger(__name__)
 LAST_WORDS_S = 2.0  # for answers that are complete but not yet sent when the service has ended
@@ -25,6 +27,7 @@ LAST_WORDS_S = 2.0  # for answers that are complete but not yet sent when the se
 
 def serve(config: Config, options: ServerConfig, preflight: Preflight | None) -> None:
     """Serve until a signal: the first one drains, the second one ends at once, with status 128 + its number."""
+    allow_descriptors()
     with listener(options) as open_port:  # before the model is loaded: a port that is taken is known at once
         if preflight is not None:
             preflight.judge()
@@ -35,7 +38,8 @@ def serve(config: Config, options: ServerConfig, preflight: Preflight | None) ->
             service.start()
             ended_by = asyncio.run(serve_until_signal(service, options, open_port))
         finally:
-            asyncio.run(service.close())
+            with signals_wait():
+                asyncio.run(service.close())
     if ended_by is not None:
         sys.exit(128 + ended_by)
 
@@ -68,7 +72,7 @@ async def serve_until_signal(service: Service, options: ServerConfig, open_port:
 def create_uvicorn_config(service: Service, options: ServerConfig) -> uvicorn.Config:
     gateway = Gateway(service, options)
     return uvicorn.Config(
-        create_app(gateway, options.api_key or []), http="h11", ws="none", lifespan="off",
+        create_app(gateway, options.api_key or []), http=Patient, ws="none", lifespan="off",
         log_config=None, access_log=False, server_header=False,
         callback_notify=gateway.pulse.look, timeout_notify=1, timeout_graceful_shutdown=int(LAST_WORDS_S),
     )  # fmt: skip
@@ -94,7 +98,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """In place of uvicorn's: runs as a signal handler."""
         if self._loop is None:
-            raise KeyboardInterrupt  # not serving yet
+            interrupt(sig)  # not serving yet
         self._loop.call_soon_threadsafe(self._on_signal, sig)
 
     def _on_signal(self, sig: int) -> None:

@@ -17,31 +17,49 @@ from .errors import ApiError, as_api_error, from_validation_error
 from .schema import fields_of
 
 INLINE_BYTES = 32 * 1024  # a longer body is parsed in a thread
+BODIES = 64  # of the longest length may be in memory before they are requests
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_body(request: Request, model: type[Body], max_bytes: int) -> Body:
-    """The request's JSON as `model`; raises ApiError, without having kept more than `max_bytes`."""
+class Reading:
+    """What may be in memory of bodies that are still read or parsed: `max_bytes` of one, `BODIES` times that of all."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes, self.held = max_bytes, 0
+
+    def take(self, size: int) -> None:
+        """Raises ApiError when there is no room."""
+        if self.held + size > BODIES * self.max_bytes:
+            raise ApiError(429, "too many long bodies are read at once; try again later", code="rate_limit_exceeded")
+        self.held += size
+
+
+async def read_body(request: Request, model: type[Body], reading: Reading) -> Body:
+    """The request's JSON as `model`; raises ApiError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(400, "the body must be JSON; send it with the header content-type: application/json")
-    content = await _read(request, max_bytes)
-    if len(content) <= INLINE_BYTES:
-        return _parse(content, model)
-    return await asyncio.to_thread(_parse, content, model)
-
-
-async def _read(request: Request, max_bytes: int) -> bytes:
-    too_long = ApiError(413, f"the body is longer than the {max_bytes} bytes of --max-body-bytes; send less")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > max_bytes:
-        raise too_long
     content = bytearray()
+    try:
+        await _read(request, content, reading)
+        if len(content) <= INLINE_BYTES:
+            return _parse(bytes(content), model)
+        return await asyncio.to_thread(_parse, bytes(content), model)
+    finally:
+        reading.held -= len(content)
+
+
+async def _read(request: Request, content: bytearray, reading: Reading) -> None:
+    """The body into `content`, never more of it than `reading` takes."""
+    too_long = ApiError(413, f"the body is longer than the {reading.max_bytes} bytes of --max-body-bytes; send less")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > reading.max_bytes:
+        raise too_long
     async for chunk in request.stream():
-        content += chunk
-        if len(content) > max_bytes:
+        if len(content) + len(chunk) > reading.max_bytes:
             raise too_long
-    return bytes(content)
+        reading.take(len(chunk))
+        content += chunk
 
 
 def _parse(content: bytes, model: type[Body]) -> Body:
