@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import NoReturn, Protocol
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
 from .base import Communicator
-from .nccl import IN_PROGRESS, SUCCESS, SUM, UINT8, CommConfig, Nccl, NcclError, UniqueId
+from .nccl import IN_PROGRESS, SUCCESS, SUM, UINT8, WINDOW_SYMMETRIC, CommConfig, Nccl, NcclError, UniqueId
 
 log = logging.getLogger(__name__)
 ABORT_S = 2.0  # for NCCL to abort, then it is left behind
@@ -39,6 +40,15 @@ class Done(Protocol):
     """What torch.cuda.Event is to `wait`."""
 
     def query(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Window:
+    """Memory from ncclMemAlloc, registered; `handle` is 0 where NCCL has none of it and uses its ordinary kernels."""
+
+    address: int
+    nbytes: int
+    handle: int
 
 
 class NcclCommunicator(Communicator):
@@ -104,6 +114,26 @@ class NcclCommunicator(Communicator):
         self.all_reduce(self._token)
         self._latest = "barrier"
         self.wait(_record(self._device))
+
+    def window(self, nbytes: int) -> Window:
+        """Zeroed memory that all ranks have registered, where NCCL's symmetric kernels read and write; collective.
+
+        Raises NcclError where the library has no windows. Free it before the group is closed.
+        """
+        lib = self._nccl.lib
+        self._nccl.require("ncclMemAlloc", "ncclCommWindowRegister", "ncclCommWindowDeregister")
+        memory, handle = ctypes.c_void_p(), ctypes.c_void_p()
+        self._nccl.check(lib.ncclMemAlloc(ctypes.byref(memory), nbytes), self._who("ncclMemAlloc"))
+        assert memory.value is not None
+        register, out = lib.ncclCommWindowRegister, ctypes.byref(handle)
+        self._run("window", lambda c: register(c, memory.value, nbytes, out, WINDOW_SYMMETRIC))
+        return Window(memory.value, nbytes, handle.value or 0)
+
+    def free(self, window: Window) -> None:
+        """Give back what `window` gave; collective, and nothing that uses it is queued."""
+        free = self._nccl.lib.ncclCommWindowDeregister
+        self._run("window", lambda c: free(c, window.handle))
+        self._nccl.check(self._nccl.lib.ncclMemFree(window.address), self._who("ncclMemFree"))
 
     def wait(self, done: Done) -> None:
         """Returns once the device has reached `done`; ends the group after timeout_s, or when NCCL reports an error."""

@@ -44,11 +44,16 @@ def allocate(nbytes: int, device: int) -> tuple[int, Tensor]:
     """Zeroed memory of the GPU, outside of any pool so that it can be exported, and the same as bytes."""
     with cupy.cuda.Device(device):
         pointer = cupy.cuda.runtime.malloc(nbytes)
-        memory = cupy.cuda.UnownedMemory(pointer, nbytes, None, device)
-        array = cupy.ndarray(nbytes, cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))
-        whole = torch.utils.dlpack.from_dlpack(array).zero_()
+        whole = view(pointer, nbytes, device).zero_()
         torch.cuda.synchronize(device)
     return int(pointer), whole
+
+
+def view(pointer: int, nbytes: int, device: int) -> Tensor:
+    """Memory of the GPU that others own, as bytes."""
+    memory = cupy.cuda.UnownedMemory(pointer, nbytes, None, device)
+    array = cupy.ndarray(nbytes, cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))
+    return torch.utils.dlpack.from_dlpack(array)
 
 
 def free(pointer: int) -> None:

@@ -15,13 +15,15 @@ import typer
 from tqdm import tqdm
 
 from ..runtime.config import Config
+from .bench_comm import bench_comm
 from .bench_serve import ManyValues, bench_serve
 from .measure import Bench, Latency, Run, Steps, Workload, batch, describe, nano, time_latency, uniform
 from .options import LogLevel, start_logging, with_config
 from .trace import write_trace
 
-app = typer.Typer(no_args_is_help=True, help="Measure latency and throughput, of a model or of a server.")
+app = typer.Typer(no_args_is_help=True, help="Measure a model, a server, or the ranks' collectives.")
 app.command("serve", cls=ManyValues)(bench_serve)
+app.command("comm")(bench_comm)
 PERCENTAGES = (10, 25, 50, 75, 90, 99)  # vLLM's
 BATCH_SIZE = 8
 UNIFORM: dict[str, Any] = {

@@ -29,10 +29,11 @@ from ..runtime.stats import EngineStats, Profile
 from .channel import Bell, Inbox, Outbox
 from .errors import PlacementError, RankFailed
 from .placement import has_gpus, place, start_ray, while_connected
+from .rank import Endpoint
 from .ranks import Ranks, forwarded
 from .roster import roster
 from .signals import Undo
-from .worker import Endpoint, Loaded
+from .worker import Loaded
 
 log = logging.getLogger(__name__)
 STOP_S = 5.0  # for the ranks to finish their step when they are told to stop

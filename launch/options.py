@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -21,17 +21,18 @@ def with_config(command: Command) -> Command:
     return with_fields("config", Config)(command)
 
 
-def with_fields(parameter: str, of: type[Any]) -> Callable[[Command], Command]:
-    """Replace the command's `parameter`, a dictionary, by an option for every field of the dataclass `of`."""
+def with_fields(parameter: str, of: type[Any], only: Sequence[str] = ()) -> Callable[[Command], Command]:
+    """Replace the command's `parameter`, a dictionary, by an option for every field of the dataclass `of`, or some."""
+    chosen = [f for f in dataclasses.fields(of) if not only or f.name in only]
 
     def decorate(command: Command) -> Command:
         def wrapped(**given: Any) -> None:
-            names = {f.name for f in dataclasses.fields(of)}
+            names = {f.name for f in chosen}
             options = {name: given.pop(name) for name in list(given) if name in names}
             command(**{parameter: options}, **given)
 
         own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [*_parameters(of), *(p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != parameter)]
+        parameters = [*_parameters(of, chosen), *(p.replace(kind=p.KEYWORD_ONLY) for p in own if p.name != parameter)]
         wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
         wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
@@ -40,9 +41,9 @@ def with_fields(parameter: str, of: type[Any]) -> Callable[[Command], Command]:
     return decorate
 
 
-def _parameters(of: type[Any]) -> Iterator[inspect.Parameter]:
+def _parameters(of: type[Any], chosen: Sequence[dataclasses.Field[Any]]) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(of)
-    for f in dataclasses.fields(of):
+    for f in chosen:
         note = f.metadata["help"][:1].upper() + f.metadata["help"][1:] + "."
         flag = "--" + f.name.replace("_", "-")
         if f.name == "model":

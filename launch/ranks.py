@@ -25,7 +25,8 @@ from ..comm.base import CommError
 from ..runtime.config import Config
 from .channel import Bell
 from .errors import RankFailed
-from .worker import Endpoint, Worker
+from .rank import Endpoint, Rank
+from .worker import Worker
 
 # What an actor's environment does not have from its node. All else that a rank must know is in Config.
 FORWARDED = ("NCCL_", "GLOO_", "OMP_", "HF_", "HUGGING_FACE_", "TORCH_", "CUDA_LAUNCH_")
@@ -63,12 +64,19 @@ class Failure:
 
 
 class Ranks:
-    """A Worker in each bundle of `group`; `config` is resolved. Call `close` in any case.
+    """An actor in each bundle of `group`, a Worker if not given; `config` is resolved. Call `close` in any case.
 
     `bell` rings when there is a `failure`; when `leaving` is set, nobody waits for the answer to a call any more.
     """
 
-    def __init__(self, config: Config, group: PlacementGroup, bell: Bell, leaving: threading.Event) -> None:
+    def __init__(
+        self,
+        config: Config,
+        group: PlacementGroup,
+        bell: Bell,
+        leaving: threading.Event,
+        actor: type[Rank] | None = None,
+    ) -> None:
         self._bell, self._leaving = bell, leaving
         self.endpoints: list[Endpoint] = []  # set by whoever called `bind`
         self.failure: RankFailed | None = None
@@ -76,7 +84,9 @@ class Ranks:
         self._calls: list[Any] = []  # the last one of each rank
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="lockstep-watch", daemon=True)
-        self._actors = [_start_actor(rank, config, group) for rank in range(config.tensor_parallel_size)]
+        self._actors = [
+            _start_actor(actor or Worker, rank, config, group) for rank in range(config.tensor_parallel_size)
+        ]
 
     def call(self, method: str, deadline: float, *arguments: Any) -> list[Any]:
         """The results of `method` on every rank, in rank order.
@@ -181,8 +191,8 @@ class Ranks:
         return f"rank {rank} on {next(n['NodeManagerAddress'] for n in ray.nodes() if n['NodeID'] == node)}"
 
 
-def _start_actor(rank: int, config: Config, group: PlacementGroup) -> Any:
-    actor = ray.remote(Worker).options(
+def _start_actor(kind: type[Rank], rank: int, config: Config, group: PlacementGroup) -> Any:
+    actor = ray.remote(kind).options(
         num_cpus=1,
         num_gpus=config.gpus_per_rank if config.device == "cuda" else 0,
         max_restarts=0,

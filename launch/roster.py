@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .worker import Endpoint
+from .rank import Endpoint
 
 HEAD = ("rank", "node", "address", "interface", "GPU", "pid")
 

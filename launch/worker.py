@@ -6,17 +6,9 @@ on all ranks at once: bind, load, allocate, run.
 
 from __future__ import annotations
 
-import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-import torch
-
-from ..comm.base import Communicator
-from ..comm.connect import connect, join_rendezvous, open_rendezvous
-from ..runtime.config import Config
 from ..runtime.engine import Engine
 from ..runtime.executor import load_rank
 from ..runtime.hub import checkpoint_folder
@@ -25,27 +17,8 @@ from ..runtime.model.config import ModelConfig
 from ..runtime.phases import Phases
 from ..runtime.plan import Admit, Cancel, Report, StepPlan, Stop, Trace, decode_command, decode_plan, encode
 from ..runtime.scheduler import Limits, Scheduler
-from .channel import Address, Inbox, Outbox
-from .interfaces import interface_of
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a rank runs and how to reach it."""
-
-    rank: int
-    host: str
-    ip: str
-    interface: str  # that has this address; empty if none can be told
-    pid: int
-    gpus: list[str]  # that Ray gave it, by their numbers on the host
-    stderr: str  # the file that it goes to, on that host
-    inbox: Address
-    rendezvous_port: int  # rank 0's; 0 on the others
-
-    def __str__(self) -> str:
-        gpus = "".join(f", GPU {gpu}" for gpu in self.gpus)
-        return f"rank {self.rank} on {self.host} ({self.ip}){gpus}, pid {self.pid}"
+from .channel import Address, Outbox
+from .rank import Endpoint, Rank
 
 
 @dataclass(frozen=True)
@@ -58,34 +31,8 @@ class Loaded:
     communication: str
 
 
-class Worker:
-    """One rank; `config` is resolved, `environment` is what the driver passes on of its own (NCCL_*, HF_*, ...)."""
-
-    def __init__(self, rank: int, size: int, config: Config, environment: dict[str, str]) -> None:
-        os.environ.update(environment)
-        self.rank, self.size, self.config = rank, size, config
-        if config.device == "cpu":
-            # Ray sets OMP_NUM_THREADS=1 in its workers: only the driver's own choice counts.
-            cores = len(os.sched_getaffinity(0)) // size
-            torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", max(1, cores))))
-
-    def bind(self, ip: str | None) -> Endpoint:
-        """Open this rank's ports on `ip`, by default the address by which the cluster knows this node."""
-        self._ip = ip or ray.util.get_node_ip_address()
-        interface = interface_of(self._ip)
-        if ip is None and interface:
-            # NCCL would choose by name among all interfaces, and take one that the other nodes cannot reach.
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
-        self._inbox = Inbox(self._ip)
-        self._store = None
-        if self.rank == 0 and self.size > 1:
-            self._store = open_rendezvous(self._ip, self.config.startup_timeout)
-        port = self._store.port if self._store else 0
-        gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
-        stderr = os.readlink("/proc/self/fd/2")
-        return Endpoint(
-            self.rank, socket.gethostname(), self._ip, interface, os.getpid(), gpus, stderr, self._inbox.address, port
-        )
+class Worker(Rank):
+    """The rank of a model."""
 
     def load(self, endpoints: list[Endpoint], output: Address) -> Loaded:
         """Load this rank's share of the weights, and meet the others."""
@@ -93,29 +40,13 @@ class Worker:
         folder = checkpoint_folder(self.config.model, self.config.revision)
         model = ModelConfig.from_folder(folder)
         with self._phases("connecting"):
-            comm = self._connect(endpoints[0])
+            comm = self.connect(endpoints[0])
         self._runner = load_rank(self.config, model, Path(folder), comm, self._phases)
         if self.rank == 0:
             self._outputs = Outbox(output)
             self._followers = [Outbox(e.inbox) for e in endpoints[1:]]
         memory, seconds = self._runner.plan_memory(), self._phases.seconds["weights"]
         return Loaded(memory, seconds, str(self._runner.device), comm.description)
-
-    def _connect(self, leader: Endpoint) -> Communicator:
-        if self.size > 1 and self._store is None:
-            address = (leader.ip, leader.rendezvous_port)
-            self._store = join_rendezvous(address, self.rank, self.config.startup_timeout)
-        return connect(
-            self.rank,
-            self.size,
-            store=self._store,
-            own_ip=self._ip,
-            device=torch.device(self.config.device),
-            shares_device=self.config.gpus_per_rank < 1,
-            library=self.config.nccl_library,
-            all_reduce=self.config.all_reduce,
-            timeout_s=self.config.step_timeout,
-        )
 
     def allocate(self, limits: Limits) -> dict[str, float]:
         """Take the memory for the KV cache, the same number of pages on all ranks; the seconds of each phase so far."""

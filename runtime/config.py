@@ -135,22 +135,27 @@ class Config:
 
     def resolved(self, model: ModelConfig, *, cuda: bool) -> Config:
         """This Config with device, dtype and max_model_len decided; `cuda` says whether the ranks will have GPUs."""
-        device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
-        if device == "cpu" and self.attention_backend == "flashinfer":
+        found = self.placed(cuda=cuda)
+        if found.device == "cpu" and self.attention_backend == "flashinfer":
             raise ValueError("attention_backend='flashinfer' needs a GPU; use auto or torch on a CPU")
-        if device == "cpu" and self.nccl_library is not None:
-            raise ValueError("nccl_library is for ranks on GPUs; leave it out on a CPU")
         dtype = self.dtype
         if dtype == "auto":
             # float32 on a CPU: exact equality between TP sizes and batches, and no slow emulated bfloat16.
-            dtype = "float32" if device == "cpu" else str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
+            dtype = "float32" if found.device == "cpu" else str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
         limit = model.max_position_embeddings
         if self.max_model_len is not None and self.max_model_len > limit:
             raise ValueError(
                 f"max_model_len={self.max_model_len} is beyond the {limit} positions that the model was made for;"
                 f" use at most {limit}"
             )
-        return dataclasses.replace(self, device=device, dtype=dtype, max_model_len=self.max_model_len or limit)
+        return dataclasses.replace(found, dtype=dtype, max_model_len=self.max_model_len or limit)
+
+    def placed(self, *, cuda: bool) -> Config:
+        """This Config with the device decided, which is all that a group without a model needs."""
+        device: Device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
+        if device == "cpu" and self.nccl_library is not None:
+            raise ValueError("nccl_library is for ranks on GPUs; leave it out on a CPU")
+        return dataclasses.replace(self, device=device)
 
     @property
     def torch_dtype(self) -> torch.dtype:

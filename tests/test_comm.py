@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.queues import SimpleQueue
 from typing import Any
@@ -34,6 +35,7 @@ def _process(
     answer: Connection,
 ) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(options.pop("tell_after_s"), exit=False)  # where this rank waits
     if rank == 0:
         store = open_rendezvous("127.0.0.1", timeout_s)
         for _ in range(size - 1):
@@ -41,8 +43,9 @@ def _process(
     else:
         store = join_rendezvous(("127.0.0.1", ports.get()), rank, timeout_s)
     device = torch.device(options.pop("device"))
+    gpus = options.pop("gpus", size)
     if device.type == "cuda":
-        device = torch.device("cuda", 0 if options.get("shares_device") else rank)
+        device = torch.device("cuda", rank % gpus)
         torch.cuda.set_device(device)
     try:
         comm = connect(rank, size, store=store, own_ip="127.0.0.1", device=device, timeout_s=timeout_s, **options)
@@ -53,18 +56,27 @@ def _process(
 
 
 def run_processes(
-    size: int, job: Job, timeout_s: float = 30.0, patience_s: float = 90.0, device: str = "cpu", **options: Any
+    size: int,
+    job: Job,
+    timeout_s: float = 30.0,
+    patience_s: float = 90.0,
+    device: str = "cpu",
+    each: Sequence[dict[str, Any]] = (),
+    **options: Any,
 ) -> list[Any]:
     """`job(communicator)` in `size` processes; their results, None for one that died.
 
-    `options` go to `connect`. A rank that has not answered after patience_s fails the test; none is left behind.
+    `options` go to `connect`, those of `each` on their rank only. A rank that has not answered after patience_s fails
+    the test; none is left behind.
     """
     context = multiprocessing.get_context("spawn")
     ports, answers = context.SimpleQueue(), [context.Pipe() for _ in range(size)]
-    options = {"device": device, **options}
+    options = {"device": device, "tell_after_s": patience_s - 5, **options}
     processes = [
         context.Process(
-            target=_process, args=(rank, size, ports, job, timeout_s, options, answers[rank][1]), daemon=True
+            target=_process,
+            args=(rank, size, ports, job, timeout_s, {**options, **(each[rank] if each else {})}, answers[rank][1]),
+            daemon=True,
         )
         for rank in range(size)
     ]
@@ -74,7 +86,7 @@ def run_processes(
     try:
         for process, (answer, _) in zip(processes, answers, strict=True):
             ready = wait([answer, process.sentinel], patience_s)
-            assert ready, "a rank hangs"
+            assert ready, "a rank hangs; where is on stderr"
             found.append(answer.recv() if answer.poll(0.5) else None)
         for process, (answer, _) in zip(processes, answers, strict=True):
             if process.is_alive():
@@ -85,6 +97,20 @@ def run_processes(
             process.kill()
             process.join()
     return found
+
+
+def on_gpus(size: int, gpus: int) -> dict[str, Any]:
+    """How to connect so many processes on so many GPUs, or a skip with the reason why that is not possible here."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} CUDA devices, this machine has {torch.cuda.device_count()}")
+    if size <= gpus:
+        return {"device": "cuda"}
+    path = os.environ.get("GPU_TEST_LIBNCCL")
+    if path is None:
+        pytest.skip("GPU_TEST_LIBNCCL, the path of a libnccl that lets ranks share a GPU, is not set")
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        pytest.skip("NCCL_MULTI_RANK_GPU_ENABLE is not 1")
+    return {"device": "cuda", "gpus": gpus, "shares_device": True, "library": path}
 
 
 def everything(comm: Communicator) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from test_comm import run_processes
+from test_comm import on_gpus, run_processes
 from torch import Tensor
 from torch.distributed import HashStore
 
@@ -573,15 +573,11 @@ def test_the_option_is_a_path_for_ranks_on_gpus() -> None:
 GPU_SHAPES: list[tuple[int, ...]] = [(0,), (1,), (7,), (4096,), (1 << 20,)]
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[(2, 2), (4, 4), (2, 1), (4, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
 def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
-    """(ranks, how to connect them): processes that share device 0."""
-    path = os.environ.get("GPU_TEST_LIBNCCL")
-    if path is None:
-        pytest.skip("GPU_TEST_LIBNCCL, the path of a libnccl that lets ranks share a GPU, is not set")
-    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-        pytest.skip("NCCL_MULTI_RANK_GPU_ENABLE is not 1")
-    return request.param, {"device": "cuda", "shares_device": True, "library": path}
+    """(ranks, how to connect them): as processes on so many GPUs."""
+    size, gpus = request.param
+    return size, on_gpus(size, gpus)
 
 
 def gpu_collectives(comm: Communicator) -> list[str]:

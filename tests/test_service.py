@@ -32,8 +32,9 @@ from lockstep.launch import ranks, service
 from lockstep.launch.channel import Address
 from lockstep.launch.cluster import RayExecutor
 from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestEndsRanks
+from lockstep.launch.rank import Endpoint
 from lockstep.launch.service import Service
-from lockstep.launch.worker import Endpoint, Worker
+from lockstep.launch.worker import Worker
 from lockstep.runtime import executor
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor

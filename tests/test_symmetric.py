@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from test_comm import run_processes
+from test_comm import on_gpus, run_processes
 from test_nccl import error_of
 from torch import Tensor
 from torch.distributed import HashStore
@@ -510,15 +510,11 @@ SIZES = (0, 1, 7, 8, 63, 4096, 4099, 65536 + 8, 1 << 20, (1 << 22) + 1, 1 << 24)
 NORMS = [(1, 64), (1, 8192), (3, 1000), (40, 4096), (256, 5120), (5, 501)]
 
 
-@pytest.fixture(params=[2, 4])
+@pytest.fixture(params=[(2, 2), (4, 4), (2, 1), (4, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
 def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
-    """(ranks, how to connect them): processes that share device 0."""
-    path = os.environ.get("GPU_TEST_LIBNCCL")
-    if path is None:
-        pytest.skip("GPU_TEST_LIBNCCL, the path of a libnccl that lets ranks share a GPU, is not set")
-    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-        pytest.skip("NCCL_MULTI_RANK_GPU_ENABLE is not 1")
-    return request.param, {"device": "cuda", "shares_device": True, "library": path, "all_reduce": "auto"}
+    """(ranks, how to connect them): as processes on so many GPUs."""
+    size, gpus = request.param
+    return size, {**on_gpus(size, gpus), "all_reduce": "auto"}
 
 
 def part(rank: int, *shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
