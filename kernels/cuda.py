@@ -21,6 +21,7 @@ from cuda.bindings import driver
 from torch import Tensor
 
 from .jit import SOURCES, CompileError
+from .reference import best as best
 
 C_NAMES = {
     torch.float32: "float",
@@ -339,17 +340,25 @@ def _is_gated(out: Tensor, weights: Tensor) -> bool:
     return weights.shape[1] == 2 * out.shape[1]
 
 
-def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
+def race(logits: Tensor, temperature: Tensor, keys: Tensor, first_token: int, tokens: Tensor | None) -> Tensor:
     rows, vocab = logits.shape
     best = keys.new_full((rows,), torch.iinfo(torch.int64).min)
-    if rows:
+    if rows and vocab:
         v = _vector(vocab, logits, strides=[logits.stride(0)])
         parts = max(1, min(RACE_BLOCKS // rows, vocab // (v * THREADS)))
-        kernel = _kernel("sample.cu", f"race<{_c(logits)}, {v}>")
-        kernel((rows, parts), THREADS, best, logits, np.int64(logits.stride(0)), temperature, keys, np.int32(vocab))
-    tokens = torch.empty(rows, dtype=torch.int32, device=logits.device)
+        kernel = _kernel("sample.cu", f"race<{_c(logits)}, {v}, {str(tokens is not None).lower()}>")
+        names = tokens if tokens is not None else best  # not read
+        where = logits, np.int64(logits.stride(0)), names, np.int32(first_token)
+        kernel((rows, parts), THREADS, best, *where, temperature, keys, np.int32(vocab))
+    return best
+
+
+def winners(contenders: Tensor) -> Tensor:
+    ranks, rows = contenders.shape
+    tokens = torch.empty(rows, dtype=torch.int32, device=contenders.device)
     if rows:
-        _kernel("sample.cu", "winners")((-(-rows // THREADS), 1), THREADS, tokens, best, np.int32(rows))
+        kernel = _kernel("sample.cu", "winners")
+        kernel((-(-rows // THREADS), 1), THREADS, tokens, contenders.contiguous(), np.int32(ranks), np.int32(rows))
     return tokens
 
 

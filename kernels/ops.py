@@ -210,21 +210,52 @@ def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Te
     return _on(x).experts(x, chosen, scores, gate_up, down)
 
 
-def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
-    """A token per row, [S] int32: the likeliest where temperature is 0, else drawn from softmax(logits / temperature).
+def race(
+    logits: Tensor, temperature: Tensor, keys: Tensor, *, first_token: int = 0, tokens: Tensor | None = None
+) -> Tensor:
+    """The contender of each row, [S] int64: the likeliest token where temperature is 0, else a draw from
+    softmax(logits / temperature); `winners` has the token.
 
-    logits       [S, V] float32, bfloat16 or float16, rows contiguous
+    logits       [S, V] float32, bfloat16 or float16, rows contiguous; V may be 0
     temperature  [S]    float32, >= 0
     keys         [S]    int64: row s draws with noise hashed from (keys[s], token) alone
-    The draw is a race: token v wins with the least E(v) / p(v), E exponential. Equal scores go to the lower id.
+    first_token  column v is token first_token + v, unless
+    tokens       [S, V] int32 names the token of each column
+    The draw is a race: token v wins with the least E(v) / p(v), E exponential. Score and token are one integer, greater
+    for a greater score and then for a lesser token: the winner among parts of a vocabulary is the greatest contender.
     """
-    _require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [S, V], floating point")
+    _check_logits(logits)
     rows = logits.shape[:1]
     _require(
         temperature.shape == rows and temperature.dtype == torch.float32, "temperature", temperature, "must be [S]"
     )
     _require(keys.shape == rows and keys.dtype == torch.int64, "keys", keys, f"must be [{rows[0]}] int64")
-    return _on(logits).race(logits, temperature, keys)
+    if tokens is not None:
+        named = tokens.shape == logits.shape and tokens.dtype == torch.int32 and tokens.is_contiguous()
+        _require(named, "tokens", tokens, f"must be {list(logits.shape)} int32, contiguous")
+    return _on(logits).race(logits, temperature, keys, first_token, tokens)
+
+
+def winners(contenders: Tensor) -> Tensor:
+    """The tokens [S] int32 of the greatest of each column of contenders [n, S] int64, as `race` has them."""
+    _require(
+        contenders.dim() == 2 and contenders.dtype == torch.int64, "contenders", contenders, "must be [n, S] int64"
+    )
+    return _on(contenders).winners(contenders)
+
+
+def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
+    """The `count` greatest of each row as contenders, [S, count] int64, descending; logits [S, V] as for `race`.
+
+    Where V is less, the rest is the least integer. `unpack` has scores and tokens.
+    """
+    _check_logits(logits)
+    return _on(logits).best(logits, count, first_token)
+
+
+def unpack(contenders: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores float32 and tokens int32 of contenders, of any shape."""
+    return reference.unpack(contenders)
 
 
 def begin_decode_(
@@ -254,6 +285,10 @@ def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     if compare is None:
         return reference.common_prefix_length(a, b)
     return compare(a, b)
+
+
+def _check_logits(logits: Tensor) -> None:
+    _require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [S, V], floating point")
 
 
 def _on(tensor: Tensor) -> ModuleType:

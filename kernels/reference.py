@@ -161,14 +161,28 @@ def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Te
     return out.to(x.dtype)
 
 
-def race(logits: Tensor, temperature: Tensor, keys: Tensor) -> Tensor:
-    if not temperature.any():
-        return logits.argmax(-1).int()
-    random = temperature > 0
-    scaled = logits / torch.where(random, temperature, 1)[:, None]
-    # log(p / E) up to a constant of the row: its argmax is the argmin of E / p.
-    drawn = (scaled - _exponential(keys, logits.shape[1]).log()).argmax(-1)
-    return torch.where(random, drawn, logits.argmax(-1)).int()
+def race(logits: Tensor, temperature: Tensor, keys: Tensor, first_token: int, tokens: Tensor | None) -> Tensor:
+    ids = _columns(logits, first_token) if tokens is None else tokens
+    scores = logits.float()
+    if temperature.any():
+        random = (temperature > 0)[:, None]
+        # log(p / E) up to a constant of the row: its argmax is the argmin of E / p.
+        drawn = logits / torch.where(random, temperature[:, None], 1) - _exponential(keys, ids).log()
+        scores = torch.where(random, drawn, scores)
+    return _descending(_pack(scores, ids), 1)[:, 0]
+
+
+def winners(contenders: Tensor) -> Tensor:
+    return unpack(contenders.amax(0))[1]
+
+
+def best(logits: Tensor, count: int, first_token: int) -> Tensor:
+    return _descending(_pack(logits.float(), _columns(logits, first_token)), count)
+
+
+def unpack(contenders: Tensor) -> tuple[Tensor, Tensor]:
+    scores = _mirror_negative((contenders >> 32).int()).view(torch.float32)
+    return scores, (0xFFFFFFFF - (contenders & 0xFFFFFFFF)).int()
 
 
 def begin_decode_(
@@ -183,9 +197,30 @@ def append_tokens_(tokens: Tensor, slots: Tensor, positions: Tensor, chosen: Ten
     tokens[slots.long(), positions.long() + 1] = chosen
 
 
-def _exponential(keys: Tensor, size: int) -> Tensor:
-    """Exponential noise [S, size] float32; element v of a row is hashed from the row's key and v."""
-    bits = _mix(keys[:, None] + GOLDEN * torch.arange(size, device=keys.device))
+def _columns(logits: Tensor, first_token: int) -> Tensor:
+    return torch.arange(first_token, first_token + logits.shape[1], device=logits.device)
+
+
+def _pack(scores: Tensor, ids: Tensor) -> Tensor:
+    """Scores [S, V] float32 and ids [V] or [S, V] as integers in the order of (score, -id); 0 and -0 are equal."""
+    ordered = _mirror_negative((scores + 0.0).view(torch.int32)).long()
+    return (ordered << 32) | (0xFFFFFFFF - ids.long())
+
+
+def _mirror_negative(bits: Tensor) -> Tensor:
+    """The bits of floats, int32, to integers of the same order, and back."""
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _descending(packed: Tensor, count: int) -> Tensor:
+    """The `count` greatest of each row; the least integer stands for what is not there."""
+    missing = max(0, count - packed.shape[1])
+    return F.pad(packed, (0, missing), value=torch.iinfo(torch.int64).min).topk(count, dim=-1).values
+
+
+def _exponential(keys: Tensor, ids: Tensor) -> Tensor:
+    """Exponential noise [S, V] float32, hashed from the row's key and the token; ids [V] or [S, V]."""
+    bits = _mix(keys[:, None] + GOLDEN * ids.long())
     uniform = _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
     return -uniform.log().to(torch.float32)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..kernels import ops
 from .batch import HostBatch, SlotTables
 from .cache.pool import KVPool
 from .model.attention import AttentionBackend
 from .model.decoder import Decoder
+from .model.logits import Logits
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Captured:
 
     graph: torch.cuda.CUDAGraph
     inputs: Inputs
-    logits: Tensor  # [size, V]
+    logits: Logits  # of `size` rows
     chosen: Tensor  # [size] int32
 
 
@@ -94,8 +94,8 @@ class DecodeGraphs:
         """A graph that keeps the memory of all of them, also when the others are gone."""
         return self._captured[self.max_rows].graph
 
-    def run(self, host: HostBatch, temperature: np.ndarray, keys: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Logits [B, V] and the tokens [B] that `ops.race` draws from them, which are already in the token table.
+    def run(self, host: HostBatch, temperature: np.ndarray, keys: np.ndarray) -> tuple[Logits, Tensor]:
+        """The logits of the B rows and the tokens [B] that are drawn from them, which are already in the token table.
 
         Both are overwritten by the next run of the same padded size.
         """
@@ -118,12 +118,12 @@ class DecodeGraphs:
             memory = memory or graph
             self._captured[size] = Captured(graph, inputs, logits, chosen)
 
-    def _step(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    def _step(self, inputs: Inputs) -> tuple[Logits, Tensor]:
         parts = self._parts
         batch = parts.tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, _rows(inputs.size))
         parts.attention.plan(batch)
         logits = parts.decoder.logits(parts.decoder.forward(batch, parts.pool, parts.attention))
-        chosen = ops.race(logits, inputs.temperature, inputs.keys)
+        chosen = logits.race(inputs.temperature, inputs.keys)
         parts.tables.append(inputs.slots, inputs.positions, chosen)
         return logits, chosen
 

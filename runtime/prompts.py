@@ -47,7 +47,7 @@ def prompt_logprobs(
         piece = slice(start, start + ROWS_AT_ONCE)
         where = (to_device(a[piece].astype(np.int64), tokens.device) for a in (index, plan.slots[rows], following))
         at, slots, positions = where
-        pieces.append(_described(decoder.logits(residual, at).float(), tokens[slots, positions], width))
+        pieces.append(_described(decoder.logits(residual, at).whole().float(), tokens[slots, positions], width))
 
     def collect() -> dict[int, PromptLogprobs]:
         found = {b: PromptLogprobs(int(plan.starts[b]) + 1, []) for b in np.flatnonzero(numbers).tolist()}

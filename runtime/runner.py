@@ -29,6 +29,7 @@ from .memory import MemoryPlan, Phase, Reading, check_weights, gpu_name, loading
 from .model.attention import AttentionBackend, TorchAttention
 from .model.config import ModelConfig
 from .model.decoder import Decoder
+from .model.logits import Logits
 from .model.weights import fill_dummy, load_weights
 from .neighbours import neighbours
 from .phases import Phases
@@ -252,15 +253,15 @@ class Runner:
         self.graphs = None  # NCCL waits for graphs that hold its kernels
         self.comm.close()
 
-    def _sample(self, plan: StepPlan, logits: Tensor) -> Callable[[], Sampled]:
+    def _sample(self, plan: StepPlan, logits: Logits) -> Callable[[], Sampled]:
         slots = plan.slots[plan.sampled_rows]
         positions = (plan.starts + plan.counts)[plan.sampled_rows]
         wants_logprobs = self.comm.rank == 0 and bool((self.sampler.logprobs[slots] >= 0).any())
-        if not self.sampler.is_plain(slots):
-            logits = logits.float()
-        raw = logits.clone() if wants_logprobs else logits  # sampling may edit its logits
+        if self.sampler.needs_all(slots):
+            logits = logits.replicated()
+        raw = logits.shard.clone() if wants_logprobs else logits.shard  # sampling may edit its logits
         guided = bool(self.guides.active[slots].any())
-        failed = self.guides.mask(logits, slots, positions) if guided else {}
+        failed = self.guides.mask(logits.shard, slots, positions) if guided else {}
         chosen = self.sampler.sample(logits, slots, positions, self.tables.tokens)
         self.tables.append(self._to_device(slots), self._to_device(positions - 1), chosen)
         logprobs = self.sampler.top_logprobs(raw, chosen, slots) if wants_logprobs else dict

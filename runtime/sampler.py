@@ -2,7 +2,7 @@
 
 A random draw is a race (`ops.race`): token v wins with the least E(v) / p(v), E(v) being exponential noise hashed from
 the request's seed, the position and v. So neither the batch, nor the row, nor what was drawn before has any influence,
-and a rank that held only a part of the vocabulary could run its part of the race.
+and a rank runs its part of the race over its part of the vocabulary. Top-k needs no more than each rank's best tokens.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
+from .model.logits import Logits
 from .plan import Admission, TokenLogprobs
 from .request import SamplingParams
 
+CANDIDATES = 64  # of a row, where top-k keeps no more; one number, so that sums have the same bits in any batch
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
 
@@ -45,7 +47,8 @@ class Sampler:
         self.top_p, self.min_p = np.ones(max_num_seqs, np.float32), np.zeros(max_num_seqs, np.float32)
         self.top_k = np.zeros(max_num_seqs, np.int64)
         self.seed = np.zeros(max_num_seqs, np.uint64)
-        self.filtered = np.zeros(max_num_seqs, bool)  # top-k, top-p or min-p
+        self.few = np.zeros(max_num_seqs, bool)  # top-k keeps at most CANDIDATES; top-p and min-p choose among these
+        self.filtered = np.zeros(max_num_seqs, bool)  # top-k, top-p or min-p among all tokens
         self.edited = np.zeros(max_num_seqs, bool)  # logits are changed before sampling
         self.logprobs = np.full(max_num_seqs, -1, np.int32)
         self.prompt_logprobs = np.full(max_num_seqs, -1, np.int32)
@@ -60,29 +63,33 @@ class Sampler:
         self.slots[slot] = state
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
         self.top_k[slot], self.seed[slot] = max(p.top_k, 0), p.seed % 2**64
-        self.filtered[slot] = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+        filtered = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
+        self.few[slot] = filtered and 0 < p.top_k <= CANDIDATES
+        self.filtered[slot] = filtered and not self.few[slot]
         guided = p.structured_outputs is not None  # its logits come masked
         self.edited[slot] = guided or state.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
         self.prompt_logprobs[slot] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
         self.num_prompt_tokens[slot] = admission.num_prompt_tokens
 
-    def sample(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
-        """One token per row; [S] int32.
+    def sample(self, logits: Logits, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
+        """One token per row; [S] int32, the same on every rank.
 
-        logits     [S, V], may be written to; float32 unless all these requests are plain
+        logits     of S rows; replicated if these requests need all, and then they may be written to
         slots      [S]    int32, on the host: the request of each row
         positions  [S]    int32, on the host: the place that the new token will take
         tokens     [slots, L] int32: what each slot holds so far, for the penalties
         """
         for row in np.flatnonzero(self.edited[slots]).tolist():
-            self._edit(logits[row], int(slots[row]), int(positions[row]), tokens)
-        temperature, keys = self.race_inputs(slots, positions)
-        if self.filtered[slots].any() and temperature.any():
-            scale = np.where(temperature > 0, temperature, 1)
-            logits = self._filter(logits / self._to_device(scale)[:, None], slots)
-            temperature = (temperature > 0).astype(np.float32)  # it has been applied
-        return ops.race(logits, self._to_device(temperature), self._to_device(keys))
+            self._edit(logits.shard[row], int(slots[row]), int(positions[row]), tokens)
+        temperature, keys = (self._to_device(array) for array in self.race_inputs(slots, positions))
+        chosen = logits.race(temperature, keys)
+        for wanted, draw in ((self.few, self._among_few), (self.filtered, self._among_all)):
+            rows = np.flatnonzero(wanted[slots])
+            if len(rows):
+                index = self._to_device(rows)
+                chosen[index] = draw(logits[index], slots[rows], temperature[index], keys[index])
+        return chosen
 
     def race_inputs(self, slots: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Temperature [S] float32 and key [S] int64 of each row for `ops.race`, on the host."""
@@ -90,8 +97,12 @@ class Sampler:
         return self.temperature[slots], keys.view(np.int64)
 
     def is_plain(self, slots: np.ndarray) -> bool:
-        """Whether `ops.race` on the logits is all that these requests ask for."""
-        return not (self.edited[slots] | self.filtered[slots] | (self.logprobs[slots] >= 0)).any()
+        """Whether a race is all that these requests ask for."""
+        return not self.needs_all(slots) and not self.few[slots].any()
+
+    def needs_all(self, slots: np.ndarray) -> bool:
+        """Whether any of these requests needs the logits of the whole vocabulary."""
+        return bool((self.edited[slots] | self.filtered[slots] | (self.logprobs[slots] >= 0)).any())
 
     def top_logprobs(self, logits: Tensor, chosen: Tensor, slots: np.ndarray) -> Callable[[], dict[int, TokenLogprobs]]:
         """Log-probabilities for the rows whose requests ask for them (one at least), by row.
@@ -133,22 +144,40 @@ class Sampler:
         counts = torch.bincount(tokens[state.num_prompt_tokens :], minlength=len(logits))
         logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
 
-    def _filter(self, scores: Tensor, slots: np.ndarray) -> Tensor:
-        """-inf for what min-p, then top-k, then top-p of what top-k left, exclude; scores [S, V] after temperature."""
-        min_p, top_k, top_p = self.min_p[slots], self.top_k[slots], self.top_p[slots]
-        if min_p.any():
-            least = scores.max(-1, keepdim=True).values + self._to_device(np.log(np.maximum(min_p, 1e-30)))[:, None]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        if not top_k.any() and (top_p == 1).all():
-            return scores
-        ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
-        k = self._to_device(np.where(top_k > 0, top_k, scores.shape[1]))
-        ordered = ordered.masked_fill(torch.arange(scores.shape[1], device=self.device) >= k[:, None], -torch.inf)
+    def _among_few(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
+        """Draws where top-k keeps at most CANDIDATES of a row: they are exchanged instead of the logits."""
+        scores, tokens = logits.top(CANDIDATES)
+        kept = self._cut(scores / temperature[:, None], slots)
+        return ops.winners(ops.race(kept, torch.ones_like(temperature), keys, tokens=tokens)[None])
+
+    def _among_all(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
+        """Draws from the whole vocabulary, which is here."""
+        scores = logits.shard / temperature[:, None]
+        if (self.top_p[slots] < 1).any() or self.top_k[slots].any():
+            ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
+            scores = torch.empty_like(scores).scatter_(-1, ids, self._cut(ordered, slots))
+        else:
+            scores = self._likely(scores, slots)
+        return ops.winners(ops.race(scores, torch.ones_like(temperature), keys)[None])
+
+    def _cut(self, ordered: Tensor, slots: np.ndarray) -> Tensor:
+        """-inf for what min-p, then top-k, then top-p of what top-k left, exclude; scores [S, C], descending."""
+        top_k, top_p = self.top_k[slots], self.top_p[slots]
+        ordered = self._likely(ordered, slots)
+        k = self._to_device(np.where(top_k > 0, top_k, ordered.shape[1]))
+        ordered = ordered.masked_fill(torch.arange(ordered.shape[1], device=self.device) >= k[:, None], -torch.inf)
         before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)
         before[:, 0] = 0  # the most likely token always stays
         exclude = before >= self._to_device(top_p)[:, None]
         exclude &= self._to_device(top_p < 1)[:, None]  # rounding of the sum must not cut a tail
-        return torch.empty_like(scores).scatter_(-1, ids, ordered.masked_fill(exclude, -torch.inf))
+        return ordered.masked_fill(exclude, -torch.inf)
+
+    def _likely(self, scores: Tensor, slots: np.ndarray) -> Tensor:
+        """-inf for what is less than min-p times as likely as the likeliest; scores [S, C]."""
+        with np.errstate(divide="ignore"):
+            factor = np.log(self.min_p[slots])  # -inf where there is none
+        least = scores.amax(-1, keepdim=True) + self._to_device(factor)[:, None]
+        return scores.masked_fill(scores < least, -torch.inf)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

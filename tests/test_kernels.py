@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter
 
 import numpy as np
@@ -155,6 +157,23 @@ def test_store_kv_converts_to_fp8(device: str, width: int, dtype: torch.dtype) -
         assert not stored[[2, 6, 8, 10]].any()
 
 
+def argmax_of_the_race(logits: torch.Tensor, temperature: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The definition, token by token, in float64 where it can be: the tokens [S]."""
+    mask = 2**64 - 1
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        return x ^ (x >> 31)
+
+    found = []
+    for row, t, key in zip(logits.float().tolist(), temperature.tolist(), keys.tolist(), strict=True):
+        noise = [((mix((key + 0x9E3779B97F4A7C15 * v) & mask) >> 12) + 0.5) * 2.0**-52 for v in range(len(row))]
+        scores = row if t == 0 else [x / t - math.log(-math.log(u)) for x, u in zip(row, noise, strict=True)]
+        found.append(scores.index(max(scores)))
+    return torch.tensor(found, dtype=torch.int32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "vocab"), [(0, 7), (1, 151_936), (5, 131), (300, 1024)])
 def test_race_is_its_definition(device: str, rows: int, vocab: int, dtype: torch.dtype) -> None:
@@ -162,17 +181,50 @@ def test_race_is_its_definition(device: str, rows: int, vocab: int, dtype: torch
     temperature = torch.rand(rows, device=device)
     temperature[::3] = 0
     keys = torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
-    found = ops.race(logits, temperature, keys)
-    assert torch.equal(found.cpu(), reference.race(logits.cpu(), temperature.cpu(), keys.cpu()))
+    found = ops.winners(ops.race(logits, temperature, keys)[None])
+    definition = reference.race(logits.cpu(), temperature.cpu(), keys.cpu(), 0, None)
+    assert torch.equal(found.cpu(), reference.winners(definition[None]))
     assert torch.equal(found[::3].long(), logits[::3].argmax(-1))
+    few = slice(0, 7)
+    assert torch.equal(found[few].cpu(), argmax_of_the_race(logits[few], temperature[few], keys[few]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 50, 4096])
+def test_a_race_may_be_run_in_parts_or_among_named_tokens(device: str, vocab: int, dtype: torch.dtype) -> None:
+    """Parts of the vocabulary, one of them empty, and all of it in another order: the same tokens win."""
+    logits = (torch.randn(6, vocab, device=device) * 3).to(dtype)
+    inputs = torch.tensor([0, 0.3, 1, 2, 0, 1.5], device=device), torch.arange(6, device=device) - 3
+    whole = ops.race(logits, *inputs)
+    cuts = [0, vocab // 3, vocab // 3, vocab]
+    parts = [ops.race(logits[:, a:b], *inputs, first_token=a) for a, b in itertools.pairwise(cuts)]
+    assert torch.equal(ops.winners(torch.stack(parts)), ops.winners(whole[None]))
+    order = torch.stack([torch.randperm(vocab) for _ in range(6)]).to(device)
+    named = ops.race(logits.gather(1, order), *inputs, tokens=order.int())
+    assert torch.equal(named, whole)
 
 
 def test_race_takes_the_lower_id_of_equals_and_never_an_excluded_one(device: str) -> None:
     logits = torch.full((4, 100), -torch.inf, device=device)
     logits[:, [60, 30]] = 1.0
     keys = torch.arange(4, device=device)
-    assert (ops.race(logits, torch.zeros(4, device=device), keys) == 30).all()
-    assert set(ops.race(logits, torch.ones(4, device=device), keys).tolist()) <= {30, 60}
+    draw = lambda logits, temperature: ops.winners(ops.race(logits, temperature, keys)[None])  # noqa: E731
+    assert (draw(logits, torch.zeros(4, device=device)) == 30).all()
+    assert set(draw(logits, torch.ones(4, device=device)).tolist()) <= {30, 60}
+    logits[:, 30], logits[:, 60] = -0.0, 0.0
+    assert (draw(logits, torch.zeros(4, device=device)) == 30).all(), "zeros are equal"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [0, 5, 64, 3000])
+def test_best_is_a_stable_sort(device: str, vocab: int, dtype: torch.dtype) -> None:
+    logits = ((torch.randn(5, vocab, device=device) * 8).round() / 4).to(dtype)
+    scores, tokens = ops.unpack(ops.best(logits, 64, first_token=11))
+    there = min(vocab, 64)
+    wanted, order = logits.float().sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(scores[:, :there], wanted[:, :there])
+    assert torch.equal(tokens[:, :there].long(), order[:, :there] + 11)
+    assert (ops.best(logits, 64)[:, there:] == torch.iinfo(torch.int64).min).all()
 
 
 SHAPES = [

@@ -122,7 +122,7 @@ def _logits(
     for step in steps:
         batch = _batch(step, tables, page_size)
         attention.plan(batch)
-        logits = decoder.logits(decoder.forward(batch, pool, attention))
+        logits = decoder.logits(decoder.forward(batch, pool, attention)).whole()
         for (n, _, _), part in zip(step, logits.split(np.diff(batch.query_starts).tolist()), strict=True):
             parts[n].append(part)
     return [torch.cat(part) for part in parts]

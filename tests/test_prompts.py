@@ -42,11 +42,14 @@ def wanted_of(folder: Path, r: Request) -> dict[int, torch.Tensor]:
 
 
 def check(entry: TokenLogprobs, token: int, wanted: torch.Tensor, width: int) -> None:
+    """Tokens that are as likely within the tolerance may come in any order."""
     assert entry.token == pytest.approx(float(wanted[token]), abs=TOLERANCE)
-    assert entry.rank == int((wanted > wanted[token]).sum()) + 1
-    values, ids = wanted.topk(width)
-    assert entry.top_ids == ids.tolist()
-    assert entry.top == pytest.approx(values.tolist(), abs=TOLERANCE)
+    ahead = int((wanted > wanted[token] + TOLERANCE).sum())
+    not_behind = int((wanted > wanted[token] - TOLERANCE).sum())
+    assert ahead + 1 <= entry.rank <= max(1, not_behind)
+    assert entry.top == pytest.approx(wanted.topk(width).values.tolist(), abs=TOLERANCE)
+    assert entry.top == pytest.approx(wanted[entry.top_ids].tolist(), abs=TOLERANCE)
+    assert len(set(entry.top_ids)) == width
 
 
 @pytest.fixture(scope="module")
@@ -54,15 +57,26 @@ def baseline(llama_folder: Path) -> Results:
     return run_engine(llama_folder, asked())
 
 
-def test_as_transformers_says(llama_folder: Path, baseline: Results) -> None:
+@pytest.fixture(scope="module")
+def wanted(llama_folder: Path) -> dict[int, dict[int, torch.Tensor]]:
+    """What transformers says of each prompt that is asked about, by position."""
+    return {
+        r.uid: wanted_of(llama_folder, r)
+        for r in asked()
+        if r.params.prompt_logprobs is not None and r.num_prompt_tokens > 1
+    }
+
+
+def check_all(found: Results, wanted: dict[int, dict[int, torch.Tensor]]) -> None:
+    assert found.prompts.keys() == wanted.keys()
     for r in asked():
-        if r.params.prompt_logprobs is None or r.num_prompt_tokens == 1:
-            assert r.uid not in baseline.prompts
-            continue
-        wanted = wanted_of(llama_folder, r)
-        assert baseline.prompts[r.uid].keys() == wanted.keys()
-        for position, entry in baseline.prompts[r.uid].items():
-            check(entry, int(r.tokens[position]), wanted[position], 3)
+        for position, entry in found.prompts.get(r.uid, {}).items():
+            check(entry, int(r.tokens[position]), wanted[r.uid][position], 3)
+        assert found.prompts.get(r.uid, {}).keys() == wanted.get(r.uid, {}).keys()
+
+
+def test_as_transformers_says(baseline: Results, wanted: dict[int, dict[int, torch.Tensor]]) -> None:
+    check_all(baseline, wanted)
 
 
 def test_nobodys_tokens_change(llama_folder: Path, baseline: Results) -> None:
@@ -88,18 +102,16 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
 def test_the_same_in_any_arrangement(
-    llama_folder: Path, baseline: Results, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    llama_folder: Path,
+    baseline: Results,
+    wanted: dict[int, dict[int, torch.Tensor]],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 5)
     found = run_engine(llama_folder, asked(), **options)
     assert found.tokens == baseline.tokens
-    assert found.prompts.keys() == baseline.prompts.keys()
-    for uid, entries in found.prompts.items():
-        assert entries.keys() == baseline.prompts[uid].keys()
-        for position, entry in entries.items():
-            other = baseline.prompts[uid][position]
-            assert (entry.rank, entry.top_ids) == (other.rank, other.top_ids)
-            assert [entry.token, *entry.top] == pytest.approx([other.token, *other.top], abs=TOLERANCE)
+    check_all(found, wanted)
 
 
 def test_offline() -> None:

@@ -16,9 +16,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lockstep.comm.base import Communicator, SingleRank
+from lockstep.runtime import sampler as module
+from lockstep.runtime.model.logits import Logits
 from lockstep.runtime.plan import Admission
 from lockstep.runtime.request import SamplingParams
 from lockstep.runtime.sampler import Sampler
+
+from ranks import run_ranks
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 VOCAB = 50
@@ -31,12 +36,17 @@ def sampler(*params: SamplingParams, prompt: int = 4, stop_ids: tuple[int, ...] 
     return found
 
 
+def whole(logits: torch.Tensor) -> Logits:
+    """A copy of logits [S, V], as the only rank has them."""
+    return Logits(SingleRank(), logits.clone(), logits.shape[1])
+
+
 def draw(params: SamplingParams, logits: torch.Tensor, positions: int = 4000) -> torch.Tensor:
     """How often each token comes over many positions, [V]."""
     device = logits.device
     s = sampler(params, device=str(device))
     where = np.arange(10, 10 + positions, dtype=np.int32)
-    rows = logits.expand(positions, -1).clone()
+    rows = whole(logits.expand(positions, -1))
     tokens = torch.zeros(1, 1, dtype=torch.int32, device=device)
     found = s.sample(rows, np.zeros(positions, np.int32), where, tokens)
     return torch.bincount(found, minlength=logits.shape[-1]).cpu() / positions
@@ -74,14 +84,76 @@ def test_a_draw_depends_on_seed_and_position_only(logits: torch.Tensor) -> None:
     params = [SamplingParams(temperature=1.0, seed=s, top_k=k) for s, k in ((1, 0), (2, 7), (1, 3), (5, 0))]
     positions = np.array([6, 9, 6, 30], np.int32)
     tokens = torch.zeros(4, 1, dtype=torch.int32)
-    together = sampler(*params).sample(rows.clone(), np.arange(4, dtype=np.int32), positions, tokens)
+    together = sampler(*params).sample(whole(rows), np.arange(4, dtype=np.int32), positions, tokens)
     order = [2, 0, 3, 1]
     s = sampler(*[params[i] for i in order])
-    shuffled = s.sample(rows[order].clone(), np.arange(4, dtype=np.int32), positions[order], tokens)
+    shuffled = s.sample(whole(rows[order]), np.arange(4, dtype=np.int32), positions[order], tokens)
     assert shuffled.tolist() == together[order].tolist()
     for i in range(4):
-        alone = sampler(params[i]).sample(rows[i : i + 1].clone(), np.zeros(1, np.int32), positions[i : i + 1], tokens)
+        alone = sampler(params[i]).sample(whole(rows[i : i + 1]), np.zeros(1, np.int32), positions[i : i + 1], tokens)
         assert alone.item() == together[i]
+
+
+MIXED = [
+    SamplingParams(temperature=0, seed=1),
+    SamplingParams(temperature=0.7, seed=2),
+    SamplingParams(temperature=1.3, seed=3, top_k=20, top_p=0.9),
+    SamplingParams(temperature=1.0, seed=4, top_k=64, min_p=0.01),
+    SamplingParams(temperature=0, seed=5, top_k=3),
+    SamplingParams(temperature=1.0, seed=6, top_p=0.8),
+    SamplingParams(temperature=1.0, seed=7, top_k=70),
+    SamplingParams(temperature=1.0, seed=8, repetition_penalty=1.3, top_k=10),
+]
+FEW = [p for p in MIXED if p.repetition_penalty == 1 and (p.temperature == 0 or p.top_p == 1 or p.top_k > 0)][:5]
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 61, 501])
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("params", [MIXED, FEW], ids=["mixed", "few"])
+def test_ranks_with_a_part_of_the_vocabulary_choose_what_one_with_all_of_it_does(
+    params: list[SamplingParams], size: int, vocab: int
+) -> None:
+    """Coarse logits, so that many are equal; 61 and 501 leave padding on the last rank."""
+    torch.manual_seed(vocab)
+    rows = (torch.randn(len(params), vocab) * 8).round() / 4
+    slots, tokens = np.arange(len(params), dtype=np.int32), torch.arange(20, dtype=torch.int32).expand(len(params), 20)
+    width = -(-vocab // size)
+
+    def one(position: int) -> list[int]:
+        where = np.full(len(params), position, np.int32)
+        return sampler(*params).sample(whole(rows), slots, where, tokens).tolist()
+
+    def each(comm: Communicator) -> list[list[int]]:
+        shard = torch.full((len(params), width), 9.0)  # more than any other: padding must not win
+        own = rows[:, comm.rank * width : (comm.rank + 1) * width]
+        shard[:, : own.shape[1]] = own
+        s, found = sampler(*params), []
+        for position in range(10, 20):
+            logits = Logits(comm, shard, vocab)
+            logits = logits.replicated() if s.needs_all(slots) else logits
+            found.append(s.sample(logits, slots, np.full(len(params), position, np.int32), tokens).tolist())
+        return found
+
+    wanted = [one(position) for position in range(10, 20)]
+    assert not sampler(*FEW).needs_all(np.arange(len(FEW)))
+    assert run_ranks(size, each) == [wanted] * size
+
+
+def test_candidates_are_as_good_as_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-k among the best of a row, against top-k among all of it."""
+    params = [SamplingParams(temperature=1.1, seed=seed, top_k=k) for seed, k in enumerate((1, 2, 5, 33, 64))]
+    torch.manual_seed(5)
+    rows = (torch.randn(len(params), 3000) * 8).round() / 4
+    slots, tokens = np.arange(len(params), dtype=np.int32), torch.zeros(len(params), 1, dtype=torch.int32)
+    found = []
+    for candidates in (module.CANDIDATES, 0):
+        monkeypatch.setattr(module, "CANDIDATES", candidates)
+        s = sampler(*params)
+        assert s.needs_all(slots) == (candidates == 0)
+        positions = [np.full(len(params), p, np.int32) for p in range(50)]
+        found.append([s.sample(whole(rows), slots, where, tokens).tolist() for where in positions])
+    assert found[0] == found[1]
+    assert len({tuple(step) for step in found[0]}) > 40
 
 
 def test_seeds_and_positions_are_independent(logits: torch.Tensor) -> None:
@@ -91,7 +163,7 @@ def test_seeds_and_positions_are_independent(logits: torch.Tensor) -> None:
     for seed in (0, 1, 2, -1, 2**63 - 1, -(2**63)):
         s = sampler(SamplingParams(temperature=1.0, seed=seed))
         drawn[seed] = [
-            s.sample(flat.clone(), np.zeros(1, np.int32), np.array([p], np.int32), tokens).item() for p in range(60)
+            s.sample(whole(flat), np.zeros(1, np.int32), np.array([p], np.int32), tokens).item() for p in range(60)
         ]
     every = [t for found in drawn.values() for t in found]
     assert len(set(every)) > 280  # 360 draws of 1000: about 302 distinct if independent
@@ -106,7 +178,7 @@ def test_greedy_and_random_rows_share_a_batch(logits: torch.Tensor) -> None:
     found = {
         tuple(
             s.sample(
-                logits.expand(2, -1).clone(),
+                whole(logits.expand(2, -1)),
                 np.arange(2, dtype=np.int32),
                 np.array([p, p], np.int32),
                 torch.zeros(2, 1, dtype=torch.int32),
@@ -122,13 +194,13 @@ def test_penalties(logits: torch.Tensor) -> None:
     prompt, output = [3, 3, 8], [8, 9, 9, 9]
     tokens = torch.tensor([prompt + output + [44] * 3], dtype=torch.int32)  # beyond the position: a previous owner's
     p = SamplingParams(temperature=0, seed=0, repetition_penalty=1.5, presence_penalty=0.7, frequency_penalty=0.3)
-    row = logits[None].clone()
+    row = whole(logits[None])
     sampler(p, prompt=len(prompt)).sample(row, np.zeros(1, np.int32), np.array([7], np.int32), tokens)
     seen = torch.tensor([prompt + output])
     wanted = RepetitionPenaltyLogitsProcessor(1.5)(seen, logits[None].clone())[0]  # type: ignore[arg-type]
     wanted[8] -= 0.7 + 0.3
     wanted[9] -= 0.7 + 0.3 * 3
-    torch.testing.assert_close(row[0], wanted)
+    torch.testing.assert_close(row.shard[0], wanted)
 
 
 def test_bias_and_min_tokens(logits: torch.Tensor) -> None:
@@ -136,7 +208,7 @@ def test_bias_and_min_tokens(logits: torch.Tensor) -> None:
     s = sampler(p, prompt=4, stop_ids=(7,))
     tokens = torch.zeros(1, 10, dtype=torch.int32)
     found = [
-        s.sample(logits[None].clone(), np.zeros(1, np.int32), np.array([n], np.int32), tokens).item() for n in (4, 5, 6)
+        s.sample(whole(logits[None]), np.zeros(1, np.int32), np.array([n], np.int32), tokens).item() for n in (4, 5, 6)
     ]
     assert found == [8, 8, 7], "the stop id must not come before two tokens"
 

@@ -20,6 +20,7 @@ from .attention import Attention, AttentionBackend
 from .config import ModelConfig
 from .embedding import Embedding, Head, vocabulary_shard
 from .linear import MLP
+from .logits import Logits
 from .moe import MoE
 from .norm import Residual, RMSNorm
 from .weights import Weight, Weights
@@ -101,8 +102,8 @@ class Decoder:
             layer(residual, batch, self.cos_sin, (pool.k(n), pool.v(n)), attention)
         return residual
 
-    def logits(self, residual: Residual, rows: Tensor | None = None) -> Tensor:
-        """The logits [S, vocab_size], the same on every rank, of `rows` [S] of the stream; of all if not given."""
+    def logits(self, residual: Residual, rows: Tensor | None = None) -> Logits:
+        """The logits of `rows` [S] of the stream; of all if not given."""
         hidden = self.norm(residual)
         if rows is not None:
             hidden = replace(hidden, x=hidden.x[rows])

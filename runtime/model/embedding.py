@@ -1,7 +1,7 @@
 """The vocabulary, cut over the ranks by rows: lookup at the bottom, logits at the top.
 
 The vocabulary is padded to a multiple of the number of ranks, so that all shards have one size. Padding is zero in the
-weight and cut from the logits.
+weight and left out of the logits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
+from .logits import Logits
 from .norm import Normed, Residual
 from .weights import Piece, Weights
 
@@ -39,15 +40,14 @@ class Embedding:
 
 
 class Head:
-    """Hidden states to the logits of the whole vocabulary, on every rank."""
+    """Hidden states to the logits of the rank's share of the vocabulary."""
 
     def __init__(self, comm: Communicator, weight: Tensor, vocab_size: int) -> None:
         self.comm = comm
         self.weight = weight
         self.vocab_size = vocab_size
 
-    def __call__(self, hidden: Normed) -> Tensor:
-        """Rows [S, D] -> [S, vocab_size] in their dtype."""
+    def __call__(self, hidden: Normed) -> Logits:
+        """Of rows [S, D], in their dtype."""
         shard = ops.linear(hidden.x, self.weight, norm=hidden.weight, eps=hidden.eps)
-        shards = self.comm.all_gather(shard)  # [ranks, S, V]
-        return shards.transpose(0, 1).flatten(1)[:, : self.vocab_size]
+        return Logits(self.comm, shard, self.vocab_size)
