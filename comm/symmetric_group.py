@@ -16,44 +16,36 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # exported, b
 
 from ..kernels import ops
 from .base import CommError, Communicator
-from .nccl_group import Done, NcclCommunicator, _record
+from .choice import SIZES, Algorithm, choose, size_text
+from .nccl_group import Done, NcclCommunicator, _record, exchange
 from .symmetric import Arena, NotShared, join
 
 log = logging.getLogger(__name__)
 AllReduce = Literal["auto", "nccl", "one-shot", "two-shot"]
-Algorithm = Literal["nccl", "one-shot", "two-shot"]
 SUMMED = (torch.float32, torch.bfloat16, torch.float16)
-
-# Bytes up to which an algorithm serves, by the number of ranks. Not measured: to begin with, what others use on NVLink.
-ONE_SHOT = {2: 8 << 20, 3: 512 << 10, 4: 512 << 10, 5: 256 << 10, 6: 256 << 10, 7: 256 << 10, 8: 256 << 10}
-TWO_SHOT = 8 << 20
-GATHER = 1 << 20  # of each rank
+OWN: tuple[Literal["one-shot", "two-shot"], ...] = ("one-shot", "two-shot")
+GATHER = 1 << 20  # bytes of each rank, up to which shared memory gathers them
+LARGEST = SIZES[-1]  # bytes that a slot holds
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Which algorithm serves how many bytes; the same on all ranks, as it depends on their number and the option."""
+    """Which algorithm serves how many bytes; the same on all ranks."""
 
-    one_shot: int  # up to so many bytes every rank adds up everything
-    two_shot: int  # beyond that, and up to so many, each adds up a share
-    gather: int  # up to so many bytes of each rank
+    steps: tuple[tuple[int, Algorithm], ...]  # up to so many bytes, ascending; NCCL beyond the last
+    gather: int = GATHER
 
     @classmethod
-    def of(cls, choice: AllReduce, size: int) -> Policy:
-        if choice == "nccl" or size not in ONE_SHOT:
-            return cls(0, 0, 0)
-        one_shot = {"auto": ONE_SHOT[size], "one-shot": TWO_SHOT, "two-shot": 0}[choice]
-        return cls(one_shot, TWO_SHOT, GATHER)
+    def only(cls, algorithm: Algorithm, largest: int = LARGEST) -> Policy:
+        """This algorithm for all that fits into a slot."""
+        return cls(((largest, algorithm),), min(GATHER, largest))
 
     def algorithm(self, nbytes: int) -> Algorithm:
-        if nbytes <= self.one_shot:
-            return "one-shot"
-        return "two-shot" if nbytes <= self.two_shot else "nccl"
+        return next((name for most, name in self.steps if nbytes <= most), "nccl")
 
-    @property
-    def largest(self) -> int:
-        """Bytes that a slot must hold."""
-        return max(self.one_shot, self.two_shot, self.gather)
+    def __str__(self) -> str:
+        words = [f"{name} up to {size_text(most)}" for most, name in self.steps]
+        return ", ".join(words) + (" and NCCL beyond" if words else "NCCL for sums")
 
 
 class SymmetricCommunicator(Communicator):
@@ -63,7 +55,7 @@ class SymmetricCommunicator(Communicator):
 
     def __init__(self, nccl: NcclCommunicator, arena: Arena, policy: Policy, device: torch.device) -> None:
         self.rank, self.size = nccl.rank, nccl.size
-        self.description = f"{nccl.description}; up to {policy.largest >> 20} MiB through shared memory"
+        self.description = f"{nccl.description}; shared memory: {policy}"
         self._nccl, self._arena, self._policy, self._device = nccl, arena, policy, device
         self._step = 1  # steps are told apart by who waits for their results
         self._ended = False
@@ -166,8 +158,7 @@ def share_memory(
     timeout_s: float,
 ) -> Communicator:
     """The group with shared memory for small messages; NCCL alone, which says why, where the ranks cannot share any."""
-    policy = Policy.of(choice, nccl.size)
-    if policy.largest == 0:
+    if choice == "nccl":
         return nccl
     try:
         arena = join(
@@ -175,11 +166,23 @@ def share_memory(
             nccl.rank,
             nccl.size,
             device=device,
-            slot_bytes=policy.largest,
+            slot_bytes=LARGEST,
             shares_device=shares_device,
             timeout_s=timeout_s,
         )
     except NotShared as reason:
         nccl.description += f"; no shared memory: {reason}"
         return nccl
-    return SymmetricCommunicator(nccl, arena, policy, device)
+    own = {name: SymmetricCommunicator(nccl, arena, Policy.only(name), device) for name in OWN}
+    if choice != "auto":
+        return own[choice]
+
+    def say(topic: str, word: str) -> list[str]:
+        return exchange(store, f"choice/{topic}", word, nccl.rank, nccl.size, timeout_s)
+
+    gpu = torch.cuda.get_device_properties(device)
+    groups: dict[Algorithm, Communicator] = {"nccl": nccl, "one-shot": own["one-shot"], "two-shot": own["two-shot"]}
+    table = choose(groups, f"{gpu.name} {gpu.uuid} {nccl.description}", say)
+    chosen = SymmetricCommunicator(nccl, arena, Policy(tuple(table.best())), device)
+    chosen.description = "\n  ".join([chosen.description, *table.lines()])
+    return chosen

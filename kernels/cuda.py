@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from cuda.bindings import driver
 from torch import Tensor
 
+from . import reference
 from .jit import SOURCES, CompileError
-from .reference import best as best
 
 C_NAMES = {
     torch.float32: "float",
@@ -340,7 +340,9 @@ def _is_gated(out: Tensor, weights: Tensor) -> bool:
     return weights.shape[1] == 2 * out.shape[1]
 
 
-def race(logits: Tensor, temperature: Tensor, keys: Tensor, first_token: int, tokens: Tensor | None) -> Tensor:
+def race(
+    logits: Tensor, temperature: Tensor, keys: Tensor, *, first_token: int = 0, tokens: Tensor | None = None
+) -> Tensor:
     rows, vocab = logits.shape
     best = keys.new_full((rows,), torch.iinfo(torch.int64).min)
     if rows and vocab:
@@ -360,6 +362,14 @@ def winners(contenders: Tensor) -> Tensor:
         kernel = _kernel("sample.cu", "winners")
         kernel((-(-rows // THREADS), 1), THREADS, tokens, contenders.contiguous(), np.int32(ranks), np.int32(rows))
     return tokens
+
+
+def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
+    return reference.best(logits, count, first_token=first_token)
+
+
+def unpack(contenders: Tensor) -> tuple[Tensor, Tensor]:
+    return reference.unpack(contenders)
 
 
 def begin_decode_(

@@ -233,7 +233,7 @@ def race(
     if tokens is not None:
         named = tokens.shape == logits.shape and tokens.dtype == torch.int32 and tokens.is_contiguous()
         _require(named, "tokens", tokens, f"must be {list(logits.shape)} int32, contiguous")
-    return _on(logits).race(logits, temperature, keys, first_token, tokens)
+    return _on(logits).race(logits, temperature, keys, first_token=first_token, tokens=tokens)
 
 
 def winners(contenders: Tensor) -> Tensor:
@@ -250,12 +250,12 @@ def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
     Where V is less, the rest is the least integer. `unpack` has scores and tokens.
     """
     _check_logits(logits)
-    return _on(logits).best(logits, count, first_token)
+    return _on(logits).best(logits, count, first_token=first_token)
 
 
 def unpack(contenders: Tensor) -> tuple[Tensor, Tensor]:
     """Scores float32 and tokens int32 of contenders, of any shape."""
-    return reference.unpack(contenders)
+    return _on(contenders).unpack(contenders)
 
 
 def begin_decode_(

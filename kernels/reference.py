@@ -161,7 +161,9 @@ def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Te
     return out.to(x.dtype)
 
 
-def race(logits: Tensor, temperature: Tensor, keys: Tensor, first_token: int, tokens: Tensor | None) -> Tensor:
+def race(
+    logits: Tensor, temperature: Tensor, keys: Tensor, *, first_token: int = 0, tokens: Tensor | None = None
+) -> Tensor:
     ids = _columns(logits, first_token) if tokens is None else tokens
     scores = logits.float()
     if temperature.any():
@@ -176,7 +178,7 @@ def winners(contenders: Tensor) -> Tensor:
     return unpack(contenders.amax(0))[1]
 
 
-def best(logits: Tensor, count: int, first_token: int) -> Tensor:
+def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
     return _descending(_pack(logits.float(), _columns(logits, first_token)), count)
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +99,7 @@ def _run(config: Config, spec: Any, out: Any) -> Report:
 
     with Undo() as stack:
         connection = stack.enter_context(closing(Connection(config)))
-        placed = config.placed(cuda=connection.has_gpus)
+        placed = replace(config.placed(cuda=connection.has_gpus), all_reduce="nccl")  # the prober adds the others
         group = place(placed, connection.leaving)
         stack.callback(while_connected, remove_placement_group, group)
         ranks = Ranks(placed, group, connection.bell, connection.leaving, Prober)

@@ -185,8 +185,8 @@ class Prober(Rank):
                 )
             except NotShared as reason:
                 raise Unavailable(str(reason)) from reason
-            self._ours = SymmetricCommunicator(nccl, arena, Policy(0, 0, 0), self._device)
-        policy = Policy(largest, 0, 0) if shots == "one-shot" else Policy(0, largest, 0)
+            self._ours = SymmetricCommunicator(nccl, arena, Policy(()), self._device)
+        policy = Policy.only("one-shot" if shots == "one-shot" else "two-shot", largest)
         return SymmetricCommunicator(nccl, self._ours._arena, policy, self._device)
 
     # --- measuring

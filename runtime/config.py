@@ -69,8 +69,9 @@ class Config:
         None, "absolute path of the libnccl.so.2 to use on every rank; the one that torch brings if not given"
     )
     all_reduce: AllReduce = option(
-        "nccl",
-        "who adds up over the ranks on GPUs; auto is shared memory for small messages, one-shot or two-shot by size",
+        "auto",
+        "who adds up over the ranks on GPUs: NCCL, our one-shot or two-shot kernels over shared memory, or for each"
+        " size whoever was fastest when the ranks tried",
     )
     startup_timeout: float = option(600.0, "seconds within which the ranks must be placed, loaded and connected")
     wait_for_resources: float | None = option(

@@ -22,6 +22,8 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_comm import on_gpus, run_processes
 from test_nccl import error_of
 from torch import Tensor
@@ -29,9 +31,11 @@ from torch.distributed import HashStore
 
 from lockstep.comm import symmetric
 from lockstep.comm.base import CommError, Communicator
+from lockstep.comm.choice import Algorithm, Table
 from lockstep.comm.symmetric import Arena, Late, NotShared, Turns, join
 from lockstep.comm.symmetric_group import (
-    ONE_SHOT,
+    LARGEST,
+    OWN,
     AllReduce,
     Policy,
     SymmetricCommunicator,
@@ -200,23 +204,23 @@ def test_constants_are_those_of_the_kernels() -> None:
     assert threads == {number(r"\nTHREADS = (\d+)", host)}
 
 
-@pytest.mark.parametrize("size", range(2, 9))
-@pytest.mark.parametrize("choice", get_args(AllReduce))
-def test_a_policy_goes_from_one_shot_to_two_shot_to_nccl(choice: AllReduce, size: int) -> None:
-    policy = Policy.of(choice, size)
-    found = [policy.algorithm(1 << n) for n in range(30)]
-    order = ["one-shot", "two-shot", "nccl"]
-    assert found == sorted(found, key=order.index)
-    expected = {"nccl": {"nccl"}, "one-shot": {"one-shot", "nccl"}, "two-shot": {"two-shot", "nccl"}}
-    if choice != "auto":
-        assert set(found) == expected[choice]
-    assert policy.largest % 16 == 0
-    assert all(policy.algorithm(n) == "nccl" for n in (policy.largest + 1, 1 << 40))
+@given(st.lists(st.tuples(*[st.floats(1, 1e4)] * 3), min_size=1, max_size=8))
+def test_a_policy_takes_the_fastest_at_the_next_size_that_was_timed(times: list[tuple[float, float, float]]) -> None:
+    sizes = [64 << (2 * n) for n in range(len(times))]
+    names: tuple[Algorithm, ...] = ("nccl", "one-shot", "two-shot")
+    policy = Policy(tuple(Table(sizes, dict(zip(names, map(list, zip(*times, strict=True)), strict=True))).best()))
+    for nbytes in {size + step for size in (1, *sizes) for step in (-1, 0, 1)}:
+        column = next((n for n, size in enumerate(sizes) if nbytes <= size), None)
+        fastest = "nccl" if column is None else names[times[column].index(min(times[column]))]
+        assert policy.algorithm(nbytes) == fastest
 
 
-def test_more_ranks_than_flags_use_nccl() -> None:
-    assert Policy.of("auto", 9).largest == 0
-    assert set(ONE_SHOT) == set(range(2, 9))
+def test_a_forced_algorithm_serves_what_fits_into_a_slot() -> None:
+    for name in OWN:
+        policy = Policy.only(name)
+        assert {policy.algorithm(n) for n in (1, 4096, LARGEST)} == {name}
+        assert policy.algorithm(LARGEST + 1) == "nccl"
+    assert LARGEST % 16 == 0
 
 
 def test_the_option_has_the_choices_of_the_policy() -> None:
@@ -358,7 +362,7 @@ class RecordingArena:
 @pytest.fixture
 def rank() -> tuple[SymmetricCommunicator, RecordingArena, Recorder]:
     nccl, arena = Recorder(), RecordingArena()
-    comm = SymmetricCommunicator(nccl, arena, Policy(1024, 4096, 2048), CPU)  # type: ignore[arg-type]
+    comm = SymmetricCommunicator(nccl, arena, Policy(((1024, "one-shot"), (4096, "two-shot")), 2048), CPU)  # type: ignore[arg-type]
     return comm, arena, nccl
 
 
