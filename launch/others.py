@@ -6,6 +6,7 @@ plain pointers, of torch the one- and two-shot kernels.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 from dataclasses import dataclass
@@ -122,6 +123,7 @@ class FlashInfer(Algorithm):
         if place.size % 2:
             raise Unavailable("its kernel takes an even number of ranks")
         self._peers, self._place, self._max_bytes = peers, place, max_bytes
+        ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)  # whose symbols FlashInfer's library wants, unlinked
         self._ar: Any = importlib.import_module("flashinfer.comm.vllm_ar")
         self._mapped: list[int] = []
         signals, _, self._signals = self._share("signals", self._ar.meta_size() + max_bytes)
