@@ -91,6 +91,13 @@ class Inbox:
                 pass
         return messages
 
+    def wait(self, bell: Bell) -> None:
+        """Wait until there is a message or the bell rings, however long it takes."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(bell, zmq.POLLIN)
+        poller.poll()
+
     def receive_one(self) -> bytes:
         """The next message, however long it takes: the caller's owner ends it if nothing can come any more."""
         return self._socket.recv()

@@ -303,7 +303,7 @@ class Service:
         self._try_suspect()
         self._deliver(self._frontend.poll(WAIT_S if self._listeners else 0.0))
         if not self._listeners:
-            self._bell.wait()
+            getattr(self._frontend.executor, "rest", self._bell.wait)()  # replicas come and go also when nothing runs
         self._bell.clear()  # who rings first leaves his message: the next turn finds it
 
     def _take_commands(self) -> None:

@@ -181,12 +181,18 @@ def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
 
 
 def test_more_than_the_queue_holds_is_refused(server: Server) -> None:
-    body = {"prompt": PROMPTS[0], "max_tokens": 2, "n": 2 * SMALL["max_num_seqs"] + 4}
-    response = server.http.post("/v1/completions", json=body)
-    assert response.status_code == 429
-    assert response.headers["retry-after"]
-    body["n"] = 2 * SMALL["max_num_seqs"] + 3
-    assert len(server.http.post("/v1/completions", json=body).json()["choices"]) == body["n"]
+    at_once = 2 * SMALL["max_num_seqs"]
+    body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": at_once}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        more = {"prompt": [PROMPTS[0]] * 4, "max_tokens": 2}
+        response = server.http.post("/v1/completions", json=more)
+        assert response.status_code == 429
+        assert response.headers["retry-after"]
+    more["prompt"] = [PROMPTS[0]] * (at_once + 3)
+    assert until(10, lambda: server.live() == 0)
+    assert len(server.http.post("/v1/completions", json=more).json()["choices"]) == at_once + 3
 
 
 def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(server: Server, undisturbed: list[str]) -> None:

@@ -6,6 +6,7 @@ The last tests run the real service with the demo model, and the command itself.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import re
@@ -91,6 +92,9 @@ class FakeService:
         ids = list(prompt)
         self.asked.append((ids, params))
         texts = [Detokenizer(self.tokenizer, ids) for _ in range(params.n)]
+        explained: list[dict[int, Logprob] | None] | None = None
+        if params.prompt_logprobs is not None:
+            explained = [None, *(self.candidates(token, params.prompt_logprobs) for token in ids[1:])]
         self.live += params.n
         ended = False
         assert params.max_tokens is not None
@@ -108,7 +112,7 @@ class FakeService:
                     token = 100 + (sum(ids) * 31 + (params.seed or 0) * 7 + index * 13 + position * 17) % 1800
                     text = texts[index].push(token) + (texts[index].flush() if last else "")
                     logprobs = None if params.logprobs is None else [self.candidates(token, params.logprobs)]
-                    yield Event(index, text, [token], logprobs, reason, None, ids, 4)  # type: ignore[arg-type]
+                    yield Event(index, text, [token], logprobs, reason, None, ids, 4, explained)  # type: ignore[arg-type]
             ended = True
         finally:
             self.live -= params.n
@@ -293,6 +297,29 @@ def test_echo(shared: Running, tokenizer: Tokenizer) -> None:
         assert "".join(c.choices[0].text for c in stream) == PROMPT + plain
 
 
+def test_echo_with_logprobs(shared: Running, tokenizer: Tokenizer) -> None:
+    """The prompt's tokens before the answer's, as evaluations read them."""
+    ids = tokenizer.encode(PROMPT)
+    asked: dict[str, Any] = {"model": "demo", "prompt": PROMPT, "max_tokens": 4, "logprobs": 2}
+    plain = shared.openai.completions.create(**asked).choices[0]
+    found = shared.openai.completions.create(**asked, echo=True).choices[0]
+    assert found.text == PROMPT + plain.text
+    assert fake(shared).asked[-1][1].prompt_logprobs == 2
+    logprobs = found.logprobs
+    assert logprobs is not None
+    assert plain.logprobs is not None
+    assert logprobs.tokens == [tokenizer.decode([i]) for i in ids] + plain.logprobs.tokens
+    assert logprobs.token_logprobs == [None, *[-2.0] * (len(ids) - 1 + 4)]
+    assert logprobs.top_logprobs is not None
+    assert logprobs.top_logprobs[0] is None
+    assert logprobs.top_logprobs[len(ids) :] == plain.logprobs.top_logprobs
+    starts = [0, *itertools.accumulate(map(len, logprobs.tokens))]
+    assert logprobs.text_offset == starts[:-1]
+    stream = [c.choices[0] for c in shared.openai.completions.create(**asked, echo=True, stream=True)]
+    assert [t for c in stream if c.logprobs for t in c.logprobs.tokens or []] == logprobs.tokens
+    assert [t for c in stream if c.logprobs for t in c.logprobs.text_offset or []] == logprobs.text_offset
+
+
 def test_chat(shared: Running, tokenizer: Tokenizer) -> None:
     found = shared.openai.chat.completions.create(
         model="demo", messages=cast(Any, CHAT), max_completion_tokens=6, n=2, logprobs=True, top_logprobs=3
@@ -362,7 +389,7 @@ def test_every_sampling_parameter_arrives(shared: Running) -> None:
     }  # fmt: skip
     assert shared.post("/v1/completions", {"prompt": PROMPT, "user": "me", **asked}).status_code == 200
     assert fake(shared).asked[-1][1] == SamplingParams(**asked | {"logit_bias": {5: 1.5}})
-    here = {*asked, "structured_outputs"}
+    here = {*asked, "structured_outputs", "prompt_logprobs"}  # the last through echo
     assert here == set(SamplingParams.__struct_fields__), "what can be asked offline can be asked here"
     assert shared.post("/v1/chat/completions", {"messages": CHAT, "max_tokens": 3}).status_code == 200
     assert fake(shared).asked[-1][1] == SamplingParams(temperature=0.7, max_tokens=3), "the model's recommendation"
@@ -525,7 +552,6 @@ BAD: list[tuple[str, dict[str, Any], str, str | None]] = [  # body, changes, par
     ("completions", {"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
     ("completions", {"best_of": 2}, "best_of", "unsupported_parameter"),
     ("completions", {"suffix": "x"}, "suffix", "unsupported_parameter"),
-    ("completions", {"echo": True, "logprobs": 1}, "echo", "unsupported_parameter"),
     ("completions", {"temprature": 1}, "temprature", "unknown_parameter"),
     ("completions", {"x" * 10_000: 1}, "x" * 61 + "...", "unknown_parameter"),
     *[("chat/completions", {name: value}, name, "unsupported_parameter") for name, value in {

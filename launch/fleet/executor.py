@@ -121,6 +121,10 @@ class FleetExecutor:
             raise RequestsLost([uid for uid, _, _ in known], known[0][1])
         return []
 
+    def rest(self) -> None:
+        """While no request is live: wait for the bell, or for a replica that takes the place of another."""
+        self._inbox.wait(self._connection.bell)
+
     def start_profile(self, num_steps: int) -> None:
         raise ValueError("a profile is of one group of ranks; start one without replicas")
 

@@ -34,13 +34,17 @@ LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own figure
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
+Explained = tuple[int, dict[int, Logprob] | None]  # a token and the log-probabilities at its place
+
+
 @dataclass
 class Piece:
     """New text and tokens of choice `index`; with a finish reason the last ones."""
 
     index: int
     text: str = ""
-    tokens: list[tuple[int, dict[int, Logprob]]] = field(default_factory=list)  # those with log-probabilities
+    tokens: list[Explained] = field(default_factory=list)  # those with log-probabilities
+    prompt: list[Explained] = field(default_factory=list)  # likewise, the whole prompt's
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -48,6 +52,8 @@ class Piece:
         self.text += event.text
         if event.logprobs is not None:
             self.tokens += zip(event.token_ids, event.logprobs, strict=True)
+        if event.prompt_logprobs is not None:
+            self.prompt = list(zip(event.prompt_token_ids, event.prompt_logprobs, strict=True))
         assert event.finish_reason != "abort", "an aborted output is an error, not an answer"
         assert event.finish_reason != "error"
         self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
@@ -57,10 +63,18 @@ class Piece:
         return bool(self.text or self.tokens or self.finish_reason)
 
 
-class Completions:
-    """Of /v1/completions. `echoes` are the prompts' texts, or none, `num_top` candidates each position."""
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that comes before its answer: its text, and that of its first token, which nothing has predicted."""
 
-    def __init__(self, model: str, n: int, echoes: Sequence[str], num_top: int | None) -> None:
+    text: str
+    first: str
+
+
+class Completions:
+    """Of /v1/completions. `echoes` are the prompts, or none, `num_top` candidates each position."""
+
+    def __init__(self, model: str, n: int, echoes: Sequence[Echo], num_top: int | None) -> None:
         self._id, self._created, self._model = f"cmpl-{secrets.token_hex(16)}", int(time.time()), model
         self._n, self._num_top = n, num_top
         self._echoes = echoes
@@ -80,27 +94,32 @@ class Completions:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
     def _choice(self, piece: Piece) -> CompletionChoice:
-        first = piece.index not in self._offsets
-        echo = self._echoes[piece.index // self._n] if first and self._echoes else ""
-        logprobs = self._logprobs(piece)
+        begins = piece.index not in self._offsets
+        echo = self._echoes[piece.index // self._n] if begins and self._echoes else None
+        logprobs = self._logprobs(piece, echo)
         return CompletionChoice(
-            index=piece.index, text=echo + piece.text, logprobs=logprobs,
+            index=piece.index, text=(echo.text if echo else "") + piece.text, logprobs=logprobs,
             finish_reason=piece.finish_reason, stop_reason=piece.stop_reason,
         )  # fmt: skip
 
-    def _logprobs(self, piece: Piece) -> CompletionLogprobs | None:
+    def _logprobs(self, piece: Piece, echo: Echo | None) -> CompletionLogprobs | None:
         at = self._offsets.setdefault(piece.index, 0)
         if self._num_top is None:
             return None
         found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for token, candidates in piece.tokens:
-            own = candidates[token]
-            found.tokens.append(own.decoded_token)
-            found.token_logprobs.append(_finite(own.logprob))
-            top = sorted(candidates.values(), key=lambda c: -c.rank)  # of equal texts the likelier one stays
-            found.top_logprobs.append({c.decoded_token: _finite(c.logprob) for c in top})
+        for token, candidates in [*(piece.prompt if echo else []), *piece.tokens]:
+            if candidates is None:
+                assert echo is not None, "a prompt's first token"
+                text, logprob, table = echo.first, None, None
+            else:
+                text, logprob = candidates[token].decoded_token, _finite(candidates[token].logprob)
+                top = sorted(candidates.values(), key=lambda c: -c.rank)  # of equal texts the likelier one stays
+                table = {c.decoded_token: _finite(c.logprob) for c in top}
+            found.tokens.append(text)
+            found.token_logprobs.append(logprob)
+            found.top_logprobs.append(table)
             found.text_offset.append(at)
-            at += len(own.decoded_token)
+            at += len(text)
         self._offsets[piece.index] = at
         return found
 
@@ -147,6 +166,7 @@ class Chat:
             return None
         content = []
         for token, candidates in piece.tokens:
+            assert candidates is not None
             top = sorted(candidates.values(), key=lambda c: c.rank)[: self._num_top]
             own = _candidate(candidates[token])
             content.append(TokenCandidates(**own.model_dump(), top_logprobs=[_candidate(c) for c in top]))

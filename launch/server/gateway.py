@@ -20,7 +20,7 @@ from ...runtime.outputs import Event
 from ...runtime.request import SamplingParams
 from ..service import Service
 from .config import ServerConfig
-from .dialects import Chat, Completions, Dialect, Piece
+from .dialects import Chat, Completions, Dialect, Echo, Piece
 from .errors import ApiError
 from .metrics import Metrics, Timing
 from .pulse import Pulse
@@ -79,8 +79,7 @@ class Gateway:
         with self._admitted(self._rules.check(body, len(prompts))):
             ids = await self._ids(prompts)
             skip = body.skip_special_tokens is not False
-            wanted = prompts if body.echo else []
-            echoes = [p if isinstance(p, str) else await self._text.decode(p, skip=skip) for p in wanted]
+            echoes = [await self._echo(p, own, skip=skip) for p, own in zip(prompts, ids, strict=True) if body.echo]
             dialect = Completions(self._model(body), body.n or 1, echoes, num_top(body))
             await self._answer(body, ids, dialect, send)
 
@@ -160,6 +159,10 @@ class Gateway:
         for ids in given:
             self._rules.check_ids(ids, "prompt")
         return given
+
+    async def _echo(self, prompt: str | list[int], ids: list[int], *, skip: bool) -> Echo:
+        text = prompt if isinstance(prompt, str) else await self._text.decode(prompt, skip=skip)
+        return Echo(text, await self._text.decode(ids[:1], skip=True))
 
     def _model(self, body: Asked) -> str:
         return body.model or self._rules.names[0]

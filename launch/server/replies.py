@@ -22,11 +22,11 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Entry i is of the i-th new token; `text_offset` is where its text begins in the output."""
+    """Entry i is of the i-th token of the text, `text_offset` where its own begins; null for a prompt's first."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

@@ -86,6 +86,7 @@ class Rules:
         own: dict[str, Any] = {
             "max_tokens": asked or (room if chat else min(room, COMPLETION_TOKENS)),
             "logprobs": num_top(body),
+            "prompt_logprobs": num_top(body) if body.echo else None,
             "structured_outputs": structured_outputs(body),
         }
         try:
@@ -122,9 +123,6 @@ def _check_completion(body: CompletionRequest, n: int) -> None:
     if body.best_of not in (None, n):
         message = f"best_of={body.best_of} is not implemented; leave it out or make it n ({n})"
         raise ApiError(400, message, param="best_of", code="unsupported_parameter")
-    if body.echo and body.logprobs is not None:
-        message = "echo with logprobs is not implemented: the prompt's are not computed; leave one of them out"
-        raise ApiError(400, message, param="echo", code="unsupported_parameter")
 
 
 def _invalid(param: str, rule: str) -> ApiError:
