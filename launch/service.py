@@ -300,7 +300,7 @@ class Service:
         if self._health.state == "recovering":
             self._recover()
         self._take_commands()
-        self._try_suspect()
+        self._try_suspects()
         self._deliver(self._frontend.poll(WAIT_S if self._listeners else 0.0))
         if not self._listeners:
             getattr(self._frontend.executor, "rest", self._bell.wait)()  # replicas come and go also when nothing runs
@@ -315,7 +315,7 @@ class Service:
             self._send([(listener, EngineFailed(self._health.reason))])
         else:
             self._listeners[listener.generation.number] = listener
-            self._frontend.submit([listener.generation])
+            self._frontend.submit([listener.generation], later=self._suspects.hold(listener.generation))
 
     def _cancel(self, listener: Listener) -> None:
         self._listeners.pop(listener.generation.number, None)
@@ -377,17 +377,19 @@ class Service:
         """A replica has failed: its requests go on in others, with what they have produced."""
         moved = self._frontend.withdraw(lost.uids)
         log.error("a replica has failed, %d requests go on elsewhere: %s", len(moved), lost)
+        idle = [*moved, *self._suspects.resting]
         self._end_guilty(str(lost), moved)
-        waiting = self._suspects.waiting
-        for generation in moved:
-            if generation not in waiting:
+        resting = self._suspects.resting
+        for generation in idle:
+            if generation not in resting and not generation.finished:
                 self._frontend.resume(generation)
 
-    def _try_suspect(self) -> None:
+    def _try_suspects(self) -> None:
         """Let the next one that is under suspicion go on, when the one before has been cleared."""
-        suspect = self._suspects.next()
-        if suspect is not None:
-            self._frontend.resume(suspect)
+        rest, go_on = self._suspects.step()
+        self._frontend.withdraw(s.request.uid for g in rest for s in g.sequences)
+        for generation in go_on:
+            self._frontend.resume(generation)
 
     def _recover(self) -> None:
         """Start the ranks again, and admit what is in the ledger."""
@@ -403,9 +405,9 @@ class Service:
         suspects = self._suspects.waiting
         if suspects:
             log.warning(
-                "%d requests were live in two failures and came no further: they go on one by one", len(suspects)
+                "%d requests were live in two failures and came no further: they are tried one by one", len(suspects)
             )
-        self._frontend.resubmit(executor, suspects)
+        self._frontend.resubmit(executor, self._suspects.resting)
         self._set_health("ready")
         log.info("back after %.1f s: %d outputs go on", time.perf_counter() - started, len(self._frontend.live))
 

@@ -1,9 +1,9 @@
 """Which request ends its ranks every time, found by trying, so that it does not take the others with it.
 
 A death that a request causes comes again at the same token: nothing random enters a step. So whoever was live in two
-deaths in a row and has come no further in between is a suspect. Suspects go on one at a time, the newest first, beside
-those that are none; one that gets its next token is cleared, and one under which the ranks die again is guilty. Deaths
-of another origin, a killed process or a lost node, fall on requests that do come further.
+deaths in a row and has come no further in between is a suspect. Suspects go on one at a time, the newest first, while
+all others rest: one that gets its next token is cleared, and one under which the ranks die again is guilty. Deaths of
+another origin, a killed process or a lost node, fall on requests that do come further.
 """
 
 from __future__ import annotations
@@ -37,23 +37,26 @@ class Guilty:
 
 
 class Suspects:
-    """Told of every death and asked for the next one to try; `window_s` is how long a guilty request is remembered."""
+    """Told of every death and asked who may go on; `window_s` is how long a guilty request is remembered."""
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._marks: WeakKeyDictionary[Generation, Mark] = WeakKeyDictionary()
         self._waiting: list[Generation] = []  # suspects in the order in which they came
         self._tried: Generation | None = None
+        self._held: list[Generation] = []  # who goes on when all have been tried
         self._guilty: list[Guilty] = []
 
     def died(self, live: Iterable[Generation]) -> tuple[Generation, int] | None:
         """Ranks have died with these live: the one that has caused it and its deaths, if that is known now."""
-        exposed = [g for g in live if g not in self._waiting]
+        resting = self.resting
+        exposed = [g for g in live if g not in resting]
         deaths = {g: self._deaths(g) + 1 for g in exposed}
         tried, self._tried = self._tried, None
         if tried in exposed and deaths[tried] > 2:
             self._marks.clear()
             self._waiting.clear()
+            self._held.clear()
             now = time.monotonic()
             self._guilty = [g for g in self._guilty if g.until > now]
             self._guilty.append(Guilty(tried.prompt_ids, _params(tried), now + self._window_s))
@@ -61,22 +64,43 @@ class Suspects:
         self._marks.update({g: Mark(_lengths(g), deaths[g]) for g in exposed})
         self._waiting += [g for g in exposed if deaths[g] > 1]
         self._waiting.sort(key=lambda g: g.number)
+        if self._waiting:
+            self._held += [g for g in exposed if deaths[g] == 1]
         return None
 
     @property
     def waiting(self) -> list[Generation]:
-        """Those that must not go on yet."""
+        """The suspects that have yet to be tried."""
         return list(self._waiting)
 
-    def next(self) -> Generation | None:
-        """The suspect that may go on now; None while another one is tried, or if there is none."""
-        if self._tried is not None and not self._tried.finished and self._deaths(self._tried):
-            return None
-        self._tried = None
+    @property
+    def resting(self) -> list[Generation]:
+        """All that must not go on yet."""
+        return [*self._waiting, *self._held]
+
+    def hold(self, generation: Generation) -> bool:
+        """Whether a new request has to rest, too, because one is tried."""
+        if not self._waiting and self._tried is None:
+            return False
+        self._held.append(generation)
+        return True
+
+    def step(self) -> tuple[list[Generation], list[Generation]]:
+        """Who rests from now on, and who goes on."""
+        tried, cleared = self._tried, list[Generation]()
+        if tried is not None:
+            if not tried.finished and self._deaths(tried):
+                return [], []
+            cleared = [] if tried.finished else [tried]
+            self._tried = None
         while self._waiting and self._tried is None:
             newest = self._waiting.pop()
             self._tried = None if newest.finished else newest
-        return self._tried
+        if self._tried is not None:
+            self._held += cleared
+            return cleared, [self._tried]
+        held, self._held = self._held, []
+        return [], [g for g in held if not g.finished]
 
     def knows(self, generation: Generation) -> bool:
         """Whether this is a guilty request once more: clients try again by themselves."""

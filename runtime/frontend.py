@@ -203,11 +203,12 @@ class Frontend:
             raise RequestRefused(str(error)) from error
         return generation
 
-    def submit(self, generations: Iterable[Generation]) -> None:
-        """Start the requests of prepared generations."""
+    def submit(self, generations: Iterable[Generation], *, later: bool = False) -> None:
+        """Start the requests of prepared generations; with `later` they are live, and to be resumed."""
         sequences = [s for g in generations for s in g.sequences]
         self._live.update({s.request.uid: s for s in sequences})
-        self.executor.submit([s.request for s in sequences])
+        if not later:
+            self.executor.submit([s.request for s in sequences])
 
     def resubmit(self, executor: Executor, later: Collection[Generation] = ()) -> None:
         """Go on over a new executor: admit every live request again with what it has produced, but those for `later`.

@@ -266,7 +266,7 @@ def test_every_failure_is_recovered_from(scripted: type[Scripted], error: Except
     run(main())
 
 
-@pytest.mark.parametrize("deadly", [{4: 0}, {4: 7}, {4: 5, 1: 5}, {4: 0, 1: 9}], ids=str)
+@pytest.mark.parametrize("deadly", [{4: 0}, {4: 7}, {4: 5, 1: 5}, {4: 6, 1: 5}, {4: 0, 1: 9}], ids=str)
 def test_a_request_that_ends_its_ranks_every_time_ends_alone(scripted: type[Scripted], deadly: dict[int, int]) -> None:
     """As many restarts as are allowed for all go by for each of them, and count as one."""
     scripted.deadly = deadly
