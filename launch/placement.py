@@ -52,6 +52,7 @@ def start_ray(config: Config, stack: Undo, replicas: int = 1) -> bool:
                 include_dashboard=False,
                 object_store_memory=LOCAL_OBJECT_STORE_BYTES,
                 _temp_dir=folder,
+                _system_config={"enable_open_telemetry": False},  # which leaves a thread at each shutdown
             )
     else:
         _check_reachable(address)
