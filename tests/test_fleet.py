@@ -196,8 +196,8 @@ def test_more_than_the_queue_holds_is_refused(server: Server) -> None:
 
 def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(server: Server, undisturbed: list[str]) -> None:
     """First the ranks of one, then the replica itself of another."""
-    for victims in (server.ranks()[:1], server.marked("ServeReplica")[:1]):
-        before = set(server.ranks())
+    for find in (server.ranks, lambda: server.marked("ServeReplica")):
+        before, victims = set(server.ranks()), find()[:1]
         got: list[list[str]] = [[] for _ in PROMPTS]
 
         async def main(victims: list[int], got: list[list[str]]) -> None:
