@@ -23,7 +23,7 @@ halves() {
   set -m # else what runs in the background, and all that it starts, is deaf to Ctrl-C, which tests send
   .venv/bin/python -m pytest -q -m "not ray" >"$log" 2>&1 &
   set +m
-  trap "kill $! 2>/dev/null" EXIT
+  trap "kill $! 2>/dev/null || true" EXIT
   .venv/bin/python -m pytest -q -m ray || ray=$?
   wait $! || others=$?
   cat "$log" && rm "$log"
