@@ -109,7 +109,7 @@ def test_vocabulary_shards_are_the_whole_vocabulary(size: int, vocab: int, tmp_p
     def run(comm: Communicator) -> tuple[Tensor, Tensor]:
         rows = _loaded(lambda weights: vocabulary_shard(weights, comm, "embed", vocab, D), tmp_path)
         assert len(rows) == -(-vocab // size)
-        return Embedding(comm, rows)(tokens).total, Head(comm, rows, vocab)(Normed(hidden))
+        return Embedding(comm, rows)(tokens).total, Head(comm, rows, vocab)(Normed(hidden)).whole()
 
     for embedded, logits in run_ranks(size, run):
         assert torch.equal(embedded, saved["embed"][tokens.long()])
