@@ -3,16 +3,22 @@
 
 const at = (id) => document.getElementById(id);
 const POLL_MS = 1000;
-const messages = [];
+let messages = []; // of the conversation on the page
 let model = "";
 let answer = null; // the AbortController of the answer that is coming
 let last = null; // the stats before, for rates
 
+// By its whole address: the page's own may hold the key (http://x:KEY@host), and fetch refuses what is relative to that.
+const request = (path, options) => fetch(location.origin + path, options);
+
+const inputs = () => [...at("parameters").querySelectorAll("input[name]")];
+
+// What is not a number has the value "" as if it were not given: the user is told instead.
+const areNumbers = () => inputs().every((input) => !input.validity.badInput || input.reportValidity());
+
 function parameters() {
-  const found = {};
-  for (const input of at("parameters").querySelectorAll("input[name]"))
-    if (input.value !== "") found[input.name] = Number(input.value);
-  return found;
+  const given = inputs().filter((input) => input.value !== "");
+  return Object.fromEntries(given.map((input) => [input.name, Number(input.value)]));
 }
 
 function addTurn(role, text) {
@@ -36,7 +42,7 @@ async function* events(response) {
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("the server cut the answer off");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
@@ -48,16 +54,17 @@ async function* events(response) {
 }
 
 async function ask(question) {
-  messages.push({ role: "user", content: question });
+  const conversation = messages; // a new one may begin before this answer has ended
+  conversation.push({ role: "user", content: question });
   addTurn("you", question);
   const turn = addTurn(model || "model", "");
   answer = new AbortController();
   at("send").disabled = true;
   at("stop").hidden = false;
   try {
-    const body = JSON.stringify({ model, messages, stream: true, ...parameters() });
+    const body = JSON.stringify({ model: model || undefined, messages, stream: true, ...parameters() });
     const headers = { "Content-Type": "application/json" };
-    const response = await fetch("/v1/chat/completions", { method: "POST", headers, body, signal: answer.signal });
+    const response = await request("/v1/chat/completions", { method: "POST", headers, body, signal: answer.signal });
     if (!response.ok) throw new Error(await reason(response));
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
@@ -70,8 +77,10 @@ async function ask(question) {
       turn.textContent += `${turn.textContent ? "\n" : ""}${error.message}`;
     }
   } finally {
-    if (turn.classList.contains("error")) messages.pop(); // so that the question can be asked again
-    else messages.push({ role: "assistant", content: turn.textContent });
+    if (turn.classList.contains("error")) {
+      conversation.pop();
+      at("question").value ||= question; // to be asked again
+    } else conversation.push({ role: "assistant", content: turn.textContent });
     answer = null;
     at("send").disabled = false;
     at("stop").hidden = true;
@@ -118,11 +127,11 @@ function show(stats) {
 
 async function poll() {
   try {
-    const response = await fetch("/stats");
+    const response = await request("/stats");
     if (!response.ok) throw new Error(await reason(response));
     show(await response.json());
     if (!model) {
-      const models = await (await fetch("/v1/models")).json();
+      const models = await (await request("/v1/models")).json();
       model = models.data[0].id;
       at("model").textContent = model;
     }
@@ -136,13 +145,13 @@ async function poll() {
 at("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = at("question").value.trim();
-  if (question && !answer) {
+  if (question && !answer && areNumbers()) {
     at("question").value = "";
     ask(question);
   }
 });
 at("question").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
     at("ask").requestSubmit();
   }
@@ -150,7 +159,7 @@ at("question").addEventListener("keydown", (event) => {
 at("stop").addEventListener("click", () => answer?.abort());
 at("clear").addEventListener("click", () => {
   answer?.abort();
-  messages.length = 0;
+  messages = [];
   at("conversation").replaceChildren();
 });
 poll();
