@@ -387,7 +387,8 @@ class Service:
     def _try_suspects(self) -> None:
         """Let the next one that is under suspicion go on, when the one before has been cleared."""
         rest, go_on = self._suspects.step()
-        self._frontend.withdraw(s.request.uid for g in rest for s in g.sequences)
+        if rest:  # a message to the ranks
+            self._frontend.withdraw(s.request.uid for g in rest for s in g.sequences)
         for generation in go_on:
             self._frontend.resume(generation)
 

@@ -6,6 +6,7 @@ sampling parameters with the seed. Ranks hold nothing that is not here.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import secrets
 from collections.abc import Collection, Iterable, Sequence
@@ -174,7 +175,7 @@ class Frontend:
         self.num_looked_up = 0  # so many: prompts, and after a failure what had been produced
         self.num_free_pages: int | None = None  # by the scheduler's account, once a step has ended
         self._live: dict[int, Stream] = {}
-        self._next_uid = 0
+        self._uids = itertools.count()
         self._next_number = 0
 
     def prepare(self, prompt: Prompt, params: SamplingParams) -> Generation:
@@ -220,9 +221,17 @@ class Frontend:
         self.executor.submit([stream.resumed() for stream in self._live.values() if stream.owner not in later])
 
     def withdraw(self, uids: Iterable[int]) -> list[Generation]:
-        """Take the generations of these requests off the ranks; they are live still, and to be resumed."""
+        """Take the generations of these requests off the ranks; they are live still, and to be resumed.
+
+        From now on they have other uids: what the ranks still say of the old ones, their end included, is nobody's.
+        """
         found = list({s.owner.number: s.owner for uid in uids if (s := self._live.get(uid)) is not None}.values())
-        self.executor.cancel([s.request.uid for g in found for s in g.sequences if not s.finished])
+        streams = [s for g in found for s in g.sequences if not s.finished]
+        self.executor.cancel([s.request.uid for s in streams])
+        for stream in streams:
+            del self._live[stream.request.uid]
+            stream.request = msgspec.structs.replace(stream.request, uid=next(self._uids))
+            self._live[stream.request.uid] = stream
         return found
 
     def resume(self, generation: Generation) -> None:
@@ -307,9 +316,7 @@ class Frontend:
         signed = (seed + INT64 // 2) % INT64 - INT64 // 2
         own = msgspec.structs.replace(params, n=1, seed=signed, max_tokens=max_tokens)
         stop_ids = [*params.stop_token_ids, *([] if params.ignore_eos else self.eos_token_ids)]
-        request = Request(self._next_uid, tokens, len(tokens), own, stop_ids)
-        self._next_uid += 1
-        return request
+        return Request(next(self._uids), tokens, len(tokens), own, stop_ids)
 
 
 def take_deltas(changed: Iterable[Stream], numbers: dict[int, int]) -> list[Delta]:

@@ -174,8 +174,11 @@ class Sampler:
 
     def _likely(self, scores: Tensor, slots: np.ndarray) -> Tensor:
         """-inf for what is less than min-p times as likely as the likeliest; scores [S, C]."""
+        min_p = self.min_p[slots]
+        if not min_p.any():
+            return scores
         with np.errstate(divide="ignore"):
-            factor = np.log(self.min_p[slots])  # -inf where there is none
+            factor = np.log(min_p)  # -inf where there is none
         least = scores.amax(-1, keepdim=True) + self._to_device(factor)[:, None]
         return scores.masked_fill(scores < least, -torch.inf)
 

@@ -16,7 +16,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-MARK = "LOCKSTEP_TEST_MARK"
+from processes import MARK, marked
+
 HEAD = "10.213.7.1"  # seen in the namespaces only
 ADDRESSES = {"a": HEAD, "b": "10.213.7.2"}
 RAY_START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
@@ -110,16 +111,7 @@ class Nodes:
 
     def marked(self, title: str = "") -> list[int]:
         """The processes of these nodes whose command line contains `title`."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                ours = f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:  # ended meanwhile
-                continue
-            if ours and title in command:
-                found.append(int(folder.name))
-        return found
+        return list(marked(self.mark, title))
 
     def close(self) -> None:
         """End what runs, and remove the namespaces, with their interfaces, and the files."""

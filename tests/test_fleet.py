@@ -24,10 +24,12 @@ from lockstep.launch.fleet.affinity import Affinity
 from lockstep.launch.server.config import ServerConfig
 from lockstep.runtime.outputs import RequestOutput
 
+from nodes import until
+from processes import MARK, marked
+
 pytest.importorskip("grpc", reason="needs lockstep[serve]")
 
 SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
-MARK = "LOCKSTEP_TEST_MARK"
 PROMPTS = ["In the beginning", "And the LORD spake unto Moses, saying,", "Blessed is", "The sons of", "The king"]
 LONG = 250  # tokens
 
@@ -96,16 +98,7 @@ class Server:
         return [rank["pid"] for rank in self.stats()["ranks"]]
 
     def marked(self, title: str = "") -> list[int]:
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                ours = f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if ours and title in command:
-                found.append(int(folder.name))
-        return found
+        return list(marked(self.mark, title))
 
 
 @pytest.fixture(scope="module")
@@ -232,12 +225,3 @@ def test_replicas_are_an_option_of_the_server() -> None:
     assert ServerConfig().replicas == 1
     with pytest.raises(ValueError, match="replicas=0 must be at least 1"):
         ServerConfig(replicas=0)
-
-
-def until(timeout_s: float, holds: Any) -> bool:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True

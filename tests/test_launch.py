@@ -36,6 +36,9 @@ from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.frontend import RequestRefused
 from lockstep.runtime.outputs import Delta, RequestOutput
 
+import processes
+from processes import MARK
+
 T = TypeVar("T")
 SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
 PROMPTS = ["In the beginning", "And the LORD spake unto Moses, saying,", "Blessed is"]
@@ -45,7 +48,6 @@ LONG = SamplingParams(temperature=0.8, seed=1, max_tokens=1500, ignore_eos=True)
 CPUS = 4
 HANGS = r"^no step has ended for \d+ s, .*rank 0 on [^\n]*$"
 BUG = r"^rank 1 on [^\n]* failed: IndexError: pop from empty list$"
-MARK = "LOCKSTEP_TEST_MARK"
 
 
 def new_mark() -> dict[str, str]:
@@ -53,18 +55,9 @@ def new_mark() -> dict[str, str]:
     return {MARK: uuid.uuid4().hex}
 
 
-def marked(mark: dict[str, str], title: str = "") -> dict[int, str]:
-    """The live processes with this mark whose command line contains `title`: pid -> command line."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            owned = f"{MARK}={mark[MARK]}".encode() in (folder / "environ").read_bytes().split(b"\0")
-            command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # ended meanwhile
-            continue
-        if owned and title in command:
-            found[int(folder.name)] = command
-    return found
+def marked(environment: dict[str, str], title: str = "") -> dict[int, str]:
+    """The live processes that were started with this mark and whose command line contains `title`."""
+    return processes.marked(environment[MARK], title)
 
 
 def left_after(timeout_s: float, find: Callable[[], T]) -> T:

@@ -47,8 +47,9 @@ from lockstep.runtime.scheduler import Limits
 from lockstep.runtime.stats import EngineStats, Profile
 from lockstep.runtime.tokenizer import Tokenizer
 
+from processes import MARK, marked
+
 SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
-MARK = "LOCKSTEP_TEST_MARK"
 SEEDED: dict[str, Any] = {"temperature": 0.9, "ignore_eos": True}
 NAMES = StructuredOutputsParams(regex=r"([A-Z][a-z]{2,9}, ){20,}and [A-Z][a-z]+\.")
 WORK = [
@@ -163,6 +164,7 @@ class Scripted:
         self.startup: dict[str, float] = {}
         self.live: dict[int, list[Any]] = {}  # request, length
         self.cancelled: list[int] = []
+        self.aborted: list[Finished] = []  # of those that were, to be told
         self.steps_left: float = float("inf")
         self.error: Exception = RankFailed("rank 1 on nowhere died: of the script")
         self.closed = False
@@ -177,8 +179,7 @@ class Scripted:
 
     def cancel(self, uids: Sequence[int]) -> None:
         self.cancelled += uids
-        for uid in uids:
-            self.live.pop(uid, None)
+        self.aborted += [Finished(uid, "abort") for uid in uids if self.live.pop(uid, None) is not None]
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         if self.live:
@@ -186,7 +187,7 @@ class Scripted:
             time.sleep(self.step_s)
         if self.steps_left < 0 or any(self.deadly.get(r.params.seed) == at for r, at in self.live.values()):  # type: ignore[arg-type]
             raise self.error
-        output = StepOutput([], [], [])
+        output, self.aborted = StepOutput([], [], self.aborted), []
         for uid, turn in list(self.live.items()):
             output.uids.append(uid)
             output.tokens.append(self.token(*turn))
@@ -195,7 +196,7 @@ class Scripted:
                 output.finished.append(Finished(uid, "length"))
                 del self.live[uid]
         self.stats.steps += 1
-        return [output] if output.uids else []
+        return [output] if output.uids or output.finished else []
 
     def start_profile(self, num_steps: int) -> None: ...
 
@@ -697,19 +698,6 @@ def test_starting_and_stopping_leaves_nothing() -> None:
 
 
 # -- on Ray
-
-
-def marked(mark: str, title: str = "") -> list[int]:
-    """The live processes with this mark whose command line contains `title`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            owned = f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
-            if owned and title in (folder / "cmdline").read_bytes().decode(errors="replace"):
-                found.append(int(folder.name))
-        except OSError:  # ended meanwhile
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")

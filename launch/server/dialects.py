@@ -44,7 +44,7 @@ class Piece:
     index: int
     text: str = ""
     tokens: list[Explained] = field(default_factory=list)  # those with log-probabilities
-    prompt: list[Explained] = field(default_factory=list)  # likewise, the whole prompt's
+    prompt: tuple[list[int], list[dict[int, Logprob] | None]] = ([], [])  # likewise, the whole prompt's
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -53,7 +53,7 @@ class Piece:
         if event.logprobs is not None:
             self.tokens += zip(event.token_ids, event.logprobs, strict=True)
         if event.prompt_logprobs is not None:
-            self.prompt = list(zip(event.prompt_token_ids, event.prompt_logprobs, strict=True))
+            self.prompt = event.prompt_token_ids, event.prompt_logprobs
         assert event.finish_reason != "abort", "an aborted output is an error, not an answer"
         assert event.finish_reason != "error"
         self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
@@ -107,7 +107,7 @@ class Completions:
         if self._num_top is None:
             return None
         found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for token, candidates in [*(piece.prompt if echo else []), *piece.tokens]:
+        for token, candidates in [*(zip(*piece.prompt, strict=True) if echo else ()), *piece.tokens]:
             if candidates is None:
                 assert echo is not None, "a prompt's first token"
                 text, logprob, table = echo.first, None, None
