@@ -20,7 +20,18 @@ from ..comm.nccl_group import NcclCommunicator, exchange
 from ..comm.symmetric import NotShared, join
 from ..comm.symmetric_group import SUMMED, Policy, SymmetricCommunicator
 from ..comm.timing import capture, eager_us, graph_us, settle
-from .algorithms import EPS, Algorithm, Case, Completion, NcclWindow, Ours, Plain, Unavailable, completion_inputs
+from .algorithms import (
+    EPS,
+    Algorithm,
+    Case,
+    Completion,
+    NcclWindow,
+    Ours,
+    Plain,
+    Unavailable,
+    completion_inputs,
+    shape_of,
+)
 from .others import FlashInfer, Place, TorchDistributed, TorchSymmetric
 from .rank import Endpoint, Rank
 
@@ -102,7 +113,7 @@ class Prober(Rank):
         for nbytes in self.spec.sizes:
             count = nbytes // self.dtype.itemsize
             if self._algorithms[name].fused:
-                count = math.prod(_whole(count, self.spec.hidden_size))
+                count = math.prod(shape_of(count, self.spec.hidden_size))
             cells = (self._cell(self._algorithms[name], mode, count, in_place) for in_place in (False, True))
             rows.append(Row(count * self.dtype.itemsize, count, *cells))
         return rows
@@ -259,10 +270,6 @@ def _wrong_completion(found: list[Tensor], added: Tensor, bound: Tensor, columns
 
 def _sum(tensors: list[Tensor]) -> Tensor:
     return torch.stack([x.double() for x in tensors]).sum(0)
-
-
-def _whole(count: int, columns: int) -> tuple[int, int]:
-    return max(1, count // columns), min(count, columns)
 
 
 def _modes(algorithm: Algorithm, device: torch.device) -> list[Mode]:

@@ -32,6 +32,7 @@ pytest.importorskip("grpc", reason="needs lockstep[serve]")
 SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
 PROMPTS = ["In the beginning", "And the LORD spake unto Moses, saying,", "Blessed is", "The sons of", "The king"]
 LONG = 250  # tokens
+QUEUED = 8  # more than are asked at once: who has no token yet counts as queued
 
 
 def test_the_longest_prefix_is_that_of_brute_force() -> None:
@@ -74,7 +75,7 @@ class Server:
         self.log = log
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
         program = "from lockstep.launch.cli import main; main()"
-        command = [sys.executable, "-c", program, "serve", "--replicas=2", "--port=0", "--max-queued=3", *flags]
+        command = [sys.executable, "-c", program, "serve", "--replicas=2", "--port=0", f"--max-queued={QUEUED}", *flags]
         environment = {**os.environ, MARK: self.mark}
         with log.open("w") as errors:
             self.process = subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True)
@@ -178,13 +179,13 @@ def test_more_than_the_queue_holds_is_refused(server: Server) -> None:
     with server.http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()
         next(lines)
-        more = {"prompt": [PROMPTS[0]] * 4, "max_tokens": 2}
+        more = {"prompt": [PROMPTS[0]] * (QUEUED + 1), "max_tokens": 2}
         response = server.http.post("/v1/completions", json=more)
         assert response.status_code == 429
         assert response.headers["retry-after"]
-    more["prompt"] = [PROMPTS[0]] * (at_once + 3)
+    more["prompt"] = [PROMPTS[0]] * (at_once + QUEUED)
     assert until(10, lambda: server.live() == 0)
-    assert len(server.http.post("/v1/completions", json=more).json()["choices"]) == at_once + 3
+    assert len(server.http.post("/v1/completions", json=more).json()["choices"]) == at_once + QUEUED
 
 
 def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(server: Server, undisturbed: list[str]) -> None:
@@ -199,6 +200,7 @@ def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(server: Server, un
             ]
             while min(map(len, got)) < 10:
                 await asyncio.sleep(0.01)
+                assert not any(task.done() and task.exception() for task in tasks), "a stream has failed"
             for pid in victims:
                 os.kill(pid, signal.SIGKILL)
             await asyncio.gather(*tasks)
