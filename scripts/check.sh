@@ -16,28 +16,10 @@ types() {
   (cd .venv/typecheck && ../bin/mypy --config-file lockstep/pyproject.toml -p lockstep.kernels -p lockstep.comm -p lockstep.runtime -p lockstep.launch)
 }
 
-halves() {
-  # Starting Ray leaves a core idle most of the time: the other tests run beside it, and report when it has ended.
-  local log ray=0 others=0
-  log=$(mktemp)
-  set -m # else what runs in the background, and all that it starts, is deaf to Ctrl-C, which tests send
-  .venv/bin/python -m pytest -q -m "not ray" >"$log" 2>&1 &
-  set +m
-  trap "kill $! 2>/dev/null || true" EXIT
-  .venv/bin/python -m pytest -q -m ray || ray=$?
-  wait $! || others=$?
-  cat "$log" && rm "$log"
-  return $((ray + others))
-}
-
 step format .venv/bin/ruff format --check --quiet .
 step lint .venv/bin/ruff check --quiet .
 step types types
-if [ $# -eq 0 ] && [ "$machine" = cpu ]; then
-  step tests halves
-else
-  step tests .venv/bin/python -m pytest -q "$@"
-fi
+step tests .venv/bin/python -m pytest -q "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "check: FAILED: ${failed[*]}" >&2

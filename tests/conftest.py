@@ -18,16 +18,10 @@ import lockstep  # noqa: F401 - takes the checkout off sys.path before transform
 
 from checkpoints import tiny_checkpoint
 
-# Start clusters, which takes longer than what they test.
-WITH_RAY = {f"test_{name}" for name in ("fleet", "hostile", "launch", "nodes", "preflight", "service")}
 
-
-@pytest.hookimpl(tryfirst=True)  # -m chooses afterwards
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gpus = torch.cuda.device_count()
     for item in items:
-        if item.path.stem in WITH_RAY:
-            item.add_marker("ray")
         needed = 2 if "multigpu" in item.keywords else 1 if "gpu" in item.keywords else 0
         if gpus < needed:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), this machine has {gpus}"))
