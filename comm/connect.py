@@ -63,7 +63,8 @@ def connect(
     _agree(exchange(store, "choice", "gloo" if why_not else str(nccl), rank, size, timeout_s))
     if why_not:
         return GlooCommunicator(rank, size, store=store, own_ip=own_ip, timeout_s=timeout_s, why=why_not)
-    group = NcclCommunicator(rank, size, store=store, nccl=nccl, device=device, timeout_s=timeout_s)
+    blocks = _share_of_blocks(device, size) if shares_device else None
+    group = NcclCommunicator(rank, size, store=store, nccl=nccl, device=device, timeout_s=timeout_s, max_blocks=blocks)
     return share_memory(group, all_reduce, store=store, device=device, shares_device=shares_device, timeout_s=timeout_s)
 
 
@@ -74,6 +75,14 @@ def _why_not_nccl(nccl: Nccl) -> str:
     if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
         return f"the ranks share a GPU, which {nccl} allows with NCCL_MULTI_RANK_GPU_ENABLE=1 only"
     return ""
+
+
+def _share_of_blocks(device: torch.device, ranks: int) -> int:
+    """Blocks that a rank may have waiting on a GPU that others use: half of the GPU stays free for those.
+
+    Else those that wait can keep from running whom they wait for: four ranks with NCCL's own choice hang.
+    """
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // (2 * ranks))
 
 
 def _agree(choices: list[str]) -> None:

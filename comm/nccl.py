@@ -78,11 +78,14 @@ class CommConfig(ctypes.Structure):
     ]
 
     @classmethod
-    def nonblocking(cls) -> CommConfig:
-        """Every call returns at once, so that a deadline can be kept and the group be aborted."""
+    def nonblocking(cls, max_ctas: int | None = None) -> CommConfig:
+        """Every call returns at once, so that a deadline can be kept and the group be aborted.
+
+        max_ctas  blocks of a kernel, at most; NCCL's own choice if None
+        """
         unset = {field[0]: UNDEFINED for field in cls._fields_ if field[1] is c_int}
         header = {"size": ctypes.sizeof(cls), "magic": 0xCAFEBEEF, "version": 22800}
-        return cls(**{**unset, **header, "blocking": 0})
+        return cls(**{**unset, **header, "blocking": 0, **({} if max_ctas is None else {"max_ctas": max_ctas})})
 
 
 _OUT = POINTER(c_void_p)

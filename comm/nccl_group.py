@@ -57,16 +57,25 @@ class NcclCommunicator(Communicator):
     A result goes to `out` where that is given. all_gather is in place if x is out[rank], reduce_scatter if out is
     x[rank], which it is by default; all_reduce's default is x itself.
     Raises NcclError for failures and after timeout_s, ValueError for a tensor that does not fit.
+    Its kernels have max_blocks blocks at most, as many as NCCL likes if None.
     """
 
     capturable = True
 
     def __init__(
-        self, rank: int, size: int, *, store: Store, nccl: Nccl, device: torch.device, timeout_s: float
+        self,
+        rank: int,
+        size: int,
+        *,
+        store: Store,
+        nccl: Nccl,
+        device: torch.device,
+        timeout_s: float,
+        max_blocks: int | None = None,
     ) -> None:
         self.rank, self.size = rank, size
         self.description = f"{nccl}, {size} ranks, {nccl.path}"
-        self._nccl, self._timeout_s = nccl, timeout_s
+        self._nccl, self._timeout_s, self._max_blocks = nccl, timeout_s, max_blocks
         self._inside = threading.Lock()  # nobody may be inside NCCL during an abort, and nobody after it
         self._comm: int | None = None
         self._latest = "joining"
@@ -180,7 +189,7 @@ class NcclCommunicator(Communicator):
     def _join(self, store: Store) -> None:
         name = self._nccl.unique_id().hex() if self.rank == 0 else ""
         name = exchange(store, "nccl", name, self.rank, self.size, self._timeout_s)[0]
-        comm, config = ctypes.c_void_p(), CommConfig.nonblocking()
+        comm, config = ctypes.c_void_p(), CommConfig.nonblocking(self._max_blocks)
         with _using(self._device):
             code = self._nccl.lib.ncclCommInitRankConfig(
                 ctypes.byref(comm), self.size, UniqueId.from_buffer_copy(bytes.fromhex(name)), self.rank, config

@@ -82,8 +82,12 @@ def host_words(count: int) -> Tensor:
 
 
 def most_blocks(device: int, ranks: int) -> int:
-    """Blocks of a launch, so that those of so many ranks are on one GPU at the same time: they wait for each other."""
-    return max(1, min(MAX_BLOCKS, _multiprocessors(device) // ranks))
+    """Blocks of a launch, so that those of so many ranks are on one GPU at the same time: they wait for each other.
+
+    Where there are several, half of the GPU is left to what comes before and beside them.
+    """
+    share = _multiprocessors(device) // (2 * ranks if ranks > 1 else 1)
+    return max(1, min(MAX_BLOCKS, share))
 
 
 def capture() -> int:
