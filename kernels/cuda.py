@@ -41,6 +41,7 @@ THREADS = 256  # at most, for all kernels: their __launch_bounds__
 VECTOR_BYTES = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a block gets more only when its kernel asks
 RACE_BLOCKS = 1024  # enough to fill any GPU
+HELD = 16  # as in sample.cu
 PRODUCT_ROWS = 8  # of x, at most, for the product that streams the weight
 STAGED_BYTES = 100 * 1024  # of x in shared memory, at most: two blocks share 227 KiB
 LEAST_SPLIT = 512  # keys: merging costs more than reading a few more
@@ -365,11 +366,29 @@ def winners(contenders: Tensor) -> Tensor:
 
 
 def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
-    return reference.best(logits, count, first_token=first_token)
+    rows, columns = logits.shape
+    parts = max(1, -(-columns // (THREADS * HELD)))
+    found = torch.empty(rows, parts, count, dtype=torch.int64, device=logits.device)
+    if rows:
+        v = _vector(columns, logits, strides=[logits.stride(0)])
+        room = 1 << (max(THREADS, count * HELD) - 1).bit_length()
+        kernel = _kernel("sample.cu", f"best<{_c(logits)}, {v}>", shared_bytes=room * found.element_size())
+        where = logits, np.int64(logits.stride(0)), np.int32(first_token), np.int32(columns)
+        kernel((rows, parts), THREADS, found, *where, np.int32(count), np.int32(room))
+    return found[:, 0] if parts == 1 else best(found.flatten(1), count)
 
 
-def unpack(contenders: Tensor) -> tuple[Tensor, Tensor]:
-    return reference.unpack(contenders)
+def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+    rows, count = contenders.shape
+    tokens = torch.empty(rows, dtype=torch.int32, device=contenders.device)
+    if rows:
+        given = contenders.contiguous(), temperature, top_k, top_p, min_p, keys
+        _kernel("sample.cu", "draw")((rows, 1), _threads(count), tokens, *given, np.int32(count))
+    return tokens
+
+
+def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    return reference.cut(ordered, top_k, top_p, min_p)
 
 
 def begin_decode_(

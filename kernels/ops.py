@@ -245,17 +245,47 @@ def winners(contenders: Tensor) -> Tensor:
 
 
 def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
-    """The `count` greatest of each row as contenders, [S, count] int64, descending; logits [S, V] as for `race`.
+    """The `count` greatest of each row as contenders, [S, count] int64, descending; count <= 256.
 
-    Where V is less, the rest is the least integer. `unpack` has scores and tokens.
+    logits  [S, V] as for `race`, or contenders themselves, int64, no two alike; where V is less than count, the rest is
+            the least integer, which is nobody's
     """
-    _check_logits(logits)
+    _require(1 <= count <= 256, "count", torch.tensor(count), "must be 1 to 256")
+    if logits.dtype != torch.int64:
+        _check_logits(logits)
     return _on(logits).best(logits, count, first_token=first_token)
 
 
-def unpack(contenders: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores float32 and tokens int32 of contenders, of any shape."""
-    return _on(contenders).unpack(contenders)
+def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+    """A token for each row, [S] int32, drawn as by `race` among those that `cut` leaves.
+
+    contenders    [S, C] int64 of logits, descending, as `best` has them; C <= 256
+    temperature   [S] float32, > 0: logits are divided by it
+    top_k         [S] int64, 0 for all; top_p, min_p [S] float32
+    keys          [S] int64
+    """
+    rows = contenders.shape[:1]
+    fits = contenders.dim() == 2 and contenders.dtype == torch.int64 and 1 <= contenders.shape[1] <= 256
+    _require(fits, "contenders", contenders, "must be [S, 1 to 256] int64")
+    for name, tensor, dtype in (
+        ("temperature", temperature, torch.float32),
+        ("top_k", top_k, torch.int64),
+        ("top_p", top_p, torch.float32),
+        ("min_p", min_p, torch.float32),
+        ("keys", keys, torch.int64),
+    ):
+        fits = tensor.shape == rows and tensor.dtype == dtype and tensor.is_contiguous()
+        _require(fits, name, tensor, f"must be [{rows[0]}] {dtype}")
+    return _on(contenders).draw(contenders, temperature, top_k, top_p, min_p, keys)
+
+
+def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """`ordered` with -inf for what min-p, then top-k, then top-p of what these left, exclude.
+
+    ordered       [S, C] float32: logits over the temperature, descending
+    top_k         [S] int64, 0 for all; top_p, min_p [S] float32: 1 and 0 for all
+    """
+    return _on(ordered).cut(ordered, top_k, top_p, min_p)
 
 
 def begin_decode_(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FP8_MAX = 448.0  # of float8_e4m3fn
+NOBODY = torch.iinfo(torch.int64).min  # less than any contender
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
 
@@ -179,7 +180,26 @@ def winners(contenders: Tensor) -> Tensor:
 
 
 def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
-    return _descending(_pack(logits.float(), _columns(logits, first_token)), count)
+    packed = logits if logits.dtype == torch.int64 else _pack(logits.float(), _columns(logits, first_token))
+    return _descending(packed, count)
+
+
+def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+    scores, tokens = unpack(contenders)
+    scores = scores.masked_fill(contenders == NOBODY, -torch.inf)
+    kept = cut(scores / temperature[:, None], top_k, top_p, min_p)
+    return winners(race(kept, torch.ones_like(temperature), keys, tokens=tokens)[None])
+
+
+def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    least = ordered[:, :1] + min_p.log()[:, None]  # -inf where there is none
+    place = torch.arange(ordered.shape[1], device=ordered.device)
+    excluded = (ordered < least) | ((place >= top_k[:, None]) & (top_k > 0)[:, None])
+    left = ordered.masked_fill(excluded, -torch.inf)
+    before = left.softmax(-1).cumsum(-1).roll(1, dims=-1)
+    before[:, 0] = 0  # the most likely token always stays
+    beyond = (before >= top_p[:, None]) & (top_p < 1)[:, None]  # rounding of the sum must not cut a tail
+    return left.masked_fill(beyond, -torch.inf)
 
 
 def unpack(contenders: Tensor) -> tuple[Tensor, Tensor]:
@@ -217,7 +237,7 @@ def _mirror_negative(bits: Tensor) -> Tensor:
 def _descending(packed: Tensor, count: int) -> Tensor:
     """The `count` greatest of each row; the least integer stands for what is not there."""
     missing = max(0, count - packed.shape[1])
-    return F.pad(packed, (0, missing), value=torch.iinfo(torch.int64).min).topk(count, dim=-1).values
+    return F.pad(packed, (0, missing), value=NOBODY).topk(count, dim=-1).values
 
 
 def _exponential(keys: Tensor, ids: Tensor) -> Tensor:

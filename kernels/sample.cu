@@ -1,7 +1,11 @@
-// race: a random token per row from logits, by the least E(v) / p(v); see race and winners in ops.py for the contract.
+// From logits to tokens: a race by the least E(v) / p(v) among all of a row (race, winners), or among the greatest of it that
+// top-k, top-p and min-p leave (best, draw). See ops.py for the contracts.
 #include "common.cuh"
 
 typedef unsigned long long u64;
+
+constexpr long long NOBODY = -0x7fffffffffffffffll - 1;  // less than any contender
+constexpr int HELD = 16;  // elements of a row in a thread of best
 
 // The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
 __device__ __forceinline__ u64 mix(u64 x) {
@@ -15,6 +19,21 @@ __device__ __forceinline__ long long pack(float score, int index) {
     const int bits = __float_as_int(score + 0.f);  // -0 becomes 0
     const int ordered = bits < 0 ? bits ^ 0x7fffffff : bits;
     return ((long long)ordered << 32) | (0xffffffffu - (unsigned)index);
+}
+
+__device__ __forceinline__ float score_of(long long contender) {
+    const int ordered = (int)(contender >> 32);
+    return __int_as_float(ordered < 0 ? ordered ^ 0x7fffffff : ordered);
+}
+
+__device__ __forceinline__ int token_of(long long contender) { return (int)(0xffffffffu - (unsigned)contender); }
+
+// The 52 random bits of a token.
+__device__ __forceinline__ u64 noise(u64 key, int token) { return mix(key + 0x9E3779B97F4A7C15ull * (u64)token) >> 12; }
+
+// log(p / E) up to a constant of the row. double: 52 random bits stay apart, also where E is small and decides.
+__device__ __forceinline__ float drawn(float score, u64 bits) {
+    return score - logf((float)-log(((double)bits + 0.5) * 0x1p-52));
 }
 
 // A lower bound of the score of a token with these 52 random bits: E = -log(u) is at most (1 - u) / u.
@@ -34,7 +53,7 @@ __global__ void __launch_bounds__(256) race(
     const int* names = tokens + (NAMED ? (long long)blockIdx.x * vocab : 0);
     const float t = temperature[blockIdx.x], inverse = 1.f / t;
     const u64 key = (u64)keys[blockIdx.x];
-    long long mine = -0x7fffffffffffffffll - 1;
+    long long mine = NOBODY;
     float bar = -infinity();  // no more than the best score of this warp
     bool started = t == 0.f;
     for (int base = (blockIdx.y * blockDim.x + threadIdx.x / 32 * 32) * V; base < vocab; base += gridDim.y * blockDim.x * V) {
@@ -48,7 +67,7 @@ __global__ void __launch_bounds__(256) race(
         for (int i = 0; i < V; ++i) {
             token[i] = !NAMED ? first_token + first + i : first + i < vocab ? names[first + i] : 0;
             if (first + i < vocab) high = fmaxf(high, to_float(values.at[i]));
-            if (t > 0.f) bits[i] = mix(key + 0x9E3779B97F4A7C15ull * (u64)token[i]) >> 12;
+            if (t > 0.f) bits[i] = noise(key, token[i]);
             if (!started && first + i < vocab) bar = fmaxf(bar, least(to_float(values.at[i]) * inverse, bits[i]));
         }
         if (!started)
@@ -63,8 +82,7 @@ __global__ void __launch_bounds__(256) race(
             float score = to_float(values.at[i]);
             if (t > 0.f) {
                 if ((unsigned)(~bits[i] >> 20) > limit) continue;  // the upper bits of 1 - u, rounded down
-                // double: 52 random bits stay apart, also where E is small and decides.
-                score = __fdiv_rn(score, t) - logf((float)-log(((double)bits[i] + 0.5) * 0x1p-52));
+                score = drawn(__fdiv_rn(score, t), bits[i]);
             }
             if (score < bar) continue;
             bar = score;
@@ -86,5 +104,101 @@ extern "C" __global__ void winners(int* __restrict__ tokens, const long long* __
     if (row >= rows) return;
     long long best = contenders[row];
     for (int rank = 1; rank < ranks; ++rank) best = max(best, contenders[(long long)rank * rows + row]);
-    tokens[row] = (int)(0xffffffffu - (unsigned)best);
+    tokens[row] = token_of(best);
+}
+
+template <typename T> __device__ __forceinline__ long long contender(T logit, int token) { return pack(to_float(logit), token); }
+template <> __device__ __forceinline__ long long contender(long long packed, int) { return packed; }
+
+// Batcher's bitonic network; `size` is a power of two. Begins and ends with the threads of the block in step.
+__device__ __forceinline__ void sort_descending(long long* items, int size) {
+    for (int width = 2; width <= size; width *= 2) {
+        for (int step = width / 2; step > 0; step /= 2) {
+            __syncthreads();
+            for (int pair = threadIdx.x; pair < size / 2; pair += blockDim.x) {
+                const int i = 2 * pair - (pair & (step - 1)), j = i + step;
+                const long long a = items[i], b = items[j];
+                if ((a < b) == !(i & width)) items[i] = b, items[j] = a;
+            }
+        }
+    }
+    __syncthreads();
+}
+
+// Grid (S, parts): the `count` greatest of a part of a row, of logits or of contenders, descending; NOBODY where there are fewer.
+// Each thread has HELD of them. The count-th greatest of the threads' own greatest is a bar that `count` of all pass for sure, at
+// most count * HELD, and about as many as are wanted where the order is random: only these are sorted. blockDim.x is a power of
+// two, `count` no more, and `room` a power of two >= count * HELD.
+template <typename T, int V>
+__global__ void __launch_bounds__(256, 4) best(
+    long long* __restrict__ out, const T* __restrict__ in, long long row_stride, int first_token, int columns, int count, int room) {
+    extern __shared__ long long items[];  // [room]
+    __shared__ int passed;
+    const T* row = in + blockIdx.x * row_stride;
+    const int start = blockIdx.y * blockDim.x * HELD;
+    long long mine[HELD], most = NOBODY;
+    #pragma unroll
+    for (int r = 0; r < HELD; r += V) {
+        const int first = start + r * blockDim.x + threadIdx.x * V;
+        Vec<T, V> values;
+        if (first < columns) values = *reinterpret_cast<const Vec<T, V>*>(row + first);
+        #pragma unroll
+        for (int i = 0; i < V; ++i) {
+            mine[r + i] = first < columns ? contender(values.at[i], first_token + first + i) : NOBODY;
+            most = max(most, mine[r + i]);
+        }
+    }
+    items[threadIdx.x] = most;
+    if (threadIdx.x == 0) passed = 0;
+    sort_descending(items, blockDim.x);
+    const long long bar = items[count - 1];
+    __syncthreads();
+    #pragma unroll
+    for (int i = 0; i < HELD; ++i) {
+        if (mine[i] < bar || mine[i] == NOBODY) continue;
+        const int place = atomicAdd(&passed, 1);
+        if (place < room) items[place] = mine[i];
+    }
+    __syncthreads();
+    const int there = min(passed, room);
+    int size = 1;
+    while (size < max(there, count)) size *= 2;
+    for (int i = there + threadIdx.x; i < size; i += blockDim.x) items[i] = NOBODY;
+    sort_descending(items, size);
+    out += ((long long)blockIdx.x * gridDim.y + blockIdx.y) * count;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = items[i];
+}
+
+// A block for each row of contenders [S, count], descending; a thread for each, and more up to a whole warp. Sums go in the same
+// order whatever else is in the batch.
+extern "C" __global__ void __launch_bounds__(256) draw(
+    int* __restrict__ tokens, const long long* __restrict__ contenders, const float* __restrict__ temperature,
+    const long long* __restrict__ top_k, const float* __restrict__ top_p, const float* __restrict__ min_p,
+    const long long* __restrict__ keys, int count) {
+    __shared__ float mass[256];
+    __shared__ long long best_of[8];
+    const int row = blockIdx.x, i = threadIdx.x;
+    const float t = temperature[row], p = top_p[row], least = min_p[row];
+    const long long k = top_k[row];
+    contenders += (long long)row * count;
+    const long long own = i < count ? contenders[i] : NOBODY;
+    const float greatest = __fdiv_rn(score_of(contenders[0]), t), score = __fdiv_rn(score_of(own), t);
+    bool kept = own != NOBODY && (k <= 0 || i < k) && (least <= 0.f || score >= greatest + logf(least));
+    mass[i] = kept ? expf(score - greatest) : 0.f;
+    for (int step = 1; step < blockDim.x; step *= 2) {  // its running sum
+        __syncthreads();
+        const float before = i >= step ? mass[i - step] : 0.f;
+        __syncthreads();
+        mass[i] += before;
+    }
+    __syncthreads();
+    if (i > 0 && p < 1.f && mass[i - 1] >= p * mass[blockDim.x - 1]) kept = false;
+    const int token = token_of(own);
+    long long mine = kept ? pack(drawn(score, noise((u64)keys[row], token)), token) : NOBODY;
+    for (int step = 16; step > 0; step >>= 1) mine = max(mine, __shfl_xor_sync(0xffffffffu, mine, step));
+    if (i % 32 == 0) best_of[i / 32] = mine;
+    __syncthreads();
+    if (i > 0) return;
+    for (int warp = 1; warp < blockDim.x / 32; ++warp) mine = max(mine, best_of[warp]);
+    tokens[row] = token_of(mine);
 }

@@ -83,12 +83,14 @@ class Sampler:
         for row in np.flatnonzero(self.edited[slots]).tolist():
             self._edit(logits.shard[row], int(slots[row]), int(positions[row]), tokens)
         temperature, keys = (self._to_device(array) for array in self.race_inputs(slots, positions))
-        chosen = logits.race(temperature, keys)
-        for wanted, draw in ((self.few, self._among_few), (self.filtered, self._among_all)):
-            rows = np.flatnonzero(wanted[slots])
-            if len(rows):
-                index = self._to_device(rows)
-                chosen[index] = draw(logits[index], slots[rows], temperature[index], keys[index])
+        few, filtered = self.few[slots], self.filtered[slots]
+        chosen = torch.empty(len(slots), dtype=torch.int32, device=self.device)
+        for wanted, draw in ((~few & ~filtered, self._race), (few, self._among_few), (filtered, self._among_all)):
+            if wanted.all():
+                return draw(logits, slots, temperature, keys)
+            if wanted.any():
+                index = self._to_device(np.flatnonzero(wanted))
+                chosen[index] = draw(logits[index], slots[wanted], temperature[index], keys[index])
         return chosen
 
     def race_inputs(self, slots: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -144,43 +146,29 @@ class Sampler:
         counts = torch.bincount(tokens[state.num_prompt_tokens :], minlength=len(logits))
         logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
 
+    def _race(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
+        return logits.race(temperature, keys)
+
     def _among_few(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
         """Draws where top-k keeps at most CANDIDATES of a row: they are exchanged instead of the logits."""
-        scores, tokens = logits.top(CANDIDATES)
-        kept = self._cut(scores / temperature[:, None], slots)
-        return ops.winners(ops.race(kept, torch.ones_like(temperature), keys, tokens=tokens)[None])
+        return ops.draw(logits.best(CANDIDATES), temperature, *self._bounds(slots), keys)
 
     def _among_all(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
         """Draws from the whole vocabulary, which is here."""
         scores = logits.shard / temperature[:, None]
+        top_k, top_p, min_p = self._bounds(slots)
         if (self.top_p[slots] < 1).any() or self.top_k[slots].any():
             ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
-            scores = torch.empty_like(scores).scatter_(-1, ids, self._cut(ordered, slots))
+            scores = torch.empty_like(scores).scatter_(-1, ids, ops.cut(ordered, top_k, top_p, min_p))
         else:
-            scores = self._likely(scores, slots)
+            least = scores.amax(-1, keepdim=True) + min_p.log()[:, None]
+            scores = scores.masked_fill(scores < least, -torch.inf)
         return ops.winners(ops.race(scores, torch.ones_like(temperature), keys)[None])
 
-    def _cut(self, ordered: Tensor, slots: np.ndarray) -> Tensor:
-        """-inf for what min-p, then top-k, then top-p of what top-k left, exclude; scores [S, C], descending."""
-        top_k, top_p = self.top_k[slots], self.top_p[slots]
-        ordered = self._likely(ordered, slots)
-        k = self._to_device(np.where(top_k > 0, top_k, ordered.shape[1]))
-        ordered = ordered.masked_fill(torch.arange(ordered.shape[1], device=self.device) >= k[:, None], -torch.inf)
-        before = ordered.softmax(-1).cumsum(-1).roll(1, dims=-1)
-        before[:, 0] = 0  # the most likely token always stays
-        exclude = before >= self._to_device(top_p)[:, None]
-        exclude &= self._to_device(top_p < 1)[:, None]  # rounding of the sum must not cut a tail
-        return ordered.masked_fill(exclude, -torch.inf)
-
-    def _likely(self, scores: Tensor, slots: np.ndarray) -> Tensor:
-        """-inf for what is less than min-p times as likely as the likeliest; scores [S, C]."""
-        min_p = self.min_p[slots]
-        if not min_p.any():
-            return scores
-        with np.errstate(divide="ignore"):
-            factor = np.log(min_p)  # -inf where there is none
-        least = scores.amax(-1, keepdim=True) + self._to_device(factor)[:, None]
-        return scores.masked_fill(scores < least, -torch.inf)
+    def _bounds(self, slots: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """top_k, top_p and min_p of these slots, on the device."""
+        top_k, top_p, min_p = (self._to_device(values[slots]) for values in (self.top_k, self.top_p, self.min_p))
+        return top_k, top_p, min_p
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import torch
 import lockstep  # noqa: F401 - takes the checkout off sys.path before transformers looks for a package `kernels`
 
 from checkpoints import tiny_checkpoint
+
+# A shell's background jobs ignore Ctrl-C, and so would all that the tests start there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -216,15 +216,58 @@ def test_race_takes_the_lower_id_of_equals_and_never_an_excluded_one(device: str
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [0, 5, 64, 3000])
-def test_best_is_a_stable_sort(device: str, vocab: int, dtype: torch.dtype) -> None:
-    logits = ((torch.randn(5, vocab, device=device) * 8).round() / 4).to(dtype)
-    scores, tokens = ops.unpack(ops.best(logits, 64, first_token=11))
-    there = min(vocab, 64)
+@pytest.mark.parametrize(("rows", "vocab"), [(0, 9), (5, 0), (5, 5), (5, 64), (5, 3000), (3, 4097), (2, 151_936)])
+@pytest.mark.parametrize("count", [1, 40, 64, 256])
+def test_best_is_a_stable_sort(device: str, rows: int, vocab: int, count: int, dtype: torch.dtype) -> None:
+    """Also where the greatest lie together, so that one thread sees them all, and where all are equal."""
+    logits = ((torch.randn(rows, vocab, device=device) * 8).round() / 4).to(dtype)
+    logits[1:2], logits[2:3] = torch.linspace(-9, 9, vocab, device=device), 1.0
+    logits[3:4] = torch.linspace(9, -9, vocab, device=device)
+    logits[4:5, : vocab // 2] = -torch.inf
+    found = ops.best(logits, count, first_token=11)
+    scores, tokens = reference.unpack(found)
+    there = min(vocab, count)
     wanted, order = logits.float().sort(dim=-1, descending=True, stable=True)
     assert torch.equal(scores[:, :there], wanted[:, :there])
     assert torch.equal(tokens[:, :there].long(), order[:, :there] + 11)
-    assert (ops.best(logits, 64)[:, there:] == torch.iinfo(torch.int64).min).all()
+    assert (found[:, there:] == torch.iinfo(torch.int64).min).all()
+    if count == 64:  # of parts, it is that of the whole
+        cut = vocab // 3
+        parts = [
+            ops.best(logits[:, :cut], count, first_token=11),
+            ops.best(logits[:, cut:], count, first_token=11 + cut),
+        ]
+        assert torch.equal(ops.best(torch.cat(parts, 1), count), found)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(0, 64), (1, 1), (300, 64), (60, 33), (60, 256)])
+def test_draw_is_a_race_among_what_is_left(device: str, rows: int, count: int) -> None:
+    torch.manual_seed(rows)
+    logits = (torch.randn(rows, 1000, device=device) * 2).bfloat16()
+    temperature = torch.rand(rows, device=device) + 0.3
+    top_k = torch.randint(0, 40, (rows,), device=device)
+    top_p, min_p = torch.rand(rows, device=device), torch.rand(rows, device=device) / 5
+    top_p[::3], min_p[::2] = 1.0, 0.0
+    keys = torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
+    contenders = ops.best(logits, count)
+    found = ops.draw(contenders, temperature, top_k, top_p, min_p, keys).cpu()
+
+    scores, tokens = (x.cpu() for x in reference.unpack(contenders))
+    for row in range(rows):
+        likelihood = (scores[row].double() / temperature[row].item()).softmax(0)
+        left = likelihood >= min_p[row].item() * likelihood[0]
+        left[int(top_k[row]) or count :] = False
+        likelihood = likelihood * left / (likelihood * left).sum()
+        before = likelihood.cumsum(0) - likelihood
+        if ((before - top_p[row].item()).abs() < 1e-6).any() and top_p[row] < 1:
+            continue  # too close to tell
+        left &= (before < top_p[row].item()) | (top_p[row].item() == 1)
+        left[0] = True
+        kept = torch.where(left, scores[row] / temperature[row].cpu(), -torch.inf)
+        ones, key = torch.ones(1), keys[row : row + 1].cpu()
+        assert found[row] == reference.winners(
+            reference.race(kept[None], ones, key, tokens=tokens[row : row + 1])[None]
+        )
 
 
 SHAPES = [

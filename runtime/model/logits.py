@@ -51,11 +51,11 @@ class Logits:
         contenders = ops.race(self._own, temperature, keys, first_token=self._first)
         return ops.winners(self.comm.all_gather(contenders))
 
-    def top(self, count: int) -> tuple[Tensor, Tensor]:
-        """The greatest `count` of each row, or as many as there are, in descending order and equal ones by token.
+    def best(self, count: int) -> Tensor:
+        """The contenders of the greatest `count` of each row, or of as many as there are, descending.
 
-        Scores [S, C] float32 and tokens [S, C] int32, the same on every rank.
+        [S, C] int64 as `ops.best` has them, equal logits by token; the same on every rank.
         """
         contenders = self.comm.all_gather(ops.best(self._own, count, first_token=self._first))  # [ranks, S, count]
-        whole = contenders.transpose(0, 1).flatten(1)
-        return ops.unpack(whole.topk(min(count, self.vocab_size), dim=-1).values)
+        several = contenders.transpose(0, 1).flatten(1)
+        return (several if len(contenders) == 1 else ops.best(several, count))[:, : self.vocab_size]
