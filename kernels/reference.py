@@ -176,7 +176,7 @@ def race(
 
 
 def winners(contenders: Tensor) -> Tensor:
-    return unpack(contenders.amax(0))[1]
+    return _unpack(contenders.amax(0))[1]
 
 
 def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
@@ -185,7 +185,7 @@ def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
 
 
 def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
-    scores, tokens = unpack(contenders)
+    scores, tokens = _unpack(contenders)
     scores = scores.masked_fill(contenders == NOBODY, -torch.inf)
     kept = cut(scores / temperature[:, None], top_k, top_p, min_p)
     return winners(race(kept, torch.ones_like(temperature), keys, tokens=tokens)[None])
@@ -200,11 +200,6 @@ def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     before[:, 0] = 0  # the most likely token always stays
     beyond = (before >= top_p[:, None]) & (top_p < 1)[:, None]  # rounding of the sum must not cut a tail
     return left.masked_fill(beyond, -torch.inf)
-
-
-def unpack(contenders: Tensor) -> tuple[Tensor, Tensor]:
-    scores = _mirror_negative((contenders >> 32).int()).view(torch.float32)
-    return scores, (0xFFFFFFFF - (contenders & 0xFFFFFFFF)).int()
 
 
 def begin_decode_(
@@ -227,6 +222,12 @@ def _pack(scores: Tensor, ids: Tensor) -> Tensor:
     """Scores [S, V] float32 and ids [V] or [S, V] as integers in the order of (score, -id); 0 and -0 are equal."""
     ordered = _mirror_negative((scores + 0.0).view(torch.int32)).long()
     return (ordered << 32) | (0xFFFFFFFF - ids.long())
+
+
+def _unpack(contenders: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores float32 and tokens int32."""
+    scores = _mirror_negative((contenders >> 32).int()).view(torch.float32)
+    return scores, (0xFFFFFFFF - (contenders & 0xFFFFFFFF)).int()
 
 
 def _mirror_negative(bits: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ const char* ncclGetLastError(void*) { return "socket closed\nby its peer"; }
 int ncclCommInitRankConfig(Comm** out, int size, UniqueId id, int rank, Config* config) {
   Lock lock(mutex);
   note("init", rank, size, config->size, config->magic == 0xcafebeef, config->version, config->blocking,
-       config->splitShare == INT_MIN, config->netName == nullptr);
+       config->splitShare == INT_MIN, config->netName == nullptr, config->maxCTAs);
   if (int code = setting("fail")) { *out = nullptr; return code; }
   Group*& group = groups[std::string(id.bytes, 128)];
   if (!group) group = new Group;

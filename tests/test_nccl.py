@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -291,7 +292,7 @@ def test_what_nccl_is_given(stub: Stub) -> None:
 
     run(stub, job)
     assert [line for line in stub.log if line.split()[1] == "1"] == [
-        "init 1 2 80 1 22800 0 1 1",  # size, magic, version, non-blocking, the rest unset
+        "init 1 2 80 1 22800 0 1 1 -2147483648",  # size, magic, version, non-blocking, the rest unset
         f"all_reduce 1 1 7 0 {STREAM}",  # the barrier at the start: float32
         f"all_reduce 1 15 9 0 {STREAM}",  # bfloat16, sum
         f"all_gather 1 12 1 {STREAM}",  # bytes
@@ -552,10 +553,13 @@ def test_ranks_that_share_a_gpu_use_nccl_where_it_can(monkeypatch: pytest.Monkey
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda n, device: zeros(n))  # there is no GPU here
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
     for found in connect_all(monkeypatch, stub, [23203] * 2, shares_device=True):
         assert isinstance(found, NcclCommunicator)
         assert found.description == f"NCCL 2.32.3, 2 ranks, {stub.path}"
         assert found.capturable
+    limits = [line.split()[-1] for line in stub.log if line.startswith("init")]
+    assert limits == ["33"] * 2  # two ranks leave half of the GPU free
 
 
 def test_the_option_is_a_path_for_ranks_on_gpus() -> None:
