@@ -46,6 +46,7 @@ PRODUCT_ROWS = 8  # of x, at most, for the product that streams the weight
 STAGED_BYTES = 100 * 1024  # of x in shared memory, at most: two blocks share 227 KiB
 LEAST_SPLIT = 512  # keys: merging costs more than reading a few more
 LOG2_E = 1.4426950408889634
+NUCLEUS_THREADS = 1024  # of the one block that has a row
 GROUP_THREADS = 1024  # of the one block that groups pairs by expert
 Product = Callable[[Tensor, Tensor, Tensor], None]  # of experts: writes out from x and weights, with SiLU if gated
 # The tiles of a grouped product by their rows: warps down and across, 16 x 16 tiles down and across a warp, stages.
@@ -384,6 +385,17 @@ def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, 
     if rows:
         given = contenders.contiguous(), temperature, top_k, top_p, min_p, keys
         _kernel("sample.cu", "draw")((rows, 1), _threads(count), tokens, *given, np.int32(count))
+    return tokens
+
+
+def nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+    rows, vocab = logits.shape
+    tokens = torch.zeros(rows, dtype=torch.int32, device=logits.device)
+    if rows and vocab:
+        v = _vector(vocab, logits, strides=[logits.stride(0)])
+        kernel = _kernel("sample.cu", f"nucleus<{_c(logits)}, {v}>")
+        where = logits, np.int64(logits.stride(0))
+        kernel((rows, 1), NUCLEUS_THREADS, tokens, *where, temperature, top_p, min_p, keys, np.int32(vocab))
     return tokens
 
 

@@ -264,19 +264,20 @@ def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, 
     top_k         [S] int64, 0 for all; top_p, min_p [S] float32
     keys          [S] int64
     """
-    rows = contenders.shape[:1]
     fits = contenders.dim() == 2 and contenders.dtype == torch.int64 and 1 <= contenders.shape[1] <= 256
     _require(fits, "contenders", contenders, "must be [S, 1 to 256] int64")
-    for name, tensor, dtype in (
-        ("temperature", temperature, torch.float32),
-        ("top_k", top_k, torch.int64),
-        ("top_p", top_p, torch.float32),
-        ("min_p", min_p, torch.float32),
-        ("keys", keys, torch.int64),
-    ):
-        fits = tensor.shape == rows and tensor.dtype == dtype and tensor.is_contiguous()
-        _require(fits, name, tensor, f"must be [{rows[0]}] {dtype}")
+    _check_rows(len(contenders), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, keys=keys)
     return _on(contenders).draw(contenders, temperature, top_k, top_p, min_p, keys)
+
+
+def nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+    """A token for each row, [S] int32, drawn as by `race` among those of the whole row that min-p, then top-p leave.
+
+    logits [S, V] as for `race`; temperature, top_p, min_p and keys [S] as for `draw`. (Holtzman et al., 2020)
+    """
+    _check_logits(logits)
+    _check_rows(len(logits), temperature=temperature, top_p=top_p, min_p=min_p, keys=keys)
+    return _on(logits).nucleus(logits, temperature, top_p, min_p, keys)
 
 
 def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -319,6 +320,14 @@ def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
 
 def _check_logits(logits: Tensor) -> None:
     _require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [S, V], floating point")
+
+
+def _check_rows(rows: int, **given: Tensor) -> None:
+    """What each row of a batch has of its own for sampling: floats, and integers for `keys` and `top_k`."""
+    for name, tensor in given.items():
+        dtype = torch.int64 if name in ("keys", "top_k") else torch.float32
+        fits = tensor.shape == (rows,) and tensor.dtype == dtype and tensor.is_contiguous()
+        _require(fits, name, tensor, f"must be [{rows}] {dtype}")
 
 
 def _on(tensor: Tensor) -> ModuleType:

@@ -191,6 +191,12 @@ def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, 
     return winners(race(kept, torch.ones_like(temperature), keys, tokens=tokens)[None])
 
 
+def nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+    ordered, ids = (logits.float() / temperature[:, None]).sort(dim=-1, descending=True, stable=True)
+    kept = cut(ordered, torch.zeros_like(keys), top_p, min_p)
+    return winners(race(kept, torch.ones_like(temperature), keys, tokens=ids.int())[None])
+
+
 def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     least = ordered[:, :1] + min_p.log()[:, None]  # -inf where there is none
     place = torch.arange(ordered.shape[1], device=ordered.device)

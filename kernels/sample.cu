@@ -1,5 +1,5 @@
-// From logits to tokens: a race by the least E(v) / p(v) among all of a row (race, winners), or among the greatest of it that
-// top-k, top-p and min-p leave (best, draw). See ops.py for the contracts.
+// From logits to tokens: a race by the least E(v) / p(v) among all of a row (race, winners), among the greatest of it that top-k,
+// top-p and min-p leave (best, draw), or among what top-p and min-p leave of all (nucleus). See ops.py for the contracts.
 #include "common.cuh"
 
 typedef unsigned long long u64;
@@ -201,4 +201,87 @@ extern "C" __global__ void __launch_bounds__(256) draw(
     if (i > 0) return;
     for (int warp = 1; warp < blockDim.x / 32; ++warp) mine = max(mine, best_of[warp]);
     tokens[row] = token_of(mine);
+}
+
+template <typename T> __device__ __forceinline__ T block_max(T mine) {
+    __shared__ T of[32];
+    for (int i = 16; i > 0; i >>= 1) mine = max(mine, __shfl_xor_sync(0xffffffffu, mine, i));
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) of[threadIdx.x / 32] = mine;
+    __syncthreads();
+    for (int warp = 0; warp < blockDim.x / 32; ++warp) mine = max(mine, of[warp]);
+    return mine;
+}
+
+// A block for each row. The winner of the race among all has also won among those that are left, if it is one of them; else these
+// are all greater than it, and it is among the greater that the race is run again. So nothing is sorted, and there are two or
+// three passes in most cases. (Rejection sampling as in FlashInfer's top-p; here each round's winner is a function of the key.)
+template <typename T, int V>
+__global__ void __launch_bounds__(1024) nucleus(
+    int* __restrict__ tokens, const T* __restrict__ logits, long long row_stride, const float* __restrict__ temperature,
+    const float* __restrict__ top_p, const float* __restrict__ min_p, const long long* __restrict__ keys, int vocab) {
+    const T* row = logits + blockIdx.x * row_stride;
+    const float t = temperature[blockIdx.x], p = top_p[blockIdx.x];
+    const u64 key = (u64)keys[blockIdx.x];
+    auto for_all = [&](auto f) {  // f(values, first, how many) on all lanes of a warp together
+        for (int base = threadIdx.x / 32 * 32 * V; base < vocab; base += blockDim.x * V) {
+            const int first = base + threadIdx.x % 32 * V;
+            Vec<T, V> values;
+            if (first < vocab) values = *reinterpret_cast<const Vec<T, V>*>(row + first);
+            f(values, first, first < vocab ? V : 0);
+        }
+    };
+    float high = -infinity();
+    for_all([&](const Vec<T, V>& values, int, int count) {
+        #pragma unroll
+        for (int i = 0; i < V; ++i) if (i < count) high = fmaxf(high, to_float(values.at[i]));
+    });
+    const float greatest = __fdiv_rn(block_max(high), t);
+    const float least = min_p[blockIdx.x] > 0.f ? greatest + logf(min_p[blockIdx.x]) : -infinity();
+    float mass = 0.f;
+    for_all([&](const Vec<T, V>& values, int, int count) {
+        #pragma unroll
+        for (int i = 0; i < V; ++i) {
+            const float score = i < count ? __fdiv_rn(to_float(values.at[i]), t) : -infinity();
+            if (score >= least) mass += expf(score - greatest);
+        }
+    });
+    mass = block_sum(mass);
+    for (long long floor = NOBODY;;) {  // which is none of those that are left
+        long long mine = NOBODY;
+        float bar = -infinity();  // no more than the best of this warp
+        for_all([&](const Vec<T, V>& values, int first, int count) {
+            #pragma unroll
+            for (int i = 0; i < V; ++i) {
+                if (i >= count) continue;
+                const float logit = to_float(values.at[i]);
+                float score = __fdiv_rn(logit, t);
+                if (score < least || pack(logit, first + i) <= floor) continue;
+                const u64 bits = noise(key, first + i);
+                // E is at least 1 - u, whose upper bits these are: no logarithm is precise for who cannot win even so.
+                const float rest = (float)(unsigned)(~bits >> 20) * 0x1p-32f;
+                if (score - __logf(rest) + 1e-3f + 1e-6f * fminf(fabsf(score), 1e30f) < bar) continue;
+                score = drawn(score, bits);
+                if (score < bar) continue;
+                bar = score;
+                mine = max(mine, pack(score, first + i));
+            }
+            for (int i = 16; i > 0; i >>= 1) bar = fmaxf(bar, __shfl_xor_sync(0xffffffffu, bar, i));
+        });
+        const int winner = token_of(block_max(mine));
+        if (winner < 0) break;  // cannot be: the greatest is always left
+        floor = pack(to_float(row[winner]), winner);
+        float above = 0.f;
+        for_all([&](const Vec<T, V>& values, int first, int count) {
+            #pragma unroll
+            for (int i = 0; i < V; ++i) {
+                if (i >= count || pack(to_float(values.at[i]), first + i) <= floor) continue;
+                above += expf(__fdiv_rn(to_float(values.at[i]), t) - greatest);
+            }
+        });
+        above = block_sum(above);
+        if (above > 0.f && p < 1.f && above >= p * mass) continue;
+        if (threadIdx.x == 0) tokens[blockIdx.x] = winner;
+        break;
+    }
 }

@@ -19,6 +19,7 @@ from .model.logits import Logits
 from .plan import Admission, TokenLogprobs
 from .request import SamplingParams
 
+RACE, FEW, NUCLEUS, SORTED = range(4)  # ways to draw; from NUCLEUS on the whole vocabulary is needed
 CANDIDATES = 64  # of a row, where top-k keeps no more; one number, so that sums have the same bits in any batch
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
@@ -47,8 +48,7 @@ class Sampler:
         self.top_p, self.min_p = np.ones(max_num_seqs, np.float32), np.zeros(max_num_seqs, np.float32)
         self.top_k = np.zeros(max_num_seqs, np.int64)
         self.seed = np.zeros(max_num_seqs, np.uint64)
-        self.few = np.zeros(max_num_seqs, bool)  # top-k keeps at most CANDIDATES; top-p and min-p choose among these
-        self.filtered = np.zeros(max_num_seqs, bool)  # top-k, top-p or min-p among all tokens
+        self.way = np.full(max_num_seqs, RACE, np.int8)
         self.edited = np.zeros(max_num_seqs, bool)  # logits are changed before sampling
         self.logprobs = np.full(max_num_seqs, -1, np.int32)
         self.prompt_logprobs = np.full(max_num_seqs, -1, np.int32)
@@ -63,9 +63,7 @@ class Sampler:
         self.slots[slot] = state
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
         self.top_k[slot], self.seed[slot] = max(p.top_k, 0), p.seed % 2**64
-        filtered = p.temperature > 0 and (p.top_k > 0 or p.top_p < 1 or p.min_p > 0)
-        self.few[slot] = filtered and 0 < p.top_k <= CANDIDATES
-        self.filtered[slot] = filtered and not self.few[slot]
+        self.way[slot] = _way(p)
         guided = p.structured_outputs is not None  # its logits come masked
         self.edited[slot] = guided or state.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
@@ -83,14 +81,15 @@ class Sampler:
         for row in np.flatnonzero(self.edited[slots]).tolist():
             self._edit(logits.shard[row], int(slots[row]), int(positions[row]), tokens)
         temperature, keys = (self._to_device(array) for array in self.race_inputs(slots, positions))
-        few, filtered = self.few[slots], self.filtered[slots]
+        ways = self.way[slots]
         chosen = torch.empty(len(slots), dtype=torch.int32, device=self.device)
-        for wanted, draw in ((~few & ~filtered, self._race), (few, self._among_few), (filtered, self._among_all)):
-            if wanted.all():
+        for way, draw in enumerate((self._race, self._among_few, self._nucleus, self._sorted)):
+            rows = np.flatnonzero(ways == way)
+            if len(rows) == len(slots):
                 return draw(logits, slots, temperature, keys)
-            if wanted.any():
-                index = self._to_device(np.flatnonzero(wanted))
-                chosen[index] = draw(logits[index], slots[wanted], temperature[index], keys[index])
+            if len(rows):
+                index = self._to_device(rows)
+                chosen[index] = draw(logits[index], slots[rows], temperature[index], keys[index])
         return chosen
 
     def race_inputs(self, slots: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,11 +99,11 @@ class Sampler:
 
     def is_plain(self, slots: np.ndarray) -> bool:
         """Whether a race is all that these requests ask for."""
-        return not self.needs_all(slots) and not self.few[slots].any()
+        return not self.needs_all(slots) and not (self.way[slots] == FEW).any()
 
     def needs_all(self, slots: np.ndarray) -> bool:
         """Whether any of these requests needs the logits of the whole vocabulary."""
-        return bool((self.edited[slots] | self.filtered[slots] | (self.logprobs[slots] >= 0)).any())
+        return bool((self.edited[slots] | (self.way[slots] >= NUCLEUS) | (self.logprobs[slots] >= 0)).any())
 
     def top_logprobs(self, logits: Tensor, chosen: Tensor, slots: np.ndarray) -> Callable[[], dict[int, TokenLogprobs]]:
         """Log-probabilities for the rows whose requests ask for them (one at least), by row.
@@ -150,28 +149,35 @@ class Sampler:
         return logits.race(temperature, keys)
 
     def _among_few(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
-        """Draws where top-k keeps at most CANDIDATES of a row: they are exchanged instead of the logits."""
+        """Of top-k that keeps at most CANDIDATES of a row: they are exchanged instead of the logits."""
         return ops.draw(logits.best(CANDIDATES), temperature, *self._bounds(slots), keys)
 
-    def _among_all(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
-        """Draws from the whole vocabulary, which is here."""
-        scores = logits.shard / temperature[:, None]
-        top_k, top_p, min_p = self._bounds(slots)
-        if (self.top_p[slots] < 1).any() or self.top_k[slots].any():
-            ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
-            scores = torch.empty_like(scores).scatter_(-1, ids, ops.cut(ordered, top_k, top_p, min_p))
-        else:
-            least = scores.amax(-1, keepdim=True) + min_p.log()[:, None]
-            scores = scores.masked_fill(scores < least, -torch.inf)
-        return ops.winners(ops.race(scores, torch.ones_like(temperature), keys)[None])
+    def _nucleus(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
+        """Of top-p and min-p among the whole vocabulary."""
+        _, top_p, min_p = self._bounds(slots)
+        return ops.nucleus(logits.shard, temperature, top_p, min_p, keys)
+
+    def _sorted(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
+        """Of top-k that keeps more than CANDIDATES."""
+        ordered, ids = (logits.shard / temperature[:, None]).sort(dim=-1, descending=True, stable=True)
+        kept = ops.cut(ordered, *self._bounds(slots))
+        return ops.winners(ops.race(kept, torch.ones_like(temperature), keys, tokens=ids.int())[None])
 
     def _bounds(self, slots: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """top_k, top_p and min_p of these slots, on the device."""
-        top_k, top_p, min_p = (self._to_device(values[slots]) for values in (self.top_k, self.top_p, self.min_p))
+        top_k, top_p, min_p = (self._to_device(bound[slots]) for bound in (self.top_k, self.top_p, self.min_p))
         return top_k, top_p, min_p
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def _way(p: SamplingParams) -> int:
+    if p.temperature == 0 or (p.top_k <= 0 and p.top_p == 1 and p.min_p == 0):
+        return RACE
+    if p.top_k <= 0:
+        return NUCLEUS
+    return FEW if p.top_k <= CANDIDATES else SORTED
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

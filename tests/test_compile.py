@@ -27,6 +27,7 @@ INSTANCES = {
     "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
     "sample.cu": [
         *("race<bf16, 8, false>", "race<float, 4, true>", "race<f16, 1, false>", "winners", "draw"),
+        *(f"nucleus<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1")),
         *(f"best<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1", "long long, 2")),
     ],
     "slots.cu": ["begin_decode", "append_tokens"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -246,34 +247,75 @@ def test_best_is_a_stable_sort(device: str, rows: int, vocab: int, count: int, d
         assert torch.equal(ops.best(torch.cat(parts, 1), count), found)
 
 
+@dataclass
+class Bounds:
+    """Random bounds of so many rows, some of which have none."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    keys: torch.Tensor
+
+    @classmethod
+    def random(cls, rows: int, device: str) -> Bounds:
+        top_p, min_p = torch.rand(rows, device=device), torch.rand(rows, device=device) / 5
+        top_p[::3], min_p[::2] = 1.0, 0.0
+        keys = torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
+        return cls(
+            torch.rand(rows, device=device) + 0.3, torch.randint(0, 40, (rows,), device=device), top_p, min_p, keys
+        )
+
+    def token(self, row: int, logits: torch.Tensor, *, with_k: bool) -> int | None:
+        """The definition, in float64: who wins the race among those of a row that are left; None if too close."""
+        top_k = int(self.top_k[row]) if with_k else 0
+        top_p, min_p = self.top_p[row].item(), self.min_p[row].item()
+        scores, tokens = (logits.float() / self.temperature[row].cpu()).sort(descending=True, stable=True)
+        likelihood = scores.double().softmax(0)
+        left = likelihood >= min_p * likelihood[0]
+        left[top_k or len(left) :] = False
+        of_left = likelihood * left / (likelihood * left).sum()
+        before = of_left.cumsum(0) - of_left
+        if top_p < 1 and ((before - top_p).abs() < 1e-5).any():
+            return None
+        if ((likelihood - min_p * likelihood[0]).abs() < 1e-7).any() and min_p > 0:
+            return None
+        left &= (before < top_p) | (top_p == 1)
+        left[0] = True
+        kept = torch.where(left, scores, -torch.inf)[None]
+        race = reference.race(kept, torch.ones(1), self.keys[row : row + 1].cpu(), tokens=tokens[None].int())
+        return int(reference.winners(race[None]))
+
+
 @pytest.mark.parametrize(("rows", "count"), [(0, 64), (1, 1), (300, 64), (60, 33), (60, 256)])
 def test_draw_is_a_race_among_what_is_left(device: str, rows: int, count: int) -> None:
     torch.manual_seed(rows)
-    logits = (torch.randn(rows, 1000, device=device) * 2).bfloat16()
-    temperature = torch.rand(rows, device=device) + 0.3
-    top_k = torch.randint(0, 40, (rows,), device=device)
-    top_p, min_p = torch.rand(rows, device=device), torch.rand(rows, device=device) / 5
-    top_p[::3], min_p[::2] = 1.0, 0.0
-    keys = torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
-    contenders = ops.best(logits, count)
-    found = ops.draw(contenders, temperature, top_k, top_p, min_p, keys).cpu()
+    logits, bounds = (torch.randn(rows, 1000, device=device) * 2).bfloat16(), Bounds.random(rows, device)
+    found = ops.draw(ops.best(logits, count), *vars(bounds).values())
+    best = logits.cpu().float().sort(descending=True, stable=True)
+    for row, token in enumerate(found.tolist()):
+        those = torch.full((1000,), -torch.inf)
+        those[best.indices[row, :count]] = best.values[row, :count]
+        wanted = bounds.token(row, those, with_k=True)
+        assert wanted is None or token == wanted
 
-    scores, tokens = (x.cpu() for x in unpacked(contenders))
-    for row in range(rows):
-        likelihood = (scores[row].double() / temperature[row].item()).softmax(0)
-        left = likelihood >= min_p[row].item() * likelihood[0]
-        left[int(top_k[row]) or count :] = False
-        likelihood = likelihood * left / (likelihood * left).sum()
-        before = likelihood.cumsum(0) - likelihood
-        if ((before - top_p[row].item()).abs() < 1e-6).any() and top_p[row] < 1:
-            continue  # too close to tell
-        left &= (before < top_p[row].item()) | (top_p[row].item() == 1)
-        left[0] = True
-        kept = torch.where(left, scores[row] / temperature[row].cpu(), -torch.inf)
-        ones, key = torch.ones(1), keys[row : row + 1].cpu()
-        assert found[row] == reference.winners(
-            reference.race(kept[None], ones, key, tokens=tokens[row : row + 1].int())[None]
-        )
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "vocab", "spread"), [(0, 9, 1), (3, 1, 1), (200, 1003, 2), (200, 4096, 0.1), (7, 151_936, 3)]
+)
+def test_nucleus_is_a_race_among_what_is_left(
+    device: str, rows: int, vocab: int, spread: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(vocab)
+    logits = (torch.randn(rows, vocab, device=device) * spread).to(dtype)
+    logits[1:2], logits[2:3, ::2] = 0.5, -torch.inf
+    bounds = Bounds.random(rows, device)
+    bounds.top_p[::7] = 1e-6
+    found = ops.nucleus(logits, bounds.temperature, bounds.top_p, bounds.min_p, bounds.keys).tolist()
+    told = [bounds.token(row, logits[row].cpu(), with_k=False) for row in range(rows)]
+    assert found == [token if wanted is None else wanted for token, wanted in zip(found, told, strict=True)]
+    assert sum(wanted is not None for wanted in told) >= rows // 2
 
 
 SHAPES = [
