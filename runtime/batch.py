@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -127,3 +128,10 @@ def to_device(array: np.ndarray, device: torch.device) -> Tensor:
         return tensor
     # Pinned: from other memory the copy would wait for the steps before it. torch reuses the buffer when it is done.
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def to_device_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Copies of one-dimensional arrays, those of wider numbers first so that all are aligned, by one transfer."""
+    whole = to_device(np.concatenate([array.view(np.uint8) for array in arrays]), device)
+    parts = whole.split([array.nbytes for array in arrays])
+    return [part.view(torch.from_numpy(array).dtype) for part, array in zip(parts, arrays, strict=True)]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..comm.base import Communicator
-from .batch import HostBatch, SlotTables, to_device
+from .batch import HostBatch, SlotTables, to_device, to_device_together
 from .cache.pool import KVPool, KVShape
 from .config import Config
 from .grammar import Vocabulary
@@ -263,7 +263,8 @@ class Runner:
         guided = bool(self.guides.active[slots].any())
         failed = self.guides.mask(logits.shard, slots, positions) if guided else {}
         chosen = self.sampler.sample(logits, slots, positions, self.tables.tokens)
-        self.tables.append(self._to_device(slots), self._to_device(positions - 1), chosen)
+        owners, places = to_device_together((slots, positions - 1), self.device)
+        self.tables.append(owners, places, chosen)
         logprobs = self.sampler.top_logprobs(raw, chosen, slots) if wants_logprobs else dict
         tokens = self._landing.fetch(chosen)
         if guided:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import ops
+from .batch import to_device, to_device_together
 from .model.logits import Logits
 from .plan import Admission, TokenLogprobs
 from .request import SamplingParams
 
 RACE, FEW, NUCLEUS, SORTED = range(4)  # ways to draw; from NUCLEUS on the whole vocabulary is needed
 CANDIDATES = 64  # of a row, where top-k keeps no more; one number, so that sums have the same bits in any batch
+PENALIZED = 32  # rows at once
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
 
@@ -29,13 +32,23 @@ class SlotState:
     """What sampling needs to know of the request in a slot."""
 
     params: SamplingParams
-    num_prompt_tokens: int
     stop_ids: Tensor  # [n] int64, on the device
+    biased: Tensor  # [n] int64: the tokens of logit_bias
+    biases: Tensor  # [n] float32
 
-    @property
-    def has_penalties(self) -> bool:
-        p = self.params
-        return p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+
+@dataclass(frozen=True)
+class Bounds:
+    """What each row's draw depends on besides its logits, [S] on the device."""
+
+    keys: Tensor  # int64: hashes of seed and position
+    top_k: Tensor  # int64, 0 for all
+    temperature: Tensor  # float32, as the rest
+    top_p: Tensor
+    min_p: Tensor
+
+    def __getitem__(self, rows: Tensor) -> Bounds:
+        return Bounds(self.keys[rows], self.top_k[rows], self.temperature[rows], self.top_p[rows], self.min_p[rows])
 
 
 class Sampler:
@@ -50,6 +63,8 @@ class Sampler:
         self.seed = np.zeros(max_num_seqs, np.uint64)
         self.way = np.full(max_num_seqs, RACE, np.int8)
         self.edited = np.zeros(max_num_seqs, bool)  # logits are changed before sampling
+        self.repetition, self.presence, self.frequency = (np.zeros(max_num_seqs, np.float32) for _ in range(3))
+        self.penalized = np.zeros(max_num_seqs, bool)
         self.logprobs = np.full(max_num_seqs, -1, np.int32)
         self.prompt_logprobs = np.full(max_num_seqs, -1, np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
@@ -58,14 +73,18 @@ class Sampler:
         """Take over the parameters of a request that has been given a slot; params.seed must be set."""
         slot, p = admission.slot, admission.params
         assert p.seed is not None, "the front end draws a seed for each request"
-        stop_ids = torch.tensor(admission.stop_ids, dtype=torch.int64, device=self.device)
-        state = SlotState(p, admission.num_prompt_tokens, stop_ids)
-        self.slots[slot] = state
+        ids = partial(torch.tensor, dtype=torch.int64, device=self.device)
+        biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.device)
+        self.slots[slot] = SlotState(p, ids(admission.stop_ids), ids(list(p.logit_bias)), biases)
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
         self.top_k[slot], self.seed[slot] = max(p.top_k, 0), p.seed % 2**64
         self.way[slot] = _way(p)
+        self.repetition[slot] = p.repetition_penalty
+        self.presence[slot], self.frequency[slot] = p.presence_penalty, p.frequency_penalty
+        penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         guided = p.structured_outputs is not None  # its logits come masked
-        self.edited[slot] = guided or state.has_penalties or bool(p.logit_bias) or p.min_tokens > 0
+        self.penalized[slot] = penalized
+        self.edited[slot] = guided or penalized or bool(p.logit_bias) or p.min_tokens > 0
         self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
         self.prompt_logprobs[slot] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
         self.num_prompt_tokens[slot] = admission.num_prompt_tokens
@@ -78,18 +97,23 @@ class Sampler:
         positions  [S]    int32, on the host: the place that the new token will take
         tokens     [slots, L] int32: what each slot holds so far, for the penalties
         """
+        penalized = np.flatnonzero(self.penalized[slots])
+        for first in range(0, len(penalized), PENALIZED):
+            self._penalize(logits.shard, penalized[first : first + PENALIZED], slots, positions, tokens)
         for row in np.flatnonzero(self.edited[slots]).tolist():
-            self._edit(logits.shard[row], int(slots[row]), int(positions[row]), tokens)
-        temperature, keys = (self._to_device(array) for array in self.race_inputs(slots, positions))
+            self._edit(logits.shard[row], int(slots[row]), int(positions[row]))
+        temperature, keys = self.race_inputs(slots, positions)
+        given = keys, self.top_k[slots], temperature, self.top_p[slots], self.min_p[slots]
+        bounds = Bounds(*to_device_together(given, self.device))
         ways = self.way[slots]
         chosen = torch.empty(len(slots), dtype=torch.int32, device=self.device)
-        for way, draw in enumerate((self._race, self._among_few, self._nucleus, self._sorted)):
+        for way, draw in enumerate((_race, _among_few, _nucleus, _sorted)):
             rows = np.flatnonzero(ways == way)
             if len(rows) == len(slots):
-                return draw(logits, slots, temperature, keys)
+                return draw(logits, bounds)
             if len(rows):
-                index = self._to_device(rows)
-                chosen[index] = draw(logits[index], slots[rows], temperature[index], keys[index])
+                index = to_device(rows, self.device)
+                chosen[index] = draw(logits[index], bounds[index])
         return chosen
 
     def race_inputs(self, slots: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -123,53 +147,62 @@ class Sampler:
 
         return collect
 
-    def _edit(self, logits: Tensor, slot: int, position: int, tokens: Tensor) -> None:
-        """Penalties, logit bias and min_tokens on one row [V], in place."""
+    def _penalize(
+        self, logits: Tensor, rows: np.ndarray, slots: np.ndarray, positions: np.ndarray, tokens: Tensor
+    ) -> None:
+        """Repetition counts prompt and output (Keskar et al., 2019), presence and frequency the output (OpenAI).
+
+        Changes these rows of logits [S, V]; takes 8 bytes a row and token of the vocabulary for a while.
+        """
+        own, length = slots[rows], int(positions[rows].max())
+        of_rows = (
+            rows,
+            own.astype(np.int64),
+            positions[rows].astype(np.int64),
+            self.num_prompt_tokens[own].astype(np.int64),
+        )
+        penalties = self.repetition[own], self.presence[own], self.frequency[own]
+        index, which, ends, prompts, *given = to_device_together((*of_rows, *penalties), self.device)
+        repetition, presence, frequency = (penalty[:, None] for penalty in given)
+        place = torch.arange(length, device=self.device)
+        there = place < ends[:, None]
+        held = tokens[which, :length].long() * there  # the rest may be a previous owner's
+        values = logits[index]
+        seen = torch.zeros_like(values).scatter_add_(1, held, there.float()) > 0
+        counts = torch.zeros_like(values).scatter_add_(1, held, (there & (place >= prompts[:, None])).float())
+        values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
+        logits[index] = values - (frequency * counts + presence * (counts > 0))
+
+    def _edit(self, logits: Tensor, slot: int, position: int) -> None:
+        """Logit bias and min_tokens on one row [V], in place."""
         state = self.slots[slot]
         assert state is not None
-        if state.has_penalties:
-            self._penalize(logits, state, tokens[slot, :position].long())
-        for token, bias in state.params.logit_bias.items():
-            logits[token] += bias
-        may_stop = position >= state.num_prompt_tokens + state.params.min_tokens
+        if len(state.biased):
+            logits[state.biased] += state.biases
+        may_stop = position >= self.num_prompt_tokens[slot] + state.params.min_tokens
         if not may_stop and state.params.structured_outputs is None:  # else runtime/guide.py has seen to it
             logits[state.stop_ids] = -torch.inf
 
-    def _penalize(self, logits: Tensor, state: SlotState, tokens: Tensor) -> None:
-        """Repetition counts prompt and output (Keskar et al., 2019); presence and frequency the output (OpenAI)."""
-        p = state.params
-        if p.repetition_penalty != 1:
-            seen = tokens.unique()
-            values = logits[seen]
-            logits[seen] = torch.where(values > 0, values / p.repetition_penalty, values * p.repetition_penalty)
-        counts = torch.bincount(tokens[state.num_prompt_tokens :], minlength=len(logits))
-        logits -= p.frequency_penalty * counts + p.presence_penalty * (counts > 0)
 
-    def _race(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
-        return logits.race(temperature, keys)
+def _race(logits: Logits, bounds: Bounds) -> Tensor:
+    return logits.race(bounds.temperature, bounds.keys)
 
-    def _among_few(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
-        """Of top-k that keeps at most CANDIDATES of a row: they are exchanged instead of the logits."""
-        return ops.draw(logits.best(CANDIDATES), temperature, *self._bounds(slots), keys)
 
-    def _nucleus(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
-        """Of top-p and min-p among the whole vocabulary."""
-        _, top_p, min_p = self._bounds(slots)
-        return ops.nucleus(logits.shard, temperature, top_p, min_p, keys)
+def _among_few(logits: Logits, b: Bounds) -> Tensor:
+    """Of top-k that keeps at most CANDIDATES of a row: they are exchanged instead of the logits."""
+    return ops.draw(logits.best(CANDIDATES), b.temperature, b.top_k, b.top_p, b.min_p, b.keys)
 
-    def _sorted(self, logits: Logits, slots: np.ndarray, temperature: Tensor, keys: Tensor) -> Tensor:
-        """Of top-k that keeps more than CANDIDATES."""
-        ordered, ids = (logits.shard / temperature[:, None]).sort(dim=-1, descending=True, stable=True)
-        kept = ops.cut(ordered, *self._bounds(slots))
-        return ops.winners(ops.race(kept, torch.ones_like(temperature), keys, tokens=ids.int())[None])
 
-    def _bounds(self, slots: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """top_k, top_p and min_p of these slots, on the device."""
-        top_k, top_p, min_p = (self._to_device(bound[slots]) for bound in (self.top_k, self.top_p, self.min_p))
-        return top_k, top_p, min_p
+def _nucleus(logits: Logits, b: Bounds) -> Tensor:
+    """Of top-p and min-p among the whole vocabulary."""
+    return ops.nucleus(logits.shard, b.temperature, b.top_p, b.min_p, b.keys)
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+def _sorted(logits: Logits, b: Bounds) -> Tensor:
+    """Of top-k that keeps more than CANDIDATES."""
+    ordered, ids = (logits.shard / b.temperature[:, None]).sort(dim=-1, descending=True, stable=True)
+    kept = ops.cut(ordered, b.top_k, b.top_p, b.min_p)
+    return ops.winners(ops.race(kept, torch.ones_like(b.temperature), b.keys, tokens=ids.int())[None])
 
 
 def _way(p: SamplingParams) -> int:

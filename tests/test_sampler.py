@@ -203,6 +203,43 @@ def test_penalties(logits: torch.Tensor) -> None:
     torch.testing.assert_close(row.shard[0], wanted)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_penalties_of_many_rows(device: str) -> None:
+    """Against loops over tokens; more rows than are penalized at once, slots in another order than rows."""
+    random = np.random.default_rng(5)
+    count, vocab, length, prompt = 45, 30, 40, 6
+    params = [
+        SamplingParams(temperature=0, seed=0)
+        if slot % 5 == 0
+        else SamplingParams(
+            temperature=0,
+            seed=0,
+            repetition_penalty=float(random.choice([1, 0.8, 1.3])),
+            presence_penalty=float(random.choice([0, -0.5, 1.1])),
+            frequency_penalty=float(random.choice([0, 0.4])),
+            logit_bias={3: -1.5, int(slot) % 3: 2.0} if slot % 4 == 0 else {},
+        )
+        for slot in range(count)
+    ]
+    slots, positions = (
+        random.permutation(count).astype(np.int32),
+        random.integers(prompt, length, count).astype(np.int32),
+    )
+    tokens, rows = random.integers(0, vocab, (count, length)).astype(np.int32), torch.randn(count, vocab)
+    found = whole(rows.to(device))
+    sampler(*params, prompt=prompt, device=device).sample(found, slots, positions, torch.from_numpy(tokens).to(device))
+    for row, slot, position in zip(found.shard.cpu(), slots, positions, strict=True):
+        p, said = params[slot], tokens[slot, prompt:position].tolist()
+        wanted = rows[next(i for i in range(count) if slots[i] == slot)].clone()
+        for token in set(tokens[slot, :position].tolist()):
+            wanted[token] *= 1 / p.repetition_penalty if wanted[token] > 0 else p.repetition_penalty
+        for token in set(said):
+            wanted[token] -= p.presence_penalty + p.frequency_penalty * said.count(token)
+        for token, bias in p.logit_bias.items():
+            wanted[token] += bias
+        torch.testing.assert_close(row, wanted)
+
+
 def test_bias_and_min_tokens(logits: torch.Tensor) -> None:
     p = SamplingParams(temperature=0, seed=0, logit_bias={7: 100.0, 8: 80.0}, min_tokens=2)
     s = sampler(p, prompt=4, stop_ids=(7,))
