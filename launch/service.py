@@ -109,12 +109,36 @@ class Absent:
 
 
 class Listener:
-    """The task that waits for a generation's events, on the loop where it was made."""
+    """The task that waits for a generation's events, on the loop where it was made.
+
+    What comes while it is busy is joined: who cannot keep up with the ranks gets fewer events, of more tokens each.
+    """
 
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
         self.loop = asyncio.get_running_loop()
-        self.events: asyncio.Queue[Event | EngineFailed] = asyncio.Queue()  # at most one for each token
+        self._news: dict[int, Event] = {}  # of each output, since the task has looked
+        self._failure: EngineFailed | None = None
+        self._came = asyncio.Event()
+
+    def put(self, news: Event | EngineFailed) -> None:
+        """Called on the loop."""
+        if isinstance(news, EngineFailed):
+            self._failure = news
+        else:
+            before = self._news.get(news.index)
+            self._news[news.index] = news if before is None else before.joined(news)
+        self._came.set()
+
+    async def get(self) -> list[Event]:
+        """At most one event of each output; raises the EngineFailed that came after all of them."""
+        await self._came.wait()
+        news, self._news = list(self._news.values()), {}
+        if self._failure is None:
+            self._came.clear()
+        elif not news:
+            raise self._failure
+        return news
 
 
 class Service:
@@ -234,11 +258,9 @@ class Service:
             left = params.n
             try:
                 while left > 0:
-                    event = await listener.events.get()
-                    if isinstance(event, EngineFailed):
-                        raise event
-                    left -= event.finish_reason is not None
-                    yield event
+                    for event in await listener.get():
+                        left -= event.finish_reason is not None
+                        yield event
             finally:
                 if left > 0:
                     self._post(partial(self._cancel, listener))
@@ -461,7 +483,7 @@ class Service:
 
 def _put(batch: list[tuple[Listener, Event | EngineFailed]]) -> None:
     for listener, event in batch:
-        listener.events.put_nowait(event)
+        listener.put(event)
 
 
 def _sum(some: EngineStats, more: EngineStats) -> EngineStats:

@@ -69,3 +69,9 @@ class Event(msgspec.Struct, frozen=True):  # one for each token: made six times 
     prompt_token_ids: list[int]  # the same list in every event of a generation
     num_cached_tokens: int
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # as in RequestOutput, likewise in every event
+
+    def joined(self, later: Event) -> Event:
+        """One event in place of this and the next one of the same output."""
+        logprobs = None if self.logprobs is None or later.logprobs is None else self.logprobs + later.logprobs
+        together = {"text": self.text + later.text, "token_ids": self.token_ids + later.token_ids, "logprobs": logprobs}
+        return msgspec.structs.replace(later, **together)

@@ -20,6 +20,7 @@ from lockstep.launch import service
 from lockstep.launch.cli import main
 from lockstep.launch.cluster import RayExecutor
 from lockstep.launch.server.gateway import Gateway
+from lockstep.runtime.outputs import Event
 
 came: dict[int, tuple[float, float]] = {}  # of each event on its way: when its step came, when it was handed on
 latest = 0.0  # when a step came
@@ -55,6 +56,18 @@ def stamp_steps() -> None:
     service._put = putting
 
 
+def stamp_joins() -> None:
+    join = Event.joined
+
+    def joining(self: Event, later: Event) -> Event:
+        both = join(self, later)
+        came[id(both)] = came.pop(id(self))  # the times of the first; the later one has been counted with it
+        came.pop(id(later), None)
+        return both
+
+    Event.joined = joining  # type: ignore[method-assign]
+
+
 def stamp_writes() -> None:
     pieces = Gateway._pieces
 
@@ -78,6 +91,7 @@ def save() -> None:
 
 if __name__ == "__main__":
     stamp_steps()
+    stamp_joins()
     stamp_writes()
     try:
         main()

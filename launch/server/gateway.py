@@ -239,11 +239,16 @@ async def _whole(pieces: AsyncIterator[tuple[int, Event]], number: int) -> list[
     return found
 
 
-async def _merged(streams: Sequence[AsyncIterator[Event]]) -> AsyncGenerator[tuple[int, Event], None]:
+async def _merged(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[tuple[int, Event], None]:
     """The events of all streams as they come; ends them all when it is closed or one of them fails."""
+    if len(streams) == 1:  # most requests: saves a task and a queue
+        async with aclosing(streams[0]) as stream:
+            async for event in stream:
+                yield 0, event
+        return
     queue: asyncio.Queue[tuple[int, Event] | asyncio.Task[None]] = asyncio.Queue()
 
-    async def pump(number: int, stream: AsyncIterator[Event]) -> None:
+    async def pump(number: int, stream: AsyncGenerator[Event, None]) -> None:
         async for event in stream:
             queue.put_nowait((number, event))
 
