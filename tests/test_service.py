@@ -33,13 +33,13 @@ from lockstep.launch.channel import Address
 from lockstep.launch.cluster import RayExecutor
 from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestEndsRanks
 from lockstep.launch.rank import Endpoint
-from lockstep.launch.service import Service
+from lockstep.launch.service import Listener, Service
 from lockstep.launch.worker import Worker
 from lockstep.runtime import executor
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor
-from lockstep.runtime.frontend import Frontend, RequestRefused, Stream
-from lockstep.runtime.outputs import CompletionOutput, Event
+from lockstep.runtime.frontend import Frontend, Generation, RequestRefused, Stream
+from lockstep.runtime.outputs import CompletionOutput, Event, Logprob
 from lockstep.runtime.plan import Finished, StepOutput
 from lockstep.runtime.request import Request
 from lockstep.runtime.runner import Runner
@@ -472,6 +472,27 @@ def test_a_slow_reader_holds_up_nobody(scripted: type[Scripted]) -> None:
             async for event in slow:
                 got += event.token_ids
             assert got == of_script(1, 300)
+
+    run(main())
+
+
+def test_events_that_wait_are_joined() -> None:
+    def event(index: int, *tokens: int, last: bool = False) -> Event:
+        logprobs = [{token: Logprob(-1.0 * token, 1, str(token))} for token in tokens]
+        text = "".join(map(str, tokens))
+        return Event(index, text, list(tokens), logprobs, "stop" if last else None, 7 if last else None, [1], 0)
+
+    async def main() -> None:
+        listener = Listener(Generation(0, None, [1]))
+        for news in (event(1, 5), event(0, 6), event(1, 7, 8), EngineFailed("gone"), event(1, 9, last=True)):
+            listener.put(news)
+        assert await listener.get() == [event(1, 5, 7, 8, 9, last=True), event(0, 6)]
+        with pytest.raises(EngineFailed, match="gone"):
+            await listener.get()
+        waiting = asyncio.create_task((other := Listener(Generation(0, None, [1]))).get())
+        await asyncio.sleep(0)
+        other.put(event(0, 3))
+        assert await waiting == [event(0, 3)]
 
     run(main())
 
