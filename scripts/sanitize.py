@@ -65,6 +65,12 @@ def the_rest() -> None:
     ops.winners(torch.stack([contenders, ops.race(random(3, 4000), temperature, keys)]))
     names = torch.arange(192, dtype=torch.int32, device="cuda").view(3, 64)
     ops.race(torch.randn(3, 64, device="cuda"), temperature, keys, tokens=names)
+    warm, top_k, top_p = torch.full_like(temperature, 0.7), keys * 9, torch.full_like(temperature, 0.8)
+    min_p = torch.full_like(temperature, 0.01)
+    for logits in (random(3, 9001), random(3, 9008), torch.randn(3, 50, device="cuda")):
+        for count in (1, 64, 256):
+            ops.draw(ops.best(logits, count), warm, top_k, top_p, min_p, keys)
+        ops.nucleus(logits, warm, top_p, min_p, keys)
     table = torch.zeros(4, 9, dtype=torch.int32, device="cuda")
     ops.begin_decode_(table, table.clone(), integers([1, 3]), integers([8, 0]), integers([30, -1]), 4)
     ops.append_tokens_(table, integers([1, 3]), integers([7, 0]), integers([5, 6]))
