@@ -41,7 +41,7 @@ THREADS = 256  # at most, for all kernels: their __launch_bounds__
 VECTOR_BYTES = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a block gets more only when its kernel asks
 RACE_BLOCKS = 1024  # enough to fill any GPU
-HELD = 16  # as in sample.cu
+FEW, HELD = 128, 32  # as in sample.cu
 PRODUCT_ROWS = 8  # of x, at most, for the product that streams the weight
 STAGED_BYTES = 100 * 1024  # of x in shared memory, at most: two blocks share 227 KiB
 LEAST_SPLIT = 512  # keys: merging costs more than reading a few more
@@ -368,15 +368,16 @@ def winners(contenders: Tensor) -> Tensor:
 
 def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
     rows, columns = logits.shape
-    parts = max(1, -(-columns // (THREADS * HELD)))
-    found = torch.empty(rows, parts, count, dtype=torch.int64, device=logits.device)
+    parts = max(1, -(-columns // (FEW * HELD)))
+    # The greatest of every part come first: in the next round each thread has some of these.
+    found = torch.empty(rows, count, parts, dtype=torch.int64, device=logits.device)
     if rows:
         v = _vector(columns, logits, strides=[logits.stride(0)])
-        room = 1 << (max(THREADS, count * HELD) - 1).bit_length()
-        kernel = _kernel("sample.cu", f"best<{_c(logits)}, {v}>", shared_bytes=room * found.element_size())
+        shared_bytes = max(FEW, count * HELD) * found.element_size()
+        kernel = _kernel("sample.cu", f"best<{_c(logits)}, {v}>", shared_bytes=shared_bytes)
         where = logits, np.int64(logits.stride(0)), np.int32(first_token), np.int32(columns)
-        kernel((rows, parts), THREADS, found, *where, np.int32(count), np.int32(room))
-    return found[:, 0] if parts == 1 else best(found.flatten(1), count)
+        kernel((rows, parts), FEW, found, *where, np.int32(count))
+    return found[:, :, 0] if parts == 1 else best(found.flatten(1), count)
 
 
 def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:

@@ -245,12 +245,12 @@ def winners(contenders: Tensor) -> Tensor:
 
 
 def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
-    """The `count` greatest of each row as contenders, [S, count] int64, descending; count <= 256.
+    """The `count` greatest of each row as contenders, [S, count] int64, descending; count <= 128.
 
     logits  [S, V] as for `race`, or contenders themselves, int64, no two alike; where V is less than count, the rest is
             the least integer, which is nobody's
     """
-    _require(1 <= count <= 256, "count", torch.tensor(count), "must be 1 to 256")
+    _require(1 <= count <= 128, "count", torch.tensor(count), "must be 1 to 128")
     if logits.dtype != torch.int64:
         _check_logits(logits)
     return _on(logits).best(logits, count, first_token=first_token)
@@ -259,13 +259,13 @@ def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
 def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
     """A token for each row, [S] int32, drawn as by `race` among those that `cut` leaves.
 
-    contenders    [S, C] int64 of logits, descending, as `best` has them; C <= 256
+    contenders    [S, C] int64 of logits, descending, as `best` has them; C <= 128
     temperature   [S] float32, > 0: logits are divided by it
     top_k         [S] int64, 0 for all; top_p, min_p [S] float32
     keys          [S] int64
     """
-    fits = contenders.dim() == 2 and contenders.dtype == torch.int64 and 1 <= contenders.shape[1] <= 256
-    _require(fits, "contenders", contenders, "must be [S, 1 to 256] int64")
+    fits = contenders.dim() == 2 and contenders.dtype == torch.int64 and 1 <= contenders.shape[1] <= 128
+    _require(fits, "contenders", contenders, "must be [S, 1 to 128] int64")
     _check_rows(len(contenders), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, keys=keys)
     return _on(contenders).draw(contenders, temperature, top_k, top_p, min_p, keys)
 

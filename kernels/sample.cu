@@ -5,7 +5,8 @@
 typedef unsigned long long u64;
 
 constexpr long long NOBODY = -0x7fffffffffffffffll - 1;  // less than any contender
-constexpr int HELD = 16;  // elements of a row in a thread of best
+constexpr int HELD = 32;  // elements of a row in a thread of best
+constexpr int FEW = 128;  // threads of best and of draw, and the most that they are asked for
 
 // The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
 __device__ __forceinline__ u64 mix(u64 x) {
@@ -110,73 +111,68 @@ extern "C" __global__ void winners(int* __restrict__ tokens, const long long* __
 template <typename T> __device__ __forceinline__ long long contender(T logit, int token) { return pack(to_float(logit), token); }
 template <> __device__ __forceinline__ long long contender(long long packed, int) { return packed; }
 
-// Batcher's bitonic network; `size` is a power of two. Begins and ends with the threads of the block in step.
-__device__ __forceinline__ void sort_descending(long long* items, int size) {
-    for (int width = 2; width <= size; width *= 2) {
-        for (int step = width / 2; step > 0; step /= 2) {
-            __syncthreads();
-            for (int pair = threadIdx.x; pair < size / 2; pair += blockDim.x) {
-                const int i = 2 * pair - (pair & (step - 1)), j = i + step;
-                const long long a = items[i], b = items[j];
-                if ((a < b) == !(i & width)) items[i] = b, items[j] = a;
-            }
-        }
+// The place of `own` among the `count` in shared memory, no two of which are alike: how many are greater. `count` is even.
+__device__ __forceinline__ int place_of(long long own, const long long* items, int count) {
+    int place = 0;
+    #pragma unroll 8
+    for (int i = 0; i < count / 2; ++i) {
+        const longlong2 two = reinterpret_cast<const longlong2*>(items)[i];
+        place += (two.x > own) + (two.y > own);
     }
-    __syncthreads();
+    return place;
 }
 
-// Grid (S, parts): the `count` greatest of a part of a row, of logits or of contenders, descending; NOBODY where there are fewer.
-// Each thread has HELD of them. The count-th greatest of the threads' own greatest is a bar that `count` of all pass for sure, at
-// most count * HELD, and about as many as are wanted where the order is random: only these are sorted. blockDim.x is a power of
-// two, `count` no more, and `room` a power of two >= count * HELD.
+// Grid (S, parts): the `count` greatest of a part of a row, of logits or of contenders; [S, count, parts], descending, NOBODY where
+// there are fewer. Each thread has HELD of them. The count-th greatest of the threads' own greatest is a bar that `count` of all
+// pass for sure, at most count * HELD, and about as many as are wanted where the order is random: only these are put in order.
 template <typename T, int V>
-__global__ void __launch_bounds__(256, 4) best(
-    long long* __restrict__ out, const T* __restrict__ in, long long row_stride, int first_token, int columns, int count, int room) {
-    extern __shared__ long long items[];  // [room]
+__global__ void __launch_bounds__(FEW, sizeof(T) == 2 ? 8 : 4) best(
+    long long* __restrict__ out, const T* __restrict__ in, long long row_stride, int first_token, int columns, int count) {
+    extern __shared__ __align__(16) long long items[];  // [max(FEW, count * HELD)]
+    __shared__ long long bar;
     __shared__ int passed;
-    const T* row = in + blockIdx.x * row_stride;
-    const int start = blockIdx.y * blockDim.x * HELD;
-    long long mine[HELD], most = NOBODY;
+    const int first = (blockIdx.y * HELD * FEW) + threadIdx.x * V, left = columns - first;
+    const T* row = in + blockIdx.x * row_stride + first;
+    Vec<T, V> held[HELD / V];
     #pragma unroll
-    for (int r = 0; r < HELD; r += V) {
-        const int first = start + r * blockDim.x + threadIdx.x * V;
-        Vec<T, V> values;
-        if (first < columns) values = *reinterpret_cast<const Vec<T, V>*>(row + first);
+    for (int r = 0; r < HELD / V; ++r)
+        if (r * FEW * V < left) held[r] = *reinterpret_cast<const Vec<T, V>*>(row + r * FEW * V);
+    auto for_each = [&](auto f) {  // f(contender, which of the thread's)
         #pragma unroll
-        for (int i = 0; i < V; ++i) {
-            mine[r + i] = first < columns ? contender(values.at[i], first_token + first + i) : NOBODY;
-            most = max(most, mine[r + i]);
+        for (int i = 0; i < HELD; ++i) {
+            if (i / V * FEW * V < left) f(contender(held[i / V].at[i % V], first_token + first + i / V * FEW * V + i % V), i);
         }
-    }
+    };
+    long long most = NOBODY;
+    for_each([&](long long own, int) { most = max(most, own); });
     items[threadIdx.x] = most;
-    if (threadIdx.x == 0) passed = 0;
-    sort_descending(items, blockDim.x);
-    const long long bar = items[count - 1];
+    if (threadIdx.x == 0) passed = 0, bar = NOBODY;
     __syncthreads();
-    #pragma unroll
-    for (int i = 0; i < HELD; ++i) {
-        if (mine[i] < bar || mine[i] == NOBODY) continue;
-        const int place = atomicAdd(&passed, 1);
-        if (place < room) items[place] = mine[i];
+    if (place_of(most, items, FEW) == count - 1) bar = most;
+    __syncthreads();
+    unsigned mine = 0;  // a bit for each that passes
+    for_each([&](long long own, int i) { mine |= (unsigned)(own >= bar && own != NOBODY) << i; });
+    int place = mine ? atomicAdd(&passed, __popc(mine)) : 0;
+    for_each([&](long long own, int i) { if (mine >> i & 1) items[place++] = own; });
+    __syncthreads();
+    const int there = passed;
+    if (threadIdx.x == 0 && there % 2) items[there] = NOBODY;
+    __syncthreads();
+    out += (long long)blockIdx.x * count * gridDim.y + blockIdx.y;
+    for (int i = threadIdx.x; i < max(there, count); i += FEW) {
+        place = i < there ? place_of(items[i], items, there + there % 2) : i;
+        if (place < count) out[(long long)place * gridDim.y] = i < there ? items[i] : NOBODY;
     }
-    __syncthreads();
-    const int there = min(passed, room);
-    int size = 1;
-    while (size < max(there, count)) size *= 2;
-    for (int i = there + threadIdx.x; i < size; i += blockDim.x) items[i] = NOBODY;
-    sort_descending(items, size);
-    out += ((long long)blockIdx.x * gridDim.y + blockIdx.y) * count;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) out[i] = items[i];
 }
 
 // A block for each row of contenders [S, count], descending; a thread for each, and more up to a whole warp. Sums go in the same
 // order whatever else is in the batch.
-extern "C" __global__ void __launch_bounds__(256) draw(
+extern "C" __global__ void __launch_bounds__(FEW) draw(
     int* __restrict__ tokens, const long long* __restrict__ contenders, const float* __restrict__ temperature,
     const long long* __restrict__ top_k, const float* __restrict__ top_p, const float* __restrict__ min_p,
     const long long* __restrict__ keys, int count) {
-    __shared__ float mass[256];
-    __shared__ long long best_of[8];
+    __shared__ float mass[FEW];
+    __shared__ long long best_of[FEW / 32];
     const int row = blockIdx.x, i = threadIdx.x;
     const float t = temperature[row], p = top_p[row], least = min_p[row];
     const long long k = top_k[row];

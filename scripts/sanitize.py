@@ -68,7 +68,7 @@ def the_rest() -> None:
     warm, top_k, top_p = torch.full_like(temperature, 0.7), keys * 9, torch.full_like(temperature, 0.8)
     min_p = torch.full_like(temperature, 0.01)
     for logits in (random(3, 9001), random(3, 9008), torch.randn(3, 50, device="cuda")):
-        for count in (1, 64, 256):
+        for count in (1, 64, 128):
             ops.draw(ops.best(logits, count), warm, top_k, top_p, min_p, keys)
         ops.nucleus(logits, warm, top_p, min_p, keys)
     table = torch.zeros(4, 9, dtype=torch.int32, device="cuda")

@@ -694,9 +694,3 @@ def test_gpu_ranks_survive_a_dead_one_for_five_seconds_at_most(shared: tuple[int
         assert told.startswith(f"rank {rank} of {size}: all_reduce "), told
         assert later == f"rank {rank} of {size}: all_reduce failed: the group has ended"
         assert seconds < 5
-
-
-@pytest.mark.multigpu
-@pytest.mark.parametrize(("job", "expected"), [(gpu_collectives, []), (gpu_replay, True)])
-def test_torchs_nccl_between_gpus(job: Callable[[Communicator], Any], expected: Any) -> None:
-    assert run_processes(2, job, timeout_s=60, device="cuda") == [expected] * 2

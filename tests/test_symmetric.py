@@ -744,9 +744,3 @@ def test_gpu_survivors_name_the_lost_rank(
         assert later == told
         assert told_s < 5
         assert busy_s < 6
-
-
-@pytest.mark.multigpu
-@pytest.mark.parametrize(("job", "expected"), [(gpu_collectives, []), (gpu_graphs, 0), (gpu_many, 0)])
-def test_between_gpus(job: Callable[[Communicator], Any], expected: Any) -> None:
-    assert run_processes(2, job, timeout_s=60, device="cuda", all_reduce="auto") == [expected] * 2
