@@ -722,7 +722,7 @@ def test_gpu_many_with_a_rank_that_lags(shared: tuple[int, dict[str, Any]]) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algorithm", ["one-shot", "two-shot"])
+@pytest.mark.parametrize("algorithm", ["auto", "one-shot", "two-shot"])
 def test_gpu_graphs_in_mixed_order(algorithm: str, shared: tuple[int, dict[str, Any]]) -> None:
     size, options = shared
     assert run_processes(size, gpu_graphs, timeout_s=60, **{**options, "all_reduce": algorithm}) == [0] * size
