@@ -78,7 +78,7 @@ class NcclCommunicator(Communicator):
         self._nccl, self._timeout_s, self._max_blocks = nccl, timeout_s, max_blocks
         self._inside = threading.Lock()  # nobody may be inside NCCL during an abort, and nobody after it
         self._comm: int | None = None
-        self._latest = "joining"
+        self._latest, self._captured = "joining", ""
         self._token = torch.zeros(1, device=device)  # makes the context, too
         self._device = self._token.device
         self._join(store)
@@ -150,7 +150,9 @@ class NcclCommunicator(Communicator):
         while not done.query():
             now = time.monotonic()
             if now - started > self._timeout_s:
-                self._give_up(self._latest, self._timeout_s)
+                # A graph starts without a call of ours.
+                graphs = f" or {self._captured} of a graph" if self._captured else ""
+                self._give_up(self._latest + graphs, self._timeout_s)
             if now - looked > CHECK_S:
                 looked = now
                 self.check()
@@ -199,6 +201,8 @@ class NcclCommunicator(Communicator):
 
     def _run(self, operation: str, call: Callable[[int], int]) -> None:
         self._latest = operation
+        if _is_capturing():
+            self._captured = operation
         self._settle(operation, self._enter(operation, call), self._timeout_s)
 
     def _enter(self, operation: str, call: Callable[[int], int]) -> int:
@@ -290,6 +294,10 @@ def _using(device: torch.device) -> AbstractContextManager[None]:
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _record(device: torch.device) -> Done:

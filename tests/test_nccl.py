@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -91,6 +92,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def stub(build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
     """The stub, with host memory in place of a GPU; nothing may have been done to a communicator after its end."""
     monkeypatch.setattr(nccl_group, "_stream", lambda device: STREAM)
+    monkeypatch.setattr(nccl_group, "_is_capturing", lambda: False)
     monkeypatch.setattr(nccl_group, "_record", lambda device: Reached())
     monkeypatch.setattr(nccl_group, "_using", lambda device: torch.inference_mode(False))
     found = Stub(build())
@@ -403,6 +405,21 @@ def test_a_device_that_waits_for_a_dead_peer_ends_at_the_deadline(stub: Stub) ->
         assert found[1] == f"rank {rank} of 2: all_reduce failed: the group has ended"
 
 
+def test_a_device_that_waits_in_a_graph_says_so(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(comm: NcclCommunicator) -> str:
+        monkeypatch.setattr(nccl_group, "_is_capturing", lambda: True)
+        comm.all_reduce(torch.ones(3))
+        here.wait()
+        monkeypatch.setattr(nccl_group, "_is_capturing", lambda: False)
+        here.wait()
+        comm.barrier()
+        return error_of(lambda: comm.wait(NeverReached()))
+
+    here = threading.Barrier(2)
+    what = "barrier or all_reduce of a graph took longer than 2 s: a peer is gone or silent"
+    assert run(stub, job, timeout_s=2.0) == [f"rank {rank} of 2: {what}" for rank in range(2)]
+
+
 def test_abort_from_another_thread_ends_a_collective(stub: Stub) -> None:
     def job(comm: NcclCommunicator) -> tuple[str, float]:
         if comm.rank == 1:
@@ -637,24 +654,46 @@ def gpu_replay(comm: Communicator) -> bool:
     return ok
 
 
-def gpu_dies(comm: Communicator) -> tuple[list[str], float]:
-    """The last rank kills itself; what the others are told, and after how long."""
-    assert isinstance(comm, NcclCommunicator)
-    comm._timeout_s = 2.0  # joining needs longer
-    x = comm.all_reduce(torch.ones(1 << 20, device="cuda"))
+def lose_last_rank(
+    comm: Communicator, when: str, how: str, in_graph: bool, be_impatient: Callable[[], None]
+) -> tuple[list[str], float, float]:
+    """The last rank is killed or stopped; what the others are told, after how long, and how long the GPU was busy."""
+    x = torch.ones(4096, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    comm.all_reduce(x)
+    torch.cuda.synchronize()
+    if in_graph:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(20):
+                comm.all_reduce(x)
+    work = graph.replay if in_graph else lambda: comm.all_reduce(x)
+    comm.barrier()
+    be_impatient()  # compiling and joining took longer
+    if when == "after":
+        work()
     torch.cuda.synchronize()  # who leaves work behind when killed takes the MPS server along
     if comm.rank == comm.size - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(0.5)
+        time.sleep(0.5 if when == "during" else 0)
+        subprocess.Popen(["sh", "-c", f"sleep 8; kill -KILL {os.getpid()}"])  # what is stopped must end as well
+        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    time.sleep(0 if when == "during" else 0.5)
     started = time.monotonic()
 
     def survive() -> None:
-        comm.all_reduce(x)
+        work()
         done = torch.cuda.Event()
         done.record()
         comm.wait(done)
 
-    return [error_of(survive), error_of(lambda: comm.all_reduce(x))], time.monotonic() - started
+    told = [error_of(survive), error_of(lambda: comm.all_reduce(x))]
+    told_s = time.monotonic() - started
+    torch.cuda.synchronize()
+    return told, told_s, time.monotonic() - started
+
+
+def gpu_loses(comm: Communicator, when: str, how: str, in_graph: bool) -> tuple[list[str], float, float]:
+    assert isinstance(comm, NcclCommunicator)
+    return lose_last_rank(comm, when, how, in_graph, lambda: setattr(comm, "_timeout_s", 1.5))
 
 
 @pytest.mark.gpu
@@ -686,11 +725,19 @@ def test_gpu_collectives_in_a_graph(shared: tuple[int, dict[str, Any]]) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_ranks_survive_a_dead_one_for_five_seconds_at_most(shared: tuple[int, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_gpu_survivors_of_a_lost_rank_are_told(
+    when: str, how: str, in_graph: bool, shared: tuple[int, dict[str, Any]]
+) -> None:
     size, options = shared
-    *survivors, dead = run_processes(size, gpu_dies, timeout_s=60, **options)
-    assert dead is None
-    for rank, ((told, later), seconds) in enumerate(survivors):
-        assert told.startswith(f"rank {rank} of {size}: all_reduce "), told
+    job = partial(gpu_loses, when=when, how=how, in_graph=in_graph)
+    *survivors, lost = run_processes(size, job, timeout_s=60, **options)
+    assert lost is None
+    for rank, ((told, later), told_s, busy_s) in enumerate(survivors):
+        where = "barrier or all_reduce of a graph" if in_graph else "all_reduce"
+        assert told.startswith(f"rank {rank} of {size}: {where} "), told
         assert later == f"rank {rank} of {size}: all_reduce failed: the group has ended"
-        assert seconds < 5
+        assert told_s < 5
+        assert busy_s < 6

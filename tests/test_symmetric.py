@@ -6,11 +6,8 @@ Without a GPU the ranks are threads and the memory is the host's. The GPU tests 
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import re
-import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -25,7 +22,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_comm import on_gpus, run_processes
-from test_nccl import error_of
+from test_nccl import error_of, lose_last_rank
 from torch import Tensor
 from torch.distributed import HashStore
 
@@ -662,37 +659,8 @@ def gpu_graphs(comm: Communicator) -> int:
 
 
 def gpu_loses(comm: Communicator, when: str, how: str, in_graph: bool) -> tuple[list[str], float, float]:
-    """The last rank is killed or stopped; what the others are told, after how long, and how long the GPU was busy."""
-    comm = connected(comm)
-    x = torch.ones(4096, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    comm.all_reduce(x)
-    torch.cuda.synchronize()
-    if in_graph:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(20):
-                comm.all_reduce(x)
-    work = graph.replay if in_graph else lambda: comm.all_reduce(x)
-    comm.barrier()
-    comm._arena.set_patience(1.5)  # compiling took longer
-    if when == "after":
-        work()
-    torch.cuda.synchronize()  # who leaves work behind when killed takes the MPS server along
-    if comm.rank == comm.size - 1:
-        time.sleep(0.5 if when == "during" else 0)
-        subprocess.Popen(["sh", "-c", f"sleep 8; kill -KILL {os.getpid()}"])  # what is stopped must end as well
-        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-    time.sleep(0 if when == "during" else 0.5)
-    started = time.monotonic()
-
-    def survive() -> None:
-        work()
-        reached(comm)
-
-    told = [error_of(survive), error_of(lambda: comm.all_reduce(x))]
-    told_s = time.monotonic() - started
-    torch.cuda.synchronize()
-    return told, told_s, time.monotonic() - started
+    arena = connected(comm)._arena
+    return lose_last_rank(comm, when, how, in_graph, lambda: arena.set_patience(1.5))
 
 
 @pytest.mark.gpu
