@@ -1,7 +1,8 @@
 """What the doctor looks at on one machine: each check is a small function from a Case to a Finding.
 
 The `judge_` functions are given numbers and words, so that they need no GPU and no full disk to be tested. Errors of
-the runtime are findings as they are: `values, rule; way out`.
+the runtime are findings as they are: `values, rule; way out`. Importing torch takes longer than all the rest, so only
+what looks at a GPU does so.
 """
 
 from __future__ import annotations
@@ -11,26 +12,26 @@ import math
 import os
 import platform
 import resource
+import runpy
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from ctypes import CDLL
 from dataclasses import dataclass, replace
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import tokenizers
-import torch
 from packaging.requirements import Requirement
 
-from ..comm.base import CommError, SingleRank
-from ..comm.nccl import mapped_libraries, open_library
 from ..runtime.config import Config
 from ..runtime.hub import NotFetched, checkpoint_folder
-from ..runtime.memory import MemoryPlan, check_kv_cache, check_weights, size
+from ..runtime.memory import MemoryPlan, check_kv_cache, check_weights, plan_weights, size
 from ..runtime.model.config import ModelConfig
-from ..runtime.model.weights import check_files
-from ..runtime.neighbours import WORTH_NAMING, Process, processes_on
-from ..runtime.runner import plan_weights
+from ..runtime.model.files import check_files
+from ..runtime.neighbours import WORTH_NAMING, Process
 from ..runtime.tokenizer import Tokenizer
 from .errors import PlacementError, RankFailed
 from .interfaces import is_own, own_addresses
@@ -40,6 +41,7 @@ from .resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
 Status = Literal["ok", "warn", "fail"]
 NO_GPU = "skipped: no GPU here that the ranks would use"
 DRIVER = Path("/proc/driver/nvidia/version")
+DRIVER_LIBRARIES = ("libcuda.so.1", "libnvidia-ml.so.1")  # torch counts GPUs through one of these
 NCCL_SHM_BYTES = 64 * 2**20  # of each rank, an estimate: NCCL's buffers of 4 MiB, one for each of its channels
 MIN_FILES, ENOUGH_FILES = 512, 4096  # descriptors: Ray's and torch's own, beside one for each request's connection
 NAMED = ("torch", "ray", "transformers", "cupy", "flashinfer", "cuda-python")  # of the packages, those worth a line
@@ -70,7 +72,7 @@ class Case:
     @property
     def gpus(self) -> int:
         """How many of this machine's GPUs the ranks may use."""
-        return 0 if self.config.device == "cpu" else min(torch.cuda.device_count(), gpus_needed(self.config))
+        return 0 if self.config.device == "cpu" else min(visible_gpus(), gpus_needed(self.config))
 
     @property
     def folder(self) -> Path:
@@ -81,13 +83,6 @@ class Case:
         return ModelConfig.from_folder(self.folder)
 
 
-class Imagined(SingleRank):
-    """Rank 0 of a group that does not exist: for the shapes of its weights, and not to compute with."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-
 def run(name: str, check: Callable[[], Finding]) -> Finding:
     """The check's finding under its name; what it raises is a failure."""
     try:
@@ -95,11 +90,29 @@ def run(name: str, check: Callable[[], Finding]) -> Finding:
     except NotFetched as error:
         finding, _, remedy = str(error).partition("; ")
         return Finding(name, "warn", finding, f"{remedy}, or wait while it is fetched at the start")
-    except (ValueError, CommError, PlacementError, RankFailed) as error:
+    except (ValueError, PlacementError, RankFailed) as error:
         finding, _, remedy = _first_line(error).partition("; ")
         return Finding(name, "fail", finding, remedy)
     except Exception as error:  # noqa: BLE001 - the others must still run, and this one's crash is a finding as well
         return Finding(name, "fail", f"the check crashed: {type(error).__name__}: {_first_line(error)}", "report it")
+
+
+def visible_gpus() -> int:
+    """How many GPUs torch sees."""
+    if not has_driver():
+        return 0
+    import torch  # seconds
+
+    return torch.cuda.device_count()
+
+
+def has_driver() -> bool:
+    """Whether one of DRIVER_LIBRARIES can be loaded; without any, torch sees no GPU."""
+    for library in DRIVER_LIBRARIES:
+        with suppress(OSError):
+            CDLL(library)
+            return True
+    return False
 
 
 def gpus_needed(config: Config) -> int:
@@ -117,12 +130,21 @@ def on_gpus(config: Config, nodes: Mapping[str, Mapping[str, float]]) -> bool:
 
 
 def packages(case: Case) -> Finding:
-    cuda = torch.version.cuda
+    cuda = cuda_of_torch()
     extra = f"cuda{cuda.split('.')[0]}" if cuda and case.gpus else ""
     lines = [Requirement(line) for line in metadata.requires("lockstep") or ()]
     wanted = [line for line in lines if line.marker is None or line.marker.evaluate({"extra": extra})]
     installed = {line.name: version for line in wanted if (version := _version(line.name))}
     return judge_packages(wanted, installed, cuda, driver=DRIVER.exists(), extra=extra)
+
+
+def cuda_of_torch() -> str | None:
+    """`torch.version.cuda`, out of the file that sets it; None also where there is no torch."""
+    package = find_spec("torch")
+    if package is None or package.origin is None:
+        return None
+    cuda: str | None = runpy.run_path(str(Path(package.origin).with_name("version.py")))["cuda"]
+    return cuda
 
 
 def judge_packages(
@@ -147,7 +169,7 @@ def devices(case: Case) -> Finding:
     """Without a cluster; `judge_devices` of its nodes with one."""
     cores = len(os.sched_getaffinity(0))
     # A Ray of our own is told of a CPU for each rank.
-    here = {"CPU": max(cores, case.config.tensor_parallel_size), "GPU": torch.cuda.device_count()}
+    here = {"CPU": max(cores, case.config.tensor_parallel_size), "GPU": visible_gpus()}
     finding = judge_devices(case.config, {"this machine": here})
     if finding.status == "ok" and case.gpus == 0 and cores < case.config.tensor_parallel_size:
         return _warn(f"{case.config.tensor_parallel_size} ranks share {cores} cores", "use a smaller --tp, or GPUs")
@@ -169,7 +191,12 @@ def judge_devices(config: Config, nodes: Mapping[str, Mapping[str, float]]) -> F
 def nccl(case: Case) -> Finding:
     if case.gpus == 0:
         return _ok(NO_GPU)
-    library = open_library(case.config.nccl_library)
+    from ..comm.nccl import NcclError, mapped_libraries, open_library  # imports torch, which brings the library
+
+    try:
+        library = open_library(case.config.nccl_library)
+    except NcclError as error:
+        raise ValueError(str(error)) from error
     return judge_nccl(str(library), library.path, mapped_libraries(), chosen=case.config.nccl_library is not None)
 
 
@@ -231,8 +258,9 @@ def judge_shared_memory(free: int, ray: int, nccl: int) -> Finding:
 def neighbours(case: Case) -> Finding:
     if case.gpus == 0:
         return _ok(NO_GPU)
-    uuids = [str(torch.cuda.get_device_properties(n).uuid) for n in range(case.gpus)]
-    return judge_neighbours([processes_on(uuid) for uuid in uuids], os.getpid())
+    from ..runtime import gpu  # imports torch
+
+    return judge_neighbours([gpu.processes(device) for device in gpu.devices(case.gpus)], os.getpid())
 
 
 def judge_neighbours(gpus: Sequence[Sequence[Process] | None], own_pid: int) -> Finding:
@@ -276,9 +304,12 @@ def tensor_parallel(case: Case) -> Finding:
 def memory(case: Case) -> Finding:
     model, config = case.model, case.config
     resolved = config.resolved(model, cuda=case.gpus > 0)
-    used = [torch.device("cuda", n) for n in range(case.gpus)] or [torch.device("cpu")]
-    group = Imagined(config.tensor_parallel_size)
-    plan = min((plan_weights(resolved, model, group, device) for device in used), key=lambda plan: plan.room or 0)
+    plan = plan_weights(resolved, model)
+    if case.gpus:
+        from ..runtime import gpu  # imports torch
+
+        plans = [gpu.plan_on_gpu(plan, resolved, device) for device in gpu.devices(case.gpus)]
+        plan = min(plans, key=lambda plan: plan.room or 0)
     if resolved.device == "cuda" and plan.total is None:
         return _warn(f"{size(plan.weights)} of weights on each rank, and no GPU here to hold them", "see devices")
     return judge_memory(config, resolved, plan, _host_memory())
@@ -348,7 +379,11 @@ CHECKS: dict[str, Callable[[Case], Finding]] = {
 
 def versions(case: Case) -> dict[str, str]:
     """What must be equal on all nodes."""
-    library = {"NCCL": str(open_library(case.config.nccl_library))} if case.gpus else {}
+    library = {}
+    if case.gpus:
+        from ..comm.nccl import open_library  # imports torch
+
+        library = {"NCCL": str(open_library(case.config.nccl_library))}
     named = {name: _version(name) for name in ("lockstep", "torch", "ray", "transformers")}
     return {
         "Python": platform.python_version(),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ..runtime.config import Config
+from . import checks
+from .checks import Finding
 from .peers import peer_test
-
-if TYPE_CHECKING:
-    from .checks import Finding
 
 LOOPBACK = "127.0.0.1"
 
@@ -29,8 +27,6 @@ def diagnose(config: Config) -> Iterator[Finding]:
 def examine(config: Config, ip: str, *, alone: bool) -> Iterator[Finding]:
     """The findings of this machine, which the others reach at `ip`; `alone`: all ranks would run here."""
     with peer_test(config) as test:
-        from . import checks  # imports torch, for as long as the GPUs are tried
-
         case = checks.Case(config, ip, starts_ray=alone and config.tensor_parallel_size > 1, peers=test)
         for name, check in {**(checks.ALONE if alone else {}), **checks.CHECKS}.items():
             yield checks.run(name, partial(check, case))

@@ -12,7 +12,7 @@ from ..runtime.executor import Executor, LocalExecutor
 from ..runtime.hub import checkpoint_folder
 from ..runtime.llm import OfflineLLM
 from ..runtime.model.config import ModelConfig
-from ..runtime.model.weights import check_files
+from ..runtime.model.files import check_files
 from ..runtime.tokenizer import Tokenizer
 from .signals import signals_wait
 

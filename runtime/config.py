@@ -142,7 +142,7 @@ class Config:
         dtype = self.dtype
         if dtype == "auto":
             # float32 on a CPU: exact equality between TP sizes and batches, and no slow emulated bfloat16.
-            dtype = "float32" if found.device == "cpu" else str(model.dtype).removeprefix("torch.")  # type: ignore[assignment]
+            dtype = "float32" if found.device == "cpu" else model.dtype  # type: ignore[assignment]
         limit = model.max_position_embeddings
         if self.max_model_len is not None and self.max_model_len > limit:
             raise ValueError(

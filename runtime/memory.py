@@ -1,6 +1,6 @@
 """Where the memory of one rank goes, and the reason where something does not fit.
 
-A MemoryPlan is plain numbers and everything is computed from them; the one function that looks at a GPU is `read_gpu`.
+A MemoryPlan is plain numbers and everything is computed from them, without torch; gpu.py looks at a GPU.
 The KV cache gets what the rest leaves of the share of the GPU that the rank may use:
 
     |-- at start --|-- weights --|-- graphs --|-- workspaces --|------ room: KV cache ------|-- free --|
@@ -11,39 +11,18 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
-
-import torch
 
 from .config import Config
-from .neighbours import neighbours
+from .model.config import DTYPES, ModelConfig
+from .model.count import kv_of_token, weights_of_rank
 
 log = logging.getLogger(__name__)
 GIB = 2**30
 CPU_KV_CACHE_GIB = 1.0  # unless kv_cache_memory says otherwise: a host's memory is not ours to fill
 OWN_CONTEXT = 768 * 2**20  # a CUDA context takes some 500 MiB: more than this at start, and somebody else is there
 MIN_TOKENS = 2  # of KV cache, for any request: one of its prompt, one of its output
-
-Phase = Literal["weights", "rehearsal", "KV cache", "graphs"]
-LESS_MEMORY: dict[Phase, str] = {  # what helps where a phase of the start runs out of memory
-    "weights": "use a larger tensor_parallel_size",
-    "rehearsal": "lower max_num_batched_tokens, max_num_seqs or max_model_len",
-    "KV cache": "lower gpu_memory_utilization",
-    "graphs": "lower gpu_memory_utilization or max_num_seqs, or set enforce_eager",
-}
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One look at a GPU, in bytes."""
-
-    total: int
-    used: int  # by anybody
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +128,21 @@ class MemoryPlan:
         return min(wanted, max(int(CPU_KV_CACHE_GIB * GIB) // self.page_bytes, pages_per_seq))
 
 
+def plan_weights(config: Config, model: ModelConfig) -> MemoryPlan:
+    """The plan of a rank on a CPU that has loaded nothing yet: its weights and its pages; `config` is resolved.
+
+    Raises ValueError where the model cannot be split over the ranks.
+    """
+    ranks, number_bytes = config.tensor_parallel_size, DTYPES[config.dtype]
+    model.check_tensor_parallel(ranks)
+    return MemoryPlan(
+        place="the CPU",
+        weights=weights_of_rank(model, ranks) * number_bytes,
+        page_bytes=kv_of_token(model, ranks) * config.page_size * number_bytes,
+        page_size=config.page_size,
+    )
+
+
 def tightest(plans: Sequence[MemoryPlan]) -> MemoryPlan:
     """Of the plans of ranks 0, 1, ..., the one with the fewest pages: it limits the group, and names its rank."""
     pages = [plan.num_pages if plan.room is None else plan.room // plan.page_bytes for plan in plans]
@@ -194,39 +188,6 @@ def check_kv_cache(asked: Config, plan: MemoryPlan) -> None:
             f" {size(needed * plan.page_bytes)} instead of {size(plan.kv_cache)}; use max_model_len={plan.tokens} or"
             f" less, or {_raise(flag, plan, needed)}{plan.neighbours}"
         )
-
-
-@contextmanager
-def named_out_of_memory(phase: Phase, plan: MemoryPlan, device: torch.device) -> Iterator[None]:
-    """Turn torch's OutOfMemoryError inside into a ValueError that names the phase of the start."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        free, _ = torch.cuda.mem_get_info(device)
-        raise ValueError(why_out_of_memory(phase, plan.place, str(error), free, neighbours(device))) from error
-
-
-def why_out_of_memory(phase: Phase, place: str, error: str, free: int, others: str) -> str:
-    """One line out of torch's many; `free` bytes are left."""
-    needed = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
-    amount = needed[1] if needed else "more memory"
-    return f"{phase}: {place} ran out of memory, {amount} needed and {size(free)} free; {LESS_MEMORY[phase]}{others}"
-
-
-def read_gpu(device: torch.device, gpus_per_rank: float) -> Reading:
-    """Where ranks share the GPU, only what this process's torch has counts: the others' memory comes and goes."""
-    free, total = torch.cuda.mem_get_info(device)
-    return Reading(total, total - free if gpus_per_rank == 1 else torch.cuda.memory_reserved(device))
-
-
-def gpu_name(device: torch.device) -> str:
-    """`GPU 3 (NVIDIA H200, 139.81 GiB)`, numbered as on the host: Ray shows a rank only its own."""
-    index = device.index or 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    number = visible[index].strip() if index < len(visible) else ""
-    properties = torch.cuda.get_device_properties(device)
-    _, total = torch.cuda.mem_get_info(device)
-    return f"GPU {number or index} ({properties.name}, {size(total)})"
 
 
 def size(amount: int) -> str:

@@ -7,12 +7,9 @@ every GPU of the host, whatever CUDA_VISIBLE_DEVICES hides: ours is found by its
 from __future__ import annotations
 
 import importlib
-import os
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-import torch
 
 QUERY = ("nvidia-smi", "--query-compute-apps=pid,used_memory,gpu_uuid", "--format=csv,noheader,nounits")
 DEADLINE_S = 3.0
@@ -25,11 +22,6 @@ class Process:
 
     pid: int
     used: int | None  # bytes; None where the driver does not say
-
-
-def neighbours(device: torch.device) -> str:
-    """The end of an error message: which other processes hold more than 100 MiB of this GPU."""
-    return described(processes_on(str(torch.cuda.get_device_properties(device).uuid)), os.getpid())
 
 
 def processes_on(uuid: str) -> list[Process] | None:

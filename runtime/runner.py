@@ -22,16 +22,16 @@ from ..comm.base import Communicator
 from .batch import HostBatch, SlotTables, to_device, to_device_together
 from .cache.pool import KVPool, KVShape
 from .config import Config
+from .gpu import Phase, Reading, named_out_of_memory, neighbours, plan_on_gpu, read_gpu
 from .grammar import Vocabulary
 from .graphs import DecodeGraphs, GraphParts
 from .guide import Guides
-from .memory import MemoryPlan, Phase, Reading, check_weights, gpu_name, loading_speed, named_out_of_memory, read_gpu
+from .memory import MemoryPlan, check_weights, loading_speed, plan_weights
 from .model.attention import AttentionBackend, TorchAttention
 from .model.config import ModelConfig
 from .model.decoder import Decoder
 from .model.logits import Logits
 from .model.weights import fill_dummy, load_weights
-from .neighbours import neighbours
 from .phases import Phases
 from .plan import Admission, PromptLogprobs, StepPlan, TokenLogprobs
 from .prompts import prompt_logprobs
@@ -67,7 +67,8 @@ class Runner:
     ) -> None:
         self.config, self.model, self.comm, self.device = config, model, comm, device
         self.phases = phases or Phases()
-        self._memory = plan_weights(config, model, comm, device)
+        plan = plan_weights(config, model)
+        self._memory = plan_on_gpu(plan, config, device) if device.type == "cuda" else plan
         check_weights(self._memory)
         self._graph_memory: torch.cuda.CUDAGraph | None = None
         assert config.max_model_len is not None
@@ -276,35 +277,6 @@ class Runner:
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
-
-
-def plan_weights(config: Config, model: ModelConfig, comm: Communicator, device: torch.device) -> MemoryPlan:
-    """The plan of a rank that has loaded nothing yet: its weights, its pages, and what `device` has; see check_weights.
-
-    `config` is resolved; of `comm` only the rank and the size count.
-    """
-    nowhere = torch.device("meta")
-    sketch = Decoder(model, comm, dtype=config.torch_dtype, device=nowhere, max_positions=1)
-    plan = MemoryPlan(
-        place="the CPU",
-        weights=sum(w.tensor.nbytes for w in sketch.weights()),
-        page_bytes=sketch.kv_shape(config.page_size, config.torch_dtype).page_bytes,
-        page_size=config.page_size,
-    )
-    if device.type != "cuda":
-        return plan
-    gc.collect()  # an earlier runner in this process
-    torch.cuda.empty_cache()
-    reading = read_gpu(device, config.gpus_per_rank)
-    return replace(
-        plan,
-        place=gpu_name(device),
-        total=reading.total,
-        at_start=reading.used,
-        utilization=config.gpu_memory_utilization,
-        gpus_per_rank=config.gpus_per_rank,
-        neighbours=neighbours(device),
-    )
 
 
 class Landing:

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -26,7 +27,7 @@ from lockstep.launch.survey import candidates, judge_addresses, judge_versions, 
 from lockstep.runtime import neighbours
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor
-from lockstep.runtime.memory import GIB, MemoryPlan
+from lockstep.runtime.memory import GIB, MemoryPlan, plan_weights
 from lockstep.runtime.model.config import ModelConfig
 from lockstep.runtime.neighbours import ask_nvidia_smi
 
@@ -36,6 +37,9 @@ H200 = MemoryPlan(
     place="GPU 0", total=140 * GIB, utilization=0.9, weights=15 * GIB, at_start=GIB, page_bytes=2 * MIB, page_size=16
 )
 Command = Callable[..., tuple[int, str]]
+
+
+needs_no_driver = pytest.mark.skipif(checks.has_driver(), reason="needs a machine without an NVIDIA driver")
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +98,44 @@ def test_json_is_a_list_of_objects_that_says_the_same(command: Command) -> None:
     assert [each["name"] for each in found] == [*checks.ALONE, *checks.CHECKS]
 
 
+@needs_no_driver
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_torch_is_not_imported_where_there_is_no_gpu(device: str) -> None:
+    report = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
+    program = f"{report}; from lockstep.launch.cli import main; main()"
+    command = [sys.executable, "-c", program, "doctor", DEMO_MODEL, f"--device={device}", "--tp=2", "--max-num-seqs=8"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert len(ended.stdout.splitlines()) == len(checks.ALONE) + len(checks.CHECKS)
+    imported = set(ended.stderr.split())
+    assert "lockstep.launch.checks" in imported
+    assert not imported & {"torch", "transformers", "ray"}
+
+
+@needs_no_driver
+def test_without_a_driver_torch_sees_no_gpu_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {"device": "auto", "tensor_parallel_size": 2, "max_num_seqs": 8}
+    found = examined(**asked)
+    monkeypatch.setattr(checks, "DRIVER_LIBRARIES", ("libc.so.6",))  # torch is asked
+    again = examined(**asked)
+    assert list(found) == list(again)
+    names = set(found) - {"shared memory"}  # others use it, too
+    assert {name: found[name] for name in names} == {name: again[name] for name in names}
+
+
+def test_where_there_is_a_driver_torch_counts_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(checks, "DRIVER_LIBRARIES", ("libnone.so.1", "libc.so.6"))
+    assert checks.visible_gpus() == 3
+    assert checks.Case(Config(tensor_parallel_size=2), "127.0.0.1").gpus == 2
+    assert checks.Case(Config(tensor_parallel_size=2, device="cpu"), "127.0.0.1").gpus == 0
+    assert checks.devices(checks.Case(Config(), "127.0.0.1")).finding.endswith("and 3 GPUs")
+
+
+def test_the_cuda_of_torch_is_known_without_it() -> None:
+    assert checks.cuda_of_torch() == torch.version.cuda
+
+
 def test_an_impossible_tp_size_is_named_with_those_that_are_possible() -> None:
     found = examined(tensor_parallel_size=3, max_num_seqs=8)
     assert failed(found) == {"tensor parallel", "memory"}
@@ -120,7 +162,7 @@ def test_the_memory_plan_is_the_one_of_a_start() -> None:
 def test_two_ranks_hold_half_of_what_is_split() -> None:
     model = ModelConfig.from_folder(DEMO_MODEL)
     config = Config(device="cpu").resolved(model, cuda=False)
-    whole, half = (checks.plan_weights(config, model, checks.Imagined(size), torch.device("cpu")) for size in (1, 2))
+    whole, half = (plan_weights(replace(config, tensor_parallel_size=size), model) for size in (1, 2))
     norms = model.hidden_size * (2 * model.num_layers + 1) * 4
     assert half.page_bytes == whole.page_bytes // 2
     assert whole.weights - norms == 2 * (half.weights - norms)

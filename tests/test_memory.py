@@ -24,21 +24,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.comm.base import SingleRank
-from lockstep.runtime import memory as memory_module
+from lockstep.runtime import gpu as gpu_module
 from lockstep.runtime import neighbours as neighbours_module
 from lockstep.runtime import runner as runner_module
 from lockstep.runtime.config import Config
 from lockstep.runtime.executor import LocalExecutor, load_rank, plan_limits
-from lockstep.runtime.memory import (
-    GIB,
-    MemoryPlan,
-    Reading,
-    check_kv_cache,
-    check_weights,
-    named_out_of_memory,
-    tightest,
-    why_out_of_memory,
-)
+from lockstep.runtime.gpu import Reading, named_out_of_memory, why_out_of_memory
+from lockstep.runtime.memory import GIB, MemoryPlan, check_kv_cache, check_weights, tightest
 from lockstep.runtime.model.config import ModelConfig
 from lockstep.runtime.neighbours import Process, described, parse, processes_on
 from lockstep.runtime.phases import Phases, summary
@@ -296,7 +288,7 @@ TORCH_ERROR = (
 
 def test_running_out_of_memory_names_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 140 * GIB))
-    monkeypatch.setattr(memory_module, "neighbours", lambda device: "; also on this GPU: pid 7 with 3.00 GiB")
+    monkeypatch.setattr(gpu_module, "neighbours", lambda device: "; also on this GPU: pid 7 with 3.00 GiB")
     with pytest.raises(ValueError) as caught, named_out_of_memory("rehearsal", H200, torch.device("cuda")):
         raise torch.OutOfMemoryError(TORCH_ERROR)
     assert str(caught.value) == (
@@ -313,9 +305,9 @@ def test_weights_are_refused_before_any_is_allocated(llama_folder: Path, monkeyp
         raise AssertionError("loaded in spite of it")
 
     monkeypatch.setattr(runner_module, "load_weights", refuse_to_load)
-    monkeypatch.setattr(runner_module, "read_gpu", lambda device, share: Reading(100 * 2**10, 0))
-    monkeypatch.setattr(runner_module, "gpu_name", lambda device: "GPU 0 (tiny, 100.0 KiB)")
-    monkeypatch.setattr(runner_module, "neighbours", lambda device: "")
+    monkeypatch.setattr(gpu_module, "read_gpu", lambda device, share: Reading(100 * 2**10, 0))
+    monkeypatch.setattr(gpu_module, "gpu_name", lambda device: "GPU 0 (tiny, 100.0 KiB)")
+    monkeypatch.setattr(gpu_module, "neighbours", lambda device: "")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     model = ModelConfig.from_folder(llama_folder)
     config = Config(model=str(llama_folder)).resolved(model, cuda=True)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lockstep.comm.base import Communicator, SingleRank
-from lockstep.runtime.model import weights as weights_module
+from lockstep.runtime.model import files as files_module
 from lockstep.runtime.model.config import ModelConfig
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.weights import CheckpointMismatch, Piece, Weights, fill_dummy, load_weights
@@ -91,7 +91,7 @@ class Counting:
         return File()
 
 
-_safe_open = weights_module.safe_open
+_safe_open = files_module.safe_open
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
@@ -103,7 +103,7 @@ def test_a_rank_reads_its_slices_and_nothing_more(
     total: dict[str, int] = {}
     for rank in range(size):
         read: dict[str, int] = {}
-        monkeypatch.setattr(weights_module, "safe_open", Counting(read))
+        monkeypatch.setattr(files_module, "safe_open", Counting(read))
         decoder = _decoder(tmp_path, group.rank(rank))
         load_weights(decoder.weights(), tmp_path)
         padding = 2 * 32 if rank == size - 1 else 0  # 131 rows in 4 shards of 33, of embedding and head

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from .fields import Fields
 from .rope import Rope
 
@@ -38,7 +36,7 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": Architecture(bias_flags=True, qk_norm=True, experts=True, windows="flagged"),
 }
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     windows: tuple[int | None, ...]  # of each layer
     experts: Experts | None
-    dtype: torch.dtype  # of the checkpoint
+    dtype: str  # of the checkpoint, one of DTYPES
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]  # ascending
 
@@ -205,12 +203,12 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise ValueError(f"config.json: hidden_act {act!r} is not supported; it must be 'silu'")
 
 
-def _dtype(fields: Fields) -> torch.dtype:
+def _dtype(fields: Fields) -> str:
     # Without either field: bfloat16, in which nearly all models of these families are published.
     name = fields.text("dtype", fields.text("torch_dtype", "bfloat16")).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"config.json: dtype {name!r} is not supported; the supported ones are {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return name
 
 
 def _eos_token_ids(*sources: Fields) -> tuple[int, ...]:

@@ -2,19 +2,20 @@
 
 Sources: RoFormer (Su et al. 2021) for the default, position interpolation (Chen et al. 2023) for linear, YaRN
 (Peng et al. 2023) for yarn, the Llama 3.1 release for llama3. The names and defaults of the parameters are those of
-transformers. YaRN's attention factor is multiplied into the table, so attention itself knows nothing of it.
+transformers. YaRN's attention factor is multiplied into the table, so attention itself knows nothing of it. Who only
+reads a config needs no torch: what computes imports it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .fields import Fields
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -64,17 +65,22 @@ class Rope:
 
     def inverse_frequencies(self, head_dim: int) -> Tensor:
         """Radians per position of each pair of dimensions, [E / 2] float32."""
-        plain = 1.0 / self.theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
+        import torch
+
+        pairs = torch.arange(head_dim // 2).float()
+        plain = 1.0 / self.theta ** (2 * pairs / head_dim)
         if self.type == "linear":
             return plain / self.factor
         if self.type == "llama3":
             return self._blend(plain, self._llama3_kept(plain))
         if self.type == "yarn":
-            return self._blend(plain, self._yarn_kept(head_dim))
+            return self._blend(plain, self._yarn_kept(pairs, head_dim))
         return plain
 
     def table(self, head_dim: int, num_positions: int) -> Tensor:
         """[num_positions, E] float32: cosines in the first half of a row, sines in the second."""
+        import torch
+
         angles = torch.outer(torch.arange(num_positions).float(), self.inverse_frequencies(head_dim))
         return torch.cat((angles.cos(), angles.sin()), dim=-1) * self.attention_factor
 
@@ -87,14 +93,14 @@ class Rope:
         turns = self.original_positions * plain / (2 * math.pi)
         return ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
 
-    def _yarn_kept(self, head_dim: int) -> Tensor:
+    def _yarn_kept(self, pairs: Tensor, head_dim: int) -> Tensor:
         """1 up to the pair that makes beta_fast turns, 0 from the one that makes beta_slow, linear in between."""
         low, high = (self._pair_with_turns(turns, head_dim) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
         width = high - low or 0.001  # no division by zero when both bounds fall on one pair
-        return 1 - ((torch.arange(head_dim // 2).float() - low) / width).clamp(0, 1)
+        return 1 - ((pairs - low) / width).clamp(0, 1)
 
     def _pair_with_turns(self, turns: float, head_dim: int) -> float:
         """The (fractional) pair whose angle makes `turns` full turns within the original positions."""

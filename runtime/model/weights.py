@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .fields import Fields
+from .files import checkpoint_files, listed, open_file
 
 ALL = slice(None)
-MAX_NAMED = 8  # tensors of one kind that a CheckpointMismatch names
 
 
 class CheckpointMismatch(ValueError):
@@ -72,22 +70,13 @@ def load_weights(weights: Sequence[Weight], folder: str | Path) -> None:
     """
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}
-        for path in _checkpoint_files(Path(folder)):
-            file = stack.enter_context(_open(path))
+        for path in checkpoint_files(Path(folder)):
+            file = stack.enter_context(open_file(path, "pt"))
             tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         _check(weights, {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}, Path(folder))
         for weight in weights:
             for piece in weight.pieces:
                 weight.tensor[piece.into].copy_(tensors[piece.name][piece.read])
-
-
-def check_files(folder: str | Path) -> list[Path]:
-    """Open every safetensors file of a checkpoint; ValueError naming the first that is missing, corrupt or cut."""
-    paths = _checkpoint_files(Path(folder))
-    for path in paths:
-        with _open(path):
-            pass
-    return paths
 
 
 def fill_dummy(weights: Sequence[Weight]) -> None:
@@ -103,34 +92,6 @@ def fill_dummy(weights: Sequence[Weight]) -> None:
             part.fill_(1.0) if weight.is_norm else part.normal_(0.0, 0.02, generator=generator)
 
 
-def _checkpoint_files(folder: Path) -> list[Path]:
-    """The files named by the index; else model.safetensors; else every *.safetensors there is."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = Fields.from_file(index).nested("weight_map")
-        names = sorted({weight_map.text(tensor) for tensor in weight_map.values})
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise ValueError(f"{folder} lacks {_listed(absent)} named in {index.name}; fetch the missing files")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights at all"]
-        raise ValueError(
-            f"{folder} has no *.safetensors ({_listed(others)}); save the checkpoint as safetensors, "
-            "or try the runtime without it with load_format='dummy'"
-        )
-    return files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is corrupt or incomplete ({error}); fetch the file again") from error
-
-
 def _check(weights: Sequence[Weight], found: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     expected = {piece.name: piece.shape for weight in weights for piece in weight.pieces}
     ignored = {name for weight in weights for name in weight.ignored}
@@ -142,7 +103,7 @@ def _check(weights: Sequence[Weight], found: Mapping[str, tuple[int, ...]], fold
         if name in found and found[name] != shape
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    problems = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+    problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise CheckpointMismatch(f"{folder} does not fit its config.json, {'; '.join(problems)}; use matching files")
 
@@ -150,8 +111,3 @@ def _check(weights: Sequence[Weight], found: Mapping[str, tuple[int, ...]], fold
 def _is_buffer(name: str) -> bool:
     """Old checkpoints carry the rotary frequencies, which the config determines."""
     return name.endswith("rotary_emb.inv_freq")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
