@@ -11,6 +11,7 @@ import ctypes
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import cupy
@@ -44,7 +45,6 @@ RACE_BLOCKS = 1024  # enough to fill any GPU
 FEW, HELD = 128, 32  # as in sample.cu
 PRODUCT_ROWS = 8  # of x, at most, for the product that streams the weight
 STAGED_BYTES = 100 * 1024  # of x in shared memory, at most: two blocks share 227 KiB
-LEAST_SPLIT = 512  # keys: merging costs more than reading a few more
 LOG2_E = 1.4426950408889634
 NUCLEUS_THREADS = 1024  # of the one block that has a row
 GROUP_THREADS = 1024  # of the one block that groups pairs by expert
@@ -181,27 +181,36 @@ def rotate_and_store_(
 
 
 def split_keys(positions: Tensor, kv_heads: int, window: int | None) -> Tensor:
-    rows, most = len(positions), _most_splits(len(positions), kv_heads, positions.device.index)
-    # The list twice, sorted and not, its order, and a counter for each row and key head.
-    splits = positions.new_zeros(4 * (1 + 2 * most) + most + rows * kv_heads)
+    rows, cut = len(positions), _cut(len(positions), kv_heads, positions.device.index)
+    # What split_keys in decode.cu describes, and a counter for each row and key head.
+    splits = positions.new_zeros(2 + rows + 1 + cut.most + rows * kv_heads)
     if rows:
-        threads = min(1024, -(-rows // 32) * 32)
-        sizes = np.int32(rows), np.int32(window or 0), np.int32(LEAST_SPLIT), np.int32(most - rows)
-        kernel = _kernel("decode.cu", "split_keys", shared_bytes=4 * most)
-        kernel((1, 1), threads, splits, positions, *sizes)
+        sizes = rows, window or 0, cut.unit, cut.least, cut.most
+        _kernel("decode.cu", "split_keys")((1, 1), 1024, splits, positions, *map(np.int32, sizes))
     return splits
 
 
-def _attention_blocks(rows: int, kv_heads: int, device: int) -> tuple[int, int]:
-    """Warps of a block of decode_attention, and blocks on the whole GPU."""
+@dataclass(frozen=True)
+class Cut:
+    """How the keys of a step are cut into parts, a block for each part and key head."""
+
+    warps: int  # of a block
+    most: int  # parts
+    least: int  # units of a part, unless that is all of one row
+
+    @property
+    def unit(self) -> int:
+        """Keys that a block takes at once."""
+        return 16 * self.warps
+
+
+def _cut(rows: int, kv_heads: int, device: int) -> Cut:
     multiprocessors = _multiprocessors(device)
-    # With no more rows than multiprocessors nothing hides a block's latency: it gets more warps. Else registers limit.
-    return (8, multiprocessors) if rows * kv_heads <= multiprocessors else (4, 3 * multiprocessors)
-
-
-def _most_splits(rows: int, kv_heads: int, device: int) -> int:
-    """Splits that `rows` rows have at most: one each, and as many more as give every block some."""
-    return rows + max(rows, _attention_blocks(rows, kv_heads, device)[1] // kv_heads)
+    if rows * kv_heads > multiprocessors:
+        return Cut(4, 3 * multiprocessors // kv_heads, 4)
+    most = multiprocessors // kv_heads  # few blocks of more warps: there is less to hide a block's latency
+    rest = most % rows
+    return Cut(8, most - (rest if 16 * rest <= most else 0), 4)  # rows of one length are best cut at their ends
 
 
 def decode_attention(
@@ -225,20 +234,19 @@ def decode_attention(
     out = qkv.new_empty(rows, heads * head_dim)
     if rows == 0:
         return out
-    device = qkv.device.index
-    most = _most_splits(rows, kv_heads, device)
-    partial = torch.empty(most * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
-    counters = splits[4 * (1 + 2 * most) + most :]
-    warps, blocks = _attention_blocks(rows, kv_heads, device)
-    kernel = _kernel("decode.cu", f"decode_attention<{_c(qkv)}, {head_dim}, {warps}>", early=True)
+    cut = _cut(rows, kv_heads, qkv.device.index)
+    partial = torch.empty(2 * cut.most * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
+    counters = splits[2 + rows + 1 + cut.most :]
+    kernel = _kernel("decode.cu", f"decode_attention<{_c(qkv)}, {head_dim}, {cut.warps}>", early=True)
     norms = (np.int64(0) if norm is None else norm for norm in (q_norm, k_norm))
     tables = positions, cos_sin, np.int32(len(cos_sin))
     strides = np.int64(k_cache.stride(0)), np.int64(k_cache.stride(1))
     where = slots, np.int32(num_pages * page_size), pages, np.int64(pages.stride(0)), owners, np.int32(page_size)
-    work = splits, np.int32(most), partial, counters, np.float32(scale * LOG2_E), np.int32(heads), np.int32(kv_heads)
+    work = splits, np.int32(rows), np.int32(window or 0), partial, counters
+    shape = np.float32(scale * LOG2_E), np.int32(heads), np.int32(kv_heads)
     kernel(
-        (min(blocks, most * kv_heads), 1),
-        32 * warps,
+        (cut.most * kv_heads, 1),
+        32 * cut.warps,
         out,
         qkv,
         *norms,
@@ -249,6 +257,7 @@ def decode_attention(
         *strides,
         *where,
         *work,
+        *shape,
     )
     return out
 

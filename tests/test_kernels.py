@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -414,26 +413,41 @@ def test_decode_attention(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (32, 8), (5, 1), (16, 2)])
+@pytest.mark.parametrize("rows", [20, 67, 256])
+def test_decode_attention_of_many_rows(rows: int, heads: int, kv_heads: int, window: int | None) -> None:
+    """Parts begin and end anywhere in a row, and a row has several; on a GPU its definition is a loop over the rows."""
+    positions = torch.randint(0, 900, (rows,), dtype=torch.int32, device="cuda")
+    positions[::5] = 0
+    positions[3] = 9000
+    pages = torch.randperm(rows * 563, device="cuda").int().view(rows, 563)
+    owners = torch.randperm(rows, device="cuda").int()
+    slots = pages[owners.long(), positions.long() // 16] * 16 + positions % 16
+    k_cache, v_cache = torch.randn(2, rows * 563, 16, kv_heads, 64, device="cuda").bfloat16()
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * 64, device="cuda").bfloat16()
+    inputs = qkv, None, None, 0.0, positions, torch.randn(9001, 64, device="cuda"), k_cache, v_cache
+    splits = ops.split_keys(positions, kv_heads, window)
+    found = [ops.decode_attention(*inputs, slots, pages, owners, splits, 0.1, window) for _ in range(3)]
+    assert all(torch.equal(found[0], again) for again in found)
+    close(found[0], reference.decode_attention(*inputs, slots, pages, owners, splits, 0.1, window).double(), 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("rows", [1, 2, 33, 256, 1500])
-def test_split_keys_is_every_key_once(rows: int, window: int | None) -> None:
+def test_split_keys_finds_where_each_part_begins(rows: int, window: int | None) -> None:
     positions = torch.randint(0, 5000, (rows,), device="cuda", dtype=torch.int32)
     positions[::7] = 0
-    splits = ops.split_keys(positions, 8, window).tolist()
-    expected = {(n, j) for n, p in enumerate(positions.tolist()) for j in range(max(0, p + 1 - (window or p + 1)), p)}
-    items = [tuple(splits[4 * (i + 1) : 4 * (i + 2)]) for i in range(splits[0])]
-    found = [(row, j) for row, first, stop, _ in items for j in range(first, stop)]
-    assert len(found) == len(expected)
-    assert set(found) == expected
-    lengths = [stop - first for _, first, stop, _ in items]
-    assert lengths == sorted(lengths, reverse=True)
-    of_row = Counter(row for row, *_ in items)
-    assert sorted((row, code) for row, _, _, code in items) == [
-        (row, of_row[row] << 16 | n) for row in range(rows) for n in range(of_row[row])
-    ]
-    most = (len(splits) - 4 - rows * 8) // 9
-    order = splits[4 * (1 + 2 * most) :][: splits[0]]
-    in_order = sorted(range(splits[0]), key=lambda i: (items[i][0], items[i][3]))
-    assert [order[i] for i in in_order] == list(range(splits[0]))
+    parts, total, *rest = ops.split_keys(positions, 8, window).tolist()
+    starts, first_rows = rest[: rows + 1], rest[rows + 1 :][:parts]
+    seen = [min(p, window - 1) if window else p for p in positions.tolist()]
+    unit = 128 if rows * 8 <= torch.cuda.get_device_properties(0).multi_processor_count else 64
+    units = [max(1, -(-keys // unit)) for keys in seen]
+    assert starts == [0, *itertools.accumulate(units)]
+    assert total == starts[-1]
+    row_of = [row for row in range(rows) for _ in range(units[row])]
+    assert first_rows == [row_of[part * total // parts] for part in range(parts)]
+    assert 1 <= parts <= total
 
 
 def test_the_two_ends_of_a_decode_step(device: str) -> None:
