@@ -29,14 +29,11 @@ CONNECT_S = 5.0  # Ray itself tries for two minutes
 PATIENCE_S = 60.0  # for resources that others hold, and for nodes that a failure has taken
 WAIT_S = 1  # Ray takes whole seconds
 FIRST_REPORT_S, REPORT_S = 2.0, 10.0
-# In a cluster of our own nobody reads what Ray gathers: without these an idle server takes 1 % of a core more, nearly
-# all of it to look for new log files ten times a second. Telemetry leaves a thread behind at each shutdown.
+# In a cluster of our own nobody reads what Ray gathers, and nothing is to be scaled or shown: without all this an idle
+# server takes half of its CPU time. Telemetry leaves a thread behind at each shutdown.
 QUIET = {"enable_open_telemetry": False, "enable_metrics_collection": False}
-QUIET_ENVIRONMENT = {
-    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "0",  # from so many on it looks as seldom as the next line says
-    "LOG_NAME_UPDATE_INTERVAL_S": "3600",
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",
-}
+QUIET_ENVIRONMENT = {"REPORTER_UPDATE_INTERVAL_MS": "60000"}
+HELPERS = ("monitor", "log_monitor", "dashboard")  # processes that `ray.init` starts and has no option against
 
 
 def start_ray(config: Config, stack: Undo, replicas: int = 1) -> bool:
@@ -64,6 +61,7 @@ def start_ray(config: Config, stack: Undo, replicas: int = 1) -> bool:
                 _temp_dir=folder,
                 _system_config=QUIET,
             )
+            _end_helpers()
     else:
         _check_reachable(address)
         _init(address)
@@ -80,6 +78,17 @@ def _remove(folder: str) -> None:
             log.warning("Ray's folder %s cannot be removed", folder)
             return
         time.sleep(0.02)
+
+
+def _end_helpers() -> None:
+    """Those of this process's cluster; a Ray that has other names for them keeps them."""
+    node = getattr(ray._private.worker, "_global_node", None)
+    for name in HELPERS:
+        end = getattr(node, f"kill_{name}", None)
+        if end is None:
+            log.debug("Ray %s has no kill_%s: this helper stays", ray.__version__, name)
+        else:
+            end(check_alive=False)
 
 
 def while_connected(end: Callable[..., Any], *arguments: Any) -> None:

@@ -7,6 +7,7 @@ import logging
 import signal
 import socket
 import sys
+from contextlib import suppress
 from types import FrameType
 
 import transformers.models.auto.tokenization_auto  # noqa: F401 - with the imports, while signals wait (cli.py)
@@ -23,6 +24,7 @@ from .patience import Patient, allow_descriptors
 
 log = logging.getLogger(__name__)
 LAST_WORDS_S = 2.0  # for answers that are complete but not yet sent when the service has ended
+TICK_S = 1.0
 
 
 def serve(config: Config, options: ServerConfig, preflight: Preflight | None) -> None:
@@ -87,6 +89,13 @@ class Server(uvicorn.Server):
         self._service, self._drain_timeout = service, drain_timeout
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._ends = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        """In place of uvicorn's, which looks ten times a second; what it does then it does once a second."""
+        while not await self.on_tick(0):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ends.wait(), TICK_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -109,10 +118,15 @@ class Server(uvicorn.Server):
             self._draining = asyncio.ensure_future(self._drain())
         else:
             self.ended_by = sig
-            self.force_exit = self.should_exit = True
+            self.force_exit = True
+            self._end()
 
     async def _drain(self) -> None:
         try:
             await self._service.close(self._drain_timeout)
         finally:
-            self.should_exit = True
+            self._end()
+
+    def _end(self) -> None:
+        self.should_exit = True
+        self._ends.set()
