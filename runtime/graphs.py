@@ -6,6 +6,7 @@ static buffers; rows beyond the step's own have no slot for their keys, and nobo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from .cache.pool import KVPool
 from .model.attention import AttentionBackend
 from .model.decoder import Decoder
 from .model.logits import Logits
+from .sampler import Bounds, draw_among_few, race
 
 
 @dataclass(frozen=True)
@@ -33,28 +35,28 @@ class GraphParts:
 class Inputs:
     """The static inputs of a graph of `size` rows, in one buffer: a single copy brings a step to the device."""
 
+    # What a row is drawn by, then the fields of HostBatch: wider numbers first, so that all are aligned.
+    TYPES = (np.int64, np.int64, np.float32, np.float32, np.float32, np.int32, np.int32, np.int32)
+
     def __init__(self, size: int, device: torch.device) -> None:
         self.size = size
-        self._host = np.zeros(24 * size, np.uint8)
-        self._device = torch.zeros(24 * size, dtype=torch.uint8, device=device)
-        cuts = np.cumsum([8, 4, 4, 4, 4])[:-1] * size  # keys first: they want 8-byte alignment
-        types = (np.int64, np.float32, np.int32, np.int32, np.int32)
-        self._parts = [part.view(t) for part, t in zip(np.split(self._host, cuts), types, strict=True)]
-        torch_types = (torch.int64, torch.float32, torch.int32, torch.int32, torch.int32)
-        parts = self._device.tensor_split(cuts.tolist())
-        self.keys, self.temperature, self.slots, self.positions, self.kv_slots = (
-            part.view(t) for part, t in zip(parts, torch_types, strict=True)
-        )
+        counts = [np.dtype(t).itemsize * size for t in self.TYPES]
+        cuts = np.cumsum(counts)
+        self._host = np.zeros(cuts[-1], np.uint8)
+        self._device = torch.zeros(int(cuts[-1]), dtype=torch.uint8, device=device)
+        self._parts = [part.view(t) for part, t in zip(np.split(self._host, cuts[:-1]), self.TYPES, strict=True)]
+        on_device = [
+            part.view(torch.from_numpy(host).dtype)
+            for part, host in zip(self._device.split(counts), self._parts, strict=True)
+        ]
+        self.bounds = Bounds(*on_device[:5])
+        self.slots, self.positions, self.kv_slots = on_device[5:]
 
-    def fill(self, host: HostBatch, temperature: np.ndarray, keys: np.ndarray, spare_slot: int) -> None:
+    def fill(self, host: HostBatch, bounds: Sequence[np.ndarray], spare_slot: int) -> None:
         """Rows beyond the step's own belong to the spare slot, are greedy, and store no keys."""
         n = len(host.slots)
-        for part, values, rest in zip(
-            self._parts,
-            (keys, temperature, host.slots, host.positions, host.kv_slots),
-            (0, 0, spare_slot, 0, -1),
-            strict=True,
-        ):
+        given = *bounds, host.slots, host.positions, host.kv_slots
+        for part, values, rest in zip(self._parts, given, (0, 0, 0, 1, 0, spare_slot, 0, -1), strict=True):
             part[:n], part[n:] = values, rest
         # Few bytes from pageable memory travel with the call itself: the host may write the next step's at once.
         self._device.copy_(torch.from_numpy(self._host), non_blocking=True)
@@ -62,12 +64,17 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph and where it reads and writes."""
+    """Two graphs, and where they read and write: a step, whose tokens win a race among all, and a draw among few.
 
-    graph: torch.cuda.CUDAGraph
+    The second one is for steps in which a row asks for that; it chooses once more from the logits of the first.
+    """
+
+    step: torch.cuda.CUDAGraph
+    draw: torch.cuda.CUDAGraph
     inputs: Inputs
     logits: Logits  # of `size` rows
-    chosen: Tensor  # [size] int32
+    raced: Tensor  # [size] int32
+    drawn: Tensor  # [size] int32: those of `raced` where a row does not ask
 
 
 class DecodeGraphs:
@@ -92,40 +99,52 @@ class DecodeGraphs:
     @property
     def memory(self) -> torch.cuda.CUDAGraph:
         """A graph that keeps the memory of all of them, also when the others are gone."""
-        return self._captured[self.max_rows].graph
+        return self._captured[self.max_rows].step
 
-    def run(self, host: HostBatch, temperature: np.ndarray, keys: np.ndarray) -> tuple[Logits, Tensor]:
+    def run(self, host: HostBatch, bounds: Sequence[np.ndarray], *, draws_among_few: bool) -> tuple[Logits, Tensor]:
         """The logits of the B rows and the tokens [B] that are drawn from them, which are already in the token table.
 
-        Both are overwritten by the next run of the same padded size.
+        bounds           the fields of Bounds, [B] each
+        draws_among_few  whether a row has a top_k, which is CANDIDATES at most then
+        Both results are overwritten by the next run of the same padded size.
         """
         rows = len(host.slots)
         captured = self._captured[next(s for s in self._sizes if s >= rows)]
-        captured.inputs.fill(host, temperature, keys, self._parts.tables.spare_slot)
-        captured.graph.replay()
-        return captured.logits[:rows], captured.chosen[:rows]
+        captured.inputs.fill(host, bounds, self._parts.tables.spare_slot)
+        captured.step.replay()
+        if draws_among_few:
+            captured.draw.replay()
+        return captured.logits[:rows], (captured.drawn if draws_among_few else captured.raced)[:rows]
 
     def _capture(self, memory: torch.cuda.CUDAGraph | None, show_progress: bool) -> None:
         """The largest first: the smaller ones then fit into its memory."""
-        tables, nothing = self._parts.tables, np.zeros(0)
+        tables, nothing = self._parts.tables, [np.zeros(0)] * 5
         for size in tqdm(self._sizes[::-1], desc="capture CUDA graphs", unit="graph", disable=not show_progress):
             inputs = Inputs(size, tables.tokens.device)
-            inputs.fill(_rows(0), nothing, nothing, tables.spare_slot)
-            self._step(inputs)  # outside of the graph first: kernels load and workspaces grow
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory.pool() if memory else None, capture_error_mode="thread_local"):
-                logits, chosen = self._step(inputs)
-            memory = memory or graph
-            self._captured[size] = Captured(graph, inputs, logits, chosen)
+            inputs.fill(_rows(0), nothing, tables.spare_slot)
+            # Outside of the graphs first: kernels load and workspaces grow.
+            self._draw(inputs, *self._step(inputs))
+            step, draw = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(step, pool=memory.pool() if memory else None, capture_error_mode="thread_local"):
+                logits, raced = self._step(inputs)
+            memory = memory or step
+            with torch.cuda.graph(draw, pool=memory.pool(), capture_error_mode="thread_local"):
+                drawn = self._draw(inputs, logits, raced)
+            self._captured[size] = Captured(step, draw, inputs, logits, raced, drawn)
 
     def _step(self, inputs: Inputs) -> tuple[Logits, Tensor]:
         parts = self._parts
         batch = parts.tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, _rows(inputs.size))
         parts.attention.plan(batch)
         logits = parts.decoder.logits(parts.decoder.forward(batch, parts.pool, parts.attention))
-        chosen = logits.race(inputs.temperature, inputs.keys)
-        parts.tables.append(inputs.slots, inputs.positions, chosen)
-        return logits, chosen
+        raced = race(logits, inputs.bounds)
+        parts.tables.append(inputs.slots, inputs.positions, raced)
+        return logits, raced
+
+    def _draw(self, inputs: Inputs, logits: Logits, raced: Tensor) -> Tensor:
+        drawn = torch.where(inputs.bounds.top_k > 0, draw_among_few(logits, inputs.bounds), raced)
+        self._parts.tables.append(inputs.slots, inputs.positions, drawn)
+        return drawn
 
 
 def graph_sizes(max_rows: int) -> list[int]:

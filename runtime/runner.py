@@ -237,9 +237,11 @@ class Runner:
         return lambda: replace(sampled(), prompts=prompts())
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs, host: HostBatch) -> Callable[[], Sampled]:
-        logits, chosen = graphs.run(host, *self.sampler.race_inputs(host.slots, host.positions + 1))
+        bounds, needs_all = self.sampler.bounds(host.slots, host.positions + 1), self.sampler.needs_all(host.slots)
+        few = not needs_all and self.sampler.draws_among_few(host.slots)
+        logits, chosen = graphs.run(host, bounds, draws_among_few=few)
         self.guides.catch_up()
-        if not self.sampler.is_plain(host.slots):
+        if needs_all:
             return self._sample(plan, logits)
         tokens = self._landing.fetch(chosen)
         return lambda: Sampled(tokens(), {})

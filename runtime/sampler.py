@@ -42,7 +42,7 @@ class Bounds:
     """What each row's draw depends on besides its logits, [S] on the device."""
 
     keys: Tensor  # int64: hashes of seed and position
-    top_k: Tensor  # int64, 0 for all
+    top_k: Tensor  # int64, 0 for all: also of who is greedy
     temperature: Tensor  # float32, as the rest
     top_p: Tensor
     min_p: Tensor
@@ -77,8 +77,8 @@ class Sampler:
         biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.device)
         self.slots[slot] = SlotState(p, ids(admission.stop_ids), ids(list(p.logit_bias)), biases)
         self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
-        self.top_k[slot], self.seed[slot] = max(p.top_k, 0), p.seed % 2**64
-        self.way[slot] = _way(p)
+        self.way[slot] = way = _way(p)
+        self.top_k[slot], self.seed[slot] = 0 if way == RACE else max(p.top_k, 0), p.seed % 2**64
         self.repetition[slot] = p.repetition_penalty
         self.presence[slot], self.frequency[slot] = p.presence_penalty, p.frequency_penalty
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
@@ -102,12 +102,10 @@ class Sampler:
             self._penalize(logits.shard, penalized[first : first + PENALIZED], slots, positions, tokens)
         for row in np.flatnonzero(self.edited[slots]).tolist():
             self._edit(logits.shard[row], int(slots[row]), int(positions[row]))
-        temperature, keys = self.race_inputs(slots, positions)
-        given = keys, self.top_k[slots], temperature, self.top_p[slots], self.min_p[slots]
-        bounds = Bounds(*to_device_together(given, self.device))
+        bounds = Bounds(*to_device_together(self.bounds(slots, positions), self.device))
         ways = self.way[slots]
         chosen = torch.empty(len(slots), dtype=torch.int32, device=self.device)
-        for way, draw in enumerate((_race, _among_few, _nucleus, _sorted)):
+        for way, draw in enumerate((race, draw_among_few, _nucleus, _sorted)):
             rows = np.flatnonzero(ways == way)
             if len(rows) == len(slots):
                 return draw(logits, bounds)
@@ -116,14 +114,14 @@ class Sampler:
                 chosen[index] = draw(logits[index], bounds[index])
         return chosen
 
-    def race_inputs(self, slots: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Temperature [S] float32 and key [S] int64 of each row for `ops.race`, on the host."""
-        keys = _mix(_mix(self.seed[slots]) + GOLDEN * positions.astype(np.uint64))
-        return self.temperature[slots], keys.view(np.int64)
+    def bounds(self, slots: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The fields of Bounds [S], on the host."""
+        keys = _mix(_mix(self.seed[slots]) + GOLDEN * positions.astype(np.uint64)).view(np.int64)
+        return keys, self.top_k[slots], self.temperature[slots], self.top_p[slots], self.min_p[slots]
 
-    def is_plain(self, slots: np.ndarray) -> bool:
-        """Whether a race is all that these requests ask for."""
-        return not self.needs_all(slots) and not (self.way[slots] == FEW).any()
+    def draws_among_few(self, slots: np.ndarray) -> bool:
+        """Whether any of these requests draws among the greatest logits only."""
+        return bool((self.way[slots] == FEW).any())
 
     def needs_all(self, slots: np.ndarray) -> bool:
         """Whether any of these requests needs the logits of the whole vocabulary."""
@@ -184,11 +182,11 @@ class Sampler:
             logits[state.stop_ids] = -torch.inf
 
 
-def _race(logits: Logits, bounds: Bounds) -> Tensor:
+def race(logits: Logits, bounds: Bounds) -> Tensor:
     return logits.race(bounds.temperature, bounds.keys)
 
 
-def _among_few(logits: Logits, b: Bounds) -> Tensor:
+def draw_among_few(logits: Logits, b: Bounds) -> Tensor:
     """Of top-k that keeps at most CANDIDATES of a row: they are exchanged instead of the logits."""
     return ops.draw(logits.best(CANDIDATES), b.temperature, b.top_k, b.top_p, b.min_p, b.keys)
 

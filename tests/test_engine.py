@@ -234,15 +234,22 @@ def test_bfloat16_on_a_gpu_stays_close_to_transformers(
             assert got.token == pytest.approx(float(wanted[n, token]), abs=0.3), f"prompt {i}, token {n}"
 
 
+DRAWS = [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01}]
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("logprobs", [3, None], ids=["with logprobs", "drawn in the graph"])
 @pytest.mark.parametrize("rows", [1, 2, 8, 24])
 @pytest.mark.parametrize("architecture", list(FAMILIES))
-def test_a_graph_is_eager_bit_for_bit(tmp_path: Path, architecture: str, rows: int) -> None:
+def test_a_graph_is_eager_bit_for_bit(tmp_path: Path, architecture: str, rows: int, logprobs: int | None) -> None:
     tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
     found = []
     for enforce_eager in (False, True):
         # As many requests as a graph has rows, all of one length: nothing is padded.
-        requests = [request(i, [7 * i + j for j in range(9)], logprobs=3, temperature=i % 2) for i in range(rows)]
+        kinds = [DRAWS[(i + rows) % len(DRAWS)] for i in range(rows)]
+        requests = [
+            request(i, [7 * i + j for j in range(9)], logprobs=logprobs, **kind) for i, kind in enumerate(kinds)
+        ]
         options = {"device": "cuda", "dtype": "bfloat16", "enforce_eager": enforce_eager}
         found.append(run_engine(tmp_path, requests, **options))  # type: ignore[arg-type]
     graphs, eager = found

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, get_args
 
 import pytest
+from msgspec.structs import replace
 from test_comm import on_gpus
 
 from lockstep import LLM, SamplingParams
@@ -19,7 +20,7 @@ from lockstep.runtime.outputs import CompletionOutput
 
 PROMPTS = ["In the beginning", "And the LORD spake unto Moses, saying,", "Blessed is the man that"]
 ASKED = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5)
-PLAIN = SamplingParams(temperature=0.8, seed=3, max_tokens=32, ignore_eos=True)
+DRAWN = [SamplingParams(temperature=0.8, seed=3, top_k=top_k, max_tokens=32, ignore_eos=True) for top_k in (-1, 20)]
 SMALL: dict[str, Any] = {"num_pages": 512, "max_num_seqs": 8, "max_num_batched_tokens": 256, "step_timeout": 30.0}
 TOLERANCE = 0.25  # of a log-probability in bfloat16, whose logits of up to 32 are multiples of 1/8
 
@@ -52,8 +53,10 @@ def test_ranks_say_what_one_says(choice: str, place: tuple[int, int], alone: lis
     where = on_gpus(size, gpus)
     options = {"nccl_library": where.get("library"), "gpus_per_rank": gpus / size}
     with engine(tensor_parallel_size=size, all_reduce=choice, **options) as llm:
-        several, plain, again = outputs(llm, ASKED), outputs(llm, PLAIN), outputs(llm, PLAIN)
-    assert [output.token_ids for output in plain] == [output.token_ids for output in again]
+        several = outputs(llm, ASKED)
+        for params in DRAWN:  # within a step's graph, and outside, where log-probabilities are asked for
+            inside, outside = outputs(llm, params), outputs(llm, replace(params, logprobs=1))
+            assert [output.token_ids for output in inside] == [output.token_ids for output in outside]
     for one, other in zip(alone, several, strict=True):
         assert agreeing(one, other) > 0
 
