@@ -3,8 +3,8 @@
 // Norm and rotation of q and k, the store of k and v, and attention over the pages, in one kernel. The keys of all rows, row by
 // row, are cut into equal parts; a block has a part of one key head, with its query heads, and goes through it split by split: the
 // keys of one row. Of a row that was cut, the block that ends last merges the splits, in their order. split_keys says where the
-// parts begin, once a step for all layers. Neighbours have the heads of one part and read the same pages at the same time: a block
-// that went through one head after the other made a step with much scattered pages 10 to 20 % longer.
+// parts begin, once a step for all layers. Neighbours have the heads of one part, so that a page is read by all of them at about the
+// same time.
 //
 // Both products run on tensor cores, straight from registers (see product.cu for the trick with the order of the columns): lane
 // (g, t) = (lane / 4, lane % 4) loads elements 8 t .. 8 t + 7 of every 32 of keys g and g + 8. Scores come out as [keys, heads];
