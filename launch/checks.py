@@ -130,6 +130,10 @@ def on_gpus(config: Config, nodes: Mapping[str, Mapping[str, float]]) -> bool:
 
 
 def packages(case: Case) -> Finding:
+    if _version("lockstep") is None:
+        return _warn(
+            "lockstep can be imported but is not installed; what it requires is unknown", "run scripts/setup.sh"
+        )
     cuda = cuda_of_torch()
     extra = f"cuda{cuda.split('.')[0]}" if cuda and case.gpus else ""
     lines = [Requirement(line) for line in metadata.requires("lockstep") or ()]

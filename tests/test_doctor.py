@@ -239,6 +239,12 @@ def test_packages_are_held_against_what_the_project_requires() -> None:
     assert "lockstep[cuda13]" in judge(there).remedy
 
 
+def test_a_checkout_that_is_not_installed_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_version", lambda name: None)
+    finding = checks.run("packages", lambda: checks.packages(checks.Case(Config(), "127.0.0.1")))
+    assert (finding.status, finding.remedy) == ("warn", "run scripts/setup.sh")
+
+
 @pytest.mark.parametrize(
     ("options", "gpus", "status"),
     [
