@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import logging
@@ -24,7 +25,7 @@ from .errors import PlacementError, RankFailed
 from .options import LogLevel, start_logging, with_config, with_fields
 from .preflight import Preflight
 from .server.config import ServerConfig
-from .signals import end_on_sigterm, signals_wait, status_of
+from .signals import end_at_once, end_on_sigterm, signals_wait, status_of
 
 if TYPE_CHECKING:
     from .llm import LLM
@@ -45,6 +46,7 @@ def main() -> None:
     except (PlacementError, RankFailed) as error:
         _fail(error, code=1)
     except SystemExit as end:
+        atexit.register(end_at_once)  # all is undone, and what others have registered comes after it
         sys.exit(status_of(end))
 
 

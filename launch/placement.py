@@ -42,6 +42,9 @@ def start_ray(config: Config, stack: Undo, replicas: int = 1) -> bool:
         log.info("using the Ray cluster that this process is connected to")
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Else ray.shutdown resets SIGTERM to its default, below Python: one that comes before our own end is done leaves
+    # the rest behind. Python's faulthandler, which Ray enables, still says where a process has crashed.
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     address = config.ray_address or os.environ.get("RAY_ADDRESS", "local")
     started = time.perf_counter()
     if address == "local":

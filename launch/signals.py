@@ -29,6 +29,12 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, interrupt)
 
 
+def end_at_once() -> None:
+    """From now on signals do what they do by default: in the interpreter's own end an exception is only printed."""
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def interrupt(number: int, frame: object = None) -> NoReturn:
     """What a handler of a signal that ends the process does."""
     global _terminated
