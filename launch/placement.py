@@ -111,7 +111,7 @@ def _init(address: str, **options: Any) -> None:
             " RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are set as they are there"
         ) from error
     if threading.current_thread() is threading.main_thread():
-        # Ray has set a handler that aborts with a dump of the stack; its processes end with ours in any case.
+        # Ray has set a handler of its own, which exits; its processes end with ours in any case.
         signal.signal(signal.SIGTERM, on_sigterm)
 
 

@@ -55,8 +55,9 @@ def test_ranks_say_what_one_says(choice: str, place: tuple[int, int], alone: lis
     with engine(tensor_parallel_size=size, all_reduce=choice, **options) as llm:
         several = outputs(llm, ASKED)
         for params in DRAWN:  # within a step's graph, and outside, where log-probabilities are asked for
-            inside, outside = outputs(llm, params), outputs(llm, replace(params, logprobs=1))
-            assert [output.token_ids for output in inside] == [output.token_ids for output in outside]
+            inside, *others = (outputs(llm, asked) for asked in (params, params, replace(params, logprobs=1)))
+            for other in others:
+                assert [output.token_ids for output in inside] == [output.token_ids for output in other]
     for one, other in zip(alone, several, strict=True):
         assert agreeing(one, other) > 0
 
