@@ -43,8 +43,8 @@ VECTOR_BYTES = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a block gets more only when its kernel asks
 RACE_BLOCKS = 1024  # enough to fill any GPU
 FEW, HELD = 128, 32  # as in sample.cu
-PRODUCT_ROWS = 16  # of x, at most, for the product that streams the weight
-CHUNK = 64  # columns, as in product.cu
+PRODUCT_ROWS = 8  # of x, at most, for the product that streams the weight
+STAGED_BYTES = 100 * 1024  # of x in shared memory, at most: two blocks share 227 KiB
 LOG2_E = 1.4426950408889634
 NUCLEUS_THREADS = 1024  # of the one block that has a row
 GROUP_THREADS = 1024  # of the one block that groups pairs by expert
@@ -86,7 +86,7 @@ def linear(
     out: Tensor | None = None,
 ) -> Tensor:
     streams = _can_stream(x, weight)
-    if norm is not None and not (streams and _can_take_in(norm)):
+    if norm is not None and not (streams and _can_take_in(x, norm)):
         x, norm = rms_norm(x, norm, eps), None
     if streams:
         return _stream_weight(x, weight, bias, norm, eps, gated, add_to, out)
@@ -105,52 +105,19 @@ def _can_stream(x: Tensor, weight: Tensor) -> bool:
     return 0 < len(x) <= PRODUCT_ROWS and x.dtype in (torch.bfloat16, torch.float16) and whole and aligned
 
 
-def _can_take_in(norm: Tensor) -> bool:
+def _can_take_in(x: Tensor, norm: Tensor) -> bool:
     """Whether the product can apply the norm. In float16 a row times the norm's weight may be too large, unscaled."""
-    return norm.dtype == torch.bfloat16 and norm.data_ptr() % VECTOR_BYTES == 0
+    return x.dtype == torch.bfloat16 and _fits(x) and norm.data_ptr() % VECTOR_BYTES == 0
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How product.cu goes through a weight of `size` columns for `rows` rows of x."""
-
-    rows: int
-    size: int
-    normed: bool
-    warps: int  # of a block; 16 have a multiprocessor
-    tiles: int  # of 16 rows of the weight, at once
-    keeps: bool  # all of x in shared memory
-
-    @property
-    def sets(self) -> int:
-        return -(-self.rows // 8)
-
-    @property
-    def chunks(self) -> int:
-        """Of a warp."""
-        return -(-self.size // (CHUNK * self.warps))
-
-    @property
-    def depth(self) -> int:
-        """Chunks of a warp on their way: as many as registers hold, or as there are."""
-        return max(2, min(4 // self.tiles, self.chunks))
-
-    @property
-    def shared_bytes(self) -> int:
-        sums = 2 * self.warps * 8 * self.sets * (16 * self.tiles + 1) * 4
-        lines = (self.chunks if self.keeps else self.depth) * self.rows + (self.chunks if self.normed else 0)
-        return sums + self.warps * lines * 2 * CHUNK
+def _fits(x: Tensor) -> bool:
+    """Whether x has room in the shared memory of a block that is not alone."""
+    return _staged_bytes(x) <= STAGED_BYTES
 
 
-@functools.cache
-def _tiling(rows: int, features: int, size: int, gated: bool, normed: bool, device: int) -> Tiling:
-    tiles = -(-features // (8 if gated else 16))
-    room = _shared_memory(device) - 4096  # what the kernel and the driver take
-    two_blocks = Tiling(rows, size, normed, 8, 1, keeps=True)
-    if tiles > _multiprocessors(device) and two_blocks.shared_bytes <= room // 2:
-        return two_blocks
-    one_block = Tiling(rows, size, normed, 16, 1, keeps=True)
-    return one_block if one_block.shared_bytes <= room else Tiling(rows, size, normed, 16, 2, keeps=False)
+def _staged_bytes(x: Tensor) -> int:
+    """What x takes in shared memory; see `stride` in product.cu."""
+    return len(x) * (-(-x.shape[1] // 64) * 64 + 32) * x.element_size()
 
 
 def _stream_weight(
@@ -168,14 +135,18 @@ def _stream_weight(
     if out is None:
         out = x.new_empty(rows, features) if add_to is None else add_to
     finish = 2 if gated else 0 if add_to is None else 1
-    tiling = _tiling(rows, features, size, gated, norm is not None, x.device.index)
-    name = f"product<{_c(x)}, {tiling.warps}, {tiling.depth}, {tiling.sets}, {tiling.tiles}, {finish}>"
-    kernel = _kernel("product.cu", name, shared_bytes=tiling.shared_bytes, early=True)
-    tiles = -(-features // ((8 if gated else 16) * tiling.tiles))
-    blocks = min(tiles, _multiprocessors(x.device.index) * (16 // tiling.warps))
+    tiles, multiprocessors = -(-features // (8 if gated else 16)), _multiprocessors(x.device.index)
+    # Few tiles: all warps of a multiprocessor share one. Short rows leave a warp few chunks to have on their way; so do
+    # registers where x needs some, too.
+    staged = _fits(x)
+    warps = 16 if tiles <= multiprocessors or not staged else 8
+    depth = 2 if not staged else max(2, min(4, -(-size // (64 * warps))))
+    shared_bytes = _staged_bytes(x) if staged else 0
+    name = f"product<{_c(x)}, {warps}, {depth}, {str(staged).lower()}, {finish}>"
+    kernel = _kernel("product.cu", name, shared_bytes=shared_bytes, early=True)
     optional = (np.int64(0) if t is None else t for t in (norm, bias))
-    sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size), np.int32(tiling.keeps)
-    kernel((blocks, 1), 32 * tiling.warps, out, x, weight, *optional, *sizes)
+    sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size)
+    kernel((min(tiles, multiprocessors * (16 // warps)), 1), 32 * warps, out, x, weight, *optional, *sizes)
     return out
 
 
@@ -498,12 +469,6 @@ def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@functools.cache
-def _shared_memory(device: int) -> int:
-    """Bytes that a block may have."""
-    return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
-
-
 class _Stream:
     """A raw stream as CuPy's launch wants it."""
 
@@ -529,7 +494,8 @@ def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = Fals
     if (
         static_bytes + shared_bytes > DEFAULT_SHARED_BYTES
     ):  # all that there is: instances with other sizes share the function
-        function.max_dynamic_shared_size_bytes = _shared_memory(torch.cuda.current_device()) - static_bytes
+        most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+        function.max_dynamic_shared_size_bytes = most - static_bytes
 
     def launch(grid: tuple[int, int], threads: int, *arguments: Any) -> None:
         stream = _Stream(torch.cuda.current_stream().cuda_stream)
