@@ -1,0 +1,220 @@
+// Enough of CUDA to run our kernels on a CPU, one block after the other: threads are fibers that go on in random order between
+// the places where they wait for each other. Copies in the background happen at the wait for them, not before.
+#pragma once
+#include <ucontext.h>
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+#define __shared__ static
+
+template <typename T> constexpr T max(T a, T b) { return a < b ? b : a; }
+template <typename T> constexpr T min(T a, T b) { return b < a ? b : a; }
+struct uint4 { unsigned x, y, z, w; };
+struct int4 { int x, y, z, w; };
+struct longlong2 { long long x, y; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+struct Dim { int x, y; };
+inline Dim threadIdx, blockIdx, blockDim, gridDim;
+
+template <typename To, typename From> To same_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof(to));
+    return to;
+}
+inline float __int_as_float(int x) { return same_bits<float>(x); }
+inline int __float_as_int(float x) { return same_bits<int>(x); }
+
+struct __nv_bfloat16 { uint16_t bits; };
+struct __half { _Float16 value; };
+struct __nv_fp8_e4m3 {
+    uint8_t bits;
+    explicit __nv_fp8_e4m3(float x) {  // the nearest of all, the even one of two
+        int nearest = 0;
+        auto value = [](int code) { return code < 8 ? code * 0x1p-9f : std::ldexp(8.f + code % 8, code / 8 - 10); };
+        for (int code = 1; code < 127; ++code) {
+            const float before = std::fabs(std::fabs(x) - value(nearest)), now = std::fabs(std::fabs(x) - value(code));
+            if (now < before || (now == before && code % 2 == 0)) nearest = code;
+        }
+        bits = nearest | (std::signbit(x) ? 128 : 0);
+    }
+    __nv_fp8_e4m3() = default;
+};
+inline float __bfloat162float(__nv_bfloat16 x) { return __int_as_float(x.bits << 16); }
+inline float __half2float(__half x) { return x.value; }
+inline __half __float2half_rn(float x) { return {(_Float16)x}; }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+    const uint32_t bits = __float_as_int(x);
+    return {(uint16_t)(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float value_of(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
+inline float value_of(uint16_t bits, __half) { return same_bits<_Float16>(bits); }
+
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __logf(float x) { return std::log(x); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline void __threadfence() {}
+template <typename T> T __ldcg(const T* from) { return *from; }
+template <typename T, typename V> T atomicAdd(T* to, V value) { return std::exchange(*to, *to + value); }
+template <typename T> T atomicMax(T* to, T value) { return std::exchange(*to, max(*to, value)); }
+
+namespace emulator {
+
+constexpr int STACK = 256 << 10, SHARED = 256 << 10;
+alignas(128) inline char shared[SHARED + 4096];  // of the block; near to static variables: an address is 32 bits from it
+
+inline unsigned below(size_t count) {  // at random; Knuth's linear congruential generator
+    static uint64_t state = 1;
+    state = state * 6364136223846793005 + 1442695040888963407;
+    return (state >> 33) % count;
+}
+
+struct Meeting { int expected = 0; std::vector<int> waiting; };
+struct Warp { Meeting meeting; int turn[32] = {}; char words[2][32][32]; };
+struct Copy { void* to; const void* from; bool inside; };
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[STACK]};
+    std::vector<std::vector<Copy>> groups;  // of copies: those that are closed, then the open one
+};
+inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline std::vector<int> ready;
+inline Meeting block;
+inline ucontext_t scheduler;
+inline int current;
+inline void (*kernel)(void**);
+inline void** arguments;
+
+inline void open_if_all_are_there(Meeting& meeting) {
+    if (meeting.expected == 0 || (int)meeting.waiting.size() < meeting.expected) return;
+    ready.insert(ready.end(), meeting.waiting.begin(), meeting.waiting.end());
+    meeting.waiting.clear();
+}
+inline void meet(Meeting& meeting) {
+    meeting.waiting.push_back(current);
+    open_if_all_are_there(meeting);
+    swapcontext(&fibers[current].context, &scheduler);
+}
+inline void run_thread() {
+    kernel(arguments);
+    for (Meeting* left : {&block, &warps[current / 32].meeting}) {
+        --left->expected;
+        open_if_all_are_there(*left);
+    }
+}
+// What is wrong with it, if anything is.
+inline const char* run_block(int threads, int shared_bytes) {
+    memset(shared, 0xff, sizeof(shared));  // NaN, to whoever reads what nobody wrote
+    block = {threads, {}};
+    warps.assign(threads / 32, Warp{{32, {}}});
+    fibers.resize(max(fibers.size(), (size_t)threads));
+    for (int i = 0; i < threads; ++i) {
+        fibers[i].groups.assign(1, {});
+        getcontext(&fibers[i].context);
+        fibers[i].context.uc_stack = {fibers[i].stack.get(), 0, STACK};
+        fibers[i].context.uc_link = &scheduler;
+        makecontext(&fibers[i].context, run_thread, 0);
+        ready.push_back(i);
+    }
+    while (!ready.empty()) {
+        std::swap(ready[below(ready.size())], ready.back());
+        current = ready.back();
+        ready.pop_back();
+        threadIdx = {current, 0};
+        swapcontext(&scheduler, &fibers[current].context);
+    }
+    if (block.expected > 0) return "threads wait for one another for ever";
+    for (const char& c : shared)
+        if (c != (char)0xff && &c - shared >= shared_bytes) return "a block has written beyond its shared memory";
+    return nullptr;
+}
+
+// The words of all lanes of this warp, once all have come.
+template <typename T> const T* exchange(T word) {
+    Warp& warp = warps[current / 32];
+    auto* words = warp.words[warp.turn[current % 32] ^= 1];
+    static_assert(sizeof(T) <= sizeof(words[0]));
+    memcpy(words[current % 32], &word, sizeof(T));
+    meet(warp.meeting);
+    thread_local T found[32];
+    for (int lane = 0; lane < 32; ++lane) memcpy(&found[lane], words[lane], sizeof(T));
+    return found;
+}
+inline void wait_for_copies(size_t left) {
+    auto& groups = fibers[current].groups;
+    for (; groups.size() > left + 1; groups.erase(groups.begin()))
+        for (const Copy& copy : groups[0]) copy.inside ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+}
+
+template <typename... A, size_t... I> void call(void (*function)(A...), void** given, std::index_sequence<I...>) { function(*(A*)given[I]...); }
+template <typename... A> void call(void (*function)(A...), void** given) { call(function, given, std::index_sequence_for<A...>()); }
+inline const char* launch(int width, int height, int threads, int shared_bytes, void (*body)(void**), void** given) {
+    kernel = body, arguments = given;
+    blockDim = {threads, 1}, gridDim = {width, height};
+    std::vector<int> blocks;
+    for (int i = 0; i < width * height; ++i) blocks.push_back(i), std::swap(blocks[i], blocks[below(i + 1)]);
+    for (int i : blocks) {
+        blockIdx = {i % width, i / width};
+        if (const char* fault = run_block(threads, shared_bytes)) return fault;
+    }
+    return nullptr;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::meet(emulator::block); }
+inline void __syncwarp() { emulator::meet(emulator::warps[emulator::current / 32].meeting); }
+template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulator::exchange(x)[threadIdx.x % 32 ^ mask]; }
+template <typename T> T __shfl_up_sync(unsigned, T x, int by) { return emulator::exchange(x)[max(0, threadIdx.x % 32 - by)]; }
+inline unsigned __cvta_generic_to_shared(const void* at) { return (const char*)at - emulator::shared; }
+
+// What our kernels say in assembly.
+inline uint4 stream(const void* from) { return *(const uint4*)from; }
+inline void copy_async(unsigned to, const void* from, bool inside = true) {
+    emulator::fibers[emulator::current].groups.back().push_back({emulator::shared + (int)to, from, inside});
+}
+inline void copy_later(void* to, const void* from) { copy_async(__cvta_generic_to_shared(to), from); }
+inline void commit_copies() { emulator::fibers[emulator::current].groups.emplace_back(); }
+template <int N> void wait_copies() { emulator::wait_for_copies(N); }
+inline void wait_all_copies() { commit_copies(), emulator::wait_for_copies(0); }
+
+template <typename T> void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, T type) {
+    struct Word { uint16_t a[4][2], b[2][2]; };
+    const Word* words = emulator::exchange(same_bits<Word>(std::array{a0, a1, a2, a3, b0, b1}));
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    for (int i = 0; i < 4; ++i)
+        for (int k = 0; k < 16; ++k) {
+            const int lane = k % 8 / 2;
+            c[i] += value_of(words[g * 4 + lane].a[i / 2 + k / 8 * 2][k % 2], type) * value_of(words[(2 * t + i % 2) * 4 + lane].b[k / 8][k % 2], type);
+        }
+}
+template <typename T> void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T type) {
+    multiply(sum, a[0], a[1], a[2], a[3], b0, b1, type);
+}
+inline unsigned transpose(unsigned x) {
+    struct Word { uint16_t of[2]; };
+    const Word* words = emulator::exchange(same_bits<Word>(x));
+    const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
+    return words[column * 4 + row / 2].of[row % 2] | words[(column + 1) * 4 + row / 2].of[row % 2] << 16;
+}
+inline void load_matrices(unsigned (&to)[4], unsigned row) {
+    const unsigned* rows = emulator::exchange(row);
+    unsigned at[32];
+    memcpy(at, rows, sizeof(at));
+    for (int i = 0; i < 4; ++i) memcpy(&to[i], emulator::shared + (int)at[8 * i + threadIdx.x % 32 / 4] + threadIdx.x % 4 * 4, 4);
+}
