@@ -51,37 +51,3 @@ __device__ __forceinline__ void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-
-// Thread block clusters (sm_90 and later): a block's place among those of its cluster, a meeting of all their threads after which
-// each sees what the others have written, and the address in another block of what lies in shared memory here.
-__device__ __forceinline__ int cluster_rank() {
-    int rank = 0;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return rank;
-}
-
-__device__ __forceinline__ void cluster_meet() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}
-
-__device__ __forceinline__ float read_in_cluster(const float* here, int rank) {
-    float value = 0.f;
-#if __CUDA_ARCH__ >= 900
-    unsigned there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"((unsigned)__cvta_generic_to_shared(here)), "r"(rank));
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there));
-#endif
-    return value;
-}
-
-// Copy 16 bytes to shared memory in the background, or write zeros there without reading.
-__device__ __forceinline__ void copy_async(unsigned to, const void* from, bool inside = true) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Wait until at most N of this thread's committed groups are under way.
-template <int N> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }

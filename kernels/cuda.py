@@ -43,8 +43,8 @@ VECTOR_BYTES = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a block gets more only when its kernel asks
 RACE_BLOCKS = 1024  # enough to fill any GPU
 FEW, HELD = 128, 32  # as in sample.cu
-PRODUCT_ROWS = 32  # of x, at most, for the product that streams the weight
-CHUNK = 64  # columns, as in product.cu
+PRODUCT_ROWS = 8  # of x, at most, for the product that streams the weight
+STAGED_BYTES = 100 * 1024  # of x in shared memory, at most: two blocks share 227 KiB
 LOG2_E = 1.4426950408889634
 NUCLEUS_THREADS = 1024  # of the one block that has a row
 GROUP_THREADS = 1024  # of the one block that groups pairs by expert
@@ -85,14 +85,11 @@ def linear(
     add_to: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    tiling = None
-    if _can_stream(x, weight):
-        features, normed = len(weight) // 2 if gated else len(weight), norm is not None and _can_take_in(norm)
-        tiling = _tiling(len(x), features, x.shape[1], gated, normed, x.device.index)
-    if norm is not None and not (tiling is not None and tiling.normed):
+    streams = _can_stream(x, weight)
+    if norm is not None and not (streams and _can_take_in(x, norm)):
         x, norm = rms_norm(x, norm, eps), None
-    if tiling is not None:
-        return _stream_weight(tiling, x, weight, bias, norm, eps, gated, add_to, out)
+    if streams:
+        return _stream_weight(x, weight, bias, norm, eps, gated, add_to, out)
     if add_to is not None:
         add_to.addmm_(x, weight.t())
         return add_to if bias is None else add_to.add_(bias)
@@ -108,61 +105,22 @@ def _can_stream(x: Tensor, weight: Tensor) -> bool:
     return 0 < len(x) <= PRODUCT_ROWS and x.dtype in (torch.bfloat16, torch.float16) and whole and aligned
 
 
-def _can_take_in(norm: Tensor) -> bool:
+def _can_take_in(x: Tensor, norm: Tensor) -> bool:
     """Whether the product can apply the norm. In float16 a row times the norm's weight may be too large, unscaled."""
-    return norm.dtype == torch.bfloat16 and norm.data_ptr() % VECTOR_BYTES == 0
+    return x.dtype == torch.bfloat16 and _fits(x) and norm.data_ptr() % VECTOR_BYTES == 0
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """How product.cu goes through a weight of `size` columns for `rows` rows of x."""
-
-    rows: int
-    size: int
-    normed: bool
-    warps: int  # of a block; 16 have a multiprocessor
-    tiles: int = 1  # of 16 rows of the weight, at once
-    cluster: int = 1  # blocks that share the columns
-    keeps: bool = True  # all of x in shared memory
-
-    @property
-    def sets(self) -> int:
-        return -(-self.rows // 8)
-
-    @property
-    def chunks(self) -> int:
-        """Of a warp."""
-        return -(-self.size // (CHUNK * self.warps * self.cluster))
-
-    @property
-    def depth(self) -> int:
-        """Chunks of a warp on their way: as many as registers hold, or as there are."""
-        return max(2, min((4 if self.sets <= 2 else 2) // self.tiles, self.chunks))
-
-    @property
-    def shared_bytes(self) -> int:
-        sums = self.warps * 8 * self.sets * (2 * (16 * self.tiles + 1) + 1) * 4
-        lines = (self.chunks if self.keeps else self.depth) * self.rows + (self.chunks if self.normed else 0)
-        return sums + self.warps * lines * 2 * CHUNK
+def _fits(x: Tensor) -> bool:
+    """Whether x has room in the shared memory of a block that is not alone."""
+    return _staged_bytes(x) <= STAGED_BYTES
 
 
-@functools.cache
-def _tiling(rows: int, features: int, size: int, gated: bool, normed: bool, device: int) -> Tiling | None:
-    """The least cluster whose blocks have room for their columns of x, two blocks on a multiprocessor if they can."""
-    tiles = -(-features // (8 if gated else 16))
-    room = _shared_memory(device) - 4096  # what the kernel and the driver take
-    for cluster in (1, 2, 4, 8) if _has_clusters(device) else (1,):
-        two = Tiling(rows, size, normed, 8, cluster=cluster)
-        if tiles * cluster > _multiprocessors(device) and two.shared_bytes <= room // 2:
-            return two
-        one = Tiling(rows, size, normed, 16, cluster=cluster)
-        if one.shared_bytes <= room:
-            return one
-    return None
+def _staged_bytes(x: Tensor) -> int:
+    """What x takes in shared memory; see `stride` in product.cu."""
+    return len(x) * (-(-x.shape[1] // 64) * 64 + 32) * x.element_size()
 
 
 def _stream_weight(
-    tiling: Tiling,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -177,14 +135,18 @@ def _stream_weight(
     if out is None:
         out = x.new_empty(rows, features) if add_to is None else add_to
     finish = 2 if gated else 0 if add_to is None else 1
-    shape = tiling.warps, tiling.depth, tiling.sets, tiling.tiles, tiling.cluster, finish
-    name = f"product<{_c(x)}, {', '.join(map(str, shape))}>"
-    kernel = _kernel("product.cu", name, shared_bytes=tiling.shared_bytes, early=True, cluster=tiling.cluster)
-    tiles = -(-features // ((8 if gated else 16) * tiling.tiles))
-    clusters = min(tiles, _multiprocessors(x.device.index) * (16 // tiling.warps) // tiling.cluster)
+    tiles, multiprocessors = -(-features // (8 if gated else 16)), _multiprocessors(x.device.index)
+    # Few tiles: all warps of a multiprocessor share one. Short rows leave a warp few chunks to have on their way; so do
+    # registers where x needs some, too.
+    staged = _fits(x)
+    warps = 16 if tiles <= multiprocessors or not staged else 8
+    depth = 2 if not staged else max(2, min(4, -(-size // (64 * warps))))
+    shared_bytes = _staged_bytes(x) if staged else 0
+    name = f"product<{_c(x)}, {warps}, {depth}, {str(staged).lower()}, {finish}>"
+    kernel = _kernel("product.cu", name, shared_bytes=shared_bytes, early=True)
     optional = (np.int64(0) if t is None else t for t in (norm, bias))
-    sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size), np.int32(tiling.keeps)
-    kernel((clusters * tiling.cluster, 1), 32 * tiling.warps, out, x, weight, *optional, *sizes)
+    sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size)
+    kernel((min(tiles, multiprocessors * (16 // warps)), 1), 32 * warps, out, x, weight, *optional, *sizes)
     return out
 
 
@@ -507,17 +469,6 @@ def _multiprocessors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@functools.cache
-def _has_clusters(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-@functools.cache
-def _shared_memory(device: int) -> int:
-    """Bytes that a block may have."""
-    return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
-
-
 class _Stream:
     """A raw stream as CuPy's launch wants it."""
 
@@ -528,14 +479,11 @@ class _Stream:
 
 
 @functools.cache
-def _kernel(
-    source: str, name: str, *, shared_bytes: int = 0, early: bool = False, cluster: int = 1
-) -> Callable[..., None]:
+def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False) -> Callable[..., None]:
     """One instance of a kernel template; call it with grid, threads and arguments (tensors or NumPy scalars).
 
-    early    launched while the kernel before it still runs; it calls wait_for_previous (common.cuh) before it reads
-             what that one writes
-    cluster  blocks that run at the same time and read one another's shared memory; with early only
+    early: launched while the kernel before it still runs; it calls wait_for_previous (common.cuh) before it reads what
+    that one writes.
     """
     try:
         function = _module(source, name).get_function(name)
@@ -546,7 +494,8 @@ def _kernel(
     if (
         static_bytes + shared_bytes > DEFAULT_SHARED_BYTES
     ):  # all that there is: instances with other sizes share the function
-        function.max_dynamic_shared_size_bytes = _shared_memory(torch.cuda.current_device()) - static_bytes
+        most = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+        function.max_dynamic_shared_size_bytes = most - static_bytes
 
     def launch(grid: tuple[int, int], threads: int, *arguments: Any) -> None:
         stream = _Stream(torch.cuda.current_stream().cuda_stream)
@@ -559,8 +508,7 @@ def _kernel(
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
-        config.attrs = [_early_attribute(), _cluster_attribute(cluster)] if cluster > 1 else [_early_attribute()]
-        config.numAttrs = len(config.attrs)
+        config.attrs, config.numAttrs = [_early_attribute()], 1
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else a.item() for a in arguments)
         types = tuple(C_TYPES[type(a)] for a in arguments)
         (status,) = driver.cuLaunchKernelEx(config, function.kernel.ptr, (values, types), 0)
@@ -576,14 +524,6 @@ def _early_attribute() -> Any:
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
-    return attribute
-
-
-@functools.cache
-def _cluster_attribute(blocks: int) -> Any:
-    attribute = driver.CUlaunchAttribute()
-    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = blocks, 1, 1
     return attribute
 
 

@@ -1,4 +1,4 @@
-// Enough of CUDA to run our kernels on a CPU, one cluster of blocks after the other: threads are fibers that go on in random order between
+// Enough of CUDA to run our kernels on a CPU, one block after the other: threads are fibers that go on in random order between
 // the places where they wait for each other. Copies in the background happen at the wait for them, not before.
 #pragma once
 #include <ucontext.h>
@@ -74,8 +74,8 @@ template <typename T> T atomicMax(T* to, T value) { return std::exchange(*to, ma
 
 namespace emulator {
 
-constexpr int STACK = 64 << 10, SHARED = 256 << 10, BLOCKS = 8;
-alignas(128) inline char shared[BLOCKS][SHARED];  // of a cluster; near to static variables: an address is 32 bits from it
+constexpr int STACK = 256 << 10, SHARED = 256 << 10;
+alignas(128) inline char shared[SHARED + 4096];  // of the block; near to static variables: an address is 32 bits from it
 
 inline unsigned below(size_t count) {  // at random; Knuth's linear congruential generator
     static uint64_t state = 1;
@@ -94,11 +94,9 @@ struct Fiber {
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline std::vector<int> ready;
-inline Meeting blocks[BLOCKS], cluster;
+inline Meeting block;
 inline ucontext_t scheduler;
-inline int current;  // fiber: those of the first block of the cluster, then those of the next
-inline int own_block() { return current / blockDim.x; }
-inline char* own() { return shared[own_block()]; }
+inline int current;
 inline void (*kernel)(void**);
 inline void** arguments;
 
@@ -114,17 +112,15 @@ inline void meet(Meeting& meeting) {
 }
 inline void run_thread() {
     kernel(arguments);
-    for (Meeting* left : {&cluster, &blocks[own_block()], &warps[current / 32].meeting}) {
+    for (Meeting* left : {&block, &warps[current / 32].meeting}) {
         --left->expected;
         open_if_all_are_there(*left);
     }
 }
 // What is wrong with it, if anything is.
-inline const char* run_cluster(int first, int row, int size, int shared_bytes) {
-    const int threads = size * blockDim.x;
+inline const char* run_block(int threads, int shared_bytes) {
     memset(shared, 0xff, sizeof(shared));  // NaN, to whoever reads what nobody wrote
-    cluster = {threads, {}};
-    for (int i = 0; i < size; ++i) blocks[i] = {blockDim.x, {}};
+    block = {threads, {}};
     warps.assign(threads / 32, Warp{{32, {}}});
     fibers.resize(max(fibers.size(), (size_t)threads));
     for (int i = 0; i < threads; ++i) {
@@ -139,13 +135,12 @@ inline const char* run_cluster(int first, int row, int size, int shared_bytes) {
         std::swap(ready[below(ready.size())], ready.back());
         current = ready.back();
         ready.pop_back();
-        threadIdx = {current % blockDim.x, 0}, blockIdx = {first + own_block(), row};
+        threadIdx = {current, 0};
         swapcontext(&scheduler, &fibers[current].context);
     }
-    if (cluster.expected > 0) return "threads wait for one another for ever";
-    for (auto& of_block : shared)
-        for (int i = shared_bytes; i < SHARED; ++i)
-            if (of_block[i] != (char)0xff) return "a block has written beyond its shared memory";
+    if (block.expected > 0) return "threads wait for one another for ever";
+    for (const char& c : shared)
+        if (c != (char)0xff && &c - shared >= shared_bytes) return "a block has written beyond its shared memory";
     return nullptr;
 }
 
@@ -168,33 +163,30 @@ inline void wait_for_copies(size_t left) {
 
 template <typename... A, size_t... I> void call(void (*function)(A...), void** given, std::index_sequence<I...>) { function(*(A*)given[I]...); }
 template <typename... A> void call(void (*function)(A...), void** given) { call(function, given, std::index_sequence_for<A...>()); }
-inline const char* launch(int width, int height, int threads, int shared_bytes, int size, void (*body)(void**), void** given) {
+inline const char* launch(int width, int height, int threads, int shared_bytes, void (*body)(void**), void** given) {
     kernel = body, arguments = given;
     blockDim = {threads, 1}, gridDim = {width, height};
-    std::vector<int> clusters;
-    for (int i = 0; i < width / size * height; ++i) clusters.push_back(i), std::swap(clusters[i], clusters[below(i + 1)]);
-    for (int i : clusters)
-        if (const char* fault = run_cluster(i % (width / size) * size, i / (width / size), size, shared_bytes)) return fault;
+    std::vector<int> blocks;
+    for (int i = 0; i < width * height; ++i) blocks.push_back(i), std::swap(blocks[i], blocks[below(i + 1)]);
+    for (int i : blocks) {
+        blockIdx = {i % width, i / width};
+        if (const char* fault = run_block(threads, shared_bytes)) return fault;
+    }
     return nullptr;
 }
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::meet(emulator::blocks[emulator::own_block()]); }
+inline void __syncthreads() { emulator::meet(emulator::block); }
 inline void __syncwarp() { emulator::meet(emulator::warps[emulator::current / 32].meeting); }
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulator::exchange(x)[threadIdx.x % 32 ^ mask]; }
 template <typename T> T __shfl_up_sync(unsigned, T x, int by) { return emulator::exchange(x)[max(0, threadIdx.x % 32 - by)]; }
-inline unsigned __cvta_generic_to_shared(const void* at) { return (const char*)at - emulator::own(); }
+inline unsigned __cvta_generic_to_shared(const void* at) { return (const char*)at - emulator::shared; }
 
 // What our kernels say in assembly.
 inline uint4 stream(const void* from) { return *(const uint4*)from; }
 inline void copy_async(unsigned to, const void* from, bool inside = true) {
-    emulator::fibers[emulator::current].groups.back().push_back({emulator::own() + (int)to, from, inside});
-}
-inline int cluster_rank() { return emulator::own_block(); }
-inline void cluster_meet() { emulator::meet(emulator::cluster); }
-inline float read_in_cluster(const float* here, int rank) {
-    return *(const float*)(emulator::shared[rank] + ((const char*)here - emulator::own()));
+    emulator::fibers[emulator::current].groups.back().push_back({emulator::shared + (int)to, from, inside});
 }
 inline void copy_later(void* to, const void* from) { copy_async(__cvta_generic_to_shared(to), from); }
 inline void commit_copies() { emulator::fibers[emulator::current].groups.emplace_back(); }
@@ -224,5 +216,5 @@ inline void load_matrices(unsigned (&to)[4], unsigned row) {
     const unsigned* rows = emulator::exchange(row);
     unsigned at[32];
     memcpy(at, rows, sizeof(at));
-    for (int i = 0; i < 4; ++i) memcpy(&to[i], emulator::own() + (int)at[8 * i + threadIdx.x % 32 / 4] + threadIdx.x % 4 * 4, 4);
+    for (int i = 0; i < 4; ++i) memcpy(&to[i], emulator::shared + (int)at[8 * i + threadIdx.x % 32 / 4] + threadIdx.x % 4 * 4, 4);
 }

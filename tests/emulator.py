@@ -24,10 +24,9 @@ import torch
 from lockstep.kernels import ops
 
 HEADER = Path(__file__).with_name("emulator.hpp")
-MULTIPROCESSORS = 8
+MULTIPROCESSORS = 3
 SHARED_BYTES = 227 * 1024
 IN_ASSEMBLY = "multiply|stream|transpose|copy_later|copy_async|commit_copies|wait_copies|load_matrices"
-IN_ASSEMBLY += "|cluster_rank|cluster_meet|read_in_cluster"
 Launch = Callable[..., None]
 
 
@@ -50,19 +49,14 @@ def emulated() -> ModuleType:
     finally:
         for name, was in before.items():
             sys.modules.pop(name) if was is None else sys.modules.update({name: was})
-    names: dict[str, Any] = {
-        "_kernel": _kernel,
-        "_multiprocessors": lambda device: MULTIPROCESSORS,
-        "_shared_memory": lambda device: SHARED_BYTES,
-        "_has_clusters": lambda device: True,
-    }
+    names: dict[str, Any] = {"_kernel": _kernel, "_multiprocessors": lambda device: MULTIPROCESSORS}
     for name, value in names.items():
         assert hasattr(module, name)
         setattr(module, name, value)
     return module
 
 
-def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False, cluster: int = 1) -> Launch:
+def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False) -> Launch:
     """As cuda.py's: one instance of a kernel, called with grid, threads and arguments."""
     library = _compiled(emulated().source_text(source), name)
 
@@ -71,10 +65,9 @@ def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = Fals
         assert threads % 32 == 0
         assert min(grid) > 0
         assert shared_bytes <= SHARED_BYTES
-        assert grid[0] % cluster == 0
         addresses = [np.int64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         passed = (ctypes.c_char_p * len(addresses))(*(a.tobytes() for a in addresses))
-        fault = library.launch(*grid, threads, shared_bytes, cluster, passed)
+        fault = library.launch(*grid, threads, shared_bytes, passed)
         assert fault is None, f"{name}: {fault.decode()}"
 
     return launch
@@ -85,10 +78,9 @@ def _compiled(text: str, name: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.cpp").write_text(
             f'#include "emulator.hpp"\n{in_cpp(text)}\n'
-            'extern "C" const char* launch(int width, int height, int threads, int shared_bytes, int size,'
-            " void** given) {\n"
+            'extern "C" const char* launch(int width, int height, int threads, int shared_bytes, void** given) {\n'
             f"    auto body = [](void** of) {{ emulator::call(&{name}, of); }};\n"
-            "    return emulator::launch(width, height, threads, shared_bytes, size, body, given);\n}\n"
+            "    return emulator::launch(width, height, threads, shared_bytes, body, given);\n}\n"
         )
         _compile("-I", _header().name, "-shared", "kernel.cpp", "-o", "kernel.so", folder=folder)
         library = ctypes.CDLL(f"{folder}/kernel.so")
@@ -120,6 +112,6 @@ def in_cpp(text: str) -> str:
     )
     text = text.replace('asm volatile("cp.async.wait_all;" ::: "memory");', "wait_all_copies();")
     text = re.sub(
-        r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];", r"\1* \2 = (\1*)emulator::own();", text
+        r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];", r"\1* \2 = (\1*)emulator::shared;", text
     )
     return re.sub(r"__shared__ alignas\((\d+)\)", r"alignas(\1) __shared__", text)

@@ -32,8 +32,8 @@ INSTANCES = {
     ],
     "slots.cu": ["begin_decode", "append_tokens"],
     "product.cu": [
-        f"product<{t}, {shape}, {finish}>"
-        for t, shape in (("bf16", "8, 4, 1, 1, 1"), ("bf16", "16, 2, 4, 1, 2"), ("f16", "16, 4, 2, 1, 4"))
+        f"product<{t}, {warps}, {depth}, {staged}, {finish}>"
+        for t, warps, depth, staged in (("bf16", 8, 4, "true"), ("f16", 8, 2, "true"), ("bf16", 16, 2, "false"))
         for finish in (0, 1, 2)
     ],
     "decode.cu": [

@@ -52,16 +52,7 @@ def random(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("rows", "features", "size", "dtype"),
-    [
-        (1, 16, 64, F16),
-        (3, 40, 72, BF16),
-        (8, 24, 1024, BF16),
-        (5, 72, 2056, F16),
-        (8, 24, 7168, BF16),
-        (16, 72, 6152, BF16),
-        (31, 40, 4096, BF16),
-        (20, 24, 14336, BF16),
-    ],
+    [(1, 16, 64, F16), (3, 40, 72, BF16), (8, 24, 1024, BF16), (5, 72, 2056, F16), (8, 24, 7168, BF16)],
 )
 def test_linear(rows: int, features: int, size: int, dtype: torch.dtype) -> None:
     x, weight = random(rows, size, dtype=dtype), (random(2 * features, size) / size**0.5).to(dtype)
@@ -150,7 +141,7 @@ def test_draws(rows: int, vocab: int, dtype: torch.dtype) -> None:
 
 # A source, a mistake in it, and who must find it: a barrier too few, a wait too few, and one that waits too little.
 FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
-    "product.cu": ("else __syncthreads();", ";", lambda: test_linear(8, 24, 1024, BF16)),
+    "product.cu": ("__syncthreads();\n        for (int i", "for (int i", lambda: test_linear(8, 24, 1024, BF16)),
     "decode.cu": (
         'asm volatile("cp.async.wait_all;" ::: "memory");',
         "",
