@@ -139,8 +139,8 @@ inline const char* run_block(int threads, int shared_bytes) {
         swapcontext(&scheduler, &fibers[current].context);
     }
     if (block.expected > 0) return "threads wait for one another for ever";
-    for (const char& c : shared)
-        if (c != (char)0xff && &c - shared >= shared_bytes) return "a block has written beyond its shared memory";
+    for (size_t i = shared_bytes; i < sizeof(shared); ++i)
+        if (shared[i] != (char)0xff) return "a block has written beyond its shared memory";
     return nullptr;
 }
 
@@ -151,7 +151,7 @@ template <typename T> const T* exchange(T word) {
     static_assert(sizeof(T) <= sizeof(words[0]));
     memcpy(words[current % 32], &word, sizeof(T));
     meet(warp.meeting);
-    thread_local T found[32];
+    static T found[32];
     for (int lane = 0; lane < 32; ++lane) memcpy(&found[lane], words[lane], sizeof(T));
     return found;
 }

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,20 +36,13 @@ def emulated() -> ModuleType:
     """The module, loaded once more beside the one for GPUs."""
     stubs = {name: ModuleType(name) for name in ("cupy", "cuda", "cuda.bindings", "cuda.bindings.driver")}
     stubs["cuda.bindings"].driver = stubs["cuda.bindings.driver"]  # type: ignore[attr-defined]
-    before = {name: sys.modules.get(name) for name in stubs}
-    sys.modules.update(stubs)
-    try:
-        spec = importlib.util.spec_from_file_location(
-            "lockstep.kernels.emulated", Path(ops.__file__).with_name("cuda.py")
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses look there
+    spec = importlib.util.spec_from_file_location("lockstep.kernels.emulated", Path(ops.__file__).with_name("cuda.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    with mock.patch.dict(sys.modules, stubs):
         spec.loader.exec_module(module)
-    finally:
-        for name, was in before.items():
-            sys.modules.pop(name) if was is None else sys.modules.update({name: was})
     names: dict[str, Any] = {"_kernel": _kernel, "_multiprocessors": lambda device: MULTIPROCESSORS}
     for name, value in names.items():
         assert hasattr(module, name)

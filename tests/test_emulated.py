@@ -10,12 +10,13 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-import emulator
 import pytest
 import torch
 from test_kernels import Bounds, close
 
 from lockstep.kernels import reference
+
+import emulator
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 BF16, F16, F32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
