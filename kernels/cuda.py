@@ -169,14 +169,22 @@ def rotate_and_store_(
     pairs = next((n for n in (1, 2, 4, 8) if 64 * n >= head_dim), None)
     if pairs is None:
         raise ValueError(f"heads of {head_dim} elements are too long to rotate; at most 512")
-    kernel = _kernel("attention.cu", f"rotate_and_store<{_c(qkv)}, {_c(k_cache)}, {pairs}>", early=True)
+    moved = [qkv, q, k_cache, v_cache]
+    strides = [head_dim // 2, k_cache.stride(0), k_cache.stride(1)]
+    v = next(
+        v
+        for v in (4, 2, 1)  # neighbours that a lane takes; as decode.cu does, so that bits are the same
+        if pairs % v == 0
+        and all(s % v == 0 for s in strides)
+        and all(t.data_ptr() % (v * t.element_size()) == 0 for t in moved)
+    )
+    kernel = _kernel("attention.cu", f"rotate_and_store<{_c(qkv)}, {_c(k_cache)}, {pairs}, {v}>", early=True)
     norms = (np.int64(0) if norm is None else norm for norm in (q_norm, k_norm))
     tables = positions.int(), cos_sin, np.int32(len(cos_sin))
     caches = k_cache, v_cache, np.int64(k_cache.stride(0)), np.int64(k_cache.stride(1))
     where = slots.int(), np.int32(page_size), np.int32(pages * page_size)
-    shape = np.int32(tokens), np.int32(heads), np.int32(kv_heads), np.int32(head_dim)
-    warps = tokens * heads
-    kernel((-(-warps // 4), 1), 128, q, qkv, *norms, np.float32(eps), *tables, *caches, *where, *shape)
+    shape = np.int32(heads), np.int32(kv_heads), np.int32(head_dim)
+    kernel((tokens, 1), 128, q, qkv, *norms, np.float32(eps), *tables, *caches, *where, *shape)
     return q
 
 

@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
         const int row = now.row;
         const bool newest = now.to == now.units;  // this split also has the new token
         const float* rotation = is_rotated(now) ? angles[turn] : nullptr;
-        for (int h = warp; h < group; h += WARPS) prepare_head<E / 64>(query[h], raw[turn][h], q_norm ? norms[0] : nullptr, eps, rotation, E);
-        if (newest && warp == WARPS - 1) prepare_head<E / 64>(key, raw[turn][group], k_norm ? norms[1] : nullptr, eps, rotation, E);
+        for (int h = warp; h < group; h += WARPS) prepare_head<E / 64, E / 64>(query[h], raw[turn][h], q_norm ? norms[0] : nullptr, eps, rotation, E);
+        if (newest && warp == WARPS - 1) prepare_head<E / 64, E / 64>(key, raw[turn][group], k_norm ? norms[1] : nullptr, eps, rotation, E);
         const T* value = raw[turn][group + 1];
         __syncthreads();
         if (next.unit < stop) {

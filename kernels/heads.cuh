@@ -2,35 +2,60 @@
 #pragma once
 #include "tensor.cuh"
 
-// Norm over the head, if it has a weight; rotation by `angles` (cosines, then sines), if there are any; rounding. One warp: lane l
-// holds the pairs (x[i], x[size / 2 + i]) for i = l, l + 32, ...: P of them.
-template <int P, typename T, typename C>
-__device__ __forceinline__ void prepare_head(C* to, const T* from, const T* norm, float eps, const float* angles, int size) {
-    const int lane = threadIdx.x % 32, half = size / 2;
-    float first[P], second[P], squares = 0.f;
+// A warp has a head: lane l holds P pairs (x[i], x[size / 2 + i]), for V neighbours i from V l on, V (l + 32) on, and so on.
+template <int P> struct Pairs { float first[P], second[P]; };
+
+template <int V> __device__ __forceinline__ int pair_at(int p) { return (threadIdx.x % 32 + p / V * 32) * V; }
+
+template <int P, int V, typename T>
+__device__ __forceinline__ Pairs<P> load_head(const T* from, int size) {
+    Pairs<P> x = {};
     #pragma unroll
-    for (int p = 0; p < P; ++p) {
-        const int i = lane + 32 * p;
-        first[p] = i < half ? to_float(from[i]) : 0.f;
-        second[p] = i < half ? to_float(from[half + i]) : 0.f;
-        squares += first[p] * first[p] + second[p] * second[p];
+    for (int p = 0; p < P; p += V) {
+        const int i = pair_at<V>(p);
+        if (i >= size / 2) break;
+        const Vec<T, V> first = *reinterpret_cast<const Vec<T, V>*>(from + i);
+        const Vec<T, V> second = *reinterpret_cast<const Vec<T, V>*>(from + size / 2 + i);
+        #pragma unroll
+        for (int j = 0; j < V; ++j) x.first[p + j] = to_float(first.at[j]), x.second[p + j] = to_float(second.at[j]);
     }
+    return x;
+}
+
+// Norm over the head, if it has a weight; rotation by `angles` (cosines, then sines), if there are any; rounding.
+template <int P, int V, typename T, typename C>
+__device__ __forceinline__ void finish_head(C* to, const Pairs<P>& x, const T* norm, float eps, const float* angles, int size) {
+    const int half = size / 2;
+    float squares = 0.f;
+    #pragma unroll
+    for (int p = 0; p < P; ++p) squares += x.first[p] * x.first[p] + x.second[p] * x.second[p];
     const float scale = norm ? rsqrtf(warp_sum(squares) / size + eps) : 1.f;
     #pragma unroll
-    for (int p = 0; p < P; ++p) {
-        const int i = lane + 32 * p;
+    for (int p = 0; p < P; p += V) {
+        const int i = pair_at<V>(p);
         if (i >= half) break;
-        float a = first[p], b = second[p];
-        if (norm) {
-            a *= scale * to_float(norm[i]);
-            b *= scale * to_float(norm[half + i]);
+        Vec<C, V> first, second;
+        #pragma unroll
+        for (int j = 0; j < V; ++j) {
+            float a = x.first[p + j], b = x.second[p + j];
+            if (norm) {
+                a *= scale * to_float(norm[i + j]);
+                b *= scale * to_float(norm[half + i + j]);
+            }
+            if (angles) {
+                const float cos = angles[i + j], sin = angles[half + i + j], unrotated = a;
+                a = a * cos - b * sin;
+                b = b * cos + unrotated * sin;
+            }
+            first.at[j] = from_float<C>(a);
+            second.at[j] = from_float<C>(b);
         }
-        if (angles) {
-            const float cos = angles[i], sin = angles[half + i], unrotated = a;
-            a = a * cos - b * sin;
-            b = b * cos + unrotated * sin;
-        }
-        to[i] = from_float<C>(a);
-        to[half + i] = from_float<C>(b);
+        *reinterpret_cast<Vec<C, V>*>(to + i) = first;
+        *reinterpret_cast<Vec<C, V>*>(to + half + i) = second;
     }
+}
+
+template <int P, int V, typename T, typename C>
+__device__ __forceinline__ void prepare_head(C* to, const T* from, const T* norm, float eps, const float* angles, int size) {
+    finish_head<P, V>(to, load_head<P, V>(from, size), norm, eps, angles, size);
 }

@@ -53,7 +53,9 @@ INSTANCES = {
         "sum_choices<bf16, 8>",
         "sum_choices<float, 1>",
     ],
-    "attention.cu": [f"rotate_and_store<{t}, {t}, {p}>" for t in ("bf16", "f16", "float") for p in (1, 2, 4, 8)],
+    "attention.cu": [
+        f"rotate_and_store<{t}, {t}, {p}, {min(p, 4)}>" for t in ("bf16", "f16", "float") for p in (1, 2, 4, 8)
+    ],
     "elementwise.cu": [
         *(f"rms_norm<{t}, {v}, {n}>" for t, v in (("bf16", 8), ("f16", 1), ("float", 4)) for n in (1, 16)),
         "silu_and_mul<bf16, 8>",
