@@ -42,6 +42,7 @@ def connect(
     shares_device: bool = False,
     library: str | None = None,
     all_reduce: AllReduce = "nccl",
+    invariant: bool = False,
     timeout_s: float,
 ) -> Communicator:
     """Join a group of `size` ranks as `rank`; returns once all are there.
@@ -51,6 +52,7 @@ def connect(
     shares_device  another rank may use the same GPU
     library        path of the libnccl to use between GPUs; torch's own if None
     all_reduce     between GPUs: who adds up small messages; auto chooses by their size
+    invariant      between GPUs: a row's sum has the same bits whatever other rows there are; CommError where it cannot
     timeout_s      deadline of joining and of each collective; CommError after it
     """
     if size == 1:
@@ -61,11 +63,21 @@ def connect(
     nccl = open_library(library)
     why_not = _why_not_nccl(nccl) if shares_device else ""
     _agree(exchange(store, "choice", "gloo" if why_not else str(nccl), rank, size, timeout_s))
+    if why_not and invariant:
+        raise CommError(f"sums cannot be the same in any batch: {why_not}")
     if why_not:
         return GlooCommunicator(rank, size, store=store, own_ip=own_ip, timeout_s=timeout_s, why=why_not)
     blocks = _share_of_blocks(device, size) if shares_device else None
     group = NcclCommunicator(rank, size, store=store, nccl=nccl, device=device, timeout_s=timeout_s, max_blocks=blocks)
-    return share_memory(group, all_reduce, store=store, device=device, shares_device=shares_device, timeout_s=timeout_s)
+    return share_memory(
+        group,
+        all_reduce,
+        invariant=invariant,
+        store=store,
+        device=device,
+        shares_device=shares_device,
+        timeout_s=timeout_s,
+    )
 
 
 def _why_not_nccl(nccl: Nccl) -> str:

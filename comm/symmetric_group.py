@@ -34,17 +34,26 @@ class Policy:
 
     steps: tuple[tuple[int, Algorithm], ...]  # up to so many bytes, ascending; NCCL beyond the last
     gather: int = GATHER
+    slices: bool = False  # rows of more bytes than the last go one slice after the other instead
 
     @classmethod
-    def only(cls, algorithm: Algorithm, largest: int = LARGEST) -> Policy:
-        """This algorithm for all that fits into a slot."""
-        return cls(((largest, algorithm),), min(GATHER, largest))
+    def only(cls, algorithm: Algorithm, largest: int = LARGEST, *, slices: bool = False) -> Policy:
+        """This algorithm for all that fits into a slot, or for all."""
+        return cls(((largest, algorithm),), min(GATHER, largest), slices)
 
     def algorithm(self, nbytes: int) -> Algorithm:
         return next((name for most, name in self.steps if nbytes <= most), "nccl")
 
+    def sliced(self, x: Tensor) -> list[Tensor]:
+        """The rows of x, in as many slices as this needs."""
+        if not self.slices or x.nbytes <= self.steps[-1][0]:
+            return [x]
+        return list(x.split(self.steps[-1][0] // (x.nbytes // len(x))))
+
     def __str__(self) -> str:
         words = [f"{name} up to {size_text(most)}" for most, name in self.steps]
+        if self.slices:
+            return f"{words[-1]}, and in slices beyond"
         return ", ".join(words) + (" and NCCL beyond" if words else "NCCL for sums")
 
 
@@ -66,6 +75,9 @@ class SymmetricCommunicator(Communicator):
         return self._arena.buffer((rows, columns), dtype) if self._algorithm(nbytes, dtype) != "nccl" else None
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        slices = self._policy.sliced(x)
+        if len(slices) > 1:
+            return torch.cat([self.all_reduce(part) for part in slices])
         self._check()
         algorithm = self._algorithm(x.nbytes, x.dtype)
         if algorithm == "nccl":
@@ -94,6 +106,10 @@ class SymmetricCommunicator(Communicator):
         self._wait(_record(self._device))
 
     def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        slices = self._policy.sliced(x)
+        if len(slices) > 1:
+            parts = zip(slices, self._policy.sliced(residual), strict=True)
+            return torch.cat([self.all_reduce_add_rms_norm(part, of, weight, eps) for part, of in parts])
         algorithm = self._algorithm(x.nbytes, x.dtype)
         if algorithm == "nccl" or not self._arena.fits_norm(x.shape[-1], x.dtype):
             return ops.add_rms_norm(self.all_reduce(x), residual, weight, eps)
@@ -152,6 +168,7 @@ def share_memory(
     nccl: NcclCommunicator,
     choice: AllReduce,
     *,
+    invariant: bool = False,
     store: Store,
     device: torch.device,
     shares_device: bool,
@@ -171,8 +188,15 @@ def share_memory(
             timeout_s=timeout_s,
         )
     except NotShared as reason:
+        if invariant:
+            raise CommError(
+                f"sums cannot be the same in any batch, which takes memory that all ranks map: {reason}"
+            ) from reason
         nccl.description += f"; no shared memory: {reason}"
         return nccl
+    if invariant:
+        name = choice if choice != "auto" else "one-shot" if nccl.size == 2 else "two-shot"
+        return SymmetricCommunicator(nccl, arena, Policy.only(name, slices=True), device)
     own = {name: SymmetricCommunicator(nccl, arena, Policy.only(name), device) for name in OWN}
     if choice != "auto":
         return own[choice]

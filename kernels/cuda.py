@@ -84,7 +84,10 @@ def linear(
     gated: bool = False,
     add_to: Tensor | None = None,
     out: Tensor | None = None,
+    invariant: bool = False,
 ) -> Tensor:
+    if invariant:
+        return _add_in_one_order(x, weight, bias, norm, eps, gated, add_to, out)
     streams = _can_stream(x, weight)
     if norm is not None and not (streams and _can_take_in(x, norm)):
         x, norm = rms_norm(x, norm, eps), None
@@ -97,6 +100,29 @@ def linear(
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     product = F.linear(x, weight, bias)
     return silu_and_mul(product) if gated else product
+
+
+def _add_in_one_order(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    gated: bool,
+    add_to: Tensor | None,
+    out: Tensor | None,
+) -> Tensor:
+    """The product as of one expert, whose tiles all add alike; what cannot be within it comes after it."""
+    x = x.contiguous() if norm is None else rms_norm(x, norm, eps)
+    if gated and bias is not None:
+        return silu_and_mul(_add_in_one_order(x, weight, bias, None, eps, False, None, None))
+    if out is None:
+        out = x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
+    if out.numel():
+        _dense_product(out, x, weight[None])
+    if bias is not None:
+        out += bias
+    return out if add_to is None else add_to.add_(out)
 
 
 def _can_stream(x: Tensor, weight: Tensor) -> bool:
@@ -188,8 +214,8 @@ def rotate_and_store_(
     return q
 
 
-def split_keys(positions: Tensor, kv_heads: int, window: int | None) -> Tensor:
-    rows, cut = len(positions), _cut(len(positions), kv_heads, positions.device.index)
+def split_keys(positions: Tensor, kv_heads: int, window: int | None, part: int | None = None) -> Tensor:
+    rows, cut = len(positions), _cut(len(positions), kv_heads, positions.device.index, part)
     # What split_keys in decode.cu describes, and a counter for each row and key head.
     splits = positions.new_zeros(2 + rows + 1 + cut.most + rows * kv_heads)
     if rows:
@@ -203,22 +229,20 @@ class Cut:
     """How the keys of a step are cut into parts, a block for each part and key head."""
 
     warps: int  # of a block
+    unit: int  # keys that are not divided
     most: int  # parts
     least: int  # units of a part, unless that is all of one row
 
-    @property
-    def unit(self) -> int:
-        """Keys that a block takes at once."""
-        return 16 * self.warps
 
-
-def _cut(rows: int, kv_heads: int, device: int) -> Cut:
+def _cut(rows: int, kv_heads: int, device: int, part: int | None) -> Cut:
+    if part is not None:
+        return Cut(4, part, reference.PARTS * rows, 1)
     multiprocessors = _multiprocessors(device)
     if rows * kv_heads > multiprocessors:
-        return Cut(4, 3 * multiprocessors // kv_heads, 4)
+        return Cut(4, 64, 3 * multiprocessors // kv_heads, 4)  # a unit is what a block takes at once
     most = multiprocessors // kv_heads  # few blocks of more warps: there is less to hide a block's latency
     rest = most % rows
-    return Cut(8, most - (rest if 16 * rest <= most else 0), 4)  # rows of one length are best cut at their ends
+    return Cut(8, 128, most - (rest if 16 * rest <= most else 0), 4)  # rows of one length are best cut at their ends
 
 
 def decode_attention(
@@ -236,21 +260,23 @@ def decode_attention(
     splits: Tensor,
     scale: float,
     window: int | None,
+    part: int | None = None,
 ) -> Tensor:
     rows, (num_pages, page_size, kv_heads, head_dim) = len(qkv), k_cache.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = qkv.new_empty(rows, heads * head_dim)
     if rows == 0:
         return out
-    cut = _cut(rows, kv_heads, qkv.device.index)
+    cut = _cut(rows, kv_heads, qkv.device.index, part)
     partial = torch.empty(2 * cut.most * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
     counters = splits[2 + rows + 1 + cut.most :]
-    kernel = _kernel("decode.cu", f"decode_attention<{_c(qkv)}, {head_dim}, {cut.warps}>", early=True)
+    # With fixed parts keys may come from the kernel before: a prefill stores all of its own, then attends to them.
+    kernel = _kernel("decode.cu", f"decode_attention<{_c(qkv)}, {head_dim}, {cut.warps}>", early=part is None)
     norms = (np.int64(0) if norm is None else norm for norm in (q_norm, k_norm))
     tables = positions, cos_sin, np.int32(len(cos_sin))
     strides = np.int64(k_cache.stride(0)), np.int64(k_cache.stride(1))
     where = slots, np.int32(num_pages * page_size), pages, np.int64(pages.stride(0)), owners, np.int32(page_size)
-    work = splits, np.int32(rows), np.int32(window or 0), partial, counters
+    work = splits, np.int32(rows), np.int32(window or 0), np.int32(cut.unit), partial, counters
     shape = np.float32(scale * LOG2_E), np.int32(heads), np.int32(kv_heads)
     kernel(
         (cut.most * kv_heads, 1),
@@ -319,8 +345,7 @@ def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Te
 def _grouped_product(chosen: Tensor, num_experts: int) -> Product:
     """Products on tensor cores; groups the pairs by expert at once."""
     pairs = chosen.numel()
-    # Few rows an expert: bandwidth counts; many: arithmetic, which larger tiles feed better. Bounds not measured.
-    rows = 16 if pairs <= 16 * num_experts else 64 if pairs <= 256 * num_experts else 128
+    rows = _tile_rows(-(-pairs // num_experts))
     in_use = min(num_experts, pairs)
     num_tiles = in_use + (pairs - in_use) // rows  # no routing needs more
     tiles = chosen.new_empty(num_tiles, 4, dtype=torch.int32)
@@ -330,17 +355,38 @@ def _grouped_product(chosen: Tensor, num_experts: int) -> Product:
     group((1, 1), GROUP_THREADS, tiles, order, chosen, *shape)
 
     def multiply(out: Tensor, x: Tensor, weights: Tensor) -> None:
-        gated, columns = _is_gated(out, weights), out.shape[1]
-        warps_down, warps_across, m, n, stages = EXPERT_TILES[rows]
-        weight_rows = 16 * n * warps_across
-        name = f"{_c(x)}, {warps_down}, {warps_across}, {m}, {n}, {stages}, {str(gated).lower()}"
-        shared_bytes = stages * (rows + weight_rows) * 128
-        kernel = _kernel("experts.cu", f"grouped_product<{name}>", shared_bytes=shared_bytes)
-        parts = -(-columns // (weight_rows // 2 if gated else weight_rows))
-        sizes = np.int32(pairs // len(x)), np.int32(x.shape[1]), np.int32(columns)
-        kernel((num_tiles * parts, 1), 32 * warps_down * warps_across, out, x, weights, tiles, order, *sizes)
+        _multiply_tiles(out, x, weights, rows, num_tiles, tiles, order)
 
     return multiply
+
+
+def _dense_product(out: Tensor, x: Tensor, weights: Tensor) -> None:
+    """As grouped products, of one expert that all rows have."""
+    rows = _tile_rows(len(x))
+    _multiply_tiles(out, x, weights, rows, -(-len(x) // rows), None, None)
+
+
+def _tile_rows(rows: int) -> int:
+    """Of a tile, for so many rows an expert. Few: bandwidth counts; many: arithmetic, which larger tiles feed better.
+
+    Bounds not measured.
+    """
+    return 16 if rows <= 16 else 64 if rows <= 256 else 128
+
+
+def _multiply_tiles(
+    out: Tensor, x: Tensor, weights: Tensor, rows: int, num_tiles: int, tiles: Tensor | None, order: Tensor | None
+) -> None:
+    gated, columns = _is_gated(out, weights), out.shape[1]
+    warps_down, warps_across, m, n, stages = EXPERT_TILES[rows]
+    weight_rows = 16 * n * warps_across
+    name = f"{_c(x)}, {warps_down}, {warps_across}, {m}, {n}, {stages}, {str(gated).lower()}"
+    shared_bytes = stages * (rows + weight_rows) * 128
+    kernel = _kernel("experts.cu", f"grouped_product<{name}>", shared_bytes=shared_bytes)
+    parts = -(-columns // (weight_rows // 2 if gated else weight_rows))
+    groups = (np.int64(0) if t is None else t for t in (tiles, order))
+    sizes = len(out) // len(x), len(out), x.shape[1], columns
+    kernel((num_tiles * parts, 1), 32 * warps_down * warps_across, out, x, weights, *groups, *map(np.int32, sizes))
 
 
 def _plain_product(chosen: Tensor) -> Product:

@@ -30,7 +30,7 @@ __device__ __forceinline__ int seen(int position, int window) { return window > 
 
 // work: the number of parts; the units of all rows, a unit being so many keys; for each row the units of those before it, and of
 // all; for each part the row where it begins. A row has a unit at least. As many parts as rows, or more of `least` units or
-// more, but `most` at most. One block.
+// more, but `most` at most; where there are no more units than that, and one is enough, each is a part. One block.
 extern "C" __global__ void __launch_bounds__(1024) split_keys(
     int* __restrict__ work, const int* __restrict__ positions, int rows, int window, int unit, int least, int most) {
     __shared__ int totals[32];
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows,
     T* k_cache, T* v_cache, long long page_stride, long long slot_stride, const int* __restrict__ slots, int num_slots,
     const int* __restrict__ pages, long long pages_stride, const int* __restrict__ owners, int page_size,
-    const int* __restrict__ work, int rows, int window, float* partial, unsigned* arrived, float scale, int heads, int kv_heads) {
-    constexpr int BLOCKS = E / 32, VECTORS = E / 8, UNIT = WARPS * TILE;
+    const int* __restrict__ work, int rows, int window, int unit, float* partial, unsigned* arrived, float scale, int heads, int kv_heads) {
+    constexpr int BLOCKS = E / 32, VECTORS = E / 8;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, group = heads / kv_heads;
     // As projected, of this split and the next: q's heads, then k, then v; and the angles.
     __shared__ alignas(16) T raw[2][GROUP + 2][E], query[GROUP][E + 32], key[E], norms[2][E];
@@ -95,12 +95,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
     const int* starts = work + 2;
     if (part >= parts) return;
     const int stop = (int)((part + 1ll) * total / parts);
-    auto find = [&](int unit, int row) {
-        if (unit >= stop) return Split{0, 0, 0, 0, unit, 0, 0, 0, pages};
-        const int units = starts[row + 1] - starts[row], from = unit - starts[row], to = min(units, from + stop - unit);
+    auto find = [&](int at, int row) {
+        if (at >= stop) return Split{0, 0, 0, 0, at, 0, 0, 0, pages};
+        const int units = starts[row + 1] - starts[row], from = at - starts[row], to = min(units, from + stop - at);
         const int position = positions[row], first = position - seen(position, window);
         return Split{
-            row, min(position, first + from * UNIT), min(position, first + to * UNIT), position, unit, from, to, units,
+            row, min(position, first + from * unit), min(position, first + to * unit), position, at, from, to, units,
             pages + owners[row] * pages_stride};
     };
     auto after = [&](const Split& split) {
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
         // sums, the greatest score and the sum of weights of each head.
         const int step = group * (E + 2), first_unit = now.unit - now.from;
         const bool whole = now.to - now.from == now.units;
-        auto part_of = [&](int unit) { return (int)(((unit + 1ll) * parts - 1) / total); };
+        auto part_of = [&](int at) { return (int)(((at + 1ll) * parts - 1) / total); };
         const int lowest = whole ? part : part_of(first_unit), highest = whole ? part : part_of(first_unit + now.units - 1);
         auto place_of = [&](int p) { return partial + (2ll * (p * kv_heads + head) + (p == lowest)) * step; };
         T* result = out + ((long long)row * heads + head * group) * E;

@@ -63,23 +63,26 @@ __device__ __forceinline__ int place(int row, int chunk) { return row * 2 * DEPT
 // out[p] = weights[expert of p] x[p / pairs_per_row] for the pairs of a tile and a part of the columns; GATED: column c is
 // silu(gate) * up of the rows c and columns + c of the weights. A block has WARPS_M x WARPS_N warps, each of them M x N tiles of
 // 16 rows by 16 weight rows. Every shape adds the same products of 16 in the same order: neither it nor other rows change a row's bits.
+// Without tiles and an order there is one expert, and the pairs come as they are.
 template <typename T, int WARPS_M, int WARPS_N, int M, int N, int STAGES, bool GATED>
 __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_product(
     T* __restrict__ out, const T* __restrict__ x, const T* __restrict__ weights, const int4* __restrict__ tiles,
-    const int* __restrict__ order, int pairs_per_row, int width, int columns) {
+    const int* __restrict__ order, int pairs_per_row, int num_pairs, int width, int columns) {
     constexpr int STEP = 4 * WARPS_M * WARPS_N;  // rows that the block copies at once: eight threads a row
     constexpr int ROWS = 16 * M * WARPS_M, WEIGHT_ROWS = 16 * N * WARPS_N, PART = GATED ? WEIGHT_ROWS / 2 : WEIGHT_ROWS;
     extern __shared__ __align__(128) char stages[];  // of each: the rows of x, then those of the weights
     const int parts = (columns + PART - 1) / PART, first_column = blockIdx.x % parts * PART;
-    const int4 tile = tiles[blockIdx.x / parts];
-    const int expert = tile.x, rows = tile.z, *pairs = order + tile.y;
+    const int number = blockIdx.x / parts;
+    const int4 tile = tiles ? tiles[number] : make_int4(0, number * ROWS, min(ROWS, num_pairs - number * ROWS), 0);
+    const int expert = tile.x, rows = tile.z;
     if (rows == 0) return;
+    auto pair_of = [&](int row) { return order ? order[tile.y + row] : tile.y + row; };
 
     const int chunk = threadIdx.x % 8, copied_row = threadIdx.x / 8;
     const T *x_rows[ROWS / STEP], *weight_rows[WEIGHT_ROWS / STEP];
     #pragma unroll
     for (int i = 0; i < ROWS / STEP; ++i) {
-        const int pair = pairs[min(copied_row + i * STEP, rows - 1)];
+        const int pair = pair_of(min(copied_row + i * STEP, rows - 1));
         x_rows[i] = x + (long long)(pair / pairs_per_row) * width;
     }
     #pragma unroll
@@ -137,7 +140,7 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_product(
     for (int i = 0; i < 2 * M; ++i) {  // rows of eight
         const int row = first_row + 8 * i + lane / 4;
         if (row >= rows) break;
-        T* target = out + (long long)pairs[row] * columns;
+        T* target = out + (long long)pair_of(row) * columns;
         #pragma unroll
         for (int j = 0; j < (GATED ? N : 2 * N); ++j) {  // columns of eight
             const int column = first_column + first_weight_row / (GATED ? 2 : 1) + 8 * j + lane % 4 * 2;
@@ -149,7 +152,8 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_product(
                 const int at = i % 2 * 2 + c;
                 result.at[c] = from_float<T>(GATED ? silu(sum[0][at]) * sum[1][at] : sum[GATED ? 0 : j % 2][at]);
             }
-            *reinterpret_cast<Vec<T, 2>*>(target + column) = result;
+            if (columns % 2 == 0) *reinterpret_cast<Vec<T, 2>*>(target + column) = result;
+            else for (int c = 0; c < 2 && column + c < columns; ++c) target[column + c] = result.at[c];
         }
     }
 }

@@ -61,6 +61,7 @@ def linear(
     gated: bool = False,
     add_to: Tensor | None = None,
     out: Tensor | None = None,
+    invariant: bool = False,
 ) -> Tensor:
     """`x @ weight^T + bias` with what comes before and after it: a norm of x, SiLU * up, the residual; returns [T, F].
 
@@ -71,7 +72,8 @@ def linear(
     add_to  [T, F]  takes the sum of itself and the product in place, and is returned; not together with gated
     out     [T, F]  takes the product, and is returned; not together with gated or add_to
     On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed, and a row's result has the same
-    bits in any of these batches.
+    bits in any of these batches. If invariant, it has the same bits in all batches, more slowly; that takes bfloat16 or
+    float16, and rows of the weight fill whole vectors of 16 bytes.
     """
     features = len(weight) // 2 if gated else len(weight)
     _require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
@@ -82,7 +84,12 @@ def linear(
             alone = not gated and (add_to is None or out is None)
             rule = f"must be [{len(x)}, {features}] {x.dtype}, contiguous, not gated, and alone"
             _require(fits and alone, name, into, rule)
-    return _on(x).linear(x, weight, bias, norm=norm, eps=eps, gated=gated, add_to=add_to, out=out)
+    if invariant and x.is_cuda:
+        whole = weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        _require(whole and half, "weight", weight, "must have rows of whole, aligned 16-byte vectors of 16-bit floats")
+    options = {"norm": norm, "eps": eps, "gated": gated, "add_to": add_to, "out": out, "invariant": invariant}
+    return _on(x).linear(x, weight, bias, **options)
 
 
 def rotate_and_store_(
@@ -115,13 +122,13 @@ def rotate_and_store_(
     return _on(qkv).rotate_and_store_(qkv, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, slots)
 
 
-def split_keys(positions: Tensor, kv_heads: int, window: int | None) -> Tensor:
+def split_keys(positions: Tensor, kv_heads: int, window: int | None, part: int | None = None) -> Tensor:
     """How `decode_attention` divides its keys among the blocks of a GPU; int32, made once a step for all its layers.
 
-    positions [B] int32: as for decode_attention, with the same window. Launches no copy and waits for nothing.
+    positions [B] int32: as for decode_attention, with the same window and part. Launches no copy and waits for nothing.
     """
     _require(positions.dim() == 1 and positions.dtype == torch.int32, "positions", positions, "must be [B] int32")
-    return _on(positions).split_keys(positions, kv_heads, window)
+    return _on(positions).split_keys(positions, kv_heads, window, part)
 
 
 def decode_attention(
@@ -139,16 +146,19 @@ def decode_attention(
     splits: Tensor,
     scale: float,
     window: int | None,
+    part: int | None = None,
 ) -> Tensor:
     """`rotate_and_store_` of one new token a row, then its attention over the row's pages; returns [B, H E].
 
     qkv ... slots  as for rotate_and_store_, with B rows
     pages          [R, P] int32: row `owners[b]` has the pages of row b in order, for positions before `positions[b]`
     owners         [B] int32
-    splits         from split_keys with these positions and this window
+    splits         from split_keys with these positions, this window and this part
     window         a query at position p sees the keys p - window < j <= p; None: all j <= p
-    Heads of 64, 128 or 256 elements in bfloat16 or float16 on a GPU; any on a CPU. The result depends on how the keys
-    are split, by rounding only.
+    part           a row's keys are divided every so many, so that it has the same bits in any batch; it may see PARTS
+                   times as many. None: as the GPU is used best; rounding then depends on the other rows
+    Heads of 64 or 128 elements in bfloat16 or float16 on a GPU; any on a CPU. With a part, rows may be tokens of one
+    request whose keys, of those before, are in the cache already.
     """
     _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
     _require(pages.dim() == 2 and pages.dtype == torch.int32, "pages", pages, "must be [R, P] int32")
@@ -157,7 +167,7 @@ def decode_attention(
             tensor.shape == qkv.shape[:1] and tensor.dtype == torch.int32, name, tensor, f"must be [{len(qkv)}] int32"
         )
     inputs = qkv, q_norm, k_norm, eps, positions, cos_sin, k_cache, v_cache, slots, pages, owners, splits
-    return _on(qkv).decode_attention(*inputs, scale, window)
+    return _on(qkv).decode_attention(*inputs, scale, window, part)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:

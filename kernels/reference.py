@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FP8_MAX = 448.0  # of float8_e4m3fn
+PARTS = 8  # of a row's keys, at most, where their size is given
 NOBODY = torch.iinfo(torch.int64).min  # less than any contender
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
@@ -46,6 +47,7 @@ def linear(
     gated: bool = False,
     add_to: Tensor | None = None,
     out: Tensor | None = None,
+    invariant: bool = False,
 ) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm, eps)
@@ -98,7 +100,7 @@ def _rotate(x: Tensor, norm: Tensor | None, eps: float, positions: Tensor, cos_s
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def split_keys(positions: Tensor, kv_heads: int, window: int | None) -> Tensor:
+def split_keys(positions: Tensor, kv_heads: int, window: int | None, part: int | None = None) -> Tensor:
     return positions.new_zeros(0)  # nothing to divide: decode_attention goes row by row
 
 
@@ -117,6 +119,7 @@ def decode_attention(
     splits: Tensor,
     scale: float,
     window: int | None,
+    part: int | None = None,
 ) -> Tensor:
     q, k, v = _prepared_heads(qkv, k_cache, q_norm, k_norm, eps, positions, cos_sin)
     store_kv_(k, v, k_cache, v_cache, slots)

@@ -83,5 +83,6 @@ class Rank:
             shares_device=self.config.gpus_per_rank < 1,
             library=self.config.nccl_library,
             all_reduce=self.config.all_reduce,
+            invariant=self.config.deterministic,
             timeout_s=self.config.step_timeout,
         )

@@ -80,6 +80,11 @@ class Config:
         " for those that others hold and none for nodes",
         "--wait-for-gpus",
     )
+    deterministic: bool = option(
+        False,
+        "on GPUs, in bfloat16 and float16: the same request has the same bits in any batch, in chunks or whole, after"
+        " any preemption and failure; slower",
+    )
     step_timeout: float = option(120.0, "seconds that one step may take before the group is declared stuck")
 
     def __post_init__(self) -> None:
@@ -107,6 +112,11 @@ class Config:
             self.max_num_batched_tokens >= self.max_num_seqs,
             f"must be at least max_num_seqs ({self.max_num_seqs}), so that every running request gets its next token",
         )
+        if self.deterministic:
+            self._check(
+                "all_reduce", self.all_reduce != "nccl", "adds up in an order of NCCL's; not with deterministic"
+            )
+            self._check("attention_backend", self.attention_backend == "auto", "is not there with deterministic")
         if self.num_pages is not None and self.kv_cache_memory is not None:
             raise ValueError("num_pages and kv_cache_memory both size the KV cache; give one of them")
 
@@ -143,6 +153,11 @@ class Config:
         if dtype == "auto":
             # float32 on a CPU: exact equality between TP sizes and batches, and no slow emulated bfloat16.
             dtype = "float32" if found.device == "cpu" else model.dtype  # type: ignore[assignment]
+        if self.deterministic and (found.device == "cpu" or dtype == "float32"):
+            raise ValueError(
+                f"deterministic=True is for bfloat16 and float16 on GPUs, not {dtype} on {found.device}: leave it out;"
+                " what float32 rounds is too little to change a token"
+            )
         limit = model.max_position_embeddings
         if self.max_model_len is not None and self.max_model_len > limit:
             raise ValueError(

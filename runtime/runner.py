@@ -27,9 +27,10 @@ from .grammar import Vocabulary
 from .graphs import DecodeGraphs, GraphParts
 from .guide import Guides
 from .memory import MemoryPlan, check_weights, loading_speed, plan_weights
-from .model.attention import AttentionBackend, TorchAttention
+from .model.attention import AttentionBackend, AttentionShape, TorchAttention, why_not
 from .model.config import ModelConfig
 from .model.decoder import Decoder
+from .model.invariant import InvariantAttention
 from .model.logits import Logits
 from .model.weights import fill_dummy, load_weights
 from .phases import Phases
@@ -73,7 +74,14 @@ class Runner:
         self._graph_memory: torch.cuda.CUDAGraph | None = None
         assert config.max_model_len is not None
         with self._phase("weights"):
-            decoder = Decoder(model, comm, dtype=config.torch_dtype, device=device, max_positions=config.max_model_len)
+            decoder = Decoder(
+                model,
+                comm,
+                dtype=config.torch_dtype,
+                device=device,
+                max_positions=config.max_model_len,
+                invariant=config.deterministic,
+            )
             if config.load_format == "dummy":
                 fill_dummy(decoder.weights())
             else:
@@ -111,7 +119,7 @@ class Runner:
         self.sampler = Sampler(config.max_num_seqs, self.device)
         self.guides = Guides(self._vocabulary, config.max_num_seqs)
         self._landing = Landing(config.max_num_seqs, self.comm, self.device)
-        self._fast = self._flashinfer(announce)
+        self._fast = self._attention_on_gpu(announce)
         self.attention: AttentionBackend = self._fast or TorchAttention(self.model.head_dim**-0.5)
         self.graphs: DecodeGraphs | None = None
 
@@ -135,29 +143,34 @@ class Runner:
             return "enforce_eager is set"
         return None if self.comm.capturable else f"{self.comm.description} cannot be captured"
 
-    def _flashinfer(self, announce: bool) -> AttentionBackend | None:
-        """FlashInfer's attention, where this rank can use it."""
+    def _attention_on_gpu(self, announce: bool) -> AttentionBackend | None:
+        """What can be captured in a graph: FlashInfer's and our own, where this rank can use them."""
         if self.config.attention_backend == "torch" or self.device.type != "cuda":
             return None
-        with self.phases("imports"):
-            from .model import flashinfer  # costs 5 s and needs a GPU
-
         config, model = self.config, self.model
-        shape = flashinfer.AttentionShape(
+        shape = AttentionShape(
             num_heads=model.num_heads // self.comm.size,
             num_kv_heads=self._kv_shape().num_kv_heads,
             head_dim=model.head_dim,
             page_size=config.page_size,
             dtype=config.torch_dtype,
         )
-        reason = flashinfer.why_not(shape)
+        reason = why_not(shape)
         if reason is not None:
+            if config.deterministic:
+                raise ValueError(f"deterministic=True cannot be honoured: {reason}; leave it out")
             if config.attention_backend == "flashinfer":
                 raise ValueError(f"attention_backend='flashinfer' cannot be used: {reason}; use auto or torch")
             if announce:
                 log.warning("attention through plain torch, slowly: %s", reason)
             return None
         windows = {model.window(layer) for layer in range(model.num_layers)}
+        if config.deterministic:
+            assert config.max_model_len is not None
+            return InvariantAttention(shape, model.head_dim**-0.5, windows, config.max_model_len)
+        with self.phases("imports"):
+            from .model import flashinfer  # costs 5 s and needs a GPU
+
         return flashinfer.FlashInferAttention(shape, model.head_dim**-0.5, windows, self.device)
 
     def _rehearse(self) -> MemoryPlan:

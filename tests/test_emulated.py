@@ -160,3 +160,52 @@ def test_a_fault_shows(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulator.emulated(), "source_text", lambda name: text.replace(right, wrong))
     with pytest.raises(AssertionError, match="not close"):
         case()
+
+
+@pytest.mark.parametrize(("features", "size", "dtype"), [(67, 136, BF16), (72, 8, F16)])
+def test_an_invariant_row_of_linear_has_the_same_bits_in_any_batch(
+    features: int, size: int, dtype: torch.dtype
+) -> None:
+    x, weight = random(300, size, dtype=dtype), (random(2 * features, size) / size**0.5).to(dtype)
+    bias, norm, before = (
+        random(2 * features, dtype=dtype),
+        random(size, dtype=dtype),
+        random(300, features, dtype=dtype),
+    )
+    module = emulator.emulated()
+
+    def found(rows: slice) -> list[torch.Tensor]:
+        normed = {"norm": norm, "eps": 1e-5, "invariant": True}
+        return [
+            module.linear(x[rows], weight[:features], bias[:features], invariant=True),
+            module.linear(x[rows], weight[:features], add_to=before[rows].clone(), invariant=True),
+            module.linear(x[rows], weight, gated=True, **normed),
+            module.linear(x[rows], weight, bias, gated=True, **normed),
+        ]
+
+    together = found(slice(None))
+    for rows in (slice(0, 1), slice(5, 21), slice(6, 70), slice(299, 300), slice(0, 0)):
+        assert all(torch.equal(part, whole[rows]) for part, whole in zip(found(rows), together, strict=True))
+    wanted = reference.linear(x, weight, bias, norm=norm, eps=1e-5, gated=True)
+    close(together[3], wanted.double(), 4)
+
+
+@pytest.mark.parametrize("window", [None, 150])
+def test_with_parts_of_one_size_a_row_has_the_same_bits_in_any_batch(window: int | None) -> None:
+    rows, heads, kv_heads, size, part = 7, 4, 2, 64, 48
+    positions = torch.tensor([0, part * 8, part, part - 1, 1, 200, 333], dtype=torch.int32)
+    pages = torch.randperm(rows * 26, dtype=torch.int32).view(rows, 26)
+    owners = torch.randperm(rows, dtype=torch.int32)
+    slots = pages[owners.long(), positions.long() // 16] * 16 + positions % 16
+    k_cache, v_cache = random(rows * 26, 16, kv_heads, size), random(rows * 26, 16, kv_heads, size)
+    qkv, cos_sin, module = random(rows, (heads + 2 * kv_heads) * size), torch.randn(500, size), emulator.emulated()
+
+    def found(rows: slice, module: Any, part: int | None) -> torch.Tensor:
+        splits = module.split_keys(positions[rows], kv_heads, window, part)
+        inputs = qkv[rows], None, None, 0.0, positions[rows], cos_sin, k_cache, v_cache, slots[rows]
+        return module.decode_attention(*inputs, pages, owners[rows], splits, 0.1, window, part)
+
+    together = found(slice(None), module, part)
+    close(together, found(slice(None), reference, None).double(), 4)
+    for some in (slice(0, 1), slice(1, 2), slice(3, 6), slice(6, 7)):
+        assert torch.equal(found(some, module, part), together[some])

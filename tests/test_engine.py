@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import PreTrainedModel
 
 from lockstep.runtime.engine import Engine
@@ -255,3 +256,29 @@ def test_a_graph_is_eager_bit_for_bit(tmp_path: Path, architecture: str, rows: i
     graphs, eager = found
     assert graphs.tokens == eager.tokens
     assert graphs.logprobs == eager.logprobs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", list(FAMILIES))
+def test_deterministic_bfloat16_has_the_same_bits_in_any_arrangement(tmp_path: Path, architecture: str) -> None:
+    tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
+    options = {"device": "cuda", "dtype": "bfloat16", "deterministic": True}
+    requests = [replace(r, params=replace(r.params, logprobs=2)) for r in mixed()]
+
+    def run(requests: list[Request], **more: object) -> Results:
+        return run_engine(tmp_path, requests, **options, **more)  # type: ignore[arg-type]
+
+    together = run(requests)
+    for name, more in ARRANGEMENTS.items():
+        if "tp" in more or "overlap" in more:
+            continue
+        few = {"max_model_len": 32 * 4} if "num_pages" in more else {}
+        found = run(requests, **more, **few)
+        assert (found.tokens, found.logprobs) == (together.tokens, together.logprobs), name
+        assert found.preemptions > 0 or not few
+    eager = run(requests, enforce_eager=True, overlap_scheduling=False)
+    assert (eager.tokens, eager.logprobs) == (together.tokens, together.logprobs)
+    for alone in requests:
+        found = run([alone])
+        assert found.tokens[alone.uid] == together.tokens[alone.uid]
+        assert found.logprobs[alone.uid] == together.logprobs[alone.uid]

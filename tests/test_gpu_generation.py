@@ -74,3 +74,20 @@ def agreeing(one: CompletionOutput, other: CompletionOutput) -> int:
             assert abs(of_one[token].logprob - of_one[its].logprob) < TOLERANCE
             return count
     return len(one.token_ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", [(1, 1), (2, 2), (2, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
+def test_deterministic_ranks_say_the_same_to_one_request_and_to_many(place: tuple[int, int]) -> None:
+    """Bit for bit, with chunks and preemptions on one side only."""
+    size, gpus = place
+    where = on_gpus(size, gpus)
+    options = {"nccl_library": where.get("library"), "gpus_per_rank": gpus / size, "deterministic": True}
+    asked = [replace(params, logprobs=2) for params in (ASKED, *DRAWN)]
+    with engine(tensor_parallel_size=size, **options) as llm:
+        alone = [[llm.generate([prompt], params)[0].outputs[0] for prompt in PROMPTS] for params in asked]
+    few = {"num_pages": 9, "max_model_len": 96, "max_num_batched_tokens": 8}
+    with engine(tensor_parallel_size=size, **options, **few) as llm:
+        for params, wanted in zip(asked, alone, strict=True):
+            for found, one in zip(outputs(llm, params), wanted, strict=True):
+                assert (found.token_ids, found.logprobs) == (one.token_ids, one.logprobs)

@@ -365,6 +365,38 @@ def test_a_row_of_linear_has_the_same_bits_in_any_small_batch(gated: bool) -> No
         assert torch.equal(ops.linear(x[rows].contiguous(), weight, norm=norm, eps=1e-5, gated=gated), together[rows])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("features", "size"), [(131, 256), (2048, 1032), (72, 8)])
+def test_an_invariant_row_of_linear_has_the_same_bits_in_any_batch(
+    features: int, size: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(700, size, device="cuda").to(dtype)
+    weight = (torch.randn(2 * features, size, device="cuda") / size**0.5).to(dtype)
+    bias, norm = (torch.rand(n, device="cuda").to(dtype) for n in (2 * features, size))
+    before = torch.randn(700, features, device="cuda").to(dtype)
+    normed = F.rms_norm(x.double(), (size,), norm.double(), 1e-5)
+
+    def found(rows: slice) -> list[torch.Tensor]:
+        options = {"norm": norm, "eps": 1e-5, "invariant": True}
+        return [
+            ops.linear(x[rows], weight[:features], bias[:features], invariant=True),
+            ops.linear(x[rows], weight[:features], add_to=before[rows].clone(), invariant=True),
+            ops.linear(x[rows], weight, gated=True, **options),
+            ops.linear(x[rows], weight, bias, gated=True, **options),
+        ]
+
+    together = found(slice(None))
+    plain, both = x.double() @ weight[:features].double().T, normed @ weight.double().T
+    gate, up = (both + bias.double()).chunk(2, dim=-1)
+    close(together[0], plain + bias[:features].double())
+    close(together[1], plain + before.double())
+    close(together[2], F.silu(both[:, :features]) * both[:, features:])
+    close(together[3], F.silu(gate) * up)
+    for rows in (slice(0, 1), slice(5, 21), slice(6, 70), slice(100, 357), slice(699, 700), slice(0, 0)):
+        assert all(torch.equal(part, whole[rows]) for part, whole in zip(found(rows), together, strict=True))
+
+
 @pytest.mark.parametrize("window", [None, 1, 50])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (16, 2), (10, 2)])
 @pytest.mark.parametrize("page_size", [1, 5, 16])
@@ -430,6 +462,34 @@ def test_decode_attention_of_many_rows(rows: int, heads: int, kv_heads: int, win
     found = [ops.decode_attention(*inputs, slots, pages, owners, splits, 0.1, window) for _ in range(3)]
     assert all(torch.equal(found[0], again) for again in found)
     close(found[0], reference.decode_attention(*inputs, slots, pages, owners, splits, 0.1, window).double(), 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (32, 8), (5, 1)])
+def test_with_parts_of_one_size_a_row_has_the_same_bits_in_any_batch(
+    heads: int, kv_heads: int, window: int | None
+) -> None:
+    rows, size, part = 40, 128, 192
+    positions = torch.randint(0, part * 8, (rows,), dtype=torch.int32, device="cuda")
+    positions[:5] = torch.tensor([0, part * 8, part, part - 1, 1])
+    pages = torch.randperm(rows * 100, device="cuda").int().view(rows, 100)
+    owners = torch.randperm(rows, device="cuda").int()
+    slots = pages[owners.long(), positions.long() // 16] * 16 + positions % 16
+    k_cache, v_cache = torch.randn(2, rows * 100, 16, kv_heads, size, device="cuda").bfloat16()
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * size, device="cuda").bfloat16()
+    cos_sin = torch.randn(part * 8 + 1, size, device="cuda")
+
+    def found(rows: slice, part: int | None) -> torch.Tensor:
+        splits = ops.split_keys(positions[rows], kv_heads, window, part)
+        inputs = qkv[rows], None, None, 0.0, positions[rows], cos_sin, k_cache, v_cache, slots[rows]
+        return ops.decode_attention(*inputs, pages, owners[rows], splits, 0.1, window, part)
+
+    together = found(slice(None), part)
+    close(together, found(slice(None), None).double(), 2)
+    for some in (slice(0, 1), slice(1, 2), slice(3, 20), slice(39, 40)):
+        for _ in range(2):  # what one layer leaves behind must not disturb the next
+            assert torch.equal(found(some, part), together[some])
 
 
 @pytest.mark.gpu

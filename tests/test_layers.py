@@ -15,10 +15,12 @@ from torch import Tensor
 
 from lockstep.comm.base import CommError, Communicator
 from lockstep.runtime.batch import Batch
-from lockstep.runtime.model.attention import Heads, TorchAttention
+from lockstep.runtime.model import invariant
+from lockstep.runtime.model.attention import AttentionShape, Heads, TorchAttention
 from lockstep.runtime.model.config import Experts
 from lockstep.runtime.model.embedding import Embedding, Head, vocabulary_shard
 from lockstep.runtime.model.fields import Fields
+from lockstep.runtime.model.invariant import InvariantAttention
 from lockstep.runtime.model.linear import MLP, ColumnLinear, Projection, RowLinear, share
 from lockstep.runtime.model.moe import MoE
 from lockstep.runtime.model.norm import Normed, Residual, RMSNorm
@@ -195,6 +197,36 @@ def test_torch_attention_is_attention(window: int | None, kv_heads: int) -> None
                 query = q[starts[row] + n, head]
                 expected = torch.softmax(keys @ query * scale, dim=0) @ values
                 torch.testing.assert_close(found[starts[row] + n, head], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_invariant_attention_is_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts whole and from the middle beside decode rows, one of which reads what another row stores in this step."""
+    monkeypatch.setattr(invariant, "ROWS", 4)
+    heads, kv_heads, size, page_size, scale = 4, 2, 8, 4, 0.3
+    counts, lengths = [6, 1, 5, 1], [6, 17, 11, 7]
+    pages = torch.randperm(40, dtype=torch.int32).view(4, 10)
+    pages[3, 0] = pages[0, 0]  # a prefix that row 0 computes
+    positions = np.concatenate([np.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)]).astype(np.int32)
+    owners = np.repeat(np.arange(4, dtype=np.int32), counts)
+    kv_slots = pages.numpy()[owners, positions // page_size] * page_size + positions % page_size
+    starts = np.cumsum([0, *counts], dtype=np.int32)
+    batch = Batch(
+        token_ids=torch.zeros(0), positions=torch.from_numpy(positions), kv_slots=torch.from_numpy(kv_slots),
+        owners=torch.from_numpy(owners), pages=pages, page_table=pages.numpy(), query_starts=starts,
+        kv_lengths=np.array(lengths, dtype=np.int32),
+    )  # fmt: skip
+    qkv, table = _random(sum(counts), (heads + 2 * kv_heads) * size), Heads(None, None, 0.0, _random(20, size))
+    found = []
+    shape = AttentionShape(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.float32
+    )
+    for attention in (TorchAttention(scale), InvariantAttention(shape, scale, {window}, 20)):
+        caches = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]
+        attention.plan(batch)
+        found.append((attention.run(qkv, table, *caches, window), *caches))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 ROPES: dict[str, dict[str, Any]] = {

@@ -220,6 +220,17 @@ def test_a_forced_algorithm_serves_what_fits_into_a_slot() -> None:
     assert LARGEST % 16 == 0
 
 
+def test_rows_of_more_than_a_slot_go_in_slices_where_no_one_else_may_add_up() -> None:
+    policy = Policy.only("one-shot", 64, slices=True)
+    x = torch.arange(30.0).view(10, 3)  # 12 bytes a row: five rows a slice
+    assert [len(part) for part in policy.sliced(x)] == [5, 5]
+    assert torch.equal(torch.cat(policy.sliced(x)), x)
+    assert policy.sliced(x)[0].data_ptr() == x.data_ptr(), "views, of a residual that is updated in place"
+    assert len(policy.sliced(x[:5])) == 1
+    assert len(Policy.only("one-shot", 64).sliced(x)) == 1
+    assert str(policy) == "one-shot up to 0 KiB, and in slices beyond"
+
+
 def test_the_option_has_the_choices_of_the_policy() -> None:
     assert get_args(AllReduce) == get_args(config.AllReduce)
     with pytest.raises(ValueError, match=r"^all_reduce='ring' is not one of auto, nccl, one-shot, two-shot$"):

@@ -21,6 +21,10 @@ from .linear import ColumnLinear, Projection, RowLinear, share
 from .norm import Normed, Residual, norm_weight
 from .weights import Weights
 
+HEAD_DIMS = (64, 128)  # of our decode kernel; FlashInfer has 256, too
+MAX_GROUP = 8  # query heads of a key head, that our decode kernel has room for
+DTYPES = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -90,6 +94,28 @@ def prepare(qkv: Tensor, heads: Heads, batch: Batch, k_cache: Tensor, v_cache: T
     """The queries [T, H, E], ready for attention; the keys and values of the batch go into the cache."""
     norms = heads.q_norm, heads.k_norm, heads.eps
     return ops.rotate_and_store_(qkv, *norms, batch.positions, heads.cos_sin, k_cache, v_cache, batch.kv_slots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
+    """What a backend is made for: one rank's heads, and the pages."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+
+
+def why_not(shape: AttentionShape) -> str | None:
+    """The reason why this shape cannot be served, or None."""
+    if shape.dtype not in DTYPES:
+        return f"there are no kernels for {str(shape.dtype).removeprefix('torch.')}"
+    if shape.head_dim not in HEAD_DIMS:
+        return f"there are no kernels for head_dim {shape.head_dim}"
+    if shape.num_heads > MAX_GROUP * shape.num_kv_heads:
+        return f"{shape.num_heads} query heads on {shape.num_kv_heads} key heads are more than {MAX_GROUP} on each"
+    return None
 
 
 class TorchAttention:

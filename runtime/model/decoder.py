@@ -57,15 +57,25 @@ class DecoderLayer:
 
 
 class Decoder:
-    """One rank's share of a model, for positions below `max_positions`; the weights are zero until they are filled."""
+    """One rank's share of a model, for positions below `max_positions`; the weights are zero until they are filled.
+
+    If invariant, products give a token the same bits in any batch.
+    """
 
     def __init__(
-        self, config: ModelConfig, comm: Communicator, *, dtype: torch.dtype, device: torch.device, max_positions: int
+        self,
+        config: ModelConfig,
+        comm: Communicator,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_positions: int,
+        invariant: bool = False,
     ) -> None:
         config.check_tensor_parallel(comm.size)
         self.config = config
         self.comm = comm
-        self._weights = weights = Weights(dtype, device)
+        self._weights = weights = Weights(dtype, device, invariant=invariant)
         vocab, hidden = config.vocab_size, config.hidden_size
         tied = config.tie_word_embeddings
         rows = vocabulary_shard(
@@ -74,7 +84,8 @@ class Decoder:
         self.embedding = Embedding(comm, rows)
         self.layers = [DecoderLayer(weights, comm, config, layer) for layer in range(config.num_layers)]
         self.norm = RMSNorm(weights, comm, "model.norm", hidden, config.norm_eps)
-        self.head = Head(comm, rows if tied else vocabulary_shard(weights, comm, HEAD, vocab, hidden), vocab)
+        head = rows if tied else vocabulary_shard(weights, comm, HEAD, vocab, hidden)
+        self.head = Head(comm, head, vocab, invariant=invariant)
         self.cos_sin = config.rope.table(config.head_dim, max_positions).to(device)
 
     def weights(self) -> list[Weight]:

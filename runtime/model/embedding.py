@@ -42,12 +42,13 @@ class Embedding:
 class Head:
     """Hidden states to the logits of the rank's share of the vocabulary."""
 
-    def __init__(self, comm: Communicator, weight: Tensor, vocab_size: int) -> None:
+    def __init__(self, comm: Communicator, weight: Tensor, vocab_size: int, *, invariant: bool = False) -> None:
         self.comm = comm
         self.weight = weight
         self.vocab_size = vocab_size
+        self.invariant = invariant
 
     def __call__(self, hidden: Normed) -> Logits:
         """Of rows [S, D], in their dtype."""
-        shard = ops.linear(hidden.x, self.weight, norm=hidden.weight, eps=hidden.eps)
+        shard = ops.linear(hidden.x, self.weight, norm=hidden.weight, eps=hidden.eps, invariant=self.invariant)
         return Logits(self.comm, shard, self.vocab_size)

@@ -7,7 +7,6 @@ through FlashInfer's prefill kernels, for which a plan is made on the host, once
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 import flashinfer
@@ -17,34 +16,9 @@ from torch import Tensor
 
 from ...kernels import ops
 from ..batch import Batch, to_device
-from .attention import Heads, prepare
+from .attention import AttentionShape, Heads, prepare
 
 WORKSPACE_BYTES = 128 * 2**20  # FlashInfer's own recommendation; partial results of split keys live there
-HEAD_DIMS = (64, 128)  # of our decode kernel; FlashInfer has 256, too
-MAX_GROUP = 8  # query heads of a key head, that our decode kernel has room for
-DTYPES = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionShape:
-    """What a backend is made for: one rank's heads, and the pages."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
-    dtype: torch.dtype
-
-
-def why_not(shape: AttentionShape) -> str | None:
-    """The reason why this shape cannot be served, or None."""
-    if shape.dtype not in DTYPES:
-        return f"FlashInfer has no {str(shape.dtype).removeprefix('torch.')}"
-    if shape.head_dim not in HEAD_DIMS:
-        return f"there are no kernels for head_dim {shape.head_dim}"
-    if shape.num_heads > MAX_GROUP * shape.num_kv_heads:
-        return f"{shape.num_heads} query heads on {shape.num_kv_heads} key heads are more than {MAX_GROUP} on each"
-    return None
 
 
 class FlashInferAttention:
