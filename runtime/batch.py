@@ -29,6 +29,7 @@ class Batch:
     page_table: np.ndarray  # [B, P] int32, on the host: the pages of each row in order; beyond its length anything
     query_starts: np.ndarray  # [B + 1] int32, on the host: row b has tokens query_starts[b]:query_starts[b + 1]
     kv_lengths: np.ndarray  # [B] int32, on the host: keys that the last token of the row sees, itself included
+    num_decoding: int  # rows that come first, of one token each, and read nothing that another row stores in this step
 
     @property
     def num_rows(self) -> int:
@@ -45,6 +46,7 @@ class HostBatch:
     page_table: np.ndarray  # [B, P]
     query_starts: np.ndarray  # [B + 1]
     kv_lengths: np.ndarray  # [B]
+    num_decoding: int
 
 
 class SlotTables:
@@ -86,6 +88,7 @@ class SlotTables:
             page_table=self.pages[plan.slots, : -(-int(kv_lengths.max()) // self.page_size)],
             query_starts=np.append(np.int32(0), ends),
             kv_lengths=kv_lengths,
+            num_decoding=plan.num_decoding,
         )
 
     def batch(self, plan: StepPlan, host: HostBatch) -> Batch:
@@ -115,6 +118,7 @@ class SlotTables:
             page_table=host.page_table,
             query_starts=host.query_starts,
             kv_lengths=host.kv_lengths,
+            num_decoding=host.num_decoding,
         )
 
     def _to_device(self, array: np.ndarray) -> Tensor:

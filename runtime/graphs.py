@@ -163,4 +163,5 @@ def _rows(count: int) -> HostBatch:
         page_table=np.zeros((count, 1), np.int32),
         query_starts=np.arange(count + 1, dtype=np.int32),
         kv_lengths=zeros + 1,
+        num_decoding=count,
     )

@@ -44,9 +44,18 @@ class StepPlan(msgspec.Struct, frozen=True, tag=True):
     )  # [W * 3] int32, triples (slot, index, page): page_table[slot, index] = page, before the step
 
     @property
+    def num_decoding(self) -> int:
+        """How many rows come first that have one token and were there before: none of them reads what this step stores.
+
+        Not so an admitted row, of whatever length: the prefix that it shares may be another row's in this very step.
+        """
+        longer = np.flatnonzero(self.counts[: len(self.counts) - len(self.admitted)] > 1)
+        return int(longer[0]) if len(longer) else len(self.counts) - len(self.admitted)
+
+    @property
     def decodes(self) -> bool:
         """Whether all rows are decoding requests: else the last row is new, or a chunk of a prompt."""
-        return not self.admitted and bool(self.counts[-1] == 1)
+        return self.num_decoding == len(self.counts)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):

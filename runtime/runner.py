@@ -233,7 +233,8 @@ class Runner:
             self.sampler.admit(admission)
             self.guides.admit(admission)
         host = self.tables.describe(plan)
-        if self.graphs is not None and len(host.slots) == len(plan.sampled_rows) <= self.graphs.max_rows:
+        all_sample = len(plan.sampled_rows) == len(plan.counts)  # not so the first token of a longer chunk
+        if self.graphs is not None and plan.decodes and all_sample and len(plan.counts) <= self.graphs.max_rows:
             return self._replay(plan, self.graphs, host)
         batch = self.tables.batch(plan, host)
         self.attention.plan(batch)

@@ -7,7 +7,8 @@ no starvation.
 
 State is advanced when a step is scheduled, not when it has run: `schedule` may be called again before the results of
 the step before are known, and `commit` then only learns which tokens came. KV that a scheduled step will write may be
-shared from that moment, because every rank runs the steps in order and a step stores all its keys before it reads any.
+shared from that moment: every rank runs the steps in order, and within a step a row that is admitted reads its prefix
+when the keys of all rows are stored.
 
 Per-request state lives in NumPy arrays indexed by slot, so that a decode step costs the same few array operations for
 one request as for hundreds; Python loops touch only requests that begin, end, or fill a page.

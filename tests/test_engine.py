@@ -217,22 +217,63 @@ ON_GPU = {
 }
 
 
+def router_margins(model: PreTrainedModel) -> list[torch.Tensor]:
+    """To which each router adds, when `model` runs, by how much each token's last expert beats the next: [T] logits."""
+    margins: list[torch.Tensor] = []
+    chosen = getattr(model.config, "num_experts_per_tok", 0)
+
+    def look(router: torch.nn.Module, inputs: tuple[torch.Tensor], _: object) -> None:
+        logits = inputs[0].flatten(0, -2) @ router.weight.t()
+        best = logits.topk(chosen + 1, dim=-1).values
+        margins.append(best[:, -2] - best[:, -1])
+
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(look)
+    return margins
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", list(ON_GPU.values()), ids=list(ON_GPU))
 @pytest.mark.parametrize("architecture", list(FAMILIES))
 def test_bfloat16_on_a_gpu_stays_close_to_transformers(
     tmp_path: Path, architecture: str, options: dict[str, object]
 ) -> None:
-    """Tokens may differ where two are nearly equal: compare the log-probabilities of those that were chosen."""
+    """Tokens may differ where two are nearly equal: compare the log-probabilities of those that were chosen.
+
+    So may experts, and a token with another expert is another token: leave out where two are nearly equal.
+    """
     model = tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
+    margins = router_margins(model)
     requests = [request(i, p, logprobs=1, temperature=i % 2) for i, p in enumerate(prompts())]
     found = run_engine(tmp_path, requests, device="cuda", dtype="bfloat16", **options)  # type: ignore[arg-type]
+    compared = 0
     for i, prompt in enumerate(prompts()):
+        part = slice(len(prompt) - 1, -1)
+        margins.clear()
         with torch.inference_mode():
-            logits = model(torch.tensor([prompt + found.tokens[i]])).logits[0, len(prompt) - 1 : -1]
-        wanted = logits.log_softmax(-1)
+            wanted = model(torch.tensor([prompt + found.tokens[i]])).logits[0, part].log_softmax(-1)
+        unsure = torch.stack(margins)[:, part].amin(0) < 0.05 if margins else torch.zeros(len(wanted), dtype=torch.bool)
+        compared += int((~unsure).sum())
         for n, (token, got) in enumerate(zip(found.tokens[i], found.logprobs[i], strict=True)):
+            if unsure[n]:
+                continue
             assert got.token == pytest.approx(float(wanted[n, token]), abs=0.3), f"prompt {i}, token {n}"
+    assert compared > 0.8 * sum(map(len, found.tokens.values()))
+
+
+@pytest.mark.gpu
+def test_a_key_is_stored_before_another_request_reads_it(tmp_path: Path) -> None:
+    """Each prompt is the one before and a token: all come in one step, where each reads what those before it store."""
+    model = tiny_checkpoint(tmp_path, "LlamaForCausalLM", head_dim=64, hidden_size=256)
+    longest = prompts()[9][:24]
+    requests = [request(n, longest[:n], logprobs=1, max_tokens=1) for n in range(4, len(longest))]
+    found = run_engine(tmp_path, requests, device="cuda", dtype="bfloat16", page_size=1)
+    assert list(found.cached.values()) == [0, *range(4, len(longest) - 1)]
+    with torch.inference_mode():
+        wanted = model(torch.tensor([longest])).logits[0].log_softmax(-1)
+    for n, (got,) in found.logprobs.items():
+        assert got.token == pytest.approx(float(wanted[n - 1, found.tokens[n][0]]), abs=0.3), f"prompt of {n} tokens"
 
 
 DRAWS = [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01}]

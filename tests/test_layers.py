@@ -181,7 +181,7 @@ def test_torch_attention_is_attention(window: int | None, kv_heads: int) -> None
     starts = np.cumsum([0, *counts], dtype=np.int32)
     batch = Batch(
         token_ids=nowhere, positions=torch.zeros_like(nowhere), kv_slots=nowhere, owners=nowhere, pages=tables,
-        page_table=tables.numpy(), query_starts=starts, kv_lengths=np.array(lengths, dtype=np.int32),
+        page_table=tables.numpy(), query_starts=starts, kv_lengths=np.array(lengths, dtype=np.int32), num_decoding=0,
     )  # fmt: skip
     attention = TorchAttention(scale)
     attention.plan(batch)
@@ -199,6 +199,59 @@ def test_torch_attention_is_attention(window: int | None, kv_heads: int) -> None
                 torch.testing.assert_close(found[starts[row] + n, head], expected, atol=1e-5, rtol=1e-5)
 
 
+def _batch(
+    counts: list[int], lengths: list[int], pages: Tensor, page_size: int, num_decoding: int, device: torch.device = CPU
+) -> Batch:
+    """Rows of so many tokens, the last of so long prefixes, with their pages."""
+    positions = np.concatenate([np.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)]).astype(np.int32)
+    owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    kv_slots = pages.numpy()[owners, positions // page_size] * page_size + positions % page_size
+    return Batch(
+        token_ids=torch.zeros(0),
+        positions=torch.from_numpy(positions).to(device),
+        kv_slots=torch.from_numpy(kv_slots).to(device),
+        owners=torch.from_numpy(owners).to(device),
+        pages=pages.to(device),
+        page_table=pages.numpy(),
+        query_starts=np.cumsum([0, *counts], dtype=np.int32),
+        kv_lengths=np.array(lengths, dtype=np.int32),
+        num_decoding=num_decoding,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_decoding", [0, 1, 4, 7])
+@pytest.mark.parametrize("size", [64, 128])
+def test_flashinfer_attention_is_attention(size: int, num_decoding: int) -> None:
+    """Decode rows first; of the others one reads what row 0 stores in this step, decoding or not."""
+    from lockstep.runtime.model.flashinfer import FlashInferAttention
+
+    gpu, heads, kv_heads, page_size, scale = torch.device("cuda"), 8, 2, 16, size**-0.5
+    counts, lengths = [1, 1, 1, 1, 70, 4, 1], [16, 300, 1, 65, 170, 20, 33]
+    if num_decoding == len(counts):
+        counts = [1] * num_decoding
+    pages = torch.randperm(7 * 20, dtype=torch.int32).view(7, 20)
+    if num_decoding < 5:
+        pages[5, 0] = pages[0, 0]
+    qkv = _random(sum(counts), (heads + 2 * kv_heads) * size).bfloat16()
+    norms = [_random(size).bfloat16() + n for n in range(2)]
+    table, caches = _random(300, size), [_random(140, page_size, kv_heads, size).bfloat16() + n for n in range(2)]
+    expected = [cache.clone() for cache in caches]
+    definition = TorchAttention(scale)
+    definition.plan(_batch(counts, lengths, pages, page_size, num_decoding))
+    wanted = definition.run(qkv, Heads(*norms, 1e-6, table), *expected, None)
+    shape = AttentionShape(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.bfloat16
+    )
+    attention = FlashInferAttention(shape, scale, {None}, gpu)
+    attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, gpu))
+    caches = [cache.to(gpu) for cache in caches]
+    on_gpu = Heads(*(norm.to(gpu) for norm in norms), 1e-6, table.to(gpu))
+    found = attention.run(qkv.to(gpu), on_gpu, *caches, None)
+    for one, other in zip((found, *caches), (wanted, *expected), strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=4e-2, rtol=2e-2)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_invariant_attention_is_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts whole and from the middle beside decode rows, one of which reads what another row stores in this step."""
@@ -207,15 +260,7 @@ def test_invariant_attention_is_attention(window: int | None, monkeypatch: pytes
     counts, lengths = [6, 1, 5, 1], [6, 17, 11, 7]
     pages = torch.randperm(40, dtype=torch.int32).view(4, 10)
     pages[3, 0] = pages[0, 0]  # a prefix that row 0 computes
-    positions = np.concatenate([np.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)]).astype(np.int32)
-    owners = np.repeat(np.arange(4, dtype=np.int32), counts)
-    kv_slots = pages.numpy()[owners, positions // page_size] * page_size + positions % page_size
-    starts = np.cumsum([0, *counts], dtype=np.int32)
-    batch = Batch(
-        token_ids=torch.zeros(0), positions=torch.from_numpy(positions), kv_slots=torch.from_numpy(kv_slots),
-        owners=torch.from_numpy(owners), pages=pages, page_table=pages.numpy(), query_starts=starts,
-        kv_lengths=np.array(lengths, dtype=np.int32),
-    )  # fmt: skip
+    batch = _batch(counts, lengths, pages, page_size, num_decoding=0)
     qkv, table = _random(sum(counts), (heads + 2 * kv_heads) * size), Heads(None, None, 0.0, _random(20, size))
     found = []
     shape = AttentionShape(

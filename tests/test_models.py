@@ -95,6 +95,7 @@ def _batch(step: Step, tables: Tensor, page_size: int) -> Batch:
         page_table=tables[[n for n, _, _ in step]].int().numpy(),
         query_starts=np.cumsum([0] + [stop - start for _, start, stop in step], dtype=np.int32),
         kv_lengths=np.array([stop for _, _, stop in step], dtype=np.int32),
+        num_decoding=0,
     )
 
 

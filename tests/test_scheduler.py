@@ -86,17 +86,25 @@ class Rank:
             self.page_table[slot, index] = page
         rows = list(zip(plan.slots.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True))
         assert len({slot for slot, _, _ in rows}) == len(rows)
-        for slot, start, count in rows:  # all rows write before any row reads
+        decoding, longer = rows[: plan.num_decoding], rows[plan.num_decoding :]
+        assert plan.decodes == (not longer)
+        for slot, start, count in decoding:  # each in its own time, so all read before any writes
+            assert count == 1
+            self.read(slot, start)
+        for slot, start, count in rows:  # and then all others write before any of them reads
             assert count >= 1
             assert start + count <= self.length[slot]
             positions = np.arange(start, start + count)
             self.content[self.places(slot, positions)] = self.prefix[slot, positions]
-        for slot, start, count in rows:
-            positions = np.arange(start + count)
-            assert (self.content[self.places(slot, positions)] == self.prefix[slot, positions]).all()
+        for slot, start, count in longer:
+            self.read(slot, start + count)
         at_end = [row for row, (slot, start, count) in enumerate(rows) if start + count == self.length[slot]]
         assert plan.sampled_rows.tolist() == at_end
         return np.array([self.sample(rows[row][0]) for row in at_end], np.int32)
+
+    def read(self, slot: int, length: int) -> None:
+        positions = np.arange(length)
+        assert (self.content[self.places(slot, positions)] == self.prefix[slot, positions]).all()
 
     def places(self, slot: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.page_table[slot, positions // self.size], positions % self.size

@@ -90,10 +90,12 @@ class Attention:
         self.output(backend.run(self.qkv(normed), heads, *cache, self.window), residual)
 
 
-def prepare(qkv: Tensor, heads: Heads, batch: Batch, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-    """The queries [T, H, E], ready for attention; the keys and values of the batch go into the cache."""
-    norms = heads.q_norm, heads.k_norm, heads.eps
-    return ops.rotate_and_store_(qkv, *norms, batch.positions, heads.cos_sin, k_cache, v_cache, batch.kv_slots)
+def prepare(
+    qkv: Tensor, heads: Heads, batch: Batch, k_cache: Tensor, v_cache: Tensor, tokens: slice = slice(None)
+) -> Tensor:
+    """The queries [T, H, E] of `tokens`, ready for attention; their keys and values go into the cache."""
+    norms, slots = (heads.q_norm, heads.k_norm, heads.eps), batch.kv_slots[tokens]
+    return ops.rotate_and_store_(qkv[tokens], *norms, batch.positions[tokens], heads.cos_sin, k_cache, v_cache, slots)
 
 
 @dataclass(frozen=True, kw_only=True)

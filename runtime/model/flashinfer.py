@@ -1,7 +1,8 @@
 """Attention on a GPU: FlashInfer's paged prefill, our own decode. The one module that imports FlashInfer (5 s).
 
-A step that only decodes runs `ops.decode_attention`, which needs nothing from the host; any other runs all rows
-through FlashInfer's prefill kernels, for which a plan is made on the host, once a step for all layers with a window.
+Rows that decode go through `ops.decode_attention`, which needs nothing from the host, and then the others through
+FlashInfer's prefill kernels, for which a plan is made on the host, once a step for all layers with a window. There a
+row of one token would take as much as one of 128.
 """
 
 from __future__ import annotations
@@ -38,30 +39,38 @@ class FlashInferAttention:
 
     def plan(self, batch: Batch) -> None:
         self._batch = batch
-        self._splits: dict[int | None, Tensor] = {}
-        if len(batch.kv_lengths) == batch.query_starts[-1]:
-            kv_heads = self.shape.num_kv_heads
-            self._splits = {w: ops.split_keys(batch.positions, kv_heads, w) for w in self._prefill}
-        else:
+        positions, kv_heads = batch.positions[: batch.num_decoding], self.shape.num_kv_heads
+        self._splits = {w: ops.split_keys(positions, kv_heads, w) for w in self._prefill if batch.num_decoding}
+        if batch.num_decoding < batch.num_rows:
             self._plan_prefill(batch)
 
     def run(self, qkv: Tensor, heads: Heads, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
-        batch = self._batch
-        if self._splits:
-            inputs = qkv, heads.q_norm, heads.k_norm, heads.eps, batch.positions, heads.cos_sin, k_cache, v_cache
-            pages = batch.kv_slots, batch.pages, batch.owners, self._splits[window]
-            return ops.decode_attention(*inputs, *pages, self._scale, window)
-        out: Tensor = self._prefill[window].run(prepare(qkv, heads, batch, k_cache, v_cache), (k_cache, v_cache))
+        batch, n = self._batch, self._batch.num_decoding
+        mixed = None
+        if n:
+            norms = heads.q_norm, heads.k_norm, heads.eps
+            inputs = qkv[:n], *norms, batch.positions[:n], heads.cos_sin, k_cache, v_cache, batch.kv_slots[:n]
+            where = batch.pages, batch.owners[:n], self._splits[window]
+            mixed = ops.decode_attention(*inputs, *where, self._scale, window)
+            if n == batch.num_rows:
+                return mixed
+        q = prepare(qkv, heads, batch, k_cache, v_cache, slice(n, None))
+        out = q.new_empty(len(qkv), *q.shape[1:])
+        self._prefill[window].run(q, (k_cache, v_cache), out=out[n:])
+        if mixed is not None:
+            out[:n] = mixed.view_as(out[:n])
         return out.flatten(1)
 
     def _plan_prefill(self, batch: Batch) -> None:
-        counts = -(-batch.kv_lengths // self.shape.page_size)
+        rows = slice(batch.num_decoding, None)
+        kv_lengths, query_starts = batch.kv_lengths[rows], batch.query_starts[rows] - batch.num_decoding
+        counts = -(-kv_lengths // self.shape.page_size)
         starts = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
         used = np.arange(batch.page_table.shape[1]) < counts[:, None]
-        pages = to_device(batch.page_table[used], batch.positions.device)
-        last_lengths = (batch.kv_lengths - (counts - 1) * self.shape.page_size).astype(np.int32)
-        queries, indptr, last = (torch.from_numpy(a) for a in (batch.query_starts, starts, last_lengths))
+        pages = to_device(batch.page_table[rows][used], batch.positions.device)
+        last_lengths = (kv_lengths - (counts - 1) * self.shape.page_size).astype(np.int32)
+        queries, indptr, last = (torch.from_numpy(a) for a in (query_starts, starts, last_lengths))
         self._planned.synchronize()  # a plan is copied from one pinned buffer, which the next must not overwrite before
         for window, wrapper in self._prefill.items():
             wrapper.plan(queries, indptr, pages, last, *self._heads(), causal=True, **self._types(window))

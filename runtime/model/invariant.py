@@ -32,7 +32,7 @@ class InvariantAttention:
     def plan(self, batch: Batch) -> None:
         self._batch = batch
         tokens = len(batch.positions)
-        self._stores_first = tokens > batch.num_rows
+        self._stores_first = batch.num_decoding < batch.num_rows
         self._slices = [slice(first, min(first + ROWS, tokens)) for first in range(0, tokens, ROWS)]
         self._splits = {
             window: [ops.split_keys(batch.positions[s], self._kv_heads, window, self._part) for s in self._slices]
