@@ -15,6 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import CommError, Communicator
+from .timers import coarse_timers
+
+LOOP_SLACK_S = 0.2  # gloo's thread looks every 10 ms whether it is to end: most of what an idle rank costs
 
 
 class GlooCommunicator(Communicator):
@@ -76,6 +79,7 @@ def _gloo(store: Any, rank: int, size: int, own_ip: str, timeout: timedelta) -> 
     # machines without a DNS entry for it.
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     chosen = {"interface": interface} if interface else {"hostname": own_ip}
-    options._devices = [dist.ProcessGroupGloo.create_device(**chosen)]
+    with coarse_timers(LOOP_SLACK_S):
+        options._devices = [dist.ProcessGroupGloo.create_device(**chosen)]
     options._timeout = timeout
     return dist.ProcessGroupGloo(store, rank, size, options)

@@ -32,7 +32,8 @@ FIRST_REPORT_S, REPORT_S = 2.0, 10.0
 # In a cluster of our own nobody reads what Ray gathers, and nothing is to be scaled or shown: without all this an idle
 # server takes half of its CPU time. Telemetry leaves a thread behind at each shutdown.
 QUIET = {"enable_open_telemetry": False, "enable_metrics_collection": False}
-QUIET_ENVIRONMENT = {"REPORTER_UPDATE_INTERVAL_MS": "60000"}
+# Ray looks for memory that runs short once a second, not four times.
+QUIET_ENVIRONMENT = {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_memory_monitor_refresh_ms": "1000"}
 HELPERS = ("monitor", "log_monitor", "dashboard")  # processes that `ray.init` starts and has no option against
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, wait
 from multiprocessing.queues import SimpleQueue
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from lockstep.comm import timers
 from lockstep.comm.base import CommError, Communicator, SingleRank
 from lockstep.comm.connect import connect, join_rendezvous, open_rendezvous
 
@@ -242,3 +246,15 @@ def test_a_silent_peer_ends_the_collective_at_its_deadline() -> None:
 def test_no_rendezvous_is_an_error_that_names_the_address() -> None:
     with pytest.raises(CommError, match=r"rank 1 could not reach rank 0 at 127.0.0.1:1"):
         join_rendezvous(("127.0.0.1", 1), 1, 1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_coarse_timers_are_those_of_threads_started_within() -> None:
+    def slack() -> int:
+        return int(ctypes.CDLL(None).prctl(timers.PR_GET_TIMERSLACK))
+
+    usual = slack()
+    with ThreadPoolExecutor(1) as coarse, ThreadPoolExecutor(1) as after:
+        with timers.coarse_timers(0.2):
+            coarse.submit(int).result()
+        assert (slack(), after.submit(slack).result(), coarse.submit(slack).result()) == (usual, usual, 200_000_000)
