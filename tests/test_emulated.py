@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import Bounds, close
+from test_kernels import Bounds, close, invariant_products
 
 from lockstep.kernels import reference
 
@@ -172,16 +172,9 @@ def test_an_invariant_row_of_linear_has_the_same_bits_in_any_batch(
         random(size, dtype=dtype),
         random(300, features, dtype=dtype),
     )
-    module = emulator.emulated()
 
     def found(rows: slice) -> list[torch.Tensor]:
-        normed = {"norm": norm, "eps": 1e-5, "invariant": True}
-        return [
-            module.linear(x[rows], weight[:features], bias[:features], invariant=True),
-            module.linear(x[rows], weight[:features], add_to=before[rows].clone(), invariant=True),
-            module.linear(x[rows], weight, gated=True, **normed),
-            module.linear(x[rows], weight, bias, gated=True, **normed),
-        ]
+        return invariant_products(emulator.emulated().linear, x[rows], weight, bias, norm, before[rows])
 
     together = found(slice(None))
     for rows in (slice(0, 1), slice(5, 21), slice(6, 70), slice(299, 300), slice(0, 0)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -365,6 +366,24 @@ def test_a_row_of_linear_has_the_same_bits_in_any_small_batch(gated: bool) -> No
         assert torch.equal(ops.linear(x[rows].contiguous(), weight, norm=norm, eps=1e-5, gated=gated), together[rows])
 
 
+def invariant_products(
+    linear: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    norm: torch.Tensor,
+    before: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Of x [T, D]: two with half of the weight [2 F, D], one of them added to `before` [T, F], and two gated."""
+    features, normed = before.shape[1], {"norm": norm, "eps": 1e-5, "invariant": True}
+    return [
+        linear(x, weight[:features], bias[:features], invariant=True),
+        linear(x, weight[:features], add_to=before.clone(), invariant=True),
+        linear(x, weight, gated=True, **normed),
+        linear(x, weight, bias, gated=True, **normed),
+    ]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("features", "size"), [(131, 256), (2048, 1032), (72, 8)])
@@ -378,13 +397,7 @@ def test_an_invariant_row_of_linear_has_the_same_bits_in_any_batch(
     normed = F.rms_norm(x.double(), (size,), norm.double(), 1e-5)
 
     def found(rows: slice) -> list[torch.Tensor]:
-        options = {"norm": norm, "eps": 1e-5, "invariant": True}
-        return [
-            ops.linear(x[rows], weight[:features], bias[:features], invariant=True),
-            ops.linear(x[rows], weight[:features], add_to=before[rows].clone(), invariant=True),
-            ops.linear(x[rows], weight, gated=True, **options),
-            ops.linear(x[rows], weight, bias, gated=True, **options),
-        ]
+        return invariant_products(ops.linear, x[rows], weight, bias, norm, before[rows])
 
     together = found(slice(None))
     plain, both = x.double() @ weight[:features].double().T, normed @ weight.double().T
