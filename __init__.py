@@ -4,6 +4,8 @@ import sys
 from os.path import dirname, realpath
 from typing import TYPE_CHECKING, Any
 
+from .runtime.version import __version__ as __version__
+
 # Started from the checkout, Python and every Ray worker put this folder on sys.path, where the bare names `comm` and
 # `kernels` would hide the packages of those names that Jupyter and transformers use.
 sys.path[:] = [p for p in sys.path if realpath(p or ".") != dirname(realpath(__file__))]
@@ -12,16 +14,15 @@ if TYPE_CHECKING:
     from .launch.llm import LLM
     from .runtime.config import Config
     from .runtime.request import SamplingParams
-    from .runtime.structured import StructuredOutputsParams
+    from .runtime.structured_outputs import StructuredOutputsParams
 
-__version__ = "0.1.0"
 __all__ = ["LLM", "Config", "SamplingParams", "StructuredOutputsParams"]
 
 _HOMES = {
     "LLM": "launch.llm",
     "Config": "runtime.config",
     "SamplingParams": "runtime.request",
-    "StructuredOutputsParams": "runtime.structured",
+    "StructuredOutputsParams": "runtime.structured_outputs",
 }
 
 

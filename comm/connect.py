@@ -6,30 +6,16 @@ Rank 0 opens a rendezvous on its host; its port travels to the others by whateve
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 
 import torch
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # exported, but not in its stubs
+from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
 from .base import CommError, Communicator, SingleRank
-from .nccl import SHARED_GPU_SINCE, Nccl, NcclError, open_library, version_text
-from .nccl_group import NcclCommunicator, exchange
-from .symmetric_group import AllReduce, share_memory
-from .torch_group import GlooCommunicator
-
-
-def open_rendezvous(own_ip: str, timeout_s: float) -> TCPStore:
-    """A rendezvous served by this process on a free port (`.port`); waits for others end after timeout_s."""
-    return TCPStore(own_ip, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
-
-
-def join_rendezvous(address: tuple[str, int], rank: int, timeout_s: float) -> TCPStore:
-    """The rendezvous that rank 0 serves at (host, port); raises CommError naming it if it cannot be reached."""
-    try:
-        return TCPStore(*address, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_s))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise CommError(f"rank {rank} could not reach rank 0 at {address[0]}:{address[1]}: {reason}") from error
+from .gloo import GlooCommunicator
+from .nccl import NcclCommunicator
+from .nccl_library import SHARED_GPU_SINCE, Nccl, NcclError, open_library, version_text
+from .rendezvous import exchange
+from .symmetric import AllReduce, share_memory
 
 
 def connect(

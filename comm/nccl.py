@@ -1,223 +1,287 @@
-"""libnccl through ctypes: its functions and their types, its configuration, its dtypes, and its words for errors.
+"""Collectives between GPUs: one rank of an NCCL group, without torch's process groups.
 
-A process uses one libnccl: by default the one that torch has mapped, so that no second copy of its 250 MB is loaded.
-One that the user names by path is loaded beside torch's and not refused: torch maps its own at import, always, and
-calls it only for process groups, of which we make none. The two never call into each other (RTLD_DEEPBIND).
+All collectives go to torch's current stream and return once they are queued there; none of them synchronizes, so they
+can be captured in a CUDA graph. A GPU that waits for a dead peer tells nobody: who waits for the results does so by
+`wait`, which keeps the deadline and ends the group. `abort` ends it from any thread.
 
-Signatures, numbers and layouts are those of nccl.h 2.32.3, compared with 2.28.9; NCCL only ever appends to them.
+The group is non-blocking in NCCL's sense: each call returns at once, perhaps with "in progress", and `_settle` polls
+until it is over. Only such a group can be given up while NCCL still connects to a peer (NCCL's guide, "Fault
+Tolerance").
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
-from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint, c_void_p
-from pathlib import Path
-from typing import Any
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
 
 import torch
+from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
-from .base import CommError
+from .base import Communicator
+from .nccl_library import IN_PROGRESS, SUCCESS, SUM, UINT8, WINDOW_SYMMETRIC, CommConfig, Nccl, NcclError, UniqueId
+from .rendezvous import exchange
 
-SUCCESS, IN_PROGRESS = 0, 7  # ncclResult_t
-SUM = 0  # ncclRedOp_t
-UINT8 = 1  # ncclDataType_t
-WINDOW_SYMMETRIC = 1  # NCCL_WIN_COLL_SYMMETRIC
-FP8_SINCE = 22400
-SHARED_GPU_SINCE = 23000  # several ranks on one GPU, with NCCL_MULTI_RANK_GPU_ENABLE=1
-UNDEFINED = -(2**31)  # NCCL_CONFIG_UNDEF_INT
-
-REDUCTION_TYPES: dict[torch.dtype, int] = {
-    torch.int8: 0,
-    torch.uint8: UINT8,
-    torch.int32: 2,
-    torch.uint32: 3,
-    torch.int64: 4,
-    torch.uint64: 5,
-    torch.float16: 6,
-    torch.float32: 7,
-    torch.float64: 8,
-    torch.bfloat16: 9,
-    torch.float8_e4m3fn: 10,
-    torch.float8_e5m2: 11,
-}
+log = logging.getLogger(__name__)
+ABORT_S = 2.0  # for NCCL to abort, then it is left behind
+CLOSE_S = 3.0  # for NCCL to finish what is queued when the group is closed
+SPIN_S = 0.01  # waits are this short as a rule, and then a sleep costs more than a core
+PAUSE_S = 0.0005
+CHECK_S = 0.1  # between two looks for an error while the device works
 
 
-class NcclError(CommError):
-    """NCCL failed, timed out or cannot be used; the message has NCCL's own words, the operation, the rank, the size."""
+class Done(Protocol):
+    """What torch.cuda.Event is to `wait`."""
+
+    def query(self) -> bool: ...
 
 
-class UniqueId(ctypes.Structure):
-    """What rank 0 makes and all ranks need to find each other; NCCL takes it by value."""
+@dataclass(frozen=True)
+class Window:
+    """Memory from ncclMemAlloc, registered; `handle` is 0 where NCCL has none of it and uses its ordinary kernels."""
 
-    _fields_ = [("internal", c_char * 128)]
+    address: int
+    nbytes: int
+    handle: int
 
 
-class CommConfig(ctypes.Structure):
-    """ncclConfig_t as of 2.28. Newer libraries fill in what they appended since, older ones read what they know."""
+class NcclCommunicator(Communicator):
+    """One rank; all tensors are contiguous and on `device`. Empty tensors are no communication at all.
 
-    _fields_ = [
-        ("size", c_size_t),
-        ("magic", c_uint),
-        ("version", c_uint),
-        ("blocking", c_int),
-        ("cga_cluster_size", c_int),
-        ("min_ctas", c_int),
-        ("max_ctas", c_int),
-        ("net_name", c_char_p),
-        ("split_share", c_int),
-        ("traffic_class", c_int),
-        ("comm_name", c_char_p),
-        ("collnet_enable", c_int),
-        ("cta_policy", c_int),
-        ("shrink_share", c_int),
-        ("nvls_ctas", c_int),
-        ("channels_per_net_peer", c_int),
-        ("nvlink_centric_sched", c_int),
-    ]
+    A result goes to `out` where that is given. all_gather is in place if x is out[rank], reduce_scatter if out is
+    x[rank], which it is by default; all_reduce's default is x itself.
+    Raises NcclError for failures and after timeout_s, ValueError for a tensor that does not fit.
+    Its kernels have max_blocks blocks at most, as many as NCCL likes if None.
+    """
 
-    @classmethod
-    def nonblocking(cls, max_ctas: int | None = None) -> CommConfig:
-        """Every call returns at once, so that a deadline can be kept and the group be aborted.
+    capturable = True
 
-        max_ctas  blocks of a kernel, at most; NCCL's own choice if None
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        *,
+        store: Store,
+        nccl: Nccl,
+        device: torch.device,
+        timeout_s: float,
+        max_blocks: int | None = None,
+    ) -> None:
+        self.rank, self.size = rank, size
+        self.description = f"{nccl}, {size} ranks, {nccl.path}"
+        self._nccl, self._timeout_s, self._max_blocks = nccl, timeout_s, max_blocks
+        self._inside = threading.Lock()  # nobody may be inside NCCL during an abort, and nobody after it
+        self._comm: int | None = None
+        self._latest, self._captured = "joining", ""
+        self._token = torch.zeros(1, device=device)  # makes the context, too
+        self._device = self._token.device
+        self._join(store)
+        self.barrier()
+
+    def all_reduce(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        out = x if out is None else out
+        self._require("all_reduce", "x", x, x.shape, x)
+        self._require("all_reduce", "out", out, x.shape, x)
+        add, kind, stream = self._nccl.lib.ncclAllReduce, self._nccl.reduction_type(x.dtype), _stream(self._device)
+        if x.numel() > 0:
+            self._run("all_reduce", lambda c: add(x.data_ptr(), out.data_ptr(), x.numel(), kind, SUM, c, stream))
+        return out
+
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        shape = (self.size, *x.shape)
+        out = x.new_empty(shape) if out is None else out
+        self._require("all_gather", "x", x, x.shape, x)
+        self._require("all_gather", "out", out, shape, x)
+        gather, stream = self._nccl.lib.ncclAllGather, _stream(self._device)
+        if x.numel() > 0:
+            self._run("all_gather", lambda c: gather(x.data_ptr(), out.data_ptr(), x.nbytes, UINT8, c, stream))
+        return out
+
+    def reduce_scatter(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        self._require("reduce_scatter", "x", x, (self.size, *x.shape[1:]), x)
+        out = x[self.rank] if out is None else out
+        self._require("reduce_scatter", "out", out, x.shape[1:], x)
+        add, kind, stream = self._nccl.lib.ncclReduceScatter, self._nccl.reduction_type(x.dtype), _stream(self._device)
+        if x.numel() > 0:
+            self._run("reduce_scatter", lambda c: add(x.data_ptr(), out.data_ptr(), out.numel(), kind, SUM, c, stream))
+        return out
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        self._require("broadcast", "x", x, x.shape, x)
+        send, stream = self._nccl.lib.ncclBroadcast, _stream(self._device)
+        if x.numel() > 0:
+            self._run("broadcast", lambda c: send(x.data_ptr(), x.data_ptr(), x.nbytes, UINT8, root, c, stream))
+        return x
+
+    def barrier(self) -> None:
+        self.all_reduce(self._token)
+        self._latest = "barrier"
+        self.wait(_record(self._device))
+
+    def window(self, nbytes: int) -> Window:
+        """Zeroed memory that all ranks have registered, where NCCL's symmetric kernels read and write; collective.
+
+        Raises NcclError where the library has no windows. Free it before the group is closed.
         """
-        unset = {field[0]: UNDEFINED for field in cls._fields_ if field[1] is c_int}
-        header = {"size": ctypes.sizeof(cls), "magic": 0xCAFEBEEF, "version": 22800}
-        return cls(**{**unset, **header, "blocking": 0, **({} if max_ctas is None else {"max_ctas": max_ctas})})
+        lib = self._nccl.lib
+        self._nccl.require("ncclMemAlloc", "ncclCommWindowRegister", "ncclCommWindowDeregister")
+        memory, handle = ctypes.c_void_p(), ctypes.c_void_p()
+        self._nccl.check(lib.ncclMemAlloc(ctypes.byref(memory), nbytes), self._who("ncclMemAlloc"))
+        assert memory.value is not None
+        register, out = lib.ncclCommWindowRegister, ctypes.byref(handle)
+        self._run("window", lambda c: register(c, memory.value, nbytes, out, WINDOW_SYMMETRIC))
+        return Window(memory.value, nbytes, handle.value or 0)
 
+    def free(self, window: Window) -> None:
+        """Give back what `window` gave; collective, and nothing that uses it is queued."""
+        free = self._nccl.lib.ncclCommWindowDeregister
+        self._run("window", lambda c: free(c, window.handle))
+        self._nccl.check(self._nccl.lib.ncclMemFree(window.address), self._who("ncclMemFree"))
 
-_OUT = POINTER(c_void_p)
-_COMM = _STREAM = _WINDOW = c_void_p
+    def wait(self, done: Done) -> None:
+        """Returns once the device has reached `done`; ends the group after timeout_s, or when NCCL reports an error."""
+        started = looked = time.monotonic()
+        while not done.query():
+            now = time.monotonic()
+            if now - started > self._timeout_s:
+                # A graph starts without a call of ours.
+                graphs = f" or {self._captured} of a graph" if self._captured else ""
+                self._give_up(self._latest + graphs, self._timeout_s)
+            if now - looked > CHECK_S:
+                looked = now
+                self.check()
+            time.sleep(PAUSE_S if now - started > SPIN_S else 0)
+        self._enter(self._latest, lambda comm: SUCCESS)  # an abort ends the wait as well, with garbage
 
-# What any libnccl must have (2.18): function -> types of its arguments.
-FUNCTIONS: dict[str, list[Any]] = {
-    "ncclGetVersion": [POINTER(c_int)],
-    "ncclGetUniqueId": [POINTER(UniqueId)],
-    "ncclGetErrorString": [c_int],
-    "ncclGetLastError": [_COMM],
-    "ncclCommInitRank": [_OUT, c_int, UniqueId, c_int],
-    "ncclCommInitRankConfig": [_OUT, c_int, UniqueId, c_int, POINTER(CommConfig)],
-    "ncclCommSplit": [_COMM, c_int, c_int, _OUT, POINTER(CommConfig)],
-    "ncclCommGetAsyncError": [_COMM, POINTER(c_int)],
-    "ncclCommFinalize": [_COMM],
-    "ncclCommDestroy": [_COMM],
-    "ncclCommAbort": [_COMM],
-    "ncclAllReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
-    "ncclAllGather": [c_void_p, c_void_p, c_size_t, c_int, _COMM, _STREAM],
-    "ncclReduceScatter": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
-    "ncclBroadcast": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
-    "ncclReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, _COMM, _STREAM],
-    "ncclSend": [c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
-    "ncclRecv": [c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
-    "ncclGroupStart": [],
-    "ncclGroupEnd": [],
-}
-# What came later: function -> (since which version, types of its arguments). Ask `require` before the first call.
-NEWER_FUNCTIONS: dict[str, tuple[int, list[Any]]] = {
-    "ncclMemAlloc": (21900, [_OUT, c_size_t]),
-    "ncclMemFree": (21900, [c_void_p]),
-    "ncclCommRegister": (21900, [_COMM, c_void_p, c_size_t, _OUT]),
-    "ncclCommDeregister": (21900, [_COMM, c_void_p]),
-    "ncclCommWindowRegister": (22700, [_COMM, c_void_p, c_size_t, _OUT, c_int]),
-    "ncclCommWindowDeregister": (22700, [_COMM, _WINDOW]),
-}
+    def check(self) -> None:
+        """Raises NcclError, and ends the group, if NCCL has met an error, its own or a peer's."""
+        self._raise_if_failed(self._latest, self._async_error())
 
+    def abort(self) -> None:
+        """End whatever waits for a peer, also on the device; returns after at most 2 * ABORT_S.
 
-class Nccl:
-    """One loaded libnccl; `lib` has the functions. Raises NcclError where it cannot be loaded or is too old."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        try:
-            # DEEPBIND: NCCL calls some of its exported functions by name and would find those of the copy that torch
-            # brought into the global scope.
-            self.lib = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
-        except OSError as error:
-            raise NcclError(f"libnccl cannot be loaded: {error}; nccl_library is the path of one") from error
-        missing = [name for name in FUNCTIONS if not hasattr(self.lib, name)]
-        if missing:
-            raise NcclError(f"{path} lacks {', '.join(missing)}; use a libnccl of 2.18 or newer")
-        newer = {name: types for name, (_, types) in NEWER_FUNCTIONS.items() if hasattr(self.lib, name)}
-        for name, types in {**FUNCTIONS, **newer}.items():
-            function = getattr(self.lib, name)
-            function.argtypes = types
-            function.restype = c_char_p if name in ("ncclGetErrorString", "ncclGetLastError") else c_int
-        version = c_int()
-        self.check(self.lib.ncclGetVersion(ctypes.byref(version)), "ncclGetVersion")
-        self.version = version.value
-
-    def __str__(self) -> str:
-        return f"NCCL {version_text(self.version)}"
-
-    def require(self, *functions: str) -> None:
-        """Raises NcclError naming those of these functions that this library is too old to have."""
-        missing = [name for name in functions if not hasattr(self.lib, name)]
-        if missing:
-            since = version_text(max(NEWER_FUNCTIONS[name][0] for name in missing))
-            raise NcclError(f"{self} at {self.path} lacks {', '.join(missing)}; use {since} or newer")
-
-    def reduction_type(self, dtype: torch.dtype) -> int:
-        """The ncclDataType_t by which sums are formed; raises ValueError where this library cannot add `dtype`.
-
-        Moving data needs none: it goes as bytes, whatever they mean.
+        What is on the device ends at once; NCCL itself waits for graphs that hold its kernels to be dropped.
         """
-        if dtype not in REDUCTION_TYPES or (dtype.itemsize == 1 and dtype.is_floating_point and self._lacks_fp8):
-            since = f" and fp8 since {version_text(FP8_SINCE)}" if self._lacks_fp8 else ""
-            raise ValueError(f"{self} cannot add {dtype}; it adds 1-, 4- and 8-byte integers and floats{since}")
-        return REDUCTION_TYPES[dtype]
-
-    def unique_id(self) -> bytes:
-        found = UniqueId()
-        self.check(self.lib.ncclGetUniqueId(ctypes.byref(found)), "ncclGetUniqueId")
-        return bytes(found)
-
-    def check(self, code: int, operation: str, comm: int | None = None) -> None:
-        """Raises NcclError with NCCL's own words for `code` unless that is success."""
-        if code == SUCCESS:
+        comm = self._take_comm()
+        if comm is None:
             return
-        words = self.lib.ncclGetErrorString(code).decode()
-        details = (self.lib.ncclGetLastError(comm) or b"").decode(errors="replace").strip()
-        raise NcclError(f"{operation} failed: {words}" + (f" ({' '.join(details.split())})" if details else ""))
+        thread = threading.Thread(target=self._nccl.lib.ncclCommAbort, args=(comm,), name="nccl-abort", daemon=True)
+        thread.start()
+        thread.join(ABORT_S)
+        if thread.is_alive():
+            log.warning("rank %d of %d: NCCL has not aborted within %.0f s", self.rank, self.size, ABORT_S)
 
-    @property
-    def _lacks_fp8(self) -> bool:
-        return self.version < FP8_SINCE
+    def close(self) -> None:
+        """Finish what is queued, on all ranks, and free the group. Drop the graphs that hold its collectives before."""
+        if self._comm is None:
+            return
+        try:
+            finalized = self._enter("closing", self._nccl.lib.ncclCommFinalize)
+            self._settle("closing", finalized, min(CLOSE_S, self._timeout_s))
+            self._nccl.check(self._nccl.lib.ncclCommDestroy(self._take_comm()), self._who("closing"))
+        except NcclError as error:
+            log.warning("%s", error)  # the results are there: this is no reason to fail
+
+    def _join(self, store: Store) -> None:
+        name = self._nccl.unique_id().hex() if self.rank == 0 else ""
+        name = exchange(store, "nccl", name, self.rank, self.size, self._timeout_s)[0]
+        comm, config = ctypes.c_void_p(), CommConfig.nonblocking(self._max_blocks)
+        with _using(self._device):
+            code = self._nccl.lib.ncclCommInitRankConfig(
+                ctypes.byref(comm), self.size, UniqueId.from_buffer_copy(bytes.fromhex(name)), self.rank, config
+            )
+        self._comm = comm.value
+        self._settle("joining", code, self._timeout_s)
+
+    def _run(self, operation: str, call: Callable[[int], int]) -> None:
+        self._latest = operation
+        if _is_capturing():
+            self._captured = operation
+        self._settle(operation, self._enter(operation, call), self._timeout_s)
+
+    def _enter(self, operation: str, call: Callable[[int], int]) -> int:
+        with self._inside:
+            if self._comm is None:
+                raise NcclError(f"{self._who(operation)} failed: the group has ended")
+            return call(self._comm)
+
+    def _take_comm(self) -> int | None:
+        """The communicator, for its end; nobody enters it afterwards. Does not wait for ever for who is inside."""
+        free = self._inside.acquire(timeout=ABORT_S)
+        comm, self._comm = self._comm, None
+        if free:
+            self._inside.release()
+        return comm
+
+    def _async_error(self) -> int:
+        ask, code = self._nccl.lib.ncclCommGetAsyncError, ctypes.c_int()
+        asked = self._enter(self._latest, lambda comm: int(ask(comm, code)))
+        return asked or code.value
+
+    def _settle(self, operation: str, code: int, timeout_s: float) -> None:
+        """Poll until NCCL has done, on the host, what returned `code`."""
+        started = time.monotonic()
+        while code == IN_PROGRESS:
+            code = self._async_error()
+            waited = time.monotonic() - started
+            if code == IN_PROGRESS and waited > timeout_s:
+                self._give_up(operation, timeout_s)
+            time.sleep(PAUSE_S if waited > SPIN_S else 0)
+        self._raise_if_failed(operation, code)
+
+    def _raise_if_failed(self, operation: str, code: int) -> None:
+        if code in (SUCCESS, IN_PROGRESS):
+            return
+        try:
+            self._nccl.check(code, self._who(operation), self._comm)
+        finally:
+            self.abort()  # NCCL offers no other way on
+
+    def _give_up(self, operation: str, timeout_s: float) -> NoReturn:
+        self.abort()
+        why = "a peer is gone or silent"
+        if operation == "joining":
+            why = "all ranks have come, but NCCL cannot connect them; NCCL_DEBUG=INFO says where it is stuck"
+        raise NcclError(f"{self._who(operation)} took longer than {timeout_s:.0f} s: {why}")
+
+    def _who(self, operation: str) -> str:
+        return f"rank {self.rank} of {self.size}: {operation}"
+
+    def _require(self, operation: str, name: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None:
+        """Raises ValueError unless NCCL can read or write x as it lies in memory, and it is what it should be."""
+        if x.shape != torch.Size(shape) or x.dtype != like.dtype:
+            raise ValueError(
+                f"{operation}: {name} {list(x.shape)} {x.dtype} must be {list(shape)} {like.dtype}, as x asks for"
+            )
+        if x.device != self._device:
+            raise ValueError(f"{operation}: {name} is on {x.device}; this group's tensors are on {self._device}")
+        if not x.is_contiguous():
+            raise ValueError(
+                f"{operation}: {name} {list(x.shape)} with strides {list(x.stride())} must be contiguous: copy it"
+            )
 
 
-_opened: dict[str, Nccl] = {}
+def _using(device: torch.device) -> AbstractContextManager[None]:
+    """`device` as the one of this thread."""
+    return torch.cuda.device(device)
 
 
-def open_library(path: str | None) -> Nccl:
-    """This process's libnccl: the one at `path`, or torch's own. Raises NcclError if another is in use already."""
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast only for those who ask for it; read once, at load
-    if path is None and _opened:
-        return next(iter(_opened.values()))
-    real = os.path.realpath(path or _find())
-    if _opened and real not in _opened:
-        raise NcclError(f"this process uses {next(iter(_opened))} already; {real} needs a process of its own")
-    if real not in _opened:
-        _opened[real] = Nccl(real)
-    return _opened[real]
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
 
 
-def mapped_libraries() -> list[str]:
-    """The paths of the libnccl that this process has mapped, in the order of their addresses."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    paths = [line.split(maxsplit=5)[5] for line in lines if "/libnccl.so" in line]
-    return list(dict.fromkeys(paths))
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
 
 
-def version_text(version: int) -> str:
-    """23203 -> "2.32.3"."""
-    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
-
-
-def _find() -> str:
-    """torch's libnccl: mapped when torch was imported, or the wheel that lies beside it."""
-    beside = (Path(folder, "nvidia/nccl/lib/libnccl.so.2") for folder in sys.path)
-    found = [*mapped_libraries(), *(str(path) for path in beside if path.is_file())]
-    if not found:
-        raise NcclError("torch has brought no libnccl and no nvidia-nccl wheel is installed; nccl_library is its path")
-    return found[0]
+def _record(device: torch.device) -> Done:
+    """Reached when the device has done all that is queued now."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -1,327 +1,213 @@
-"""Arenas: memory of each rank that all ranks of one host have mapped, and who may write where.
+"""Collectives through the memory that the ranks of one host share, for what is small; the rest goes to NCCL.
 
-An arena has three slots. A collective's input lies in one of them on every rank, at an address that the host knows
-before: a product writes it there. No rank may write into a slot that a slow peer still reads, and nothing is waited for
-only to make sure of that, but in slot 0:
-
-- Slot 0 is left by its collective only when all ranks have read it. It serves whoever cannot know what came before:
-  collectives outside of graphs, and the first of each graph.
-- Slots 1 and 2 serve the other collectives of a graph in turn.
-
-Proof. Let w be a write into slot s for collective k, and c the last collective before k that used s. If s is 0, c has
-ended on this rank, and ended only when every rank had read. Else k is not the first of its graph, and c is either not
-of this replay or at least two places earlier in it, since the slots take turns; in both cases some collective m of
-this replay lies between them, c < m < k. In m this rank has waited until every peer had come to m, and a peer
-comes to m when its c has ended: its stream is in order. On this rank w is queued after m: every peer has read before.
-
-All of it holds for any order of graphs and eager calls, as long as it is the same on all ranks. A graph costs one
-more meeting of the ranks. Within a collective, kernels/allreduce.cu keeps order by flags that count on the device.
+An all-reduce of a decode step lasts a few microseconds, most of which NCCL spends on its protocol. Here the partial
+sums already lie where the peers read them, and the residual stream and its norm are part of the same kernel.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
-from .nccl_group import exchange
+from ..kernels import ops
+from .autotune import SIZES, Algorithm, choose, size_text
+from .base import CommError, Communicator
+from .nccl import Done, NcclCommunicator, _record
+from .peer_buffers import Arena, NotShared, join
+from .rendezvous import exchange
 
 log = logging.getLogger(__name__)
-SLOTS = 3
-GRANULE = 2 << 20  # smaller allocations may share an exported block with others
-GREETING_S = 5.0  # at most, for what a rank writes to be seen by its peers
-CLOSE_S = 3.0
-SPARE = 0.9  # of the deadline: the device, which knows for whom it waits, speaks before the host
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-
-
-class NotShared(RuntimeError):
-    """Memory cannot be shared; the message is the reason, the same on all ranks once they have agreed."""
-
-
-@dataclass
-class Turns:
-    """Which slot is next; `capture` is a number for the graph that is being captured, 0 outside of graphs."""
-
-    graph: int = 0
-    after: int = 1  # the slot of the next collective of that graph
-
-    def peek(self, capture: int) -> int:
-        return self.after if capture != 0 and capture == self.graph else 0
-
-    def take(self, capture: int) -> int:
-        slot = self.peek(capture)
-        self.graph, self.after = capture, 2 if slot == 1 else 1
-        return slot
+AllReduce = Literal["auto", "nccl", "one-shot", "two-shot"]
+SUMMED = (torch.float32, torch.bfloat16, torch.float16)
+OWN: tuple[Literal["one-shot", "two-shot"], ...] = ("one-shot", "two-shot")
+GATHER = 1 << 20  # bytes of each rank, up to which shared memory gathers them
+LARGEST = SIZES[-1]  # bytes that a slot holds
 
 
 @dataclass(frozen=True)
-class Late:
-    """What the device has waited for in vain."""
+class Policy:
+    """Which algorithm serves how many bytes; the same on all ranks."""
 
-    ranks: list[int]
-    kind: str
-    round: int
+    steps: tuple[tuple[int, Algorithm], ...]  # up to so many bytes, ascending; NCCL beyond the last
+    gather: int = GATHER
+    slices: bool = False  # rows of more bytes than the last go one slice after the other instead
+
+    @classmethod
+    def only(cls, algorithm: Algorithm, largest: int = LARGEST, *, slices: bool = False) -> Policy:
+        """This algorithm for all that fits into a slot, or for all."""
+        return cls(((largest, algorithm),), min(GATHER, largest), slices)
+
+    def algorithm(self, nbytes: int) -> Algorithm:
+        return next((name for most, name in self.steps if nbytes <= most), "nccl")
+
+    def sliced(self, x: Tensor) -> list[Tensor]:
+        """The rows of x, in as many slices as this needs."""
+        if not self.slices or x.nbytes <= self.steps[-1][0]:
+            return [x]
+        return list(x.split(self.steps[-1][0] // (x.nbytes // len(x))))
+
+    def __str__(self) -> str:
+        words = [f"{name} up to {size_text(most)}" for most, name in self.steps]
+        if self.slices:
+            return f"{words[-1]}, and in slices beyond"
+        return ", ".join(words) + (" and NCCL beyond" if words else "NCCL for sums")
 
 
-class Arena:
-    """One rank's arena and its view of the others'; made by `join`."""
+class SymmetricCommunicator(Communicator):
+    """One rank. Sums of floats have the same bits on all ranks and in all runs; broadcasts are NCCL's."""
 
-    def __init__(
-        self,
-        rank: int,
-        size: int,
-        *,
-        store: Store,
-        device: torch.device,
-        slot_bytes: int,
-        shares_device: bool,
-        timeout_s: float,
-    ) -> None:
-        self.rank, self.size, self.slot_bytes = rank, size, slot_bytes
-        self.patience_s = SPARE * timeout_s
-        self._store, self._timeout_s = store, timeout_s
-        self._device = torch.empty(0, device=device).device  # with its index
-        self._sharers = size if shares_device else 1
-        self._own = 0
-        self._mapped: list[int] = []  # of the peers
-        self._turns = Turns()
+    capturable = True
 
-    # The steps of joining. Each returns what the peers need to know, or raises what keeps this rank from it.
+    def __init__(self, nccl: NcclCommunicator, arena: Arena, policy: Policy, device: torch.device) -> None:
+        self.rank, self.size = nccl.rank, nccl.size
+        self.description = f"{nccl.description}; shared memory: {policy}"
+        self._nccl, self._arena, self._policy, self._device = nccl, arena, policy, device
+        self._step = 1  # steps are told apart by who waits for their results
+        self._ended = False
+        self._token = torch.zeros(16, dtype=torch.uint8, device=device)
 
-    def offer(self) -> str:
-        """Allocate the arena; the blocks that a launch may have here, and the handle by which others map the memory."""
-        self._peers = peers = _peers()
-        if self.size > peers.MAX_RANKS:
-            raise NotShared(f"{self.size} ranks are more than {peers.MAX_RANKS}")
-        if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
-            raise NotShared("NCCL_P2P_DISABLE is set")
-        nbytes = -(-(peers.HEADER_BYTES + SLOTS * self.slot_bytes) // GRANULE) * GRANULE
-        self._own, self._bytes = peers.allocate(nbytes, self._device.index)
-        self._words = peers.host_words(peers.MAX_RANKS + 1)
-        peers.prepare(self.size)
-        return f"{peers.most_blocks(self._device.index, self._sharers)} {peers.export(self._own).hex()}"
+    def buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+        nbytes = rows * columns * dtype.itemsize
+        return self._arena.buffer((rows, columns), dtype) if self._algorithm(nbytes, dtype) != "nccl" else None
 
-    def map(self, offers: list[str]) -> str:
-        """Map every peer's arena."""
-        blocks, handles = zip(*(offer.split() for offer in offers), strict=True)
-        arenas = []
-        for peer, handle in enumerate(handles):
-            try:
-                arenas.append(self._own if peer == self.rank else self._map(bytes.fromhex(handle)))
-            except RuntimeError as error:
-                raise NotShared(f"cannot map the memory of rank {peer} ({_first_line(error)})") from error
-        fields = self._peers.table(
-            arenas,
-            self._words,
-            patience_ns=int(min(GREETING_S, self._timeout_s / 2) * 1e9),
-            slot_bytes=self.slot_bytes,
-            rank=self.rank,
-            alone=self._sharers == 1,
-        )
-        self._table = torch.tensor(fields, dtype=torch.int64, device=self._device)
-        self._group = self._peers.Group(self._table, self.size, min(map(int, blocks)))
-        return ""
+    def all_reduce(self, x: Tensor) -> Tensor:
+        slices = self._policy.sliced(x)
+        if len(slices) > 1:
+            return torch.cat([self.all_reduce(part) for part in slices])
+        self._check()
+        algorithm = self._algorithm(x.nbytes, x.dtype)
+        if algorithm == "nccl":
+            return self._nccl.all_reduce(x)
+        return self._arena.all_reduce(x.contiguous(), two_shot=algorithm == "two-shot")
 
-    def greet(self, turn: int) -> str:
-        """See that what each peer writes arrives here, and that its memory reads here as it does there.
-
-        That a peer has mapped the memory is no proof: in some virtual machines it gets a copy of its own.
-        """
-        patterns = [_pattern(rank + turn * self.size) for rank in range(self.size)]
-        found = self.all_gather(patterns[self.rank].to(self._device), kind="barrier").cpu()
-        late = self.late()
-        if late is not None:
-            raise NotShared(f"what rank {_names(late.ranks)} writes does not arrive")
-        wrong = [rank for rank in range(self.size) if not torch.equal(found[rank], patterns[rank])]
-        if wrong:
-            raise NotShared(f"the memory of rank {_names(wrong)} reads differently here")
-        return ""
-
-    def set_patience(self, seconds: float) -> None:
-        """How long kernels that are queued from now on wait for a peer."""
-        self.patience_s = seconds
-        self._table[self._peers.PATIENCE] = int(seconds * 1e9)
-
-    # Collectives. Inputs and outputs are contiguous and not empty; the input fits into a slot.
-
-    def buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Where the input of the next collective may be written, so that it need not be copied."""
-        return self._slot(self._turns.peek(self._peers.capture()), shape, dtype)
-
-    def all_reduce(self, x: Tensor, *, two_shot: bool) -> Tensor:
-        out, add = torch.empty_like(x), self._peers.reduce_and_gather if two_shot else self._peers.reduce
-        add(out, x, self._group, self._take(), "all_reduce")
-        return out
+    def all_gather(self, x: Tensor) -> Tensor:
+        self._check()
+        if 0 < x.nbytes <= self._policy.gather:
+            return self._arena.all_gather(x.contiguous())
+        return self._nccl.all_gather(x)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        out = torch.empty_like(x[0])
-        self._peers.reduce(out, x, self._group, self._take(), "reduce_scatter", chunks=self.size)
-        return out
+        self._check()
+        if self._algorithm(x.nbytes, x.dtype) == "nccl":
+            return self._nccl.reduce_scatter(x)
+        return self._arena.reduce_scatter(x.contiguous())
 
-    def all_gather(self, x: Tensor, *, kind: str = "all_gather") -> Tensor:
-        out = x.new_empty(self.size, *x.shape)
-        whole, part = out.view(-1).view(torch.uint8), x.view(-1).view(torch.uint8)
-        self._peers.gather(whole, part, self._group, self._take(), kind)
-        return out
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        self._check()
+        return self._nccl.broadcast(x, root)
 
-    def all_reduce_add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, two_shot: bool
-    ) -> Tensor:
-        out, total = torch.empty_like(x), _aligned(residual)
-        inputs = _aligned(x), total, _aligned(weight), eps, self._group, self._take()
-        self._peers.reduce_add_rms_norm(out, *inputs, "all_reduce_add_rms_norm", two_steps=two_shot)
-        if total is not residual:
-            residual.copy_(total)
-        return out
+    def barrier(self) -> None:
+        self._check()
+        self._arena.all_gather(self._token, kind="barrier")
+        self._wait(_record(self._device))
 
-    def fits_norm(self, columns: int, dtype: torch.dtype) -> bool:
-        return bool(self._peers.fits_norm(columns, dtype))
+    def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        slices = self._policy.sliced(x)
+        if len(slices) > 1:
+            parts = zip(slices, self._policy.sliced(residual), strict=True)
+            return torch.cat([self.all_reduce_add_rms_norm(part, of, weight, eps) for part, of in parts])
+        algorithm = self._algorithm(x.nbytes, x.dtype)
+        if algorithm == "nccl" or not self._arena.fits_norm(x.shape[-1], x.dtype):
+            return ops.add_rms_norm(self.all_reduce(x), residual, weight, eps)
+        self._check()
+        return self._arena.all_reduce_add_rms_norm(x, residual, weight, eps, two_shot=algorithm == "two-shot")
 
-    # Ends.
+    def wait(self, done: Done) -> None:
+        self._wait(done)
+        self._step += 1
 
-    def late(self) -> Late | None:
-        """For whom the device has waited in vain; its results since then are garbage. Asks no GPU."""
-        words = self._words[: self.size].tolist()
-        if not any(words):
-            return None
-        first = next(word for word in words if word)
-        ranks = [rank for rank, word in enumerate(words) if word]
-        return Late(ranks, self._peers.KINDS[first >> 32], first & 0xFFFFFFFF)
-
-    def stop(self) -> None:
-        """Let no kernel wait any more, now or later; from any thread."""
-        self._words[-1] = 1
+    def abort(self) -> None:
+        self._ended = True
+        self._arena.stop()
+        self._nccl.abort()
 
     def close(self) -> None:
-        """Unmap the peers' memory and free the own, once nobody uses it; the device has nothing queued here.
+        """As NCCL's; then the arenas, which no kernel uses any more: none waits for longer than its deadline."""
+        self._nccl.close()
+        torch.cuda.synchronize(self._device)
+        self._arena.close()
 
-        Memory that a peer may still have mapped is left to the end of the process.
-        """
-        own, self._own = self._own, 0
-        try:
-            self._say("done", CLOSE_S)
-            self._unmap()
-            self._say("unmapped", CLOSE_S)
-            if own:
-                self._peers.free(own)
-            self._leave()
-        except RuntimeError as error:  # CommError, or CUDA's
-            log.warning("what is still mapped is left to the end of the process: %s", error)
+    def _algorithm(self, nbytes: int, dtype: torch.dtype) -> Algorithm:
+        return self._policy.algorithm(nbytes) if nbytes > 0 and dtype in SUMMED else "nccl"
 
-    def _say(self, topic: str, timeout_s: float) -> None:
-        exchange(self._store, f"arena/{topic}", "", self.rank, self.size, timeout_s)
+    def _wait(self, done: Done) -> None:
+        self._nccl.wait(_Watched(done, self))
+        self._check()  # kernels that have given up end as well, with garbage
 
-    def _leave(self) -> None:
-        """Rank 0, whose process may serve the store, leaves last."""
-        if self.rank == 0:
-            self._say("left", CLOSE_S)
-        else:
-            self._store.set(f"arena/left/{self.rank}", "")
-
-    def _unmap(self) -> None:
-        while self._mapped:
-            self._peers.unmap(self._mapped.pop())
-
-    def _map(self, handle: bytes) -> int:
-        self._mapped.append(self._peers.map_memory(handle, self._device.index))
-        return self._mapped[-1]
-
-    def _take(self) -> int:
-        return self._turns.take(self._peers.capture())
-
-    def _slot(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        start = self._peers.HEADER_BYTES + slot * self.slot_bytes
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        assert nbytes <= self.slot_bytes, "the policy sends larger ones elsewhere"
-        found: Tensor = self._bytes[start : start + nbytes].view(dtype)
-        return found.view(shape)
+    def _check(self) -> None:
+        """Raises CommError, and ends the group, if the device has waited for a peer in vain."""
+        late = self._arena.late()
+        if late is not None:
+            self.abort()
+            raise CommError(
+                f"rank {self.rank} of {self.size}: {late.kind} in step {self._step} has waited"
+                f" {self._arena.patience_s:.1f} s for rank {', '.join(map(str, late.ranks))}, which is gone or silent"
+                f" (round {late.round})"
+            )
+        if self._ended:
+            raise CommError(f"rank {self.rank} of {self.size}: the group has ended")
 
 
-def join(
-    store: Store,
-    rank: int,
-    size: int,
+@dataclass(frozen=True)
+class _Watched:
+    """`done`, whose every look raises if the device has given up."""
+
+    done: Done
+    comm: SymmetricCommunicator
+
+    def query(self) -> bool:
+        self.comm._check()
+        return self.done.query()
+
+
+def share_memory(
+    nccl: NcclCommunicator,
+    choice: AllReduce,
     *,
+    invariant: bool = False,
+    store: Store,
     device: torch.device,
-    slot_bytes: int,
     shares_device: bool,
     timeout_s: float,
-) -> Arena:
-    """This rank's arena, mapped and tried by all ranks; slot_bytes is a multiple of 16 and equal on all of them.
-
-    Raises NotShared, on every rank with the same reason, if any of them cannot; CommError if one says nothing.
-    """
-    arena = Arena(
-        rank,
-        size,
-        store=store,
-        device=device,
-        slot_bytes=slot_bytes,
-        shares_device=shares_device,
-        timeout_s=timeout_s,
-    )
-
-    def agree(topic: str, step: Callable[[], str]) -> list[str]:
-        return _agree(exchange(store, f"arena/{topic}", _try(step), rank, size, timeout_s))
-
+) -> Communicator:
+    """The group with shared memory for small messages; NCCL alone, which says why, where the ranks cannot share any."""
+    if choice == "nccl":
+        return nccl
     try:
-        hosts = agree("host", lambda: BOOT_ID.read_text().strip())
-        if len(set(hosts)) > 1:
-            raise NotShared("the ranks are on several hosts")
-        offers = agree("offer", arena.offer)
-        agree("map", lambda: arena.map(offers))
-        for turn in range(2):  # what was read once may have been kept
-            agree(f"greet {turn}", partial(arena.greet, turn))
-        arena.set_patience(arena.patience_s)
-    except NotShared:
-        arena.close()
-        raise
-    return arena
+        arena = join(
+            store,
+            nccl.rank,
+            nccl.size,
+            device=device,
+            slot_bytes=LARGEST,
+            shares_device=shares_device,
+            timeout_s=timeout_s,
+        )
+    except NotShared as reason:
+        if invariant:
+            raise CommError(
+                f"sums cannot be the same in any batch, which takes memory that all ranks map: {reason}"
+            ) from reason
+        nccl.description += f"; no shared memory: {reason}"
+        return nccl
+    if invariant:
+        name = choice if choice != "auto" else "one-shot" if nccl.size == 2 else "two-shot"
+        return SymmetricCommunicator(nccl, arena, Policy.only(name, slices=True), device)
+    own = {name: SymmetricCommunicator(nccl, arena, Policy.only(name), device) for name in OWN}
+    if choice != "auto":
+        return own[choice]
 
+    def say(topic: str, word: str) -> list[str]:
+        return exchange(store, f"choice/{topic}", word, nccl.rank, nccl.size, timeout_s)
 
-def _try(step: Callable[[], str]) -> str:
-    """What `step` says after a plus, or why it cannot, after a minus."""
-    try:
-        return "+" + step()
-    except (RuntimeError, ImportError, OSError) as error:
-        return "-" + _first_line(error)
-
-
-def _agree(words: list[str]) -> list[str]:
-    """What the ranks have said; raises NotShared if one of them cannot."""
-    refusals = [f"rank {rank}: {word[1:]}" for rank, word in enumerate(words) if word[0] == "-"]
-    if refusals:
-        raise NotShared("; ".join(refusals))
-    return [word[1:] for word in words]
-
-
-def _pattern(seed: int) -> Tensor:
-    """4 KiB of bytes that no other rank or turn has."""
-    return torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % 16 == 0 and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
-
-
-def _names(ranks: list[int]) -> str:
-    return ", ".join(map(str, ranks))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0]
-
-
-def _peers() -> ModuleType:
-    from ..kernels import peers  # imports CuPy, which only machines with a GPU have
-
-    return peers
+    gpu = torch.cuda.get_device_properties(device)
+    groups: dict[Algorithm, Communicator] = {"nccl": nccl, "one-shot": own["one-shot"], "two-shot": own["two-shot"]}
+    table = choose(groups, f"{gpu.name} {gpu.uuid} {nccl.description}", say)
+    chosen = SymmetricCommunicator(nccl, arena, Policy(tuple(table.best())), device)
+    chosen.description = "\n  ".join([chosen.description, *table.lines()])
+    return chosen

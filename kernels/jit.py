@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 log = logging.getLogger(__name__)
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC")
 
 

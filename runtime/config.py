@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 if TYPE_CHECKING:  # `lockstep --help` needs no torch
     import torch
 
-    from .model.config import ModelConfig
+    from .model.model_config import ModelConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]

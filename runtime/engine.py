@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .plan import Finished, StepOutput, StepPlan
-from .profiler import Profiler
 from .request import Request
-from .runner import Runner, Sampled
-from .scheduler import Scheduled, Scheduler
+from .runner.profiler import Profiler
+from .runner.runner import Runner, Sampled
+from .scheduler.scheduler import Scheduled, Scheduler
 from .stats import EngineStats, Profile
 
 

@@ -15,19 +15,15 @@ import msgspec
 import numpy as np
 
 from .executor import Executor
-from .grammar import Vocabulary, try_out
 from .outputs import CompletionOutput, Delta, Event, Logprob, RequestOutput
 from .plan import Finished, FinishReason, PromptLogprobs, StepOutput, TokenLogprobs
-from .request import Request, SamplingParams
+from .request import Request, RequestRefused, SamplingParams
+from .sampling.grammar import Vocabulary, try_out
 from .tokenizer import Detokenizer, Tokenizer
 
 log = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 INT64 = 2**64
-
-
-class RequestRefused(ValueError):
-    """A prompt or its parameters can never run; nothing was started."""
 
 
 class Stream:

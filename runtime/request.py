@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from .structured import StructuredOutputsParams
+from .structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
 MAX_N = 128
@@ -145,3 +145,7 @@ def _range(low: float, high: float) -> str:
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:
         raise ValueError(f"{name}={value!r} {rule}")
+
+
+class RequestRefused(ValueError):
+    """A prompt or its parameters can never run; nothing was started."""

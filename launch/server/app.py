@@ -18,14 +18,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ... import __version__
-from ...runtime.frontend import RequestRefused
+from ...runtime.request import RequestRefused
+from ...runtime.version import __version__
 from ..errors import EngineFailed
-from . import page
-from .errors import ApiError, ErrorReply, as_api_error
-from .gateway import Gateway
-from .replies import ChatCompletion, Completion, Detokenized, Healthy, ModelList, Tokens, Version
-from .schema import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from . import page_files
+from .api_errors import ApiError, ErrorReply, as_api_error
+from .handlers import Gateway
+from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .protocol.response_models import ChatCompletion, Completion, Detokenized, Healthy, ModelList, Tokens, Version
 
 REF = "#/components/schemas/{model}"
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -62,8 +62,8 @@ def create_app(gateway: Gateway, keys: Sequence[str]) -> ASGIApp:
             responses=ERRORS | {200: {"content": content}}, openapi_extra=_takes(body),
         )  # fmt: skip
     app.add_route("/stats", gateway.stats, include_in_schema=False)
-    for path in page.FILES:
-        app.add_route(path, page.send, include_in_schema=False)
+    for path in page_files.FILES:
+        app.add_route(path, page_files.send, include_in_schema=False)
     return RequireKey(app, keys)
 
 

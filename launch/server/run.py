@@ -14,13 +14,13 @@ import transformers.models.auto.tokenization_auto  # noqa: F401 - with the impor
 import uvicorn
 
 from ...runtime.config import Config
-from ..preflight import Preflight
-from ..service import Service
+from ..doctor.preflight import Preflight
+from ..engine.async_engine import Service
 from ..signals import interrupt, signals_wait
 from .app import create_app
-from .config import ServerConfig
-from .gateway import Gateway
-from .patience import Patient, allow_descriptors
+from .handlers import Gateway
+from .http_protocol import Patient, allow_descriptors
+from .server_config import ServerConfig
 
 log = logging.getLogger(__name__)
 LAST_WORDS_S = 2.0  # for answers that are complete but not yet sent when the service has ended

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ...comm.base import Communicator
-from ..batch import Batch
-from ..cache.pool import KVPool, KVShape
-from .attention import Attention, AttentionBackend
-from .config import ModelConfig
+from .attention.attention import Attention, AttentionBackend
+from .batch import Batch
 from .embedding import Embedding, Head, vocabulary_shard
+from .kv_pool import KVPool, KVShape
 from .linear import MLP
 from .logits import Logits
+from .model_config import ModelConfig
 from .moe import MoE
 from .norm import Residual, RMSNorm
 from .weights import Weight, Weights

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
-from .config import Experts
 from .linear import share
+from .model_config import Experts
 from .norm import Normed, Residual
 from .weights import ALL, Piece, Weights
 

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .fields import Fields
+from .hf_config import Fields
 
 if TYPE_CHECKING:
     from torch import Tensor

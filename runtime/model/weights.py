@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import checkpoint_files, listed, open_file
+from .safetensors_files import checkpoint_files, listed, open_file
 
 ALL = slice(None)
 

@@ -1,0 +1,223 @@
+"""libnccl through ctypes: its functions and their types, its configuration, its dtypes, and its words for errors.
+
+A process uses one libnccl: by default the one that torch has mapped, so that no second copy of its 250 MB is loaded.
+One that the user names by path is loaded beside torch's and not refused: torch maps its own at import, always, and
+calls it only for process groups, of which we make none. The two never call into each other (RTLD_DEEPBIND).
+
+Signatures, numbers and layouts are those of nccl.h 2.32.3, compared with 2.28.9; NCCL only ever appends to them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base import CommError
+
+SUCCESS, IN_PROGRESS = 0, 7  # ncclResult_t
+SUM = 0  # ncclRedOp_t
+UINT8 = 1  # ncclDataType_t
+WINDOW_SYMMETRIC = 1  # NCCL_WIN_COLL_SYMMETRIC
+FP8_SINCE = 22400
+SHARED_GPU_SINCE = 23000  # several ranks on one GPU, with NCCL_MULTI_RANK_GPU_ENABLE=1
+UNDEFINED = -(2**31)  # NCCL_CONFIG_UNDEF_INT
+
+REDUCTION_TYPES: dict[torch.dtype, int] = {
+    torch.int8: 0,
+    torch.uint8: UINT8,
+    torch.int32: 2,
+    torch.uint32: 3,
+    torch.int64: 4,
+    torch.uint64: 5,
+    torch.float16: 6,
+    torch.float32: 7,
+    torch.float64: 8,
+    torch.bfloat16: 9,
+    torch.float8_e4m3fn: 10,
+    torch.float8_e5m2: 11,
+}
+
+
+class NcclError(CommError):
+    """NCCL failed, timed out or cannot be used; the message has NCCL's own words, the operation, the rank, the size."""
+
+
+class UniqueId(ctypes.Structure):
+    """What rank 0 makes and all ranks need to find each other; NCCL takes it by value."""
+
+    _fields_ = [("internal", c_char * 128)]
+
+
+class CommConfig(ctypes.Structure):
+    """ncclConfig_t as of 2.28. Newer libraries fill in what they appended since, older ones read what they know."""
+
+    _fields_ = [
+        ("size", c_size_t),
+        ("magic", c_uint),
+        ("version", c_uint),
+        ("blocking", c_int),
+        ("cga_cluster_size", c_int),
+        ("min_ctas", c_int),
+        ("max_ctas", c_int),
+        ("net_name", c_char_p),
+        ("split_share", c_int),
+        ("traffic_class", c_int),
+        ("comm_name", c_char_p),
+        ("collnet_enable", c_int),
+        ("cta_policy", c_int),
+        ("shrink_share", c_int),
+        ("nvls_ctas", c_int),
+        ("channels_per_net_peer", c_int),
+        ("nvlink_centric_sched", c_int),
+    ]
+
+    @classmethod
+    def nonblocking(cls, max_ctas: int | None = None) -> CommConfig:
+        """Every call returns at once, so that a deadline can be kept and the group be aborted.
+
+        max_ctas  blocks of a kernel, at most; NCCL's own choice if None
+        """
+        unset = {field[0]: UNDEFINED for field in cls._fields_ if field[1] is c_int}
+        header = {"size": ctypes.sizeof(cls), "magic": 0xCAFEBEEF, "version": 22800}
+        return cls(**{**unset, **header, "blocking": 0, **({} if max_ctas is None else {"max_ctas": max_ctas})})
+
+
+_OUT = POINTER(c_void_p)
+_COMM = _STREAM = _WINDOW = c_void_p
+
+# What any libnccl must have (2.18): function -> types of its arguments.
+FUNCTIONS: dict[str, list[Any]] = {
+    "ncclGetVersion": [POINTER(c_int)],
+    "ncclGetUniqueId": [POINTER(UniqueId)],
+    "ncclGetErrorString": [c_int],
+    "ncclGetLastError": [_COMM],
+    "ncclCommInitRank": [_OUT, c_int, UniqueId, c_int],
+    "ncclCommInitRankConfig": [_OUT, c_int, UniqueId, c_int, POINTER(CommConfig)],
+    "ncclCommSplit": [_COMM, c_int, c_int, _OUT, POINTER(CommConfig)],
+    "ncclCommGetAsyncError": [_COMM, POINTER(c_int)],
+    "ncclCommFinalize": [_COMM],
+    "ncclCommDestroy": [_COMM],
+    "ncclCommAbort": [_COMM],
+    "ncclAllReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
+    "ncclAllGather": [c_void_p, c_void_p, c_size_t, c_int, _COMM, _STREAM],
+    "ncclReduceScatter": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
+    "ncclBroadcast": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
+    "ncclReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, _COMM, _STREAM],
+    "ncclSend": [c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
+    "ncclRecv": [c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
+    "ncclGroupStart": [],
+    "ncclGroupEnd": [],
+}
+# What came later: function -> (since which version, types of its arguments). Ask `require` before the first call.
+NEWER_FUNCTIONS: dict[str, tuple[int, list[Any]]] = {
+    "ncclMemAlloc": (21900, [_OUT, c_size_t]),
+    "ncclMemFree": (21900, [c_void_p]),
+    "ncclCommRegister": (21900, [_COMM, c_void_p, c_size_t, _OUT]),
+    "ncclCommDeregister": (21900, [_COMM, c_void_p]),
+    "ncclCommWindowRegister": (22700, [_COMM, c_void_p, c_size_t, _OUT, c_int]),
+    "ncclCommWindowDeregister": (22700, [_COMM, _WINDOW]),
+}
+
+
+class Nccl:
+    """One loaded libnccl; `lib` has the functions. Raises NcclError where it cannot be loaded or is too old."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            # DEEPBIND: NCCL calls some of its exported functions by name and would find those of the copy that torch
+            # brought into the global scope.
+            self.lib = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
+        except OSError as error:
+            raise NcclError(f"libnccl cannot be loaded: {error}; nccl_library is the path of one") from error
+        missing = [name for name in FUNCTIONS if not hasattr(self.lib, name)]
+        if missing:
+            raise NcclError(f"{path} lacks {', '.join(missing)}; use a libnccl of 2.18 or newer")
+        newer = {name: types for name, (_, types) in NEWER_FUNCTIONS.items() if hasattr(self.lib, name)}
+        for name, types in {**FUNCTIONS, **newer}.items():
+            function = getattr(self.lib, name)
+            function.argtypes = types
+            function.restype = c_char_p if name in ("ncclGetErrorString", "ncclGetLastError") else c_int
+        version = c_int()
+        self.check(self.lib.ncclGetVersion(ctypes.byref(version)), "ncclGetVersion")
+        self.version = version.value
+
+    def __str__(self) -> str:
+        return f"NCCL {version_text(self.version)}"
+
+    def require(self, *functions: str) -> None:
+        """Raises NcclError naming those of these functions that this library is too old to have."""
+        missing = [name for name in functions if not hasattr(self.lib, name)]
+        if missing:
+            since = version_text(max(NEWER_FUNCTIONS[name][0] for name in missing))
+            raise NcclError(f"{self} at {self.path} lacks {', '.join(missing)}; use {since} or newer")
+
+    def reduction_type(self, dtype: torch.dtype) -> int:
+        """The ncclDataType_t by which sums are formed; raises ValueError where this library cannot add `dtype`.
+
+        Moving data needs none: it goes as bytes, whatever they mean.
+        """
+        if dtype not in REDUCTION_TYPES or (dtype.itemsize == 1 and dtype.is_floating_point and self._lacks_fp8):
+            since = f" and fp8 since {version_text(FP8_SINCE)}" if self._lacks_fp8 else ""
+            raise ValueError(f"{self} cannot add {dtype}; it adds 1-, 4- and 8-byte integers and floats{since}")
+        return REDUCTION_TYPES[dtype]
+
+    def unique_id(self) -> bytes:
+        found = UniqueId()
+        self.check(self.lib.ncclGetUniqueId(ctypes.byref(found)), "ncclGetUniqueId")
+        return bytes(found)
+
+    def check(self, code: int, operation: str, comm: int | None = None) -> None:
+        """Raises NcclError with NCCL's own words for `code` unless that is success."""
+        if code == SUCCESS:
+            return
+        words = self.lib.ncclGetErrorString(code).decode()
+        details = (self.lib.ncclGetLastError(comm) or b"").decode(errors="replace").strip()
+        raise NcclError(f"{operation} failed: {words}" + (f" ({' '.join(details.split())})" if details else ""))
+
+    @property
+    def _lacks_fp8(self) -> bool:
+        return self.version < FP8_SINCE
+
+
+_opened: dict[str, Nccl] = {}
+
+
+def open_library(path: str | None) -> Nccl:
+    """This process's libnccl: the one at `path`, or torch's own. Raises NcclError if another is in use already."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast only for those who ask for it; read once, at load
+    if path is None and _opened:
+        return next(iter(_opened.values()))
+    real = os.path.realpath(path or _find())
+    if _opened and real not in _opened:
+        raise NcclError(f"this process uses {next(iter(_opened))} already; {real} needs a process of its own")
+    if real not in _opened:
+        _opened[real] = Nccl(real)
+    return _opened[real]
+
+
+def mapped_libraries() -> list[str]:
+    """The paths of the libnccl that this process has mapped, in the order of their addresses."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = [line.split(maxsplit=5)[5] for line in lines if "/libnccl.so" in line]
+    return list(dict.fromkeys(paths))
+
+
+def version_text(version: int) -> str:
+    """23203 -> "2.32.3"."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def _find() -> str:
+    """torch's libnccl: mapped when torch was imported, or the wheel that lies beside it."""
+    beside = (Path(folder, "nvidia/nccl/lib/libnccl.so.2") for folder in sys.path)
+    found = [*mapped_libraries(), *(str(path) for path in beside if path.is_file())]
+    if not found:
+        raise NcclError("torch has brought no libnccl and no nvidia-nccl wheel is installed; nccl_library is its path")
+    return found[0]

@@ -1,0 +1,1 @@
+"""`lockstep bench`: latency, throughput, serve and comm."""

@@ -1,0 +1,167 @@
+"""`lockstep bench comm`: all-reduces between the ranks, ours and others', in nccl-tests' columns."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ...runtime.config import Config
+from ..options import LogLevel, start_logging, with_fields
+from ..signals import Undo, signals_wait
+from .comm_report import Block, Report, draw, lines, require_matplotlib, summary
+
+log = logging.getLogger(__name__)
+GROUP = (
+    "tensor_parallel_size", "device", "gpus_per_rank", "nccl_library", "ray_address", "startup_timeout",
+    "wait_for_resources", "step_timeout",
+)  # fmt: skip
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element
+
+
+@with_fields("config", Config, GROUP)
+def bench_comm(
+    config: dict[str, Any],
+    *,
+    min_bytes: Annotated[str, typer.Option("--min-bytes", "-b", help="Smallest size, as 8, 4K or 1M.")] = "1K",
+    max_bytes: Annotated[str, typer.Option("--max-bytes", "-e", help="Largest size.")] = "16M",
+    step_factor: Annotated[int, typer.Option("--step-factor", "-f", min=2, help="From a size to the next.")] = 2,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "bfloat16",
+    hidden_size: Annotated[
+        int, typer.Option(min=1, help="Columns of the rows that all-reduce + residual + RMSNorm works on.")
+    ] = 4096,
+    algorithm: Annotated[
+        list[str] | None, typer.Option(help="Only this one; repeat for several. All that run here if not given.")
+    ] = None,
+    iters: Annotated[int, typer.Option("--iters", "-n", min=1, help="Collectives to time, one after the other.")] = 20,
+    warmup_iters: Annotated[int, typer.Option("--warmup-iters", "-w", min=0, help="Before those.")] = 5,
+    graph_length: Annotated[int, typer.Option(min=1, help="Collectives of a CUDA graph.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the tables.")] = False,
+    output_json: Annotated[Path | None, typer.Option(help="Write that object to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw latency by size into this PNG; needs matplotlib (lockstep[plot]).")
+    ] = None,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Check and time all-reduces between ranks that are started as for a model; status 1 if any result is wrong.
+
+    Times are those of the slowest rank. "In place" is what nccl-tests means by it, where an algorithm can do that; for
+    those that read their input from shared memory it means that the input lies there already.
+    """
+    start_logging(log_level)
+    asked = Config.from_options(config)
+    sizes = list(_sizes(min_bytes, max_bytes, step_factor, dtype))
+    _check(asked, algorithm or [], [p for p in (output_json, plot) if p is not None])
+    if plot is not None:
+        require_matplotlib()
+    with signals_wait():  # torch: seconds that a wrong option need not wait for
+        from .comm_actor import Spec
+
+    spec = Spec(
+        sizes=sizes,
+        dtype=dtype,
+        hidden_size=hidden_size,
+        algorithms=algorithm or [],
+        warmup=warmup_iters,
+        times=iters,
+        graph_length=graph_length,
+    )
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr):
+        report = _run(asked, spec, None if as_json else stdout)
+    if as_json:
+        print(report.json())
+    if output_json is not None:
+        output_json.write_text(report.json() + "\n")
+    if plot is not None:
+        draw(report, plot)
+    if report.num_wrong:
+        raise typer.Exit(1)
+
+
+def _run(config: Config, spec: Any, out: Any) -> Report:
+    """Start the ranks and measure; what is known is printed to `out`, if given, block by block."""
+    from ray.util.placement_group import remove_placement_group
+
+    with signals_wait():
+        from ..cluster.connection import Connection
+    from ..cluster.actor_group import Ranks
+    from ..cluster.connection import while_connected
+    from ..cluster.placement import place
+    from .comm_actor import Prober
+
+    with Undo() as stack:
+        connection = stack.enter_context(closing(Connection(config)))
+        placed = replace(config.placed(cuda=connection.has_gpus), all_reduce="nccl")  # the prober adds the others
+        group = place(placed, connection.leaving)
+        stack.callback(while_connected, remove_placement_group, group)
+        ranks = Ranks(placed, group, connection.bell, connection.leaving, Prober)
+        stack.callback(while_connected, ranks.close, 0)
+
+        def call(method: str, *arguments: Any) -> list[Any]:
+            return ranks.call(method, time.perf_counter() + config.startup_timeout, *arguments)
+
+        ranks.endpoints = call("bind", connection.ip)
+        found = call("prepare", ranks.endpoints, spec)[0]
+        report = Report(found, spec, [str(endpoint) for endpoint in ranks.endpoints])
+        _print(out, report.head())
+        for name, modes in found.modes.items():
+            for mode in modes:
+                block = Block.merged(name, mode, spec, call("measure", name, mode), len(ranks.endpoints))
+                report.blocks.append(block)
+                _print(out, lines(block))
+        call("close")
+    _print(out, summary(report))
+    return report
+
+
+def _print(out: Any, text: Iterator[str]) -> None:
+    if out is not None:
+        for line in text:
+            print(line, file=out, flush=True)
+
+
+def _sizes(smallest: str, largest: str, factor: int, dtype: str) -> Iterator[int]:
+    """The sizes in bytes, of whole elements."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+    size, stop = _bytes("min_bytes", smallest), _bytes("max_bytes", largest)
+    if size > stop:
+        raise ValueError(f"min_bytes={smallest} is above max_bytes={largest}")
+    if size < DTYPES[dtype]:
+        raise ValueError(f"min_bytes={smallest} holds no {dtype}, which has {DTYPES[dtype]} bytes")
+    while size <= stop:
+        yield size // DTYPES[dtype] * DTYPES[dtype]
+        size *= factor
+
+
+def _bytes(name: str, text: str) -> int:
+    """'8' -> 8, '4K' -> 4096."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    if not number.isdigit() or unit not in UNITS:
+        raise ValueError(f"{name}={text!r} is no number of bytes; write 8, 4K, 1M or 1G")
+    return int(number) * UNITS[unit]
+
+
+def _check(config: Config, algorithms: list[str], paths: list[Path]) -> None:
+    """What would be found out only when the ranks run."""
+    if config.tensor_parallel_size < 2:
+        raise ValueError("one rank has nobody to communicate with; give --tp 2 or more")
+    config.placed(cuda=True)  # refuses what does not fit the device that was asked for
+    if algorithms:
+        from .comm_actor import NAMES
+
+        for name in algorithms:
+            if name not in NAMES:
+                raise ValueError(f"algorithm={name!r} is not one of {', '.join(NAMES)}")
+    for path in paths:
+        if not path.parent.is_dir():
+            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")

@@ -1,0 +1,241 @@
+"""`lockstep bench`: latency and throughput in vLLM's words, and where the time of a step goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+from tqdm import tqdm
+
+from ...runtime.config import Config
+from ..options import LogLevel, start_logging, with_config
+from .comm_command import bench_comm
+from .engine_benchmark import Bench, Latency, Run, Steps, Workload, batch, describe, nano, time_latency, uniform
+from .serve_command import ManyValues, bench_serve
+from .trace import write_trace
+
+app = typer.Typer(no_args_is_help=True, help="Measure a model, a server, or the ranks' collectives.")
+app.command("serve", cls=ManyValues)(bench_serve)
+app.command("comm")(bench_comm)
+PERCENTAGES = (10, 25, 50, 75, 90, 99)  # vLLM's
+BATCH_SIZE = 8
+UNIFORM: dict[str, Any] = {
+    "num_prompts": 1000, "input_len": 1024, "output_len": 128, "random_range_ratio": 0.0, "seed": 0,
+}  # fmt: skip
+NANO = {"num_prompts": 256, "seed": 0}  # of the options that UNIFORM has
+
+OutputJson = Annotated[Path | None, typer.Option("--output-json", help="Write the results to this file.")]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option("--profile", help="Write a Chrome trace of rank 0, for ui.perfetto.dev; gzipped if it ends in .gz."),
+]
+TraceSteps = Annotated[int, typer.Option(min=1, help="Decode steps to trace, after everything has been timed.")]
+
+
+@app.command("latency")
+@with_config
+def bench_latency(
+    config: dict[str, Any],
+    *,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 32,
+    output_len: Annotated[int, typer.Option(min=1, help="Tokens of each output.")] = 128,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(min=1, help=f"Prompts at once, {BATCH_SIZE} if not given; repeat for several.")
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Outputs for each prompt.")] = 1,
+    num_iters_warmup: Annotated[int, typer.Option(min=0, help="Runs before those that count.")] = 10,
+    num_iters: Annotated[int, typer.Option(min=1, help="Runs to time, and then as many of one token only.")] = 30,
+    output_json: OutputJson = None,
+    profile: TraceFile = None,
+    profile_steps: TraceSteps = 32,
+    log_level: LogLevel = "info",
+) -> None:
+    """Time batches of equal requests, from their submission to their last token.
+
+    ms per output token is (time of output-len tokens - time of 1) / (output-len - 1), of the medians.
+    """
+    start_logging(log_level)
+    sizes = batch_size or [BATCH_SIZE]
+    workloads = [batch(size, input_len, output_len, n) for size in sizes]
+    _check_files(output_json, profile, workloads)
+    found = []
+    with redirect_stdout(sys.stderr), Bench(Config.from_options(config), workloads) as bench:
+        requests = (num_iters_warmup + 2 * num_iters) * sum(w.num_requests for w in workloads)
+        with tqdm(total=requests, unit="request", disable=None) as bar:
+            timed = [time_latency(bench, w, warmup=num_iters_warmup, times=num_iters, bar=bar) for w in workloads]
+        for size, workload, latency in zip(sizes, workloads, timed, strict=True):
+            steps = _profiled(bench, workload, latency.whole, profile_steps, _numbered(profile, size, len(sizes)))
+            shape = {"batch_size": size, "input_len": input_len, "output_len": output_len, "n": n}
+            found.append(latency_result(latency) | shape | _setting(bench) | asdict(steps))
+    for result in found:
+        _print_latency(result)
+    _write_json(output_json, found[0] if len(found) == 1 else found)
+
+
+@app.command("throughput")
+@with_config
+def bench_throughput(
+    config: dict[str, Any],
+    *,
+    dataset_name: Annotated[
+        Literal["random"], typer.Option(help="Where lengths come from: each uniform in len * (1 -/+ ratio), as vLLM's.")
+    ] = "random",
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="Requests, 1000 if not given.")] = None,
+    input_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt, 1024 if not given.")] = None,
+    output_len: Annotated[int | None, typer.Option(min=1, help="Tokens of an output, 128 if not given.")] = None,
+    random_range_ratio: Annotated[
+        float | None, typer.Option(min=0, max=1, help="How far lengths are from those, 0 if not given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of lengths and prompts, 0 if not given.")] = None,
+    preset: Annotated[
+        Literal["nano"] | None,
+        typer.Option(help="nano: 256 prompts, inputs and outputs of 100 to 1024 tokens, temperature 0.6."),
+    ] = None,
+    output_json: OutputJson = None,
+    profile: TraceFile = None,
+    profile_steps: TraceSteps = 32,
+    log_level: LogLevel = "info",
+) -> None:
+    """Submit requests all at once and time them until the last one has ended; none stops early."""
+    start_logging(log_level)
+    options = {
+        "num_prompts": num_prompts, "input_len": input_len, "output_len": output_len,
+        "random_range_ratio": random_range_ratio, "seed": seed,
+    }  # fmt: skip
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen = UNIFORM | given
+    workload = _preset(given) if preset is not None else uniform(**chosen)
+    _check_files(output_json, profile, [workload])
+    with redirect_stdout(sys.stderr), Bench(Config.from_options(config), [workload], seed or 0) as bench:
+        bench.run(batch(1, workload.input_lens[0], 1))  # for what is set up on first use
+        with tqdm(total=workload.num_requests, unit="request", disable=None) as bar:
+            run = bench.run(workload, bar=bar)
+        steps = _profiled(bench, workload, run, profile_steps, profile)
+        shape = {"preset": preset} if preset is not None else {"dataset_name": dataset_name, **chosen}
+        found = throughput_result(workload, run) | shape | _setting(bench) | asdict(steps)
+    _print_throughput(found)
+    _write_json(output_json, found)
+
+
+def latency_result(latency: Latency) -> dict[str, Any]:
+    """vLLM's keys, and ours."""
+    seconds = latency.whole.seconds
+    return {
+        "avg_latency": float(np.mean(seconds)),
+        "latencies": seconds,
+        "first_token_latencies": latency.first.seconds,
+        "percentiles": {str(p): float(np.percentile(seconds, p)) for p in PERCENTAGES},
+        "ms_per_output_token": latency.ms_per_output_token,
+    }
+
+
+def throughput_result(workload: Workload, run: Run) -> dict[str, Any]:
+    """vLLM's keys, and ours."""
+    seconds = sum(run.seconds)
+    tokens = sum(workload.input_lens) + run.stats.output_tokens
+    return {
+        "elapsed_time": seconds,
+        "num_requests": workload.num_requests,
+        "total_num_tokens": tokens,
+        "requests_per_second": workload.num_requests / seconds,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def _preset(given: dict[str, Any]) -> Workload:
+    for name, value in given.items():
+        if value != NANO.get(name):
+            raise ValueError(f"--preset nano has lengths and seed of its own; drop --{name.replace('_', '-')} {value}")
+    return nano()
+
+
+def _profiled(bench: Bench, workload: Workload, run: Run, num_steps: int, path: Path | None) -> Steps:
+    """The steps of a run with a profile made now, whose trace goes to `path`."""
+    profile = bench.profile(workload, num_steps)
+    if path is not None:
+        write_trace(profile.trace, path)
+    return describe(run, profile)
+
+
+def _numbered(path: Path | None, size: int, num_sizes: int) -> Path | None:
+    """A file for each batch size, if there are several."""
+    return path if path is None or num_sizes == 1 else path.with_name(f"batch-{size}-{path.name}")
+
+
+def _setting(bench: Bench) -> dict[str, Any]:
+    """Under which circumstances a number was measured."""
+    import torch
+
+    config = bench.config
+    return {
+        "model": config.model,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "torch": torch.__version__,
+        "startup_s": bench.executor.startup,
+    }
+
+
+def _print_latency(result: dict[str, Any]) -> None:
+    print(f"Batch size: {result['batch_size']}")
+    print(f"Avg latency: {result['avg_latency']} seconds")
+    for percentage, seconds in result["percentiles"].items():
+        print(f"{percentage}% percentile latency: {seconds} seconds")
+    print("\n".join(_lines(result)))
+
+
+def _print_throughput(result: dict[str, Any]) -> None:
+    print(
+        f"Throughput: {result['requests_per_second']:.2f} requests/s, {result['tokens_per_second']:.2f} total tokens/s,"
+        f" {result['output_tokens_per_second']:.2f} output tokens/s"
+    )
+    print("\n".join(_lines(result)))
+
+
+def _lines(r: dict[str, Any]) -> Iterator[str]:
+    """What is known of the steps, for people."""
+    if r.get("ms_per_output_token") is not None:
+        yield f"Time per output token: {r['ms_per_output_token']:.3f} ms"
+    yield (
+        f"Steps: {r['prefill_steps']} prefill, {r['decode_steps']} decode, {r['preemptions']} preemptions;"
+        f" {r['prompt_tokens']} prompt tokens computed, {r['output_tokens']} output tokens,"
+        f" {r['output_tokens_per_second']:.1f} a second"
+    )
+    phases = ", ".join(f"{p} {r[f'{p}_us_per_step']:.0f}" for p in ("schedule", "launch", "commit", "wait"))
+    yield f"Host: {r['host_us_per_step']:.0f} us a step ({phases})"
+    if r["decode_steps"]:
+        yield (
+            f"Decode step: {r['ms_per_decode_step']:.3f} ms, reads {r['weight_bytes_per_decode_step'] / 1e9:.3g} GB of"
+            f" weights and {r['kv_bytes_per_decode_step'] / 1e9:.3g} GB of KV: {r['achieved_gb_per_second']:.1f} GB/s,"
+            f" {r['share_of_copy']:.1%} of a copy's {r['copy_gb_per_second']:.1f} GB/s"
+        )
+    if r["profiled_steps"] and not r["kernel_shares"]:
+        yield "Profile: the trace has no kernels; they are recorded through CUPTI, which one program at a time can use"
+    elif r["profiled_steps"]:
+        shares = ", ".join(f"{name} {share:.1%}" for name, share in r["kernel_shares"].items())
+        yield (
+            f"Profile of {r['profiled_steps']} decode steps: busy for {r['busy_ms_per_decode_step']:.3f} ms a step,"
+            f" idle {r['idle_share']:.1%}; {shares}"
+        )
+    ready = f"{r['startup_s']['ready']:.1f} s, {r['device']}, tensor_parallel_size={r['tensor_parallel_size']}"
+    yield f"Ready: after {ready}"
+
+
+def _check_files(output_json: Path | None, profile: Path | None, workloads: list[Workload]) -> None:
+    """What would be found out only after minutes."""
+    for path in (output_json, profile):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+    if profile is not None and all(max(w.output_lens) == 1 for w in workloads):
+        raise ValueError("--profile traces decode steps, and outputs of 1 token have none; raise --output-len")
+
+
+def _write_json(path: Path | None, results: Any) -> None:
+    if path is not None:
+        path.write_text(json.dumps(results, indent=2) + "\n")

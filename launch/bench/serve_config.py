@@ -1,0 +1,170 @@
+"""Every knob of `lockstep bench serve` in one frozen dataclass, under vLLM's names; the options are made from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ...runtime.config import option
+from .serve_metrics import METRICS
+
+Backend = Literal["openai", "openai-chat"]
+Dataset = Literal["random", "sharegpt", "custom", "prefix_repetition"]
+ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
+LOWEST = {
+    "num_prompts": 1, "random_input_len": 1, "random_output_len": 1, "random_prefix_len": 0, "random_vocab_size": 1,
+    "sharegpt_output_len": 1, "custom_output_len": 1, "prefix_repetition_prefix_len": 0,
+    "prefix_repetition_suffix_len": 1, "prefix_repetition_num_prefixes": 1, "prefix_repetition_output_len": 1,
+    "max_concurrency": 1, "num_warmups": 0, "seed": 0, "ready_check_timeout_sec": 0, "temperature": 0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What to send where and what to report; raises ValueError naming the option, its value and the rule."""
+
+    backend: Backend = option("openai", "what to ask for: openai for completions, openai-chat for chat completions")
+    base_url: str | None = option(None, "URL of the server; http://HOST:PORT if not given")
+    host: str = option("127.0.0.1", "host of the server")
+    port: int = option(8000, "port of the server")
+    endpoint: str | None = option(None, "path to post to; that of the backend if not given")
+    tokenizer: str | None = option(
+        None,
+        "folder or hub id of the tokenizer, the model's if not given; needed by sharegpt and by made-up chats only:"
+        " made-up completions are lists of token ids",
+    )
+    dataset_name: Dataset = option(
+        "random", "where prompts come from; random and prefix_repetition are made up, the others are read"
+    )
+    dataset_path: Path | None = option(
+        None, "the file to read: ShareGPT's JSON; for custom a .jsonl with a prompt in each line, sent as it is"
+    )
+    num_prompts: int = option(1000, "requests; a file with fewer prompts is repeated")
+    random_input_len: int = option(1024, "for random: tokens of a prompt without the prefix, the middle of the range")
+    random_output_len: int = option(128, "for random: tokens of an output, the middle of the range")
+    random_range_ratio: float = option(
+        0.0, "for random: both lengths are uniform in len * (1 -/+ ratio), rounded outwards, as vLLM's (not SGLang's)"
+    )
+    random_prefix_len: int = option(0, "for random: tokens before every prompt, the same for all")
+    random_vocab_size: int = option(1000, "made-up prompts are token ids below this; every model must have them")
+    sharegpt_output_len: int | None = option(
+        None, "for sharegpt: tokens of an output; those of the answer if not given"
+    )
+    custom_output_len: int = option(256, "for custom: most tokens of an output")
+    prefix_repetition_prefix_len: int = option(256, "for prefix_repetition: tokens of each prefix")
+    prefix_repetition_suffix_len: int = option(
+        256, "for prefix_repetition: tokens after it, different for every prompt"
+    )
+    prefix_repetition_num_prefixes: int = option(10, "for prefix_repetition: prefixes, used by the prompts in turn")
+    prefix_repetition_output_len: int = option(128, "for prefix_repetition: most tokens of an output")
+    request_rate: float = option(math.inf, "requests a second; inf sends all at once")
+    burstiness: float = option(
+        1.0, "shape of the gamma distribution of the gaps: 1 is a Poisson process, less is burstier, inf is even"
+    )
+    max_concurrency: int | None = option(None, "most requests in flight; the others wait, and their clock does not run")
+    num_warmups: int = option(0, "requests before those that count, all like the first one")
+    ignore_eos: bool = option(False, "go on to the output length whatever is sampled; random always does")
+    temperature: float | None = option(None, "of every request; the server's default if not given")
+    percentile_metrics: str = option("ttft,tpot,itl", f"which to report, of {','.join(METRICS)}")
+    metric_percentiles: str = option("99", "percentiles to report, separated by commas")
+    goodput: list[str] | None = option(
+        None, "count requests that keep to ttft:MS, tpot:MS and e2el:MS; several may follow"
+    )
+    label: str | None = option(None, "name of this run, in the results and their file's name")
+    seed: int = option(0, "of lengths, prompts and arrivals")
+    save_result: bool = option(False, "write the results as JSON")
+    save_detailed: bool = option(False, "with the times, texts and errors of every request")
+    result_dir: Path | None = option(None, "folder for the results; made if it is not there")
+    result_filename: str | None = option(None, "name of the file; made of label, rate, model and date if not given")
+    metadata: list[str] | None = option(None, "KEY=VALUE for the results; several may follow")
+    ready_check_timeout_sec: int = option(600, "seconds to wait for the server, and then for one request; 0 does not")
+    plot: Path | None = option(None, "draw the distributions of TTFT and ITL into this PNG; needs matplotlib")
+
+    def __post_init__(self) -> None:
+        for name, low in LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < math.inf:
+                raise ValueError(f"{_flag(name)} {value} must be at least {low}")
+        for name in ("request_rate", "burstiness"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0; inf is allowed")
+        if not 0 <= self.random_range_ratio <= 1:
+            raise ValueError(f"--random-range-ratio {self.random_range_ratio} must be between 0 and 1")
+        if (self.dataset_path is not None) != self.from_file:
+            way_out = "give --dataset-path FILE" if self.from_file else "drop --dataset-path or name its dataset"
+            raise ValueError(f"--dataset-name {self.dataset_name} is {'' if self.from_file else 'not '}read; {way_out}")
+        self._check_results()
+        _ = self.slo, self.metrics, self.percentiles, self.notes
+
+    def _check_results(self) -> None:
+        for name in ("save_detailed", "result_dir", "result_filename"):
+            if getattr(self, name) and not self.save_result:
+                raise ValueError(f"{_flag(name)} is about the file of results; add --save-result")
+        if self.plot is not None and not self.plot.parent.is_dir():
+            raise ValueError(f"cannot write {self.plot}: there is no folder {self.plot.parent}")
+
+    @property
+    def from_file(self) -> bool:
+        return self.dataset_name in ("sharegpt", "custom")
+
+    @property
+    def chat(self) -> bool:
+        return self.backend == "openai-chat"
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.base_url or f"http://{host}:{self.port}"
+
+    @property
+    def path(self) -> str:
+        return self.endpoint or ENDPOINTS[self.backend]
+
+    @property
+    def metrics(self) -> list[str]:
+        """In the order of METRICS."""
+        asked = self.percentile_metrics.split(",")
+        if unknown := set(asked) - set(METRICS):
+            raise ValueError(
+                f"--percentile-metrics has {sorted(unknown)[0]!r}, which is not one of {', '.join(METRICS)}"
+            )
+        return [name for name in METRICS if name in asked]
+
+    @property
+    def percentiles(self) -> list[float]:
+        rule = f"--metric-percentiles {self.metric_percentiles} must be numbers from 0 to 100, as in 50,90,99"
+        try:
+            found = [float(p) for p in self.metric_percentiles.split(",")]
+        except ValueError as error:
+            raise ValueError(rule) from error
+        if not all(0 <= p <= 100 for p in found):
+            raise ValueError(rule)
+        return found
+
+    @property
+    def slo(self) -> dict[str, float]:
+        """The longest good times of --goodput, in seconds."""
+        found = {}
+        for pair in self.goodput or []:
+            name, _, ms = pair.partition(":")
+            try:
+                found[name] = float(ms) / 1e3
+            except ValueError:
+                found[name] = -1.0
+            if name not in ("ttft", "tpot", "e2el") or not found[name] >= 0:
+                raise ValueError(f"--goodput {pair} must be ttft:MS, tpot:MS or e2el:MS")
+        return found
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """The pairs of --metadata."""
+        for pair in self.metadata or []:
+            if "=" not in pair:
+                raise ValueError(f"--metadata {pair} must be KEY=VALUE")
+        return dict((part.strip() for part in pair.split("=", 1)) for pair in self.metadata or [])  # type: ignore[misc]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,1 @@
+"""Ranks as Ray actors: connection, placement, actor group, sockets, executor."""

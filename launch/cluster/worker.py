@@ -1,0 +1,95 @@
+"""The Ray actor: one rank in a process of its own, leader (rank 0) or follower.
+
+Ray starts it, gives it its GPU and reports its death; it is not on the path of a step. The calls come in this order,
+on all ranks at once: bind, load, allocate, run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...runtime.checkpoint import checkpoint_folder
+from ...runtime.engine import Engine
+from ...runtime.limits import Limits
+from ...runtime.memory.memory_plan import MemoryPlan
+from ...runtime.messages import Admit, Cancel, Report, Stop, Trace, decode_command, decode_plan, encode
+from ...runtime.model.model_config import ModelConfig
+from ...runtime.plan import StepPlan
+from ...runtime.scheduler.scheduler import Scheduler
+from ...runtime.startup import load_rank
+from ...runtime.startup_timer import Phases
+from .rank_actor import Endpoint, Rank
+from .sockets import Address, Outbox
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a rank reports when its weights are in place and the largest step has been rehearsed."""
+
+    memory: MemoryPlan
+    loading_s: float
+    device: str
+    communication: str
+
+
+class Worker(Rank):
+    """The rank of a model."""
+
+    def load(self, endpoints: list[Endpoint], output: Address) -> Loaded:
+        """Load this rank's share of the weights, and meet the others."""
+        self._phases = Phases()
+        folder = checkpoint_folder(self.config.model, self.config.revision)
+        model = ModelConfig.from_folder(folder)
+        with self._phases("connecting"):
+            comm = self.connect(endpoints[0])
+        self._runner = load_rank(self.config, model, Path(folder), comm, self._phases)
+        if self.rank == 0:
+            self._outputs = Outbox(output)
+            self._followers = [Outbox(e.inbox) for e in endpoints[1:]]
+        memory, seconds = self._runner.plan_memory(), self._phases.seconds["weights"]
+        return Loaded(memory, seconds, str(self._runner.device), comm.description)
+
+    def allocate(self, limits: Limits) -> dict[str, float]:
+        """Take the memory for the KV cache, the same number of pages on all ranks; the seconds of each phase so far."""
+        self._limits = limits
+        self._runner.allocate(limits)
+        return self._phases.seconds
+
+    def run(self) -> None:
+        """Work until told to stop; an exception here is the group's end, and Ray brings it to the driver."""
+        if self.rank == 0:
+            self._lead()
+        else:
+            self._follow()
+        self._runner.close()
+
+    def _lead(self) -> None:
+        engine = Engine(Scheduler(self._limits), self._runner, self._publish, overlap=self._runner.overlaps)
+        while True:
+            for message in self._inbox.receive(0 if engine.has_work else None):
+                command = decode_command(message)
+                if isinstance(command, Admit):
+                    engine.add(command.requests)
+                elif isinstance(command, Cancel):
+                    engine.cancel(command.uids)
+                elif isinstance(command, Trace):
+                    engine.start_profile(command.num_steps)
+                else:
+                    self._tell_followers(encode(Stop()))
+                    return
+            if engine.has_work:
+                output = engine.step()
+                self._outputs.send(encode(Report(output, engine.stats, engine.take_profile())))
+
+    def _follow(self) -> None:
+        while not isinstance(plan := decode_plan(self._inbox.receive_one()), Stop):
+            self._runner.launch(plan)
+
+    def _publish(self, plan: StepPlan) -> None:
+        if self._followers:
+            self._tell_followers(encode(plan))
+
+    def _tell_followers(self, message: bytes) -> None:
+        for follower in self._followers:
+            follower.send(message)

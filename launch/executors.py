@@ -1,0 +1,54 @@
+"""Choose and start the executor that fits a configuration: in this process, on Ray actors, or replicas."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..runtime.config import Config
+from ..runtime.executor import Executor, LocalExecutor
+from ..runtime.model.model_config import ModelConfig
+from .signals import signals_wait
+
+if TYPE_CHECKING:
+    from .cluster.connection import Connection
+
+log = logging.getLogger(__name__)
+
+
+def connect_ray(config: Config, replicas: int = 1) -> Connection | None:
+    """What executors that are started one after the other share; None where the one rank runs in this process."""
+    if replicas == 1 and _in_process(config):
+        return None
+    with signals_wait():  # Ray costs 0.4 s, and one rank does not need it
+        from .cluster.connection import Connection
+
+    return Connection(config, replicas)
+
+
+def start_executor(config: Config, model: ModelConfig, folder: Path, connection: Connection | None = None) -> Executor:
+    """The executor that fits the configuration, ready for requests; it connects to Ray by itself if it must."""
+    if _in_process(config):
+        log.info("one rank: running in this process, without Ray")
+        return LocalExecutor(config, model, folder)
+    with signals_wait():
+        from .cluster.ray_executor import RayExecutor
+
+    return RayExecutor(config, model, folder, connection)
+
+
+def start_fleet(config: Config, folder: Path, connection: Connection, replicas: int, max_queued: int) -> Executor:
+    """Several groups of ranks behind one Executor; raises ValueError where Ray Serve is not installed."""
+    try:
+        from .replicas.replica_executor import FleetExecutor
+    except ImportError as error:
+        raise ValueError(
+            f"replicas={replicas} needs Ray Serve, and {error.name} is missing; pip install 'lockstep[serve]'"
+        ) from error
+    return FleetExecutor(config, folder, connection, replicas, max_queued)
+
+
+def _in_process(config: Config) -> bool:
+    return config.tensor_parallel_size == 1 and not (config.ray_address or os.environ.get("RAY_ADDRESS"))

@@ -1,0 +1,1 @@
+"""Data parallelism: several tensor-parallel groups behind one executor, run by Ray Serve."""

@@ -1,0 +1,1 @@
+"""Pydantic models of the request and response bodies of the HTTP API."""

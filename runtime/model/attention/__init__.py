@@ -1,0 +1,1 @@
+"""Attention layers and their backends: torch, FlashInfer with own decode kernel, batch-invariant."""

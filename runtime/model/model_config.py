@@ -1,0 +1,253 @@
+"""What the decoder needs to know about a model, read from the config.json of its checkpoint.
+
+Both dialects are understood: `torch_dtype`, `rope_theta` and `rope_scaling` of transformers 4, `dtype` and
+`rope_parameters` of transformers 5. To add a model, add its row to ARCHITECTURES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .hf_config import Fields
+from .rope import Rope
+
+Windows = Literal["never", "always", "flagged", "flagged, upper layers"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How a family differs from the plain decoder."""
+
+    qkv_bias: bool = False  # q, k and v have a bias, whatever config.json says
+    bias_flags: bool = False  # attention_bias (q, k, v, o) and mlp_bias of config.json count
+    qk_norm: bool = False  # RMSNorm of each query and key head
+    experts: bool = False  # a mixture of experts in place of some MLPs
+    windows: Windows = "never"  # sliding_window of config.json counts; "flagged": if use_sliding_window is set
+
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(bias_flags=True),
+    "MistralForCausalLM": Architecture(windows="always"),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True, windows="flagged, upper layers"),
+    "Qwen3ForCausalLM": Architecture(bias_flags=True, qk_norm=True, windows="flagged, upper layers"),
+    "Qwen3MoeForCausalLM": Architecture(bias_flags=True, qk_norm=True, experts=True, windows="flagged"),
+}
+
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """The mixture of experts of those layers that have one."""
+
+    num_experts: int
+    num_per_token: int
+    intermediate_size: int  # of one expert
+    normalized: bool  # the scores of a token's experts are scaled to sum up to 1
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model, whole: nothing here depends on the rank."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: Rope
+    qkv_bias: bool
+    output_bias: bool  # of the attention's output projection
+    mlp_bias: bool
+    qk_norm: bool
+    tie_word_embeddings: bool
+    windows: tuple[int | None, ...]  # of each layer
+    experts: Experts | None
+    dtype: str  # of the checkpoint, one of DTYPES
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]  # ascending
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelConfig:
+        """From the config.json of a checkpoint, and the end tokens of its generation_config.json if there is one.
+
+        Raises ValueError, in one line, for whatever is missing, ill-formed or not supported.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} has no config.json, so it is not a model; give the folder of a checkpoint")
+        generation = folder / "generation_config.json"
+        extra = Fields.from_file(generation).values if generation.is_file() else {}
+        return cls.from_hf(Fields.from_file(folder / "config.json").values, extra)
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
+        """From the contents of config.json and generation_config.json."""
+        fields = Fields(hf)
+        name, architecture = _architecture(fields)
+        _refuse_unsupported(fields)
+        num_layers = fields.integer("num_hidden_layers")
+        num_heads = fields.integer("num_attention_heads")
+        hidden_size = fields.integer("hidden_size")
+        head_dim = fields.integer("head_dim", max(hidden_size // num_heads, 1))
+        attention_bias = architecture.bias_flags and fields.flag("attention_bias", False)
+        generation_fields = Fields(generation or {}, "generation_config.json")
+        rope = Rope.from_hf(fields)
+        config = cls(
+            architecture=name,
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=fields.integer("num_key_value_heads", num_heads),
+            head_dim=head_dim,
+            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope=rope,
+            qkv_bias=architecture.qkv_bias or attention_bias,
+            output_bias=attention_bias,
+            mlp_bias=architecture.bias_flags and fields.flag("mlp_bias", False),
+            qk_norm=architecture.qk_norm,
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            windows=_windows(fields, architecture.windows, num_layers),
+            experts=_experts(fields, num_layers) if architecture.experts else None,
+            dtype=_dtype(fields),
+            max_position_embeddings=max(fields.integer("max_position_embeddings"), rope.extended_positions),
+            eos_token_ids=_eos_token_ids(fields, generation_fields),
+        )
+        config._check()
+        return config
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of this layer sees, itself included; None for all."""
+        return self.windows[layer]
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and layer in self.experts.layers
+
+    def kv_heads_of_rank(self, rank: int, size: int) -> range:
+        """The key heads that the query heads of this rank use; with more ranks than key heads, ranks share one."""
+        count = max(self.num_kv_heads // size, 1)
+        first = rank * self.num_kv_heads // size
+        return range(first, first + count)
+
+    def check_tensor_parallel(self, size: int) -> None:
+        """Raises ValueError, with the sizes that are possible, if the model cannot be split over `size` ranks."""
+        problems = self._unsplittable(size)
+        if problems:
+            raise ValueError(
+                f"{', '.join(problems)} cannot be split over {size} ranks; "
+                f"use tensor_parallel_size={', '.join(map(str, self.tensor_parallel_sizes()))}"
+            )
+
+    def tensor_parallel_sizes(self) -> list[int]:
+        """The numbers of ranks, up to 64, over which the model can be split."""
+        return [n for n in range(1, min(self.num_heads, 64) + 1) if not self._unsplittable(n)]
+
+    def _unsplittable(self, size: int) -> list[str]:
+        """What of the model `size` ranks cannot share evenly. Key heads may also be replicated, evenly."""
+        problems = []
+        if self.num_heads % size:
+            problems.append(f"{self.num_heads} attention heads")
+        if self.num_kv_heads % size and size % self.num_kv_heads:
+            problems.append(f"{self.num_kv_heads} kv heads")
+        uneven = [features for features in sorted(self._intermediate_sizes()) if features % size]
+        return problems + [f"{features} intermediate features" for features in uneven]
+
+    def _intermediate_sizes(self) -> set[int]:
+        """Of the layers there are; the MLP's size does not count where every layer has experts."""
+        return {
+            self.experts.intermediate_size if self.experts and self.has_experts(layer) else self.intermediate_size
+            for layer in range(self.num_layers)
+        }
+
+    def _check(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"config.json: {self.num_heads} attention heads cannot share {self.num_kv_heads} kv heads; "
+                "num_attention_heads must be a multiple of num_key_value_heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"config.json: head_dim is {self.head_dim}; rotary positions need an even one")
+
+
+def _architecture(fields: Fields) -> tuple[str, Architecture]:
+    names = fields.texts("architectures")
+    for name in names:
+        if name in ARCHITECTURES:
+            return name, ARCHITECTURES[name]
+    raise ValueError(
+        f"config.json: architecture {', '.join(names) or 'not given'} is not supported; "
+        f"the supported ones are {', '.join(ARCHITECTURES)}"
+    )
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    if "quantization_config" in fields:
+        method = fields.nested("quantization_config").text("quant_method", "unknown")
+        raise ValueError(
+            f"config.json: quantization_config ({method}) is not supported; use the checkpoint in bfloat16 or float16"
+        )
+    act = fields.text("hidden_act", "silu")
+    if act != "silu":
+        raise ValueError(f"config.json: hidden_act {act!r} is not supported; it must be 'silu'")
+
+
+def _dtype(fields: Fields) -> str:
+    # Without either field: bfloat16, in which nearly all models of these families are published.
+    name = fields.text("dtype", fields.text("torch_dtype", "bfloat16")).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"config.json: dtype {name!r} is not supported; the supported ones are {', '.join(DTYPES)}")
+    return name
+
+
+def _eos_token_ids(*sources: Fields) -> tuple[int, ...]:
+    return tuple(sorted({token for fields in sources for token in fields.integers("eos_token_id")}))
+
+
+def _windows(fields: Fields, rule: Windows, num_layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer; absence means transformers' default of 4096, only null means none."""
+    flagged = rule == "always" or (rule != "never" and fields.flag("use_sliding_window", False))
+    if not flagged or fields.values.get("sliding_window", 4096) is None:
+        return (None,) * num_layers
+    window = fields.integer("sliding_window", 4096)
+    if rule != "flagged, upper layers":
+        return (window,) * num_layers
+    if "layer_types" in fields:
+        sliding = [kind == "sliding_attention" for kind in fields.texts("layer_types")]
+    else:
+        first = fields.integer("max_window_layers", 28, minimum=0)
+        sliding = [layer >= first for layer in range(num_layers)]
+    if len(sliding) != num_layers:
+        raise ValueError(
+            f"config.json: layer_types has {len(sliding)} entries; it must have one for each of the {num_layers} layers"
+        )
+    return tuple(window if slides else None for slides in sliding)
+
+
+def _experts(fields: Fields, num_layers: int) -> Experts:
+    step = fields.integer("decoder_sparse_step", 1)
+    dense = fields.integers("mlp_only_layers")
+    experts = Experts(
+        num_experts=fields.integer("num_local_experts" if "num_local_experts" in fields else "num_experts"),
+        num_per_token=fields.integer("num_experts_per_tok"),
+        intermediate_size=fields.integer("moe_intermediate_size"),
+        normalized=fields.flag("norm_topk_prob", False),
+        layers=frozenset(n for n in range(num_layers) if n not in dense and (n + 1) % step == 0),
+    )
+    if experts.num_per_token > experts.num_experts:
+        raise ValueError(
+            f"config.json: num_experts_per_tok is {experts.num_per_token}; "
+            f"it must be at most num_experts, {experts.num_experts}"
+        )
+    return experts

@@ -1,0 +1,134 @@
+"""Prompts in, text out, offline; over any Executor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from .executor import Executor
+from .frontend import Frontend, Generation, Prompt, Stream, take_deltas
+from .model.model_config import ModelConfig
+from .outputs import Delta, RequestOutput
+from .request import RequestRefused, SamplingParams
+from .sampling.grammar import Vocabulary
+from .tokenizer import Message, Tokenizer, default_sampling_params
+
+POLL_S = 1.0
+LLMType = TypeVar("LLMType", bound="OfflineLLM")
+
+
+class OfflineLLM:
+    """Generates for lists of prompts; use it as a context manager, or call `close`."""
+
+    def __init__(
+        self, executor: Executor, model: ModelConfig, folder: Path, tokenizer: Tokenizer | None = None
+    ) -> None:
+        self.executor = executor
+        self.tokenizer = tokenizer or Tokenizer(folder)
+        self._defaults = default_sampling_params(folder)
+        vocabulary = Vocabulary(folder, model.vocab_size, model.eos_token_ids)
+        self._frontend = Frontend(executor, self.tokenizer, model.eos_token_ids, vocabulary)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete each prompt; results in the order of the prompts.
+
+        prompts          a text, a list of token ids, or a list of either
+        sampling_params  for all prompts, or one for each; the model's own recommendation if not given
+        Raises RequestRefused (a ValueError), before anything is started, naming the first prompt that cannot run.
+        """
+        generations = self._prepare(_as_list(prompts), sampling_params)
+        with tqdm(total=len(generations), desc="generate", unit="prompt", disable=not use_tqdm) as bar:
+            for changed in self._run(generations):
+                done = sum(g.finished for g in generations)
+                bar.update(done - bar.n)
+                bar.set_postfix(tokens=sum(len(s.output.token_ids) for s in changed), refresh=False)
+        return [g.result() for g in generations]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of a list of them: [{"role": "user", "content": "..."}, ...]."""
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [self.tokenizer.encode_chat(c) for c in conversations]  # type: ignore[arg-type]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[Delta | RequestOutput]:
+        """Like `generate`, but yields new text as it comes, and each RequestOutput once its outputs have ended."""
+        generations = self._prepare(_as_list(prompts), sampling_params)
+        numbers = {g.number: i for i, g in enumerate(generations)}
+        reported: set[int] = set()
+        for changed in self._run(generations):
+            yield from take_deltas(changed, numbers)
+            for number in {s.owner.number for s in changed} - reported:
+                generation = generations[numbers[number]]
+                if generation.finished:
+                    reported.add(number)
+                    yield generation.result()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends."""
+        return self._defaults
+
+    def close(self) -> None:
+        """End the ranks; nothing of them is left when this returns. Safe to call twice."""
+        self.executor.close()
+
+    def __enter__(self: LLMType) -> LLMType:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prepare(
+        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[Generation]:
+        if params is None or isinstance(params, SamplingParams):
+            params = [params or self._defaults] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(params)} sampling params for {len(prompts)} prompts; give one, or one for each")
+        generations = []
+        for i, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            try:
+                generations.append(self._frontend.prepare(prompt, own))
+            except RequestRefused as error:
+                raise RequestRefused(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from error
+        return generations
+
+    def _run(self, generations: list[Generation]) -> Iterator[list[Stream]]:
+        """Start these and yield what changed, until all have ended; cancels them if the caller leaves early."""
+        self._frontend.submit(generations)
+        try:
+            while not all(g.finished for g in generations):
+                yield self._frontend.poll(POLL_S)
+        finally:
+            if not all(g.finished for g in generations):
+                self._frontend.cancel(generations)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt as a list of one: a text, or a list of token ids."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if len(prompts) > 0 and all(isinstance(p, int) for p in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return prompts  # type: ignore[return-value]

@@ -1,0 +1,1 @@
+"""One rank executes step plans: slot tables, model runner, CUDA graphs, profiler."""

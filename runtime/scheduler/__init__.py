@@ -1,0 +1,1 @@
+"""The scheduler: continuous batching, KV pages, prefix cache. Imports no torch."""

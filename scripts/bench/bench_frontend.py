@@ -1,0 +1,138 @@
+"""What the server itself takes for a token: `lockstep serve` over ranks that cost nothing.
+
+    python scripts/bench/bench_frontend.py --streams 64 256 --tokens 400 --step-ms 10
+
+Every --step-ms each live request has its next token, or later if the front end is not done with those before. Clients
+are one process that only counts. One line of JSON for each number of streams: tokens and chunks a second, and
+microseconds of the server's processor time for a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serving import Serving, cpu_seconds
+
+TEXT = "And it came to pass in those days, that the king of Babylon said unto all the people of the land: Behold. "
+STEP = "BENCH_STEP_S"  # of the environment of the process that serves
+
+
+class Free:
+    """An Executor whose steps are a text's tokens, one after the other, whatever was asked."""
+
+    def __init__(self, config: Any, model: Any, folder: Path, connection: Any = None) -> None:
+        from lockstep.runtime.limits import Limits
+        from lockstep.runtime.stats import EngineStats
+        from lockstep.runtime.tokenizer import Tokenizer
+
+        self.limits = Limits(
+            max_model_len=4096,
+            max_num_seqs=1024,
+            max_num_batched_tokens=8192,
+            num_pages=1 << 20,
+            page_size=16,
+            vocab_size=model.vocab_size,
+        )
+        self.startup: dict[str, float] = {}
+        self.stats = EngineStats()
+        self._ids = Tokenizer(folder).encode(TEXT)
+        self._live: dict[int, list[int]] = {}  # tokens produced and wanted
+        self._ended: list[Any] = []
+        self._step_s, self._due = float(os.environ[STEP]), 0.0
+
+    def submit(self, requests: Sequence[Any]) -> None:
+        self._live |= {request.uid: [0, request.params.max_tokens] for request in requests}
+
+    def cancel(self, uids: Sequence[int]) -> None:
+        from lockstep.runtime.plan import Finished
+
+        self._ended += [Finished(uid, "abort", None) for uid in uids if self._live.pop(uid, None)]
+
+    def poll(self, timeout_s: float) -> list[Any]:
+        from lockstep.runtime.plan import Finished, StepOutput
+
+        if not self._live and not self._ended:
+            time.sleep(min(timeout_s, 0.001))
+            return []
+        time.sleep(max(0.0, self._due - time.perf_counter()))
+        self._due = max(self._due, time.perf_counter() - self._step_s) + self._step_s
+        cached = {uid: 0 for uid, (produced, _) in self._live.items() if produced == 0}
+        tokens = [self._ids[produced % len(self._ids)] for produced, _ in self._live.values()]
+        uids, ended = list(self._live), self._ended
+        for uid in uids:
+            self._live[uid][0] += 1
+            if self._live[uid][0] == self._live[uid][1]:
+                del self._live[uid]
+                ended.append(Finished(uid, "length", None))
+        self._ended = []
+        return [StepOutput(uids, tokens, ended, {}, cached)]
+
+    def start_profile(self, num_steps: int) -> None: ...
+
+    def take_profile(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def serve() -> None:
+    from lockstep.launch.cli import main
+    from lockstep.launch.engine import async_engine
+
+    async_engine.start_executor = Free  # type: ignore[assignment]
+    main.main()
+
+
+async def stream(port: int, tokens: int) -> int:
+    """The chunks of one answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = json.dumps({"prompt": "In the", "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True})
+    head = ["POST /v1/completions HTTP/1.1", "host: x", "connection: close", "content-type: application/json"]
+    writer.write("\r\n".join([*head, f"content-length: {len(body)}", "", body]).encode())
+    answer = bytearray()
+    while piece := await reader.read(1 << 16):
+        answer += piece
+    writer.close()
+    assert answer.count(b'"finish_reason":"length"') == 1, answer[-500:]
+    return answer.count(b"data: {")
+
+
+async def measure(server: Serving, port: int, streams: int, tokens: int) -> dict[str, float]:
+    pid = server.process.pid
+    cpu, began = cpu_seconds(pid), time.perf_counter()
+    chunks = sum(await asyncio.gather(*(stream(port, tokens) for _ in range(streams))))
+    seconds, total = time.perf_counter() - began, streams * tokens
+    return {
+        "streams": streams,
+        "tokens_per_s": round(total / seconds),
+        "chunks_per_s": round(chunks / seconds),
+        "server_cpu_us_per_token": round((cpu_seconds(pid) - cpu) / total * 1e6, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--step-ms", type=float, default=10.0)
+    options = parser.parse_args()
+    server = Serving("--device=cpu", program=[__file__], **{STEP: str(options.step_ms / 1000)})
+    try:
+        port = int(server.url().rpartition(":")[2])
+        asyncio.run(stream(port, 10))
+        for streams in options.streams:
+            print(json.dumps(asyncio.run(measure(server, port, streams, options.tokens))), flush=True)
+        server.end()
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:2] == ["serve"] else main()

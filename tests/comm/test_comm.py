@@ -1,0 +1,261 @@
+"""Every Communicator against torch on random data: the single rank, gloo between processes, and what failures say."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, wait
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.comm import timers
+from lockstep.comm.base import CommError, Communicator, SingleRank
+from lockstep.comm.connect import connect
+from lockstep.comm.rendezvous import join_rendezvous, open_rendezvous
+
+from ranks import run_ranks
+
+Job = Callable[[Communicator], Any]
+LINGER_S = 30.0
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
+
+
+def _process(
+    rank: int,
+    size: int,
+    ports: SimpleQueue[int],
+    job: Job,
+    timeout_s: float,
+    options: dict[str, Any],
+    answer: Connection,
+) -> None:
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(options.pop("tell_after_s"), exit=False)  # where this rank waits
+    if rank == 0:
+        store = open_rendezvous("127.0.0.1", timeout_s)
+        for _ in range(size - 1):
+            ports.put(store.port)
+    else:
+        store = join_rendezvous(("127.0.0.1", ports.get()), rank, timeout_s)
+    device = torch.device(options.pop("device"))
+    gpus = options.pop("gpus", size)
+    if device.type == "cuda":
+        device = torch.device("cuda", rank % gpus)
+        torch.cuda.set_device(device)
+    try:
+        comm = connect(rank, size, store=store, own_ip="127.0.0.1", device=device, timeout_s=timeout_s, **options)
+        answer.send(job(comm))
+    except CommError as error:
+        answer.send(error)
+    answer.poll(LINGER_S)  # a rank that leaves closes connections that the others may still be using
+
+
+def run_processes(
+    size: int,
+    job: Job,
+    timeout_s: float = 30.0,
+    patience_s: float = 90.0,
+    device: str = "cpu",
+    each: Sequence[dict[str, Any]] = (),
+    **options: Any,
+) -> list[Any]:
+    """`job(communicator)` in `size` processes; their results, None for one that died.
+
+    `options` go to `connect`, those of `each` on their rank only. A rank that has not answered after patience_s fails
+    the test; none is left behind.
+    """
+    context = multiprocessing.get_context("spawn")
+    ports, answers = context.SimpleQueue(), [context.Pipe() for _ in range(size)]
+    options = {"device": device, "tell_after_s": patience_s - 5, **options}
+    processes = [
+        context.Process(
+            target=_process,
+            args=(rank, size, ports, job, timeout_s, {**options, **(each[rank] if each else {})}, answers[rank][1]),
+            daemon=True,
+        )
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    found = []
+    try:
+        for process, (answer, _) in zip(processes, answers, strict=True):
+            ready = wait([answer, process.sentinel], patience_s)
+            assert ready, "a rank hangs; where is on stderr"
+            found.append(answer.recv() if answer.poll(0.5) else None)
+        for process, (answer, _) in zip(processes, answers, strict=True):
+            if process.is_alive():
+                answer.send("all have answered")
+            process.join(10)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return found
+
+
+def on_gpus(size: int, gpus: int) -> dict[str, Any]:
+    """How to connect so many processes on so many GPUs, or a skip with the reason why that is not possible here."""
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} CUDA devices, this machine has {torch.cuda.device_count()}")
+    if size <= gpus:
+        return {"device": "cuda"}
+    path = os.environ.get("GPU_TEST_LIBNCCL")
+    if path is None:
+        pytest.skip("GPU_TEST_LIBNCCL, the path of a libnccl that lets ranks share a GPU, is not set")
+    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        pytest.skip("NCCL_MULTI_RANK_GPU_ENABLE is not 1")
+    return {"device": "cuda", "gpus": gpus, "shares_device": True, "library": path}
+
+
+def everything(comm: Communicator) -> dict[str, Any]:
+    """All collectives on random data, next to what they must give."""
+    found: dict[str, Any] = {}
+    for dtype in DTYPES:
+        for shape in [(0,), (1,), (3, 5), (4, 257), (8, 1024)]:
+            # Small integers: exact in every dtype, so the sum must be bit-equal in any order.
+            def make(rank: int, *shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+                random = torch.Generator().manual_seed(rank + sum(shape))
+                return torch.randint(-8, 8, shape, generator=random).to(dtype)
+
+            every = torch.stack([make(rank, *shape) for rank in range(comm.size)])
+            mine = make(comm.rank, *shape)
+            key = f"{dtype} {shape}"
+            found[f"all_gather {key}"] = torch.equal(comm.all_gather(mine), every)
+            found[f"all_gather strided {key}"] = torch.equal(
+                comm.all_gather(mine.t()) if mine.dim() == 2 else every, every.mT if mine.dim() == 2 else every
+            )
+            found[f"broadcast {key}"] = torch.equal(comm.broadcast(mine.clone(), comm.size - 1), every[-1])
+            blocks = torch.stack([make(rank, comm.size, *shape) for rank in range(comm.size)])
+            found[f"reduce_scatter {key}"] = torch.equal(
+                comm.reduce_scatter(blocks[comm.rank].clone()), blocks.sum(0).to(dtype)[comm.rank]
+            )
+            found[f"all_reduce {key}"] = torch.equal(comm.all_reduce(mine), every.sum(0).to(dtype))
+    comm.barrier()
+    return found
+
+
+def fused_norm(comm: Communicator) -> torch.Tensor:
+    """The completion of a partial sum; returns norm and residual."""
+    torch.manual_seed(comm.rank)
+    x, residual = torch.randn(5, 64), torch.ones(5, 64)
+    out = comm.all_reduce_add_rms_norm(x, residual, torch.full((64,), 2.0), 1e-5)
+    return torch.stack((out, residual))
+
+
+def same_bits(comm: Communicator) -> list[bytes]:
+    """The bytes of float sums, whose order of addition matters."""
+    torch.manual_seed(comm.rank)
+    return [comm.all_reduce(torch.randn(n)).numpy().tobytes() for n in (1, 7, 1000, 100_003)]
+
+
+def many_with_a_laggard(comm: Communicator) -> bool:
+    ok = True
+    for i in range(500):
+        if comm.rank == 1 and i % 100 == 0:
+            time.sleep(0.02)
+        ok &= bool(
+            (comm.all_reduce(torch.full((17,), float(i + comm.rank))) == comm.size * i + sum(range(comm.size))).all()
+        )
+    comm.close()
+    return ok
+
+
+def dies(comm: Communicator) -> tuple[str, float]:
+    """Rank 1 kills itself; what rank 0 is told, and after how long."""
+    if comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    started = time.perf_counter()
+    return error_of(lambda: comm.all_reduce(torch.ones(1 << 20))), time.perf_counter() - started
+
+
+def never_arrives(comm: Communicator) -> str:
+    if comm.rank == 1:
+        time.sleep(4)
+        return ""
+    return error_of(lambda: comm.all_reduce(torch.ones(8)))
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except CommError as error:
+        return str(error)
+    return "the collective ended without its peer"
+
+
+def test_single_rank() -> None:
+    assert all(everything(SingleRank()).values())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_threads_of_the_tests_are_a_communicator(size: int) -> None:
+    for found in run_ranks(size, everything):
+        assert all(found.values()), [name for name, ok in found.items() if not ok]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_gloo(size: int) -> None:
+    for found in run_processes(size, everything):
+        assert all(found.values()), [name for name, ok in found.items() if not ok]
+
+
+def test_gloo_completes_a_partial_sum() -> None:
+    first, second = run_processes(2, fused_norm)
+    partials = []
+    for rank in range(2):
+        torch.manual_seed(rank)
+        partials.append(torch.randn(5, 64))
+    residual = partials[0] + partials[1] + 1
+    expected = torch.nn.functional.rms_norm(residual, (64,), torch.full((64,), 2.0), 1e-5)
+    torch.testing.assert_close(first, torch.stack((expected, residual)), rtol=1e-6, atol=1e-6)
+    assert torch.equal(first, second)
+
+
+def test_gloo_gives_every_rank_the_same_bits() -> None:
+    first, *others = run_processes(3, same_bits)
+    assert all(other == first for other in others)
+
+
+def test_gloo_with_a_rank_that_lags() -> None:
+    assert run_processes(2, many_with_a_laggard) == [True, True]
+
+
+def test_a_dead_peer_ends_the_collective() -> None:
+    (message, seconds), dead = run_processes(2, dies)
+    assert dead is None
+    assert "rank 0 of 2: all_reduce failed" in message
+    assert "\n" not in message
+    assert seconds < 5
+
+
+def test_a_silent_peer_ends_the_collective_at_its_deadline() -> None:
+    message, _ = run_processes(2, never_arrives, timeout_s=2.0)
+    assert "took longer than 2 s" in message
+
+
+def test_no_rendezvous_is_an_error_that_names_the_address() -> None:
+    with pytest.raises(CommError, match=r"rank 1 could not reach rank 0 at 127.0.0.1:1"):
+        join_rendezvous(("127.0.0.1", 1), 1, 1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_coarse_timers_are_those_of_threads_started_within() -> None:
+    def slack() -> int:
+        return int(ctypes.CDLL(None).prctl(timers.PR_GET_TIMERSLACK))
+
+    usual = slack()
+    with ThreadPoolExecutor(1) as coarse, ThreadPoolExecutor(1) as after:
+        with timers.coarse_timers(0.2):
+            coarse.submit(int).result()
+        assert (slack(), after.submit(slack).result(), coarse.submit(slack).result()) == (usual, usual, 200_000_000)

@@ -1,0 +1,744 @@
+"""NCCL through ctypes: layouts, arguments, errors, deadlines and ends over a stub library, then real ones on GPUs.
+
+`GPU_TEST_LIBNCCL` is the path of a libnccl of 2.30 or newer. With NCCL_MULTI_RANK_GPU_ENABLE=1 and CUDA MPS, several
+processes then share device 0.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from test_comm import on_gpus, run_processes
+from torch import Tensor
+from torch.distributed import HashStore
+
+from lockstep.comm import connect as connecting
+from lockstep.comm import nccl
+from lockstep.comm import nccl_library as loading
+from lockstep.comm.base import CommError, Communicator
+from lockstep.comm.connect import connect
+from lockstep.comm.nccl import NcclCommunicator
+from lockstep.comm.nccl_library import CommConfig, Nccl, NcclError, UniqueId, open_library
+from lockstep.comm.rendezvous import exchange
+from lockstep.runtime.config import Config
+from lockstep.runtime.model.model_config import ModelConfig
+
+T = TypeVar("T")
+Job = Callable[[NcclCommunicator], T]
+STREAM = 0x7F00_1234_5678  # as wide as an address
+SOURCE = Path(__file__).parents[1] / "support" / "nccl_stub.cpp"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
+MOVED = [*DTYPES, torch.bool, torch.int16, torch.float8_e4m3fn, torch.float8_e5m2]
+SHAPES = [(0,), (1,), (7,), (3, 5), (4096,)]
+
+
+class Reached:
+    def query(self) -> bool:
+        return True
+
+
+class NeverReached:
+    def query(self) -> bool:
+        return False
+
+
+class Stub:
+    """A compiled stub: its library as lockstep sees it, and the strings by which a test pulls it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.nccl = Nccl(self.path)
+        self.nccl.lib.stub_log.restype = ctypes.c_char_p
+
+    def set(self, **settings: int) -> None:
+        for name, value in settings.items():
+            self.nccl.lib.stub_set(name.encode(), value)
+
+    @property
+    def log(self) -> list[str]:
+        return [line.strip() for line in self.nccl.lib.stub_log().decode().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Compiles the stub with these macros; once for each set."""
+    folder, built = tmp_path_factory.mktemp("nccl"), {}
+
+    def compiled(*macros: str) -> Path:
+        if macros not in built:
+            built[macros] = folder / f"libnccl.so.{len(built)}"
+            flags = ["-std=c++17", "-shared", "-fPIC", "-O1", *(f"-D{macro}" for macro in macros)]
+            subprocess.run(["g++", *flags, "-o", built[macros], SOURCE], check=True, timeout=120)
+        return built[macros]
+
+    return compiled
+
+
+@pytest.fixture
+def stub(build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    """The stub, with host memory in place of a GPU; nothing may have been done to a communicator after its end."""
+    monkeypatch.setattr(nccl, "_stream", lambda device: STREAM)
+    monkeypatch.setattr(nccl, "_is_capturing", lambda: False)
+    monkeypatch.setattr(nccl, "_record", lambda device: Reached())
+    monkeypatch.setattr(nccl, "_using", lambda device: torch.inference_mode(False))
+    found = Stub(build())
+    found.nccl.lib.stub_reset()
+    yield found
+    assert not [line for line in found.log if "misuse" in line or "too early" in line]
+    found.nccl.lib.stub_reset()
+
+
+def run(stub: Stub, job: Job[T], size: int = 2, timeout_s: float = 20.0) -> list[T]:
+    """`job(communicator)` of `size` ranks, each a thread; raises what the lowest failing rank raised."""
+    store = HashStore()
+
+    def rank(number: int) -> T:
+        device = torch.device("cpu")
+        return job(NcclCommunicator(number, size, store=store, nccl=stub.nccl, device=device, timeout_s=timeout_s))
+
+    with ThreadPoolExecutor(size) as threads:
+        return [future.result(60) for future in [threads.submit(rank, number) for number in range(size)]]
+
+
+def small(rank: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    """Whole numbers from 0 to 7: sums are exact in every dtype and in any order."""
+    return torch.randint(0, 8, shape, generator=torch.Generator().manual_seed(rank + 31 * sum(shape))).to(dtype)
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    """Bit for bit: fp8 has no comparison of its own."""
+    return found.shape == expected.shape and torch.equal(
+        found.cpu().contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
+    )
+
+
+def collectives(comm: Communicator, device: str = "cpu", shapes: list[tuple[int, ...]] = SHAPES) -> list[str]:
+    """All collectives in place and out of place next to what torch says; the names of those that differ."""
+    assert isinstance(comm, NcclCommunicator)
+    me, size, wrong = comm.rank, comm.size, []
+
+    def expect(name: str, found: Tensor, expected: Tensor) -> None:
+        if not same(found, expected):
+            wrong.append(f"rank {me}: {name} {expected.dtype} {list(expected.shape)}")
+
+    for shape in shapes:
+        for dtype in MOVED:
+            every = torch.stack([small(rank, *shape, dtype=dtype) for rank in range(size)])
+            mine, gathered = every[me].to(device), torch.zeros_like(every, device=device)
+            expect("all_gather", comm.all_gather(mine), every)
+            gathered[me].copy_(mine)
+            expect("all_gather in place", comm.all_gather(gathered[me], gathered), every)
+            expect("broadcast", comm.broadcast(mine.clone(), size - 1), every[-1])
+        for dtype in DTYPES:
+            every = torch.stack([small(rank, *shape, dtype=dtype) for rank in range(size)])
+            total, mine = every.sum(0).to(dtype), every[me].to(device)
+            out = torch.zeros_like(mine)
+            expect("all_reduce out of place", comm.all_reduce(mine, out), total)
+            expect("what was reduced out of place", mine, every[me])
+            expect("all_reduce", comm.all_reduce(mine), total)
+            rows = torch.stack([small(rank, size, *shape, dtype=dtype) for rank in range(size)])
+            mine, total = rows[me].to(device), rows.sum(0).to(dtype)[me]
+            expect("reduce_scatter out of place", comm.reduce_scatter(mine, torch.zeros_like(mine[0])), total)
+            expect("reduce_scatter", comm.reduce_scatter(mine), total)
+    comm.barrier()
+    return wrong
+
+
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except CommError as error:
+        return str(error)
+    return "no error"
+
+
+# --- numbers of the header ------------------------------------------------------------------------------------------
+
+
+def test_layouts_are_those_of_the_header() -> None:
+    """Offsets as g++ gives them for ncclConfig_t of nccl.h 2.28.9; the first 80 of 120 bytes in 2.32.3."""
+    offsets = {
+        "size": 0,
+        "magic": 8,
+        "version": 12,
+        "blocking": 16,
+        "cga_cluster_size": 20,
+        "min_ctas": 24,
+        "max_ctas": 28,
+        "net_name": 32,
+        "split_share": 40,
+        "traffic_class": 44,
+        "comm_name": 48,
+        "collnet_enable": 56,
+        "cta_policy": 60,
+        "shrink_share": 64,
+        "nvls_ctas": 68,
+        "channels_per_net_peer": 72,
+        "nvlink_centric_sched": 76,
+    }
+    assert {field[0]: getattr(CommConfig, field[0]).offset for field in CommConfig._fields_} == offsets
+    assert (ctypes.sizeof(CommConfig), ctypes.sizeof(UniqueId)) == (80, 128)
+
+
+def test_codes_are_those_of_the_header() -> None:
+    """ncclDataType_t of nccl.h 2.32.3."""
+    names = "int8 uint8 int32 uint32 int64 uint64 float16 float32 float64 bfloat16 float8_e4m3fn float8_e5m2"
+    assert {str(dtype): code for dtype, code in loading.REDUCTION_TYPES.items()} == {
+        f"torch.{name}": code for code, name in enumerate(names.split())
+    }
+
+
+def test_the_installed_library_has_the_functions() -> None:
+    path = os.environ.get("GPU_TEST_LIBNCCL") or next(iter(loading.mapped_libraries()), None)
+    if path is None:
+        pytest.skip("torch has mapped no libnccl here, and GPU_TEST_LIBNCCL is not set")
+    nccl = Nccl(path)
+    nccl.require(*(name for name, (since, _) in loading.NEWER_FUNCTIONS.items() if since <= nccl.version))
+    assert len(nccl.unique_id()) == 128  # works without a GPU, and by value and pointer as declared
+    with pytest.raises(NcclError, match=r"^invalid handle failed: invalid argument"):
+        nccl.check(4, "invalid handle")
+
+
+def test_fp8_is_added_where_the_library_can(stub: Stub) -> None:
+    assert stub.nccl.reduction_type(torch.float8_e5m2) == 11
+    stub.nccl.version = 22304
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        with pytest.raises(ValueError, match=rf"^NCCL 2.23.4 cannot add {dtype}; .* fp8 since 2.24.0$"):
+            stub.nccl.reduction_type(dtype)
+    assert stub.nccl.reduction_type(torch.int8) == 0
+
+
+# --- one library in a process ---------------------------------------------------------------------------------------
+
+
+def test_a_library_without_its_functions_is_refused_by_name(build: Callable[..., Path]) -> None:
+    with pytest.raises(NcclError, match=r"lacks ncclCommSplit; use a libnccl of 2.18 or newer$"):
+        Nccl(str(build("LACKS_SPLIT")))
+    old = Nccl(str(build("LACKS_WINDOWS", "VERSION=22605")))
+    old.require("ncclMemAlloc")
+    with pytest.raises(NcclError, match=r"^NCCL 2.26.5 at .* lacks ncclCommWindowRegister; use 2.27.0 or newer$"):
+        old.require("ncclMemAlloc", "ncclCommWindowRegister")
+
+
+def test_a_path_without_a_library_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_opened", {})
+    with pytest.raises(NcclError, match=r"cannot be loaded: /nowhere/libnccl.so.2: .*nccl_library"):
+        open_library("/nowhere/libnccl.so.2")
+
+
+def test_a_process_uses_one_library(
+    build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loading, "_opened", {})
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    first, other = build(), build("VERSION=22809")
+    opened = open_library(str(first))
+    link = tmp_path / "libnccl.so.2"
+    link.symlink_to(first)
+    assert open_library(str(link)) is open_library(None) is opened
+    assert os.environ["NCCL_NVLS_ENABLE"] == "0"
+    assert str(first) in loading.mapped_libraries()
+    with pytest.raises(NcclError, match=rf"uses {first} already; {other} needs a process of its own"):
+        open_library(str(other))
+
+
+def test_a_wish_for_multicast_is_respected(build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_opened", {})
+    monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
+    open_library(str(build()))
+    assert os.environ["NCCL_NVLS_ENABLE"] == "1"
+
+
+def test_torchs_own_library_is_the_default_and_another_does_not_call_into_it(build: Callable[..., Path]) -> None:
+    """In a process of its own, where one stub takes the part of torch's libnccl, in the global scope."""
+    torchs, named = build("VERSION=22809"), build()
+    code = f"""
+import ctypes
+ctypes.CDLL({str(torchs)!r}, mode=ctypes.RTLD_GLOBAL)
+from lockstep.comm.nccl_library import Nccl, open_library
+print(open_library(None), open_library(None).path == {str(torchs)!r}, Nccl({str(named)!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[0] == "NCCL 2.28.9 True NCCL 2.32.3", done.stderr
+
+
+# --- collectives over the stub --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_collectives_against_torch(stub: Stub, size: int) -> None:
+    assert run(stub, collectives, size) == [[]] * size
+
+
+def test_what_nccl_is_given(stub: Stub) -> None:
+    def job(comm: NcclCommunicator) -> None:
+        comm.all_reduce(torch.ones(3, 5, dtype=torch.bfloat16))
+        comm.all_gather(torch.ones(6, dtype=torch.int16))
+        comm.reduce_scatter(torch.ones(2, 7, dtype=torch.int64))
+        comm.broadcast(torch.ones(4, dtype=torch.float8_e5m2), 1)
+        comm.close()
+
+    run(stub, job)
+    assert [line for line in stub.log if line.split()[1] == "1"] == [
+        "init 1 2 80 1 22800 0 1 1 -2147483648",  # size, magic, version, non-blocking, the rest unset
+        f"all_reduce 1 1 7 0 {STREAM}",  # the barrier at the start: float32
+        f"all_reduce 1 15 9 0 {STREAM}",  # bfloat16, sum
+        f"all_gather 1 12 1 {STREAM}",  # bytes
+        f"reduce_scatter 1 7 4 0 {STREAM}",  # int64, of each rank
+        f"broadcast 1 4 1 1 {STREAM}",  # bytes, from rank 1
+        "finalize 1",
+        "destroy 1",
+    ]
+
+
+def test_nothing_is_sent_of_empty_tensors(stub: Stub) -> None:
+    def job(comm: NcclCommunicator) -> list[Tensor]:
+        empty = torch.empty(0, 4)
+        found = [comm.all_reduce(empty), comm.all_gather(empty), comm.broadcast(empty)]
+        return [*found, comm.reduce_scatter(torch.empty(2, 0))]
+
+    assert [list(x.shape) for x in run(stub, job)[0]] == [[0, 4], [2, 0, 4], [0, 4], [0]]
+    assert len([line for line in stub.log if not line.startswith("init")]) == 2  # the barrier at the start
+
+
+REFUSED: dict[str, Callable[[NcclCommunicator], Any]] = {
+    r"^all_reduce: x \[5, 3\] with strides \[1, 5\] must be contiguous": lambda c: c.all_reduce(torch.ones(3, 5).t()),
+    r"^all_gather: x .* must be contiguous": lambda c: c.all_gather(torch.ones(8)[::2]),
+    r"^broadcast: x .* must be contiguous": lambda c: c.broadcast(torch.ones(8)[::2]),
+    r"^all_reduce: x is on meta; this group's tensors are on cpu": lambda c: c.all_reduce(torch.ones(3, device="meta")),
+    r"^all_reduce: out \[4\] torch.float32 must be \[3\] torch.float32": lambda c: c.all_reduce(
+        torch.ones(3), torch.ones(4)
+    ),
+    r"^all_gather: out \[3\] .* must be \[2, 3\]": lambda c: c.all_gather(torch.ones(3), torch.ones(3)),
+    r"^reduce_scatter: x \[3, 4\] .* must be \[2, 4\]": lambda c: c.reduce_scatter(torch.ones(3, 4)),
+    r"^reduce_scatter: out \[4\] torch.int64 must be \[4\] torch.float32": lambda c: c.reduce_scatter(
+        torch.ones(2, 4), torch.ones(4, dtype=torch.int64)
+    ),
+    r"^NCCL 2.32.3 cannot add torch.bool": lambda c: c.all_reduce(torch.ones(3, dtype=torch.bool)),
+}
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name(stub: Stub) -> None:
+    def job(comm: NcclCommunicator) -> None:
+        for message, call in REFUSED.items():
+            with pytest.raises(ValueError, match=message):
+                call(comm)
+
+    run(stub, job)
+
+
+# --- failures and ends ----------------------------------------------------------------------------------------------
+
+
+def test_an_error_has_ncclss_words_and_ends_the_group(stub: Stub) -> None:
+    here = threading.Barrier(2)
+
+    def job(comm: NcclCommunicator) -> list[str]:
+        here.wait()
+        if comm.rank == 1:
+            return []
+        stub.set(fail=2)
+        return [error_of(lambda: comm.all_reduce(torch.ones(3))), error_of(comm.barrier), error_of(comm.close)]
+
+    failed, later, closed = run(stub, job)[0]
+    assert failed == "rank 0 of 2: all_reduce failed: unhandled system error (socket closed by its peer)"
+    assert later == "rank 0 of 2: all_reduce failed: the group has ended"
+    assert closed == "no error"
+    assert stub.log.count("abort 0") == 1
+
+
+def test_an_error_survives_the_way_to_the_driver() -> None:
+    error = pickle.loads(pickle.dumps(NcclError("rank 0 of 2: all_reduce failed")))
+    assert isinstance(error, CommError)
+    assert str(error) == "rank 0 of 2: all_reduce failed"
+
+
+def test_an_error_that_comes_later_is_found(stub: Stub) -> None:
+    here = threading.Barrier(2)
+
+    def job(comm: NcclCommunicator) -> str:
+        comm.check()
+        here.wait()
+        if comm.rank == 1:
+            return ""
+        stub.set(async_error=6)
+        return error_of(lambda: comm.wait(NeverReached()))
+
+    found = run(stub, job)[0]
+    assert found == "rank 0 of 2: barrier failed: remote process exited (socket closed by its peer)"
+    assert "abort 0" in stub.log
+
+
+def test_a_silent_peer_ends_the_collective_at_its_deadline(stub: Stub) -> None:
+    def job(comm: NcclCommunicator) -> tuple[str, float]:
+        started = time.monotonic()
+        return error_of(lambda: comm.all_reduce(torch.ones(3))) if comm.rank == 0 else "", time.monotonic() - started
+
+    (message, seconds), _ = run(stub, job, timeout_s=2.0)
+    assert message == "rank 0 of 2: all_reduce took longer than 2 s: a peer is gone or silent"
+    assert 2 <= seconds < 4
+    assert "abort 0" in stub.log
+
+
+def test_a_device_that_waits_for_a_dead_peer_ends_at_the_deadline(stub: Stub) -> None:
+    def job(comm: NcclCommunicator) -> list[str]:
+        comm.all_gather(torch.ones(3))
+        comm.wait(Reached())
+        return [error_of(lambda: comm.wait(NeverReached())), error_of(lambda: comm.all_reduce(torch.ones(3)))]
+
+    for rank, found in enumerate(run(stub, job, timeout_s=2.0)):
+        assert found[0] == f"rank {rank} of 2: all_gather took longer than 2 s: a peer is gone or silent"
+        assert found[1] == f"rank {rank} of 2: all_reduce failed: the group has ended"
+
+
+def test_a_device_that_waits_in_a_graph_says_so(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(comm: NcclCommunicator) -> str:
+        monkeypatch.setattr(nccl, "_is_capturing", lambda: True)
+        comm.all_reduce(torch.ones(3))
+        here.wait()
+        monkeypatch.setattr(nccl, "_is_capturing", lambda: False)
+        here.wait()
+        comm.barrier()
+        return error_of(lambda: comm.wait(NeverReached()))
+
+    here = threading.Barrier(2)
+    what = "barrier or all_reduce of a graph took longer than 2 s: a peer is gone or silent"
+    assert run(stub, job, timeout_s=2.0) == [f"rank {rank} of 2: {what}" for rank in range(2)]
+
+
+def test_abort_from_another_thread_ends_a_collective(stub: Stub) -> None:
+    def job(comm: NcclCommunicator) -> tuple[str, float]:
+        if comm.rank == 1:
+            return "", 0
+        threading.Timer(0.3, comm.abort).start()
+        started = time.monotonic()
+        return error_of(lambda: comm.all_reduce(torch.ones(3))), time.monotonic() - started
+
+    (message, seconds), _ = run(stub, job)
+    assert message == "rank 0 of 2: all_reduce failed: the group has ended"
+    assert seconds < 2
+    until = time.monotonic() + 5  # the thread that aborts may be a moment behind
+    while "abort 0" not in stub.log and time.monotonic() < until:
+        time.sleep(0.01)
+    assert stub.log.count("abort 0") == 1
+
+
+def test_what_an_abort_leaves_on_the_device_is_no_result(stub: Stub) -> None:
+    class ReachedByAbort:
+        def query(self) -> bool:
+            return "abort 0" in stub.log
+
+    def job(comm: NcclCommunicator) -> str:
+        if comm.rank == 1:
+            return ""
+        threading.Timer(0.05, comm.abort).start()
+        return error_of(lambda: comm.wait(ReachedByAbort()))
+
+    assert run(stub, job)[0] == "rank 0 of 2: barrier failed: the group has ended"
+
+
+def test_close_finalizes_before_it_destroys_and_may_come_twice(stub: Stub) -> None:
+    def job(comm: NcclCommunicator) -> None:
+        comm.close()
+        comm.close()
+        comm.abort()
+
+    run(stub, job)
+    for rank in range(2):
+        assert [line for line in stub.log if line.split()[1] == str(rank)][2:] == [
+            f"finalize {rank}",
+            f"destroy {rank}",
+        ]
+
+
+def test_close_does_not_wait_for_ever(
+    stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(nccl, "CLOSE_S", 0.2)
+
+    here = threading.Barrier(2)
+
+    def job(comm: NcclCommunicator) -> None:
+        here.wait()
+        if comm.rank == 0:
+            stub.set(hang=1)
+            comm.close()
+
+    run(stub, job)
+    assert "rank 0 of 2: closing took longer than 0 s" in caplog.text
+    assert [line for line in stub.log if line.endswith(" 0")][-2:] == ["finalize 0", "abort 0"]
+
+
+def test_joining_keeps_its_deadline(stub: Stub) -> None:
+    stub.set(hang=1)
+    with pytest.raises(NcclError, match=r"^rank 0 of 2: joining took longer than 2 s: all ranks have come, but NCCL"):
+        run(stub, lambda comm: None, timeout_s=2.0)
+    assert {"abort 0", "abort 1"} <= set(stub.log)
+
+
+def test_joining_fails_with_ncclss_words(stub: Stub) -> None:
+    stub.set(fail=2)
+    with pytest.raises(NcclError, match=r"^rank 0 of 2: joining failed: unhandled system error \(socket closed"):
+        run(stub, lambda comm: None)
+
+
+def test_ranks_that_do_not_come_are_named() -> None:
+    store = HashStore()
+    store.set("choice/2", "NCCL 2.32.3")
+    with pytest.raises(NcclError, match=r"^rank 1 of 4: no word within 1 s from rank 0, 3$"):
+        exchange(store, "choice", "NCCL 2.32.3", 1, 4, 1.0)
+
+
+def test_a_rendezvous_that_is_gone_is_named() -> None:
+    class Gone:
+        def __getattr__(self, name: str) -> Any:
+            raise RuntimeError("connection reset by peer")
+
+    with pytest.raises(NcclError, match=r"^rank 1 of 2: no word .* from rank 0, which serves the rendezvous$"):
+        exchange(Gone(), "choice", "", 1, 2, 1.0)  # type: ignore[arg-type]
+
+
+# --- the choice -----------------------------------------------------------------------------------------------------
+
+
+def connect_all(
+    monkeypatch: pytest.MonkeyPatch, stub: Stub, versions: list[int], *, shares_device: bool
+) -> list[Communicator | CommError]:
+    """What `connect` gives or raises on each rank, whose libraries have these versions."""
+    libraries = []
+    for version in versions:
+        nccl = Nccl(stub.path)
+        nccl.version = version
+        libraries.append(nccl)
+    monkeypatch.setattr(connecting, "open_library", lambda path: libraries[int(path)])
+    store = HashStore()
+
+    def rank(number: int) -> Communicator | CommError:
+        try:
+            return connect(
+                number,
+                len(versions),
+                store=store,
+                own_ip="127.0.0.1",
+                device=torch.device("cuda"),
+                shares_device=shares_device,
+                library=str(number),
+                timeout_s=20,
+            )
+        except CommError as error:
+            return error
+
+    with ThreadPoolExecutor(len(versions)) as threads:
+        return list(threads.map(rank, range(len(versions))))
+
+
+def test_different_versions_are_refused_on_every_rank(monkeypatch: pytest.MonkeyPatch, stub: Stub) -> None:
+    for found in connect_all(monkeypatch, stub, [22809, 23203, 22809], shares_device=False):
+        assert isinstance(found, NcclError)
+        assert "rank 0 has NCCL 2.28.9, rank 1 has NCCL 2.32.3, rank 2 has NCCL 2.28.9" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("version", "enabled", "why"),
+    [
+        (22809, "1", "the ranks share a GPU, which needs NCCL 2.30.0 and this is NCCL 2.28.9"),
+        (23203, "0", "the ranks share a GPU, which NCCL 2.32.3 allows with NCCL_MULTI_RANK_GPU_ENABLE=1 only"),
+    ],
+)
+def test_ranks_that_share_a_gpu_use_gloo_and_say_why(
+    monkeypatch: pytest.MonkeyPatch, stub: Stub, version: int, enabled: str, why: str
+) -> None:
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", enabled)
+    for found in connect_all(monkeypatch, stub, [version] * 2, shares_device=True):
+        assert isinstance(found, Communicator)
+        assert found.description == f"gloo through torch, 2 ranks: {why}"
+        assert not found.capturable
+
+
+def test_ranks_that_share_a_gpu_use_nccl_where_it_can(monkeypatch: pytest.MonkeyPatch, stub: Stub) -> None:
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda n, device: zeros(n))  # there is no GPU here
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    for found in connect_all(monkeypatch, stub, [23203] * 2, shares_device=True):
+        assert isinstance(found, NcclCommunicator)
+        assert found.description == f"NCCL 2.32.3, 2 ranks, {stub.path}"
+        assert found.capturable
+    limits = [line.split()[-1] for line in stub.log if line.startswith("init")]
+    assert limits == ["33"] * 2  # two ranks leave half of the GPU free
+
+
+def test_the_option_is_a_path_for_ranks_on_gpus() -> None:
+    with pytest.raises(ValueError, match=r"^nccl_library='lib/libnccl.so.2' must be an absolute path"):
+        Config(nccl_library="lib/libnccl.so.2")
+    config = Config(nccl_library="/opt/libnccl.so.2")
+    model = ModelConfig.from_folder(Path(config.model))
+    assert config.resolved(model, cuda=True).nccl_library == "/opt/libnccl.so.2"
+    with pytest.raises(ValueError, match=r"^nccl_library is for ranks on GPUs"):
+        config.resolved(model, cuda=False)
+
+
+# --- real libraries -------------------------------------------------------------------------------------------------
+
+GPU_SHAPES: list[tuple[int, ...]] = [(0,), (1,), (7,), (4096,), (1 << 20,)]
+
+
+@pytest.fixture(params=[(2, 2), (4, 4), (2, 1), (4, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
+def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
+    """(ranks, how to connect them): as processes on so many GPUs."""
+    size, gpus = request.param
+    return size, on_gpus(size, gpus)
+
+
+def gpu_collectives(comm: Communicator) -> list[str]:
+    assert isinstance(comm, NcclCommunicator), comm.description
+    wrong = collectives(comm, "cuda", GPU_SHAPES)
+    comm.close()
+    return wrong
+
+
+def gpu_sums(comm: Communicator) -> list[Tensor]:
+    """Sums of random floats, in whose order of addition the bits lie."""
+    torch.manual_seed(comm.rank)
+    parts = [torch.randn(n).to(dtype) for n in (1, 7, 4096, 1 << 20) for dtype in (torch.float32, torch.bfloat16)]
+    found = [comm.all_reduce(part.cuda()).cpu() for part in parts]
+    comm.close()
+    return found
+
+
+def gpu_replay(comm: Communicator) -> bool:
+    """A graph with every collective, on a stream of its own, replayed with other contents."""
+    size = comm.size
+    x, rows = torch.zeros(4096, device="cuda"), torch.zeros(size, 512, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (
+            comm.all_reduce(x.clone()),
+            comm.all_gather(x),
+            comm.reduce_scatter(rows.clone()),
+            comm.broadcast(x.clone()),
+        )
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        summed, gathered, scattered, sent = step()
+    ok = True
+    for turn in range(3):
+        x.fill_(turn + comm.rank)
+        rows.copy_(torch.arange(size, device="cuda")[:, None].expand_as(rows) + turn)
+        graph.replay()
+        done = torch.cuda.Event()
+        done.record()
+        comm.wait(done)  # type: ignore[attr-defined]
+        ok &= bool((summed == size * turn + sum(range(size))).all() and (sent == turn).all())
+        ok &= bool((gathered == torch.arange(size, device="cuda")[:, None] + turn).all())
+        ok &= bool((scattered == size * (comm.rank + turn)).all())
+    del graph  # NCCL's end waits for it
+    comm.close()
+    return ok
+
+
+def lose_last_rank(
+    comm: Communicator, when: str, how: str, in_graph: bool, be_impatient: Callable[[], None]
+) -> tuple[list[str], float, float]:
+    """The last rank is killed or stopped; what the others are told, after how long, and how long the GPU was busy."""
+    x = torch.ones(4096, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    comm.all_reduce(x)
+    torch.cuda.synchronize()
+    if in_graph:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(20):
+                comm.all_reduce(x)
+    work = graph.replay if in_graph else lambda: comm.all_reduce(x)
+    comm.barrier()
+    be_impatient()  # compiling and joining took longer
+    if when == "after":
+        work()
+    torch.cuda.synchronize()  # who leaves work behind when killed takes the MPS server along
+    if comm.rank == comm.size - 1:
+        time.sleep(0.5 if when == "during" else 0)
+        subprocess.Popen(["sh", "-c", f"sleep 8; kill -KILL {os.getpid()}"])  # what is stopped must end as well
+        os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
+    time.sleep(0 if when == "during" else 0.5)
+    started = time.monotonic()
+
+    def survive() -> None:
+        work()
+        done = torch.cuda.Event()
+        done.record()
+        comm.wait(done)
+
+    told = [error_of(survive), error_of(lambda: comm.all_reduce(x))]
+    told_s = time.monotonic() - started
+    torch.cuda.synchronize()
+    return told, told_s, time.monotonic() - started
+
+
+def gpu_loses(comm: Communicator, when: str, how: str, in_graph: bool) -> tuple[list[str], float, float]:
+    assert isinstance(comm, NcclCommunicator)
+    return lose_last_rank(comm, when, how, in_graph, lambda: setattr(comm, "_timeout_s", 1.5))
+
+
+@pytest.mark.gpu
+def test_gpu_collectives_against_torch(shared: tuple[int, dict[str, Any]]) -> None:
+    size, options = shared
+    assert run_processes(size, gpu_collectives, timeout_s=60, **options) == [[]] * size
+
+
+@pytest.mark.gpu
+def test_gpu_sums_have_the_same_bits_on_every_rank(shared: tuple[int, dict[str, Any]]) -> None:
+    size, options = shared
+    first, *others = run_processes(size, gpu_sums, timeout_s=60, **options)
+    for other in others:
+        assert all(same(x, y) for x, y in zip(first, other, strict=True))
+    parts = []
+    for rank in range(size):
+        torch.manual_seed(rank)
+        parts.append([torch.randn(n).to(d) for n in (1, 7, 4096, 1 << 20) for d in (torch.float32, torch.bfloat16)])
+    for found, *terms in zip(first, *parts, strict=True):
+        exact, bound = sum(t.double() for t in terms), sum(t.double().abs() for t in terms)
+        # Each of the size - 1 additions rounds a partial sum, which is at most `bound`, by half a unit.
+        assert ((found.double() - exact).abs() <= (size - 1) * torch.finfo(found.dtype).eps * bound).all()
+
+
+@pytest.mark.gpu
+def test_gpu_collectives_in_a_graph(shared: tuple[int, dict[str, Any]]) -> None:
+    size, options = shared
+    assert run_processes(size, gpu_replay, timeout_s=60, **options) == [True] * size
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+@pytest.mark.parametrize("when", ["before", "during", "after"])
+def test_gpu_survivors_of_a_lost_rank_are_told(
+    when: str, how: str, in_graph: bool, shared: tuple[int, dict[str, Any]]
+) -> None:
+    size, options = shared
+    job = partial(gpu_loses, when=when, how=how, in_graph=in_graph)
+    *survivors, lost = run_processes(size, job, timeout_s=60, **options)
+    assert lost is None
+    for rank, ((told, later), told_s, busy_s) in enumerate(survivors):
+        where = "barrier or all_reduce of a graph" if in_graph else "all_reduce"
+        assert told.startswith(f"rank {rank} of {size}: {where} "), told
+        assert later == f"rank {rank} of {size}: all_reduce failed: the group has ended"
+        assert told_s < 5
+        assert busy_s < 6

@@ -1,0 +1,130 @@
+"""Groups on GPUs that do not come together, or part in the middle of work: a named error, in time, and all is free.
+
+Ranks that die or hang within a collective are in test_symmetric.py and test_nccl.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from typing import Any, get_args
+
+import pytest
+import torch
+from test_comm import on_gpus, run_processes
+
+from lockstep.comm.base import CommError, Communicator
+from lockstep.comm.connect import connect
+from lockstep.comm.rendezvous import open_rendezvous
+from lockstep.comm.symmetric import AllReduce
+
+CHOICES = get_args(AllReduce)
+SPARE_BYTES = 64 << 20  # of what other processes do with the GPU
+
+
+@pytest.fixture(params=[(2, 2), (2, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
+def places(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
+    """(ranks, how to connect them): as processes on so many GPUs."""
+    size, gpus = request.param
+    return size, on_gpus(size, gpus)
+
+
+def reached(comm: Communicator) -> None:
+    done = torch.cuda.Event()
+    done.record()
+    comm.wait(done)
+
+
+def settled_free_bytes() -> int:
+    """Free memory of GPU 0 once it no longer changes: what ends gives it back a little later."""
+    free = -1
+    for _ in range(50):
+        before, free = free, torch.cuda.mem_get_info(0)[0]
+        if free == before:
+            return free
+        time.sleep(0.2)
+    return free
+
+
+def leaves(comm: Communicator) -> tuple[int, float]:
+    """Queues many collectives, in a graph and without, and closes at once; wrong results, and seconds it took."""
+    x = torch.ones(1 << 20, device="cuda", dtype=torch.bfloat16)
+    comm.all_reduce(x.clone())
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = [comm.all_reduce(x.clone()) for _ in range(20)]
+    found = [comm.all_reduce(x.clone()) for _ in range(100)]
+    for _ in range(5):
+        graph.replay()
+    del graph
+    started = time.monotonic()
+    comm.close()
+    took_s = time.monotonic() - started
+    return sum(int((y != comm.size).any()) for y in [*found, *captured]), took_s
+
+
+def is_left(comm: Communicator) -> tuple[str, float]:
+    """The last rank is killed; the others have work in flight, and close without having waited for it."""
+    x = torch.ones(4096, device="cuda")
+    comm.all_reduce(x.clone())
+    reached(comm)
+    comm.barrier()
+    if comm.rank == comm.size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.5)
+    started = time.monotonic()
+    try:
+        for _ in range(5):
+            comm.all_reduce(x.clone())
+        comm.close()
+        said = ""
+    except CommError as error:
+        said = str(error)
+    torch.cuda.synchronize()
+    return said, time.monotonic() - started
+
+
+@pytest.mark.gpu
+def test_a_peer_that_never_joins_is_named() -> None:
+    store = open_rendezvous("127.0.0.1", 3.0)
+    started = time.monotonic()
+    with pytest.raises(CommError, match=r"^rank 0 of 2: no word within 3 s from rank 1$"):
+        connect(0, 2, store=store, own_ip="127.0.0.1", device=torch.device("cuda", 0), timeout_s=3.0)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.multigpu
+def test_libraries_of_different_versions_are_refused_by_name_on_every_rank() -> None:
+    path = os.environ.get("GPU_TEST_LIBNCCL")
+    if path is None:
+        pytest.skip("GPU_TEST_LIBNCCL, the path of another libnccl than torch's, is not set")
+    found = run_processes(2, leaves, device="cuda", each=[{"library": None}, {"library": path}])
+    for error in found:
+        assert re.match(r"^the ranks differ: rank 0 has NCCL [\d.]+, rank 1 has NCCL [\d.]+; give all", str(error))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", CHOICES)
+def test_close_finishes_what_is_in_flight(choice: str, places: tuple[int, dict[str, Any]]) -> None:
+    size, options = places
+    free = settled_free_bytes()
+    for wrong, took_s in run_processes(size, leaves, timeout_s=20, all_reduce=choice, **options):
+        assert wrong == 0
+        assert took_s < 10
+    assert settled_free_bytes() > free - SPARE_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("choice", CHOICES)
+def test_close_after_a_peer_has_died_ends_in_time(choice: str, places: tuple[int, dict[str, Any]]) -> None:
+    """Two seconds of a collective's deadline, and three for each step of the parting that waits for the dead."""
+    size, options = places
+    free = settled_free_bytes()
+    *survivors, dead = run_processes(size, is_left, timeout_s=20, all_reduce=choice, **options)
+    assert dead is None
+    for _, took_s in survivors:
+        assert took_s < 30
+    assert settled_free_bytes() > free - SPARE_BYTES

@@ -1,0 +1,83 @@
+"""Every CUDA source compiles for the architectures we name; needs a compiler, not a GPU."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+INSTANCES = {
+    "allreduce.cu": [
+        *(
+            f"{name}<{t}>"
+            for name in ("reduce", "reduce_and_gather")
+            for t in ("bf16, 8, 2", "f16, 8, 8", "float, 1, 4")
+        ),
+        *(f"gather<{shape}>" for shape in ("16, 2", "16, 8", "1, 3")),
+        *(
+            f"reduce_add_rms_norm<{shape}, {two_steps}>"
+            for shape in ("bf16, 8, 2, 1", "bf16, 8, 4, 2", "bf16, 8, 8, 4", "f16, 1, 2, 4", "float, 4, 8, 4")
+            for two_steps in ("false", "true")
+        ),
+    ],
+    "index.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
+    "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
+    "sample.cu": [
+        *("race<bf16, 8, false>", "race<float, 4, true>", "race<f16, 1, false>", "winners", "draw"),
+        *(f"nucleus<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1")),
+        *(f"best<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1", "long long, 2")),
+    ],
+    "slots.cu": ["begin_decode", "append_tokens"],
+    "product.cu": [
+        f"product<{t}, {warps}, {depth}, {staged}, {finish}>"
+        for t, warps, depth, staged in (("bf16", 8, 4, "true"), ("f16", 8, 2, "true"), ("bf16", 16, 2, "false"))
+        for finish in (0, 1, 2)
+    ],
+    "decode.cu": [
+        "split_keys",
+        *(f"decode_attention<{shape}>" for shape in ("f16, 64, 4", "bf16, 128, 4", "bf16, 128, 8")),
+    ],
+    "experts.cu": [
+        *(f"group_pairs<{rows}>" for rows in (16, 64, 128)),
+        *(
+            f"grouped_product<{t}, {shape}, {gated}>"
+            for t in ("bf16", "f16")
+            for shape in ("1, 4, 1, 1, 6", "1, 4, 4, 2, 3", "2, 4, 4, 2, 3")
+            for gated in ("true", "false")
+        ),
+        "plain_product<true>",
+        "plain_product<false>",
+        "sum_choices<bf16, 8>",
+        "sum_choices<float, 1>",
+    ],
+    "attention.cu": [
+        f"rotate_and_store<{t}, {t}, {p}, {min(p, 4)}>" for t in ("bf16", "f16", "float") for p in (1, 2, 4, 8)
+    ],
+    "elementwise.cu": [
+        *(f"rms_norm<{t}, {v}, {n}>" for t, v in (("bf16", 8), ("f16", 1), ("float", 4)) for n in (1, 16)),
+        "silu_and_mul<bf16, 8>",
+        "silu_and_mul<float, 1>",
+    ],
+}
+
+
+def test_every_source_is_listed() -> None:
+    assert set(INSTANCES) == {p.name for p in (ROOT / "kernels/csrc").glob("*.cu")}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize("source", list(INSTANCES))
+def test_it_compiles_without_spilling(source: str, architecture: str, tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    uses = "".join(f"auto use{i} = &{name};\n" for i, name in enumerate(INSTANCES[source]))
+    (tmp_path / "all.cu").write_text(f'#include "{source}"\n{uses}')
+    command = ["nvcc", f"-arch={architecture}", "-std=c++17", "-Xptxas=-v", f"-I{ROOT / 'kernels/csrc'}", "-cubin"]
+    done = subprocess.run([*command, "-o", "all.cubin", "all.cu"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reports = [line for line in done.stderr.splitlines() if "spill" in line]
+    assert len(reports) == len(INSTANCES[source])
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in reports), done.stderr

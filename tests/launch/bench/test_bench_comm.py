@@ -1,0 +1,149 @@
+"""`lockstep bench comm`: tables, JSON and plot say the same, wrong results are counted, nonsense is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+from lockstep.comm.base import Communicator
+from lockstep.launch.bench.comm_actor import Cell, Prober, Row, Spec
+from lockstep.launch.bench.comm_algorithms import Completion, Plain
+from lockstep.launch.bench.comm_command import _bytes
+from lockstep.launch.bench.comm_report import Block, lines
+from lockstep.launch.cli.main import app
+from lockstep.runtime.config import Config
+
+from ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def bench(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["bench", "comm", "--device=cpu", *arguments])
+
+
+def spec(**changes: Any) -> Spec:
+    usual = {"sizes": [64, 4096], "dtype": "float32", "hidden_size": 128, "algorithms": []}
+    return Spec(**{**usual, "warmup": 0, "times": 1, "graph_length": 1, **changes})
+
+
+def test_two_ranks_over_gloo(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    files = tmp_path / "comm.json", tmp_path / "comm.png"
+    sizes = ["-b", "1K", "-e", "64K", "-f", "8", "--hidden-size", "384", "-n", "3"]
+    result = bench("--tp=2", *sizes, "--output-json", str(files[0]), "--plot", str(files[1]))
+    assert result.exit_code == 0, result.output
+    found = json.loads(files[0].read_text())
+    assert found["num_ranks"] == len(found["ranks"]) == 2
+    assert [block["algorithm"] for block in found["blocks"]] == ["gloo", "gloo + norm", "torch.distributed"]
+    rows = re.findall(
+        r"^ +(\d+) +(\d+) +bfloat16 +sum +N/A +N/A +N/A +N/A +([\d.]+) +[\d.]+ +[\d.]+ +0$", result.stdout, re.M
+    )
+    told = [line for block in found["blocks"] for line in block["lines"]]
+    assert len(rows) == len(told) == 9
+    for (size, count, time), line in zip(rows, told, strict=True):
+        assert (int(size), int(count), 2 * line["count"]) == (line["size"], line["count"], line["size"])
+        assert float(time) == pytest.approx(line["in_place"]["time_us"], abs=0.006)
+        assert line["out_of_place"] is None
+    assert [line["size"] for line in told[3:6]] == [768, 7680, 65280]  # whole rows of 384
+    assert "# Out of bounds values : 0 OK" in result.stdout
+    assert files[1].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_what_cannot_run_here_says_why_and_the_object_is_all_that_is_printed() -> None:
+    names = ("one-shot", "nccl", "nccl window", "flashinfer", "torch symmetric one-shot")
+    result = bench("--tp=2", "-e1K", "--json", "--dtype=float32", *(f"--algorithm={name}" for name in (*names, "gloo")))
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["refused"] == dict.fromkeys(names, "needs GPUs")
+    assert [block["type"] for block in found["blocks"]] == ["float"]
+
+
+class Wrong(Communicator):
+    """Adds up over threads, and then changes some elements by a few roundings."""
+
+    def __init__(self, real: Communicator, errors: int) -> None:
+        self.rank, self.size, self.capturable = real.rank, real.size, False
+        self.real, self.errors = real, errors
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        out = self.real.all_reduce(x.clone())
+        out.view(-1)[: self.errors] += 1e-3
+        return out
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return self.real.all_gather(x)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return self.real.reduce_scatter(x)
+
+    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
+        return self.real.broadcast(x, root)
+
+    def barrier(self) -> None:
+        self.real.barrier()
+
+
+@pytest.mark.parametrize("errors", [0, 5])
+def test_wrong_elements_are_counted(errors: int) -> None:
+    def rank(comm: Communicator) -> list[int]:
+        prober = Prober(comm.rank, comm.size, Config(device="cpu", tensor_parallel_size=3), {})
+        wrong = Wrong(comm, errors)
+        prober._comm, prober._device, prober.spec, prober.dtype = wrong, CPU, spec(), torch.float32
+        plain, completed = Plain("plain", wrong, CPU), Completion("completed", wrong, CPU, 128)
+        prober._algorithms = {a.name: a for a in (plain, completed)}
+        rows = [row for name in prober._algorithms for row in prober.measure(name, "eager")]
+        return [row.in_place.wrong for row in rows if row.in_place]
+
+    for plain_16, plain_1024, completed_16, completed_1024 in run_ranks(3, rank):
+        assert plain_16 == plain_1024 == errors
+        assert completed_16 >= 2 * errors or errors == 0  # the residual stream and its norm
+        assert (completed_16 == 0) == (completed_1024 == 0) == (errors == 0)
+
+
+def test_a_block_has_the_slowest_rank_and_all_that_is_wrong() -> None:
+    ranks = [[Row(1000, 250, None, Cell(us, wrong))] for us, wrong in ((4.0, 1), (5.0, 2))]
+    block = Block.merged("nccl", "graph", spec(), ranks, 2)
+    (line,) = block.lines
+    assert line.in_place is not None
+    assert (line.in_place.time_us, line.in_place.wrong, line.best_us) == (5.0, 3, 5.0)
+    assert line.in_place.algbw == line.in_place.busbw == 0.2  # 2 (n - 1) / n = 1
+    assert list(lines(block))[-1].split() == [
+        "1000", "250", "float", "sum", "N/A", "N/A", "N/A", "N/A", "5.00", "0.20", "0.20", "3",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "number"), [("8", 8), ("4K", 4096), ("2m", 2 << 20), ("1G", 1 << 30)])
+def test_sizes(text: str, number: int) -> None:
+    assert _bytes("min_bytes", text) == number
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "one rank has nobody to communicate with; give --tp 2 or more"),
+        (["--tp=2", "-b4Q"], "min_bytes='4Q' is no number of bytes; write 8, 4K, 1M or 1G"),
+        (["--tp=2", "-b2M", "-e1M"], "min_bytes=2M is above max_bytes=1M"),
+        (["--tp=2", "-b1"], "min_bytes=1 holds no bfloat16, which has 2 bytes"),
+        (["--tp=2", "--dtype=int8"], "dtype='int8' is not one of float32, bfloat16, float16"),
+        (["--tp=2", "--algorithm=ring"], "algorithm='ring' is not one of one-shot, two-shot, "),
+        (["--tp=2", "--plot=/nowhere/x.png"], "cannot write /nowhere/x.png: there is no folder /nowhere"),
+        (["--tp=2", "--nccl-library=/opt/libnccl.so.2"], "nccl_library is for ranks on GPUs"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_starts(arguments: list[str], message: str) -> None:
+    result = bench(*arguments)
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)

@@ -1,0 +1,149 @@
+"""`lockstep chat`: scripted conversations with a stub, and with the demo model in this process."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from lockstep.launch.cli.chat import local, talk
+from lockstep.launch.cli.main import app
+from lockstep.launch.llm import LLM
+
+from stub import conversation, refuse, stub_server
+
+SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 64, "max_num_seqs": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def chat(lines: list[str], *arguments: str) -> Result:
+    return CliRunner().invoke(app, ["chat", *arguments], input="".join(f"{line}\n" for line in lines))
+
+
+def said(body: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in body["messages"]]
+
+
+def test_a_conversation_with_a_server() -> None:
+    lines = [
+        "who was Moses", "", "/set temperature 0.5", "/set max_tokens 9", "and Aaron",
+        "/clear", "anew", "/exit", "unread",
+    ]  # fmt: skip
+    with stub_server(conversation) as stub:
+        ended = chat(lines, f"--url={stub.url}")
+    assert ended.exit_code == 0, ended.output
+    first = ("user", "who was Moses"), ("assistant", "Moses was who ")
+    assert [said(body) for body in stub.bodies] == [[first[0]], [*first, ("user", "and Aaron")], [("user", "anew")]]
+    settings = [{k: v for k, v in body.items() if k != "messages"} for body in stub.bodies]
+    common = {"model": "stub", "stream": True}
+    assert settings == [common, *[common | {"temperature": 0.5, "max_tokens": 9}] * 2]
+    assert [line for line in ended.stdout.split("\n") if line.endswith(" ")] == [
+        "Moses was who ",
+        "Aaron and ",
+        "anew ",
+    ]
+
+
+def test_what_a_server_refuses_is_shown_and_the_conversation_goes_on() -> None:
+    with stub_server(lambda number, body: conversation(number, body) if number else refuse(503, "not yet")) as stub:
+        ended = chat(["first", "second"], "named", f"--url={stub.url}")
+    assert ended.exit_code == 0, ended.output
+    assert "error: HTTP 503: not yet" in ended.stdout
+    assert [said(body) for body in stub.bodies] == [[("user", "first")], [("user", "second")]]
+    assert {body["model"] for body in stub.bodies} == {"named"}
+
+
+def test_a_server_that_is_not_there() -> None:
+    ended = chat(["hello"], "--url=http://127.0.0.1:9")
+    assert ended.exit_code == 0
+    assert "error: http://127.0.0.1:9: " in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "reply"),
+    [
+        ("/set temperature warm", "error: could not convert string to float: 'warm'"),
+        ("/set temperature 3", "error: temperature=3.0 must be between 0 and 2"),
+        ("/set n 2", "/set NAME VALUE sets one of temperature"),
+        ("/what", "/set NAME VALUE sets one of temperature"),
+    ],
+)
+def test_a_command_that_cannot_be_carried_out(line: str, reply: str) -> None:
+    with stub_server(conversation) as stub:
+        ended = chat([line], f"--url={stub.url}")
+    assert reply in ended.stdout.splitlines()[1]
+    assert stub.bodies == []
+
+
+def test_options_that_only_a_model_here_could_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="--url: the server has its own --tensor-parallel-size; drop that option"):
+        CliRunner().invoke(app, ["chat", "--tp=2", "--url=http://127.0.0.1:9"], catch_exceptions=False)
+
+
+def test_ctrl_c_stops_an_answer_which_stays_as_far_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def answer(messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[str]:
+        asked.append([m["content"] for m in messages])
+        yield "half"
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        yield " whole"
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    out = io.StringIO()
+    talk(answer, out)
+    assert asked == [["one"], ["one", "half", "two"]]
+    assert out.getvalue().endswith("half [stopped]\nhalf whole\n")
+
+
+class Interrupting(io.StringIO):
+    """Presses Ctrl-C when the third piece of an answer has been shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces = 0
+
+    def flush(self) -> None:
+        self.pieces += 1
+        if self.pieces == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_model_here_is_stopped_between_steps_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "/set temperature 0\n/set max_tokens 40\nAnd the king said\n/clear\n/set max_tokens 5\nWho was Moses?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(script))
+    out, before = Interrupting(), signal.getsignal(signal.SIGINT)
+    with LLM(**SMALL) as llm:
+        talk(local(llm), out)
+        assert signal.getsignal(signal.SIGINT) is before
+        params = {"temperature": 0, "max_tokens": 5}
+        alone = "".join(local(llm)([{"role": "user", "content": "Who was Moses?"}], params))
+        whole = "".join(local(llm)([{"role": "user", "content": "And the king said"}], params | {"max_tokens": 40}))
+    stopped, after = out.getvalue().split(" [stopped]\n")
+    partial = stopped.split("\n", 3)[3]  # after the help and what was set
+    assert partial
+    assert whole.startswith(partial)
+    assert partial != whole
+    assert after.endswith(f"\n{alone}\n")
+
+
+def test_the_command_with_a_model_here() -> None:
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    ended = chat(["/set temperature 0", "/set max_tokens 5", "Who was Moses?"], *flags)
+    assert ended.exit_code == 0, ended.output
+    with LLM(**SMALL) as llm:
+        expected = "".join(
+            local(llm)([{"role": "user", "content": "Who was Moses?"}], {"temperature": 0, "max_tokens": 5})
+        )
+    assert ended.stdout.endswith(f"\n{expected}\n")

@@ -1,0 +1,135 @@
+"""A cluster of two nodes with a network between them: the tokens of one rank, and what happens when the link is cut."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockstep import LLM, SamplingParams
+
+from nodes import ADDRESSES, Nodes, until, why_not
+
+CLI = [sys.executable, "-c", "from lockstep.launch.cli.main import main; main()"]
+SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
+FLAGS = ["--tp=2", "--ray-address=auto", *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items())]
+PROMPT = "In the beginning"
+LONG = 300  # tokens, some seconds
+STEP_S = 2  # --step-timeout
+GRACE_S = 5  # which the leader has to say itself whom it waits for
+# Who speaks first: the rank on this side, which waited; the owner of a leader on the other side; or Ray.
+WAITED = (
+    r"rank (?P<one>\d) on node-[ab] \(10\.213\.7\.\d\), pid \d+ failed: CommError: rank (?P=one) of 2:"
+    r" all_\w+ failed or took longer than 2 s: .*; no word from rank \d on node-[ab] \("
+)
+SILENT = r"no step has ended for \d+ s, step_timeout is over: rank 0 on node-b"
+NODE_DIED = r"rank \d on node-b \(10\.213\.7\.2\), pid \d+ died: The actor died because its node has died.*heartbeats"
+CUT = f"({WAITED}|{SILENT}|{NODE_DIED})"
+ASK = """
+import json, sys, urllib.request
+body = {"prompt": sys.argv[1], "max_tokens": int(sys.argv[2]), "temperature": 0, "ignore_eos": True, "stream": True}
+asked = urllib.request.Request("http://127.0.0.1:8000/v1/completions", json.dumps(body).encode())
+asked.add_header("content-type", "application/json")
+for line in urllib.request.urlopen(asked):
+    if line.startswith(b"data: {"):
+        print(json.dumps(json.loads(line[6:])["choices"][0]), flush=True)
+"""
+HEALTH = """
+import sys, urllib.error, urllib.request
+try:
+    print(urllib.request.urlopen("http://127.0.0.1:8000/health").status)
+except urllib.error.HTTPError as error:
+    print(error.code, error.read().decode())
+"""
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """The head runs; "b" is there, but without Ray."""
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    nodes = Nodes()
+    try:
+        nodes.start_ray("a")
+        yield nodes
+    finally:
+        nodes.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> str:
+    """What one rank makes of PROMPT."""
+    with LLM(**SMALL) as llm:
+        params = SamplingParams(temperature=0, max_tokens=LONG, ignore_eos=True)
+        return llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].text
+
+
+def test_ranks_wait_for_a_node_and_give_the_tokens_of_one(nodes: Nodes, undisturbed: str) -> None:
+    """One CPU a node: two ranks can only run on different ones."""
+    out, err = nodes.folder / "generated", nodes.folder / "generate.log"
+    flags = ["--temperature=0", "--max-tokens=40", "--ignore-eos", "--json", "--wait-for-gpus=60"]
+    command = nodes.start("a", [*CLI, "generate", *FLAGS, *flags, f"--prompt={PROMPT}"], out, err)
+    assert until(30, lambda: "nodes are missing" in err.read_text()), err.read_text()
+    nodes.start_ray("b")
+    assert command.wait(60) == 0, err.read_text()
+    text = json.loads(out.read_text())["text"]
+    assert undisturbed.startswith(text)
+    assert len(text) > 40
+    roster = re.search(r"2 ranks on 2 nodes\n +rank +node +address +interface.*\n(.*)\n(.*)\n", err.read_text())
+    assert roster is not None
+    places = {tuple(line.split()[1:4]) for line in roster.groups()}
+    assert places == {(f"node-{n}", ADDRESSES[n], nodes.interface(n)) for n in "ab"}
+
+
+def test_a_cut_link_ends_an_offline_run_with_the_reason(nodes: Nodes) -> None:
+    out, err = nodes.folder / "offline", nodes.folder / "offline.log"
+    flags = ["--temperature=0", "--max-tokens=1900", "--ignore-eos", f"--step-timeout={STEP_S}"]
+    command = nodes.start("a", [*CLI, "generate", *FLAGS, *flags, f"--prompt={PROMPT}"], out, err)
+    assert until(60, lambda: out.read_text()), err.read_text()
+    nodes.link("down")
+    try:
+        assert until(STEP_S + GRACE_S + 3, lambda: re.search(f"error: {CUT}", err.read_text())), err.read_text()
+        assert command.wait(30) == 1
+    finally:
+        nodes.link("up")
+    assert until(30, lambda: not nodes.marked("ray::Worker"))
+
+
+def test_streams_outlive_a_node_that_comes_back(nodes: Nodes, undisturbed: str) -> None:
+    """The link is cut until Ray has given up the node; then it is up again, and so is the node."""
+    answer, err = nodes.folder / "answer", nodes.folder / "serve.log"
+    nodes.end_ray("b")  # Ray may have given it up in the test before
+    nodes.start_ray("b")
+    flags = [f"--step-timeout={STEP_S}", "--wait-for-gpus=60"]
+    server = nodes.start("a", [*CLI, "serve", *FLAGS, *flags], nodes.folder / "out", err)
+    assert until(60, lambda: "serving" in err.read_text()), err.read_text()
+    asking = nodes.start("a", [sys.executable, "-c", ASK, PROMPT, str(LONG)], answer, nodes.folder / "ask.log")
+    assert until(20, lambda: len(lines(answer)) > 20)
+    nodes.link("down")
+    assert until(STEP_S + GRACE_S + 3, lambda: re.search(f"ERROR {CUT}", err.read_text())), err.read_text()
+    health = nodes.run("a", [sys.executable, "-c", HEALTH])
+    assert health.startswith("503 ")
+    assert re.search(f"the engine is recovering: {CUT}", health)
+    assert until(30, lambda: "nodes are missing" in err.read_text()), err.read_text()
+    nodes.link("up")
+    nodes.start_ray("b")
+    assert asking.wait(60) == 0, err.read_text()
+    choices = lines(answer)
+    assert "".join(choice["text"] for choice in choices) == undisturbed
+    assert choices[-1]["finish_reason"] == "length"
+    assert "back after" in err.read_text()
+    assert nodes.run("a", [sys.executable, "-c", HEALTH]) == "200\n"
+    server.terminate()
+    assert server.wait(30) == 0
+    assert until(30, lambda: not nodes.marked("ray::Worker"))
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The complete ones."""
+    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]

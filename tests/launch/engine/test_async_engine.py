@@ -1,0 +1,995 @@
+"""The service: events for asyncio, over ranks that die, and the tokens are those of a run in which nobody died.
+
+Scripted executors show how it deals with failures of every kind; the demo model in this process and on Ray shows that
+the tokens are right. Ray's processes are known by a mark in their environment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from lockstep import LLM, SamplingParams, StructuredOutputsParams
+from lockstep.launch.cluster import actor_group
+from lockstep.launch.cluster.rank_actor import Endpoint
+from lockstep.launch.cluster.ray_executor import RayExecutor
+from lockstep.launch.cluster.sockets import Address
+from lockstep.launch.cluster.worker import Worker
+from lockstep.launch.engine import async_engine
+from lockstep.launch.engine.async_engine import Listener, Service
+from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestEndsRanks
+from lockstep.runtime import executor
+from lockstep.runtime.config import DEMO_MODEL, Config
+from lockstep.runtime.executor import LocalExecutor
+from lockstep.runtime.frontend import Frontend, Generation, Stream
+from lockstep.runtime.limits import Limits
+from lockstep.runtime.outputs import CompletionOutput, Event, Logprob
+from lockstep.runtime.plan import Finished, StepOutput
+from lockstep.runtime.request import Request, RequestRefused
+from lockstep.runtime.runner.runner import Runner
+from lockstep.runtime.stats import EngineStats, Profile
+from lockstep.runtime.tokenizer import Tokenizer
+
+from processes import MARK, marked
+
+SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
+SEEDED: dict[str, Any] = {"temperature": 0.9, "ignore_eos": True}
+NAMES = StructuredOutputsParams(regex=r"([A-Z][a-z]{2,9}, ){20,}and [A-Z][a-z]+\.")
+WORK = [
+    ("In the beginning", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)),
+    ("And the LORD spake unto Moses, saying,", SamplingParams(seed=7, top_p=0.9, max_tokens=100, **SEEDED)),
+    ("Blessed is", SamplingParams(n=2, seed=11, max_tokens=90, stop=["zebra", "arrows"], **SEEDED)),
+    ("The sons of", SamplingParams(temperature=0, max_tokens=70, ignore_eos=True, logprobs=2)),
+    ("And it came to pass", SamplingParams(seed=5, max_tokens=110, min_tokens=50, stop=["oppressed", "Brs"], **SEEDED)),
+    ("Thou shalt not", SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, frequency_penalty=0.7)),
+    ("For unto us", SamplingParams(seed=9, top_k=20, min_p=0.02, max_tokens=100, logprobs=0, **SEEDED)),
+    ("The names were", SamplingParams(seed=4, temperature=0.9, max_tokens=100, structured_outputs=NAMES)),
+    ("The king", SamplingParams(seed=2, repetition_penalty=1.2, presence_penalty=0.5, max_tokens=90, **SEEDED)),
+]
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[CompletionOutput]:
+    """What WORK gives when nobody dies."""
+    with LLM(**SMALL) as llm:
+        results = llm.generate([p for p, _ in WORK], [s for _, s in WORK], use_tqdm=False)
+    outputs = [output for result in results for output in result.outputs]
+    assert {output.finish_reason for output in outputs} == {"stop", "length"}
+    return outputs
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """A deadline for every test: what hangs fails."""
+    asyncio.run(asyncio.wait_for(main, 90))
+
+
+@asynccontextmanager
+async def serving(config: Config | None = None, **options: Any) -> AsyncGenerator[Service, None]:
+    started = Service(config or Config(**SMALL), **options)
+    started.start()
+    try:
+        yield started
+    finally:
+        await started.close()
+    assert not started._thread.is_alive()
+
+
+class Gathered:
+    """Events put together again, and how many tokens there were in all, for whoever wants to act in the middle."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.outputs: dict[tuple[int, int], CompletionOutput] = {}
+
+    def add(self, number: int, event: Event) -> None:
+        self.num_tokens += len(event.token_ids)
+        out = self.outputs.setdefault((number, event.index), CompletionOutput(event.index))
+        assert out.finish_reason is None, "an event after the last"
+        out.text += event.text
+        out.token_ids += event.token_ids
+        if event.logprobs is not None:
+            assert len(event.logprobs) == len(event.token_ids)
+            out.logprobs = (out.logprobs or []) + event.logprobs
+        out.finish_reason, out.stop_reason = event.finish_reason, event.stop_reason
+
+    async def listen(self, service: Service, number: int, prompt: str, params: SamplingParams) -> None:
+        async for event in async_engine.generate(prompt, params):
+            assert event.prompt_token_ids == async_engine.tokenizer.encode(prompt)
+            self.add(number, event)
+
+    async def all_of(self, service: Service) -> None:
+        await asyncio.gather(*(self.listen(async_engine, i, *work) for i, work in enumerate(WORK)))
+
+    async def reaches(self, num_tokens: int) -> None:
+        while self.num_tokens < num_tokens:
+            await asyncio.sleep(0.005)
+
+    def check(self, wanted: list[CompletionOutput]) -> None:
+        found = [self.outputs[turn] for turn in sorted(self.outputs)]
+        assert [o.token_ids for o in found] == [o.token_ids for o in wanted]
+        assert [o.text for o in found] == [o.text for o in wanted]
+        assert [o.finish_reason for o in found] == [o.finish_reason for o in wanted]
+        assert [o.stop_reason for o in found] == [o.stop_reason for o in wanted]
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert (ours.logprobs is None) == (theirs.logprobs is None)
+            for here, there in zip(ours.logprobs or [], theirs.logprobs or [], strict=True):
+                assert list(here) == list(there)
+                assert [p.logprob for p in here.values()] == pytest.approx(
+                    [p.logprob for p in there.values()], abs=1e-4
+                )
+
+
+async def until(holds: Callable[[], object]) -> None:
+    while not holds():
+        await asyncio.sleep(0.005)
+
+
+# -- over scripted executors
+
+
+class Scripted:
+    """Ranks whose token at a position is a function of the seed, a step a poll; they fail when they are told to.
+
+    As with real ranks a step may be lost on its way: it is computed when they fail, and never arrives.
+    """
+
+    started: list[Scripted]
+    starting: Callable[[], None]
+    step_s = 0.0
+    deadly: dict[int, int]  # seed of a request -> the token under which the ranks die
+
+    def __init__(self, *_: Any) -> None:
+        type(self).starting()
+        self.limits = Limits(
+            max_model_len=2048, max_num_seqs=64, max_num_batched_tokens=64, num_pages=999, page_size=4, vocab_size=2048
+        )
+        self.stats = EngineStats()
+        self.startup: dict[str, float] = {}
+        self.live: dict[int, list[Any]] = {}  # request, length
+        self.cancelled: list[int] = []
+        self.aborted: list[Finished] = []  # of those that were, to be told
+        self.steps_left: float = float("inf")
+        self.error: Exception = RankFailed("rank 1 on nowhere died: of the script")
+        self.closed = False
+        type(self).started.append(self)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        assert not self.closed
+        for request in requests:
+            known = request.tokens[request.num_prompt_tokens :].tolist()
+            assert known == [self.token(request, i) for i in range(len(known))], "admitted with tokens not its own"
+            self.live[request.uid] = [request, len(known)]
+
+    def cancel(self, uids: Sequence[int]) -> None:
+        self.cancelled += uids
+        self.aborted += [Finished(uid, "abort") for uid in uids if self.live.pop(uid, None) is not None]
+
+    def poll(self, timeout_s: float) -> list[StepOutput]:
+        if self.live:
+            self.steps_left -= 1
+            time.sleep(self.step_s)
+        if self.steps_left < 0 or any(self.deadly.get(r.params.seed) == at for r, at in self.live.values()):  # type: ignore[arg-type]
+            raise self.error
+        output, self.aborted = StepOutput([], [], self.aborted), []
+        for uid, turn in list(self.live.items()):
+            output.uids.append(uid)
+            output.tokens.append(self.token(*turn))
+            turn[1] += 1
+            if turn[1] == turn[0].params.max_tokens:
+                output.finished.append(Finished(uid, "length"))
+                del self.live[uid]
+        self.stats.steps += 1
+        return [output] if output.uids or output.finished else []
+
+    def start_profile(self, num_steps: int) -> None: ...
+
+    def take_profile(self) -> Profile | None:
+        return None
+
+    def close(self) -> None:
+        self.closed = True
+
+    @staticmethod
+    def token(request: Request, position: int) -> int:
+        return 100 + (request.params.seed * 7919 + position * 104729) % 1900  # type: ignore[operator]
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
+    monkeypatch.setattr(async_engine, "start_executor", Scripted)
+    monkeypatch.setattr(Scripted, "started", [], raising=False)
+    monkeypatch.setattr(Scripted, "starting", lambda: None, raising=False)
+    monkeypatch.setattr(Scripted, "step_s", 0.002)
+    monkeypatch.setattr(Scripted, "deadly", {}, raising=False)
+    return Scripted
+
+
+def refusing(error: Exception) -> Callable[[], None]:
+    def start() -> None:
+        raise error
+
+    return start
+
+
+def of_script(seed: int, number: int) -> list[int]:
+    return [100 + (seed * 7919 + i * 104729) % 1900 for i in range(number)]
+
+
+async def tokens_of(started: Service, seed: int, number: int, n: int = 1) -> list[list[int]]:
+    gathered = Gathered()
+    await gathered.listen(started, 0, "In the", SamplingParams(seed=seed, max_tokens=number, n=n))
+    return [out.token_ids for _, out in sorted(gathered.outputs.items())]
+
+
+@pytest.mark.parametrize("error", [RankFailed("died"), IndexError("pop from empty list")], ids=["rank", "in process"])
+def test_every_failure_is_recovered_from(scripted: type[Scripted], error: Exception) -> None:
+    """Ranks that fail after 0, 1, 2, ... steps, until the outputs are complete."""
+
+    async def main() -> None:
+        async with serving(max_restarts=99) as started:
+
+            def next_fails_sooner() -> None:
+                lives = len(scripted.started)
+                scripted.started[-1].steps_left, scripted.started[-1].error = lives - 1, error
+
+            next_fails_sooner()
+            watcher = asyncio.create_task(until_failed_each(next_fails_sooner))
+            found = await asyncio.gather(*(tokens_of(started, seed, 30 + seed, n=2) for seed in range(5)))
+            watcher.cancel()
+            assert found == [[of_script(seed + i, 30 + seed) for i in range(2)] for seed in range(5)]
+            assert started.health.state == "ready"
+            assert started.health.restarts == len(scripted.started) - 1 >= 5
+            assert all(actor_group.closed for actor_group in scripted.started[:-1])
+
+    async def until_failed_each(act: Callable[[], None]) -> None:
+        for seen in itertools.count(1):
+            while len(scripted.started) == seen:
+                await asyncio.sleep(0)
+            act()
+
+    run(main())
+
+
+@pytest.mark.parametrize("deadly", [{4: 0}, {4: 7}, {4: 5, 1: 5}, {4: 6, 1: 5}, {4: 0, 1: 9}], ids=str)
+def test_a_request_that_ends_its_ranks_every_time_ends_alone(scripted: type[Scripted], deadly: dict[int, int]) -> None:
+    """As many restarts as are allowed for all go by for each of them, and count as one."""
+    scripted.deadly = deadly
+
+    async def main() -> None:
+        async with serving(max_restarts=3) as started:
+            asked = [asyncio.create_task(tokens_of(started, seed, 20 + seed)) for seed in range(7)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            for seed, answer in enumerate(answers):
+                if seed in deadly:
+                    assert isinstance(answer, RequestEndsRanks)
+                    assert str(answer).startswith(
+                        "this request has ended its ranks 3 times, the last time as the only "
+                    )
+                    assert str(answer).endswith("suspect: rank 1 on nowhere died: of the script")
+                else:
+                    assert answer == [of_script(seed, 20 + seed)]
+            assert started.health.state == "ready"
+            assert started.health.restarts == 3 * len(deadly)
+            assert len(started._failures) == len(deadly)
+            assert started.stats().num_live == 0
+
+    run(main())
+
+
+def test_a_request_that_ended_its_ranks_is_refused_when_it_comes_again(scripted: type[Scripted]) -> None:
+    """Clients try again by themselves, also at the same time."""
+    scripted.deadly = {4: 3}
+
+    async def main() -> None:
+        async with serving(max_restarts=3, restart_window=1.0) as started:
+            answers = await asyncio.gather(*(tokens_of(started, 4, 20) for _ in range(3)), return_exceptions=True)
+            assert all(isinstance(answer, RequestEndsRanks) for answer in answers)
+            with pytest.raises(RequestEndsRanks, match="not long ago"):
+                await tokens_of(started, 4, 20)
+            assert started.health.restarts == 3
+            assert await tokens_of(started, 4, 3) == [of_script(4, 3)], "it is not the same request"
+            await asyncio.sleep(1.0)
+            scripted.deadly.clear()
+            scripted.started[-1].deadly = {}
+            assert await tokens_of(started, 4, 20) == [of_script(4, 20)]
+
+    run(main())
+
+
+def test_one_deadly_output_of_several(scripted: type[Scripted]) -> None:
+    scripted.deadly = {5: 6}
+
+    async def main() -> None:
+        async with serving(max_restarts=3) as started:
+            others = asyncio.create_task(tokens_of(started, 1, 30))
+            with pytest.raises(RequestEndsRanks):
+                await tokens_of(started, 3, 20, n=4)
+            assert await others == [of_script(1, 30)]
+            assert started.health.restarts == 3
+
+    run(main())
+
+
+def test_a_suspect_that_leaves_makes_room_for_the_next(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        async with serving(max_restarts=9) as started:
+            scripted.deadly = dict.fromkeys(range(5), 4)
+            asked = [asyncio.create_task(tokens_of(started, seed, 30)) for seed in range(5)]
+            await until(lambda: started._suspects.waiting)
+            scripted.deadly = {}
+            asked[4].cancel()
+            assert await asyncio.gather(*asked[:4]) == [[of_script(seed, 30)] for seed in range(4)]
+            assert not started._suspects.waiting
+
+    run(main())
+
+
+def test_too_many_restarts_end_it_with_the_reason(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        async with serving(max_restarts=2) as started:
+            scripted.starting = refusing(RankFailed("rank 0 dies at every start"))
+            waiting = [asyncio.create_task(tokens_of(started, seed, 50)) for seed in range(4)]
+            await until(lambda: len(started.stats().ranks) and started.stats().num_live == 4)
+            scripted.started[0].steps_left = 3
+            results = await asyncio.gather(*waiting, return_exceptions=True)
+            reasons = {str(r) for r in results if isinstance(r, EngineFailed)}
+            assert len(results) == 4
+            assert reasons == {"rank 0 dies at every start; given up after 2 restarts within 600 s"}
+            assert started.health.state == "failed"
+            assert {started.health.reason} == reasons
+            with pytest.raises(EngineFailed, match=r"^rank 0 dies at every start; given up"):
+                await tokens_of(started, 1, 2)
+            assert started.stats().num_live == 0
+
+    run(main())
+
+
+def test_a_start_that_cannot_succeed_is_not_tried_again(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        async with serving(max_restarts=9) as started:
+            scripted.starting = refusing(PlacementError("no room for 2 ranks"))
+            scripted.started[0].steps_left = 3
+            with pytest.raises(EngineFailed, match="no room for 2 ranks; before, rank 1 on nowhere died"):
+                await tokens_of(started, 1, 50)
+            assert started.health.restarts == 1
+
+    run(main())
+
+
+def test_failures_outside_of_the_window_are_forgotten(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        async with serving(max_restarts=1, restart_window=0.05) as started:
+            for _ in range(3):
+                scripted.started[-1].steps_left = 1
+                assert await tokens_of(started, 3, 5) == [of_script(3, 5)]
+                await asyncio.sleep(0.06)
+            assert started.health.restarts == 3
+
+    run(main())
+
+
+def test_requests_that_come_during_recovery_wait(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        may_start = threading.Event()
+        async with serving() as started:
+            scripted.starting = may_start.wait  # type: ignore[assignment]
+            scripted.started[0].steps_left = 4
+            first = asyncio.create_task(tokens_of(started, 1, 20))
+            await until(lambda: started.health.state == "recovering")
+            assert "rank 1 on nowhere died" in started.health.reason
+            assert started.stats().ranks[0].state == "ended"
+            second = asyncio.create_task(tokens_of(started, 2, 20))
+            left = started.generate("In the", SamplingParams(seed=4, max_tokens=20))
+            third = asyncio.create_task(anext(left))
+            await asyncio.sleep(0.05)
+            third.cancel()
+            assert not second.done()
+            may_start.set()
+            assert await first == [of_script(1, 20)]
+            assert await second == [of_script(2, 20)]
+            await left.aclose()
+            await until(lambda: not scripted.started[-1].live)
+
+    run(main())
+
+
+def test_the_failure_of_one_text_ends_one_output(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    push = Stream.push
+
+    def breaks(self: Stream, token: int, *rest: Any) -> bool:
+        if self.request.params.seed == 3 and len(self.output.token_ids) == 5:
+            raise Exception("of the tokenizer's own")
+        return push(self, token, *rest)
+
+    monkeypatch.setattr(Stream, "push", breaks)
+
+    async def main() -> None:
+        async with serving() as started:
+            gathered = Gathered()
+            params = [
+                SamplingParams(seed=seed, max_tokens=40, n=2) for seed in (0, 2)
+            ]  # of the second, output 1 breaks
+            await asyncio.gather(*(gathered.listen(started, i, "In the", own) for i, own in enumerate(params)))
+            broken = gathered.outputs.pop((1, 1))
+            assert (broken.finish_reason, broken.token_ids) == ("abort", of_script(3, 5))
+            assert "Exception: of the tokenizer's own" in str(broken.stop_reason)
+            for (number, index), output in gathered.outputs.items():
+                assert output.token_ids == of_script(2 * number + index, 40)
+            assert started.health.restarts == 0
+            assert len(scripted.started[0].cancelled) == 1
+
+    run(main())
+
+
+def test_leaving_cancels_within_a_step(scripted: type[Scripted]) -> None:
+    scripted.step_s = 0.02
+
+    async def main() -> None:
+        async with serving() as started:
+            actor_group = scripted.started[0]
+            stream = started.generate("In the", SamplingParams(seed=1, max_tokens=1000, n=3))
+            await anext(stream)
+            assert len(actor_group.live) == 3
+            await stream.aclose()
+            steps = actor_group.stats.steps
+            await until(lambda: not actor_group.live)
+            assert actor_group.stats.steps <= steps + 2, "the step on its way, and one that had begun meanwhile"
+            task = asyncio.create_task(tokens_of(started, 1, 1000))
+            await until(lambda: actor_group.live)
+            task.cancel()
+            await until(lambda: not actor_group.live)
+            assert started.stats().num_live == 0
+
+    run(main())
+
+
+def test_a_slow_reader_holds_up_nobody(scripted: type[Scripted]) -> None:
+    scripted.step_s = 0.0
+
+    async def main() -> None:
+        async with serving() as started:
+            slow = started.generate("In the", SamplingParams(seed=1, max_tokens=300))
+            got = (await anext(slow)).token_ids
+            assert await tokens_of(started, 2, 1000) == [of_script(2, 1000)]
+            assert not scripted.started[0].live, "the slow one's tokens came in the same steps"
+            async for event in slow:
+                got += event.token_ids
+            assert got == of_script(1, 300)
+
+    run(main())
+
+
+def test_events_that_wait_are_joined() -> None:
+    def event(index: int, *tokens: int, last: bool = False) -> Event:
+        logprobs = [{token: Logprob(-1.0 * token, 1, str(token))} for token in tokens]
+        text = "".join(map(str, tokens))
+        return Event(index, text, list(tokens), logprobs, "stop" if last else None, 7 if last else None, [1], 0)
+
+    async def main() -> None:
+        listener = Listener(Generation(0, None, [1]))
+        for news in (event(1, 5), event(0, 6), event(1, 7, 8), EngineFailed("gone"), event(1, 9, last=True)):
+            listener.put(news)
+        assert await listener.get() == [event(1, 5, 7, 8, 9, last=True), event(0, 6)]
+        with pytest.raises(EngineFailed, match="gone"):
+            await listener.get()
+        waiting = asyncio.create_task((other := Listener(Generation(0, None, [1]))).get())
+        await asyncio.sleep(0)
+        other.put(event(0, 3))
+        assert await waiting == [event(0, 3)]
+
+    run(main())
+
+
+def test_one_wakeup_a_step(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        calls: list[Any] = []
+        original = loop.call_soon_threadsafe
+
+        def counted(callback: Any, *arguments: Any, **options: Any) -> Any:
+            calls.append(callback)
+            return original(callback, *arguments, **options)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[assignment, method-assign]
+        async with serving() as started:
+            await asyncio.gather(*(tokens_of(started, seed, 50) for seed in range(20)))
+            events = sum(callback is async_engine._put for callback in calls)
+            assert events <= scripted.started[0].stats.steps < 20 * 50
+
+    run(main())
+
+
+def test_drain_waits_for_what_is_live_and_takes_nothing_new(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        async with serving() as started:
+            short, long = (asyncio.create_task(tokens_of(started, 1, number)) for number in (60, 1500))
+            gathered = Gathered()
+            await until(lambda: len(scripted.started[0].live) == 2)
+            closing = asyncio.create_task(started.close(drain_timeout=1.0))
+            await until(lambda: started.health.state == "draining")
+            with pytest.raises(EngineFailed, match="the service ends"):
+                await gathered.listen(started, 0, "In the", SamplingParams(max_tokens=2))
+            assert await short == [of_script(1, 60)]
+            (cut,) = await long
+            assert cut == of_script(1, len(cut))
+            assert 60 < len(cut) < 1500
+            await asyncio.gather(closing, started.close())
+            assert scripted.started[0].closed
+            with pytest.raises(EngineFailed, match="the service ends"):
+                await tokens_of(started, 1, 2)
+
+    run(main())
+
+
+def test_what_is_cut_off_says_why(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        async with serving() as started:
+            gathered = Gathered()
+            params = SamplingParams(seed=1, max_tokens=1500)
+            listening = asyncio.create_task(gathered.listen(started, 0, "In the", params))
+            await gathered.reaches(3)
+            await started.close()
+            await listening
+            output = gathered.outputs[0, 0]
+            assert (output.finish_reason, output.stop_reason) == ("abort", "the service ends")
+
+    run(main())
+
+
+def test_what_can_never_run_is_refused(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        async with serving() as started:
+            for prompt in ("", [2048], [5] * 2048):
+                with pytest.raises(RequestRefused):
+                    await anext(started.generate(prompt, SamplingParams()))
+            assert not scripted.started[0].live
+            assert started.stats().num_live == 0
+
+    run(main())
+
+
+def test_a_model_that_is_not_there_is_the_users_error() -> None:
+    started = Service(Config(model="/no/such/folder"))
+    with pytest.raises(ValueError, match="model folder /no/such/folder does not exist"):
+        started.start()
+    asyncio.run(started.close())
+
+
+def test_a_resumed_request_is_the_same_request(scripted: type[Scripted]) -> None:
+    frontend = Frontend(Scripted(), Tokenizer(Path(DEMO_MODEL)), [1])
+    generation = frontend.prepare([5, 6, 7], SamplingParams(seed=3, max_tokens=20, min_tokens=4))
+    stream = generation.sequences[0]
+    stream.push(40, None, None)
+    stream.push(41, None, None)
+    resumed, asked = stream.resumed(), stream.request
+    assert resumed.tokens.tolist() == [5, 6, 7, 40, 41]
+    assert (resumed.uid, resumed.params, resumed.stop_ids) == (asked.uid, asked.params, asked.stop_ids)
+    assert resumed.num_prompt_tokens == 3
+    assert resumed.max_length == asked.max_length == 23
+
+
+# -- the demo model in this process
+
+
+def test_in_process_tokens_are_those_of_generate(undisturbed: list[CompletionOutput]) -> None:
+    async def main() -> None:
+        async with serving() as started:
+            gathered = Gathered()
+            await gathered.all_of(started)
+            gathered.check(undisturbed)
+            stats = started.stats()
+            assert stats.engine.output_tokens >= gathered.num_tokens
+            assert (stats.num_live, stats.running, stats.waiting, stats.kv_usage) == (0, 0, 0, 0)
+            assert [rank.pid for rank in stats.ranks] == [os.getpid()]
+            prompt = [5] * 64
+            first, second = [await anext(started.generate(prompt, SamplingParams())) for _ in range(2)]
+            assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 48)
+            assert started.stats().prefix_hits >= 48
+
+    run(main())
+
+
+def test_an_exception_in_a_step_in_this_process(
+    undisturbed: list[CompletionOutput], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    poll, polls = LocalExecutor.poll, iter(range(10**9))
+
+    def fails(self: LocalExecutor, timeout_s: float) -> list[StepOutput]:
+        if next(polls) in (40, 90):
+            raise FloatingPointError("of a step")
+        return poll(self, timeout_s)
+
+    monkeypatch.setattr(LocalExecutor, "poll", fails)
+
+    async def main() -> None:
+        async with serving() as started:
+            gathered = Gathered()
+            await gathered.all_of(started)
+            gathered.check(undisturbed)
+            assert started.health.restarts == 2
+        assert "FloatingPointError: of a step" in caplog.text
+
+    run(main())
+
+
+def test_the_memory_of_a_failed_runner_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU there is no room for a second one."""
+    runners: list[weakref.ref[Runner]] = []
+    load = executor.load_rank
+
+    def noted(*arguments: Any) -> Runner:
+        gc.collect()
+        assert not any(there() for there in runners)
+        runner = load(*arguments)
+        runners.append(weakref.ref(runner))
+        return runner
+
+    monkeypatch.setattr(executor, "load_rank", noted)
+    logging.disable()  # pytest keeps what is logged, with all that the traceback refers to
+
+    async def main() -> None:
+        async with serving() as started:
+            for _ in range(2):
+                local = started._frontend.executor
+                assert isinstance(local, LocalExecutor)
+                local._engine.runner.launch = lambda plan: [].pop()  # type: ignore[method-assign]
+                del local
+                await tokens_of(started, 1, 5)
+            assert started.health.restarts == 2
+            assert len(runners) == 3
+
+    try:
+        run(main())
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def test_a_storm_of_readers_that_leave() -> None:
+    chance = random.Random(5)
+
+    async def main() -> None:
+        async with serving() as started:
+
+            async def visit() -> None:
+                await asyncio.sleep(chance.random())
+                params = SamplingParams(n=chance.choice([1, 1, 2]), max_tokens=chance.choice([2, 40]), ignore_eos=True)
+                stay = chance.randrange(6)
+                async with aclosing(started.generate([5] * chance.randrange(1, 60), params)) as events:
+                    async for _ in events:
+                        stay -= 1
+                        if stay < 0:
+                            break
+
+            async def hurried() -> None:
+                listening = Gathered().listen(started, 0, "In the", SamplingParams(max_tokens=1900, ignore_eos=True))
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(listening, chance.random())
+
+            await asyncio.gather(*(visit() for _ in range(150)), *(hurried() for _ in range(50)))
+            await until(lambda: started.stats().num_live == 0)
+            gathered = Gathered()
+            await gathered.listen(started, 0, *WORK[0])
+            assert started.health.restarts == 0
+            local = started._frontend.executor
+            assert isinstance(local, LocalExecutor)
+            assert local._engine.scheduler.pages.num_available == SMALL["num_pages"]
+            await until(lambda: not started._listeners)
+            assert not started._active
+
+    run(main())
+
+
+def held() -> tuple[int, int]:
+    """Descriptors and threads of this process."""
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def test_starting_and_stopping_leaves_nothing() -> None:
+    async def once() -> None:
+        async with serving() as started:
+            await tokens_of(started, 1, 3)
+
+    run(once())  # what is imported and made once
+    time.sleep(0.2)  # a thread that was joined is still there for a moment
+    before = held()
+    for _ in range(5):
+        run(once())
+        deadline = time.monotonic() + 2
+        while held() != before and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert held() == before
+
+
+# -- on Ray
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """Ray with room for two ranks; the mark of its processes."""
+    mark = os.environ[MARK] = os.urandom(16).hex()
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        logging_level="ERROR",
+        log_to_driver=False,
+    )
+    yield mark
+    ray.shutdown()
+    left = left_after(15, mark)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def left_after(timeout_s: float, mark: str, title: str = "") -> list[int]:
+    """What is still `marked` after at most timeout_s: Ray needs a moment to end what it was told to end."""
+    deadline = time.monotonic() + timeout_s
+    while (left := marked(mark, title)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def test_a_rank_says_where_it_is() -> None:
+    place = Endpoint(1, "node7", "10.0.0.7", "eth0", 42, ["3"], "", Address("", b""), 0)
+    assert str(place) == "rank 1 on node7 (10.0.0.7), GPU 3, pid 42"
+    assert str(replace(place, gpus=[])) == "rank 1 on node7 (10.0.0.7), pid 42"
+
+
+TWO = Config(tensor_parallel_size=2, step_timeout=2, **SMALL)
+
+
+def pids(started: Service) -> list[int]:
+    return [rank.pid for rank in started.stats().ranks]
+
+
+@pytest.mark.parametrize("rank", [0, 1], ids=["leader", "follower"])
+def test_nobody_notices_that_a_rank_was_killed(cluster: str, undisturbed: list[CompletionOutput], rank: int) -> None:
+    async def main() -> None:
+        async with serving(TWO) as started:
+            gathered = Gathered()
+            working = asyncio.create_task(gathered.all_of(started))
+            await gathered.reaches(200)
+            victims = pids(started)
+            os.kill(victims[rank], signal.SIGKILL)
+            killed = time.monotonic()
+            await until(lambda: started.health.state == "recovering")
+            assert time.monotonic() - killed < 5
+            assert f"rank {rank} on {os.uname().nodename}" in started.health.reason
+            assert f"pid {victims[rank]} died: " in started.health.reason
+            await working
+            gathered.check(undisturbed)
+            assert (started.health.state, started.health.restarts) == ("ready", 1)
+            assert not set(pids(started)) & set(victims)
+            assert started.stats().engine.output_tokens >= gathered.num_tokens
+        assert not left_after(5, cluster, "ray::Worker")
+
+    run(main())
+
+
+def test_the_new_ranks_are_killed_as_well(cluster: str, undisturbed: list[CompletionOutput]) -> None:
+    async def main() -> None:
+        async with serving(TWO) as started:
+            gathered = Gathered()
+            working = asyncio.create_task(gathered.all_of(started))
+            await gathered.reaches(300)
+            before = pids(started)
+            os.kill(before[1], signal.SIGKILL)
+            await until(lambda: started.health.restarts == 1)
+            await until(lambda: set(marked(cluster, "ray::Worker")) - set(before))
+            for pid in set(marked(cluster, "ray::Worker")) - set(before):
+                os.kill(pid, signal.SIGKILL)
+            await working
+            gathered.check(undisturbed)
+            assert (started.health.state, started.health.restarts) == ("ready", 2)
+
+    run(main())
+
+
+def test_a_rank_that_hangs_counts_as_dead(cluster: str, undisturbed: list[CompletionOutput]) -> None:
+    async def main() -> None:
+        async with serving(TWO) as started:
+            gathered = Gathered()
+            working = asyncio.create_task(gathered.all_of(started))
+            await gathered.reaches(200)
+            victims = pids(started)
+            os.kill(victims[1], signal.SIGSTOP)
+            await until(lambda: started.health.state == "recovering")
+            assert "longer than 2 s" in started.health.reason
+            assert f"no word from rank 1 on {os.uname().nodename}" in started.health.reason
+            await working
+            gathered.check(undisturbed)
+            assert not set(victims) & set(marked(cluster))
+
+    run(main())
+
+
+def failing_once(flag: Path) -> type[Worker]:
+    """A Worker whose follower raises in its 30th step, unless one has done so before; it travels by value."""
+
+    def allocate(self: Worker, limits: Limits) -> dict[str, float]:
+        phases = Worker.allocate(self, limits)
+        launch, calls = self._runner.launch, []
+
+        def fails(plan: Any) -> Any:
+            calls.append(plan)
+            if self.rank == 1 and len(calls) == 30 and not flag.exists():
+                flag.touch()
+                print("the follower's last words", file=sys.stderr, flush=True)
+                return [].pop()
+            return launch(plan)
+
+        self._runner.launch = fails  # type: ignore[method-assign]
+        return phases
+
+    return type("FailingWorker", (Worker,), {"allocate": allocate})
+
+
+def test_an_exception_in_forward(
+    cluster: str,
+    undisturbed: list[CompletionOutput],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(actor_group, "Worker", failing_once(tmp_path / "failed"))
+
+    async def main() -> None:
+        async with serving(TWO) as started:
+            gathered = Gathered()
+            await gathered.all_of(started)
+            gathered.check(undisturbed)
+            assert started.health.restarts == 1
+        assert "failed: IndexError: pop from empty list" in caplog.text
+        assert "the follower's last words" in caplog.text
+
+    run(main())
+
+
+DEADLY = SamplingParams(seed=666, max_tokens=40, ignore_eos=True)
+DEADLY_TOKEN = 20
+
+
+def dying_at_a_token() -> type[Worker]:
+    """A Worker whose follower is killed when it computes with a certain token of DEADLY."""
+
+    def allocate(self: Worker, limits: Limits) -> dict[str, float]:
+        phases = Worker.allocate(self, limits)
+        launch, deadly = self._runner.launch, {}  # slot -> position
+
+        def dies(plan: Any) -> Any:
+            for admission in plan.admitted:
+                deadly.pop(admission.slot, None)
+                if admission.params.seed == DEADLY.seed:
+                    deadly[admission.slot] = admission.num_prompt_tokens + DEADLY_TOKEN
+            for slot, first, number in zip(plan.slots.tolist(), plan.starts, plan.counts, strict=True):
+                if self.rank == 1 and slot in deadly and first <= deadly[slot] < first + number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return launch(plan)
+
+        self._runner.launch = dies  # type: ignore[method-assign]
+        return phases
+
+    return type("DyingWorker", (Worker,), {"allocate": allocate})
+
+
+def test_a_request_that_kills_a_rank_every_time(
+    cluster: str, undisturbed: list[CompletionOutput], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor_group, "Worker", dying_at_a_token())
+
+    async def main() -> None:
+        async with serving(TWO, max_restarts=3) as started:
+            gathered = Gathered()
+            others = asyncio.create_task(gathered.all_of(started))
+            with pytest.raises(RequestEndsRanks, match=r"ranks 3 times, .* suspect: rank 1 on .* died: "):
+                await gathered.listen(started, 99, "In the beginning", DEADLY)
+            deadly = gathered.outputs.pop((99, 0))
+            assert DEADLY_TOKEN <= len(deadly.token_ids) <= DEADLY_TOKEN + 1
+            await others
+            gathered.check(undisturbed)
+            assert started.health.state == "ready"
+            assert started.health.restarts <= 4, "a token more or less may have been on its way"
+
+    run(main())
+
+
+def test_a_rank_that_dies_while_nothing_runs_is_replaced_before_it_is_missed(cluster: str) -> None:
+    async def main() -> None:
+        async with serving(TWO, max_restarts=1) as started:
+            assert isinstance(started._frontend.executor, RayExecutor)
+            await asyncio.sleep(0.3)
+            os.kill(pids(started)[0], signal.SIGKILL)
+            await until(lambda: started.health.restarts == 1 and started.health.state == "ready")
+            assert len((await tokens_of(started, 1, 5))[0]) <= 5
+            os.kill(pids(started)[1], signal.SIGKILL)
+            await until(lambda: started.health.state == "failed")
+            with pytest.raises(EngineFailed, match=r"rank 1 on .* died: .*; given up after 1 restarts within 600 s"):
+                await tokens_of(started, 1, 5)
+            assert not left_after(5, cluster, "ray::Worker")
+
+    run(main())
+
+
+def test_closing_does_not_wait_for_a_recovery(cluster: str) -> None:
+    async def main() -> None:
+        async with serving(TWO) as started:
+            task = asyncio.create_task(tokens_of(started, 1, 1500))
+            await until(lambda: started.stats().running)
+            os.kill(pids(started)[0], signal.SIGKILL)
+            await until(lambda: started.health.restarts == 1)
+            await started.close()
+            assert len(await task) == 1
+        assert not left_after(5, cluster, "ray::Worker")
+
+    run(main())
+
+
+def test_starting_and_stopping_ray_leaves_nothing() -> None:
+    """In a process of its own. Not counted: a log file and a dead socket that Ray leaves open each time, and the
+    threads of gRPC's pools, which grow and shrink with load."""
+    program = f"""
+import asyncio, contextlib, gc, os
+from lockstep.launch.service import Service
+from lockstep.runtime.config import Config
+from lockstep.runtime.request import SamplingParams
+
+async def once():
+    service = Service(Config(tensor_parallel_size=2, **{SMALL}))
+    service.start()
+    async for _ in service.generate("In the", SamplingParams(max_tokens=3)):
+        pass
+    await service.close()
+
+def ours(descriptor):
+    link = os.readlink(f"/proc/self/fd/{{descriptor}}")
+    known = [line for name in ("tcp", "tcp6", "unix") for line in open(f"/proc/net/{{name}}")]
+    alive = not link.startswith("socket:") or any(link[8:-1] in line.split() for line in known)
+    return alive and "/session_" not in link
+
+def threads():
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/self/task/{{task}}/comm") as comm:
+            names.append(comm.read().strip())
+    grpc = ("event_engine", "grpc_", "default-executo", "resolver-execut", "timer_manager")
+    return sorted(name for name in names if not name.startswith(grpc))
+
+for _ in range(3):
+    asyncio.run(once())
+    gc.collect()
+    with os.scandir("/proc/self/fd") as found:
+        names = [entry.name for entry in found]
+    descriptors = [name for name in names if os.path.lexists(f"/proc/self/fd/{{name}}") and ours(name)]
+    shared = [name for name in os.listdir("/dev/shm") if "ray" in name or "plasma" in name]
+    print(len(descriptors), threads(), len(shared), flush=True)
+"""
+    mark = os.urandom(16).hex()
+    environment = {**os.environ, MARK: mark}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    counts = done.stdout.splitlines()
+    assert len(counts) == 3
+    assert len(set(counts[1:])) == 1, counts
+    assert not left_after(5, mark)

@@ -1,0 +1,229 @@
+"""Replicas under Ray Serve: where a request goes, and that the tokens are one rank's whatever happens to a replica."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from lockstep import LLM, SamplingParams
+from lockstep.launch.replicas.affinity import Affinity
+from lockstep.launch.server.server_config import ServerConfig
+from lockstep.runtime.outputs import RequestOutput
+
+from nodes import until
+from processes import MARK, marked
+
+pytest.importorskip("grpc", reason="needs lockstep[serve]")
+
+SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
+PROMPTS = ["In the beginning", "And the LORD spake unto Moses, saying,", "Blessed is", "The sons of", "The king"]
+LONG = 250  # tokens
+QUEUED = 8  # more than are asked at once: who has no token yet counts as queued
+
+
+def test_the_longest_prefix_is_that_of_brute_force() -> None:
+    """Against the prompts themselves, with caches that forget nothing."""
+    draw = random.Random(1)
+    affinity, sent = Affinity(page_size=4, num_pages=10_000), dict[str, list[list[int]]]()
+    for _ in range(300):
+        prompt = [draw.randrange(2) for _ in range(draw.randrange(40))]
+        replica = draw.choice("abc")
+        for other in "abc":
+            known = [common(prompt, old) // 4 * 4 for old in sent.get(other, [])]
+            assert affinity.matched(np.array(prompt, np.int32), other) == max(known, default=0)
+        affinity.sent(np.array(prompt, np.int32), replica)
+        sent.setdefault(replica, []).append(prompt)
+    affinity.keep("ac")
+    assert affinity.matched(np.array(sent["b"][-1], np.int32), "b") == 0
+
+
+def common(a: list[int], b: list[int]) -> int:
+    """How many tokens both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def test_no_more_pages_are_remembered_than_the_cache_holds() -> None:
+    affinity = Affinity(page_size=2, num_pages=3)
+    old, new = np.arange(8, dtype=np.int32), np.arange(100, 104, dtype=np.int32)
+    affinity.sent(old, "a")
+    assert affinity.matched(old, "a") == 6, "of four pages the last one is forgotten: it is used least"
+    affinity.sent(new, "a")
+    assert affinity.matched(new, "a") == 4
+    assert affinity.matched(old, "a") == 2
+    assert isinstance(affinity._pages["a"], OrderedDict)
+
+
+class Server:
+    """`lockstep serve --replicas 2`, its processes known by a mark."""
+
+    def __init__(self, log: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        self.log = log
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+        program = "from lockstep.launch.cli.main import main; main()"
+        command = [sys.executable, "-c", program, "serve", "--replicas=2", "--port=0", f"--max-queued={QUEUED}", *flags]
+        environment = {**os.environ, MARK: self.mark}
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True)
+        assert until(120, lambda: "http://" in self.said() or self.process.poll() is not None)
+        assert self.process.poll() is None, self.said()
+        self.url = self.said().rpartition(" on ")[2].split()[0]
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def stats(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.http.get("/stats").json()
+        return found
+
+    def live(self) -> int:
+        stats = self.stats()  # once: between two readings a request may begin
+        return int(stats["running"] + stats["waiting"])
+
+    def ranks(self) -> list[int]:
+        return [rank["pid"] for rank in self.stats()["ranks"]]
+
+    def marked(self, title: str = "") -> list[int]:
+        return list(marked(self.mark, title))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    started = Server(tmp_path_factory.mktemp("fleet") / "log")
+    try:
+        yield started
+        started.process.terminate()
+        assert started.process.wait(60) == 0
+        assert until(20, lambda: not started.marked())
+    finally:
+        for pid in started.marked():
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[str]:
+    """What one rank makes of the prompts, greedily."""
+    with LLM(**SMALL) as llm:
+        params = SamplingParams(temperature=0, max_tokens=LONG, ignore_eos=True)
+        results: list[RequestOutput] = llm.generate(PROMPTS, params, use_tqdm=False)
+    return [result.outputs[0].text for result in results]
+
+
+async def stream(url: str, prompt: str, got: list[str]) -> None:
+    body = {"prompt": prompt, "max_tokens": LONG, "temperature": 0, "ignore_eos": True, "stream": True}
+    async with (
+        httpx.AsyncClient(base_url=url, timeout=120) as client,
+        client.stream("POST", "/v1/completions", json=body) as response,
+    ):
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                got.append(httpx.Response(200, text=line[6:]).json()["choices"][0]["text"])
+
+
+def test_both_replicas_serve_with_the_tokens_of_one_rank(server: Server, undisturbed: list[str]) -> None:
+    assert len(server.ranks()) == 2
+    got: list[list[str]] = [[] for _ in PROMPTS]
+
+    async def main() -> None:
+        await asyncio.gather(*(stream(server.url, prompt, own) for prompt, own in zip(PROMPTS, got, strict=True)))
+
+    asyncio.run(main())
+    assert ["".join(own) for own in got] == undisturbed
+    assert min(map(len, got)) > 20, "tokens came one by one"
+
+
+def test_a_prompt_goes_where_its_prefix_is(server: Server) -> None:
+    """Each of several long prefixes comes again and again, and is computed once."""
+    stories = [f"{name} " * 40 for name in ("Moses", "Aaron", "David", "Esther")]
+    cached = 0
+    for turn in range(3):
+        for story in stories:
+            body = {"prompt": story + "x" * turn, "max_tokens": 1, "temperature": 0}
+            usage = server.http.post("/v1/completions", json=body).json()["usage"]
+            if turn:
+                cached += usage["prompt_tokens_details"]["cached_tokens"] >= usage["prompt_tokens"] // 16 * 16 - 32
+    assert cached == 2 * len(stories)
+
+
+def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
+    body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": 4}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()  # which ends the response when it is collected
+        next(lines)
+        assert server.live() == 4
+    assert until(10, lambda: server.live() == 0)
+    steps = server.stats()["steps"]
+    time.sleep(0.5)
+    assert server.stats()["steps"] <= steps + 1, "the ranks have stopped as well"
+
+
+def test_more_than_the_queue_holds_is_refused(server: Server) -> None:
+    at_once = 2 * SMALL["max_num_seqs"]
+    body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": at_once}
+    with server.http.stream("POST", "/v1/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        more = {"prompt": [PROMPTS[0]] * (QUEUED + 1), "max_tokens": 2}
+        response = server.http.post("/v1/completions", json=more)
+        assert response.status_code == 429
+        assert response.headers["retry-after"]
+    more["prompt"] = [PROMPTS[0]] * (at_once + QUEUED)
+    assert until(10, lambda: server.live() == 0)
+    assert len(server.http.post("/v1/completions", json=more).json()["choices"]) == at_once + QUEUED
+
+
+def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(server: Server, undisturbed: list[str]) -> None:
+    """First the ranks of one, then the replica itself of another."""
+    for find in (server.ranks, lambda: server.marked("ServeReplica")):
+        before, victims = set(server.ranks()), find()[:1]
+        got: list[list[str]] = [[] for _ in PROMPTS]
+
+        async def main(victims: list[int], got: list[list[str]]) -> None:
+            tasks = [
+                asyncio.create_task(stream(server.url, prompt, own)) for prompt, own in zip(PROMPTS, got, strict=True)
+            ]
+            while min(map(len, got)) < 10:
+                await asyncio.sleep(0.01)
+                assert not any(task.done() and task.exception() for task in tasks), "a stream has failed"
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.gather(*tasks)
+
+        asyncio.run(main(victims, got))
+        assert ["".join(own) for own in got] == undisturbed
+        assert until(60, lambda: len(set(server.ranks()) - before) == 1), server.said()  # noqa: B023
+        assert server.http.get("/health").status_code == 200
+    assert "requests go on elsewhere" in server.said()
+
+
+def test_nothing_outlives_a_front_end_that_was_killed(tmp_path: Path) -> None:
+    started = Server(tmp_path / "log")
+    try:
+        started.process.kill()
+        started.process.wait(10)
+        assert until(30, lambda: not started.marked("Worker.run") and not started.marked("ServeReplica"))
+    finally:
+        for pid in started.marked():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_replicas_are_an_option_of_the_server() -> None:
+    assert ServerConfig().replicas == 1
+    with pytest.raises(ValueError, match="replicas=0 must be at least 1"):
+        ServerConfig(replicas=0)

@@ -1,0 +1,282 @@
+"""The page in headless Chromium, on `lockstep serve` with the demo model: what it says is what the API says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import pytest
+from test_server import KEY, Running, fake, run, tokenizer, wait_until  # noqa: F401 - fixtures
+
+pytest.importorskip("websockets", reason="the tests of the page need websockets: pip install lockstep[test]")
+from browser import PROGRAM, Browser, chromium
+
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="the tests of the page need chromium")
+SERVE = ["serve", "--device=cpu", "--port=0", "--num-pages=2048", "--max-num-seqs=4", "--served-model-name=demo"]
+QUESTION = "Who was Moses?"
+# Notes what the page reads of /stats and when: rates are then worked out from what it had, not from a clock here.
+RECORD = """
+window.seen = [];
+const json = Response.prototype.json;
+Response.prototype.json = async function () {
+  const body = await json.call(this);
+  if (this.url.endsWith("/stats")) window.seen.push({ ...body, at: performance.now() });
+  return body;
+};
+"""
+# Every text that the last turn had, one after the other.
+WATCH = """
+window.texts = [];
+new MutationObserver(() => {
+  const text = document.querySelector("#conversation").lastChild?.textContent;
+  if (text && text !== window.texts.at(-1)) window.texts.push(text);
+}).observe(document.querySelector("#conversation"), { childList: true, subtree: true, characterData: true });
+"""
+ROWS = "[...document.querySelectorAll('TABLE tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
+IDLE = "document.querySelector('#stop').hidden && document.querySelectorAll('.turn').length > 1"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """URL and pid."""
+    log = tmp_path_factory.mktemp("serve") / "log"
+    environment = {name: value for name, value in os.environ.items() if name != "LOCKSTEP_API_KEY"}
+    command = [sys.executable, "-u", "-c", "from lockstep.launch.cli.main import main; main()", *SERVE]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+    try:
+        wait_until(lambda: "on http://" in log.read_text() or process.poll() is not None, 60)
+        found = re.search(r"on (http://\S+)", log.read_text())
+        assert found, log.read_text()
+        yield found[1], process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        browser.call("Page.addScriptToEvaluateOnNewDocument", source=RECORD)
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, server: tuple[str, int]) -> Iterator[Browser]:
+    """Opened anew and without parameters; at the end it must not have complained, nor asked anybody else."""
+    browser.open(server[0])
+    browser.wait("document.querySelector('#model').textContent === 'demo'")
+    yield browser
+    assert browser.complaints() == []
+    outside = [r["url"] for r in browser.requests() if not r["url"].startswith((server[0], "data:"))]
+    assert outside == []
+
+
+def choose(page: Browser, **parameters: object) -> None:
+    for name, value in parameters.items():
+        page.type(f"input[name={name}]", str(value))
+
+
+def ask(page: Browser, question: str = QUESTION) -> None:
+    page.type("#question", question)
+    page.click("#send")
+
+
+def turns(page: Browser) -> list[tuple[str, str]]:
+    script = "[...document.querySelectorAll('.turn')].map((turn) => [turn.dataset.role, turn.textContent])"
+    return [tuple(turn) for turn in page.evaluate(script)]
+
+
+def sent(page: Browser) -> dict[str, Any]:
+    """The body of the last question."""
+    return dict(json.loads(page.requests("/v1/chat/completions")[-1]["postData"]))
+
+
+def reply(url: str, messages: list[dict[str, str]], **parameters: Any) -> str:
+    """Of the API, to the same question."""
+    answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages, **parameters}, timeout=60)
+    return str(answer.raise_for_status().json()["choices"][0]["message"]["content"])
+
+
+def gauges(url: str) -> dict[str, float]:
+    text = httpx.get(f"{url}/metrics").text
+    return {name: float(value) for name, value in re.findall(r"^lockstep:(\w+)\{\S*\} (\S+)$", text, re.M)}
+
+
+def test_an_answer_streams_and_a_conversation_goes_on(page: Browser, server: tuple[str, int]) -> None:
+    choose(page, temperature=0, max_tokens=60)
+    page.evaluate(WATCH)
+    page.type("#question", QUESTION)
+    page.press("Enter")
+    page.wait(IDLE)
+    said = [{"role": "user", "content": QUESTION}]
+    first = reply(server[0], said, temperature=0, max_tokens=60)
+    assert turns(page) == [("you", QUESTION), ("demo", first)]
+    texts = [text for text in page.evaluate("window.texts") if text != QUESTION]
+    assert len(texts) > 5, "it came in pieces"
+    assert all(after.startswith(before) for before, after in pairwise(texts))
+    said += [{"role": "assistant", "content": first}, {"role": "user", "content": "And <b>who</b> was Aaron?"}]
+    ask(page, "And <b>who</b> was Aaron?")
+    page.wait("document.querySelectorAll('.turn').length === 4 && document.querySelector('#stop').hidden")
+    assert sent(page)["messages"] == said
+    assert turns(page)[2:] == [
+        ("you", "And <b>who</b> was Aaron?"),
+        ("demo", reply(server[0], said, temperature=0, max_tokens=60)),
+    ]
+
+
+def test_parameters_reach_the_request(page: Browser, server: tuple[str, int]) -> None:
+    chosen = {"temperature": 1.3, "top_p": 0.85, "max_tokens": 21, "seed": 7}
+    choose(page, **chosen)
+    ask(page)
+    page.wait(IDLE)
+    messages = [{"role": "user", "content": QUESTION}]
+    assert sent(page) == {"model": "demo", "messages": messages, "stream": True, **chosen}
+    assert turns(page)[1] == ("demo", reply(server[0], messages, **chosen))
+    choose(page, temperature="", top_p="", max_tokens=2, seed="")
+    ask(page)
+    page.wait("document.querySelectorAll('.turn').length === 4 && document.querySelector('#stop').hidden")
+    assert sent(page) == {
+        "model": "demo", "stream": True, "max_tokens": 2,
+        "messages": [*messages, {"role": "assistant", "content": turns(page)[1][1]}, *messages],
+    }  # fmt: skip
+
+
+def test_what_is_not_a_number_is_not_sent(page: Browser) -> None:
+    choose(page, max_tokens="1e")
+    ask(page)
+    page.wait("document.activeElement.name === 'max_tokens'")
+    assert page.requests("/v1/chat/completions") == []
+    assert page.evaluate("document.querySelector('#question').value") == QUESTION
+
+
+def test_stop_ends_the_answer_and_its_work(page: Browser, server: tuple[str, int]) -> None:
+    choose(page, temperature=2, max_tokens=600, seed=1)  # at this temperature it does not come to an end
+    ask(page)
+    page.wait("document.querySelector('.turn:last-child').dataset.role === 'demo' && window.seen.at(-1).running === 1")
+    page.wait("document.querySelector('.turn:last-child').textContent.length > 40")
+    assert gauges(server[0])["num_requests_running"] == 1
+    page.click("#stop")
+    page.wait(IDLE)
+    wait_until(lambda: gauges(server[0])["num_requests_running"] == 0)
+    assert gauges(server[0])["num_requests_waiting"] == 0
+    stopped = turns(page)[1][1]
+    whole = reply(server[0], **{**sent(page), "stream": False})
+    assert whole.startswith(stopped)
+    assert 40 < len(stopped) < len(whole), "what had come stays"
+    choose(page, temperature=0, max_tokens=5)
+    ask(page)
+    page.wait("document.querySelectorAll('.turn').length === 4 && document.querySelector('#stop').hidden")
+    assert sent(page)["messages"][1] == {"role": "assistant", "content": stopped}
+
+
+def test_a_new_conversation_knows_nothing_of_the_old_one(page: Browser, server: tuple[str, int]) -> None:
+    choose(page, temperature=2, max_tokens=600, seed=1)
+    ask(page)
+    page.wait("document.querySelector('.turn:last-child').textContent.length > 40")
+    page.click("#clear")
+    page.wait("document.querySelector('#stop').hidden")
+    assert turns(page) == []
+    wait_until(lambda: gauges(server[0])["num_requests_running"] == 0)
+    choose(page, temperature=0, max_tokens=5)
+    ask(page)
+    page.wait(IDLE)
+    assert sent(page)["messages"] == [{"role": "user", "content": QUESTION}]
+
+
+def shown(stats: dict[str, Any], before: dict[str, Any]) -> dict[str, str]:
+    """What the table must say of these."""
+    seconds = (stats["at"] - before["at"]) / 1000
+    steps = stats["steps"] - before["steps"]
+    return {
+        "running": str(stats["running"]), "waiting": str(stats["waiting"]),
+        "KV cache in use": f"{100 * stats['kv_usage']:.1f} %", "prompt tokens found in it": str(stats["cached_tokens"]),
+        "output tokens/s": f"{(stats['output_tokens'] - before['output_tokens']) / seconds:.0f}",
+        "prompt tokens/s": f"{(stats['prompt_tokens'] - before['prompt_tokens']) / seconds:.0f}",
+        "ms a step": f"{1000 * seconds / steps:.2f}" if steps else "idle",
+        "preemptions": str(stats["preemptions"]), "restarts": str(stats["restarts"]),
+    }  # fmt: skip
+
+
+def agree(page: Browser) -> dict[str, Any]:
+    """The stats that the page read last; its table says the same, numbers within their last digit."""
+    before, stats, rows = page.evaluate(f"[...window.seen.slice(-2), {ROWS.replace('TABLE', '#engine')}]")
+    found, wanted = dict(rows), shown(stats, before)
+    assert found.keys() == wanted.keys()
+    for name, text in wanted.items():
+        numbers = [re.match(r"[\d.]+", t) for t in (found[name], text)]
+        if numbers[0] and numbers[1]:
+            assert float(numbers[0][0]) == pytest.approx(float(numbers[1][0]), rel=0.02, abs=1.01), name
+        else:
+            assert found[name] == text
+    return dict(stats)
+
+
+def test_the_live_view_agrees_with_the_metrics(page: Browser, server: tuple[str, int]) -> None:
+    url, pid = server
+    body = {"prompt": ["In the beginning"] * 6, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()  # kept: the stream closes with it
+        next(lines)
+        page.wait("window.seen.at(-1).running === 4 && window.seen.at(-2)?.running === 4")
+        stats = agree(page)
+        assert page.text("#state") == "ready"
+        metrics = gauges(url)
+        assert (stats["running"], stats["waiting"]) == (4, 2)
+        assert (metrics["num_requests_running"], metrics["num_requests_waiting"]) == (4, 2)
+        assert 0 < stats["kv_usage"] <= metrics["kv_cache_usage_perc"] < 1, "it grows"
+        assert page.evaluate(f"Number({ROWS.replace('TABLE', '#engine')}[4][1])") > 0, "tokens/s"
+    page.wait("window.seen.at(-1).running === 0 && window.seen.at(-1).steps === window.seen.at(-2).steps")
+    stats, metrics = agree(page), gauges(url)
+    for name, metric in {
+        "running": "num_requests_running", "waiting": "num_requests_waiting", "kv_usage": "kv_cache_usage_perc",
+        "cached_tokens": "prefix_cache_hits_total", "steps": "engine_steps_total",
+        "preemptions": "num_preemptions_total", "restarts": "engine_restarts_total",
+    }.items():  # fmt: skip
+        assert stats[name] == metrics[metric], name
+    ((rank, state),) = page.evaluate(ROWS.replace("TABLE", "#ranks"))
+    assert (rank.startswith("0 on "), rank.endswith(f", pid {pid}"), state) == (True, True, "running")
+
+
+def test_a_refusal_is_shown_and_the_question_comes_back(browser: Browser, server: tuple[str, int]) -> None:
+    browser.open(server[0])
+    choose(browser, temperature=9)
+    ask(browser)
+    browser.wait("document.querySelector('.turn.error')")
+    assert "temperature" in turns(browser)[1][1]
+    assert browser.evaluate("document.querySelector('#question').value") == QUESTION
+    choose(browser, temperature=0, max_tokens=3)
+    browser.click("#send")
+    browser.wait("document.querySelectorAll('.turn').length === 4 && document.querySelector('#stop').hidden")
+    assert sent(browser)["messages"] == [{"role": "user", "content": QUESTION}]
+
+
+def test_a_stream_that_is_cut_off_says_so(browser: Browser, run: Callable[..., Running]) -> None:  # noqa: F811
+    running = run()
+    fake(running).step_s = 0.02
+    browser.open(running.url)
+    choose(browser, max_tokens=500)
+    ask(browser)
+    browser.wait("document.querySelector('.turn:last-child').textContent.length > 20")
+    for connection in list(running.server.server_state.connections):
+        connection.loop.call_soon_threadsafe(connection.transport.abort)
+    browser.wait("document.querySelector('.turn.error')")
+
+
+def test_the_key_in_the_address_is_enough(browser: Browser, run: Callable[..., Running]) -> None:  # noqa: F811
+    running = run(api_key=[KEY], served_model_name=["demo"])
+    browser.open(running.url.replace("://", f"://anybody:{KEY}@"))
+    browser.wait("document.querySelector('#model').textContent === 'demo'")
+    choose(browser, max_tokens=3)
+    ask(browser)
+    browser.wait(IDLE)
+    assert turns(browser)[1][1]
+    assert browser.complaints() == []

@@ -1,0 +1,224 @@
+"""Clients that are slow, silent or mad: what they hold is bounded, and given back.
+
+The scripts of the same kind (scripts/soak_*.py) run here for a few seconds; scripts/results/ has what came of long
+runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_server import COMPLETION, Running, error_of, fake, run, tokenizer, wait_until  # noqa: F401 - fixtures
+
+from lockstep.launch.server import http_io, http_protocol
+
+SCRIPTS = Path(__file__).parents[3] / "scripts" / "soak"
+SMALL = ["--device=cpu", "--num-pages=512", "--max-num-seqs=16", "--max-num-batched-tokens=256"]
+
+
+def connect(running: Running, **options: int) -> socket.socket:
+    raw = socket.socket()
+    for name, value in options.items():
+        raw.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
+    raw.settimeout(10)
+    raw.connect(running.port.getsockname())
+    return raw
+
+
+def head_of(body: bytes, path: str = "/v1/completions") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode()
+
+
+def is_closed(raw: socket.socket) -> bool:
+    """Whether the server has closed it, without an answer."""
+    try:
+        return raw.recv(100) == b""
+    except ConnectionResetError:
+        return True
+
+
+BODY = json.dumps({**COMPLETION, "max_tokens": 3}).encode()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET /health HTTP/1.1\r\nx: ", head_of(BODY), head_of(BODY) + BODY[:5]],
+    ids=["nothing", "half a head", "no body", "half a body"],
+)
+def test_a_request_that_does_not_arrive_is_given_up(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, sent: bytes  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.3)
+    running = run()
+    with connect(running) as raw:
+        raw.sendall(sent)
+        assert is_closed(raw)
+    wait_until(lambda: not running.server.server_state.connections)
+
+
+def test_half_a_request_behind_a_whole_one_is_given_up(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.3)
+    running = run()
+    for together in (True, False):
+        with connect(running) as raw:
+            whole, half = head_of(BODY) + BODY, head_of(BODY) + BODY[:5]
+            raw.sendall(whole + half if together else whole)
+            assert raw.recv(20).startswith(b"HTTP/1.1 200")
+            if not together:
+                raw.sendall(half)
+            wait_until(lambda: not running.server.server_state.connections)
+
+
+def test_an_answer_may_take_longer_than_a_request(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.2)
+    monkeypatch.setattr(http_protocol, "ANSWER_S", 0.2)
+    running = run()
+    fake(running).step_s = 0.1
+    for stream in (False, True):
+        answer = running.post("/v1/completions", {**COMPLETION, "max_tokens": 8, "stream": stream})
+        assert answer.status_code == 200
+        assert "length" in answer.text
+
+
+def test_who_never_reads_is_cancelled_and_holds_little(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    monkeypatch.setattr(http_protocol, "ANSWER_S", 0.5)
+    running = run()
+    service = fake(running)
+    body = json.dumps({**COMPLETION, "prompt": [[5] * 400] * 16, "max_tokens": 100, "n": 8, "logprobs": 5,
+                       "stream": True}).encode()  # fmt: skip
+    with connect(running, SO_RCVBUF=4096) as raw:
+        raw.sendall(head_of(body) + body)
+        wait_until(lambda: bool(running.server.server_state.connections) and service.steps > 0)
+        (connection,) = running.server.server_state.connections
+        wait_until(lambda: not running.server.server_state.connections, 30)
+        assert connection.transport.get_write_buffer_size() == 0
+    wait_until(lambda: service.live == 0)
+    assert running.post("/v1/completions", COMPLETION).status_code == 200
+
+
+def test_too_many_connections_are_refused_in_words(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:  # fmt: skip
+    running = run()
+    monkeypatch.setattr(http_protocol, "most_connections", lambda: 3)
+    silent = [connect(running) for _ in range(3)]
+    wait_until(lambda: len(running.server.server_state.connections) == 3)
+    response = running.http.get("/health")
+    assert (response.status_code, error_of(response)["code"]) == (503, "busy")
+    for raw in silent:
+        raw.close()
+    wait_until(lambda: not running.server.server_state.connections)
+    assert running.http.get("/health").status_code == 200
+
+
+def test_the_server_may_open_as_many_files_as_its_process_may() -> None:
+    program = """
+import resource
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
+from lockstep.launch.server.patience import RESERVE, allow_descriptors, most_connections
+assert most_connections() == 300 - RESERVE
+allow_descriptors()
+assert most_connections() == hard - RESERVE
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_bodies_in_memory_are_bounded(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(http_io, "BODIES", 2)
+    running = run(max_body_bytes=100_000)
+    waiting = [connect(running) for _ in range(2)]
+    for raw in waiting:
+        raw.sendall(head_of(b" " * 90_000) + b" " * 89_000)
+    gateway_full = {**COMPLETION, "user": "x" * 50_000}
+    wait_until(lambda: running.post("/v1/completions", gateway_full).status_code == 429)
+    assert error_of(running.post("/v1/completions", gateway_full))["type"] == "rate_limit_error"
+    assert running.post("/v1/completions", COMPLETION).status_code == 200, "a short one still goes"
+    for raw in waiting:
+        raw.close()
+    wait_until(lambda: running.post("/v1/completions", gateway_full).status_code == 200)
+
+
+def test_what_is_no_http_is_refused_in_the_envelope(run: Callable[..., Running]) -> None:  # noqa: F811
+    running = run()
+    for sent in (b"\x16\x03\x01 garbage\r\n\r\n", b"GET / HTTP\r\n\r\n", b"x" * 100_000):
+        with connect(running) as raw:
+            raw.sendall(sent)
+            said = b""
+            while piece := raw.recv(4096):
+                said += piece
+        head, _, body = said.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400")
+        assert json.loads(body)["error"]["code"] == "invalid_request"
+
+
+def script(name: str, *arguments: str) -> dict[str, Any]:
+    """The JSON at the end of a script that must succeed."""
+    command = [sys.executable, str(SCRIPTS / name), *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_streams_under_load_are_what_they_are_alone() -> None:
+    found = script(
+        "soak_server.py", "--streams=24", "--seconds=3", "--requests=8", "--", "--tp=2", *SMALL
+    )  # fmt: skip
+    assert found["streams"] >= 24
+
+
+def test_bad_requests_and_bad_clients() -> None:
+    found = script("soak_nonsense.py", "--requests=650", "--clients=66", "--", *SMALL)
+    assert sum(found["statuses"].values()) == 650
+    assert sum(found["clients"].values()) == 66
+    assert found["after"]["descriptors"] <= found["before"]["descriptors"]
+
+
+def test_starts_and_ends_leave_nothing() -> None:
+    assert script("soak_starts.py", "--times=3", "--patience=15", "--", "--tp=2", *SMALL)["ends"] == 3
+
+
+@pytest.mark.parametrize("phase", ["torch is imported", "Ray's agents are there", "ranks load"])
+def test_signals_at_start_up_leave_nothing(phase: str) -> None:
+    found = script(
+        "soak_starts.py", "--signals", "--twice", "--patience=15", f"--phase={phase}", "--", "--tp=2", *SMALL
+    )
+    assert found["ends"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_generate_imports_torch(number: int) -> None:
+    """Many times, because it used to abort now and then: the signal comes at another place of the import each time."""
+    program = "from lockstep.launch.cli.main import main; main()"
+    for i in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, "generate", "--device=cpu", "--prompt=x"], stderr=subprocess.PIPE, text=True
+        )
+        maps = Path(f"/proc/{process.pid}/maps")
+        while "libtorch_cpu" not in maps.read_text() and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(0.1 * i)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, said
+        assert "Traceback" not in said

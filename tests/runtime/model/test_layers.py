@@ -1,0 +1,329 @@
+"""Layers one by one: n shards add up to the plain formula, attention over pages is attention, rope is transformers'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lockstep.comm.base import CommError, Communicator
+from lockstep.runtime.model.attention import batch_invariant
+from lockstep.runtime.model.attention.attention import AttentionShape, Heads, TorchAttention
+from lockstep.runtime.model.attention.batch_invariant import InvariantAttention
+from lockstep.runtime.model.batch import Batch
+from lockstep.runtime.model.embedding import Embedding, Head, vocabulary_shard
+from lockstep.runtime.model.hf_config import Fields
+from lockstep.runtime.model.linear import MLP, ColumnLinear, Projection, RowLinear, share
+from lockstep.runtime.model.model_config import Experts
+from lockstep.runtime.model.moe import MoE
+from lockstep.runtime.model.norm import Normed, Residual, RMSNorm
+from lockstep.runtime.model.rope import Rope
+from lockstep.runtime.model.weights import Weights, load_weights
+
+from checkpoints import tiny_model
+from ranks import run_ranks
+
+CPU = torch.device("cpu")
+D, FF, T = 24, 16, 7
+SIZES = pytest.mark.parametrize("size", [1, 2, 4])
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _loaded(build: Callable[[Weights], Any], folder: Path) -> Any:
+    """The layer that `build` makes, with its weights from `folder`."""
+    weights = Weights(torch.float32, CPU)
+    layer = build(weights)
+    load_weights(weights, folder)
+    return layer
+
+
+def _added(layer: MLP | MoE, x: Tensor) -> Tensor:
+    """What the layer adds to the residual stream on this rank."""
+    residual = Residual(torch.zeros_like(x))
+    layer(Normed(x), residual)
+    return residual.total if residual.partial is None else residual.partial
+
+
+@SIZES
+def test_mlp_shards_add_up(size: int, tmp_path: Path) -> None:
+    saved = {f"mlp.{part}_proj.weight": _random(FF, D) + n for n, part in enumerate(("gate", "up"))}
+    saved |= {f"mlp.{part}_proj.bias": _random(FF) + n for n, part in enumerate(("gate", "up"))}
+    saved |= {"mlp.down_proj.weight": _random(D, FF), "mlp.down_proj.bias": _random(D)}
+    save_file(saved, tmp_path / "model.safetensors")
+    x = _random(T, D)
+    gate, up = (
+        F.linear(x, saved[f"mlp.{part}_proj.weight"], saved[f"mlp.{part}_proj.bias"]) for part in ("gate", "up")
+    )
+    expected = F.linear(F.silu(gate) * up, saved["mlp.down_proj.weight"], saved["mlp.down_proj.bias"])
+
+    def run(comm: Communicator) -> Tensor:
+        mlp = _loaded(lambda weights: MLP(weights, comm, "mlp", D, FF, bias=True), tmp_path)
+        assert mlp.gate_up.weight.shape == (2 * FF // size, D)
+        return _added(mlp, x)
+
+    torch.testing.assert_close(sum(run_ranks(size, run)), expected, atol=1e-3, rtol=1e-5)
+
+
+@SIZES
+def test_moe_shards_add_up(size: int, tmp_path: Path) -> None:
+    experts = Experts(num_experts=5, num_per_token=2, intermediate_size=FF, normalized=True, layers=frozenset([0]))
+    saved = {"moe.gate.weight": _random(5, D)}
+    for n in range(5):
+        saved |= {f"moe.experts.{n}.{part}_proj.weight": _random(FF, D) * (n + 1) for part in ("gate", "up")}
+        saved |= {f"moe.experts.{n}.down_proj.weight": _random(D, FF) - n}
+    save_file(saved, tmp_path / "model.safetensors")
+    x = _random(T, D)
+
+    def one_token(token: Tensor) -> Tensor:
+        probabilities = torch.softmax(saved["moe.gate.weight"] @ token, dim=0)
+        chosen = probabilities.argsort(descending=True)[:2].tolist()
+        out = torch.zeros(D)
+        for n in chosen:
+            gate, up, down = (saved[f"moe.experts.{n}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            out += probabilities[n] / probabilities[chosen].sum() * (down @ (F.silu(gate @ token) * (up @ token)))
+        return out
+
+    def run(comm: Communicator) -> Tensor:
+        return _added(_loaded(lambda weights: MoE(weights, comm, "moe", D, experts), tmp_path), x)
+
+    expected = torch.stack([one_token(token) for token in x])
+    torch.testing.assert_close(sum(run_ranks(size, run)), expected, atol=1e-2, rtol=1e-4)
+
+
+@SIZES
+@pytest.mark.parametrize("vocab", [131, 128, 5])  # 5 over 4 ranks: one rank has padding only
+def test_vocabulary_shards_are_the_whole_vocabulary(size: int, vocab: int, tmp_path: Path) -> None:
+    saved = {"embed": _random(vocab, D)}
+    save_file(saved, tmp_path / "model.safetensors")
+    tokens = torch.cat((torch.arange(vocab), torch.tensor([vocab - 1, 0]))).int()
+    hidden = _random(3, D)
+
+    def run(comm: Communicator) -> tuple[Tensor, Tensor]:
+        rows = _loaded(lambda weights: vocabulary_shard(weights, comm, "embed", vocab, D), tmp_path)
+        assert len(rows) == -(-vocab // size)
+        return Embedding(comm, rows)(tokens).total, Head(comm, rows, vocab)(Normed(hidden)).whole()
+
+    for embedded, logits in run_ranks(size, run):
+        assert torch.equal(embedded, saved["embed"][tokens.long()])
+        torch.testing.assert_close(logits, hidden @ saved["embed"].T)
+
+
+@SIZES
+def test_norm_completes_partial_sums(size: int, tmp_path: Path) -> None:
+    save_file({"norm.weight": _random(D)}, tmp_path / "model.safetensors")
+    first, second = _random(size, T, D), _random(size, T, D) * 2 + 1
+
+    def formula(x: Tensor) -> Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * _random(D)
+
+    def run(comm: Communicator) -> list[Tensor]:
+        norm = _loaded(lambda weights: RMSNorm(weights, comm, "norm", D, 1e-5), tmp_path)
+        residual = Residual(comm.all_reduce(first[comm.rank].clone()))
+        total, x = residual.total, norm(residual).tensor()
+        residual.partial = second[comm.rank].clone()
+        y = norm(residual).tensor()
+        assert residual.total is total  # updated in place
+        assert residual.partial is None
+        return [x, y, total]
+
+    for x, y, total in run_ranks(size, run):
+        torch.testing.assert_close(x, formula(first.sum(0)))
+        torch.testing.assert_close(total, first.sum(0) + second.sum(0))
+        torch.testing.assert_close(y, formula(total))
+
+
+@SIZES
+def test_column_then_row_is_two_linears(size: int, tmp_path: Path) -> None:
+    saved = {"a.weight": _random(FF, D), "a.bias": _random(FF), "b.weight": _random(D, FF), "b.bias": _random(D)}
+    save_file(saved, tmp_path / "model.safetensors")
+    x = _random(T, D)
+
+    def run(comm: Communicator) -> Tensor:
+        def build(weights: Weights) -> tuple[ColumnLinear, RowLinear]:
+            column = ColumnLinear(weights, [Projection("a", FF, share(FF, comm))], D, bias=True)
+            return column, RowLinear(weights, comm, "b", D, FF, bias=True)
+
+        column, row = _loaded(build, tmp_path)
+        residual = Residual(before.clone())
+        row(column(Normed(x)), residual)
+        return residual.total + comm.all_reduce(residual.partial) if comm.size > 1 else residual.total
+
+    before = _random(T, D)
+    expected = before + F.linear(F.linear(x, saved["a.weight"], saved["a.bias"]), saved["b.weight"], saved["b.bias"])
+    for found in run_ranks(size, run):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_torch_attention_is_attention(window: int | None, kv_heads: int) -> None:
+    heads, size, page_size, scale = 4, 8, 4, 0.3
+    counts, lengths = [1, 6, 1, 1, 3], [1, 6, 17, 8, 11]  # decode and prefill rows, with and without a past
+    tables = torch.full((5, 6), 10**6, dtype=torch.int32)
+    pages = torch.randperm(20, generator=torch.Generator().manual_seed(3)).split([1, 2, 5, 2, 3, 7])
+    for row, own in zip(tables, pages, strict=False):
+        row[: len(own)] = own
+    k_cache, v_cache = _random(20, page_size, kv_heads, size), _random(20, page_size, kv_heads, size) ** 2
+    # Slots of -1 store nothing and positions of 0 rotate by nothing: the cache already holds all keys.
+    qkv, nowhere = _random(sum(counts), (heads + 2 * kv_heads) * size), torch.full((sum(counts),), -1)
+    q = qkv[:, : heads * size].unflatten(1, (heads, size))
+    unrotated = Heads(None, None, 0.0, torch.tensor([[1.0] * (size // 2) + [0.0] * (size // 2)]))
+    starts = np.cumsum([0, *counts], dtype=np.int32)
+    batch = Batch(
+        token_ids=nowhere, positions=torch.zeros_like(nowhere), kv_slots=nowhere, owners=nowhere, pages=tables,
+        page_table=tables.numpy(), query_starts=starts, kv_lengths=np.array(lengths, dtype=np.int32), num_decoding=0,
+    )  # fmt: skip
+    attention = TorchAttention(scale)
+    attention.plan(batch)
+    found = attention.run(qkv, unrotated, k_cache, v_cache, window).unflatten(1, (heads, size))
+    for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+        for n in range(count):
+            position = length - count + n
+            seen = range(0 if window is None else max(0, position - window + 1), position + 1)
+            where = [(int(tables[row, j // page_size]), j % page_size) for j in seen]
+            for head in range(heads):
+                kv_head = head * kv_heads // heads
+                keys, values = (torch.stack([cache[p, o, kv_head] for p, o in where]) for cache in (k_cache, v_cache))
+                query = q[starts[row] + n, head]
+                expected = torch.softmax(keys @ query * scale, dim=0) @ values
+                torch.testing.assert_close(found[starts[row] + n, head], expected, atol=1e-5, rtol=1e-5)
+
+
+def _batch(
+    counts: list[int], lengths: list[int], pages: Tensor, page_size: int, num_decoding: int, device: torch.device = CPU
+) -> Batch:
+    """Rows of so many tokens, the last of so long prefixes, with their pages."""
+    positions = np.concatenate([np.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)]).astype(np.int32)
+    owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    kv_slots = pages.numpy()[owners, positions // page_size] * page_size + positions % page_size
+    return Batch(
+        token_ids=torch.zeros(0),
+        positions=torch.from_numpy(positions).to(device),
+        kv_slots=torch.from_numpy(kv_slots).to(device),
+        owners=torch.from_numpy(owners).to(device),
+        pages=pages.to(device),
+        page_table=pages.numpy(),
+        query_starts=np.cumsum([0, *counts], dtype=np.int32),
+        kv_lengths=np.array(lengths, dtype=np.int32),
+        num_decoding=num_decoding,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_decoding", [0, 1, 4, 7])
+@pytest.mark.parametrize("size", [64, 128])
+def test_flashinfer_attention_is_attention(size: int, num_decoding: int) -> None:
+    """Decode rows first; of the others one reads what row 0 stores in this step, decoding or not."""
+    from lockstep.runtime.model.attention.flashinfer_backend import FlashInferAttention
+
+    gpu, heads, kv_heads, page_size, scale = torch.device("cuda"), 8, 2, 16, size**-0.5
+    counts, lengths = [1, 1, 1, 1, 70, 4, 1], [16, 300, 1, 65, 170, 20, 33]
+    if num_decoding == len(counts):
+        counts = [1] * num_decoding
+    pages = torch.randperm(7 * 20, dtype=torch.int32).view(7, 20)
+    if num_decoding < 5:
+        pages[5, 0] = pages[0, 0]
+    qkv = _random(sum(counts), (heads + 2 * kv_heads) * size).bfloat16()
+    norms = [_random(size).bfloat16() + n for n in range(2)]
+    table, caches = _random(300, size), [_random(140, page_size, kv_heads, size).bfloat16() + n for n in range(2)]
+    expected = [cache.clone() for cache in caches]
+    definition = TorchAttention(scale)
+    definition.plan(_batch(counts, lengths, pages, page_size, num_decoding))
+    wanted = definition.run(qkv, Heads(*norms, 1e-6, table), *expected, None)
+    shape = AttentionShape(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.bfloat16
+    )
+    attention = FlashInferAttention(shape, scale, {None}, gpu)
+    attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, gpu))
+    caches = [cache.to(gpu) for cache in caches]
+    on_gpu = Heads(*(norm.to(gpu) for norm in norms), 1e-6, table.to(gpu))
+    found = attention.run(qkv.to(gpu), on_gpu, *caches, None)
+    for one, other in zip((found, *caches), (wanted, *expected), strict=True):
+        torch.testing.assert_close(one.cpu(), other, atol=4e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_invariant_attention_is_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts whole and from the middle beside decode rows, one of which reads what another row stores in this step."""
+    monkeypatch.setattr(batch_invariant, "ROWS", 4)
+    heads, kv_heads, size, page_size, scale = 4, 2, 8, 4, 0.3
+    counts, lengths = [6, 1, 5, 1], [6, 17, 11, 7]
+    pages = torch.randperm(40, dtype=torch.int32).view(4, 10)
+    pages[3, 0] = pages[0, 0]  # a prefix that row 0 computes
+    batch = _batch(counts, lengths, pages, page_size, num_decoding=0)
+    qkv, table = _random(sum(counts), (heads + 2 * kv_heads) * size), Heads(None, None, 0.0, _random(20, size))
+    found = []
+    shape = AttentionShape(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.float32
+    )
+    for attention in (TorchAttention(scale), InvariantAttention(shape, scale, {window}, 20)):
+        caches = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]
+        attention.plan(batch)
+        found.append((attention.run(qkv, table, *caches, window), *caches))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+    "yarn, bounds not rounded": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "truncate": False,
+    },
+    "yarn, other bounds": {
+        "rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 2.0,
+    },
+    "yarn, bound beyond the last pair": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_slow": 0.001,
+    },
+    "yarn, mscale": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256,
+        "mscale": 0.7, "mscale_all_dim": 1.3,
+    },
+    "yarn, attention factor": {
+        "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256, "attention_factor": 1.7,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_table_is_that_of_transformers(name: str) -> None:
+    parameters = {**ROPES[name], "rope_theta": 50000.0}
+    shape = {"head_dim": 64, "max_position_embeddings": 2048}
+    model = tiny_model("LlamaForCausalLM", rope_parameters=dict(parameters), num_hidden_layers=1, **shape)
+    cos, sin = model.model.rotary_emb(torch.empty(0), torch.arange(2048)[None])  # [1, P, E], each half twice
+    table = Rope.from_hf(Fields({"rope_parameters": parameters, **shape})).table(64, 2048)
+    expected = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
+    # Frequencies may differ in the last bit of float32: 2048 positions * 2^-23, times an attention factor below 2.
+    torch.testing.assert_close(table, expected, atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("fail", [0, 2])
+def test_the_first_error_of_a_rank_is_raised(fail: int) -> None:
+    def run(comm: Communicator) -> None:
+        if comm.rank == fail:
+            raise KeyError("mine")
+        comm.barrier()
+
+    with pytest.raises(KeyError, match="mine"):
+        run_ranks(3, run)
+
+
+def test_ranks_that_disagree_are_an_error() -> None:
+    with pytest.raises(CommError, match="disagree"):
+        run_ranks(2, lambda comm: comm.all_reduce(torch.zeros(comm.rank + 1)))

@@ -1,0 +1,302 @@
+"""Whole models against transformers, on tiny random checkpoints of every family; and what their config.json says."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.comm.base import Communicator
+from lockstep.runtime.model.attention.attention import TorchAttention
+from lockstep.runtime.model.batch import Batch
+from lockstep.runtime.model.decoder import Decoder
+from lockstep.runtime.model.kv_pool import KVLayout, KVPool
+from lockstep.runtime.model.model_config import ARCHITECTURES, ModelConfig
+from lockstep.runtime.model.weights import load_weights
+
+from checkpoints import FAMILIES, rewrite_config, tiny_checkpoint, to_transformers4
+from ranks import run_ranks
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # float32; the order of sums differs from transformers
+LENGTHS = (1, 9, 47, 30)
+WINDOW = 8  # several times smaller than the longest prompt
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0,
+    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
+SLIDING = {"use_sliding_window": True, "sliding_window": WINDOW}
+
+# Each family as it is, then each thing in which checkpoints of a family differ.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {name.removesuffix("ForCausalLM"): (name, {}) for name in FAMILIES} | {
+    "Llama tied": ("LlamaForCausalLM", {"tie_word_embeddings": True}),
+    "Llama biases": ("LlamaForCausalLM", {"attention_bias": True, "mlp_bias": True}),
+    "Llama llama3 rope": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
+    "Llama linear rope": ("LlamaForCausalLM", {"rope_parameters": LINEAR}),
+    "Llama no GQA": ("LlamaForCausalLM", {"num_key_value_heads": 4}),
+    "Mistral window": ("MistralForCausalLM", {"sliding_window": WINDOW}),
+    "Qwen2 yarn": ("Qwen2ForCausalLM", {"rope_parameters": YARN}),
+    "Qwen2 window in layer 1": ("Qwen2ForCausalLM", {**SLIDING, "max_window_layers": 1}),
+    "Qwen2 window unused": ("Qwen2ForCausalLM", {"sliding_window": WINDOW, "max_window_layers": 0}),
+    "Qwen3 tied biases": ("Qwen3ForCausalLM", {"tie_word_embeddings": True, "attention_bias": True}),
+    "Qwen3 layer types": ("Qwen3ForCausalLM", {**SLIDING, "layer_types": ["sliding_attention", "full_attention"]}),
+    "Qwen3Moe scores as they are": ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}),
+    "Qwen3Moe dense layers": (
+        "Qwen3MoeForCausalLM", {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    ),
+    "Qwen3Moe window": ("Qwen3MoeForCausalLM", SLIDING),
+}  # fmt: skip
+
+Step = list[tuple[int, int, int]]  # (sequence, first position, end position) of each row
+
+
+@functools.cache
+def _prompts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 131, (length,), generator=generator) for length in LENGTHS]
+
+
+def _whole() -> list[Step]:
+    return [[(n, 0, length) for n, length in enumerate(LENGTHS)]]
+
+
+def _chunked() -> list[Step]:
+    """Each step takes 1 to 11 tokens of every unfinished sequence, so that decode and prefill rows meet in a batch."""
+    steps, done = [], [0] * len(LENGTHS)
+    while any(d < length for d, length in zip(done, LENGTHS, strict=True)):
+        step = []
+        for n, length in enumerate(LENGTHS):
+            stop = min(done[n] + (5, 1, 11, 1, 1, 3)[(len(steps) + n) % 6], length)
+            if stop > done[n]:
+                step.append((n, done[n], stop))
+            done[n] = stop
+        steps.append(step)
+    return steps
+
+
+def _batch(step: Step, tables: Tensor, page_size: int) -> Batch:
+    positions = torch.cat([torch.arange(start, stop) for _, start, stop in step])
+    rows = torch.cat([torch.full((stop - start,), n) for n, start, stop in step])
+    return Batch(
+        token_ids=torch.cat([_prompts()[n][start:stop] for n, start, stop in step]).int(),
+        positions=positions.int(),
+        kv_slots=(tables[rows, positions // page_size] * page_size + positions % page_size).int(),
+        owners=rows.int(),
+        pages=tables.int(),
+        page_table=tables[[n for n, _, _ in step]].int().numpy(),
+        query_starts=np.cumsum([0] + [stop - start for _, start, stop in step], dtype=np.int32),
+        kv_lengths=np.array([stop for _, _, stop in step], dtype=np.int32),
+        num_decoding=0,
+    )
+
+
+def _tables(page_size: int) -> tuple[Tensor, int]:
+    """Shuffled pages for each sequence; what lies beyond a sequence is no page at all."""
+    counts = [-(-length // page_size) for length in LENGTHS]
+    pages = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(2)).split(counts)
+    tables = torch.full((len(LENGTHS), max(counts) + 1), 10**9)
+    for row, own in zip(tables, pages, strict=True):
+        row[: len(own)] = own
+    return tables, sum(counts)
+
+
+def _logits(
+    comm: Communicator, folder: Path, steps: list[Step], page_size: int = 16, layout: KVLayout = "layer-first"
+) -> list[Tensor]:
+    """The logits [length, vocab] of each prompt, computed step by step on this rank."""
+    config = ModelConfig.from_folder(folder)
+    decoder = Decoder(config, comm, dtype=torch.float32, device=CPU, max_positions=config.max_position_embeddings)
+    load_weights(decoder.weights(), folder)
+    tables, num_pages = _tables(page_size)
+    pool = KVPool(decoder.kv_shape(page_size, torch.float32), num_pages, CPU, layout)
+    attention = TorchAttention(config.head_dim**-0.5)
+    parts: list[list[Tensor]] = [[] for _ in LENGTHS]
+    for step in steps:
+        batch = _batch(step, tables, page_size)
+        attention.plan(batch)
+        logits = decoder.logits(decoder.forward(batch, pool, attention)).whole()
+        for (n, _, _), part in zip(step, logits.split(np.diff(batch.query_starts).tolist()), strict=True):
+            parts[n].append(part)
+    return [torch.cat(part) for part in parts]
+
+
+@pytest.fixture(scope="module")
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Tensor]]:
+    """A checkpoint and the logits that transformers computes with it for each prompt."""
+    architecture, overrides = CASES[request.param]
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny_checkpoint(folder, architecture, **overrides)
+    with torch.inference_mode():
+        return folder, [model(prompt[None]).logits[0] for prompt in _prompts()]
+
+
+def _assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert max(e.abs().max() for e in expected) > 0.5  # else the tolerance would say nothing
+    for f, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(f, e, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_logits_are_those_of_transformers(case: tuple[Path, list[Tensor]], size: int) -> None:
+    folder, expected = case
+    for whole in run_ranks(size, lambda comm: _logits(comm, folder, _whole())):
+        _assert_close(whole, expected)
+    for chunked in run_ranks(size, lambda comm: _logits(comm, folder, _chunked(), page_size=4, layout="page-first")):
+        _assert_close(chunked, expected)
+
+
+@pytest.mark.parametrize("case", ["Qwen3"], indirect=True)
+@pytest.mark.parametrize("steps", [_whole, _chunked])
+def test_pages_and_layouts_change_no_bit(case: tuple[Path, list[Tensor]], steps: Any) -> None:
+    folder, _ = case
+    reference = run_ranks(2, lambda comm: _logits(comm, folder, steps()))[0]
+    page_first = run_ranks(2, lambda comm: _logits(comm, folder, steps(), layout="page-first"))[0]
+    assert all(torch.equal(a, b) for a, b in zip(reference, page_first, strict=True))
+    # Another page size pads the keys to another length, so only the order of sums may differ.
+    _assert_close(run_ranks(2, lambda comm: _logits(comm, folder, steps(), page_size=1))[0], reference)
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_both_dialects_of_config_json_say_the_same(case: tuple[Path, list[Tensor]], tmp_path: Path) -> None:
+    folder, _ = case
+    shutil.copy(folder / "config.json", tmp_path)
+    shutil.copy(folder / "generation_config.json", tmp_path)
+    to_transformers4(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "torch_dtype" in written
+    assert not {"dtype", "rope_parameters"} & set(written)
+    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_folder(folder)
+
+
+def test_every_architecture_is_compared() -> None:
+    assert set(FAMILIES) == set(ARCHITECTURES)
+
+
+HF: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+def test_defaults_of_a_sparse_config() -> None:
+    config = ModelConfig.from_hf(HF)
+    assert (config.head_dim, config.norm_eps, config.rope.theta) == (2, 1e-6, 10000.0)
+    assert (config.dtype, config.eos_token_ids, config.windows) == ("bfloat16", (), (None, None))
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "expected"),
+    [(2, None, (2,)), (2, [9, 2, 5], (2, 5, 9)), ([7, 3], 4, (3, 4, 7)), (None, 8, (8,)), (0, None, (0,))],
+)
+def test_end_tokens_are_those_of_both_files(in_config: Any, in_generation: Any, expected: tuple[int, ...]) -> None:
+    generation = {"eos_token_id": in_generation}
+    assert ModelConfig.from_hf({**HF, "eos_token_id": in_config}, generation).eos_token_ids == expected
+
+
+def test_mistral_has_a_window_unless_it_is_null() -> None:
+    mistral = {**HF, "architectures": ["MistralForCausalLM"]}
+    assert ModelConfig.from_hf(mistral).window(0) == 4096  # as transformers
+    assert ModelConfig.from_hf({**mistral, "sliding_window": None}).window(0) is None
+
+
+def test_upper_layers_have_the_window_where_layer_types_are_not_given() -> None:
+    qwen = {**HF, **SLIDING, "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 4, "max_window_layers": 1}
+    assert ModelConfig.from_hf(qwen).windows == (None, WINDOW, WINDOW, WINDOW)
+    assert ModelConfig.from_hf({**qwen, "max_window_layers": 0}).windows == (WINDOW,) * 4
+    assert ModelConfig.from_hf({**qwen, "use_sliding_window": False}).windows == (None,) * 4
+
+
+def test_yarn_extends_the_positions() -> None:
+    assert ModelConfig.from_hf({**HF, "rope_scaling": YARN}).max_position_embeddings == 128
+    assert ModelConfig.from_hf({**HF, "rope_scaling": {**LLAMA3, "factor": 16.0}}).max_position_embeddings == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported.*Llama.*Qwen3Moe"),
+        ({"architectures": None}, "architecture not given is not supported"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'.*default, linear, llama3, yarn"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling has no factor"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\) is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'.*bfloat16"),
+        ({"hidden_size": None}, "has no hidden_size"),
+        ({"hidden_size": "64"}, "hidden_size is '64', it must be an integer"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id"),
+        ({"num_key_value_heads": 5}, "32 attention heads cannot share 5 kv heads"),
+        ({"head_dim": 7}, "head_dim is 7"),
+        (
+            {"architectures": ["Qwen3ForCausalLM"], **SLIDING, "layer_types": ["full_attention"]},
+            "layer_types has 1 entries",
+        ),
+        (
+            {
+                "architectures": ["Qwen3MoeForCausalLM"],
+                "num_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 8,
+            },
+            "num_experts_per_tok is 3",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_config_lacks_is_named_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        ModelConfig.from_hf({**HF, **changes})
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
+        ModelConfig.from_folder(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no config\.json, so it is not a model"):
+        ModelConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"vocab_size": ')
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        ModelConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="holds a list"):
+        ModelConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    rewrite_config(tmp_path, **HF)
+    assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_hf(HF)
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({}, 3, "32 attention heads, 8 kv heads cannot be split over 3 ranks; use T=1, 2, 4, 8, 16, 32"),
+        (
+            {"num_attention_heads": 36, "num_key_value_heads": 6, "head_dim": 2}, 4,
+            "6 kv heads cannot be split over 4 ranks; use T=1, 2, 3, 6, 12",
+        ),
+        ({"intermediate_size": 44}, 8, "44 intermediate features cannot be split over 8 ranks; use T=1, 2, 4"),
+    ],
+)  # fmt: skip
+def test_sizes_that_cannot_be_split_name_those_that_can(changes: dict[str, Any], size: int, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        ModelConfig.from_hf({**HF, **changes}).check_tensor_parallel(size)
+    assert str(error.value) == message.replace("T=", "tensor_parallel_size=")
+
+
+def test_kv_heads_are_split_or_replicated() -> None:
+    config = ModelConfig.from_hf(HF)  # 32 heads, 8 kv heads
+    for size in (1, 2, 4, 8, 16, 32):
+        config.check_tensor_parallel(size)
+        for rank in range(size):
+            queries = range(rank * 32 // size, (rank + 1) * 32 // size)
+            assert {q // 4 for q in queries} == set(config.kv_heads_of_rank(rank, size))

@@ -1,0 +1,82 @@
+"""What a rank holds by the config alone is what the Decoder of that rank allocates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lockstep.runtime.config import Config
+from lockstep.runtime.memory.memory_plan import plan_weights
+from lockstep.runtime.memory.parameter_count import kv_of_token, weights_of_rank
+from lockstep.runtime.model.decoder import Decoder
+from lockstep.runtime.model.model_config import ARCHITECTURES, DTYPES, ModelConfig
+
+from ranks import ThreadGroup
+
+Configs = dict[str, Any]
+FLAGS = st.booleans()
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Configs:
+    """A config.json of any family, with everything that changes what there is to allocate."""
+    kv_heads, layers = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 4))
+    return {
+        "architectures": [draw(st.sampled_from(sorted(ARCHITECTURES)))],
+        "vocab_size": draw(st.integers(1, 300)),
+        "hidden_size": draw(st.integers(1, 40)),
+        "intermediate_size": 24 * draw(st.integers(1, 3)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": kv_heads * draw(st.sampled_from([1, 2, 4, 6])),
+        "num_key_value_heads": kv_heads,
+        "head_dim": 2 * draw(st.integers(1, 8)),
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": draw(FLAGS),
+        "attention_bias": draw(FLAGS),
+        "mlp_bias": draw(FLAGS),
+        "num_experts": draw(st.integers(2, 5)),
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24 * draw(st.integers(1, 2)),
+        "decoder_sparse_step": draw(st.integers(1, 2)),
+        "mlp_only_layers": draw(st.lists(st.integers(0, layers - 1))),
+    }
+
+
+def sketch(model: ModelConfig, rank: int, size: int, dtype: torch.dtype) -> Decoder:
+    """The rank's Decoder, allocated nowhere."""
+    comm = ThreadGroup(size).rank(rank)
+    return Decoder(model, comm, dtype=dtype, device=torch.device("meta"), max_positions=1)
+
+
+@settings(deadline=None, max_examples=200)
+@given(configs(), st.data())
+def test_the_count_is_what_every_rank_allocates(hf: Configs, data: st.DataObject) -> None:
+    model = ModelConfig.from_hf(hf)
+    size = data.draw(st.sampled_from(model.tensor_parallel_sizes()), "size")
+    rank = data.draw(st.integers(0, size - 1), "rank")
+    decoder = sketch(model, rank, size, torch.float32)
+    assert weights_of_rank(model, size) == sum(weight.tensor.numel() for weight in decoder.weights())
+    page_size = 16
+    assert kv_of_token(model, size) * page_size * 4 == decoder.kv_shape(page_size, torch.float32).page_bytes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_plan_is_in_bytes_of_the_dtype_that_the_ranks_use(dtype: Any, size: int) -> None:
+    asked = Config(dtype=dtype, tensor_parallel_size=size, page_size=8)
+    model = ModelConfig.from_folder(asked.model)
+    config = asked.resolved(model, cuda=False)
+    decoder, plan = sketch(model, 0, size, config.torch_dtype), plan_weights(config, model)
+    assert plan.weights == sum(weight.tensor.nbytes for weight in decoder.weights())
+    assert plan.page_bytes == decoder.kv_shape(8, config.torch_dtype).page_bytes
+
+
+def test_a_split_that_is_not_possible_has_no_plan() -> None:
+    config = Config(tensor_parallel_size=3)
+    model = ModelConfig.from_folder(config.model)
+    with pytest.raises(ValueError, match=r"4 attention heads, .* over 3 ranks"):
+        plan_weights(config.resolved(model, cuda=False), model)

@@ -1,0 +1,147 @@
+"""Log-probabilities of prompts, against transformers' logits for the whole prompt at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lockstep import LLM, SamplingParams
+from lockstep.runtime.plan import TokenLogprobs
+from lockstep.runtime.request import Request
+from lockstep.runtime.sampling import logprobs as module
+
+from engines import Results, request, run_engine
+
+TOLERANCE = 1e-4  # float32; the order of sums differs from transformers
+LENGTHS = (1, 2, 8, 9, 40, 63, 40, 17)
+
+
+def asked(width: int | None = 3) -> list[Request]:
+    """Prompts that share beginnings: two are equal, one continues another. Every second one is asked about."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(3, 131, n).tolist() for n in LENGTHS]
+    prompts[6] = prompts[4]
+    prompts[7] = prompts[4][:12] + prompts[7][:5]
+    found = []
+    for i, prompt in enumerate(prompts):
+        wanted = width if i % 2 == 0 or i == 7 else None
+        found.append(request(i, prompt, [2], temperature=1, max_tokens=12, prompt_logprobs=wanted))
+    return found
+
+
+def wanted_of(folder: Path, r: Request) -> dict[int, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        logprobs = model(torch.tensor(r.tokens[None].astype(np.int64))).logits[0].log_softmax(-1)
+    return {position: logprobs[position - 1] for position in range(1, r.num_prompt_tokens)}
+
+
+def check(entry: TokenLogprobs, token: int, wanted: torch.Tensor, width: int) -> None:
+    """Tokens that are as likely within the tolerance may come in any order."""
+    assert entry.token == pytest.approx(float(wanted[token]), abs=TOLERANCE)
+    ahead = int((wanted > wanted[token] + TOLERANCE).sum())
+    not_behind = int((wanted > wanted[token] - TOLERANCE).sum())
+    assert ahead + 1 <= entry.rank <= max(1, not_behind)
+    assert entry.top == pytest.approx(wanted.topk(width).values.tolist(), abs=TOLERANCE)
+    assert entry.top == pytest.approx(wanted[entry.top_ids].tolist(), abs=TOLERANCE)
+    assert len(set(entry.top_ids)) == width
+
+
+@pytest.fixture(scope="module")
+def baseline(llama_folder: Path) -> Results:
+    return run_engine(llama_folder, asked())
+
+
+@pytest.fixture(scope="module")
+def wanted(llama_folder: Path) -> dict[int, dict[int, torch.Tensor]]:
+    """What transformers says of each prompt that is asked about, by position."""
+    return {
+        r.uid: wanted_of(llama_folder, r)
+        for r in asked()
+        if r.params.prompt_logprobs is not None and r.num_prompt_tokens > 1
+    }
+
+
+def check_all(found: Results, wanted: dict[int, dict[int, torch.Tensor]]) -> None:
+    assert found.prompts.keys() == wanted.keys()
+    for r in asked():
+        for position, entry in found.prompts.get(r.uid, {}).items():
+            check(entry, int(r.tokens[position]), wanted[r.uid][position], 3)
+        assert found.prompts.get(r.uid, {}).keys() == wanted.get(r.uid, {}).keys()
+
+
+def test_as_transformers_says(baseline: Results, wanted: dict[int, dict[int, torch.Tensor]]) -> None:
+    check_all(baseline, wanted)
+
+
+def test_nobodys_tokens_change(llama_folder: Path, baseline: Results) -> None:
+    assert run_engine(llama_folder, asked(width=None)).tokens == baseline.tokens
+
+
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    "chunks of 7 tokens": {"max_num_batched_tokens": 7, "max_num_seqs": 7},
+    "one token at a time": {"max_num_batched_tokens": 1, "max_num_seqs": 1},
+    "two at a time, so that the cache is warm": {"max_num_seqs": 2},
+    "results one step late": {"overlap": True},
+    "two ranks": {"tp": 2},
+    "few pages": {"num_pages": 21, "max_model_len": 84},
+    "two ranks, few pages, chunks": {
+        "tp": 2,
+        "num_pages": 21,
+        "max_model_len": 84,
+        "max_num_batched_tokens": 16,
+        "max_num_seqs": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("options", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+def test_the_same_in_any_arrangement(
+    llama_folder: Path,
+    baseline: Results,
+    wanted: dict[int, dict[int, torch.Tensor]],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 5)
+    found = run_engine(llama_folder, asked(), **options)
+    assert found.tokens == baseline.tokens
+    check_all(found, wanted)
+
+
+def test_offline() -> None:
+    """As a user gets them: the text of each candidate, nothing for the first token, and once for all outputs."""
+    with LLM(device="cpu", num_pages=64) as llm:
+        params = SamplingParams(n=2, seed=1, max_tokens=4, prompt_logprobs=2)
+        llm.generate("And the LORD said", SamplingParams(max_tokens=1), use_tqdm=False)  # the cache is warm
+        asked, not_asked = llm.generate(["And the LORD said"] * 2, [params, SamplingParams()], use_tqdm=False)
+        assert not_asked.prompt_logprobs is None
+        assert asked.prompt_logprobs is not None
+        assert len(asked.prompt_logprobs) == len(asked.prompt_token_ids)
+        assert asked.prompt_logprobs[0] is None
+        for token, entry in zip(asked.prompt_token_ids[1:], asked.prompt_logprobs[1:], strict=True):
+            assert entry is not None
+            assert next(iter(entry)) == token
+            assert entry[token].decoded_token == llm.tokenizer.decode([token])
+            assert len(entry) in (2, 3)
+            assert sorted(c.rank for c in entry.values())[:2] == [1, 2]
+
+
+@pytest.mark.parametrize("number", [-1, 21, 1.5, True])
+def test_bad_numbers_are_refused(number: Any) -> None:
+    with pytest.raises(ValueError, match="prompt_logprobs="):
+        SamplingParams(prompt_logprobs=number)
+
+
+@pytest.mark.gpu
+def test_the_same_on_a_gpu(llama_folder: Path, baseline: Results) -> None:
+    found = run_engine(llama_folder, asked(), device="cuda", dtype="float32")
+    for uid, entries in baseline.prompts.items():
+        assert found.prompts[uid].keys() == entries.keys()
+        for position, entry in entries.items():
+            assert found.prompts[uid][position].token == pytest.approx(entry.token, abs=1e-3)

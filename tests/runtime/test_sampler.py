@@ -1,0 +1,297 @@
+"""The sampler against distributions computed by hand, and its contract: a draw depends on (seed, position) only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lockstep.comm.base import Communicator, SingleRank
+from lockstep.runtime.model.logits import Logits
+from lockstep.runtime.plan import Admission
+from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.sampling import sampler as module
+from lockstep.runtime.sampling.sampler import Sampler
+
+from ranks import run_ranks
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+VOCAB = 50
+
+
+def sampler(*params: SamplingParams, prompt: int = 4, stop_ids: tuple[int, ...] = (), device: str = "cpu") -> Sampler:
+    found = Sampler(len(params), torch.device(device))
+    for slot, p in enumerate(params):
+        found.admit(Admission(slot, np.zeros(prompt, np.int32), prompt, p, list(stop_ids)))
+    return found
+
+
+def whole(logits: torch.Tensor) -> Logits:
+    """A copy of logits [S, V], as the only rank has them."""
+    return Logits(SingleRank(), logits.clone(), logits.shape[1])
+
+
+def draw(params: SamplingParams, logits: torch.Tensor, positions: int = 4000) -> torch.Tensor:
+    """How often each token comes over many positions, [V]."""
+    device = logits.device
+    s = sampler(params, device=str(device))
+    where = np.arange(10, 10 + positions, dtype=np.int32)
+    rows = whole(logits.expand(positions, -1))
+    tokens = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    found = s.sample(rows, np.zeros(positions, np.int32), where, tokens)
+    return torch.bincount(found, minlength=logits.shape[-1]).cpu() / positions
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    torch.manual_seed(3)
+    return torch.randn(VOCAB) * 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "given", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.8, "min_p": 0.05}]
+)
+def test_frequencies_are_the_probabilities_of_transformers(
+    logits: torch.Tensor, given: dict[str, Any], device: str
+) -> None:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.8)])
+    if "min_p" in given:
+        warpers.append(MinPLogitsWarper(given["min_p"]))
+    if "top_k" in given:
+        warpers.append(TopKLogitsWarper(given["top_k"]))
+    if "top_p" in given:
+        warpers.append(TopPLogitsWarper(given["top_p"]))
+    wanted = warpers(torch.zeros(1, 1, dtype=torch.long), logits[None].clone()).softmax(-1)[0]  # type: ignore[arg-type]
+    found = draw(SamplingParams(temperature=0.8, seed=11, **given), logits.to(device))
+    assert not found[wanted == 0].any(), "a token that is excluded was drawn"
+    # 4 standard deviations of a frequency over 4000 draws
+    assert ((found - wanted).abs() <= 4 * (wanted * (1 - wanted) / 4000).sqrt() + 1e-9).all()
+
+
+def test_a_draw_depends_on_seed_and_position_only(logits: torch.Tensor) -> None:
+    rows = torch.stack([logits, logits.roll(1), logits * 0.5, logits])
+    params = [SamplingParams(temperature=1.0, seed=s, top_k=k) for s, k in ((1, 0), (2, 7), (1, 3), (5, 0))]
+    positions = np.array([6, 9, 6, 30], np.int32)
+    tokens = torch.zeros(4, 1, dtype=torch.int32)
+    together = sampler(*params).sample(whole(rows), np.arange(4, dtype=np.int32), positions, tokens)
+    order = [2, 0, 3, 1]
+    s = sampler(*[params[i] for i in order])
+    shuffled = s.sample(whole(rows[order]), np.arange(4, dtype=np.int32), positions[order], tokens)
+    assert shuffled.tolist() == together[order].tolist()
+    for i in range(4):
+        alone = sampler(params[i]).sample(whole(rows[i : i + 1]), np.zeros(1, np.int32), positions[i : i + 1], tokens)
+        assert alone.item() == together[i]
+
+
+MIXED = [
+    SamplingParams(temperature=0, seed=1),
+    SamplingParams(temperature=0.7, seed=2),
+    SamplingParams(temperature=1.3, seed=3, top_k=20, top_p=0.9),
+    SamplingParams(temperature=1.0, seed=4, top_k=64, min_p=0.01),
+    SamplingParams(temperature=0, seed=5, top_k=3),
+    SamplingParams(temperature=1.0, seed=6, top_p=0.8),
+    SamplingParams(temperature=1.0, seed=7, top_k=70),
+    SamplingParams(temperature=1.0, seed=8, repetition_penalty=1.3, top_k=10),
+]
+FEW = [p for p in MIXED if p.repetition_penalty == 1 and (p.temperature == 0 or p.top_p == 1 or p.top_k > 0)][:5]
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 61, 501])
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("params", [MIXED, FEW], ids=["mixed", "few"])
+def test_ranks_with_a_part_of_the_vocabulary_choose_what_one_with_all_of_it_does(
+    params: list[SamplingParams], size: int, vocab: int
+) -> None:
+    """Coarse logits, so that many are equal; 61 and 501 leave padding on the last rank."""
+    torch.manual_seed(vocab)
+    rows = (torch.randn(len(params), vocab) * 8).round() / 4
+    slots, tokens = np.arange(len(params), dtype=np.int32), torch.arange(20, dtype=torch.int32).expand(len(params), 20)
+    width = -(-vocab // size)
+
+    def one(position: int) -> list[int]:
+        where = np.full(len(params), position, np.int32)
+        return sampler(*params).sample(whole(rows), slots, where, tokens).tolist()
+
+    def each(comm: Communicator) -> list[list[int]]:
+        shard = torch.full((len(params), width), 9.0)  # more than any other: padding must not win
+        own = rows[:, comm.rank * width : (comm.rank + 1) * width]
+        shard[:, : own.shape[1]] = own
+        s, found = sampler(*params), []
+        for position in range(10, 20):
+            logits = Logits(comm, shard, vocab)
+            logits = logits.replicated() if s.needs_all(slots) else logits
+            found.append(s.sample(logits, slots, np.full(len(params), position, np.int32), tokens).tolist())
+        return found
+
+    wanted = [one(position) for position in range(10, 20)]
+    assert not sampler(*FEW).needs_all(np.arange(len(FEW)))
+    assert run_ranks(size, each) == [wanted] * size
+
+
+def test_candidates_are_as_good_as_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Top-k among the best of a row, against top-k among all of it."""
+    params = [SamplingParams(temperature=1.1, seed=seed, top_k=k) for seed, k in enumerate((1, 2, 5, 33, 64))]
+    torch.manual_seed(5)
+    rows = (torch.randn(len(params), 3000) * 8).round() / 4
+    slots, tokens = np.arange(len(params), dtype=np.int32), torch.zeros(len(params), 1, dtype=torch.int32)
+    found = []
+    for candidates in (module.CANDIDATES, 0):
+        monkeypatch.setattr(module, "CANDIDATES", candidates)
+        s = sampler(*params)
+        assert s.needs_all(slots) == (candidates == 0)
+        positions = [np.full(len(params), p, np.int32) for p in range(50)]
+        found.append([s.sample(whole(rows), slots, where, tokens).tolist() for where in positions])
+    assert found[0] == found[1]
+    assert len({tuple(step) for step in found[0]}) > 40
+
+
+def test_seeds_and_positions_are_independent(logits: torch.Tensor) -> None:
+    flat = torch.zeros(1, 1000)
+    tokens = torch.zeros(1, 1, dtype=torch.int32)
+    drawn = {}
+    for seed in (0, 1, 2, -1, 2**63 - 1, -(2**63)):
+        s = sampler(SamplingParams(temperature=1.0, seed=seed))
+        drawn[seed] = [
+            s.sample(whole(flat), np.zeros(1, np.int32), np.array([p], np.int32), tokens).item() for p in range(60)
+        ]
+    every = [t for found in drawn.values() for t in found]
+    assert len(set(every)) > 280  # 360 draws of 1000: about 302 distinct if independent
+    for seed, found in drawn.items():
+        for other, others in drawn.items():
+            shifted = [sum(a == b for a, b in zip(found, others[d:], strict=False)) for d in range(4)]
+            assert seed == other or max(shifted) < 5
+
+
+def test_greedy_and_random_rows_share_a_batch(logits: torch.Tensor) -> None:
+    s = sampler(SamplingParams(temperature=0, seed=1), SamplingParams(temperature=2.0, seed=1))
+    found = {
+        tuple(
+            s.sample(
+                whole(logits.expand(2, -1)),
+                np.arange(2, dtype=np.int32),
+                np.array([p, p], np.int32),
+                torch.zeros(2, 1, dtype=torch.int32),
+            ).tolist()
+        )
+        for p in range(30)
+    }
+    assert {greedy for greedy, _ in found} == {int(logits.argmax())}
+    assert len({random for _, random in found}) > 5
+
+
+def test_penalties(logits: torch.Tensor) -> None:
+    prompt, output = [3, 3, 8], [8, 9, 9, 9]
+    tokens = torch.tensor([prompt + output + [44] * 3], dtype=torch.int32)  # beyond the position: a previous owner's
+    p = SamplingParams(temperature=0, seed=0, repetition_penalty=1.5, presence_penalty=0.7, frequency_penalty=0.3)
+    row = whole(logits[None])
+    sampler(p, prompt=len(prompt)).sample(row, np.zeros(1, np.int32), np.array([7], np.int32), tokens)
+    seen = torch.tensor([prompt + output])
+    wanted = RepetitionPenaltyLogitsProcessor(1.5)(seen, logits[None].clone())[0]  # type: ignore[arg-type]
+    wanted[8] -= 0.7 + 0.3
+    wanted[9] -= 0.7 + 0.3 * 3
+    torch.testing.assert_close(row.shard[0], wanted)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_penalties_of_many_rows(device: str) -> None:
+    """Against loops over tokens; more rows than are penalized at once, slots in another order than rows."""
+    random = np.random.default_rng(5)
+    count, vocab, length, prompt = 45, 30, 40, 6
+    params = [
+        SamplingParams(temperature=0, seed=0)
+        if slot % 5 == 0
+        else SamplingParams(
+            temperature=0,
+            seed=0,
+            repetition_penalty=float(random.choice([1, 0.8, 1.3])),
+            presence_penalty=float(random.choice([0, -0.5, 1.1])),
+            frequency_penalty=float(random.choice([0, 0.4])),
+            logit_bias={3: -1.5, int(slot) % 3: 2.0} if slot % 4 == 0 else {},
+        )
+        for slot in range(count)
+    ]
+    slots, positions = (
+        random.permutation(count).astype(np.int32),
+        random.integers(prompt, length, count).astype(np.int32),
+    )
+    tokens, rows = random.integers(0, vocab, (count, length)).astype(np.int32), torch.randn(count, vocab)
+    found = whole(rows.to(device))
+    sampler(*params, prompt=prompt, device=device).sample(found, slots, positions, torch.from_numpy(tokens).to(device))
+    for row, slot, position in zip(found.shard.cpu(), slots, positions, strict=True):
+        p, said = params[slot], tokens[slot, prompt:position].tolist()
+        wanted = rows[next(i for i in range(count) if slots[i] == slot)].clone()
+        for token in set(tokens[slot, :position].tolist()):
+            wanted[token] *= 1 / p.repetition_penalty if wanted[token] > 0 else p.repetition_penalty
+        for token in set(said):
+            wanted[token] -= p.presence_penalty + p.frequency_penalty * said.count(token)
+        for token, bias in p.logit_bias.items():
+            wanted[token] += bias
+        torch.testing.assert_close(row, wanted)
+
+
+def test_bias_and_min_tokens(logits: torch.Tensor) -> None:
+    p = SamplingParams(temperature=0, seed=0, logit_bias={7: 100.0, 8: 80.0}, min_tokens=2)
+    s = sampler(p, prompt=4, stop_ids=(7,))
+    tokens = torch.zeros(1, 10, dtype=torch.int32)
+    found = [
+        s.sample(whole(logits[None]), np.zeros(1, np.int32), np.array([n], np.int32), tokens).item() for n in (4, 5, 6)
+    ]
+    assert found == [8, 8, 7], "the stop id must not come before two tokens"
+
+
+def test_top_p_keeps_at_least_the_likeliest(logits: torch.Tensor) -> None:
+    assert draw(SamplingParams(temperature=1.0, top_p=1e-6, seed=4), logits, 50)[logits.argmax()] == 1
+
+
+def test_flat_distributions_have_no_favourites() -> None:
+    found = draw(SamplingParams(temperature=1.0, seed=9), torch.zeros(10), 20_000)
+    assert (found - 0.1).abs().max() < 0.01
+
+
+def test_tiny_temperature_is_nearly_greedy(logits: torch.Tensor) -> None:
+    assert draw(SamplingParams(temperature=1e-4, seed=4), logits, 50)[logits.argmax()] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": -0.1}, "temperature=-0.1 must be between 0 and 2"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number"),
+        ({"top_p": 0}, r"top_p=0 must be in \(0, 1\]"),
+        ({"top_p": 1.1}, "top_p=1.1"),
+        ({"top_k": -2}, "top_k=-2 must be at least -1"),
+        ({"top_k": 1.5}, "top_k=1.5 must be an integer"),
+        ({"min_p": 2}, "min_p=2"),
+        ({"n": 0}, "n=0 must be between 1 and 128"),
+        ({"n": True}, "n=True must be an integer"),
+        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"min_tokens": 20}, r"min_tokens=20 must be at most max_tokens \(16\)"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be above 0"),
+        ({"presence_penalty": 3}, "presence_penalty=3 must be between -2 and 2"),
+        ({"frequency_penalty": -3}, "frequency_penalty=-3"),
+        ({"logprobs": 21}, "logprobs=21 must be between 0 and 20"),
+        ({"seed": 2**63}, "seed=9223372036854775808"),
+        ({"stop": ""}, "stop='' must be a non-empty string"),
+        ({"stop": ["a"] * 17}, "at most 16"),
+        ({"stop": 5}, "stop=5 must be a string or a list"),
+        ({"logit_bias": {1: 200}}, r"logit_bias\[1\]=200 must be between -100 and 100"),
+        ({"logit_bias": {"a": 1}}, "integer token ids"),
+        ({"stop_token_ids": ["x"]}, "stop_token_ids='x' must be integers"),
+    ],
+)
+def test_impossible_values_are_refused_with_the_rule(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SamplingParams(**given)

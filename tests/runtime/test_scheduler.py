@@ -1,0 +1,530 @@
+"""The scheduler against a simulated rank, under random operations.
+
+The rank sees StepPlans only. It keeps, for every place in the KV cache, a hash of the whole token prefix that was last
+written there; a row may compute only if every earlier position finds its own prefix in the place that its page table
+names. So sharing, eviction, preemption and cancellation are proven on content, not on bookkeeping. The token it
+samples is a hash of (seed, position, prefix), so that a request has one right output, whatever runs beside it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from lockstep.runtime.limits import Limits
+from lockstep.runtime.plan import Finished, StepPlan
+from lockstep.runtime.request import Request, SamplingParams
+from lockstep.runtime.scheduler.prefix_cache import Node, RadixCache
+from lockstep.runtime.scheduler.scheduler import Scheduled, Scheduler
+
+VOCAB = 7
+MASK = 2**62 - 1
+
+
+def extend(prefix: int, token: int) -> int:
+    """The hash of a prefix and one token more."""
+    x = (prefix ^ (token + 1)) * 0x9E3779B97F4A7C15
+    return (x ^ x >> 29) & MASK
+
+
+def sample(seed: int, position: int, prefix: int) -> int:
+    return extend(extend(prefix, seed), position) % VOCAB
+
+
+def alone(request: Request, limits: Limits) -> tuple[list[int], str, int | None]:
+    """What `request` gives when nothing else runs: tokens, finish reason, stop id."""
+    tokens, prefix = request.tokens.tolist(), 0
+    for token in tokens:
+        prefix = extend(prefix, token)
+    output: list[int] = []
+    while True:
+        token = sample(request.params.seed or 0, len(tokens) + len(output), prefix)
+        prefix = extend(prefix, token)
+        output.append(token)
+        if token in request.stop_ids and len(output) > request.params.min_tokens:
+            return output, "stop", token
+        if len(output) == request.params.max_tokens or len(tokens) + len(output) == limits.max_length:
+            return output, "length", None
+
+
+class Rank:
+    """What a follower holds: fed by plans, in order, and by nothing else."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.size = limits.page_size
+        self.page_table = np.full((limits.max_num_seqs, -(-limits.max_length // self.size)), -1)
+        self.content = np.zeros((limits.num_pages, self.size), np.int64)  # hash of the prefix whose last KV is here
+        self.prefix = np.zeros((limits.max_num_seqs, limits.max_length), np.int64)  # hash up to each position
+        self.length = np.zeros(limits.max_num_seqs, np.int64)
+        self.seed = np.zeros(limits.max_num_seqs, np.int64)
+        self.step = 0
+
+    def execute(self, plan: StepPlan) -> np.ndarray:
+        """The sampled tokens [S] int32; fails where a row would read KV that is not its own prefix's."""
+        assert plan.step == self.step
+        self.step += 1
+        for admission in plan.admitted:
+            self.length[admission.slot], self.seed[admission.slot] = 0, admission.params.seed
+            for token in admission.tokens.tolist():
+                self.append(admission.slot, token)
+        writes = plan.page_writes.reshape(-1, 3).tolist()
+        assert len({(slot, index) for slot, index, _ in writes}) == len(writes)  # so their order has no meaning
+        for slot, index, page in writes:
+            self.page_table[slot, index] = page
+        rows = list(zip(plan.slots.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True))
+        assert len({slot for slot, _, _ in rows}) == len(rows)
+        decoding, longer = rows[: plan.num_decoding], rows[plan.num_decoding :]
+        assert plan.decodes == (not longer)
+        for slot, start, count in decoding:  # each in its own time, so all read before any writes
+            assert count == 1
+            self.read(slot, start)
+        for slot, start, count in rows:  # and then all others write before any of them reads
+            assert count >= 1
+            assert start + count <= self.length[slot]
+            positions = np.arange(start, start + count)
+            self.content[self.places(slot, positions)] = self.prefix[slot, positions]
+        for slot, start, count in longer:
+            self.read(slot, start + count)
+        at_end = [row for row, (slot, start, count) in enumerate(rows) if start + count == self.length[slot]]
+        assert plan.sampled_rows.tolist() == at_end
+        return np.array([self.sample(rows[row][0]) for row in at_end], np.int32)
+
+    def read(self, slot: int, length: int) -> None:
+        positions = np.arange(length)
+        assert (self.content[self.places(slot, positions)] == self.prefix[slot, positions]).all()
+
+    def places(self, slot: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.page_table[slot, positions // self.size], positions % self.size
+
+    def sample(self, slot: int) -> int:
+        length = int(self.length[slot])
+        token = sample(int(self.seed[slot]), length, int(self.prefix[slot, length - 1]))
+        self.append(slot, token)
+        return token
+
+    def append(self, slot: int, token: int) -> None:
+        length = int(self.length[slot])
+        self.prefix[slot, length] = extend(int(self.prefix[slot, length - 1]) if length else 0, token)
+        self.length[slot] += 1
+
+
+@dataclass
+class Ledger:
+    """What the front end knows of one request."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    first_start: int | None = None  # where its very first step began
+    cached: list[int] = field(default_factory=list)
+
+
+class Simulation:
+    """Front end, scheduler and rank; after each operation everything that must hold is checked."""
+
+    def __init__(self, limits: Limits, depth: int) -> None:
+        self.limits, self.depth = limits, depth
+        self.scheduler, self.rank = Scheduler(limits), Rank(limits)
+        self.ledger: dict[int, Ledger] = {}
+        self.in_flight: deque[tuple[Scheduled, np.ndarray]] = deque()
+        self.num_steps = 0
+        self.admitted: list[int] = []  # in order of first admission
+
+    # -- operations
+
+    def add(
+        self, prompt: list[int], *, max_tokens: int = 4, min_tokens: int = 0, stop_ids: list[int] | None = None
+    ) -> int:
+        uid = len(self.ledger)
+        params = SamplingParams(max_tokens=max_tokens, min_tokens=min(min_tokens, max_tokens), seed=uid % 3)
+        request = Request(uid, np.array(prompt, np.int32), len(prompt), params, stop_ids or [])
+        self.scheduler.add(request)
+        self.ledger[uid] = Ledger(request)
+        return uid
+
+    def cancel(self, uid: int) -> None:
+        finished, entry = self.scheduler.cancel(uid), self.ledger[uid]
+        assert (finished is None) == bool(entry.finished)
+        if finished is not None:
+            assert finished == Finished(uid, "abort")
+            entry.finished.append(finished)
+
+    def schedule(self) -> bool:
+        """Schedule a step and run it, its results kept back; False if there was nothing to compute."""
+        s = self.scheduler
+        tickets, before = s.ticket.copy(), s.computed.copy()
+        decoding = [
+            slot for slot in s.order if s.length[slot] == s.computed[slot] + 1 and s.length[slot] < s.limit[slot]
+        ]
+        prompts = [slot for slot in s.order if s.length[slot] > s.computed[slot] + 1]
+        scheduled = s.schedule()
+        if scheduled is None:
+            assert self.in_flight or not s.has_work
+            return False
+        plan = scheduled.plan
+        assert int(plan.counts.sum()) <= self.limits.max_num_batched_tokens
+        older = s.order[:-1]
+        assert (s.length[older] - s.computed[older] <= 1).all()  # one prompt in progress at a time: the newest
+        for slot in decoding + prompts[:1]:
+            preempted = s.ticket[slot] != tickets[slot]
+            assert preempted or (slot in plan.slots and s.computed[slot] > before[slot])
+            assert not preempted or slot != s.order[0]
+        for admission in plan.admitted:
+            entry = self.ledger[self.uid_in(admission.slot)]
+            if entry.first_start is None:
+                entry.first_start = int(plan.starts[plan.slots == admission.slot][0])
+                self.admitted.append(entry.request.uid)
+        self.in_flight.append((scheduled, self.rank.execute(plan)))
+        self.num_steps += 1
+        return True
+
+    def uid_in(self, slot: int) -> int:
+        request = self.scheduler.requests[slot]
+        assert request is not None
+        return request.uid
+
+    def commit(self) -> None:
+        """Take in the results of the oldest step in flight."""
+        output = self.scheduler.commit(*self.in_flight.popleft())
+        assert len(set(output.uids)) == len(output.uids)
+        for uid, token in zip(output.uids, output.tokens, strict=True):
+            assert not self.ledger[uid].finished
+            self.ledger[uid].tokens.append(token)
+        for finished in output.finished:
+            self.ledger[finished.uid].finished.append(finished)
+        for uid, cached in output.cached.items():
+            self.ledger[uid].cached.append(cached)
+
+    def advance(self) -> None:
+        """What an engine does next: fill the pipeline, else take in its oldest results."""
+        if (len(self.in_flight) == self.depth or not self.schedule()) and self.in_flight:
+            self.commit()
+
+    def finish(self) -> None:
+        """Run everything to its end, and check what was delivered."""
+        lengths = [len(e.request.tokens) + len(alone(e.request, self.limits)[0]) for e in self.ledger.values()]
+        while self.scheduler.has_work or self.in_flight:
+            self.advance()
+            self.check()
+            # The oldest request advances in each step, but for the steps that wait for its last results.
+            assert self.num_steps <= sum(lengths) + self.depth * len(lengths)
+        for entry in self.ledger.values():
+            self.check_delivered(entry)
+        assert self.scheduler.pages.num_available == self.limits.num_pages
+        assert all(node.locks == 0 for node in [self.scheduler.pages.tree.root, *self.nodes()])
+
+    # -- what must hold
+
+    def check_delivered(self, entry: Ledger) -> None:
+        tokens, reason, stop_id = alone(entry.request, self.limits)
+        (finished,) = entry.finished
+        if finished.reason == "abort":
+            assert entry.tokens == tokens[: len(entry.tokens)]
+            assert entry.cached in ([], [entry.first_start])
+        else:
+            assert (entry.tokens, finished.reason, finished.stop_id) == (tokens, reason, stop_id)
+            assert entry.cached == [entry.first_start]
+
+    def nodes(self) -> list[Node]:
+        nodes = list(self.scheduler.pages.tree.root.children.values())
+        for node in nodes:
+            nodes.extend(node.children.values())
+        return nodes
+
+    def check_content(self, node: Node, prefix: int) -> None:
+        """Every place in the tree below `node` holds the KV of the path that leads there."""
+        for child in node.children.values():
+            end, content = prefix, self.rank.content[child.pages].ravel().tolist()
+            for token, found in zip(child.tokens.tolist(), content, strict=True):
+                end = extend(end, token)
+                assert found == end
+            self.check_content(child, end)
+
+    def check(self) -> None:
+        s, nodes = self.scheduler, self.nodes()
+        owned = s.pages.free_pages().tolist() + [page for node in nodes for page in node.pages.tolist()]
+        locks: Counter[int] = Counter()
+        for slot in s.order.tolist():
+            shared, held = s.page_table[slot, : s.num_pages[slot]], int(s.num_shared[slot])
+            owned += shared[held:].tolist()
+            path: list[int] = []
+            up: Node | None = s.nodes[slot]
+            while up is not None:
+                locks[id(up)] += 1
+                path[:0] = up.pages.tolist()
+                up = up.parent
+            assert path == shared[:held].tolist()
+        assert sorted(owned) == list(range(self.limits.num_pages))
+        assert all(node.locks == locks[id(node)] for node in nodes)
+        assert s.pages.tree.num_evictable == sum(len(node.pages) for node in nodes if not locks[id(node)])
+        self.check_content(s.pages.tree.root, 0)
+        running, waiting = [self.uid_in(slot) for slot in s.order], [request.uid for request in s.waiting]
+        assert running + waiting == sorted(running + waiting)  # in order of arrival, through preemptions too
+        assert self.admitted == sorted(self.admitted)
+        assert s._preempted <= set(waiting)  # nothing is remembered of those who ended
+        assert sorted(running + waiting) == [uid for uid, entry in self.ledger.items() if not entry.finished]
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Small worlds, so that what fails shrinks to a few operations."""
+
+    @initialize(
+        page_size=st.sampled_from([1, 3, 16]),
+        depth=st.integers(1, 2),
+        capacity=st.integers(16, 70),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(0, 30),
+        caching=st.booleans(),
+    )
+    def start(self, page_size: int, depth: int, capacity: int, max_num_seqs: int, budget: int, caching: bool) -> None:
+        self.simulation = Simulation(
+            limits(
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_seqs + budget,
+                num_pages=-(-capacity // page_size),
+                page_size=page_size,
+                enable_prefix_caching=caching,
+            ),
+            depth,
+        )
+
+    @rule(
+        common=st.integers(0, 30),
+        own=st.lists(st.integers(0, VOCAB - 1), max_size=3),
+        max_tokens=st.integers(1, 12),
+        min_tokens=st.integers(0, 4),
+        stop_ids=st.lists(st.integers(0, VOCAB - 1), max_size=3),
+    )
+    def add(self, common: int, own: list[int], max_tokens: int, min_tokens: int, stop_ids: list[int]) -> None:
+        prompt = (FAMILY[:common] + own)[: self.simulation.limits.max_length - 1] or [0]
+        self.simulation.add(prompt, max_tokens=max_tokens, min_tokens=min_tokens, stop_ids=stop_ids)
+
+    @precondition(lambda self: self.simulation.ledger)
+    @rule(which=st.integers(0, 99), own=st.lists(st.integers(0, VOCAB - 1), max_size=3))
+    def ask_again(self, which: int, own: list[int]) -> None:
+        """A conversation's next turn: a prompt and its output are the new prompt."""
+        entry = self.simulation.ledger[which % len(self.simulation.ledger)]
+        prompt = entry.request.tokens.tolist() + entry.tokens + own
+        self.simulation.add(prompt[: self.simulation.limits.max_length - 1], max_tokens=3)
+
+    @precondition(lambda self: self.simulation.ledger)
+    @rule(which=st.integers(0, 99))
+    def cancel(self, which: int) -> None:
+        self.simulation.cancel(which % len(self.simulation.ledger))
+
+    @rule(times=st.integers(1, 6))
+    def advance(self, times: int) -> None:
+        for _ in range(times):
+            self.simulation.advance()
+            self.simulation.check()
+
+    @precondition(lambda self: self.simulation.in_flight)
+    @rule()
+    def commit(self) -> None:
+        self.simulation.commit()
+
+    @invariant()
+    def holds(self) -> None:
+        self.simulation.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "simulation"):
+            self.simulation.finish()
+
+
+FAMILY = random.Random(0).choices(range(VOCAB), k=200)
+
+
+def limits(
+    *,
+    max_model_len: int = 60,
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 64,
+    num_pages: int = 64,
+    page_size: int = 1,
+    enable_prefix_caching: bool = True,
+) -> Limits:
+    return Limits(
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        num_pages=num_pages,
+        page_size=page_size,
+        vocab_size=VOCAB,
+        enable_prefix_caching=enable_prefix_caching,
+    )
+
+
+def test_random_operations_in_small_worlds() -> None:
+    run_state_machine_as_test(
+        SchedulerMachine,
+        settings=settings(max_examples=100, stateful_step_count=30, derandomize=True, deadline=None, database=None),
+    )
+
+
+@pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_random_operations_under_pressure(page_size: int, depth: int, caching: bool) -> None:
+    """Longer lives: hundreds of requests in a cache that is always full."""
+    total: Counter[str] = Counter()
+    for seed in range(8):
+        rng = random.Random(f"{seed} {page_size} {depth} {caching}")
+        max_num_seqs = rng.randint(4, 12)
+        world = limits(
+            max_model_len=150,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 7, 20, 100]),
+            num_pages=rng.choice([90, 120, 180]) // page_size,
+            page_size=page_size,
+            enable_prefix_caching=caching,
+        )
+        simulation = Simulation(world, depth)
+        for _ in range(700):
+            operate(simulation, rng)
+            simulation.check()
+        simulation.finish()
+        total["preempted"] += simulation.scheduler.num_preemptions
+        total["cached"] += sum(map(sum, (entry.cached for entry in simulation.ledger.values())))
+        total.update(finished.reason for entry in simulation.ledger.values() for finished in entry.finished)
+    assert (total.pop("cached") > 0) == caching
+    assert total.keys() == {"preempted", "stop", "length", "abort"}  # the pressure was there
+    assert min(total.values()) >= 20
+
+
+def operate(simulation: Simulation, rng: random.Random) -> None:
+    """One random operation; steps are the most frequent ones."""
+    kind = rng.random()
+    ledger, longest = simulation.ledger, simulation.limits.max_length - 1
+    if kind < 0.25 and len(simulation.scheduler.waiting) < 8:
+        prompt = FAMILY[: rng.choice([0, 5, 10, 20, 60])] + rng.choices(range(VOCAB), k=rng.choice([1, 2, 3, 20]))
+        if ledger and rng.random() < 0.15:
+            entry = rng.choice(list(ledger.values()))
+            prompt = entry.request.tokens.tolist() + entry.tokens + [0]
+        stop_ids = rng.sample(range(VOCAB), k=rng.choice([0, 0, 0, 1, 3]))
+        simulation.add(
+            prompt[:longest],
+            max_tokens=rng.choice([1, 10, 80, 200]),
+            min_tokens=rng.choice([0, 0, 3]),
+            stop_ids=stop_ids,
+        )
+    elif kind < 0.26 and ledger:
+        simulation.cancel(rng.choice(list(ledger)[-12:]))
+    else:
+        simulation.advance()
+
+
+def cached_tokens(simulation: Simulation) -> list[int]:
+    return [sum(entry.cached) for entry in simulation.ledger.values()]
+
+
+def computed_tokens(simulation: Simulation) -> int:
+    """Run everything to its end; how many tokens all the steps computed."""
+    total = 0
+    while simulation.scheduler.has_work or simulation.in_flight:
+        if simulation.schedule():
+            total += int(simulation.in_flight[-1][0].plan.counts.sum())
+        while simulation.in_flight:
+            simulation.commit()
+    simulation.finish()
+    return total
+
+
+def test_equal_prompts_of_one_step_are_computed_once() -> None:
+    simulation = Simulation(limits(max_num_batched_tokens=200, page_size=16, num_pages=20), depth=1)
+    for _ in range(4):
+        simulation.add(FAMILY[:50], max_tokens=1)
+    assert computed_tokens(simulation) == 50 + 3 * 2
+    assert cached_tokens(simulation) == [0, 48, 48, 48]
+
+
+@pytest.mark.parametrize("budget", [20, 37, 50, 64])
+def test_a_prefix_that_arrives_in_chunks_is_computed_once(budget: int) -> None:
+    """Each request adds its own page to a system prompt longer than the budget; nobody computes that a second time."""
+    world = limits(max_model_len=200, max_num_batched_tokens=budget, page_size=16, num_pages=100)
+    simulation = Simulation(world, depth=1)
+    for own in range(4):
+        simulation.add(FAMILY[:160] + [own] * 16, max_tokens=1)
+    assert computed_tokens(simulation) == 160 + 4 * 16
+
+
+def test_cached_tokens_take_no_budget() -> None:
+    simulation = Simulation(limits(max_model_len=200, max_num_batched_tokens=16, page_size=1, num_pages=400), depth=1)
+    simulation.add(FAMILY[:180], max_tokens=1)
+    simulation.add(FAMILY[:181], max_tokens=1)
+    simulation.finish()
+    assert simulation.num_steps <= 180 // 16 + 2
+
+
+def test_cancelling_what_does_not_fit_lets_the_next_one_in() -> None:
+    simulation = Simulation(limits(num_pages=50), depth=1)
+    simulation.add([0] * 30, max_tokens=9)
+    large, small = simulation.add([1] * 40), simulation.add([2] * 5)
+    simulation.advance()
+    simulation.cancel(large)
+    simulation.commit()
+    simulation.schedule()
+    assert simulation.admitted == [0, small]
+    simulation.finish()
+
+
+def test_who_is_admitted_leaves_a_page_for_those_who_run() -> None:
+    simulation = Simulation(limits(num_pages=20), depth=1)
+    simulation.add([0] * 10, max_tokens=5)
+    simulation.add([1] * 10, max_tokens=5)
+    simulation.finish()
+    assert simulation.scheduler.num_preemptions == 0
+
+
+def test_a_blocked_request_costs_nothing_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulation = Simulation(limits(num_pages=50), depth=1)
+    tree, lookups = simulation.scheduler.pages.tree, []
+    monkeypatch.setattr(tree, "match", lambda *arguments: lookups.append(1) or RadixCache.match(tree, *arguments))
+    simulation.add([0] * 30, max_tokens=15)
+    simulation.add([1] * 40)
+    for _ in range(4):
+        simulation.advance()
+    before = len(lookups)
+    for _ in range(20):
+        simulation.advance()
+    assert len(lookups) == before
+    simulation.finish()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_pages", "message"),
+    [
+        ([], 8, "prompt is empty; give at least one token"),
+        ([0] * 60, 64, r"60 tokens, but the context is 60 .* shorten the prompt or raise max_model_len"),
+        ([0] * 32, 2, r"32 tokens, but the context is 32 .* raise num_pages or kv_cache_memory"),
+        ([0, VOCAB], 8, "token id 7 in the prompt; the model has ids 0 to 6"),
+        ([0, -1], 8, "token id -1 in the prompt; the model has ids 0 to 6"),
+    ],
+)
+def test_what_can_never_run_is_refused(prompt: list[int], num_pages: int, message: str) -> None:
+    simulation = Simulation(limits(num_pages=num_pages, page_size=16), depth=1)
+    with pytest.raises(ValueError, match=message):
+        simulation.add(prompt)
+    assert not simulation.scheduler.has_work
+
+
+def test_the_longest_request_that_is_accepted_ends_with_the_whole_cache() -> None:
+    simulation = Simulation(limits(max_model_len=48, num_pages=3, page_size=16), depth=2)
+    simulation.add([0] * 47, max_tokens=500)
+    simulation.add([1], max_tokens=500)
+    simulation.finish()
+    assert [len(entry.tokens) for entry in simulation.ledger.values()] == [1, 47]

@@ -1,0 +1,372 @@
+"""Constrained outputs, against brute force: transformers' logits with every token tried against the pattern by itself.
+
+The vocabulary is ASCII in one and two characters, made so that most texts can be spelled in several ways. `regex`
+says by partial matching whether a text may still become a match: it shares nothing with llguidance.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+import regex
+import torch
+
+from lockstep import LLM, SamplingParams, StructuredOutputsParams
+from lockstep.runtime.engine import Engine
+from lockstep.runtime.request import Request
+from lockstep.runtime.sampling.grammar import GrammarError, Vocabulary, try_out
+from lockstep.runtime.sampling.grammar_state import forbid_
+
+from checkpoints import tiny_checkpoint
+from engines import Results, request, run_engine
+
+EOS = 2
+CHARACTERS = string.printable[:95]
+PAIRS = [a + b for a, b in itertools.product('abc1, {}":', repeat=2)][: 131 - 3 - len(CHARACTERS)]
+TEXTS = ["<pad>", "<bos>", "<eos>", *CHARACTERS, *PAIRS]
+# Its own pattern, with what `regex` wants; outputs of a random model would rarely end without an upper end.
+PATTERN = r"[ab]{2,6}(, ?(c|1{2,4}|[x-z]+!)){1,3}"
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "minimum": -5, "maximum": 120},
+        "b": {"type": "array", "items": {"enum": ["c", "ab", None, True]}, "minItems": 1, "maxItems": 3},
+        "c": {"type": "string", "pattern": "^[ab]{1,4}$"},
+        "1": {"anyOf": [{"type": "null"}, {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"],
+              "additionalProperties": False}]},
+    },
+    "required": ["a", "b", "c"],
+    "additionalProperties": False,
+}  # fmt: skip
+CHOICES = ["a", "ab", 'b"1\\', "cab, {}"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama whose 131 tokens are TEXTS."""
+    folder = tmp_path_factory.mktemp("structured")
+    tiny_checkpoint(folder, "LlamaForCausalLM", max_position_embeddings=256)
+    spelled = {text.replace(" ", "Ġ"): i for i, text in enumerate(TEXTS)}
+    assert len(spelled) == 131
+    special = [
+        {"id": i, "content": TEXTS[i], "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False} for i in range(3)
+    ]  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": spelled, "merges": [], "ignore_merges": True, "dropout": None,
+                  "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "byte_fallback": False},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def guided(
+    uid: int, prompt: list[int], *, max_tokens: int = 90, stop_ids: tuple[int, ...] = (EOS,), **asked: Any
+) -> Request:
+    kinds = ("json", "regex", "choice", "grammar", "json_object", "disable_any_whitespace")
+    structured = StructuredOutputsParams(**{k: v for k, v in asked.items() if k in kinds})
+    rest = {k: v for k, v in asked.items() if k not in kinds}
+    return request(uid, prompt, stop_ids, max_tokens=max_tokens, structured_outputs=structured, **rest)
+
+
+def prompts(number: int) -> list[list[int]]:
+    rng = np.random.default_rng(11)
+    return [rng.integers(3, 131, int(n)).tolist() for n in rng.integers(1, 40, number)]
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(TEXTS[t] for t in tokens if t != EOS)
+
+
+def by_brute_force(folder: Path, prompt: list[int], pattern: str, n: int, steps: list[int] | None = None) -> list[int]:
+    """Greedy with transformers: at each step the likeliest token after which the text may still become a match."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    produced: list[int] = []
+    with torch.inference_mode():
+        while len(produced) < n:
+            logits = model(torch.tensor([prompt + produced])).logits[0, -1]
+            text = text_of(produced)
+            may = [bool(regex.fullmatch(pattern, text + t, partial=True)) for t in TEXTS]
+            may[:3] = [False, False, regex.fullmatch(pattern, text) is not None]
+            produced.append(int(logits.masked_fill(~torch.tensor(may), -torch.inf).argmax()))
+            if steps is not None:
+                steps.append(sum(may))
+            if produced[-1] == EOS:
+                break
+    return produced
+
+
+@pytest.mark.parametrize("pattern", [PATTERN, r"(a|ab|abc)+1{0,2}[^b-z]", r"[^a-c]{5}|c{3,}\d\d"])
+def test_greedy_is_the_masked_argmax_of_transformers(folder: Path, pattern: str) -> None:
+    asked = prompts(4)
+    found = run_engine(folder, [guided(i, p, regex=pattern, max_tokens=24) for i, p in enumerate(asked)])
+    allowed: list[int] = []
+    for i, prompt in enumerate(asked):
+        assert found.tokens[i] == by_brute_force(folder, prompt, pattern, 24, allowed)
+    assert min(allowed) < 5 or max(allowed) > 20, "the pattern leaves nothing to choose"
+
+
+def test_greedy_choices(folder: Path) -> None:
+    pattern = "|".join(map(re.escape, ["a", "ab", "b, c", "1 1"]))
+    for i, prompt in enumerate(prompts(4)):
+        (found,) = run_engine(folder, [guided(i, prompt, choice=["a", "ab", "b, c", "1 1"])]).tokens.values()
+        assert found == by_brute_force(folder, prompt, pattern, 90)
+
+
+def kinds() -> list[Request]:
+    """Four kinds of structure with all kinds of sampling, and between them requests that are free."""
+    sampling: list[dict[str, Any]] = [
+        {"temperature": 1.0}, {"temperature": 0}, {"temperature": 1.3, "top_k": 8},
+        {"temperature": 1.0, "top_p": 0.8, "repetition_penalty": 1.2, "frequency_penalty": 0.4},
+        {"temperature": 1.0, "logit_bias": {40: 5.0}, "min_tokens": 12, "logprobs": 2},
+    ]  # fmt: skip
+    structures: list[dict[str, Any]] = [
+        {"json": SCHEMA}, {"regex": PATTERN}, {"choice": CHOICES}, {"grammar": 'root ::= "a" ("b" | "1 ")+ "c"'},
+    ]  # fmt: skip
+    asked = prompts(24)
+    found = [guided(i, p, **sampling[i % 5], **structures[i % 4]) for i, p in enumerate(asked[:20])]
+    return found + [request(20 + i, p, [EOS], max_tokens=30, **sampling[i]) for i, p in enumerate(asked[20:])]
+
+
+@pytest.fixture(scope="module")
+def baseline(folder: Path) -> Results:
+    return run_engine(folder, kinds(), max_model_len=160)
+
+
+def test_what_ends_matches(baseline: Results) -> None:
+    checks: list[Callable[[str], object]] = [
+        lambda text: jsonschema.validate(json.loads(text), SCHEMA),
+        lambda text: re.fullmatch(PATTERN, text) or pytest.fail(text),
+        lambda text: text in CHOICES or pytest.fail(text),
+        lambda text: re.fullmatch("a(b|1 )+c", text) or pytest.fail(text),
+    ]
+    ended = [0, 0, 0, 0]
+    for uid in range(20):
+        assert baseline.finished[uid].reason in ("stop", "length")
+        if baseline.finished[uid].reason == "stop":
+            assert baseline.tokens[uid][-1] == EOS
+            checks[uid % 4](text_of(baseline.tokens[uid]))
+            ended[uid % 4] += 1
+    assert min(ended) >= 2, f"too few came to an end: {ended}"
+
+
+def test_the_others_have_the_tokens_they_would_have_had(folder: Path, baseline: Results) -> None:
+    free = [r for r in kinds() if r.params.structured_outputs is None]
+    alone = run_engine(folder, free, max_model_len=160)
+    assert alone.tokens == {r.uid: baseline.tokens[r.uid] for r in free}
+
+
+ARRANGEMENTS: dict[str, dict[str, Any]] = {
+    "chunks of 7 tokens": {"max_num_batched_tokens": 7, "max_num_seqs": 7},
+    "four at a time": {"max_num_seqs": 4},
+    "no prefix cache": {"enable_prefix_caching": False},
+    "results one step late": {"overlap": True},
+    "two ranks": {"tp": 2},
+    "two ranks, few pages, results one step late": {"tp": 2, "num_pages": 44, "overlap": True},
+    "few pages": {"num_pages": 44},
+}
+
+
+@pytest.mark.parametrize("options", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
+def test_the_same_tokens_in_any_arrangement(folder: Path, baseline: Results, options: dict[str, Any]) -> None:
+    found = run_engine(folder, kinds(), max_model_len=160, **options)
+    assert found.tokens == baseline.tokens
+    assert found.finished == baseline.finished
+    if "num_pages" in options:
+        assert found.preemptions > 0, "meant to run out of pages"
+
+
+@pytest.mark.gpu
+def test_the_same_tokens_with_graphs_and_overlap_on_a_gpu(folder: Path, baseline: Results) -> None:
+    """float32 on both sides: CUDA graphs sample inside, and constrained rows again outside of them."""
+    options: dict[str, Any] = {"device": "cuda", "dtype": "float32", "max_model_len": 160}
+    graphs = run_engine(folder, kinds(), **options)
+    assert run_engine(folder, kinds(), **options, enforce_eager=True).tokens == graphs.tokens
+    assert run_engine(folder, kinds(), **options, overlap_scheduling=False).tokens == graphs.tokens
+    free = [r for r in kinds() if r.params.structured_outputs is None]
+    alone = run_engine(folder, free, **options)
+    assert alone.tokens == {r.uid: graphs.tokens[r.uid] for r in free}
+    for r in kinds():
+        if r.params.temperature == 0:  # near ties of random draws may fall differently on the two devices
+            assert graphs.tokens[r.uid] == baseline.tokens[r.uid]
+
+
+def test_admitted_again_after_any_token(folder: Path, baseline: Results) -> None:
+    """As after the death of a rank: with what has been produced, by an engine that knows nothing of it."""
+    for cut in (1, 3, 8):
+        again = []
+        for r in kinds():
+            produced = baseline.tokens[r.uid][:cut]
+            if len(produced) < len(baseline.tokens[r.uid]):
+                tokens = np.concatenate((r.tokens, np.array(produced, np.int32)))
+                again.append(Request(r.uid, tokens, r.num_prompt_tokens, r.params, r.stop_ids))
+        assert len(again) > 6
+        found = run_engine(folder, again, max_model_len=160)
+        assert found.tokens == {r.uid: baseline.tokens[r.uid][cut:] for r in again}
+
+
+def test_min_tokens_gives_way_to_the_end_of_the_grammar(folder: Path) -> None:
+    (prompt,) = prompts(1)
+    asked = [
+        guided(0, prompt, regex="a{2,9}", min_tokens=9, logit_bias={EOS: 100.0}),
+        guided(1, prompt, choice=["abc"], min_tokens=50),
+    ]
+    found = run_engine(folder, asked)
+    assert text_of(found.tokens[0]) == "a" * 9, "as long as it may, because it must have 9 tokens"
+    assert text_of(found.tokens[1]) == "abc"
+    assert [found.finished[uid].reason for uid in (0, 1)] == ["stop", "stop"]
+
+
+def test_stop_ids_of_the_request_end_it_where_the_grammar_may_end(folder: Path) -> None:
+    (prompt,) = prompts(1)
+    found = run_engine(folder, [guided(0, prompt, regex="[bc]{3}x*", stop_ids=(1, EOS), logit_bias={1: 100.0})])
+    assert found.tokens[0][-1] == 1
+    assert re.fullmatch("[bc]{3}", text_of(found.tokens[0][:-1]))
+
+
+def test_a_grammar_that_cannot_go_on_ends_its_request_alone(folder: Path) -> None:
+    """The vocabulary has no byte beyond ASCII: after the a's this pattern has no way on."""
+    asked = prompts(3)
+    free = [request(1, asked[1], [EOS], temperature=1), guided(2, asked[2], regex=PATTERN, temperature=1)]
+    wanted = run_engine(folder, free)
+    for tp, overlap in ((1, False), (2, True)):
+        found = run_engine(folder, [guided(0, asked[0], regex="aa\u00e9"), *free], tp=tp, overlap=overlap)
+        assert found.finished[0].reason == "error"
+        assert "no token of this model's vocabulary" in (found.finished[0].error or "")
+        assert {uid: found.tokens[uid] for uid in (1, 2)} == wanted.tokens
+
+
+def test_a_grammar_that_is_wrong_reaches_no_step(folder: Path) -> None:
+    """The front end refuses it; should it arrive all the same, it ends alone."""
+    (prompt,) = prompts(1)
+    found = run_engine(folder, [guided(0, prompt, regex="("), request(1, prompt)])
+    assert found.finished[0].reason == "error"
+    assert len(found.tokens[1]) == 16
+
+
+def test_cancelled_in_the_middle_of_a_step(folder: Path, baseline: Results) -> None:
+    """Slots change hands while tokens are on their way."""
+    noise = [guided(100 + i, p, regex="[a-c]{50}", temperature=1) for i, p in enumerate(prompts(20))]
+
+    def between(step: int, engine: Engine) -> None:
+        if step < 20:
+            engine.add([noise[step]])
+            engine.cancel([100 + step - 2])
+
+    found = run_engine(folder, kinds(), max_model_len=160, max_num_seqs=8, overlap=True, between=between)
+    assert {uid: t for uid, t in found.tokens.items() if uid < 100} == baseline.tokens
+
+
+def test_masks_on_the_device_are_those_of_the_host() -> None:
+    rng = np.random.default_rng(3)
+    for vocab in (31, 32, 131):
+        logits, rows = torch.randn(5, vocab), torch.tensor([3, 0])
+        words = rng.integers(-(2**31), 2**31, (2, -(-vocab // 32)), dtype=np.int64).astype(np.int32)
+        wanted = logits.clone()
+        for row, mask in zip(rows.tolist(), words, strict=True):
+            for v in range(vocab):
+                if not int(mask[v // 32]) >> v % 32 & 1:
+                    wanted[row, v] = -torch.inf
+        forbid_(logits, rows, torch.from_numpy(words))
+        assert torch.equal(logits, wanted)
+
+
+HOSTILE = [
+    {"regex": "(a{1000}){1000}"}, {"regex": "((a?){1000}){1000}"}, {"regex": "(" * 5000 + ")" * 5000},
+    {"regex": "(.*a.{9}|.*b.{9})c"}, {"regex": "(a|aa|aaa){5000}"}, {"regex": r"(\w{1,500}\s?){1,500}"},
+    {"json": {"allOf": [{"anyOf": [{"required": [f"a{i}"]}, {"required": [f"b{i}"]}]} for i in range(24)]}},
+    {"json": {"$ref": "#"}}, {"json": '{"a":' * 5000 + "1" + "}" * 5000}, {"choice": ["a" * 90_000]},
+    {"grammar": "start: start start | start | \"a\""}, {"grammar": "start: x\nx: x"}, {"grammar": "root ::= " * 3000},
+    {"json": {"type": "array", "items": {"type": "array", "maxItems": 10**6}, "maxItems": 10**6}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", HOSTILE, ids=lambda a: str(a)[:40])
+def test_hostile_grammars_are_refused_or_harmless(folder: Path, asked: dict[str, Any]) -> None:
+    """Nothing but a GrammarError, whatever comes; how long it takes is limited by counts, in a server by killing."""
+    model = Vocabulary(folder, 131, (EOS,))
+    refusal = None
+    try:
+        try_out(model, StructuredOutputsParams(**asked))
+    except GrammarError as error:
+        refusal = str(error)
+    if refusal is not None:
+        assert refusal.startswith("structured_outputs=")
+        assert len(refusal) < 400
+        assert "\n" not in refusal
+    else:
+        found = run_engine(folder, [guided(0, prompts(1)[0], **asked, max_tokens=8), request(1, [5, 6])])
+        assert len(found.tokens[1]) == 16
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({}, "has nothing; give exactly one of"),
+        ({"regex": "a", "choice": ["a"]}, "has regex and choice"),
+        ({"choice": []}, "non-empty strings"),
+        ({"choice": ["a", ""]}, "non-empty strings"),
+        ({"regex": "a" * 100_001}, "100001 characters of regex; at most 100000"),
+        ({"regex": "a", "disable_any_whitespace": True}, "it is for json and json_object"),
+        ({"json": {"a": {1, 2}}}, "not JSON"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        StructuredOutputsParams(**asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"regex": "("}, "unclosed group"),
+        ({"regex": "a(?=b)"}, "look-ahead"),
+        ({"regex": r"[^\s\S]"}, "structured_outputs=regex cannot be used"),
+        ({"json": {"not": {}}}, r'Unimplemented keys: \["not"\]'),
+        ({"json": {"x-guidance": {"lenient": True}, "not": {}}}, r'Unimplemented keys: \["not"\]'),
+        ({"json": "[1]"}, "must be an object"),
+        ({"json": "{"}, "cannot be used"),
+        ({"json": {"$ref": "https://example.com/schema"}}, "does not fetch"),
+    ],
+)
+def test_what_cannot_be_kept_to_is_refused_before_it_starts(asked: dict[str, Any], message: str) -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(**asked))
+    with LLM(device="cpu", num_pages=64) as llm, pytest.raises(ValueError, match=message):
+        llm.generate("a", params, use_tqdm=False)
+
+
+def test_random_seeds_of_the_demo_model_keep_to_the_schema() -> None:
+    """A real tokenizer, with bytes that are no character by themselves."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "name": {"type": "string", "maxLength": 30}, "day": {"type": "string", "format": "date"},
+            "n": {"type": "number", "minimum": 0, "maximum": 1000},
+        },
+        "required": ["name", "day", "n"], "additionalProperties": False,
+    }  # fmt: skip
+    structured = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
+    params = SamplingParams(n=32, seed=1, temperature=1.5, max_tokens=150, structured_outputs=structured)
+    with LLM(device="cpu", num_pages=1024) as llm:
+        (result,) = llm.generate(["And the name of the king was"], params, use_tqdm=False)
+    ended = [o for o in result.outputs if o.finish_reason == "stop"]
+    assert len(ended) > 20
+    for output in ended:
+        jsonschema.validate(json.loads(output.text), schema, format_checker=jsonschema.FormatChecker())
+    assert len({o.text for o in ended}) > 20
