@@ -65,7 +65,7 @@ class Table:
         return rows
 
 
-def choose(groups: Mapping[Algorithm, Communicator], place: str, say: Exchange) -> Table:
+def autotune_all_reduce(groups: Mapping[Algorithm, Communicator], place: str, say: Exchange) -> Table:
     """The table of the ranks that call this together: an earlier one of rank 0, or measured now.
 
     groups  a communicator for each algorithm, which adds up by nothing else
@@ -75,7 +75,7 @@ def choose(groups: Mapping[Algorithm, Communicator], place: str, say: Exchange) 
     rank = next(iter(groups.values())).rank
     key = json.dumps([VERSION, COLUMNS, SIZES, say("place", place)])
     file = cache_dir() / f"all-reduce-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    known = say("known", _recall(file, key) if rank == 0 else "")[0]
+    known = say("known", _load(file, key) if rank == 0 else "")[0]
     if known:
         return Table(**json.loads(known), remembered=True)
     started = time.perf_counter()
@@ -84,7 +84,7 @@ def choose(groups: Mapping[Algorithm, Communicator], place: str, say: Exchange) 
     table = Table(SIZES, us)
     if rank == 0:
         log.info("measured who adds up fastest in %.2f s, kept as %s", time.perf_counter() - started, file)
-        _remember(file, key, table)
+        _save(file, key, table)
     return table
 
 
@@ -112,7 +112,7 @@ def _completion(comm: Communicator, nbytes: int) -> Callable[[], Tensor]:
     return call
 
 
-def _recall(file: Path, key: str) -> str:
+def _load(file: Path, key: str) -> str:
     """What was remembered for this key; empty if nothing that can be read."""
     try:
         found = json.loads(file.read_text())
@@ -121,7 +121,7 @@ def _recall(file: Path, key: str) -> str:
         return ""
 
 
-def _remember(file: Path, key: str, table: Table) -> None:
+def _save(file: Path, key: str, table: Table) -> None:
     """Whole or not at all; a folder that cannot be written costs a measurement at each start."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def connect(
     shares_device: bool = False,
     library: str | None = None,
     all_reduce: AllReduce = "nccl",
-    invariant: bool = False,
+    batch_invariant: bool = False,
     timeout_s: float,
 ) -> Communicator:
     """Join a group of `size` ranks as `rank`; returns once all are there.
@@ -38,7 +38,7 @@ def connect(
     shares_device  another rank may use the same GPU
     library        path of the libnccl to use between GPUs; torch's own if None
     all_reduce     between GPUs: who adds up small messages; auto chooses by their size
-    invariant      between GPUs: a row's sum has the same bits whatever other rows there are; CommError where it cannot
+    batch_invariant  between GPUs: a sum over ranks has the same bits in any batch; CommError where it cannot
     timeout_s      deadline of joining and of each collective; CommError after it
     """
     if size == 1:
@@ -49,7 +49,7 @@ def connect(
     nccl = open_library(library)
     why_not = _why_not_nccl(nccl) if shares_device else ""
     _agree(exchange(store, "choice", "gloo" if why_not else str(nccl), rank, size, timeout_s))
-    if why_not and invariant:
+    if why_not and batch_invariant:
         raise CommError(f"sums cannot be the same in any batch: {why_not}")
     if why_not:
         return GlooCommunicator(rank, size, store=store, own_ip=own_ip, timeout_s=timeout_s, why=why_not)
@@ -58,7 +58,7 @@ def connect(
     return share_memory(
         group,
         all_reduce,
-        invariant=invariant,
+        batch_invariant=batch_invariant,
         store=store,
         device=device,
         shares_device=shares_device,

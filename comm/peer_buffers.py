@@ -48,7 +48,7 @@ class NotShared(RuntimeError):
 
 
 @dataclass
-class Turns:
+class SlotRotation:
     """Which slot is next; `capture` is a number for the graph that is being captured, 0 outside of graphs."""
 
     graph: int = 0
@@ -72,7 +72,7 @@ class Late:
     round: int
 
 
-class Arena:
+class PeerBuffers:
     """One rank's arena and its view of the others'; made by `join`."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Arena:
         self._sharers = size if shares_device else 1
         self._own = 0
         self._mapped: list[int] = []  # of the peers
-        self._turns = Turns()
+        self._turns = SlotRotation()
 
     # The steps of joining. Each returns what the peers need to know, or raises what keeps this rank from it.
 
@@ -255,12 +255,12 @@ def join(
     slot_bytes: int,
     shares_device: bool,
     timeout_s: float,
-) -> Arena:
+) -> PeerBuffers:
     """This rank's arena, mapped and tried by all ranks; slot_bytes is a multiple of 16 and equal on all of them.
 
     Raises NotShared, on every rank with the same reason, if any of them cannot; CommError if one says nothing.
     """
-    arena = Arena(
+    arena = PeerBuffers(
         rank,
         size,
         store=store,

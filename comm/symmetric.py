@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
 from ..kernels import ops
-from .autotune import SIZES, Algorithm, choose, size_text
+from .autotune import SIZES, Algorithm, autotune_all_reduce, size_text
 from .base import CommError, Communicator
 from .nccl import Done, NcclCommunicator, _record
-from .peer_buffers import Arena, NotShared, join
+from .peer_buffers import NotShared, PeerBuffers, join
 from .rendezvous import exchange
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class SymmetricCommunicator(Communicator):
 
     capturable = True
 
-    def __init__(self, nccl: NcclCommunicator, arena: Arena, policy: Policy, device: torch.device) -> None:
+    def __init__(self, nccl: NcclCommunicator, arena: PeerBuffers, policy: Policy, device: torch.device) -> None:
         self.rank, self.size = nccl.rank, nccl.size
         self.description = f"{nccl.description}; shared memory: {policy}"
         self._nccl, self._arena, self._policy, self._device = nccl, arena, policy, device
@@ -169,7 +169,7 @@ def share_memory(
     nccl: NcclCommunicator,
     choice: AllReduce,
     *,
-    invariant: bool = False,
+    batch_invariant: bool = False,
     store: Store,
     device: torch.device,
     shares_device: bool,
@@ -189,13 +189,13 @@ def share_memory(
             timeout_s=timeout_s,
         )
     except NotShared as reason:
-        if invariant:
+        if batch_invariant:
             raise CommError(
                 f"sums cannot be the same in any batch, which takes memory that all ranks map: {reason}"
             ) from reason
         nccl.description += f"; no shared memory: {reason}"
         return nccl
-    if invariant:
+    if batch_invariant:
         name = choice if choice != "auto" else "one-shot" if nccl.size == 2 else "two-shot"
         return SymmetricCommunicator(nccl, arena, Policy.only(name, slices=True), device)
     own = {name: SymmetricCommunicator(nccl, arena, Policy.only(name), device) for name in OWN}
@@ -207,7 +207,7 @@ def share_memory(
 
     gpu = torch.cuda.get_device_properties(device)
     groups: dict[Algorithm, Communicator] = {"nccl": nccl, "one-shot": own["one-shot"], "two-shot": own["two-shot"]}
-    table = choose(groups, f"{gpu.name} {gpu.uuid} {nccl.description}", say)
+    table = autotune_all_reduce(groups, f"{gpu.name} {gpu.uuid} {nccl.description}", say)
     chosen = SymmetricCommunicator(nccl, arena, Policy(tuple(table.best())), device)
     chosen.description = "\n  ".join([chosen.description, *table.lines()])
     return chosen

@@ -84,9 +84,9 @@ def linear(
     gated: bool = False,
     add_to: Tensor | None = None,
     out: Tensor | None = None,
-    invariant: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    if invariant:
+    if batch_invariant:
         return _add_in_one_order(x, weight, bias, norm, eps, gated, add_to, out)
     streams = _can_stream(x, weight)
     if norm is not None and not (streams and _can_take_in(x, norm)):
@@ -405,7 +405,7 @@ def _is_gated(out: Tensor, weights: Tensor) -> bool:
     return weights.shape[1] == 2 * out.shape[1]
 
 
-def race(
+def gumbel_argmax(
     logits: Tensor, temperature: Tensor, keys: Tensor, *, first_token: int = 0, tokens: Tensor | None = None
 ) -> Tensor:
     rows, vocab = logits.shape
@@ -420,16 +420,16 @@ def race(
     return best
 
 
-def winners(contenders: Tensor) -> Tensor:
+def merge_candidates(contenders: Tensor) -> Tensor:
     ranks, rows = contenders.shape
     tokens = torch.empty(rows, dtype=torch.int32, device=contenders.device)
     if rows:
-        kernel = _kernel("sample.cu", "winners")
+        kernel = _kernel("sample.cu", "merge_candidates")
         kernel((-(-rows // THREADS), 1), THREADS, tokens, contenders.contiguous(), np.int32(ranks), np.int32(rows))
     return tokens
 
 
-def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
+def topk_candidates(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
     rows, columns = logits.shape
     parts = max(1, -(-columns // (FEW * HELD)))
     # The greatest of every part come first: in the next round each thread has some of these.
@@ -440,19 +440,21 @@ def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
         kernel = _kernel("sample.cu", f"best<{_c(logits)}, {v}>", shared_bytes=shared_bytes)
         where = logits, np.int64(logits.stride(0)), np.int32(first_token), np.int32(columns)
         kernel((rows, parts), FEW, found, *where, np.int32(count))
-    return found[:, :, 0] if parts == 1 else best(found.flatten(1), count)
+    return found[:, :, 0] if parts == 1 else topk_candidates(found.flatten(1), count)
 
 
-def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+def sample_topk(
+    contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor
+) -> Tensor:
     rows, count = contenders.shape
     tokens = torch.empty(rows, dtype=torch.int32, device=contenders.device)
     if rows:
         given = contenders.contiguous(), temperature, top_k, top_p, min_p, keys
-        _kernel("sample.cu", "draw")((rows, 1), _threads(count), tokens, *given, np.int32(count))
+        _kernel("sample.cu", "sample_topk")((rows, 1), _threads(count), tokens, *given, np.int32(count))
     return tokens
 
 
-def nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
     rows, vocab = logits.shape
     tokens = torch.zeros(rows, dtype=torch.int32, device=logits.device)
     if rows and vocab:
@@ -463,8 +465,8 @@ def nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, k
     return tokens
 
 
-def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    return reference.cut(ordered, top_k, top_p, min_p)
+def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    return reference.mask_top_k_top_p(ordered, top_k, top_p, min_p)
 
 
 def begin_decode_(

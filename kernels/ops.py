@@ -61,7 +61,7 @@ def linear(
     gated: bool = False,
     add_to: Tensor | None = None,
     out: Tensor | None = None,
-    invariant: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """`x @ weight^T + bias` with what comes before and after it: a norm of x, SiLU * up, the residual; returns [T, F].
 
@@ -72,8 +72,8 @@ def linear(
     add_to  [T, F]  takes the sum of itself and the product in place, and is returned; not together with gated
     out     [T, F]  takes the product, and is returned; not together with gated or add_to
     On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed, and a row's result has the same
-    bits in any of these batches. If invariant, it has the same bits in all batches, more slowly; that takes bfloat16 or
-    float16, and rows of the weight fill whole vectors of 16 bytes.
+    bits in any of these batches. If batch_invariant, it has the same bits in all batches, more slowly; that takes
+    bfloat16 or float16, and weight rows of whole 16-byte vectors.
     """
     features = len(weight) // 2 if gated else len(weight)
     _require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
@@ -84,11 +84,18 @@ def linear(
             alone = not gated and (add_to is None or out is None)
             rule = f"must be [{len(x)}, {features}] {x.dtype}, contiguous, not gated, and alone"
             _require(fits and alone, name, into, rule)
-    if invariant and x.is_cuda:
+    if batch_invariant and x.is_cuda:
         whole = weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
         half = x.dtype in (torch.bfloat16, torch.float16)
         _require(whole and half, "weight", weight, "must have rows of whole, aligned 16-byte vectors of 16-bit floats")
-    options = {"norm": norm, "eps": eps, "gated": gated, "add_to": add_to, "out": out, "invariant": invariant}
+    options = {
+        "norm": norm,
+        "eps": eps,
+        "gated": gated,
+        "add_to": add_to,
+        "out": out,
+        "batch_invariant": batch_invariant,
+    }
     return _on(x).linear(x, weight, bias, **options)
 
 
@@ -220,7 +227,7 @@ def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Te
     return _on(x).experts(x, chosen, scores, gate_up, down)
 
 
-def race(
+def gumbel_argmax(
     logits: Tensor, temperature: Tensor, keys: Tensor, *, first_token: int = 0, tokens: Tensor | None = None
 ) -> Tensor:
     """The contender of each row, [S] int64: the likeliest token where temperature is 0, else a draw from
@@ -243,18 +250,18 @@ def race(
     if tokens is not None:
         named = tokens.shape == logits.shape and tokens.dtype == torch.int32 and tokens.is_contiguous()
         _require(named, "tokens", tokens, f"must be {list(logits.shape)} int32, contiguous")
-    return _on(logits).race(logits, temperature, keys, first_token=first_token, tokens=tokens)
+    return _on(logits).gumbel_argmax(logits, temperature, keys, first_token=first_token, tokens=tokens)
 
 
-def winners(contenders: Tensor) -> Tensor:
+def merge_candidates(contenders: Tensor) -> Tensor:
     """The tokens [S] int32 of the greatest of each column of contenders [n, S] int64, as `race` has them."""
     _require(
         contenders.dim() == 2 and contenders.dtype == torch.int64, "contenders", contenders, "must be [n, S] int64"
     )
-    return _on(contenders).winners(contenders)
+    return _on(contenders).merge_candidates(contenders)
 
 
-def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
+def topk_candidates(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
     """The `count` greatest of each row as contenders, [S, count] int64, descending; count <= 128.
 
     logits  [S, V] as for `race`, or contenders themselves, int64, no two alike; where V is less than count, the rest is
@@ -263,10 +270,12 @@ def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
     _require(1 <= count <= 128, "count", torch.tensor(count), "must be 1 to 128")
     if logits.dtype != torch.int64:
         _check_logits(logits)
-    return _on(logits).best(logits, count, first_token=first_token)
+    return _on(logits).topk_candidates(logits, count, first_token=first_token)
 
 
-def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+def sample_topk(
+    contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor
+) -> Tensor:
     """A token for each row, [S] int32, drawn as by `race` among those that `cut` leaves.
 
     contenders    [S, C] int64 of logits, descending, as `best` has them; C <= 128
@@ -277,26 +286,26 @@ def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, 
     fits = contenders.dim() == 2 and contenders.dtype == torch.int64 and 1 <= contenders.shape[1] <= 128
     _require(fits, "contenders", contenders, "must be [S, 1 to 128] int64")
     _check_rows(len(contenders), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, keys=keys)
-    return _on(contenders).draw(contenders, temperature, top_k, top_p, min_p, keys)
+    return _on(contenders).sample_topk(contenders, temperature, top_k, top_p, min_p, keys)
 
 
-def nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
     """A token for each row, [S] int32, drawn as by `race` among those of the whole row that min-p, then top-p leave.
 
     logits [S, V] as for `race`; temperature, top_p, min_p and keys [S] as for `draw`. (Holtzman et al., 2020)
     """
     _check_logits(logits)
     _check_rows(len(logits), temperature=temperature, top_p=top_p, min_p=min_p, keys=keys)
-    return _on(logits).nucleus(logits, temperature, top_p, min_p, keys)
+    return _on(logits).sample_top_p(logits, temperature, top_p, min_p, keys)
 
 
-def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """`ordered` with -inf for what min-p, then top-k, then top-p of what these left, exclude.
 
     ordered       [S, C] float32: logits over the temperature, descending
     top_k         [S] int64, 0 for all; top_p, min_p [S] float32: 1 and 0 for all
     """
-    return _on(ordered).cut(ordered, top_k, top_p, min_p)
+    return _on(ordered).mask_top_k_top_p(ordered, top_k, top_p, min_p)
 
 
 def begin_decode_(

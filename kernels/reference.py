@@ -47,7 +47,7 @@ def linear(
     gated: bool = False,
     add_to: Tensor | None = None,
     out: Tensor | None = None,
-    invariant: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm, eps)
@@ -165,7 +165,7 @@ def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Te
     return out.to(x.dtype)
 
 
-def race(
+def gumbel_argmax(
     logits: Tensor, temperature: Tensor, keys: Tensor, *, first_token: int = 0, tokens: Tensor | None = None
 ) -> Tensor:
     ids = _columns(logits, first_token) if tokens is None else tokens
@@ -178,29 +178,31 @@ def race(
     return _descending(_pack(scores, ids), 1)[:, 0]
 
 
-def winners(contenders: Tensor) -> Tensor:
+def merge_candidates(contenders: Tensor) -> Tensor:
     return _unpack(contenders.amax(0))[1]
 
 
-def best(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
+def topk_candidates(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
     packed = logits if logits.dtype == torch.int64 else _pack(logits.float(), _columns(logits, first_token))
     return _descending(packed, count)
 
 
-def draw(contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+def sample_topk(
+    contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor
+) -> Tensor:
     scores, tokens = _unpack(contenders)
     scores = scores.masked_fill(contenders == NOBODY, -torch.inf)
-    kept = cut(scores / temperature[:, None], top_k, top_p, min_p)
-    return winners(race(kept, torch.ones_like(temperature), keys, tokens=tokens)[None])
+    kept = mask_top_k_top_p(scores / temperature[:, None], top_k, top_p, min_p)
+    return merge_candidates(gumbel_argmax(kept, torch.ones_like(temperature), keys, tokens=tokens)[None])
 
 
-def nucleus(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
+def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
     ordered, ids = (logits.float() / temperature[:, None]).sort(dim=-1, descending=True, stable=True)
-    kept = cut(ordered, torch.zeros_like(keys), top_p, min_p)
-    return winners(race(kept, torch.ones_like(temperature), keys, tokens=ids.int())[None])
+    kept = mask_top_k_top_p(ordered, torch.zeros_like(keys), top_p, min_p)
+    return merge_candidates(gumbel_argmax(kept, torch.ones_like(temperature), keys, tokens=ids.int())[None])
 
 
-def cut(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     least = ordered[:, :1] + min_p.log()[:, None]  # -inf where there is none
     place = torch.arange(ordered.shape[1], device=ordered.device)
     excluded = (ordered < least) | ((place >= top_k[:, None]) & (top_k > 0)[:, None])

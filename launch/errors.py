@@ -20,7 +20,7 @@ class EngineFailed(RuntimeError):
     """The ranks have failed and will not be started again, or the service has ended; the message says why."""
 
 
-class RequestEndsRanks(EngineFailed):
+class RequestCrashedEngine(EngineFailed):
     """This request has ended its ranks again and again, and is not tried any more; others go on."""
 
 

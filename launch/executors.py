@@ -39,15 +39,15 @@ def start_executor(config: Config, model: ModelConfig, folder: Path, connection:
     return RayExecutor(config, model, folder, connection)
 
 
-def start_fleet(config: Config, folder: Path, connection: Connection, replicas: int, max_queued: int) -> Executor:
+def start_replicas(config: Config, folder: Path, connection: Connection, replicas: int, max_queued: int) -> Executor:
     """Several groups of ranks behind one Executor; raises ValueError where Ray Serve is not installed."""
     try:
-        from .replicas.replica_executor import FleetExecutor
+        from .replicas.replica_executor import ReplicaExecutor
     except ImportError as error:
         raise ValueError(
             f"replicas={replicas} needs Ray Serve, and {error.name} is missing; pip install 'lockstep[serve]'"
         ) from error
-    return FleetExecutor(config, folder, connection, replicas, max_queued)
+    return ReplicaExecutor(config, folder, connection, replicas, max_queued)
 
 
 def _in_process(config: Config) -> bool:

@@ -118,7 +118,7 @@ class Engine:
         stats.steps += 1
         stats.output_tokens += num_tokens
         stats.preemptions = self.scheduler.num_preemptions
-        if plan.decodes:
+        if plan.is_decode_only:
             stats.decode_steps += 1
             stats.decode_s += seconds
             stats.decode_kv_tokens += int(plan.starts.sum()) + len(plan.starts)

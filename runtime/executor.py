@@ -19,7 +19,7 @@ from .plan import StepOutput
 from .request import Request
 from .scheduler.scheduler import Scheduler
 from .startup import load_rank, plan_limits
-from .startup_timer import Phases, summary
+from .startup_timer import StartupTimer, summary
 from .stats import EngineStats, Profile
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class LocalExecutor:
             raise ValueError(
                 f"tensor_parallel_size={config.tensor_parallel_size} needs Ray actors; in one process it is 1"
             )
-        phases = Phases()
+        phases = StartupTimer()
         resolved = config.resolved(model, cuda=torch.cuda.is_available())
         runner = load_rank(resolved, model, folder, SingleRank(), phases)
         self.memory = runner.plan_memory()

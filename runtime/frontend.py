@@ -26,7 +26,7 @@ Prompt = str | Sequence[int]
 INT64 = 2**64
 
 
-class Stream:
+class Output:
     """One output on its way: its tokens, its text, and how much of the text has been handed out."""
 
     def __init__(self, request: Request, owner: Generation, index: int, tokenizer: Tokenizer) -> None:
@@ -128,7 +128,7 @@ class Generation:
         self.number = number
         self.prompt = prompt
         self.prompt_ids = ids
-        self.sequences: list[Stream] = []
+        self.sequences: list[Output] = []
         self.num_cached_tokens = 0
         self.prompt_logprobs: list[dict[int, Logprob] | None] | None = [None] * len(ids) if explained else None
 
@@ -170,7 +170,7 @@ class Frontend:
         self.num_cached_tokens = 0  # found in the prefix cache by requests that began, of
         self.num_looked_up = 0  # so many: prompts, and after a failure what had been produced
         self.num_free_pages: int | None = None  # by the scheduler's account, once a step has ended
-        self._live: dict[int, Stream] = {}
+        self._live: dict[int, Output] = {}
         self._uids = itertools.count()
         self._next_number = 0
 
@@ -191,7 +191,7 @@ class Frontend:
             if index == 1:  # the first has said all that there is to say of the prompt
                 params = msgspec.structs.replace(params, prompt_logprobs=None)
             request = self._request(tokens, params, first_seed + index)
-            generation.sequences.append(Stream(request, generation, index, self.tokenizer))
+            generation.sequences.append(Output(request, generation, index, self.tokenizer))
         try:
             self.executor.limits.check(generation.sequences[0].request)
             if params.structured_outputs is not None and self._vocabulary is not None:
@@ -243,7 +243,7 @@ class Frontend:
         self.executor.cancel([s.request.uid for s in sequences])
 
     @property
-    def live(self) -> list[Stream]:
+    def live(self) -> list[Output]:
         """The outputs that have not ended, as of now: any thread may ask."""
         return list(self._live.values())
 
@@ -252,14 +252,14 @@ class Frontend:
         """Those that have outputs which have not ended."""
         return list({stream.owner.number: stream.owner for stream in self.live}.values())
 
-    def poll(self, timeout_s: float) -> list[Stream]:
+    def poll(self, timeout_s: float) -> list[Output]:
         """Take in what the ranks have produced, waiting up to timeout_s for it; the outputs that got something new."""
-        changed: dict[int, Stream] = {}
+        changed: dict[int, Output] = {}
         for output in self.executor.poll(timeout_s):
             changed.update(self._take_in(output))
         return list(changed.values())
 
-    def _take_in(self, output: StepOutput) -> dict[int, Stream]:
+    def _take_in(self, output: StepOutput) -> dict[int, Output]:
         changed = {}
         finished = {f.uid: f for f in output.finished}
         stopped = []
@@ -284,7 +284,7 @@ class Frontend:
             self.executor.cancel(stopped)
         return changed
 
-    def _push(self, sequence: Stream, token: int, logprobs: TokenLogprobs | None, finished: Finished | None) -> bool:
+    def _push(self, sequence: Output, token: int, logprobs: TokenLogprobs | None, finished: Finished | None) -> bool:
         """`sequence.push`, where an exception, most likely of the tokenizer's own, ends this output and no other."""
         try:
             return sequence.push(token, logprobs, finished)
@@ -315,7 +315,7 @@ class Frontend:
         return Request(next(self._uids), tokens, len(tokens), own, stop_ids)
 
 
-def take_deltas(changed: Iterable[Stream], numbers: dict[int, int]) -> list[Delta]:
+def take_deltas(changed: Iterable[Output], numbers: dict[int, int]) -> list[Delta]:
     """What to show of the changed outputs; `numbers` maps a generation's number to its place among the prompts."""
     return [Delta(numbers[s.owner.number], s.output.index, s.take_text(), s.finished) for s in changed]
 

@@ -28,7 +28,7 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     uids: list[int]
 
 
-class Trace(msgspec.Struct, frozen=True, tag=True):
+class StartProfile(msgspec.Struct, frozen=True, tag=True):
     """Profile the next decode steps."""
 
     num_steps: int
@@ -38,7 +38,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """Followers and leader leave their loops."""
 
 
-Command = Admit | Cancel | Trace | Stop
+Command = Admit | Cancel | StartProfile | Stop
 
 
 def _array_to_bytes(value: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from .executor import Executor
-from .frontend import Frontend, Generation, Prompt, Stream, take_deltas
+from .frontend import Frontend, Generation, Output, Prompt, take_deltas
 from .model.model_config import ModelConfig
 from .outputs import Delta, RequestOutput
 from .request import RequestRefused, SamplingParams
@@ -114,7 +114,7 @@ class OfflineLLM:
                 raise RequestRefused(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from error
         return generations
 
-    def _run(self, generations: list[Generation]) -> Iterator[list[Stream]]:
+    def _run(self, generations: list[Generation]) -> Iterator[list[Output]]:
         """Start these and yield what changed, until all have ended; cancels them if the caller leaves early."""
         self._frontend.submit(generations)
         try:

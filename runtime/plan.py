@@ -52,7 +52,7 @@ class StepPlan(msgspec.Struct, frozen=True, tag=True):
         return int(longer[0]) if len(longer) else len(self.counts) - len(self.admitted)
 
     @property
-    def decodes(self) -> bool:
+    def is_decode_only(self) -> bool:
         """Whether all rows are decoding requests: else the last row is new, or a chunk of a prompt."""
         return self.num_decoding == len(self.counts)
 

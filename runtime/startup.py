@@ -14,13 +14,13 @@ from .limits import Limits
 from .memory.memory_plan import MemoryPlan, check_kv_cache
 from .model.model_config import ModelConfig
 from .runner.runner import Runner
-from .startup_timer import Phases
+from .startup_timer import StartupTimer
 
 log = logging.getLogger(__name__)
 
 
 def load_rank(
-    config: Config, model: ModelConfig, folder: Path, comm: Communicator, phases: Phases | None = None
+    config: Config, model: ModelConfig, folder: Path, comm: Communicator, phases: StartupTimer | None = None
 ) -> Runner:
     """This process's rank with its weights loaded; `config` is resolved. Raises ValueError for what does not fit.
 

@@ -14,7 +14,7 @@ READY = "ready"
 SHOWN_S = 0.05  # a phase that rounds to 0.0 s is not worth a word
 
 
-class Phases:
+class StartupTimer:
     """A stopwatch for one start, running from the moment it is made: `with phases("weights"): ...`."""
 
     def __init__(self) -> None:

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(256) race(
 }
 
 // The tokens of the greatest among the contenders [ranks, rows].
-extern "C" __global__ void winners(int* __restrict__ tokens, const long long* __restrict__ contenders, int ranks, int rows) {
+extern "C" __global__ void merge_candidates(int* __restrict__ tokens, const long long* __restrict__ contenders, int ranks, int rows) {
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     long long best = contenders[row];
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(FEW, sizeof(T) == 2 ? 8 : 4) best(
 
 // A block for each row of contenders [S, count], descending; a thread for each, and more up to a whole warp. Sums go in the same
 // order whatever else is in the batch.
-extern "C" __global__ void __launch_bounds__(FEW) draw(
+extern "C" __global__ void __launch_bounds__(FEW) sample_topk(
     int* __restrict__ tokens, const long long* __restrict__ contenders, const float* __restrict__ temperature,
     const long long* __restrict__ top_k, const float* __restrict__ top_p, const float* __restrict__ min_p,
     const long long* __restrict__ keys, int count) {

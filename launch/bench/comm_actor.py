@@ -21,7 +21,7 @@ from ...comm.peer_buffers import NotShared, join
 from ...comm.rendezvous import exchange
 from ...comm.symmetric import SUMMED, Policy, SymmetricCommunicator
 from ...comm.timing import capture, eager_us, graph_us, settle
-from ..cluster.rank_actor import Endpoint, Rank
+from ..cluster.rank_actor import Endpoint, RankActor
 from .comm_algorithms import (
     EPS,
     Algorithm,
@@ -34,7 +34,7 @@ from .comm_algorithms import (
     completion_inputs,
     shape_of,
 )
-from .comm_baselines import FlashInfer, Place, TorchDistributed, TorchSymmetric
+from .comm_baselines import BaselineContext, FlashInfer, TorchDistributed, TorchSymmetric
 
 Mode = Literal["eager", "graph"]
 NAMES = (
@@ -45,7 +45,7 @@ CHECKED = 3  # collectives of the graph that is checked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spec:
+class CommBenchSpec:
     """What to measure."""
 
     sizes: list[int]  # bytes
@@ -58,7 +58,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Found:
+class RankCapabilities:
     """What a rank has: the algorithms with their modes, why others are not, and on what it runs."""
 
     modes: dict[str, list[Mode]]
@@ -68,7 +68,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Cell:
+class CommTiming:
     """One size of one algorithm on one rank."""
 
     us: float
@@ -81,21 +81,21 @@ class Row:
 
     nbytes: int
     count: int
-    out_of_place: Cell | None
-    in_place: Cell | None
+    out_of_place: CommTiming | None
+    in_place: CommTiming | None
 
 
-class Prober(Rank):
+class CommBenchActor(RankActor):
     """One rank of the benchmark."""
 
-    def prepare(self, endpoints: list[Endpoint], spec: Spec) -> Found:
+    def prepare(self, endpoints: list[Endpoint], spec: CommBenchSpec) -> RankCapabilities:
         """Meet the others, and set up every algorithm that all ranks can run."""
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self.spec, self.dtype = spec, getattr(torch, spec.dtype)
         self._comm = self.connect(endpoints[0])
         self._device = torch.device(self.config.device, 0) if self.config.device == "cuda" else torch.device("cpu")
         assert self._store is not None
-        self._place = Place(self.rank, self.size, self._store, self._device, self.config.step_timeout)
+        self._place = BaselineContext(self.rank, self.size, self._store, self._device, self.config.step_timeout)
         self._algorithms: dict[str, Algorithm] = {}
         self._ours: SymmetricCommunicator | None = None
         refused = {}
@@ -106,7 +106,7 @@ class Prober(Rank):
                 refused[name] = str(reason)
         modes = {name: _modes(a, self._device) for name, a in self._algorithms.items()}
         device = torch.cuda.get_device_name(0) if self._device.type == "cuda" else "cpu"
-        return Found(modes, refused, device, self._comm.description)
+        return RankCapabilities(modes, refused, device, self._comm.description)
 
     def measure(self, name: str, mode: Mode) -> list[Row]:
         """A block: every size of one algorithm."""
@@ -203,7 +203,7 @@ class Prober(Rank):
 
     # --- measuring
 
-    def _cell(self, algorithm: Algorithm, mode: Mode, count: int, in_place: bool) -> Cell | None:
+    def _cell(self, algorithm: Algorithm, mode: Mode, count: int, in_place: bool) -> CommTiming | None:
         case = algorithm.case(count, self.dtype, in_place=in_place)
         if case is None:
             return None
@@ -215,7 +215,7 @@ class Prober(Rank):
         else:
             length, times = spec.graph_length, max(1, spec.times // 4)
             us = graph_us(comm, lambda: case.call(None), length=length, times=times, captured=case.captured)
-        return Cell(us, wrong)
+        return CommTiming(us, wrong)
 
     def _check_eager(self, case: Case, algorithm: Algorithm, count: int) -> int:
         parts = self._parts(count, 0)

@@ -27,7 +27,7 @@ GRANULE = 2 << 20  # smaller allocations may share an exported block with others
 
 
 @dataclass(frozen=True)
-class Place:
+class BaselineContext:
     """Where a rank is, and how it finds the others."""
 
     rank: int
@@ -45,7 +45,7 @@ class TorchDistributed(Algorithm):
 
     name = "torch.distributed"
 
-    def __init__(self, place: Place, own_ip: str) -> None:
+    def __init__(self, place: BaselineContext, own_ip: str) -> None:
         cuda = place.device.type == "cuda"
         self.capturable, self.device = cuda, place.device
         if not cuda and own_ip == "127.0.0.1":
@@ -79,7 +79,7 @@ class TorchDistributed(Algorithm):
 class TorchSymmetric(Algorithm):
     """torch's own kernels over its symmetric memory; needs the default group of TorchDistributed."""
 
-    def __init__(self, shots: str, place: Place, dtype: torch.dtype, max_bytes: int) -> None:
+    def __init__(self, shots: str, place: BaselineContext, dtype: torch.dtype, max_bytes: int) -> None:
         self.name = f"torch symmetric {shots}"
         if not dist.is_initialized():
             raise Unavailable("torch.distributed has no group here")
@@ -117,7 +117,7 @@ class FlashInfer(Algorithm):
 
     name = "flashinfer"
 
-    def __init__(self, place: Place, max_bytes: int) -> None:
+    def __init__(self, place: BaselineContext, max_bytes: int) -> None:
         from ...kernels import peer_memory
 
         if place.size % 2:

@@ -63,9 +63,9 @@ def bench_comm(
     if plot is not None:
         require_matplotlib()
     with signals_wait():  # torch: seconds that a wrong option need not wait for
-        from .comm_actor import Spec
+        from .comm_actor import CommBenchSpec
 
-    spec = Spec(
+    spec = CommBenchSpec(
         sizes=sizes,
         dtype=dtype,
         hidden_size=hidden_size,
@@ -93,17 +93,17 @@ def _run(config: Config, spec: Any, out: Any) -> Report:
 
     with signals_wait():
         from ..cluster.connection import Connection
-    from ..cluster.actor_group import Ranks
+    from ..cluster.actor_group import ActorGroup
     from ..cluster.connection import while_connected
     from ..cluster.placement import place
-    from .comm_actor import Prober
+    from .comm_actor import CommBenchActor
 
     with Undo() as stack:
         connection = stack.enter_context(closing(Connection(config)))
         placed = replace(config.placed(cuda=connection.has_gpus), all_reduce="nccl")  # the prober adds the others
         group = place(placed, connection.leaving)
         stack.callback(while_connected, remove_placement_group, group)
-        ranks = Ranks(placed, group, connection.bell, connection.leaving, Prober)
+        ranks = ActorGroup(placed, group, connection.bell, connection.leaving, CommBenchActor)
         stack.callback(while_connected, ranks.close, 0)
 
         def call(method: str, *arguments: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...runtime.version import __version__
 
 if TYPE_CHECKING:
-    from .comm_actor import Cell, Found, Mode, Row, Spec
+    from .comm_actor import CommBenchSpec, CommTiming, Mode, RankCapabilities, Row
 
 TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "half"}  # nccl-tests' names
 CELL = ("time", "algbw", "busbw", "#wrong")
@@ -52,7 +52,7 @@ class Block:
     lines: list[Line]
 
     @classmethod
-    def merged(cls, name: str, mode: Mode, spec: Spec, ranks: Sequence[Sequence[Row]], size: int) -> Block:
+    def merged(cls, name: str, mode: Mode, spec: CommBenchSpec, ranks: Sequence[Sequence[Row]], size: int) -> Block:
         """Out of what every rank has measured."""
         found = []
         for rows in zip(*ranks, strict=True):
@@ -66,8 +66,8 @@ class Block:
 class Report:
     """Everything; `blocks` grows."""
 
-    found: Found
-    spec: Spec
+    found: RankCapabilities
+    spec: CommBenchSpec
     ranks: list[str]
     blocks: list[Block] = field(default_factory=list)
 
@@ -165,7 +165,7 @@ def require_matplotlib() -> None:
         raise ValueError("--plot needs matplotlib, which is not installed; pip install matplotlib") from error
 
 
-def _merge(cells: Sequence[Cell | None], nbytes: int, size: int) -> Timed | None:
+def _merge(cells: Sequence[CommTiming | None], nbytes: int, size: int) -> Timed | None:
     found: list[Any] = [cell for cell in cells if cell is not None]
     if len(found) < len(cells):
         return None

@@ -17,7 +17,18 @@ from tqdm import tqdm
 from ...runtime.config import Config
 from ..options import LogLevel, start_logging, with_config
 from .comm_command import bench_comm
-from .engine_benchmark import Bench, Latency, Run, Steps, Workload, batch, describe, nano, time_latency, uniform
+from .engine_benchmark import (
+    EngineBenchmark,
+    Latency,
+    Run,
+    Steps,
+    Workload,
+    batch,
+    describe,
+    nano,
+    time_latency,
+    uniform,
+)
 from .serve_command import ManyValues, bench_serve
 from .trace import write_trace
 
@@ -66,7 +77,7 @@ def bench_latency(
     workloads = [batch(size, input_len, output_len, n) for size in sizes]
     _check_files(output_json, profile, workloads)
     found = []
-    with redirect_stdout(sys.stderr), Bench(Config.from_options(config), workloads) as bench:
+    with redirect_stdout(sys.stderr), EngineBenchmark(Config.from_options(config), workloads) as bench:
         requests = (num_iters_warmup + 2 * num_iters) * sum(w.num_requests for w in workloads)
         with tqdm(total=requests, unit="request", disable=None) as bar:
             timed = [time_latency(bench, w, warmup=num_iters_warmup, times=num_iters, bar=bar) for w in workloads]
@@ -113,7 +124,7 @@ def bench_throughput(
     chosen = UNIFORM | given
     workload = _preset(given) if preset is not None else uniform(**chosen)
     _check_files(output_json, profile, [workload])
-    with redirect_stdout(sys.stderr), Bench(Config.from_options(config), [workload], seed or 0) as bench:
+    with redirect_stdout(sys.stderr), EngineBenchmark(Config.from_options(config), [workload], seed or 0) as bench:
         bench.run(batch(1, workload.input_lens[0], 1))  # for what is set up on first use
         with tqdm(total=workload.num_requests, unit="request", disable=None) as bar:
             run = bench.run(workload, bar=bar)
@@ -156,7 +167,7 @@ def _preset(given: dict[str, Any]) -> Workload:
     return nano()
 
 
-def _profiled(bench: Bench, workload: Workload, run: Run, num_steps: int, path: Path | None) -> Steps:
+def _profiled(bench: EngineBenchmark, workload: Workload, run: Run, num_steps: int, path: Path | None) -> Steps:
     """The steps of a run with a profile made now, whose trace goes to `path`."""
     profile = bench.profile(workload, num_steps)
     if path is not None:
@@ -169,7 +180,7 @@ def _numbered(path: Path | None, size: int, num_sizes: int) -> Path | None:
     return path if path is None or num_sizes == 1 else path.with_name(f"batch-{size}-{path.name}")
 
 
-def _setting(bench: Bench) -> dict[str, Any]:
+def _setting(bench: EngineBenchmark) -> dict[str, Any]:
     """Under which circumstances a number was measured."""
     import torch
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...runtime.tokenizer import Tokenizer
-from .serve_config import Load
+from .serve_config import ServeBenchConfig
 
 log = logging.getLogger(__name__)
 ATTEMPTS = 10  # to make a text that has as many tokens as it should
@@ -32,11 +32,11 @@ class Prompt:
     output_len: int
 
 
-def needs_tokenizer(load: Load) -> bool:
+def needs_tokenizer(load: ServeBenchConfig) -> bool:
     return load.dataset_name == "sharegpt" or (load.chat and not load.from_file)
 
 
-def make_prompts(load: Load, tokenizer: Tokenizer | None) -> list[Prompt]:
+def make_prompts(load: ServeBenchConfig, tokenizer: Tokenizer | None) -> list[Prompt]:
     """As many prompts as the load has; `tokenizer` where it needs one. Raises ValueError for a file without prompts."""
     if load.from_file:
         assert load.dataset_path is not None
@@ -72,14 +72,14 @@ class Ids:
         return found
 
 
-def _random(load: Load, ids: Ids) -> list[tuple[list[int], int]]:
+def _random(load: ServeBenchConfig, ids: Ids) -> list[tuple[list[int], int]]:
     inputs = ids.lengths(load.random_input_len, load.random_range_ratio, load.num_prompts)
     outputs = ids.lengths(load.random_output_len, load.random_range_ratio, load.num_prompts)
     prefix = ids(load.random_prefix_len)
     return [(prefix + ids(length), output) for length, output in zip(inputs, outputs, strict=True)]
 
 
-def _prefix_repetition(load: Load, ids: Ids) -> list[tuple[list[int], int]]:
+def _prefix_repetition(load: ServeBenchConfig, ids: Ids) -> list[tuple[list[int], int]]:
     """Each prefix is as often used as every other, or once more; in random order."""
     prefixes = [ids(load.prefix_repetition_prefix_len) for _ in range(load.prefix_repetition_num_prefixes)]
     order = ids.draw.permutation(load.num_prompts) % len(prefixes)

@@ -79,7 +79,7 @@ class Run:
     stats: EngineStats
 
 
-class Bench:
+class EngineBenchmark:
     """An executor that is ready, for these workloads; ends it when left.
 
     Raises ValueError, if possible before anything is started, for a workload that does not fit into the context.
@@ -104,7 +104,7 @@ class Bench:
             self.executor.close()
             raise
 
-    def __enter__(self) -> Bench:
+    def __enter__(self) -> EngineBenchmark:
         return self
 
     def __exit__(
@@ -177,7 +177,9 @@ class Latency:
         return (whole_s - first_s) / (self.output_len - 1) * 1e3
 
 
-def time_latency(bench: Bench, workload: Workload, *, warmup: int, times: int, bar: tqdm[Any] | None = None) -> Latency:
+def time_latency(
+    bench: EngineBenchmark, workload: Workload, *, warmup: int, times: int, bar: tqdm[Any] | None = None
+) -> Latency:
     """Run `workload`, and its first tokens alone, `times` times each."""
     bench.run(workload, warmup, bar)
     whole = bench.run(workload, times, bar)

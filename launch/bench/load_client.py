@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..client import Chunk, Events, connection, describe, first_model, refusal
 from .datasets import Prompt
-from .serve_config import Load
+from .serve_config import ServeBenchConfig
 from .serve_metrics import Record
 
 POLL_S = 0.5
@@ -86,7 +86,7 @@ class Following:
 
 
 @asynccontextmanager
-async def connected(load: Load, model: str | None) -> AsyncIterator[Target]:
+async def connected(load: ServeBenchConfig, model: str | None) -> AsyncIterator[Target]:
     """The server, once it answers; raises ValueError when it does not in time."""
     async with httpx.AsyncClient(**connection(load.url)) as client:
         if model is None or load.ready_check_timeout_sec:

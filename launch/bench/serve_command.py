@@ -19,7 +19,7 @@ from tqdm import tqdm
 from typer.core import TyperCommand
 
 from ..options import LogLevel, start_logging, with_fields
-from .serve_config import Load
+from .serve_config import ServeBenchConfig
 from .serve_metrics import Record, details, samples, statistics, summary
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def _repeated(args: Sequence[str], options: Sequence[str]) -> Iterator[str]:
         yield arg
 
 
-@with_fields("options", Load)
+@with_fields("options", ServeBenchConfig)
 def bench_serve(
     options: dict[str, Any],
     *,
@@ -65,7 +65,7 @@ def bench_serve(
     stream; TPOT is (E2EL - TTFT) / (output tokens - 1), tokens as the server counts them.
     """
     start_logging(log_level)
-    load = Load(**options)
+    load = ServeBenchConfig(**options)
     if load.plot is not None:
         _require_matplotlib()
     run = asyncio.run(measure(load, model))
@@ -90,7 +90,7 @@ class Run:
     records: list[Record]
     duration: float
 
-    def result(self, load: Load) -> dict[str, Any]:
+    def result(self, load: ServeBenchConfig) -> dict[str, Any]:
         """vLLM's keys."""
         found: dict[str, Any] = {
             "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
@@ -111,7 +111,7 @@ class Run:
         return found | details(self.records)
 
 
-async def measure(load: Load, model: str | None) -> Run:
+async def measure(load: ServeBenchConfig, model: str | None) -> Run:
     """Make the prompts, wait for the server, warm it up and time the requests."""
     from ...runtime.tokenizer import Tokenizer
     from .datasets import make_prompts, needs_tokenizer
@@ -136,7 +136,7 @@ async def measure(load: Load, model: str | None) -> Run:
     return Run(model, name, records, duration)
 
 
-def block(result: dict[str, Any], load: Load) -> Iterator[str]:
+def block(result: dict[str, Any], load: ServeBenchConfig) -> Iterator[str]:
     """What vLLM prints, label by label."""
     yield " Serving Benchmark Result ".center(WIDTH, "=")
     rows = {
@@ -186,7 +186,7 @@ def _require_matplotlib() -> None:
         raise ValueError("--plot needs matplotlib, which is not installed; pip install matplotlib") from error
 
 
-def _save(result: dict[str, Any], load: Load) -> None:
+def _save(result: dict[str, Any], load: ServeBenchConfig) -> None:
     concurrency = f"-concurrency{load.max_concurrency}" if load.max_concurrency else ""
     model = result["model_id"].rstrip("/").split("/")[-1]
     named = f"{load.label or load.backend}-{load.request_rate}qps{concurrency}-{model}-{result['date']}.json"

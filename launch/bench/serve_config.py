@@ -22,7 +22,7 @@ LOWEST = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class ServeBenchConfig:
     """What to send where and what to report; raises ValueError naming the option, its value and the rule."""
 
     backend: Backend = option("openai", "what to ask for: openai for completions, openai-chat for chat completions")

@@ -24,8 +24,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ...comm.base import CommError
 from ...runtime.config import Config
 from ..errors import RankFailed
-from .rank_actor import Endpoint, Rank
-from .sockets import Bell
+from .rank_actor import Endpoint, RankActor
+from .sockets import WakeupEvent
 from .worker import Worker
 
 # What an actor's environment does not have from its node. All else that a rank must know is in Config.
@@ -63,7 +63,7 @@ class Failure:
         return f"died: {_reason_of_death(self.error)}"
 
 
-class Ranks:
+class ActorGroup:
     """An actor in each bundle of `group`, a Worker if not given; `config` is resolved. Call `close` in any case.
 
     `bell` rings when there is a `failure`; when `leaving` is set, nobody waits for the answer to a call any more.
@@ -73,9 +73,9 @@ class Ranks:
         self,
         config: Config,
         group: PlacementGroup,
-        bell: Bell,
+        bell: WakeupEvent,
         leaving: threading.Event,
-        actor: type[Rank] | None = None,
+        actor: type[RankActor] | None = None,
     ) -> None:
         self._bell, self._leaving = bell, leaving
         self.endpoints: list[Endpoint] = []  # set by whoever called `bind`
@@ -191,7 +191,7 @@ class Ranks:
         return f"rank {rank} on {next(n['NodeManagerAddress'] for n in ray.nodes() if n['NodeID'] == node)}"
 
 
-def _start_actor(kind: type[Rank], rank: int, config: Config, group: PlacementGroup) -> Any:
+def _start_actor(kind: type[RankActor], rank: int, config: Config, group: PlacementGroup) -> Any:
     actor = ray.remote(kind).options(
         num_cpus=1,
         num_gpus=config.gpus_per_rank if config.device == "cuda" else 0,

@@ -20,7 +20,7 @@ from ...runtime.config import Config
 from ..errors import PlacementError
 from ..signals import Undo, signals_wait
 from .resources import LOCAL_OBJECT_STORE_BYTES
-from .sockets import Bell
+from .sockets import WakeupEvent
 
 
 class Connection:
@@ -32,7 +32,7 @@ class Connection:
     """
 
     def __init__(self, config: Config, replicas: int = 1) -> None:
-        self.bell = Bell()
+        self.bell = WakeupEvent()
         self.leaving = threading.Event()
         with Undo() as stack:
             stack.callback(self.bell.close)

@@ -18,7 +18,7 @@ from ...comm.connect import connect
 from ...comm.rendezvous import join_rendezvous, open_rendezvous
 from ...runtime.config import Config
 from .network import interface_of
-from .sockets import Address, Inbox
+from .sockets import Address, PullSocket
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Endpoint:
         return f"rank {self.rank} on {self.host} ({self.ip}){gpus}, pid {self.pid}"
 
 
-class Rank:
+class RankActor:
     """One rank; `config` is resolved, `environment` is what the driver passes on of its own (NCCL_*, HF_*, ...)."""
 
     def __init__(self, rank: int, size: int, config: Config, environment: dict[str, str]) -> None:
@@ -59,7 +59,7 @@ class Rank:
         if ip is None and interface:
             # NCCL would choose by name among all interfaces, and take one that the other nodes cannot reach.
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
-        self._inbox = Inbox(self._ip)
+        self._inbox = PullSocket(self._ip)
         port = 0
         if self.rank == 0 and self.size > 1:
             self._store = store = open_rendezvous(self._ip, self.config.startup_timeout)
@@ -84,6 +84,6 @@ class Rank:
             shares_device=self.config.gpus_per_rank < 1,
             library=self.config.nccl_library,
             all_reduce=self.config.all_reduce,
-            invariant=self.config.deterministic,
+            batch_invariant=self.config.deterministic,
             timeout_s=self.config.step_timeout,
         )

@@ -19,21 +19,21 @@ from ray.util.placement_group import remove_placement_group
 
 from ...runtime.config import Config
 from ...runtime.memory.memory_plan import loading_speed, tightest
-from ...runtime.messages import Admit, Cancel, Stop, Trace, decode_report, encode
+from ...runtime.messages import Admit, Cancel, StartProfile, Stop, decode_report, encode
 from ...runtime.model.model_config import ModelConfig
 from ...runtime.plan import StepOutput
 from ...runtime.request import Request
 from ...runtime.startup import plan_limits
-from ...runtime.startup_timer import Phases, summary
+from ...runtime.startup_timer import StartupTimer, summary
 from ...runtime.stats import EngineStats, Profile
 from ..errors import PlacementError, RankFailed
 from ..signals import Undo
-from .actor_group import Ranks, forwarded
+from .actor_group import ActorGroup, forwarded
 from .connection import Connection, while_connected
 from .placement import place
 from .rank_actor import Endpoint
 from .rank_table import roster
-from .sockets import Inbox, Outbox
+from .sockets import PullSocket, PushSocket
 from .worker import Loaded
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class RayExecutor:
         self._closed = False
         self._profile: Profile | None = None
         self.stats = EngineStats()
-        self._phases = Phases()
+        self._phases = StartupTimer()
         with Undo() as stack:
             with self._phases("Ray"):
                 used = connection or stack.enter_context(closing(Connection(config)))
@@ -90,7 +90,7 @@ class RayExecutor:
 
     def start_profile(self, num_steps: int) -> None:
         self._check()
-        self._commands.send(encode(Trace(num_steps)))
+        self._commands.send(encode(StartProfile(num_steps)))
 
     def take_profile(self) -> Profile | None:
         profile, self._profile = self._profile, None
@@ -122,12 +122,12 @@ class RayExecutor:
         stack.callback(while_connected, remove_placement_group, group)
         deadline = time.perf_counter() + config.startup_timeout
         with self._phases("actors"):
-            self._ranks = ranks = Ranks(config, group, connection.bell, connection.leaving)
+            self._ranks = ranks = ActorGroup(config, group, connection.bell, connection.leaving)
             stack.callback(while_connected, ranks.close, STOP_S)
             ranks.endpoints = ranks.call("bind", deadline, ip)
         if ip is None:
             log.info("%s", roster(ranks.endpoints, forwarded()))
-        self._outputs = Inbox(ip or ray.util.get_node_ip_address())
+        self._outputs = PullSocket(ip or ray.util.get_node_ip_address())
         stack.callback(self._outputs.close)
         loaded: list[Loaded] = ranks.call("load", deadline, ranks.endpoints, self._outputs.address)
         for endpoint, report in zip(ranks.endpoints, loaded, strict=True):
@@ -138,7 +138,7 @@ class RayExecutor:
         self._phases.take_in(ranks.call("allocate", deadline, self.limits))
         ranks.run()
         connection.has_started = True
-        self._commands = Outbox(ranks.endpoints[0].inbox)
+        self._commands = PushSocket(ranks.endpoints[0].inbox)
         stack.callback(self._commands.close)
         stack.callback(self._commands.send, encode(Stop()))
         self.startup = self._phases.record()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import zmq
 
 
-class Bell:
+class WakeupEvent:
     """Wakes the one thread that waits for it, from any other; what rang once stays ringing until it is cleared."""
 
     def __init__(self) -> None:
@@ -51,13 +51,13 @@ class Bell:
 
 @dataclass(frozen=True)
 class Address:
-    """Where an Inbox listens."""
+    """Where an PullSocket listens."""
 
     url: str  # tcp://ip:port
     key: bytes  # public CURVE key of the listener
 
 
-class Inbox:
+class PullSocket:
     """Receives from any number of Outboxes."""
 
     def __init__(self, ip: str) -> None:
@@ -73,7 +73,7 @@ class Inbox:
         port: int = self._socket.bind_to_random_port(f"tcp://{ip}")
         self.address = Address(f"tcp://{ip}:{port}", public)
 
-    def receive(self, timeout_s: float | None, bell: Bell | None = None) -> list[bytes]:
+    def receive(self, timeout_s: float | None, bell: WakeupEvent | None = None) -> list[bytes]:
         """All messages that are there, in order of arrival; waits up to timeout_s (None: for ever) for the first.
 
         Returns early, and perhaps without any, when the bell rings.
@@ -91,7 +91,7 @@ class Inbox:
                 pass
         return messages
 
-    def wait(self, bell: Bell) -> None:
+    def wait(self, bell: WakeupEvent) -> None:
         """Wait until there is a message or the bell rings, however long it takes."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -106,8 +106,8 @@ class Inbox:
         self._socket.close()
 
 
-class Outbox:
-    """Sends to one Inbox; never blocks, messages wait in memory until the other end takes them."""
+class PushSocket:
+    """Sends to one PullSocket; never blocks, messages wait in memory until the other end takes them."""
 
     def __init__(self, address: Address) -> None:
         public, secret = zmq.curve_keypair()

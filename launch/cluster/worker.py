@@ -13,14 +13,14 @@ from ...runtime.checkpoint import checkpoint_folder
 from ...runtime.engine import Engine
 from ...runtime.limits import Limits
 from ...runtime.memory.memory_plan import MemoryPlan
-from ...runtime.messages import Admit, Cancel, Report, Stop, Trace, decode_command, decode_plan, encode
+from ...runtime.messages import Admit, Cancel, Report, StartProfile, Stop, decode_command, decode_plan, encode
 from ...runtime.model.model_config import ModelConfig
 from ...runtime.plan import StepPlan
 from ...runtime.scheduler.scheduler import Scheduler
 from ...runtime.startup import load_rank
-from ...runtime.startup_timer import Phases
-from .rank_actor import Endpoint, Rank
-from .sockets import Address, Outbox
+from ...runtime.startup_timer import StartupTimer
+from .rank_actor import Endpoint, RankActor
+from .sockets import Address, PushSocket
 
 
 @dataclass(frozen=True)
@@ -33,20 +33,20 @@ class Loaded:
     communication: str
 
 
-class Worker(Rank):
+class Worker(RankActor):
     """The rank of a model."""
 
     def load(self, endpoints: list[Endpoint], output: Address) -> Loaded:
         """Load this rank's share of the weights, and meet the others."""
-        self._phases = Phases()
+        self._phases = StartupTimer()
         folder = checkpoint_folder(self.config.model, self.config.revision)
         model = ModelConfig.from_folder(folder)
         with self._phases("connecting"):
             comm = self.connect(endpoints[0])
         self._runner = load_rank(self.config, model, Path(folder), comm, self._phases)
         if self.rank == 0:
-            self._outputs = Outbox(output)
-            self._followers = [Outbox(e.inbox) for e in endpoints[1:]]
+            self._outputs = PushSocket(output)
+            self._followers = [PushSocket(e.inbox) for e in endpoints[1:]]
         memory, seconds = self._runner.plan_memory(), self._phases.seconds["weights"]
         return Loaded(memory, seconds, str(self._runner.device), comm.description)
 
@@ -73,7 +73,7 @@ class Worker(Rank):
                     engine.add(command.requests)
                 elif isinstance(command, Cancel):
                     engine.cancel(command.uids)
-                elif isinstance(command, Trace):
+                elif isinstance(command, StartProfile):
                     engine.start_profile(command.num_steps)
                 else:
                     self._tell_followers(encode(Stop()))

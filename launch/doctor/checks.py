@@ -36,7 +36,7 @@ from ...runtime.tokenizer import Tokenizer
 from ..cluster.network import is_own, own_addresses
 from ..cluster.resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
 from ..errors import PlacementError, RankFailed
-from .p2p import PeerTest, Ways
+from .p2p import P2PCheck, Ways
 
 Status = Literal["ok", "warn", "fail"]
 NO_GPU = "skipped: no GPU here that the ranks would use"
@@ -67,7 +67,7 @@ class Case:
     config: Config
     ip: str  # by which the other ranks would reach this machine
     starts_ray: bool = False  # a start would bring up a cluster of its own here
-    peers: PeerTest | None = None
+    peers: P2PCheck | None = None
 
     @property
     def gpus(self) -> int:

@@ -23,7 +23,7 @@ Way = Literal["direct", "staged", "wrong"]  # staged: through the host's memory;
 Ways = dict[str, Way]  # of each pair, as in "0 to 1"
 
 
-class PeerTest:
+class P2PCheck:
     """A process that tries all pairs among the first `gpus` GPUs; call `close` in any case."""
 
     def __init__(self, gpus: int) -> None:
@@ -52,11 +52,11 @@ class PeerTest:
         self._process.kill()
 
 
-def peer_test(config: Config) -> closing[PeerTest] | nullcontext[None]:
+def peer_test(config: Config) -> closing[P2PCheck] | nullcontext[None]:
     """Started where there are two GPUs that the ranks would use."""
     several = config.device != "cpu" and config.tensor_parallel_size * config.gpus_per_rank > 1
     if several and len(list(Path("/dev").glob(GPU_FILES))) > 1:
-        return closing(PeerTest(config.tensor_parallel_size))
+        return closing(P2PCheck(config.tensor_parallel_size))
     return nullcontext()
 
 

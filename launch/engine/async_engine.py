@@ -29,7 +29,7 @@ import msgspec
 from ...runtime.checkpoint import find_model
 from ...runtime.config import Config
 from ...runtime.executor import Executor
-from ...runtime.frontend import Frontend, Generation, Prompt, Stream
+from ...runtime.frontend import Frontend, Generation, Output, Prompt
 from ...runtime.limits import Limits
 from ...runtime.outputs import Event
 from ...runtime.plan import StepOutput
@@ -37,12 +37,12 @@ from ...runtime.request import Request, SamplingParams
 from ...runtime.sampling.grammar import Vocabulary
 from ...runtime.stats import EngineStats, Profile
 from ...runtime.tokenizer import Tokenizer, default_sampling_params
-from ..cluster.sockets import Bell
-from ..errors import EngineFailed, PlacementError, RankFailed, RequestEndsRanks, RequestsLost
-from ..executors import connect_ray, start_executor, start_fleet
+from ..cluster.sockets import WakeupEvent
+from ..errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine, RequestsLost
+from ..executors import connect_ray, start_executor, start_replicas
 from ..signals import Undo
 from .grammar_check import GrammarCheck
-from .quarantine import Suspects
+from .quarantine import CrashQuarantine
 
 if TYPE_CHECKING:
     from ..cluster.connection import Connection
@@ -71,7 +71,7 @@ class RankStatus(NamedTuple):
     state: Literal["running", "ended"]
 
 
-class ServiceStats(msgspec.Struct, frozen=True):
+class AsyncEngineStats(msgspec.Struct, frozen=True):
     """What the service tells of itself, as seen from the front end; `engine` and the cache's counters only grow."""
 
     num_live: int  # outputs that have not ended
@@ -86,7 +86,7 @@ class ServiceStats(msgspec.Struct, frozen=True):
     ranks: list[RankStatus]
 
 
-class Absent:
+class NullExecutor:
     """In an executor's place while there are no ranks: what is submitted stays in the ledger, and nothing comes."""
 
     def __init__(self, limits: Limits) -> None:
@@ -109,7 +109,7 @@ class Absent:
     def close(self) -> None: ...
 
 
-class Listener:
+class OutputQueue:
     """The task that waits for a generation's events, on the loop where it was made.
 
     What comes while it is busy is joined: who cannot keep up with the ranks gets fewer events, of more tokens each.
@@ -142,7 +142,7 @@ class Listener:
         return news
 
 
-class Service:
+class AsyncEngine:
     """A model that serves requests from asyncio: `start` it, `generate`, and `close` it in any case.
 
     Ranks that fail are started again, up to max_restarts times within restart_window seconds. With several replicas Ray
@@ -165,10 +165,10 @@ class Service:
         self._health = Health("starting")  # the thread's view; closing is the tasks' business
         self._closing_since = 0.0
         self._commands: deque[Callable[[], None]] = deque()  # for the thread
-        self._listeners: dict[int, Listener] = {}  # the thread's, by generation
+        self._listeners: dict[int, OutputQueue] = {}  # the thread's, by generation
         self._active: set[asyncio.Future[None]] = set()  # one for each `generate` in progress
         self._failures: list[float] = []  # within the window, of time.monotonic
-        self._suspects = Suspects(restart_window)  # the thread's; tasks only ask whether it knows a request
+        self._suspects = CrashQuarantine(restart_window)  # the thread's; tasks only ask whether it knows a request
         self._before = EngineStats()  # counters of the executors that are gone
         self._places: list[tuple[int, str, int]] = []  # rank, host, pid
         self._thread = threading.Thread(target=self._run, name="lockstep-service", daemon=True)
@@ -187,7 +187,7 @@ class Service:
             self._connection: Connection | None = connect_ray(self.config, self._replicas)
             if self._connection is not None:
                 stack.callback(self._connection.close)
-            self._bell = self._connection.bell if self._connection is not None else Bell()
+            self._bell = self._connection.bell if self._connection is not None else WakeupEvent()
             self._leaving = self._connection.leaving if self._connection is not None else threading.Event()
             stack.callback(self._bell.close)
             stack.callback(self._grammars.close)
@@ -209,7 +209,7 @@ class Service:
         """What every request must keep to."""
         return self._frontend.executor.limits
 
-    def stats(self) -> ServiceStats:
+    def stats(self) -> AsyncEngineStats:
         """The state of things, without waiting for anything; only after `start`."""
         live = self._frontend.live
         running = [stream for stream in live if stream.running]
@@ -217,7 +217,7 @@ class Service:
         pages = sum(-(-length // self.limits.page_size) for length in lengths)
         total, free = self._replicas * self.limits.num_pages, self._frontend.num_free_pages
         state: Literal["running", "ended"] = "running" if self._health.state == "ready" else "ended"
-        return ServiceStats(
+        return AsyncEngineStats(
             num_live=len(live),
             running=len(running),
             waiting=len(live) - len(running),
@@ -238,8 +238,8 @@ class Service:
     async def generate(self, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[Event, None]:
         """What comes of a prompt, as it comes, until its n outputs have ended; leaving early cancels the rest.
 
-        Raises RequestRefused before anything is started, RequestEndsRanks if it was this request that ended its ranks
-        every time, and EngineFailed if the ranks are gone for good. While they are started again, it pauses.
+        Raises RequestRefused before anything starts, RequestCrashedEngine if this request ended the ranks
+        each time, and EngineFailed if the ranks are gone for good. While they are started again, it pauses.
         """
         loop = asyncio.get_running_loop()
         ended = loop.create_future()
@@ -251,10 +251,10 @@ class Service:
             generation = await loop.run_in_executor(self._tokenizing, self._frontend.prepare, prompt, params)
             self._check()
             if self._suspects.knows(generation):
-                raise RequestEndsRanks(
+                raise RequestCrashedEngine(
                     "this request has ended its ranks every time, not long ago; it is not tried again"
                 )
-            listener = Listener(generation)
+            listener = OutputQueue(generation)
             self._post(partial(self._admit, listener))
             left = params.n
             try:
@@ -333,18 +333,18 @@ class Service:
         while self._commands:
             self._commands.popleft()()
 
-    def _admit(self, listener: Listener) -> None:
+    def _admit(self, listener: OutputQueue) -> None:
         if self._health.state == "failed":
             self._send([(listener, EngineFailed(self._health.reason))])
         else:
             self._listeners[listener.generation.number] = listener
             self._frontend.submit([listener.generation], later=self._suspects.hold(listener.generation))
 
-    def _cancel(self, listener: Listener) -> None:
+    def _cancel(self, listener: OutputQueue) -> None:
         self._listeners.pop(listener.generation.number, None)
         self._frontend.cancel([listener.generation])
 
-    def _deliver(self, changed: Iterable[Stream]) -> None:
+    def _deliver(self, changed: Iterable[Output]) -> None:
         """Hand out what is new of these outputs, to those who still listen."""
         told = [(stream, self._listeners.get(stream.owner.number)) for stream in changed]
         self._send((listener, stream.take_event()) for stream, listener in told if listener is not None)
@@ -352,9 +352,9 @@ class Service:
             if stream.owner.finished:
                 self._listeners.pop(stream.owner.number, None)
 
-    def _send(self, events: Iterable[tuple[Listener, Event | EngineFailed]]) -> None:
+    def _send(self, events: Iterable[tuple[OutputQueue, Event | EngineFailed]]) -> None:
         """One wake-up for each loop, whatever the number of events."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Listener, Event | EngineFailed]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[OutputQueue, Event | EngineFailed]]] = {}
         for listener, event in events:
             by_loop.setdefault(listener.loop, []).append((listener, event))
         for loop, batch in by_loop.items():
@@ -368,7 +368,7 @@ class Service:
         executor = self._detach()
         now = time.monotonic()
         recent = [then for then in self._failures if now - then < self._restart_window]
-        if not isinstance(executor, Absent):  # they had requests
+        if not isinstance(executor, NullExecutor):  # they had requests
             recent = self._accuse(reason, recent)
         self._failures = [*recent, now]
         if len(recent) < self._max_restarts:
@@ -393,7 +393,7 @@ class Service:
         log.error("request %d ends, %d like it: %s", guilty.number, len(same) - 1, why)
         self._frontend.cancel(same, why)
         told = [self._listeners.pop(g.number, None) for g in same]
-        self._send((listener, RequestEndsRanks(why)) for listener in told if listener is not None)
+        self._send((listener, RequestCrashedEngine(why)) for listener in told if listener is not None)
         return deaths
 
     def _move(self, lost: RequestsLost) -> None:
@@ -438,7 +438,7 @@ class Service:
     def _start_executor(self) -> Executor:
         if self._replicas > 1:
             assert self._connection is not None
-            return start_fleet(self.config, self._folder, self._connection, self._replicas, self._max_queued)
+            return start_replicas(self.config, self._folder, self._connection, self._replicas, self._max_queued)
         executor = start_executor(self.config, self._model, self._folder, self._connection)
         if self._connection is None:
             self._places = [(0, socket.gethostname(), os.getpid())]
@@ -458,7 +458,7 @@ class Service:
     def _detach(self) -> Executor:
         """Take the executor, to close it; what comes from now on stays in the ledger."""
         executor = self._frontend.executor
-        self._frontend.executor = Absent(executor.limits)
+        self._frontend.executor = NullExecutor(executor.limits)
         self._before = _sum(self._before, executor.stats)
         return executor
 
@@ -482,7 +482,7 @@ class Service:
         self._health = Health(state, reason, restarts=self._health.restarts)
 
 
-def _put(batch: list[tuple[Listener, Event | EngineFailed]]) -> None:
+def _put(batch: list[tuple[OutputQueue, Event | EngineFailed]]) -> None:
     for listener, event in batch:
         listener.put(event)
 

@@ -20,7 +20,7 @@ from ...runtime.request import SamplingParams
 
 
 @dataclass(frozen=True)
-class Mark:
+class Progress:
     """Where a request was when the ranks died."""
 
     lengths: list[int]  # of its outputs, in tokens
@@ -28,7 +28,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Guilty:
+class Quarantined:
     """A request that is not tried again, and its repetitions until a time of time.monotonic."""
 
     prompt_ids: list[int]
@@ -36,16 +36,16 @@ class Guilty:
     until: float
 
 
-class Suspects:
+class CrashQuarantine:
     """Told of every death and asked who may go on; `window_s` is how long a guilty request is remembered."""
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._marks: WeakKeyDictionary[Generation, Mark] = WeakKeyDictionary()
+        self._marks: WeakKeyDictionary[Generation, Progress] = WeakKeyDictionary()
         self._waiting: list[Generation] = []  # suspects in the order in which they came
         self._tried: Generation | None = None
         self._held: list[Generation] = []  # who goes on when all have been tried
-        self._guilty: list[Guilty] = []
+        self._guilty: list[Quarantined] = []
 
     def died(self, live: Iterable[Generation]) -> tuple[Generation, int] | None:
         """Ranks have died with these live: the one that has caused it and its deaths, if that is known now."""
@@ -59,9 +59,9 @@ class Suspects:
             self._held.clear()
             now = time.monotonic()
             self._guilty = [g for g in self._guilty if g.until > now]
-            self._guilty.append(Guilty(tried.prompt_ids, _params(tried), now + self._window_s))
+            self._guilty.append(Quarantined(tried.prompt_ids, _params(tried), now + self._window_s))
             return tried, deaths[tried]
-        self._marks.update({g: Mark(_lengths(g), deaths[g]) for g in exposed})
+        self._marks.update({g: Progress(_lengths(g), deaths[g]) for g in exposed})
         self._waiting += [g for g in exposed if deaths[g] > 1]
         self._waiting.sort(key=lambda g: g.number)
         if self._waiting:

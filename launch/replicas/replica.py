@@ -26,9 +26,9 @@ from ...runtime.request import Request
 from ..cluster.actor_group import forwarded
 from ..cluster.connection import Connection
 from ..cluster.ray_executor import RayExecutor
-from ..cluster.sockets import Outbox
+from ..cluster.sockets import PushSocket
 from ..errors import RankFailed
-from .replica_messages import Front, Hello, Place, Stepped, encode
+from .replica_messages import FrontendInfo, RankLocation, ReplicaReady, StepReport, encode
 
 log = logging.getLogger(__name__)
 WAIT_S = 60.0  # for a step; the bell comes before
@@ -38,7 +38,7 @@ STALL_S = 30.0  # live requests without a step, as /health has it
 class Replica:
     """The deployment's class; `run` is called for each request."""
 
-    def __init__(self, config: Config, front: Front) -> None:
+    def __init__(self, config: Config, front: FrontendInfo) -> None:
         logging.getLogger("lockstep").setLevel(logging.INFO)
         for name in forwarded():  # Ray's own choices for this process are none for the ranks
             del os.environ[name]
@@ -49,13 +49,13 @@ class Replica:
         self._connection = Connection(config)
         self._connection.ip = front.ip
         self._executor = RayExecutor(config, model, folder, self._connection)
-        self._outbox = Outbox(front.inbox)
+        self._outbox = PushSocket(front.inbox)
         self._commands: deque[Callable[[], None]] = deque()
         self._ends: dict[int, asyncio.Future[None]] = {}  # of the calls, by the request's uid
         self._moved = time.monotonic()  # when a step ended, or there was nothing to do
         self._failure: RankFailed | None = None
-        places = [Place(e.rank, e.host, e.pid) for e in self._executor.endpoints]
-        self._outbox.send(encode(Hello(self._name, self._executor.limits, places)))
+        places = [RankLocation(e.rank, e.host, e.pid) for e in self._executor.endpoints]
+        self._outbox.send(encode(ReplicaReady(self._name, self._executor.limits, places)))
         self._lifeline = socket.create_connection(front.lifeline)
         self._lifeline.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         threading.Thread(target=self._watch, name="lockstep-lifeline", daemon=True).start()
@@ -113,7 +113,7 @@ class Replica:
         while self._commands:
             self._commands.popleft()()
         for output in self._executor.poll(WAIT_S if self._ends else 0.0):
-            self._outbox.send(encode(Stepped(self._name, output, self._executor.stats)))
+            self._outbox.send(encode(StepReport(self._name, output, self._executor.stats)))
             self._moved = time.monotonic()
             for finished in output.finished:
                 self._tell(finished.uid, None)

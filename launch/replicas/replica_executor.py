@@ -35,11 +35,11 @@ from ...runtime.request import Request
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded
 from ..cluster.connection import Connection
-from ..cluster.sockets import Inbox
+from ..cluster.sockets import PullSocket
 from ..errors import PlacementError, RankFailed, RequestsLost
 from ..signals import Undo
 from .replica import Replica
-from .replica_messages import Front, Hello, Place, Stepped, decode
+from .replica_messages import FrontendInfo, RankLocation, ReplicaReady, StepReport, decode
 from .router import PrefixRouter
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ PAGES = 1 << 16  # of each replica's cache that the router remembers
 POLL_S = 0.2
 
 
-class FleetExecutor:
+class ReplicaExecutor:
     """`replicas` groups of `config.tensor_parallel_size` ranks; ready when the constructor returns."""
 
     def __init__(self, config: Config, folder: Path, connection: Connection, replicas: int, max_queued: int) -> None:
@@ -61,7 +61,7 @@ class FleetExecutor:
         self._attempts: dict[int, int] = {}  # number of an attempt -> uid of its request
         self._calls: dict[int, tuple[int, Future[None]]] = {}  # uid -> its attempt, Serve's call
         self._over: deque[tuple[int, str, bool]] = deque()  # attempts that failed, why, whether the replica is lost
-        self._hellos: dict[str, Hello] = {}
+        self._hellos: dict[str, ReplicaReady] = {}
         self._stats: dict[str, EngineStats] = {}  # of each replica that there was
         self._free_pages: dict[str, int | None] = {}  # of each replica, after its last step
         self._lifelines: list[socket.socket] = []
@@ -85,7 +85,7 @@ class FleetExecutor:
         return EngineStats(*(sum(column) for column in zip(*rows, strict=True)))
 
     @property
-    def places(self) -> list[Place]:
+    def places(self) -> list[RankLocation]:
         """Of all ranks, numbered through."""
         found = [place for hello in self._hellos.values() for place in hello.places]
         return [msgspec.structs.replace(place, rank=number) for number, place in enumerate(found)]
@@ -137,14 +137,14 @@ class FleetExecutor:
 
     def _start(self, max_queued: int, stack: Undo) -> None:
         ip = self._connection.ip or ray.util.get_node_ip_address()
-        self._inbox = Inbox(ip)
+        self._inbox = PullSocket(ip)
         stack.callback(self._inbox.close)
         lifeline = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
         self._lifeline = stack.enter_context(lifeline)
         stack.callback(self._end_lifelines)
         threading.Thread(target=self._loop.run_forever, name="lockstep-fleet", daemon=True).start()
         stack.callback(self._loop.call_soon_threadsafe, self._loop.stop)
-        front = Front(self._inbox.address, lifeline.getsockname()[:2], self._connection.ip, forwarded())
+        front = FrontendInfo(self._inbox.address, lifeline.getsockname()[:2], self._connection.ip, forwarded())
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
@@ -208,8 +208,8 @@ class FleetExecutor:
         self._over.append((attempt, why, lost))
         self._connection.bell.ring()
 
-    def _take_in(self, message: Hello | Stepped) -> StepOutput | None:
-        if isinstance(message, Hello):
+    def _take_in(self, message: ReplicaReady | StepReport) -> StepOutput | None:
+        if isinstance(message, ReplicaReady):
             self._lifelines.append(self._lifeline.accept()[0])
             self._hellos[message.replica] = message
             self._hellos = dict(list(self._hellos.items())[-self._replicas :])

@@ -13,7 +13,7 @@ from ..cluster.sockets import Address
 
 
 @dataclass(frozen=True)
-class Front:
+class FrontendInfo:
     """What a replica must know of the front end; travels through Ray."""
 
     inbox: Address
@@ -22,21 +22,21 @@ class Front:
     environment: dict[str, str]  # that the ranks get
 
 
-class Place(msgspec.Struct, frozen=True):
+class RankLocation(msgspec.Struct, frozen=True):
     rank: int
     host: str
     pid: int
 
 
-class Hello(msgspec.Struct, frozen=True, tag=True):
+class ReplicaReady(msgspec.Struct, frozen=True, tag=True):
     """A replica is ready."""
 
     replica: str
     limits: Limits
-    places: list[Place]
+    places: list[RankLocation]
 
 
-class Stepped(msgspec.Struct, frozen=True, tag=True):
+class StepReport(msgspec.Struct, frozen=True, tag=True):
     """A step of a replica has ended; the counters are all of this replica's until now."""
 
     replica: str
@@ -45,4 +45,4 @@ class Stepped(msgspec.Struct, frozen=True, tag=True):
 
 
 encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(Hello | Stepped).decode
+decode = msgspec.msgpack.Decoder(ReplicaReady | StepReport).decode

@@ -9,7 +9,7 @@ from pydantic.fields import FieldInfo
 from starlette.responses import Response
 
 from ...runtime.request import RequestRefused
-from ..errors import EngineFailed, RequestEndsRanks
+from ..errors import EngineFailed, RequestCrashedEngine
 
 LONGEST_MESSAGE = 600  # characters
 LONGEST_ECHO = 64  # of what was sent, in a message
@@ -60,7 +60,7 @@ class ApiError(Exception):
 
 def as_api_error(error: RequestRefused | EngineFailed) -> ApiError:
     """What to answer when the service does not take a request, or cannot finish it."""
-    if isinstance(error, RequestEndsRanks):
+    if isinstance(error, RequestCrashedEngine):
         return ApiError(500, str(error), code="request_ends_ranks")
     if isinstance(error, EngineFailed):
         return ApiError(503, f"the engine has failed: {error}", code="engine_failed")

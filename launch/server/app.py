@@ -23,7 +23,7 @@ from ...runtime.version import __version__
 from ..errors import EngineFailed
 from . import page_files
 from .api_errors import ApiError, ErrorReply, as_api_error
-from .handlers import Gateway
+from .handlers import Handlers
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .protocol.response_models import ChatCompletion, Completion, Detokenized, Healthy, ModelList, Tokens, Version
 
@@ -38,7 +38,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def create_app(gateway: Gateway, keys: Sequence[str]) -> ASGIApp:
+def create_app(gateway: Handlers, keys: Sequence[str]) -> ASGIApp:
     """The application; without keys, everybody may use it."""
     app = Described(
         title="lockstep", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,

@@ -17,24 +17,24 @@ from starlette.types import Send
 from ...runtime.outputs import Event
 from ...runtime.request import RequestRefused, SamplingParams
 from ...runtime.version import __version__
-from ..engine.async_engine import Service
+from ..engine.async_engine import AsyncEngine
 from .api_errors import ApiError
-from .health import Pulse
-from .http_io import Answer, Reading, read_body, send_events, send_json
+from .health import Liveness
+from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_json
 from .metrics import Metrics, Timing
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .protocol.response_models import Detokenized, Healthy, Model, ModelList, PromptDetails, Tokens, Usage, Version
-from .response_builders import Chat, Completions, Dialect, Echo, Piece
+from .response_builders import Chat, ChoiceDelta, Completions, EchoedPrompt, ResponseBuilder
 from .server_config import ServerConfig
 from .structured_fields import refused
-from .tokenization import Text
-from .validation import Asked, Rules, num_top
+from .tokenization import AsyncTokenizer
+from .validation import GenerateRequest, RequestValidator, num_top
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Tally:
+class TokenUsage:
     """Tokens of a request, for `usage` and the log."""
 
     prompt: int
@@ -50,28 +50,28 @@ class Tally:
         )
 
 
-class Gateway:
+class Handlers:
     """The routes, over a service that has been started."""
 
-    def __init__(self, service: Service, config: ServerConfig) -> None:
+    def __init__(self, service: AsyncEngine, config: ServerConfig) -> None:
         self._service, self._config = service, config
-        self._rules = Rules(service, config)
-        self._text = Text(service.tokenizer)
-        self._reading = Reading(config.max_body_bytes)
+        self._rules = RequestValidator(service, config)
+        self._text = AsyncTokenizer(service.tokenizer)
+        self._reading = BodyBudget(config.max_body_bytes)
         self._metrics = Metrics(self._rules.names[0], service.stats)
         self._started = int(time.time())
         self._requests = self._outputs = 0  # live
-        self.pulse = Pulse(service)
+        self.pulse = Liveness(service)
 
     # -- generation
 
     async def completions(self, request: Request) -> Response:
         body = await read_body(request, CompletionRequest, self._reading)
-        return Answer(lambda send: self._complete(body, send))
+        return StreamingAnswer(lambda send: self._complete(body, send))
 
     async def chat(self, request: Request) -> Response:
         body = await read_body(request, ChatRequest, self._reading)
-        return Answer(lambda send: self._converse(body, send))
+        return StreamingAnswer(lambda send: self._converse(body, send))
 
     async def _complete(self, body: CompletionRequest, send: Send) -> None:
         prompts = _as_list(body.prompt)
@@ -87,9 +87,11 @@ class Gateway:
             ids = await self._text.encode_chat(body.messages)
             await self._answer(body, [ids], Chat(self._model(body), num_top(body)), send)
 
-    async def _answer(self, body: Asked, prompts: list[list[int]], dialect: Dialect, send: Send) -> None:
+    async def _answer(
+        self, body: GenerateRequest, prompts: list[list[int]], dialect: ResponseBuilder, send: Send
+    ) -> None:
         params = [self._rules.params(body, len(ids)) for ids in prompts]
-        tally, started, outcome = Tally(sum(map(len, prompts))), time.perf_counter(), "failed"
+        tally, started, outcome = TokenUsage(sum(map(len, prompts))), time.perf_counter(), "failed"
         try:
             async with aclosing(self._pieces(prompts, params, tally)) as pieces:
                 if body.stream:
@@ -114,7 +116,7 @@ class Gateway:
                 )  # fmt: skip
 
     async def _pieces(
-        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], tally: Tally
+        self, prompts: Sequence[list[int]], params: Sequence[SamplingParams], tally: TokenUsage
     ) -> AsyncGenerator[tuple[int, Event], None]:
         """Events of all prompts as they come, each with the number of its choice; closing it cancels them all."""
         timings = [Timing(self._metrics) for _ in prompts]
@@ -159,11 +161,11 @@ class Gateway:
             self._rules.check_ids(ids, "prompt")
         return given
 
-    async def _echo(self, prompt: str | list[int], ids: list[int], *, skip: bool) -> Echo:
+    async def _echo(self, prompt: str | list[int], ids: list[int], *, skip: bool) -> EchoedPrompt:
         text = prompt if isinstance(prompt, str) else await self._text.decode(prompt, skip=skip)
-        return Echo(text, await self._text.decode(ids[:1], skip=True))
+        return EchoedPrompt(text, await self._text.decode(ids[:1], skip=True))
 
-    def _model(self, body: Asked) -> str:
+    def _model(self, body: GenerateRequest) -> str:
         return body.model or self._rules.names[0]
 
     # -- everything else
@@ -220,10 +222,10 @@ class Gateway:
 
 
 async def _chunks(
-    pieces: AsyncIterator[tuple[int, Event]], dialect: Dialect, tally: Tally | None
+    pieces: AsyncIterator[tuple[int, Event]], dialect: ResponseBuilder, tally: TokenUsage | None
 ) -> AsyncIterator[BaseModel]:
     async for index, event in pieces:
-        piece = Piece(index)
+        piece = ChoiceDelta(index)
         piece.add(event)
         for chunk in dialect.chunks(piece):
             yield chunk
@@ -231,8 +233,8 @@ async def _chunks(
         yield dialect.last(tally.usage())
 
 
-async def _whole(pieces: AsyncIterator[tuple[int, Event]], number: int) -> list[Piece]:
-    found = [Piece(i) for i in range(number)]
+async def _whole(pieces: AsyncIterator[tuple[int, Event]], number: int) -> list[ChoiceDelta]:
+    found = [ChoiceDelta(i) for i in range(number)]
     async for index, event in pieces:
         found[index].add(event)
     return found

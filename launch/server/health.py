@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 
-from ..engine.async_engine import Service
+from ..engine.async_engine import AsyncEngine
 
 STALL_S = 30.0  # live requests without a step; the executor gives up a step by itself after --step-timeout
 
 
-class Pulse:
+class Liveness:
     """Watches the engine's count of steps; `look` is called every second or so."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: AsyncEngine) -> None:
         self._service = service
         self._steps = -1
         self._moved = time.monotonic()  # when a step had been made, or there was nothing to do

@@ -21,7 +21,7 @@ BODIES = 64  # of the longest length may be in memory before they are requests
 Body = TypeVar("Body", bound=BaseModel)
 
 
-class Reading:
+class BodyBudget:
     """What may be in memory of bodies that are still read or parsed: `max_bytes` of one, `BODIES` times that of all."""
 
     def __init__(self, max_bytes: int) -> None:
@@ -34,7 +34,7 @@ class Reading:
         self.held += size
 
 
-async def read_body(request: Request, model: type[Body], reading: Reading) -> Body:
+async def read_body(request: Request, model: type[Body], reading: BodyBudget) -> Body:
     """The request's JSON as `model`; raises ApiError."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -49,7 +49,7 @@ async def read_body(request: Request, model: type[Body], reading: Reading) -> Bo
         reading.held -= len(content)
 
 
-async def _read(request: Request, content: bytearray, reading: Reading) -> None:
+async def _read(request: Request, content: bytearray, reading: BodyBudget) -> None:
     """The body into `content`, never more of it than `reading` takes."""
     too_long = ApiError(413, f"the body is longer than the {reading.max_bytes} bytes of --max-body-bytes; send less")
     announced = request.headers.get("content-length", "")
@@ -69,7 +69,7 @@ def _parse(content: bytes, model: type[Body]) -> Body:
         raise from_validation_error(error, fields_of(model)) from None
 
 
-class Answer(Response):
+class StreamingAnswer(Response):
     """An answer that is made while it is sent, and given up when its client has gone."""
 
     def __init__(self, work: Callable[[Send], Coroutine[Any, Any, None]]) -> None:

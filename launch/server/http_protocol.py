@@ -32,7 +32,7 @@ def most_connections() -> int:
     return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE)
 
 
-class Patient(H11Protocol):
+class TimeoutHTTPProtocol(H11Protocol):
     """One connection."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ...runtime.outputs import Event
-from ..engine.async_engine import ServiceStats
+from ..engine.async_engine import AsyncEngineStats
 
 LABEL = "model_name"
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -21,7 +21,7 @@ REQUEST_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0
 class Metrics:
     """Counters and histograms of what clients saw; the gauges are the service's own figures when they are read."""
 
-    def __init__(self, model: str, stats: Callable[[], ServiceStats]) -> None:
+    def __init__(self, model: str, stats: Callable[[], AsyncEngineStats]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_Readings(model, stats))
         self._model = model
@@ -84,7 +84,7 @@ class Timing:
 class _Readings(Collector):
     """Figures that the service keeps itself."""
 
-    def __init__(self, model: str, stats: Callable[[], ServiceStats]) -> None:
+    def __init__(self, model: str, stats: Callable[[], AsyncEngineStats]) -> None:
         self._model, self._stats = model, stats
 
     def collect(self) -> Iterator[Metric]:

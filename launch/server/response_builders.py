@@ -38,7 +38,7 @@ Explained = tuple[int, dict[int, Logprob] | None]  # a token and the log-probabi
 
 
 @dataclass
-class Piece:
+class ChoiceDelta:
     """New text and tokens of choice `index`; with a finish reason the last ones."""
 
     index: int
@@ -64,7 +64,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Echo:
+class EchoedPrompt:
     """A prompt that comes before its answer: its text, and that of its first token, which nothing has predicted."""
 
     text: str
@@ -74,16 +74,16 @@ class Echo:
 class Completions:
     """Of /v1/completions. `echoes` are the prompts, or none, `num_top` candidates each position."""
 
-    def __init__(self, model: str, n: int, echoes: Sequence[Echo], num_top: int | None) -> None:
+    def __init__(self, model: str, n: int, echoes: Sequence[EchoedPrompt], num_top: int | None) -> None:
         self._id, self._created, self._model = f"cmpl-{secrets.token_hex(16)}", int(time.time()), model
         self._n, self._num_top = n, num_top
         self._echoes = echoes
         self._offsets: dict[int, int] = {}  # of each choice: characters of the tokens that were given
 
-    def whole(self, pieces: Sequence[Piece], usage: Usage) -> BaseModel:
+    def whole(self, pieces: Sequence[ChoiceDelta], usage: Usage) -> BaseModel:
         return self._chunk([self._choice(piece) for piece in pieces], usage)
 
-    def chunks(self, piece: Piece) -> Iterator[BaseModel]:
+    def chunks(self, piece: ChoiceDelta) -> Iterator[BaseModel]:
         if piece.visible:
             yield self._chunk([self._choice(piece)])
 
@@ -93,7 +93,7 @@ class Completions:
     def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> BaseModel:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
-    def _choice(self, piece: Piece) -> CompletionChoice:
+    def _choice(self, piece: ChoiceDelta) -> CompletionChoice:
         begins = piece.index not in self._offsets
         echo = self._echoes[piece.index // self._n] if begins and self._echoes else None
         logprobs = self._logprobs(piece, echo)
@@ -102,7 +102,7 @@ class Completions:
             finish_reason=piece.finish_reason, stop_reason=piece.stop_reason,
         )  # fmt: skip
 
-    def _logprobs(self, piece: Piece, echo: Echo | None) -> CompletionLogprobs | None:
+    def _logprobs(self, piece: ChoiceDelta, echo: EchoedPrompt | None) -> CompletionLogprobs | None:
         at = self._offsets.setdefault(piece.index, 0)
         if self._num_top is None:
             return None
@@ -132,7 +132,7 @@ class Chat:
         self._num_top = num_top
         self._begun: set[int] = set()
 
-    def whole(self, pieces: Sequence[Piece], usage: Usage) -> BaseModel:
+    def whole(self, pieces: Sequence[ChoiceDelta], usage: Usage) -> BaseModel:
         choices = [
             ChatChoice(
                 index=p.index, message=ChatAnswer(content=p.text), logprobs=self._logprobs(p),
@@ -142,10 +142,10 @@ class Chat:
         ]  # fmt: skip
         return ChatCompletion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
-    def chunks(self, piece: Piece) -> Iterator[BaseModel]:
+    def chunks(self, piece: ChoiceDelta) -> Iterator[BaseModel]:
         if piece.index not in self._begun:
             self._begun.add(piece.index)
-            yield self._chunk([self._choice(Piece(piece.index), {"role": "assistant", "content": ""})])
+            yield self._chunk([self._choice(ChoiceDelta(piece.index), {"role": "assistant", "content": ""})])
         if piece.visible:
             yield self._chunk([self._choice(piece, {"content": piece.text} if piece.text else {})])
 
@@ -155,13 +155,13 @@ class Chat:
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> BaseModel:
         return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
-    def _choice(self, piece: Piece, delta: ChatDelta) -> ChatChunkChoice:
+    def _choice(self, piece: ChoiceDelta, delta: ChatDelta) -> ChatChunkChoice:
         return ChatChunkChoice(
             index=piece.index, delta=delta, logprobs=self._logprobs(piece) if piece.tokens else None,
             finish_reason=piece.finish_reason, stop_reason=piece.stop_reason,
         )  # fmt: skip
 
-    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
+    def _logprobs(self, piece: ChoiceDelta) -> ChatLogprobs | None:
         if self._num_top is None:
             return None
         content = []
@@ -173,7 +173,7 @@ class Chat:
         return ChatLogprobs(content=content)
 
 
-Dialect = Completions | Chat
+ResponseBuilder = Completions | Chat
 
 
 def _candidate(found: Logprob) -> Candidate:

@@ -15,11 +15,11 @@ import uvicorn
 
 from ...runtime.config import Config
 from ..doctor.preflight import Preflight
-from ..engine.async_engine import Service
+from ..engine.async_engine import AsyncEngine
 from ..signals import interrupt, signals_wait
 from .app import create_app
-from .handlers import Gateway
-from .http_protocol import Patient, allow_descriptors
+from .handlers import Handlers
+from .http_protocol import TimeoutHTTPProtocol, allow_descriptors
 from .server_config import ServerConfig
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def serve(config: Config, options: ServerConfig, preflight: Preflight | None) ->
     with listener(options) as open_port:  # before the model is loaded: a port that is taken is known at once
         if preflight is not None:
             preflight.judge()
-        service = Service(
+        service = AsyncEngine(
             config, max_restarts=options.max_restarts, replicas=options.replicas, max_queued=options.max_queued
         )
         try:
@@ -62,7 +62,7 @@ def listener(options: ServerConfig) -> socket.socket:
     return found
 
 
-async def serve_until_signal(service: Service, options: ServerConfig, open_port: socket.socket) -> int | None:
+async def serve_until_signal(service: AsyncEngine, options: ServerConfig, open_port: socket.socket) -> int | None:
     """Answer requests until the service has been drained; returns the signal that cut that short, if one did."""
     if not options.api_key and open_port.getsockname()[0] not in ("127.0.0.1", "::1"):
         log.warning("everybody who reaches %s can use this server: there is no --api-key", options.host)
@@ -71,10 +71,10 @@ async def serve_until_signal(service: Service, options: ServerConfig, open_port:
     return server.ended_by
 
 
-def create_uvicorn_config(service: Service, options: ServerConfig) -> uvicorn.Config:
-    gateway = Gateway(service, options)
+def create_uvicorn_config(service: AsyncEngine, options: ServerConfig) -> uvicorn.Config:
+    gateway = Handlers(service, options)
     return uvicorn.Config(
-        create_app(gateway, options.api_key or []), http=Patient, ws="none", lifespan="off",
+        create_app(gateway, options.api_key or []), http=TimeoutHTTPProtocol, ws="none", lifespan="off",
         log_config=None, access_log=False, server_header=False,
         callback_notify=gateway.pulse.look, timeout_notify=1, timeout_graceful_shutdown=int(LAST_WORDS_S),
     )  # fmt: skip
@@ -83,7 +83,7 @@ def create_uvicorn_config(service: Service, options: ServerConfig) -> uvicorn.Co
 class Server(uvicorn.Server):
     """uvicorn, which goes on answering (health with 503, new requests with 503) while the service drains."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, drain_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, service: AsyncEngine, drain_timeout: float) -> None:
         super().__init__(config)
         self.ended_by: int | None = None
         self._service, self._drain_timeout = service, drain_timeout

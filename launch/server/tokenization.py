@@ -16,7 +16,7 @@ NUM_THREADS = 4
 Result = TypeVar("Result")
 
 
-class Text:
+class AsyncTokenizer:
     """What of the tokenizer the server uses."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...runtime.request import SamplingParams
-from ..engine.async_engine import Service
+from ..engine.async_engine import AsyncEngine
 from .api_errors import ApiError, from_value_error
 from .protocol.request_models import ChatRequest, CompletionRequest, fields_of
 from .server_config import ServerConfig
@@ -21,13 +21,13 @@ ASKED = (
 RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # by the checkpoint, if not asked
 
 
-Asked = ChatRequest | CompletionRequest
+GenerateRequest = ChatRequest | CompletionRequest
 
 
-class Rules:
+class RequestValidator:
     """Raises ApiError, naming the field, for what is too much or makes no sense."""
 
-    def __init__(self, service: Service, config: ServerConfig) -> None:
+    def __init__(self, service: AsyncEngine, config: ServerConfig) -> None:
         self.names = config.served_model_name or [service.name]
         self._config = config
         self._defaults = service.default_params
@@ -46,7 +46,7 @@ class Rules:
             rule = f"is not a token id; the model has ids 0 to {self._vocab_size - 1}"
             raise ApiError(400, f"Invalid '{param}': {max(ids)} {rule}.", param=param, code="invalid_value")
 
-    def check(self, body: Asked, num_prompts: int) -> int:
+    def check(self, body: GenerateRequest, num_prompts: int) -> int:
         """The number of outputs, of a request that may be admitted; its tokens are not known yet."""
         config, n = self._config, body.n or 1
         self.check_model(body.model)
@@ -66,7 +66,7 @@ class Rules:
             raise _invalid("n", f"makes {num_prompts * n} outputs, but this server holds {limit}; send less at once")
         return num_prompts * n
 
-    def params(self, body: Asked, num_tokens: int) -> SamplingParams:
+    def params(self, body: GenerateRequest, num_tokens: int) -> SamplingParams:
         """How to sample after a prompt of `num_tokens` tokens; what was not asked is the model's recommendation."""
         chat = isinstance(body, ChatRequest)
         asked = (body.max_completion_tokens or body.max_tokens) if isinstance(body, ChatRequest) else body.max_tokens
@@ -105,7 +105,7 @@ class Rules:
             )
 
 
-def num_top(body: Asked) -> int | None:
+def num_top(body: GenerateRequest) -> int | None:
     """Candidates at each position besides the chosen one; None if no log-probabilities are wanted."""
     if isinstance(body, ChatRequest):
         return (body.top_logprobs or 0) if body.logprobs else None

@@ -59,7 +59,7 @@ class DecoderLayer:
 class Decoder:
     """One rank's share of a model, for positions below `max_positions`; the weights are zero until they are filled.
 
-    If invariant, products give a token the same bits in any batch.
+    If batch_invariant, products give a token the same bits in any batch.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class Decoder:
         dtype: torch.dtype,
         device: torch.device,
         max_positions: int,
-        invariant: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         config.check_tensor_parallel(comm.size)
         self.config = config
         self.comm = comm
-        self._weights = weights = Weights(dtype, device, invariant=invariant)
+        self._weights = weights = Weights(dtype, device, batch_invariant=batch_invariant)
         vocab, hidden = config.vocab_size, config.hidden_size
         tied = config.tie_word_embeddings
         rows = vocabulary_shard(
@@ -85,7 +85,7 @@ class Decoder:
         self.layers = [DecoderLayer(weights, comm, config, layer) for layer in range(config.num_layers)]
         self.norm = RMSNorm(weights, comm, "model.norm", hidden, config.norm_eps)
         head = rows if tied else vocabulary_shard(weights, comm, HEAD, vocab, hidden)
-        self.head = Head(comm, head, vocab, invariant=invariant)
+        self.head = Head(comm, head, vocab, batch_invariant=batch_invariant)
         self.cos_sin = config.rope.table(config.head_dim, max_positions).to(device)
 
     def weights(self) -> list[Weight]:

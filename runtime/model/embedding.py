@@ -42,13 +42,15 @@ class Embedding:
 class Head:
     """Hidden states to the logits of the rank's share of the vocabulary."""
 
-    def __init__(self, comm: Communicator, weight: Tensor, vocab_size: int, *, invariant: bool = False) -> None:
+    def __init__(self, comm: Communicator, weight: Tensor, vocab_size: int, *, batch_invariant: bool = False) -> None:
         self.comm = comm
         self.weight = weight
         self.vocab_size = vocab_size
-        self.invariant = invariant
+        self.batch_invariant = batch_invariant
 
     def __call__(self, hidden: Normed) -> Logits:
         """Of rows [S, D], in their dtype."""
-        shard = ops.linear(hidden.x, self.weight, norm=hidden.weight, eps=hidden.eps, invariant=self.invariant)
+        shard = ops.linear(
+            hidden.x, self.weight, norm=hidden.weight, eps=hidden.eps, batch_invariant=self.batch_invariant
+        )
         return Logits(self.comm, shard, self.vocab_size)

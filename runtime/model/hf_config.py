@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-class Fields:
+class HFConfigReader:
     """The fields of `values`, which came from `source` (a name for messages)."""
 
     def __init__(self, values: Mapping[str, Any], source: str = "config.json") -> None:
@@ -19,7 +19,7 @@ class Fields:
         self.source = source
 
     @classmethod
-    def from_file(cls, path: Path) -> Fields:
+    def from_file(cls, path: Path) -> HFConfigReader:
         """Raises ValueError if the file is not one JSON object."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -68,11 +68,11 @@ class Fields:
         self._check(name, all(_is_integer(x) and x >= 0 for x in listed), "an integer or a list of integers")
         return listed
 
-    def nested(self, name: str) -> Fields:
+    def nested(self, name: str) -> HFConfigReader:
         """The object `name`; empty if absent."""
         value = self._value(name, {})
         self._check(name, isinstance(value, dict), "an object")
-        return Fields(value, f"{self.source}: {name}")
+        return HFConfigReader(value, f"{self.source}: {name}")
 
     def _value(self, name: str, default: Any) -> Any:
         value = self.values[name] if name in self else default

@@ -42,7 +42,7 @@ class ColumnLinear:
     """Several projections of the same input in one product: the rank's rows of each, one below the other."""
 
     def __init__(self, weights: Weights, projections: Sequence[Projection], in_features: int, *, bias: bool) -> None:
-        self.invariant = weights.invariant
+        self.batch_invariant = weights.batch_invariant
         total = sum(p.num_rows for p in projections)
         matrix, vector = [], []
         start = 0
@@ -63,7 +63,7 @@ class ColumnLinear:
             norm=normed.weight,
             eps=normed.eps,
             gated=gated,
-            invariant=self.invariant,
+            batch_invariant=self.batch_invariant,
         )
 
 
@@ -78,17 +78,17 @@ class RowLinear:
         self.weight = weights.add((out_features, in_features // comm.size), [piece])
         self.bias = weights.add((out_features,), [Piece(f"{name}.bias", (out_features,))]) if bias else None
         self.comm = comm
-        self.invariant = weights.invariant
+        self.batch_invariant = weights.batch_invariant
         self.adds_bias = comm.rank == 0  # once in the sum
 
     def __call__(self, x: Tensor, residual: Residual) -> None:
         """x [T, the rank's columns]; the product with it is added to `residual`."""
         bias = self.bias if self.adds_bias else None
         if self.comm.size == 1:
-            ops.linear(x, self.weight, bias, add_to=residual.total, invariant=self.invariant)
+            ops.linear(x, self.weight, bias, add_to=residual.total, batch_invariant=self.batch_invariant)
         else:
             out = self.comm.buffer(len(x), len(self.weight), x.dtype)
-            residual.partial = ops.linear(x, self.weight, bias, out=out, invariant=self.invariant)
+            residual.partial = ops.linear(x, self.weight, bias, out=out, batch_invariant=self.batch_invariant)
 
 
 class MLP:

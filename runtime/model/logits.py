@@ -48,14 +48,16 @@ class Logits:
 
     def race(self, temperature: Tensor, keys: Tensor) -> Tensor:
         """A token for each row, [S] int32, as `ops.race` draws it; the same on every rank."""
-        contenders = ops.race(self._own, temperature, keys, first_token=self._first)
-        return ops.winners(self.comm.all_gather(contenders))
+        contenders = ops.gumbel_argmax(self._own, temperature, keys, first_token=self._first)
+        return ops.merge_candidates(self.comm.all_gather(contenders))
 
     def best(self, count: int) -> Tensor:
         """The contenders of the greatest `count` of each row, or of as many as there are, descending.
 
         [S, C] int64 as `ops.best` has them, equal logits by token; the same on every rank.
         """
-        contenders = self.comm.all_gather(ops.best(self._own, count, first_token=self._first))  # [ranks, S, count]
+        contenders = self.comm.all_gather(
+            ops.topk_candidates(self._own, count, first_token=self._first)
+        )  # [ranks, S, count]
         several = contenders.transpose(0, 1).flatten(1)
-        return (several if len(contenders) == 1 else ops.best(several, count))[:, : self.vocab_size]
+        return (several if len(contenders) == 1 else ops.topk_candidates(several, count))[:, : self.vocab_size]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .hf_config import Fields
+from .hf_config import HFConfigReader
 from .rope import Rope
 
 Windows = Literal["never", "always", "flagged", "flagged, upper layers"]
@@ -87,13 +87,13 @@ class ModelConfig:
         if not (folder / "config.json").is_file():
             raise ValueError(f"{folder} has no config.json, so it is not a model; give the folder of a checkpoint")
         generation = folder / "generation_config.json"
-        extra = Fields.from_file(generation).values if generation.is_file() else {}
-        return cls.from_hf(Fields.from_file(folder / "config.json").values, extra)
+        extra = HFConfigReader.from_file(generation).values if generation.is_file() else {}
+        return cls.from_hf(HFConfigReader.from_file(folder / "config.json").values, extra)
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
         """From the contents of config.json and generation_config.json."""
-        fields = Fields(hf)
+        fields = HFConfigReader(hf)
         name, architecture = _architecture(fields)
         _refuse_unsupported(fields)
         num_layers = fields.integer("num_hidden_layers")
@@ -101,7 +101,7 @@ class ModelConfig:
         hidden_size = fields.integer("hidden_size")
         head_dim = fields.integer("head_dim", max(hidden_size // num_heads, 1))
         attention_bias = architecture.bias_flags and fields.flag("attention_bias", False)
-        generation_fields = Fields(generation or {}, "generation_config.json")
+        generation_fields = HFConfigReader(generation or {}, "generation_config.json")
         rope = Rope.from_hf(fields)
         config = cls(
             architecture=name,
@@ -181,7 +181,7 @@ class ModelConfig:
             raise ValueError(f"config.json: head_dim is {self.head_dim}; rotary positions need an even one")
 
 
-def _architecture(fields: Fields) -> tuple[str, Architecture]:
+def _architecture(fields: HFConfigReader) -> tuple[str, Architecture]:
     names = fields.texts("architectures")
     for name in names:
         if name in ARCHITECTURES:
@@ -192,7 +192,7 @@ def _architecture(fields: Fields) -> tuple[str, Architecture]:
     )
 
 
-def _refuse_unsupported(fields: Fields) -> None:
+def _refuse_unsupported(fields: HFConfigReader) -> None:
     if "quantization_config" in fields:
         method = fields.nested("quantization_config").text("quant_method", "unknown")
         raise ValueError(
@@ -203,7 +203,7 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise ValueError(f"config.json: hidden_act {act!r} is not supported; it must be 'silu'")
 
 
-def _dtype(fields: Fields) -> str:
+def _dtype(fields: HFConfigReader) -> str:
     # Without either field: bfloat16, in which nearly all models of these families are published.
     name = fields.text("dtype", fields.text("torch_dtype", "bfloat16")).removeprefix("torch.")
     if name not in DTYPES:
@@ -211,11 +211,11 @@ def _dtype(fields: Fields) -> str:
     return name
 
 
-def _eos_token_ids(*sources: Fields) -> tuple[int, ...]:
+def _eos_token_ids(*sources: HFConfigReader) -> tuple[int, ...]:
     return tuple(sorted({token for fields in sources for token in fields.integers("eos_token_id")}))
 
 
-def _windows(fields: Fields, rule: Windows, num_layers: int) -> tuple[int | None, ...]:
+def _windows(fields: HFConfigReader, rule: Windows, num_layers: int) -> tuple[int | None, ...]:
     """The sliding window of each layer; absence means transformers' default of 4096, only null means none."""
     flagged = rule == "always" or (rule != "never" and fields.flag("use_sliding_window", False))
     if not flagged or fields.values.get("sliding_window", 4096) is None:
@@ -235,7 +235,7 @@ def _windows(fields: Fields, rule: Windows, num_layers: int) -> tuple[int | None
     return tuple(window if slides else None for slides in sliding)
 
 
-def _experts(fields: Fields, num_layers: int) -> Experts:
+def _experts(fields: HFConfigReader, num_layers: int) -> Experts:
     step = fields.integer("decoder_sparse_step", 1)
     dense = fields.integers("mlp_only_layers")
     experts = Experts(

@@ -23,7 +23,7 @@ class MoE:
 
     def __init__(self, weights: Weights, comm: Communicator, name: str, hidden_size: int, experts: Experts) -> None:
         self.experts = experts
-        self.invariant = weights.invariant
+        self.batch_invariant = weights.batch_invariant
         n, full, hidden = experts.num_experts, experts.intermediate_size, hidden_size
         rows = share(full, comm)
         size = full // comm.size
@@ -46,7 +46,9 @@ class MoE:
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scores [T, K] float32 and the numbers [T, K] int64 of each token's experts."""
-        probabilities = ops.linear(x, self.router, invariant=self.invariant).softmax(-1, dtype=torch.float32)
+        probabilities = ops.linear(x, self.router, batch_invariant=self.batch_invariant).softmax(
+            -1, dtype=torch.float32
+        )
         scores, chosen = probabilities.topk(self.experts.num_per_token, dim=-1)
         if self.experts.normalized:
             scores = scores / scores.sum(-1, keepdim=True)

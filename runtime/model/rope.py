@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .hf_config import Fields
+from .hf_config import HFConfigReader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class Rope:
     attention_factor: float = 1.0  # yarn: cosines and sines are multiplied by it
 
     @classmethod
-    def from_hf(cls, hf: Fields) -> Rope:
+    def from_hf(cls, hf: HFConfigReader) -> Rope:
         """From config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4)."""
         given = hf.nested("rope_scaling" if "rope_scaling" in hf else "rope_parameters")
         kind = given.text("rope_type", given.text("type", "default"))
@@ -107,11 +107,11 @@ class Rope:
         return head_dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
 
-def _llama3(given: Fields) -> dict[str, float]:
+def _llama3(given: HFConfigReader) -> dict[str, float]:
     return {name: given.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
 
 
-def _yarn(given: Fields, default_factor: float) -> dict[str, Any]:
+def _yarn(given: HFConfigReader, default_factor: float) -> dict[str, Any]:
     factor = given.number("factor", default_factor)
     attention_factor = _mscale(factor, 1.0)
     if "mscale" in given and "mscale_all_dim" in given:

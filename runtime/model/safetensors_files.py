@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from .hf_config import Fields
+from .hf_config import HFConfigReader
 
 MAX_NAMED = 8  # of what an error lists
 
@@ -26,7 +26,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
     """The files named by the index; else model.safetensors; else every *.safetensors there is."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = Fields.from_file(index).nested("weight_map")
+        weight_map = HFConfigReader.from_file(index).nested("weight_map")
         names = sorted({weight_map.text(tensor) for tensor in weight_map.values})
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:

@@ -48,14 +48,14 @@ class Weight:
 class Weights(list[Weight]):
     """The weights of one rank, in the order in which its layers made them.
 
-    invariant  for the layers that own them: whether a product has the same bits in any batch
+    batch_invariant  for the layers that own them: whether a product has the same bits in any batch
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, *, invariant: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, *, batch_invariant: bool = False) -> None:
         super().__init__()
         self.dtype = dtype
         self.device = device
-        self.invariant = invariant
+        self.batch_invariant = batch_invariant
 
     def add(
         self, shape: Sequence[int], pieces: Iterable[Piece], *, is_norm: bool = False, ignored: tuple[str, ...] = ()

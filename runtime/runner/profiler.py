@@ -25,7 +25,7 @@ class Profiler:
 
     def before_launch(self, plan: StepPlan | None) -> Profile | None:
         """To be called with each plan before it is launched, with None where there is none; the profile at the end."""
-        if plan is not None and plan.decodes and self._num_traced < self._num_steps:
+        if plan is not None and plan.is_decode_only and self._num_traced < self._num_steps:
             self._trace = self._trace or self._start()
             self._num_traced += 1
             return None

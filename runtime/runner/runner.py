@@ -24,7 +24,7 @@ from ..limits import Limits
 from ..memory.gpu import Phase, Reading, named_out_of_memory, neighbours, plan_on_gpu, read_gpu
 from ..memory.memory_plan import MemoryPlan, check_weights, loading_speed, plan_weights
 from ..model.attention.attention import AttentionBackend, AttentionShape, TorchAttention, why_not
-from ..model.attention.batch_invariant import InvariantAttention
+from ..model.attention.batch_invariant import BatchInvariantAttention
 from ..model.batch import to_device, to_device_together
 from ..model.decoder import Decoder
 from ..model.kv_pool import KVPool, KVShape
@@ -34,10 +34,10 @@ from ..model.weights import fill_dummy, load_weights
 from ..plan import Admission, PromptLogprobs, StepPlan, TokenLogprobs
 from ..request import SamplingParams
 from ..sampling.grammar import Vocabulary
-from ..sampling.grammar_state import Guides
+from ..sampling.grammar_state import GrammarStates
 from ..sampling.logprobs import prompt_logprobs
 from ..sampling.sampler import Sampler
-from ..startup_timer import Phases
+from ..startup_timer import StartupTimer
 from .graphs import DecodeGraphs, GraphParts
 from .slot_tables import HostBatch, SlotTables
 
@@ -65,10 +65,10 @@ class Runner:
         folder: Path,
         comm: Communicator,
         device: torch.device,
-        phases: Phases | None = None,
+        phases: StartupTimer | None = None,
     ) -> None:
         self.config, self.model, self.comm, self.device = config, model, comm, device
-        self.phases = phases or Phases()
+        self.phases = phases or StartupTimer()
         plan = plan_weights(config, model)
         self._memory = plan_on_gpu(plan, config, device) if device.type == "cuda" else plan
         check_weights(self._memory)
@@ -81,7 +81,7 @@ class Runner:
                 dtype=config.torch_dtype,
                 device=device,
                 max_positions=config.max_model_len,
-                invariant=config.deterministic,
+                batch_invariant=config.deterministic,
             )
             if config.load_format == "dummy":
                 fill_dummy(decoder.weights())
@@ -118,8 +118,8 @@ class Runner:
         self.tables = SlotTables(config.max_num_seqs, max_length, config.page_size, self.device)
         self.pool = KVPool(self._kv_shape(), num_pages, self.device, config.kv_layout)
         self.sampler = Sampler(config.max_num_seqs, self.device)
-        self.guides = Guides(self._vocabulary, config.max_num_seqs)
-        self._landing = Landing(config.max_num_seqs, self.comm, self.device)
+        self.guides = GrammarStates(self._vocabulary, config.max_num_seqs)
+        self._landing = PinnedReadback(config.max_num_seqs, self.comm, self.device)
         self._fast = self._attention_on_gpu(announce)
         self.attention: AttentionBackend = self._fast or TorchAttention(self.model.head_dim**-0.5)
         self.graphs: DecodeGraphs | None = None
@@ -168,7 +168,7 @@ class Runner:
         windows = {model.window(layer) for layer in range(model.num_layers)}
         if config.deterministic:
             assert config.max_model_len is not None
-            return InvariantAttention(shape, model.head_dim**-0.5, windows, config.max_model_len)
+            return BatchInvariantAttention(shape, model.head_dim**-0.5, windows, config.max_model_len)
         with self.phases("imports"):
             from ..model.attention import flashinfer_backend  # costs 5 s and needs a GPU
 
@@ -235,7 +235,7 @@ class Runner:
             self.guides.admit(admission)
         host = self.tables.describe(plan)
         all_sample = len(plan.sampled_rows) == len(plan.counts)  # not so the first token of a longer chunk
-        if self.graphs is not None and plan.decodes and all_sample and len(plan.counts) <= self.graphs.max_rows:
+        if self.graphs is not None and plan.is_decode_only and all_sample and len(plan.counts) <= self.graphs.max_rows:
             return self._replay(plan, self.graphs, host)
         batch = self.tables.batch(plan, host)
         self.attention.plan(batch)
@@ -296,7 +296,7 @@ class Runner:
         return to_device(array, self.device)
 
 
-class Landing:
+class PinnedReadback:
     """Where sampled tokens arrive on the host: a few pinned buffers in turn, more than steps may be in flight."""
 
     def __init__(self, max_rows: int, comm: Communicator, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from ..plan import Admission
 from .grammar import GrammarError, Vocabulary, why_not
 
 
-class Guide:
+class GrammarState:
     """One request's matcher, or why it has none any more."""
 
     def __init__(self, vocabulary: Vocabulary, admission: Admission) -> None:
@@ -68,26 +68,26 @@ class Guide:
 
 
 @dataclass(frozen=True)
-class Sent:
+class PendingTokens:
     """Tokens of the last step on their way to the host, and whose they are."""
 
-    guides: list[tuple[int, int, Guide]]  # slot, index among the tokens
+    guides: list[tuple[int, int, GrammarState]]  # slot, index among the tokens
     fetch: Callable[[], np.ndarray]
 
 
-class Guides:
+class GrammarStates:
     """The guides of a rank's slots."""
 
     def __init__(self, vocabulary: Vocabulary, max_num_seqs: int) -> None:
         self.active = np.zeros(max_num_seqs, bool)  # the slots with a guide
         self._vocabulary = vocabulary
-        self._guides: list[Guide | None] = [None] * max_num_seqs
-        self._sent: Sent | None = None
+        self._guides: list[GrammarState | None] = [None] * max_num_seqs
+        self._sent: PendingTokens | None = None
 
     def admit(self, admission: Admission) -> None:
         """Take over a request that has been given a slot, with what it has produced."""
         wanted = admission.params.structured_outputs is not None
-        self._guides[admission.slot] = Guide(self._vocabulary, admission) if wanted else None
+        self._guides[admission.slot] = GrammarState(self._vocabulary, admission) if wanted else None
         self.active[admission.slot] = wanted
 
     def catch_up(self) -> None:
@@ -117,7 +117,7 @@ class Guides:
     def sent(self, slots: np.ndarray, fetch: Callable[[], np.ndarray]) -> None:
         """These slots' next tokens [S] will be what `fetch` returns."""
         found = [(slot, i, self._guides[slot]) for i, slot in enumerate(slots.tolist())]
-        self._sent = Sent([(slot, i, guide) for slot, i, guide in found if guide is not None], fetch)
+        self._sent = PendingTokens([(slot, i, guide) for slot, i, guide in found if guide is not None], fetch)
 
 
 def forbid_(logits: Tensor, rows: Tensor, masks: Tensor) -> None:

@@ -188,19 +188,19 @@ def race(logits: Logits, bounds: Bounds) -> Tensor:
 
 def draw_among_few(logits: Logits, b: Bounds) -> Tensor:
     """Of top-k that keeps at most CANDIDATES of a row: they are exchanged instead of the logits."""
-    return ops.draw(logits.best(CANDIDATES), b.temperature, b.top_k, b.top_p, b.min_p, b.keys)
+    return ops.sample_topk(logits.best(CANDIDATES), b.temperature, b.top_k, b.top_p, b.min_p, b.keys)
 
 
 def _nucleus(logits: Logits, b: Bounds) -> Tensor:
     """Of top-p and min-p among the whole vocabulary."""
-    return ops.nucleus(logits.shard, b.temperature, b.top_p, b.min_p, b.keys)
+    return ops.sample_top_p(logits.shard, b.temperature, b.top_p, b.min_p, b.keys)
 
 
 def _sorted(logits: Logits, b: Bounds) -> Tensor:
     """Of top-k that keeps more than CANDIDATES."""
     ordered, ids = (logits.shard / b.temperature[:, None]).sort(dim=-1, descending=True, stable=True)
-    kept = ops.cut(ordered, b.top_k, b.top_p, b.min_p)
-    return ops.winners(ops.race(kept, torch.ones_like(b.temperature), b.keys, tokens=ids.int())[None])
+    kept = ops.mask_top_k_top_p(ordered, b.top_k, b.top_p, b.min_p)
+    return ops.merge_candidates(ops.gumbel_argmax(kept, torch.ones_like(b.temperature), b.keys, tokens=ids.int())[None])
 
 
 def _way(p: SamplingParams) -> int:

@@ -14,7 +14,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from lockstep.launch.bench.engine_benchmark import Bench, batch, describe, nano, time_latency
+from lockstep.launch.bench.engine_benchmark import EngineBenchmark, batch, describe, nano, time_latency
 from lockstep.launch.bench.trace import write_trace
 from lockstep.runtime.config import Config
 
@@ -30,7 +30,7 @@ def main() -> None:
         enable_prefix_caching=False,
     )
     workloads = {f"batch_{size}": batch(size, 128, 128) for size in (1, 8, 64)} | {"nano": nano()}
-    with Bench(config, list(workloads.values())) as bench:
+    with EngineBenchmark(config, list(workloads.values())) as bench:
         latencies = {k: time_latency(bench, w, warmup=2, times=5) for k, w in workloads.items() if k != "nano"}
         runs = {k: latency.whole for k, latency in latencies.items()} | {"nano": bench.run(workloads["nano"])}
         found: dict[str, object] = {"model": folder.name, "startup_s": bench.executor.startup}

@@ -58,8 +58,8 @@ def time_ops(rows: int, vocab: int) -> None:
     calls = {
         "race, winners": lambda: of_all.race(temperature, keys),
         "best 64": lambda: of_all.best(64),
-        "draw": lambda: ops.draw(few, temperature, top_k, top_p, min_p, keys),
-        "nucleus": lambda: ops.nucleus(whole, temperature, top_p, min_p, keys),
+        "sample_topk": lambda: ops.sample_topk(few, temperature, top_k, top_p, min_p, keys),
+        "sample_top_p": lambda: ops.sample_top_p(whole, temperature, top_p, min_p, keys),
         "torch topk 64": lambda: logits.topk(64),
         "torch sort": lambda: whole.sort(dim=-1, descending=True, stable=True),
     }
@@ -71,7 +71,7 @@ def time_steps(folder: str) -> None:
         engine_benchmark.SamplingParams,
         {rows: engine_benchmark.batch(rows, 128, OUTPUT) for rows in (1, 64, 256)},
     )
-    with engine_benchmark.Bench(Config(model=folder, load_format="dummy"), list(workloads.values())) as bench:
+    with engine_benchmark.EngineBenchmark(Config(model=folder, load_format="dummy"), list(workloads.values())) as bench:
         for rows, workload in workloads.items():
             for name, fields in KINDS.items():
                 engine_benchmark.SamplingParams = partial(plain, **fields)  # type: ignore[assignment, misc]

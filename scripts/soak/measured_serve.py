@@ -19,7 +19,7 @@ from typing import Any
 from lockstep.launch.cli.main import main
 from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.engine import async_engine
-from lockstep.launch.server.handlers import Gateway
+from lockstep.launch.server.handlers import Handlers
 from lockstep.runtime.outputs import Event
 
 came: dict[int, tuple[float, float]] = {}  # of each event on its way: when its step came, when it was handed on
@@ -44,7 +44,7 @@ def stamp_steps() -> None:
         put(list(batch))
 
     latest_of: dict[int, float] = {}
-    send = async_engine.Service._send
+    send = async_engine.AsyncEngine._send
 
     def sending(self: Any, events: Any) -> None:
         batch = list(events)
@@ -52,7 +52,7 @@ def stamp_steps() -> None:
         send(self, batch)
 
     RayExecutor._take_in = stamped  # type: ignore[method-assign]
-    async_engine.Service._send = sending  # type: ignore[method-assign]
+    async_engine.AsyncEngine._send = sending  # type: ignore[method-assign]
     async_engine._put = putting
 
 
@@ -69,9 +69,9 @@ def stamp_joins() -> None:
 
 
 def stamp_writes() -> None:
-    pieces = Gateway._pieces
+    pieces = Handlers._pieces
 
-    async def stamped(self: Gateway, *arguments: Any) -> AsyncGenerator[tuple[int, Any], None]:
+    async def stamped(self: Handlers, *arguments: Any) -> AsyncGenerator[tuple[int, Any], None]:
         async for index, event in pieces(self, *arguments):
             step, loop = came.pop(id(event))
             yield index, event
@@ -80,7 +80,7 @@ def stamp_writes() -> None:
             to_socket.append(1e6 * (now - step))
             busy.append((now, time.process_time()))
 
-    Gateway._pieces = stamped  # type: ignore[method-assign]
+    Handlers._pieces = stamped  # type: ignore[method-assign]
 
 
 def save() -> None:

@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import HashStore
 
 from lockstep.comm import autotune
-from lockstep.comm.autotune import ALGORITHMS, SIZES, Algorithm, Table, choose
+from lockstep.comm.autotune import ALGORITHMS, SIZES, Algorithm, Table, autotune_all_reduce
 from lockstep.comm.base import Communicator
 from lockstep.comm.rendezvous import exchange
 
@@ -46,7 +46,7 @@ def meet(places: list[str]) -> list[Table]:
         def say(topic: str, word: str) -> list[str]:
             return exchange(store, topic, word, comm.rank, comm.size, 10.0)
 
-        return choose(dict.fromkeys(ALGORITHMS, comm), places[comm.rank], say)
+        return autotune_all_reduce(dict.fromkeys(ALGORITHMS, comm), places[comm.rank], say)
 
     return run_ranks(SIZE, one)
 

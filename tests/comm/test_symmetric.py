@@ -29,7 +29,7 @@ from torch.distributed import HashStore
 from lockstep.comm import peer_buffers
 from lockstep.comm.autotune import Algorithm, Table
 from lockstep.comm.base import CommError, Communicator
-from lockstep.comm.peer_buffers import Arena, Late, NotShared, Turns, join
+from lockstep.comm.peer_buffers import Late, NotShared, PeerBuffers, SlotRotation, join
 from lockstep.comm.symmetric import LARGEST, OWN, AllReduce, Policy, SymmetricCommunicator, share_memory
 from lockstep.kernels import ops
 from lockstep.runtime import config
@@ -122,7 +122,7 @@ def agree(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Any], Sha
     """What `join`, or `then(arena)` after it, gives or raises on each rank, of which some have faults."""
 
     def run(
-        size: int, faults: dict[int, set[str]], then: Callable[[Arena], Any] = lambda arena: arena
+        size: int, faults: dict[int, set[str]], then: Callable[[PeerBuffers], Any] = lambda arena: arena
     ) -> tuple[list[Any], Shared]:
         shared, store, here = Shared(size), HashStore(), threading.local()
 
@@ -156,13 +156,13 @@ def agree(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Any], Sha
 # --- who may write where ----------------------------------------------------------------------------------------------
 
 
-def slots_of(turns: Turns, graph: int, length: int) -> list[int]:
+def slots_of(turns: SlotRotation, graph: int, length: int) -> list[int]:
     return [turns.take(graph) for _ in range(length)]
 
 
 def test_nobody_writes_into_a_slot_that_may_still_be_read() -> None:
     """Any graphs and eager calls in any order: a slot that is not waited for is never that of the collective before."""
-    numbers, turns = itertools.count(1), Turns()
+    numbers, turns = itertools.count(1), SlotRotation()
     graphs = [slots_of(turns, next(numbers), length) for length in range(1, 6)]
     eager = [slots_of(turns, 0, length) for length in (1, 2)]
     for order in itertools.product([*graphs, *eager], repeat=3):
@@ -173,7 +173,7 @@ def test_nobody_writes_into_a_slot_that_may_still_be_read() -> None:
 
 
 def test_a_look_takes_no_slot() -> None:
-    turns = Turns()
+    turns = SlotRotation()
     for graph in (0, 4, 4, 4, 0, 5, 5, 0):
         assert turns.peek(graph) == turns.peek(graph) == turns.take(graph)
 
@@ -234,7 +234,7 @@ def test_the_option_has_the_choices_of_the_policy() -> None:
 
 
 def test_ranks_share_their_memory_and_part(agree: Callable[..., Any]) -> None:
-    def visit(arena: Arena) -> tuple[int, Tensor]:
+    def visit(arena: PeerBuffers) -> tuple[int, Tensor]:
         x = arena.buffer((4, 8), torch.bfloat16)
         x.fill_(arena.rank)
         found = arena._group.blocks, arena.all_gather(x)
@@ -338,7 +338,7 @@ class Recorder(Communicator):
 
 
 class RecordingArena:
-    """Stands for Arena: notes what was asked of it, and for whom it waited in vain."""
+    """Stands for PeerBuffers: notes what was asked of it, and for whom it waited in vain."""
 
     patience_s = 1.8
 
@@ -454,7 +454,7 @@ def test_an_aborted_group_says_so(rank: Rank) -> None:
 
 
 def test_nccl_alone_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Arena:
+    def refuse(*_: Any, **__: Any) -> PeerBuffers:
         raise NotShared("rank 1: NCCL_P2P_DISABLE is set")
 
     monkeypatch.setattr("lockstep.comm.symmetric.join", refuse)

@@ -26,7 +26,7 @@ INSTANCES = {
     "index.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
     "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
     "sample.cu": [
-        *("race<bf16, 8, false>", "race<float, 4, true>", "race<f16, 1, false>", "winners", "draw"),
+        *("race<bf16, 8, false>", "race<float, 4, true>", "race<f16, 1, false>", "merge_candidates", "sample_topk"),
         *(f"nucleus<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1")),
         *(f"best<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1", "long long, 2")),
     ],

@@ -131,13 +131,13 @@ def test_experts(pairs: int, dtype: torch.dtype) -> None:
 def test_draws(rows: int, vocab: int, dtype: torch.dtype) -> None:
     logits, bounds = (torch.randn(rows, vocab) * 3).to(dtype), Bounds.random(rows, "cpu")
     temperature = torch.where(torch.arange(rows) % 3 == 2, 0.0, bounds.temperature)
-    (found, *_), (wanted, *_) = both("race", logits, temperature, bounds.keys, first_token=7)
-    assert torch.equal(emulator.emulated().winners(found[None]), reference.winners(wanted[None]))
+    (found, *_), (wanted, *_) = both("gumbel_argmax", logits, temperature, bounds.keys, first_token=7)
+    assert torch.equal(emulator.emulated().merge_candidates(found[None]), reference.merge_candidates(wanted[None]))
     for count in (1, 64, 128):
-        check("best", logits, count, first_token=7)
-    few = reference.best(logits, min(64, vocab))
-    check("draw", few, *vars(bounds).values())
-    check("nucleus", logits, bounds.temperature, bounds.top_p, bounds.min_p, bounds.keys)
+        check("topk_candidates", logits, count, first_token=7)
+    few = reference.topk_candidates(logits, min(64, vocab))
+    check("sample_topk", few, *vars(bounds).values())
+    check("sample_top_p", logits, bounds.temperature, bounds.top_p, bounds.min_p, bounds.keys)
 
 
 # A source, a mistake in it, and who must find it: a barrier too few, a wait too few, and one that waits too little.

@@ -182,9 +182,9 @@ def test_race_is_its_definition(device: str, rows: int, vocab: int, dtype: torch
     temperature = torch.rand(rows, device=device)
     temperature[::3] = 0
     keys = torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
-    found = ops.winners(ops.race(logits, temperature, keys)[None])
-    definition = reference.race(logits.cpu(), temperature.cpu(), keys.cpu())
-    assert torch.equal(found.cpu(), reference.winners(definition[None]))
+    found = ops.merge_candidates(ops.gumbel_argmax(logits, temperature, keys)[None])
+    definition = reference.gumbel_argmax(logits.cpu(), temperature.cpu(), keys.cpu())
+    assert torch.equal(found.cpu(), reference.merge_candidates(definition[None]))
     assert torch.equal(found[::3].long(), logits[::3].argmax(-1))
     few = slice(0, 7)
     assert torch.equal(found[few].cpu(), argmax_of_the_race(logits[few], temperature[few], keys[few]))
@@ -196,12 +196,12 @@ def test_a_race_may_be_run_in_parts_or_among_named_tokens(device: str, vocab: in
     """Parts of the vocabulary, one of them empty, and all of it in another order: the same tokens win."""
     logits = (torch.randn(6, vocab, device=device) * 3).to(dtype)
     inputs = torch.tensor([0, 0.3, 1, 2, 0, 1.5], device=device), torch.arange(6, device=device) - 3
-    whole = ops.race(logits, *inputs)
+    whole = ops.gumbel_argmax(logits, *inputs)
     cuts = [0, vocab // 3, vocab // 3, vocab]
-    parts = [ops.race(logits[:, a:b], *inputs, first_token=a) for a, b in itertools.pairwise(cuts)]
-    assert torch.equal(ops.winners(torch.stack(parts)), ops.winners(whole[None]))
+    parts = [ops.gumbel_argmax(logits[:, a:b], *inputs, first_token=a) for a, b in itertools.pairwise(cuts)]
+    assert torch.equal(ops.merge_candidates(torch.stack(parts)), ops.merge_candidates(whole[None]))
     order = torch.stack([torch.randperm(vocab) for _ in range(6)]).to(device)
-    named = ops.race(logits.gather(1, order), *inputs, tokens=order.int())
+    named = ops.gumbel_argmax(logits.gather(1, order), *inputs, tokens=order.int())
     assert torch.equal(named, whole)
 
 
@@ -209,7 +209,7 @@ def test_race_takes_the_lower_id_of_equals_and_never_an_excluded_one(device: str
     logits = torch.full((4, 100), -torch.inf, device=device)
     logits[:, [60, 30]] = 1.0
     keys = torch.arange(4, device=device)
-    draw = lambda logits, temperature: ops.winners(ops.race(logits, temperature, keys)[None])  # noqa: E731
+    draw = lambda logits, temperature: ops.merge_candidates(ops.gumbel_argmax(logits, temperature, keys)[None])  # noqa: E731
     assert (draw(logits, torch.zeros(4, device=device)) == 30).all()
     assert set(draw(logits, torch.ones(4, device=device)).tolist()) <= {30, 60}
     logits[:, 30], logits[:, 60] = -0.0, 0.0
@@ -231,7 +231,7 @@ def test_best_is_a_stable_sort(device: str, rows: int, vocab: int, count: int, d
     logits[1:2], logits[2:3] = torch.linspace(-9, 9, vocab, device=device), 1.0
     logits[3:4] = torch.linspace(9, -9, vocab, device=device)
     logits[4:5, : vocab // 2] = -torch.inf
-    found = ops.best(logits, count, first_token=11)
+    found = ops.topk_candidates(logits, count, first_token=11)
     scores, tokens = unpacked(found)
     there = min(vocab, count)
     wanted, order = logits.float().sort(dim=-1, descending=True, stable=True)
@@ -241,10 +241,10 @@ def test_best_is_a_stable_sort(device: str, rows: int, vocab: int, count: int, d
     if count == 64:  # of parts, it is that of the whole
         cut = vocab // 3
         parts = [
-            ops.best(logits[:, :cut], count, first_token=11),
-            ops.best(logits[:, cut:], count, first_token=11 + cut),
+            ops.topk_candidates(logits[:, :cut], count, first_token=11),
+            ops.topk_candidates(logits[:, cut:], count, first_token=11 + cut),
         ]
-        assert torch.equal(ops.best(torch.cat(parts, 1), count), found)
+        assert torch.equal(ops.topk_candidates(torch.cat(parts, 1), count), found)
 
 
 @dataclass
@@ -283,15 +283,15 @@ class Bounds:
         left &= (before < top_p) | (top_p == 1)
         left[0] = True
         kept = torch.where(left, scores, -torch.inf)[None]
-        race = reference.race(kept, torch.ones(1), self.keys[row : row + 1].cpu(), tokens=tokens[None].int())
-        return int(reference.winners(race[None]))
+        race = reference.gumbel_argmax(kept, torch.ones(1), self.keys[row : row + 1].cpu(), tokens=tokens[None].int())
+        return int(reference.merge_candidates(race[None]))
 
 
 @pytest.mark.parametrize(("rows", "count"), [(0, 64), (1, 1), (300, 64), (60, 33), (60, 128)])
 def test_draw_is_a_race_among_what_is_left(device: str, rows: int, count: int) -> None:
     torch.manual_seed(rows)
     logits, bounds = (torch.randn(rows, 1000, device=device) * 2).bfloat16(), Bounds.random(rows, device)
-    found = ops.draw(ops.best(logits, count), *vars(bounds).values())
+    found = ops.sample_topk(ops.topk_candidates(logits, count), *vars(bounds).values())
     best = logits.cpu().float().sort(descending=True, stable=True)
     for row, token in enumerate(found.tolist()):
         those = torch.full((1000,), -torch.inf)
@@ -312,7 +312,7 @@ def test_nucleus_is_a_race_among_what_is_left(
     logits[1:2], logits[2:3, ::2] = 0.5, -torch.inf
     bounds = Bounds.random(rows, device)
     bounds.top_p[::7] = 1e-6
-    found = ops.nucleus(logits, bounds.temperature, bounds.top_p, bounds.min_p, bounds.keys).tolist()
+    found = ops.sample_top_p(logits, bounds.temperature, bounds.top_p, bounds.min_p, bounds.keys).tolist()
     told = [bounds.token(row, logits[row].cpu(), with_k=False) for row in range(rows)]
     assert found == [token if wanted is None else wanted for token, wanted in zip(found, told, strict=True)]
     assert sum(wanted is not None for wanted in told) >= rows // 2
@@ -375,10 +375,10 @@ def invariant_products(
     before: torch.Tensor,
 ) -> list[torch.Tensor]:
     """Of x [T, D]: two with half of the weight [2 F, D], one of them added to `before` [T, F], and two gated."""
-    features, normed = before.shape[1], {"norm": norm, "eps": 1e-5, "invariant": True}
+    features, normed = before.shape[1], {"norm": norm, "eps": 1e-5, "batch_invariant": True}
     return [
-        linear(x, weight[:features], bias[:features], invariant=True),
-        linear(x, weight[:features], add_to=before.clone(), invariant=True),
+        linear(x, weight[:features], bias[:features], batch_invariant=True),
+        linear(x, weight[:features], add_to=before.clone(), batch_invariant=True),
         linear(x, weight, gated=True, **normed),
         linear(x, weight, bias, gated=True, **normed),
     ]

@@ -34,7 +34,7 @@ from lockstep.runtime.memory.memory_plan import GIB, MemoryPlan, check_kv_cache,
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.runner import runner as runner_module
 from lockstep.runtime.startup import load_rank, plan_limits
-from lockstep.runtime.startup_timer import Phases, summary
+from lockstep.runtime.startup_timer import StartupTimer, summary
 
 from checkpoints import tiny_checkpoint
 from engines import request
@@ -360,7 +360,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
 
 
 def test_phases_count_once_and_add_up(clock: list[float]) -> None:
-    phases = Phases()
+    phases = StartupTimer()
     with phases("weights"):
         clock[0] += 2.0
     with phases("rehearsal"):
@@ -376,7 +376,7 @@ def test_phases_count_once_and_add_up(clock: list[float]) -> None:
 
 
 def test_a_phase_that_fails_is_timed(clock: list[float]) -> None:
-    phases = Phases()
+    phases = StartupTimer()
 
     def failing() -> None:
         with phases("weights"):
@@ -389,7 +389,7 @@ def test_a_phase_that_fails_is_timed(clock: list[float]) -> None:
 
 
 def test_the_slowest_rank_counts(clock: list[float]) -> None:
-    phases = Phases()
+    phases = StartupTimer()
     with phases("actors"):
         clock[0] += 1.0
     phases.take_in([{"weights": 2.0, "graphs": 0.01}, {"weights": 3.0}])

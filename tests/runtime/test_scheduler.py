@@ -88,7 +88,7 @@ class Rank:
         rows = list(zip(plan.slots.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True))
         assert len({slot for slot, _, _ in rows}) == len(rows)
         decoding, longer = rows[: plan.num_decoding], rows[plan.num_decoding :]
-        assert plan.decodes == (not longer)
+        assert plan.is_decode_only == (not longer)
         for slot, start, count in decoding:  # each in its own time, so all read before any writes
             assert count == 1
             self.read(slot, start)

@@ -133,18 +133,18 @@ class TorchAttention:
         self._batch = batch
         counts = np.diff(batch.query_starts)
         self._prefills = np.flatnonzero(counts > 1).tolist()
-        decodes = np.flatnonzero(counts == 1)
+        decode_rows = np.flatnonzero(counts == 1)
         device = batch.positions.device
         self._pages = torch.from_numpy(batch.page_table).to(device)
-        self._decodes = torch.from_numpy(decodes).to(device)
-        self._decode_tokens = torch.from_numpy(batch.query_starts[decodes]).long().to(device)
-        self._decode_lengths = torch.from_numpy(batch.kv_lengths[decodes]).long().to(device)
-        self._longest_decode = int(batch.kv_lengths[decodes].max(initial=0))
+        self._decode_rows = torch.from_numpy(decode_rows).to(device)
+        self._decode_tokens = torch.from_numpy(batch.query_starts[decode_rows]).long().to(device)
+        self._decode_lengths = torch.from_numpy(batch.kv_lengths[decode_rows]).long().to(device)
+        self._longest_decode = int(batch.kv_lengths[decode_rows].max(initial=0))
 
     def run(self, qkv: Tensor, heads: Heads, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
         q = prepare(qkv, heads, self._batch, k_cache, v_cache)
         out = torch.empty_like(q)
-        if len(self._decodes):
+        if len(self._decode_rows):
             out[self._decode_tokens] = self._decode(q[self._decode_tokens], k_cache, v_cache, window)
         for row in self._prefills:
             start, stop = self._batch.query_starts[row : row + 2].tolist()
@@ -156,7 +156,7 @@ class TorchAttention:
         page_size = k_cache.shape[1]
         last = (self._decode_lengths - 1).unsqueeze(1)  # [B, 1]
         num_pages = -(-self._longest_decode // page_size)
-        pages = self._pages[self._decodes, :num_pages]
+        pages = self._pages[self._decode_rows, :num_pages]
         # Beyond a row's length its pages may be any number: read page 0 there, the mask hides it.
         pages = pages.where(torch.arange(num_pages, device=q.device) <= last // page_size, 0)
         keys = torch.arange(num_pages * page_size, device=q.device)

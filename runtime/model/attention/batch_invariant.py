@@ -20,7 +20,7 @@ ROWS = 256  # of one launch: what it needs for partial results grows with them
 LEAST_PART = 512  # keys
 
 
-class InvariantAttention:
+class BatchInvariantAttention:
     """The AttentionBackend; `windows` are those that the model's layers have, `max_length` the longest row's keys."""
 
     def __init__(self, shape: AttentionShape, scale: float, windows: Collection[int | None], max_length: int) -> None:

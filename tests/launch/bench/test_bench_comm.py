@@ -13,7 +13,7 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from lockstep.comm.base import Communicator
-from lockstep.launch.bench.comm_actor import Cell, Prober, Row, Spec
+from lockstep.launch.bench.comm_actor import CommBenchActor, CommBenchSpec, CommTiming, Row
 from lockstep.launch.bench.comm_algorithms import Completion, Plain
 from lockstep.launch.bench.comm_command import _bytes
 from lockstep.launch.bench.comm_report import Block, lines
@@ -34,9 +34,9 @@ def bench(*arguments: str) -> Result:
     return CliRunner().invoke(app, ["bench", "comm", "--device=cpu", *arguments])
 
 
-def spec(**changes: Any) -> Spec:
+def spec(**changes: Any) -> CommBenchSpec:
     usual = {"sizes": [64, 4096], "dtype": "float32", "hidden_size": 128, "algorithms": []}
-    return Spec(**{**usual, "warmup": 0, "times": 1, "graph_length": 1, **changes})
+    return CommBenchSpec(**{**usual, "warmup": 0, "times": 1, "graph_length": 1, **changes})
 
 
 def test_two_ranks_over_gloo(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ class Wrong(Communicator):
 @pytest.mark.parametrize("errors", [0, 5])
 def test_wrong_elements_are_counted(errors: int) -> None:
     def rank(comm: Communicator) -> list[int]:
-        prober = Prober(comm.rank, comm.size, Config(device="cpu", tensor_parallel_size=3), {})
+        prober = CommBenchActor(comm.rank, comm.size, Config(device="cpu", tensor_parallel_size=3), {})
         wrong = Wrong(comm, errors)
         prober._comm, prober._device, prober.spec, prober.dtype = wrong, CPU, spec(), torch.float32
         plain, completed = Plain("plain", wrong, CPU), Completion("completed", wrong, CPU, 128)
@@ -114,7 +114,7 @@ def test_wrong_elements_are_counted(errors: int) -> None:
 
 
 def test_a_block_has_the_slowest_rank_and_all_that_is_wrong() -> None:
-    ranks = [[Row(1000, 250, None, Cell(us, wrong))] for us, wrong in ((4.0, 1), (5.0, 2))]
+    ranks = [[Row(1000, 250, None, CommTiming(us, wrong))] for us, wrong in ((4.0, 1), (5.0, 2))]
     block = Block.merged("nccl", "graph", spec(), ranks, 2)
     (line,) = block.lines
     assert line.in_place is not None

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from lockstep.launch.bench import load_client
 from lockstep.launch.bench.datasets import Prompt, make_prompts
 from lockstep.launch.bench.load_client import Following, arrivals, send_all
-from lockstep.launch.bench.serve_config import Load
+from lockstep.launch.bench.serve_config import ServeBenchConfig
 from lockstep.launch.bench.serve_metrics import (
     Record,
     e2el,
@@ -236,7 +236,7 @@ def test_requests_start_in_order_and_within_the_cap(loop: VirtualLoop, cap: int 
 
 
 def test_random_prompts_have_the_lengths_that_were_asked_for() -> None:
-    load = Load(
+    load = ServeBenchConfig(
         num_prompts=3000, random_input_len=10, random_output_len=3, random_range_ratio=0.25, random_prefix_len=4,
         random_vocab_size=50,
     )  # fmt: skip
@@ -250,7 +250,7 @@ def test_random_prompts_have_the_lengths_that_were_asked_for() -> None:
 
 
 def test_prefixes_are_used_in_turn() -> None:
-    load = Load(
+    load = ServeBenchConfig(
         dataset_name="prefix_repetition", num_prompts=11, prefix_repetition_num_prefixes=3,
         prefix_repetition_prefix_len=8, prefix_repetition_suffix_len=5, prefix_repetition_output_len=9,
     )  # fmt: skip
@@ -263,7 +263,7 @@ def test_prefixes_are_used_in_turn() -> None:
 
 def test_made_up_chats_are_texts_of_those_lengths() -> None:
     tokenizer = Tokenizer(Path(DEMO_MODEL))
-    load = Load(backend="openai-chat", num_prompts=40, random_input_len=30, random_range_ratio=0.5)
+    load = ServeBenchConfig(backend="openai-chat", num_prompts=40, random_input_len=30, random_range_ratio=0.5)
     found, ids = make_prompts(load, tokenizer), make_prompts(load, None)
     assert [p.num_tokens for p in found] == [len(tokenizer.encode(str(p.content))) for p in found]
     off = np.array([p.num_tokens - asked.num_tokens for p, asked in zip(found, ids, strict=True)])
@@ -280,11 +280,13 @@ def test_prompts_of_files(tmp_path: Path) -> None:
         ["A", "B"],
     ]
     path.write_text(json.dumps([{"conversations": [{"from": "x", "value": t} for t in talk]} for talk in talks]))
-    load = Load(dataset_name="sharegpt", dataset_path=path, num_prompts=2)
+    load = ServeBenchConfig(dataset_name="sharegpt", dataset_path=path, num_prompts=2)
     question, answer = (len(tokenizer.encode(text)) for text in talks[0])
     assert make_prompts(load, tokenizer) == [Prompt(talks[0][0], question, answer)] * 2  # too long, too short: left out
     path.write_text('{"prompt": "one\N{LINE SEPARATOR}"}\n\n{"prompt": "two"}\n{"other": 3}\n')
-    custom = make_prompts(Load(dataset_name="custom", dataset_path=path, num_prompts=5, custom_output_len=6), None)
+    custom = make_prompts(
+        ServeBenchConfig(dataset_name="custom", dataset_path=path, num_prompts=5, custom_output_len=6), None
+    )
     assert {p.content for p in custom} == {"one\N{LINE SEPARATOR}", "two"}
     assert [p.content for p in custom[:2]] == [p.content for p in custom[2:4]]
     assert {p.output_len for p in custom} == {6}
@@ -341,7 +343,7 @@ def test_requests_come_in_the_order_of_the_prompts_and_the_results_too(tmp_path:
     with stub_server(completion) as stub:
         ended = serve(stub, *flags, "--save-result", f"--result-dir={tmp_path}", "--result-filename=a.json")
     assert ended.exit_code == 0, ended.output
-    load = Load(num_prompts=8, random_input_len=5, random_output_len=5, random_range_ratio=0.8, seed=5)
+    load = ServeBenchConfig(num_prompts=8, random_input_len=5, random_output_len=5, random_range_ratio=0.8, seed=5)
     prompts = make_prompts(load, None)
     assert [(b["prompt"], b["max_tokens"]) for b in stub.bodies[1:]] == [(p.content, p.output_len) for p in prompts]
     found = json.loads((tmp_path / "a.json").read_text())

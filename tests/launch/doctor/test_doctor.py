@@ -361,7 +361,7 @@ def test_peers() -> None:
 def test_the_process_that_tries_the_peers(monkeypatch: pytest.MonkeyPatch, program: str, outcome: str) -> None:
     monkeypatch.setattr(p2p, "PROGRAM", program)
     monkeypatch.setattr(p2p, "DEADLINE_S", 60.0 if "sleep" not in program else 0.3)
-    test = p2p.PeerTest(2)
+    test = p2p.P2PCheck(2)
     try:
         found = checks.run("peers", lambda: checks.judge_peers(test.result()))
     finally:
@@ -372,7 +372,7 @@ def test_the_process_that_tries_the_peers(monkeypatch: pytest.MonkeyPatch, progr
 
 @pytest.mark.multigpu
 def test_peers_of_this_machine() -> None:
-    test = p2p.PeerTest(2)
+    test = p2p.P2PCheck(2)
     try:
         found = test.result()
     finally:

@@ -34,12 +34,12 @@ from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.cluster.sockets import Address
 from lockstep.launch.cluster.worker import Worker
 from lockstep.launch.engine import async_engine
-from lockstep.launch.engine.async_engine import Listener, Service
-from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestEndsRanks
+from lockstep.launch.engine.async_engine import AsyncEngine, OutputQueue
+from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine
 from lockstep.runtime import executor
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor
-from lockstep.runtime.frontend import Frontend, Generation, Stream
+from lockstep.runtime.frontend import Frontend, Generation, Output
 from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import CompletionOutput, Event, Logprob
 from lockstep.runtime.plan import Finished, StepOutput
@@ -82,8 +82,8 @@ def run(main: Coroutine[Any, Any, None]) -> None:
 
 
 @asynccontextmanager
-async def serving(config: Config | None = None, **options: Any) -> AsyncGenerator[Service, None]:
-    started = Service(config or Config(**SMALL), **options)
+async def serving(config: Config | None = None, **options: Any) -> AsyncGenerator[AsyncEngine, None]:
+    started = AsyncEngine(config or Config(**SMALL), **options)
     started.start()
     try:
         yield started
@@ -110,12 +110,12 @@ class Gathered:
             out.logprobs = (out.logprobs or []) + event.logprobs
         out.finish_reason, out.stop_reason = event.finish_reason, event.stop_reason
 
-    async def listen(self, service: Service, number: int, prompt: str, params: SamplingParams) -> None:
+    async def listen(self, service: AsyncEngine, number: int, prompt: str, params: SamplingParams) -> None:
         async for event in async_engine.generate(prompt, params):
             assert event.prompt_token_ids == async_engine.tokenizer.encode(prompt)
             self.add(number, event)
 
-    async def all_of(self, service: Service) -> None:
+    async def all_of(self, service: AsyncEngine) -> None:
         await asyncio.gather(*(self.listen(async_engine, i, *work) for i, work in enumerate(WORK)))
 
     async def reaches(self, num_tokens: int) -> None:
@@ -233,7 +233,7 @@ def of_script(seed: int, number: int) -> list[int]:
     return [100 + (seed * 7919 + i * 104729) % 1900 for i in range(number)]
 
 
-async def tokens_of(started: Service, seed: int, number: int, n: int = 1) -> list[list[int]]:
+async def tokens_of(started: AsyncEngine, seed: int, number: int, n: int = 1) -> list[list[int]]:
     gathered = Gathered()
     await gathered.listen(started, 0, "In the", SamplingParams(seed=seed, max_tokens=number, n=n))
     return [out.token_ids for _, out in sorted(gathered.outputs.items())]
@@ -279,7 +279,7 @@ def test_a_request_that_ends_its_ranks_every_time_ends_alone(scripted: type[Scri
             answers = await asyncio.gather(*asked, return_exceptions=True)
             for seed, answer in enumerate(answers):
                 if seed in deadly:
-                    assert isinstance(answer, RequestEndsRanks)
+                    assert isinstance(answer, RequestCrashedEngine)
                     assert str(answer).startswith(
                         "this request has ended its ranks 3 times, the last time as the only "
                     )
@@ -301,8 +301,8 @@ def test_a_request_that_ended_its_ranks_is_refused_when_it_comes_again(scripted:
     async def main() -> None:
         async with serving(max_restarts=3, restart_window=1.0) as started:
             answers = await asyncio.gather(*(tokens_of(started, 4, 20) for _ in range(3)), return_exceptions=True)
-            assert all(isinstance(answer, RequestEndsRanks) for answer in answers)
-            with pytest.raises(RequestEndsRanks, match="not long ago"):
+            assert all(isinstance(answer, RequestCrashedEngine) for answer in answers)
+            with pytest.raises(RequestCrashedEngine, match="not long ago"):
                 await tokens_of(started, 4, 20)
             assert started.health.restarts == 3
             assert await tokens_of(started, 4, 3) == [of_script(4, 3)], "it is not the same request"
@@ -320,7 +320,7 @@ def test_one_deadly_output_of_several(scripted: type[Scripted]) -> None:
     async def main() -> None:
         async with serving(max_restarts=3) as started:
             others = asyncio.create_task(tokens_of(started, 1, 30))
-            with pytest.raises(RequestEndsRanks):
+            with pytest.raises(RequestCrashedEngine):
                 await tokens_of(started, 3, 20, n=4)
             assert await others == [of_script(1, 30)]
             assert started.health.restarts == 3
@@ -412,14 +412,14 @@ def test_requests_that_come_during_recovery_wait(scripted: type[Scripted]) -> No
 
 
 def test_the_failure_of_one_text_ends_one_output(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
-    push = Stream.push
+    push = Output.push
 
-    def breaks(self: Stream, token: int, *rest: Any) -> bool:
+    def breaks(self: Output, token: int, *rest: Any) -> bool:
         if self.request.params.seed == 3 and len(self.output.token_ids) == 5:
             raise Exception("of the tokenizer's own")
         return push(self, token, *rest)
 
-    monkeypatch.setattr(Stream, "push", breaks)
+    monkeypatch.setattr(Output, "push", breaks)
 
     async def main() -> None:
         async with serving() as started:
@@ -484,13 +484,13 @@ def test_events_that_wait_are_joined() -> None:
         return Event(index, text, list(tokens), logprobs, "stop" if last else None, 7 if last else None, [1], 0)
 
     async def main() -> None:
-        listener = Listener(Generation(0, None, [1]))
+        listener = OutputQueue(Generation(0, None, [1]))
         for news in (event(1, 5), event(0, 6), event(1, 7, 8), EngineFailed("gone"), event(1, 9, last=True)):
             listener.put(news)
         assert await listener.get() == [event(1, 5, 7, 8, 9, last=True), event(0, 6)]
         with pytest.raises(EngineFailed, match="gone"):
             await listener.get()
-        waiting = asyncio.create_task((other := Listener(Generation(0, None, [1]))).get())
+        waiting = asyncio.create_task((other := OutputQueue(Generation(0, None, [1]))).get())
         await asyncio.sleep(0)
         other.put(event(0, 3))
         assert await waiting == [event(0, 3)]
@@ -567,7 +567,7 @@ def test_what_can_never_run_is_refused(scripted: type[Scripted]) -> None:
 
 
 def test_a_model_that_is_not_there_is_the_users_error() -> None:
-    started = Service(Config(model="/no/such/folder"))
+    started = AsyncEngine(Config(model="/no/such/folder"))
     with pytest.raises(ValueError, match="model folder /no/such/folder does not exist"):
         started.start()
     asyncio.run(started.close())
@@ -760,7 +760,7 @@ def test_a_rank_says_where_it_is() -> None:
 TWO = Config(tensor_parallel_size=2, step_timeout=2, **SMALL)
 
 
-def pids(started: Service) -> list[int]:
+def pids(started: AsyncEngine) -> list[int]:
     return [rank.pid for rank in started.stats().ranks]
 
 
@@ -903,7 +903,7 @@ def test_a_request_that_kills_a_rank_every_time(
         async with serving(TWO, max_restarts=3) as started:
             gathered = Gathered()
             others = asyncio.create_task(gathered.all_of(started))
-            with pytest.raises(RequestEndsRanks, match=r"ranks 3 times, .* suspect: rank 1 on .* died: "):
+            with pytest.raises(RequestCrashedEngine, match=r"ranks 3 times, .* suspect: rank 1 on .* died: "):
                 await gathered.listen(started, 99, "In the beginning", DEADLY)
             deadly = gathered.outputs.pop((99, 0))
             assert DEADLY_TOKEN <= len(deadly.token_ids) <= DEADLY_TOKEN + 1

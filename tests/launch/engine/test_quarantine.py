@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.launch.engine.quarantine import Suspects
+from lockstep.launch.engine.quarantine import CrashQuarantine
 from lockstep.runtime.request import SamplingParams
 
 LENGTH = 6
@@ -43,7 +43,7 @@ def play(deadly: list[int | None], arrivals: list[int]) -> tuple[set[int], list[
     deadly    of each request, after how many tokens the ranks die in its step; None: never
     arrivals  before which turn each request comes
     """
-    suspects: Any = Suspects(60.0)
+    suspects: Any = CrashQuarantine(60.0)
     everyone = [Asked(number, at) for number, at in enumerate(deadly)]
     guilty: set[int] = set()
     running: list[Asked] = []

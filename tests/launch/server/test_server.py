@@ -38,7 +38,7 @@ from schemathesis.specs.openapi.checks import (
 
 from lockstep import LLM
 from lockstep.launch.engine import grammar_check
-from lockstep.launch.engine.async_engine import Health, RankStatus, Service, ServiceStats
+from lockstep.launch.engine.async_engine import AsyncEngine, AsyncEngineStats, Health, RankStatus
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server import health, http_io
 from lockstep.launch.server.run import Server, create_uvicorn_config, listener
@@ -81,10 +81,10 @@ class FakeService:
         self.live = self.waiting = self.steps = 0
         self.closed = False
 
-    def stats(self) -> ServiceStats:
+    def stats(self) -> AsyncEngineStats:
         engine = EngineStats(steps=self.steps, preemptions=3)
         ranks = [RankStatus(0, "host", 1, "running")]
-        return ServiceStats(self.live, self.live, self.waiting, 0.25, 384, 10, 40, engine, 2, ranks)
+        return AsyncEngineStats(self.live, self.live, self.waiting, 0.25, 384, 10, 40, engine, 2, ranks)
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
         if self.health.state in ("failed", "draining"):
@@ -142,12 +142,12 @@ class FakeService:
 class Running:
     """A server on a free port, in a thread."""
 
-    def __init__(self, service: FakeService | Service, **options: Any) -> None:
+    def __init__(self, service: FakeService | AsyncEngine, **options: Any) -> None:
         config = ServerConfig(**({"port": 0} | options))
         self.service = service
         self.port = listener(config)
         self.url = f"http://127.0.0.1:{self.port.getsockname()[1]}"
-        own = cast(Service, service)
+        own = cast(AsyncEngine, service)
         self.server = Server(create_uvicorn_config(own, config), own, config.drain_timeout)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.port])))
         self.thread.start()
@@ -1067,7 +1067,7 @@ SERVE = ["serve", *(f"--{name.replace('_', '-')}={value}" for name, value in SMA
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Running]:
-    service = Service(Config(**SMALL))
+    service = AsyncEngine(Config(**SMALL))
     service.start()
     running = Running(service, served_model_name=["demo"])
     yield running
@@ -1172,7 +1172,7 @@ def test_a_compiler_that_hangs_or_dies_costs_one_request(
 ) -> None:
     body = {**COMPLETION, "guided_regex": f"a{{{len(fault)}}}", "max_tokens": 9}
     assert real.post("/v1/completions", {**body, "guided_regex": "first"}).status_code == 200
-    compiler = cast(Service, real.service)._grammars._process
+    compiler = cast(AsyncEngine, real.service)._grammars._process
     assert compiler is not None
     if fault == "slow":
         monkeypatch.setattr(grammar_check, "TIME_BOX_S", 0.2)

@@ -16,10 +16,10 @@ from torch import Tensor
 from lockstep.comm.base import CommError, Communicator
 from lockstep.runtime.model.attention import batch_invariant
 from lockstep.runtime.model.attention.attention import AttentionShape, Heads, TorchAttention
-from lockstep.runtime.model.attention.batch_invariant import InvariantAttention
+from lockstep.runtime.model.attention.batch_invariant import BatchInvariantAttention
 from lockstep.runtime.model.batch import Batch
 from lockstep.runtime.model.embedding import Embedding, Head, vocabulary_shard
-from lockstep.runtime.model.hf_config import Fields
+from lockstep.runtime.model.hf_config import HFConfigReader
 from lockstep.runtime.model.linear import MLP, ColumnLinear, Projection, RowLinear, share
 from lockstep.runtime.model.model_config import Experts
 from lockstep.runtime.model.moe import MoE
@@ -266,7 +266,7 @@ def test_invariant_attention_is_attention(window: int | None, monkeypatch: pytes
     shape = AttentionShape(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.float32
     )
-    for attention in (TorchAttention(scale), InvariantAttention(shape, scale, {window}, 20)):
+    for attention in (TorchAttention(scale), BatchInvariantAttention(shape, scale, {window}, 20)):
         caches = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]
         attention.plan(batch)
         found.append((attention.run(qkv, table, *caches, window), *caches))
@@ -307,7 +307,7 @@ def test_rope_table_is_that_of_transformers(name: str) -> None:
     shape = {"head_dim": 64, "max_position_embeddings": 2048}
     model = tiny_model("LlamaForCausalLM", rope_parameters=dict(parameters), num_hidden_layers=1, **shape)
     cos, sin = model.model.rotary_emb(torch.empty(0), torch.arange(2048)[None])  # [1, P, E], each half twice
-    table = Rope.from_hf(Fields({"rope_parameters": parameters, **shape})).table(64, 2048)
+    table = Rope.from_hf(HFConfigReader({"rope_parameters": parameters, **shape})).table(64, 2048)
     expected = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
     # Frequencies may differ in the last bit of float32: 2048 positions * 2^-23, times an attention factor below 2.
     torch.testing.assert_close(table, expected, atol=5e-4, rtol=0)
