@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +27,21 @@ from .stats import EngineStats, Profile
 log = logging.getLogger(__name__)
 
 
+class RankLocation(msgspec.Struct, frozen=True):
+    """The host and process of one rank."""
+
+    rank: int
+    host: str
+    pid: int
+
+
+class Wakeup(Protocol):
+    """An event that other threads set to wake the thread of an executor (launch's WakeupEvent)."""
+
+    def wait(self) -> None:
+        """Wait until the event is set, without a time limit."""
+
+
 class Executor(Protocol):
     """Takes requests, gives what the steps produced; `limits` are what every request must keep to."""
 
@@ -35,6 +52,10 @@ class Executor(Protocol):
     def stats(self) -> EngineStats:
         """The engine's counters as of the last `poll`; the reading does not change."""
 
+    @property
+    def locations(self) -> Sequence[RankLocation]:
+        """Where the ranks run, in rank order; replicas come and go."""
+
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests; returns at once."""
 
@@ -43,6 +64,9 @@ class Executor(Protocol):
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         """What has come since the last call; waits up to timeout_s for something. Raises if the ranks failed."""
+
+    def wait(self, wakeup: Wakeup) -> None:
+        """While no request is live: wait until `wakeup` is set, or the ranks need another `poll`."""
 
     def start_profile(self, num_steps: int) -> None:
         """Trace up to `num_steps` decode steps on rank 0, from the next one on; requests must have been submitted."""
@@ -68,6 +92,7 @@ class LocalExecutor:
         self.memory = runner.plan_memory()
         self.limits = plan_limits(config, resolved, model, self.memory)
         runner.allocate(self.limits)
+        self.locations = [RankLocation(0, socket.gethostname(), os.getpid())]
         self.startup = phases.record()
         log.info(summary(self.startup))
         self._engine = Engine(Scheduler(self.limits), runner, publish=lambda plan: None, overlap=runner.overlaps)
@@ -80,6 +105,9 @@ class LocalExecutor:
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         return [self._engine.step()] if self._engine.has_work else []
+
+    def wait(self, wakeup: Wakeup) -> None:
+        wakeup.wait()
 
     @property
     def stats(self) -> EngineStats:

@@ -10,12 +10,13 @@ import itertools
 import logging
 import secrets
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 
 import msgspec
 import numpy as np
 
 from .executor import Executor
-from .outputs import CompletionOutput, Delta, Event, Logprob, RequestOutput
+from .outputs import CompletionOutput, Event, Logprob, RequestOutput
 from .plan import Finished, FinishReason, PromptLogprobs, StepOutput, TokenLogprobs
 from .request import Request, RequestRefused, SamplingParams
 from .sampling.grammar import Vocabulary, try_out
@@ -77,8 +78,8 @@ class Output:
         text, self._given = self.output.text[self._given : end], end
         return text
 
-    def take_event(self) -> Event:
-        """All that has not been taken yet."""
+    def take_event(self, prompt: int = 0) -> Event:
+        """Return all tokens and text that have not been taken yet; `prompt` goes into the event."""
         out, start = self.output, self._told
         self._told = len(out.token_ids)
         return Event(
@@ -91,6 +92,7 @@ class Output:
             prompt_token_ids=self.owner.prompt_ids,
             num_cached_tokens=self.owner.num_cached_tokens,
             prompt_logprobs=self.owner.prompt_logprobs,
+            prompt=prompt,
         )
 
     def resumed(self) -> Request:
@@ -172,21 +174,20 @@ class Frontend:
         self.num_free_pages: int | None = None  # by the scheduler's account, once a step has ended
         self._live: dict[int, Output] = {}
         self._uids = itertools.count()
-        self._next_number = 0
+        self._numbers = itertools.count()
 
     def prepare(self, prompt: Prompt, params: SamplingParams) -> Generation:
         """Check a prompt and its parameters and make its requests, without starting them.
 
         Raises RequestRefused naming what is wrong, the rule and the way out.
         """
-        if len(prompt) == 0:
-            raise RequestRefused("the prompt is empty; give a text or at least one token id")
-        text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else _checked_ids(prompt)
-        generation = Generation(self._next_number, text, ids, explained=params.prompt_logprobs is not None)
-        self._next_number += 1
+        text, ids = (
+            (prompt, self.tokenizer.encode(prompt) if prompt else []) if isinstance(prompt, str) else (None, prompt)
+        )
+        tokens = _token_array(ids)
+        has_logprobs = params.prompt_logprobs is not None
+        generation = Generation(next(self._numbers), text, tokens.tolist(), explained=has_logprobs)
         first_seed = params.seed if params.seed is not None else secrets.randbits(63)
-        tokens = np.array(ids, np.int32)
         for index in range(params.n):
             if index == 1:  # the first has said all that there is to say of the prompt
                 params = msgspec.structs.replace(params, prompt_logprobs=None)
@@ -315,11 +316,6 @@ class Frontend:
         return Request(next(self._uids), tokens, len(tokens), own, stop_ids)
 
 
-def take_deltas(changed: Iterable[Output], numbers: dict[int, int]) -> list[Delta]:
-    """What to show of the changed outputs; `numbers` maps a generation's number to its place among the prompts."""
-    return [Delta(numbers[s.owner.number], s.output.index, s.take_text(), s.finished) for s in changed]
-
-
 def _candidates(tokenizer: Tokenizer, token: int, found: TokenLogprobs) -> dict[int, Logprob]:
     """The token itself first, then the likeliest ones."""
     entry = {
@@ -329,9 +325,16 @@ def _candidates(tokenizer: Tokenizer, token: int, found: TokenLogprobs) -> dict[
     return {token: Logprob(found.token, found.rank, tokenizer.decode([token], skip_special_tokens=False))} | entry
 
 
-def _checked_ids(prompt: Sequence[int]) -> list[int]:
-    ids = list(prompt)
-    for i in ids:
-        if isinstance(i, bool) or not isinstance(i, (int, np.integer)) or not -(2**31) <= i < 2**31:
-            raise RequestRefused(f"{i!r} in the prompt is not a token id; give a string or a list of integers")
-    return [int(i) for i in ids]
+def _token_array(prompt: Sequence[int]) -> np.ndarray:
+    """Return the token ids as int32; raises RequestRefused naming the first item that is not one."""
+    if all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in set(map(type, prompt))):
+        with suppress(OverflowError):  # an integer beyond 64 bits
+            tokens = np.array(prompt, np.int64)
+            if ((narrow := tokens.astype(np.int32)) == tokens).all():
+                return narrow
+    wrong = next(i for i in prompt if not _is_token_id(i))
+    raise RequestRefused(f"{wrong!r} in the prompt is not a token id; give a string or a list of integers")
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and -(2**31) <= int(value) < 2**31

@@ -27,7 +27,7 @@ class Limits:
     def check(self, request: Request) -> None:
         """Raises ValueError, naming the numbers and the way out, for a request that can never run."""
         if len(request.tokens) == 0:
-            raise ValueError("the prompt is empty; give at least one token")
+            raise ValueError("the prompt is empty; give a text or at least one token id")
         if len(request.tokens) >= self.max_length:
             whole_cache = self.max_length == self.num_pages * self.page_size
             raise ValueError(

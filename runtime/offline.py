@@ -10,9 +10,9 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from .executor import Executor
-from .frontend import Frontend, Generation, Output, Prompt, take_deltas
+from .frontend import Frontend, Generation, Output, Prompt
 from .model.model_config import ModelConfig
-from .outputs import Delta, RequestOutput
+from .outputs import Event, RequestOutput
 from .request import RequestRefused, SamplingParams
 from .sampling.grammar import Vocabulary
 from .tokenizer import Message, Tokenizer, default_sampling_params
@@ -70,13 +70,16 @@ class OfflineLLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[Delta | RequestOutput]:
-        """Like `generate`, but yields new text as it comes, and each RequestOutput once its outputs have ended."""
+    ) -> Iterator[Event | RequestOutput]:
+        """Yield new tokens and text as Events, and each prompt's RequestOutput once all its outputs have ended.
+
+        Arguments and errors are those of `generate`; leaving the iterator early cancels what is unfinished.
+        """
         generations = self._prepare(_as_list(prompts), sampling_params)
         numbers = {g.number: i for i, g in enumerate(generations)}
         reported: set[int] = set()
         for changed in self._run(generations):
-            yield from take_deltas(changed, numbers)
+            yield from [output.take_event(numbers[output.owner.number]) for output in changed]
             for number in {s.owner.number for s in changed} - reported:
                 generation = generations[numbers[number]]
                 if generation.finished:

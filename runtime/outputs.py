@@ -47,31 +47,28 @@ class RequestOutput:
         return all(o.finish_reason is not None for o in self.outputs)
 
 
-@dataclass(frozen=True)
-class Delta:
-    """New text of one output: outputs[output] of prompts[prompt]; `finished` with the last one."""
-
-    prompt: int
-    output: int
-    text: str
-    finished: bool
-
-
 class Event(msgspec.Struct, frozen=True):  # one for each token: made six times as fast as a frozen dataclass
-    """What is new of one output since its last event; each token is in one, text comes once it is certain."""
+    """New tokens and text of one output. Each token is in one event; text comes once it is certain."""
 
-    index: int
+    index: int  # of the output, among the n of its prompt
     text: str
     token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None  # one for each of token_ids, if they were asked for
-    finish_reason: FinishReason | None  # with the last event of this output
-    stop_reason: int | str | None  # as in CompletionOutput; for "abort" and "error" why, if there is something to tell
-    prompt_token_ids: list[int]  # the same list in every event of a generation
+    logprobs: list[dict[int, Logprob]] | None  # one for each of token_ids, if requested
+    finish_reason: FinishReason | None  # in the last event of this output
+    stop_reason: int | str | None  # as in CompletionOutput; the cause for "abort" and "error", if there is one
+    prompt_token_ids: list[int]  # the same list in every event of a prompt
     num_cached_tokens: int
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # as in RequestOutput, likewise in every event
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # as in RequestOutput, in every event
+    prompt: int = 0  # index of the prompt in the call of LLM.stream
 
-    def joined(self, later: Event) -> Event:
-        """One event in place of this and the next one of the same output."""
-        logprobs = None if self.logprobs is None or later.logprobs is None else self.logprobs + later.logprobs
-        together = {"text": self.text + later.text, "token_ids": self.token_ids + later.token_ids, "logprobs": logprobs}
-        return msgspec.structs.replace(later, **together)
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    def joined(self, *later: Event) -> Event:
+        """Return one event in place of this one and the later ones of the same output."""
+        events = [self, *later]
+        token_ids = [token for event in events for token in event.token_ids]
+        logprobs = None if self.logprobs is None else [entry for event in events for entry in event.logprobs or ()]
+        text = "".join(event.text for event in events)
+        return msgspec.structs.replace(events[-1], text=text, token_ids=token_ids, logprobs=logprobs)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import msgspec
 
 from ...runtime.config import Config
-from ...runtime.outputs import Delta
+from ...runtime.outputs import Event
 from ...runtime.request import SamplingParams
 from ..signals import Terminated, signals_wait
 
@@ -93,7 +93,7 @@ def local(llm: LLM) -> Answer:
             for event in events:
                 if interrupted():
                     raise KeyboardInterrupt
-                if isinstance(event, Delta):
+                if isinstance(event, Event):
                     yield event.text
 
     return answer

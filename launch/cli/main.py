@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from ...runtime.config import Config
-from ...runtime.outputs import CompletionOutput, Delta, RequestOutput
+from ...runtime.outputs import CompletionOutput, Event, RequestOutput
 from ...runtime.request import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.version import __version__
@@ -220,7 +220,7 @@ def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:
 def _show(llm: LLM, inputs: list[Any], params: SamplingParams, printer: _Printer) -> list[RequestOutput]:
     results: dict[int, RequestOutput] = {}
     for event in llm.stream(inputs, params):
-        if isinstance(event, Delta):
+        if isinstance(event, Event):
             printer.text(event)
         else:
             number = int(event.request_id)
@@ -234,18 +234,18 @@ class _Printer:
 
     def __init__(self, out: TextIO, prompts: list[str], n: int, as_json: bool) -> None:
         self._out, self._prompts, self._n, self._as_json = out, prompts, n, as_json
-        self._pending: dict[tuple[int, int], list[Delta]] = {(p, i): [] for p in range(len(prompts)) for i in range(n)}
+        self._pending: dict[tuple[int, int], list[Event]] = {(p, i): [] for p in range(len(prompts)) for i in range(n)}
         self._headed: tuple[int, int] | None = None
 
-    def text(self, delta: Delta) -> None:
+    def text(self, event: Event) -> None:
         if self._as_json:
             return
-        self._pending[delta.prompt, delta.output].append(delta)
+        self._pending[event.prompt, event.index].append(event)
         while self._pending:
             turn = next(iter(self._pending))
             self._head(turn)
             ready, self._pending[turn] = self._pending[turn], []
-            self._out.write("".join(d.text for d in ready))
+            self._out.write("".join(e.text for e in ready))
             self._out.flush()
             if not (ready and ready[-1].finished):
                 return

@@ -18,6 +18,7 @@ import ray
 from ray.util.placement_group import remove_placement_group
 
 from ...runtime.config import Config
+from ...runtime.executor import RankLocation, Wakeup
 from ...runtime.memory.memory_plan import loading_speed, tightest
 from ...runtime.messages import Admit, Cancel, StartProfile, Stop, decode_report, encode
 from ...runtime.model.model_config import ModelConfig
@@ -31,7 +32,6 @@ from ..signals import Undo
 from .actor_group import ActorGroup, forwarded
 from .connection import Connection, while_connected
 from .placement import place
-from .rank_actor import Endpoint
 from .rank_table import roster
 from .sockets import PullSocket, PushSocket
 from .worker import Loaded
@@ -102,10 +102,13 @@ class RayExecutor:
         atexit.unregister(self.close)
         self._open.close()
 
+    def wait(self, wakeup: Wakeup) -> None:
+        """Wait for `wakeup`, which must be the connection's: it is also set when a rank fails."""
+        wakeup.wait()
+
     @property
-    def endpoints(self) -> list[Endpoint]:
-        """Where each rank runs."""
-        return self._ranks.endpoints
+    def locations(self) -> list[RankLocation]:
+        return [RankLocation(e.rank, e.host, e.pid) for e in self._ranks.endpoints]
 
     def _start(self, asked: Config, model: ModelConfig, folder: Path, stack: Undo, connection: Connection) -> None:
         """Bring up the ranks; every step leaves on `stack` what undoes it."""

@@ -12,13 +12,10 @@ import asyncio
 import atexit
 import gc
 import logging
-import os
-import socket
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,8 +25,8 @@ import msgspec
 
 from ...runtime.checkpoint import find_model
 from ...runtime.config import Config
-from ...runtime.executor import Executor
-from ...runtime.frontend import Frontend, Generation, Output, Prompt
+from ...runtime.executor import Executor, Wakeup
+from ...runtime.frontend import Frontend, Generation, Output
 from ...runtime.limits import Limits
 from ...runtime.outputs import Event
 from ...runtime.plan import StepOutput
@@ -41,6 +38,7 @@ from ..cluster.sockets import WakeupEvent
 from ..errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine, RequestsLost
 from ..executors import connect_ray, start_executor, start_replicas
 from ..signals import Undo
+from .async_tokenizer import AsyncTokenizer
 from .grammar_check import GrammarCheck
 from .quarantine import CrashQuarantine
 
@@ -89,8 +87,8 @@ class AsyncEngineStats(msgspec.Struct, frozen=True):
 class NullExecutor:
     """In an executor's place while there are no ranks: what is submitted stays in the ledger, and nothing comes."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
+    def __init__(self, previous: Executor) -> None:
+        self.limits, self.locations = previous.limits, previous.locations
         self.startup: dict[str, float] = {}
         self.stats = EngineStats()
 
@@ -100,6 +98,9 @@ class NullExecutor:
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         return []
+
+    def wait(self, wakeup: Wakeup) -> None:
+        wakeup.wait()
 
     def start_profile(self, num_steps: int) -> None: ...
 
@@ -170,19 +171,17 @@ class AsyncEngine:
         self._failures: list[float] = []  # within the window, of time.monotonic
         self._suspects = CrashQuarantine(restart_window)  # the thread's; tasks only ask whether it knows a request
         self._before = EngineStats()  # counters of the executors that are gone
-        self._places: list[tuple[int, str, int]] = []  # rank, host, pid
         self._thread = threading.Thread(target=self._run, name="lockstep-service", daemon=True)
-        # One thread tokenizes, off the loop and off the path of a step: the tokenizer is not made for several.
-        self._tokenizing = ThreadPoolExecutor(1, thread_name_prefix="lockstep-tokenize")
 
     # -- what asyncio's side calls
 
     def start(self) -> None:
         """Load the model and start the ranks; blocks until requests can run. Raises what LLM raises."""
         self._folder, self._model = find_model(self.config)
-        self.tokenizer = Tokenizer(self._folder)
+        tokenizer = Tokenizer(self._folder)
         self.default_params = default_sampling_params(self._folder)
         self._grammars = GrammarCheck(Vocabulary(self._folder, self._model.vocab_size, self._model.eos_token_ids))
+        self.tokenizer = AsyncTokenizer(tokenizer)
         with Undo() as stack:
             self._connection: Connection | None = connect_ray(self.config, self._replicas)
             if self._connection is not None:
@@ -191,7 +190,7 @@ class AsyncEngine:
             self._leaving = self._connection.leaving if self._connection is not None else threading.Event()
             stack.callback(self._bell.close)
             stack.callback(self._grammars.close)
-            self._frontend = Frontend(self._start_executor(), self.tokenizer, self._model.eos_token_ids)
+            self._frontend = Frontend(self._start_executor(), tokenizer, self._model.eos_token_ids)
             self._open = stack.pop_all()
         self._set_health("ready")
         self._thread.start()
@@ -227,16 +226,11 @@ class AsyncEngine:
             prefix_queries=self._frontend.num_looked_up,
             engine=_sum(self._before, self._frontend.executor.stats),
             restarts=self._health.restarts,
-            ranks=[RankStatus(*place, state) for place in self._where()],
+            ranks=[RankStatus(r.rank, r.host, r.pid, state) for r in self._frontend.executor.locations],
         )
 
-    def _where(self) -> list[tuple[int, str, int]]:
-        """Rank, host and pid; replicas come and go."""
-        places = getattr(self._frontend.executor, "places", None)
-        return self._places if places is None else [(p.rank, p.host, p.pid) for p in places]
-
-    async def generate(self, prompt: Prompt, params: SamplingParams) -> AsyncGenerator[Event, None]:
-        """What comes of a prompt, as it comes, until its n outputs have ended; leaving early cancels the rest.
+    async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
+        """Yield the events of a prompt of token ids until its n outputs have ended; leaving early cancels the rest.
 
         Raises RequestRefused before anything starts, RequestCrashedEngine if this request ended the ranks
         each time, and EngineFailed if the ranks are gone for good. While they are started again, it pauses.
@@ -248,8 +242,8 @@ class AsyncEngine:
             self._check()
             if params.structured_outputs is not None:
                 await self._grammars.check(params.structured_outputs)
-            generation = await loop.run_in_executor(self._tokenizing, self._frontend.prepare, prompt, params)
-            self._check()
+                self._check()
+            generation = self._frontend.prepare(prompt, params)
             if self._suspects.knows(generation):
                 raise RequestCrashedEngine(
                     "this request has ended its ranks every time, not long ago; it is not tried again"
@@ -278,8 +272,7 @@ class AsyncEngine:
         if self._active:
             await asyncio.wait(self._active, timeout=drain_timeout)
         if self._thread.is_alive():
-            await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._leave)
-        self._tokenizing.shutdown()
+            await asyncio.to_thread(self._leave)
 
     def _check(self) -> None:
         """Raises EngineFailed if a request cannot be admitted, now or after the ranks have come back."""
@@ -326,7 +319,7 @@ class AsyncEngine:
         self._try_suspects()
         self._deliver(self._frontend.poll(WAIT_S if self._listeners else 0.0))
         if not self._listeners:
-            getattr(self._frontend.executor, "rest", self._bell.wait)()  # replicas come and go also when nothing runs
+            self._frontend.executor.wait(self._bell)
         self._bell.clear()  # who rings first leaves his message: the next turn finds it
 
     def _take_commands(self) -> None:
@@ -439,12 +432,7 @@ class AsyncEngine:
         if self._replicas > 1:
             assert self._connection is not None
             return start_replicas(self.config, self._folder, self._connection, self._replicas, self._max_queued)
-        executor = start_executor(self.config, self._model, self._folder, self._connection)
-        if self._connection is None:
-            self._places = [(0, socket.gethostname(), os.getpid())]
-        else:
-            self._places = [(e.rank, e.host, e.pid) for e in executor.endpoints]  # type: ignore[attr-defined]
-        return executor
+        return start_executor(self.config, self._model, self._folder, self._connection)
 
     def _fail(self, reason: str) -> None:
         """For good: everybody who waits hears of it, and so will everybody who comes."""
@@ -458,7 +446,7 @@ class AsyncEngine:
     def _detach(self) -> Executor:
         """Take the executor, to close it; what comes from now on stays in the ledger."""
         executor = self._frontend.executor
-        self._frontend.executor = NullExecutor(executor.limits)
+        self._frontend.executor = NullExecutor(executor)
         self._before = _sum(self._before, executor.stats)
         return executor
 

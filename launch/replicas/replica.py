@@ -28,7 +28,7 @@ from ..cluster.connection import Connection
 from ..cluster.ray_executor import RayExecutor
 from ..cluster.sockets import PushSocket
 from ..errors import RankFailed
-from .replica_messages import FrontendInfo, RankLocation, ReplicaReady, StepReport, encode
+from .replica_messages import FrontendInfo, ReplicaReady, StepReport, encode
 
 log = logging.getLogger(__name__)
 WAIT_S = 60.0  # for a step; the bell comes before
@@ -54,8 +54,7 @@ class Replica:
         self._ends: dict[int, asyncio.Future[None]] = {}  # of the calls, by the request's uid
         self._moved = time.monotonic()  # when a step ended, or there was nothing to do
         self._failure: RankFailed | None = None
-        places = [RankLocation(e.rank, e.host, e.pid) for e in self._executor.endpoints]
-        self._outbox.send(encode(ReplicaReady(self._name, self._executor.limits, places)))
+        self._outbox.send(encode(ReplicaReady(self._name, self._executor.limits, self._executor.locations)))
         self._lifeline = socket.create_connection(front.lifeline)
         self._lifeline.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         threading.Thread(target=self._watch, name="lockstep-lifeline", daemon=True).start()

@@ -29,6 +29,7 @@ from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
 
 from ...runtime.config import Config
+from ...runtime.executor import RankLocation, Wakeup
 from ...runtime.limits import Limits
 from ...runtime.plan import Finished, StepOutput
 from ...runtime.request import Request
@@ -39,7 +40,7 @@ from ..cluster.sockets import PullSocket
 from ..errors import PlacementError, RankFailed, RequestsLost
 from ..signals import Undo
 from .replica import Replica
-from .replica_messages import FrontendInfo, RankLocation, ReplicaReady, StepReport, decode
+from .replica_messages import FrontendInfo, ReplicaReady, StepReport, decode
 from .router import PrefixRouter
 
 log = logging.getLogger(__name__)
@@ -85,10 +86,10 @@ class ReplicaExecutor:
         return EngineStats(*(sum(column) for column in zip(*rows, strict=True)))
 
     @property
-    def places(self) -> list[RankLocation]:
-        """Of all ranks, numbered through."""
-        found = [place for hello in self._hellos.values() for place in hello.places]
-        return [msgspec.structs.replace(place, rank=number) for number, place in enumerate(found)]
+    def locations(self) -> list[RankLocation]:
+        """All replicas' ranks, numbered from 0."""
+        locations = [location for hello in self._hellos.values() for location in hello.locations]
+        return [msgspec.structs.replace(location, rank=number) for number, location in enumerate(locations)]
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -121,8 +122,8 @@ class ReplicaExecutor:
             raise RequestsLost([uid for uid, _, _ in known], known[0][1])
         return []
 
-    def rest(self) -> None:
-        """While no request is live: wait for the bell, or for a replica that takes the place of another."""
+    def wait(self, wakeup: Wakeup) -> None:
+        """Wait for the connection's `wakeup`, or for a message: a new replica takes the place of another."""
         self._inbox.wait(self._connection.bell)
 
     def start_profile(self, num_steps: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from ...runtime.executor import RankLocation
 from ...runtime.limits import Limits
 from ...runtime.plan import StepOutput
 from ...runtime.stats import EngineStats
@@ -22,18 +23,12 @@ class FrontendInfo:
     environment: dict[str, str]  # that the ranks get
 
 
-class RankLocation(msgspec.Struct, frozen=True):
-    rank: int
-    host: str
-    pid: int
-
-
 class ReplicaReady(msgspec.Struct, frozen=True, tag=True):
     """A replica is ready."""
 
     replica: str
     limits: Limits
-    places: list[RankLocation]
+    locations: list[RankLocation]
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):

@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 from starlette.responses import Response
 
 from ...runtime.request import RequestRefused
+from ..engine.async_tokenizer import TokenizationRefused
 from ..errors import EngineFailed, RequestCrashedEngine
 
 LONGEST_MESSAGE = 600  # characters
@@ -64,6 +65,8 @@ def as_api_error(error: RequestRefused | EngineFailed) -> ApiError:
         return ApiError(500, str(error), code="request_ends_ranks")
     if isinstance(error, EngineFailed):
         return ApiError(503, f"the engine has failed: {error}", code="engine_failed")
+    if isinstance(error, TokenizationRefused):
+        return ApiError(400, str(error), param=error.param, code="too_complex" if error.timed_out else "invalid_value")
     return ApiError(400, str(error), code="invalid_value")
 
 

@@ -16,18 +16,18 @@ from starlette.types import Send
 
 from ...runtime.outputs import Event
 from ...runtime.request import RequestRefused, SamplingParams
+from ...runtime.tokenizer import Message
 from ...runtime.version import __version__
 from ..engine.async_engine import AsyncEngine
 from .api_errors import ApiError
 from .health import Liveness
 from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_json
 from .metrics import Metrics, Timing
-from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from .protocol.request_models import ChatMessage, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .protocol.response_models import Detokenized, Healthy, Model, ModelList, PromptDetails, Tokens, Usage, Version
-from .response_builders import Chat, ChoiceDelta, Completions, EchoedPrompt, ResponseBuilder
+from .response_builders import Chat, Completions, EchoedPrompt, ResponseBuilder
 from .server_config import ServerConfig
 from .structured_fields import refused
-from .tokenization import AsyncTokenizer
 from .validation import GenerateRequest, RequestValidator, num_top
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Handlers:
     def __init__(self, service: AsyncEngine, config: ServerConfig) -> None:
         self._service, self._config = service, config
         self._rules = RequestValidator(service, config)
-        self._text = AsyncTokenizer(service.tokenizer)
+        self._tokenizer = service.tokenizer
         self._reading = BodyBudget(config.max_body_bytes)
         self._metrics = Metrics(self._rules.names[0], service.stats)
         self._started = int(time.time())
@@ -84,7 +84,7 @@ class Handlers:
 
     async def _converse(self, body: ChatRequest, send: Send) -> None:
         with self._admitted(self._rules.check(body, 1)):
-            ids = await self._text.encode_chat(body.messages)
+            ids = await self._tokenizer.encode_chat(_template_messages(body.messages))
             await self._answer(body, [ids], Chat(self._model(body), num_top(body)), send)
 
     async def _answer(
@@ -155,15 +155,15 @@ class Handlers:
     async def _ids(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
         texts = [p for p in prompts if isinstance(p, str)]
         if texts:  # then all of them are
-            return await self._text.encode(texts)
+            return await self._tokenizer.encode(texts)
         given = [p for p in prompts if not isinstance(p, str)]
         for ids in given:
             self._rules.check_ids(ids, "prompt")
         return given
 
     async def _echo(self, prompt: str | list[int], ids: list[int], *, skip: bool) -> EchoedPrompt:
-        text = prompt if isinstance(prompt, str) else await self._text.decode(prompt, skip=skip)
-        return EchoedPrompt(text, await self._text.decode(ids[:1], skip=True))
+        text = prompt if isinstance(prompt, str) else await self._tokenizer.decode(prompt, skip_special_tokens=skip)
+        return EchoedPrompt(text, await self._tokenizer.decode(ids[:1], skip_special_tokens=True))
 
     def _model(self, body: GenerateRequest) -> str:
         return body.model or self._rules.names[0]
@@ -183,17 +183,17 @@ class Handlers:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either a prompt or messages", param="prompt", code="invalid_value")
         if body.messages is not None:
-            ids = await self._text.encode_chat(body.messages)
+            ids = await self._tokenizer.encode_chat(_template_messages(body.messages))
         else:
-            ids = (await self._text.encode([body.prompt or ""]))[0]
-        strings = await self._text.decode_each(ids) if body.return_token_strs else None
+            ids = (await self._tokenizer.encode([body.prompt or ""]))[0]
+        strings = await self._tokenizer.decode_each(ids) if body.return_token_strs else None
         return Tokens(count=len(ids), max_model_len=self._rules.max_total, tokens=ids, token_strs=strings)
 
     async def detokenize(self, request: Request) -> Detokenized:
         body = await read_body(request, DetokenizeRequest, self._reading)
         self._rules.check_model(body.model)
         self._rules.check_ids(body.tokens, "tokens")
-        return Detokenized(prompt=await self._text.decode(body.tokens, skip=False))
+        return Detokenized(prompt=await self._tokenizer.decode(body.tokens, skip_special_tokens=False))
 
     async def health(self, request: Request) -> Healthy:
         reason = self.pulse.trouble()
@@ -224,20 +224,19 @@ class Handlers:
 async def _chunks(
     pieces: AsyncIterator[tuple[int, Event]], dialect: ResponseBuilder, tally: TokenUsage | None
 ) -> AsyncIterator[BaseModel]:
-    async for index, event in pieces:
-        piece = ChoiceDelta(index)
-        piece.add(event)
-        for chunk in dialect.chunks(piece):
+    async for choice, event in pieces:
+        for chunk in dialect.chunks(choice, event):
             yield chunk
     if tally is not None:
         yield dialect.last(tally.usage())
 
 
-async def _whole(pieces: AsyncIterator[tuple[int, Event]], number: int) -> list[ChoiceDelta]:
-    found = [ChoiceDelta(i) for i in range(number)]
-    async for index, event in pieces:
-        found[index].add(event)
-    return found
+async def _whole(pieces: AsyncIterator[tuple[int, Event]], number: int) -> list[Event]:
+    """Return one event for each choice, joined from all of its events."""
+    choices: list[list[Event]] = [[] for _ in range(number)]
+    async for choice, event in pieces:
+        choices[choice].append(event)
+    return [events[0].joined(*events[1:]) for events in choices]
 
 
 async def _merged(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenerator[tuple[int, Event], None]:
@@ -269,6 +268,16 @@ async def _merged(streams: Sequence[AsyncGenerator[Event, None]]) -> AsyncGenera
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _template_messages(messages: Sequence[ChatMessage]) -> list[Message]:
+    """Return the messages in the form of chat templates, which know `system` and take one string.
+
+    Parts are joined by a new line, as in vLLM.
+    """
+    roles = ["system" if message.role == "developer" else message.role for message in messages]
+    contents = [m.content if isinstance(m.content, str) else "\n".join(p.text for p in m.content) for m in messages]
+    return [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
 
 
 def _as_list(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:

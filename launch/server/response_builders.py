@@ -1,6 +1,6 @@
-"""From the service's events to OpenAI's objects: one class for completions, one for chats.
+"""OpenAI's objects from the engine's events: one class for completions, one for chats.
 
-A `Piece` is what is new of one choice: an event of a stream, or all events of an answer that is sent whole.
+A stream sends one chunk for each event of a choice; a whole answer has one event for each choice, joined from all.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from pydantic import BaseModel
 
@@ -34,35 +34,6 @@ LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own figure
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-Explained = tuple[int, dict[int, Logprob] | None]  # a token and the log-probabilities at its place
-
-
-@dataclass
-class ChoiceDelta:
-    """New text and tokens of choice `index`; with a finish reason the last ones."""
-
-    index: int
-    text: str = ""
-    tokens: list[Explained] = field(default_factory=list)  # those with log-probabilities
-    prompt: tuple[list[int], list[dict[int, Logprob] | None]] = ([], [])  # likewise, the whole prompt's
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-    def add(self, event: Event) -> None:
-        self.text += event.text
-        if event.logprobs is not None:
-            self.tokens += zip(event.token_ids, event.logprobs, strict=True)
-        if event.prompt_logprobs is not None:
-            self.prompt = event.prompt_token_ids, event.prompt_logprobs
-        assert event.finish_reason != "abort", "an aborted output is an error, not an answer"
-        assert event.finish_reason != "error"
-        self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
-
-    @property
-    def visible(self) -> bool:
-        return bool(self.text or self.tokens or self.finish_reason)
-
-
 @dataclass(frozen=True)
 class EchoedPrompt:
     """A prompt that comes before its answer: its text, and that of its first token, which nothing has predicted."""
@@ -80,12 +51,12 @@ class Completions:
         self._echoes = echoes
         self._offsets: dict[int, int] = {}  # of each choice: characters of the tokens that were given
 
-    def whole(self, pieces: Sequence[ChoiceDelta], usage: Usage) -> BaseModel:
-        return self._chunk([self._choice(piece) for piece in pieces], usage)
+    def whole(self, events: Sequence[Event], usage: Usage) -> BaseModel:
+        return self._chunk([self._choice(choice, event) for choice, event in enumerate(events)], usage)
 
-    def chunks(self, piece: ChoiceDelta) -> Iterator[BaseModel]:
-        if piece.visible:
-            yield self._chunk([self._choice(piece)])
+    def chunks(self, choice: int, event: Event) -> Iterator[BaseModel]:
+        if _is_visible(event):
+            yield self._chunk([self._choice(choice, event)])
 
     def last(self, usage: Usage) -> BaseModel:
         return self._chunk([], usage)
@@ -93,21 +64,22 @@ class Completions:
     def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> BaseModel:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
-    def _choice(self, piece: ChoiceDelta) -> CompletionChoice:
-        begins = piece.index not in self._offsets
-        echo = self._echoes[piece.index // self._n] if begins and self._echoes else None
-        logprobs = self._logprobs(piece, echo)
+    def _choice(self, choice: int, event: Event) -> CompletionChoice:
+        begins = choice not in self._offsets
+        echo = self._echoes[choice // self._n] if begins and self._echoes else None
+        logprobs = self._logprobs(choice, event, echo)
         return CompletionChoice(
-            index=piece.index, text=(echo.text if echo else "") + piece.text, logprobs=logprobs,
-            finish_reason=piece.finish_reason, stop_reason=piece.stop_reason,
+            index=choice, text=(echo.text if echo else "") + event.text, logprobs=logprobs,
+            finish_reason=_finish_reason(event), stop_reason=event.stop_reason,
         )  # fmt: skip
 
-    def _logprobs(self, piece: ChoiceDelta, echo: EchoedPrompt | None) -> CompletionLogprobs | None:
-        at = self._offsets.setdefault(piece.index, 0)
+    def _logprobs(self, choice: int, event: Event, echo: EchoedPrompt | None) -> CompletionLogprobs | None:
+        at = self._offsets.setdefault(choice, 0)
         if self._num_top is None:
             return None
         found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        for token, candidates in [*(zip(*piece.prompt, strict=True) if echo else ()), *piece.tokens]:
+        prompt = _with_logprobs(event.prompt_token_ids, event.prompt_logprobs) if echo else []
+        for token, candidates in [*prompt, *_with_logprobs(event.token_ids, event.logprobs)]:
             if candidates is None:
                 assert echo is not None, "a prompt's first token"
                 text, logprob, table = echo.first, None, None
@@ -120,7 +92,7 @@ class Completions:
             found.top_logprobs.append(table)
             found.text_offset.append(at)
             at += len(text)
-        self._offsets[piece.index] = at
+        self._offsets[choice] = at
         return found
 
 
@@ -132,22 +104,24 @@ class Chat:
         self._num_top = num_top
         self._begun: set[int] = set()
 
-    def whole(self, pieces: Sequence[ChoiceDelta], usage: Usage) -> BaseModel:
+    def whole(self, events: Sequence[Event], usage: Usage) -> BaseModel:
         choices = [
             ChatChoice(
-                index=p.index, message=ChatAnswer(content=p.text), logprobs=self._logprobs(p),
-                finish_reason=p.finish_reason, stop_reason=p.stop_reason,
+                index=choice, message=ChatAnswer(content=event.text), logprobs=self._logprobs(event),
+                finish_reason=finish_reason, stop_reason=event.stop_reason,
             )
-            for p in pieces if p.finish_reason is not None
+            for choice, event in enumerate(events) if (finish_reason := _finish_reason(event)) is not None
         ]  # fmt: skip
         return ChatCompletion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
-    def chunks(self, piece: ChoiceDelta) -> Iterator[BaseModel]:
-        if piece.index not in self._begun:
-            self._begun.add(piece.index)
-            yield self._chunk([self._choice(ChoiceDelta(piece.index), {"role": "assistant", "content": ""})])
-        if piece.visible:
-            yield self._chunk([self._choice(piece, {"content": piece.text} if piece.text else {})])
+    def chunks(self, choice: int, event: Event) -> Iterator[BaseModel]:
+        if choice not in self._begun:
+            self._begun.add(choice)
+            role: ChatDelta = {"role": "assistant", "content": ""}
+            first = ChatChunkChoice(index=choice, delta=role, logprobs=None, finish_reason=None, stop_reason=None)
+            yield self._chunk([first])
+        if _is_visible(event):
+            yield self._chunk([self._choice(choice, event)])
 
     def last(self, usage: Usage) -> BaseModel:
         return self._chunk([], usage)
@@ -155,17 +129,18 @@ class Chat:
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> BaseModel:
         return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
 
-    def _choice(self, piece: ChoiceDelta, delta: ChatDelta) -> ChatChunkChoice:
+    def _choice(self, choice: int, event: Event) -> ChatChunkChoice:
         return ChatChunkChoice(
-            index=piece.index, delta=delta, logprobs=self._logprobs(piece) if piece.tokens else None,
-            finish_reason=piece.finish_reason, stop_reason=piece.stop_reason,
+            index=choice, delta={"content": event.text} if event.text else {},
+            logprobs=self._logprobs(event) if event.logprobs else None,
+            finish_reason=_finish_reason(event), stop_reason=event.stop_reason,
         )  # fmt: skip
 
-    def _logprobs(self, piece: ChoiceDelta) -> ChatLogprobs | None:
+    def _logprobs(self, event: Event) -> ChatLogprobs | None:
         if self._num_top is None:
             return None
         content = []
-        for token, candidates in piece.tokens:
+        for token, candidates in _with_logprobs(event.token_ids, event.logprobs):
             assert candidates is not None
             top = sorted(candidates.values(), key=lambda c: c.rank)[: self._num_top]
             own = _candidate(candidates[token])
@@ -174,6 +149,23 @@ class Chat:
 
 
 ResponseBuilder = Completions | Chat
+
+
+def _with_logprobs(
+    tokens: Sequence[int], logprobs: Sequence[dict[int, Logprob] | None] | None
+) -> list[tuple[int, dict[int, Logprob] | None]]:
+    """Return each token with the log-probabilities at its position; none if they were not requested."""
+    return [] if logprobs is None else list(zip(tokens, logprobs, strict=True))
+
+
+def _is_visible(event: Event) -> bool:
+    return bool(event.text or event.logprobs or event.finish_reason)
+
+
+def _finish_reason(event: Event) -> FinishReason | None:
+    assert event.finish_reason != "abort", "an aborted output is an error, not an answer"
+    assert event.finish_reason != "error"
+    return event.finish_reason
 
 
 def _candidate(found: Logprob) -> Candidate:

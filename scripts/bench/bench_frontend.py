@@ -42,6 +42,7 @@ class Free:
             vocab_size=model.vocab_size,
         )
         self.startup: dict[str, float] = {}
+        self.locations: list[Any] = []
         self.stats = EngineStats()
         self._ids = Tokenizer(folder).encode(TEXT)
         self._live: dict[int, list[int]] = {}  # tokens produced and wanted
@@ -74,6 +75,9 @@ class Free:
                 ended.append(Finished(uid, "length", None))
         self._ended = []
         return [StepOutput(uids, tokens, ended, {}, cached)]
+
+    def wait(self, wakeup: Any) -> None:
+        wakeup.wait()
 
     def start_profile(self, num_steps: int) -> None: ...
 

@@ -59,11 +59,13 @@ def stamp_steps() -> None:
 def stamp_joins() -> None:
     join = Event.joined
 
-    def joining(self: Event, later: Event) -> Event:
-        both = join(self, later)
-        came[id(both)] = came.pop(id(self))  # the times of the first; the later one has been counted with it
-        came.pop(id(later), None)
-        return both
+    def joining(self: Event, *later: Event) -> Event:
+        joined = join(self, *later)
+        if id(self) in came:  # the times of the first; the later ones have been counted with it
+            came[id(joined)] = came.pop(id(self))
+        for event in later:
+            came.pop(id(event), None)
+        return joined
 
     Event.joined = joining  # type: ignore[method-assign]
 

@@ -15,7 +15,7 @@ from lockstep import LLM, SamplingParams
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.frontend import Frontend, Generation
 from lockstep.runtime.limits import Limits
-from lockstep.runtime.outputs import Delta, RequestOutput
+from lockstep.runtime.outputs import Event, RequestOutput
 from lockstep.runtime.plan import Finished, StepOutput
 from lockstep.runtime.request import Request, RequestRefused
 from lockstep.runtime.tokenizer import Detokenizer, Tokenizer, default_sampling_params
@@ -238,8 +238,8 @@ def test_stream_gives_the_text_of_generate(llm: LLM) -> None:
     texts = {(p, i): "" for p in range(2) for i in range(2)}
     results: dict[str, RequestOutput] = {}
     for event in llm.stream([PROMPT, "Blessed"], params):
-        if isinstance(event, Delta):
-            texts[event.prompt, event.output] += event.text
+        if isinstance(event, Event):
+            texts[event.prompt, event.index] += event.text
         else:
             results[event.request_id] = event
     assert texts == {(p, o.index): o.text for p, r in enumerate(wanted) for o in r.outputs}

@@ -508,7 +508,7 @@ def test_a_blocked_request_costs_nothing_while_it_waits(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("prompt", "num_pages", "message"),
     [
-        ([], 8, "prompt is empty; give at least one token"),
+        ([], 8, "prompt is empty; give a text or at least one token id"),
         ([0] * 60, 64, r"60 tokens, but the context is 60 .* shorten the prompt or raise max_model_len"),
         ([0] * 32, 2, r"32 tokens, but the context is 32 .* raise num_pages or kv_cache_memory"),
         ([0, VOCAB], 8, "token id 7 in the prompt; the model has ids 0 to 6"),

@@ -33,7 +33,7 @@ from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.cluster.worker import Worker
 from lockstep.launch.errors import PlacementError, RankFailed
 from lockstep.runtime.config import DEMO_MODEL
-from lockstep.runtime.outputs import Delta, RequestOutput
+from lockstep.runtime.outputs import Event, RequestOutput
 from lockstep.runtime.request import RequestRefused
 
 import processes
@@ -157,8 +157,8 @@ def test_streamed_text_is_the_final_text(two_ranks: LLM) -> None:
     pieces: dict[tuple[int, int], list[str]] = {}
     results = {}
     for event in two_ranks.stream(PROMPTS, SEEDED):
-        if isinstance(event, Delta):
-            pieces.setdefault((event.prompt, event.output), []).append(event.text)
+        if isinstance(event, Event):
+            pieces.setdefault((event.prompt, event.index), []).append(event.text)
         else:
             results[event.prompt] = event
     final = {(i, o.index): o.text for i, prompt in enumerate(PROMPTS) for o in results[prompt].outputs}

@@ -38,7 +38,7 @@ from lockstep.launch.engine.async_engine import AsyncEngine, OutputQueue
 from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine
 from lockstep.runtime import executor
 from lockstep.runtime.config import DEMO_MODEL, Config
-from lockstep.runtime.executor import LocalExecutor
+from lockstep.runtime.executor import LocalExecutor, RankLocation, Wakeup
 from lockstep.runtime.frontend import Frontend, Generation, Output
 from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import CompletionOutput, Event, Logprob
@@ -52,6 +52,7 @@ from processes import MARK, marked
 
 SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
 SEEDED: dict[str, Any] = {"temperature": 0.9, "ignore_eos": True}
+IN_THE = [0, 1134, 262]  # token ids
 NAMES = StructuredOutputsParams(regex=r"([A-Z][a-z]{2,9}, ){20,}and [A-Z][a-z]+\.")
 WORK = [
     ("In the beginning", SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)),
@@ -111,12 +112,13 @@ class Gathered:
         out.finish_reason, out.stop_reason = event.finish_reason, event.stop_reason
 
     async def listen(self, service: AsyncEngine, number: int, prompt: str, params: SamplingParams) -> None:
-        async for event in async_engine.generate(prompt, params):
-            assert event.prompt_token_ids == async_engine.tokenizer.encode(prompt)
+        (ids,) = await service.tokenizer.encode([prompt])
+        async for event in service.generate(ids, params):
+            assert event.prompt_token_ids == ids
             self.add(number, event)
 
     async def all_of(self, service: AsyncEngine) -> None:
-        await asyncio.gather(*(self.listen(async_engine, i, *work) for i, work in enumerate(WORK)))
+        await asyncio.gather(*(self.listen(service, i, *work) for i, work in enumerate(WORK)))
 
     async def reaches(self, num_tokens: int) -> None:
         while self.num_tokens < num_tokens:
@@ -163,6 +165,7 @@ class Scripted:
         )
         self.stats = EngineStats()
         self.startup: dict[str, float] = {}
+        self.locations = [RankLocation(0, "nowhere", os.getpid())]
         self.live: dict[int, list[Any]] = {}  # request, length
         self.cancelled: list[int] = []
         self.aborted: list[Finished] = []  # of those that were, to be told
@@ -198,6 +201,9 @@ class Scripted:
                 del self.live[uid]
         self.stats.steps += 1
         return [output] if output.uids or output.finished else []
+
+    def wait(self, wakeup: Wakeup) -> None:
+        wakeup.wait()
 
     def start_profile(self, num_steps: int) -> None: ...
 
@@ -397,7 +403,7 @@ def test_requests_that_come_during_recovery_wait(scripted: type[Scripted]) -> No
             assert "rank 1 on nowhere died" in started.health.reason
             assert started.stats().ranks[0].state == "ended"
             second = asyncio.create_task(tokens_of(started, 2, 20))
-            left = started.generate("In the", SamplingParams(seed=4, max_tokens=20))
+            left = started.generate(IN_THE, SamplingParams(seed=4, max_tokens=20))
             third = asyncio.create_task(anext(left))
             await asyncio.sleep(0.05)
             third.cancel()
@@ -445,7 +451,7 @@ def test_leaving_cancels_within_a_step(scripted: type[Scripted]) -> None:
     async def main() -> None:
         async with serving() as started:
             actor_group = scripted.started[0]
-            stream = started.generate("In the", SamplingParams(seed=1, max_tokens=1000, n=3))
+            stream = started.generate(IN_THE, SamplingParams(seed=1, max_tokens=1000, n=3))
             await anext(stream)
             assert len(actor_group.live) == 3
             await stream.aclose()
@@ -466,7 +472,7 @@ def test_a_slow_reader_holds_up_nobody(scripted: type[Scripted]) -> None:
 
     async def main() -> None:
         async with serving() as started:
-            slow = started.generate("In the", SamplingParams(seed=1, max_tokens=300))
+            slow = started.generate(IN_THE, SamplingParams(seed=1, max_tokens=300))
             got = (await anext(slow)).token_ids
             assert await tokens_of(started, 2, 1000) == [of_script(2, 1000)]
             assert not scripted.started[0].live, "the slow one's tokens came in the same steps"
@@ -557,7 +563,7 @@ def test_what_is_cut_off_says_why(scripted: type[Scripted]) -> None:
 def test_what_can_never_run_is_refused(scripted: type[Scripted]) -> None:
     async def main() -> None:
         async with serving() as started:
-            for prompt in ("", [2048], [5] * 2048):
+            for prompt in ([], [2048], [5] * 2048):
                 with pytest.raises(RequestRefused):
                     await anext(started.generate(prompt, SamplingParams()))
             assert not scripted.started[0].live
@@ -951,14 +957,14 @@ def test_starting_and_stopping_ray_leaves_nothing() -> None:
     threads of gRPC's pools, which grow and shrink with load."""
     program = f"""
 import asyncio, contextlib, gc, os
-from lockstep.launch.service import Service
+from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.runtime.config import Config
 from lockstep.runtime.request import SamplingParams
 
 async def once():
-    service = Service(Config(tensor_parallel_size=2, **{SMALL}))
+    service = AsyncEngine(Config(tensor_parallel_size=2, **{SMALL}))
     service.start()
-    async for _ in service.generate("In the", SamplingParams(max_tokens=3)):
+    async for _ in service.generate([5, 6], SamplingParams(max_tokens=3)):
         pass
     await service.close()
 

@@ -39,6 +39,7 @@ from schemathesis.specs.openapi.checks import (
 from lockstep import LLM
 from lockstep.launch.engine import grammar_check
 from lockstep.launch.engine.async_engine import AsyncEngine, AsyncEngineStats, Health, RankStatus
+from lockstep.launch.engine.async_tokenizer import AsyncTokenizer
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server import health, http_io
 from lockstep.launch.server.run import Server, create_uvicorn_config, listener
@@ -62,7 +63,8 @@ class FakeService:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name = "demo"
-        self.tokenizer = tokenizer
+        self.tokenizer = AsyncTokenizer(tokenizer)
+        self._sync = tokenizer
         self.limits = Limits(
             max_model_len=MAX_LEN,
             max_num_seqs=8,
@@ -91,7 +93,7 @@ class FakeService:
             raise EngineFailed(self.health.reason)
         ids = list(prompt)
         self.asked.append((ids, params))
-        texts = [Detokenizer(self.tokenizer, ids) for _ in range(params.n)]
+        texts = [Detokenizer(self._sync, ids) for _ in range(params.n)]
         explained: list[dict[int, Logprob] | None] | None = None
         if params.prompt_logprobs is not None:
             explained = [None, *(self.candidates(token, params.prompt_logprobs) for token in ids[1:])]
@@ -123,10 +125,10 @@ class FakeService:
         """The chosen token is always the second best; the last one is impossible."""
         others = [t for t in range(300, 300 + number + 1) if t != token][:number]
         ids = [*others[:1], token, *others[1:]] if number else [token]
-        found = {t: Logprob(-1.0 - i, i + 1, self.tokenizer.decode([t])) for i, t in enumerate(ids[: max(number, 1)])}
-        found.setdefault(token, Logprob(-2.0, 2, self.tokenizer.decode([token])))
+        found = {t: Logprob(-1.0 - i, i + 1, self._sync.decode([t])) for i, t in enumerate(ids[: max(number, 1)])}
+        found.setdefault(token, Logprob(-2.0, 2, self._sync.decode([token])))
         if number > 2:
-            found[ids[number - 1]] = Logprob(float("-inf"), number, self.tokenizer.decode([ids[number - 1]]))
+            found[ids[number - 1]] = Logprob(float("-inf"), number, self._sync.decode([ids[number - 1]]))
         return {token: found.pop(token)} | found
 
     async def close(self, drain_timeout: float = 0.0) -> None:
@@ -372,12 +374,12 @@ def test_a_chat_without_max_tokens_goes_to_the_end_of_the_context(shared: Runnin
     assert completion.usage.completion_tokens == 16, "OpenAI's default for completions"
 
 
-def test_text_parts_and_developers(shared: Running) -> None:
+def test_text_parts_and_developers(shared: Running, tokenizer: Tokenizer) -> None:
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     asked = [{"role": "developer", "content": parts}, {"role": "assistant", "content": "x", "refusal": None}, *CHAT]
     shared.openai.chat.completions.create(model="demo", messages=cast(Any, asked), max_tokens=1)
     plain = [{"role": "system", "content": "one\ntwo"}, {"role": "assistant", "content": "x"}, *CHAT]
-    assert fake(shared).asked[-1][0] == shared.service.tokenizer.encode_chat(plain)
+    assert fake(shared).asked[-1][0] == tokenizer.encode_chat(plain)
 
 
 def test_every_sampling_parameter_arrives(shared: Running) -> None:
@@ -937,9 +939,11 @@ def test_log_lines_have_no_prompts(run: Callable[..., Running], caplog: pytest.L
     assert "secret" not in caplog.text
 
 
-def test_long_prompts_do_not_stop_the_others(shared: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_prompts_do_not_stop_the_others(
+    shared: Running, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     started = threading.Event()
-    encode = shared.service.tokenizer.encode
+    encode = tokenizer.encode
 
     def slow(text: str) -> list[int]:
         if text == "slow":
@@ -947,7 +951,7 @@ def test_long_prompts_do_not_stop_the_others(shared: Running, monkeypatch: pytes
             time.sleep(0.5)
         return encode(text)
 
-    monkeypatch.setattr(shared.service.tokenizer, "encode", slow)
+    monkeypatch.setattr(tokenizer, "encode", slow)
     done: list[float] = []
 
     def ask() -> None:
