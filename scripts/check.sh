@@ -1,8 +1,21 @@
 #!/usr/bin/env bash
-# Sets up and runs lint, types and tests: what CI and people run. Arguments go to pytest, for example: -k engine
+# Sets up and runs lint, types and tests: what CI and people run.
+#   scripts/check.sh            all that a change can break, at most ten minutes on two cores
+#   scripts/check.sh fast       without Ray, processes and the emulator, at most three minutes
+#   scripts/check.sh full       also soaks, every signal phase, network namespaces, the browser, 1,000 examples a property
+# Further arguments go to pytest, for example: scripts/check.sh fast -k engine
 set -euo pipefail
+tier=daily
+case ${1-} in fast | full) tier=$1 && shift ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+
+case $tier in
+  fast) left_out="ray or process or emulator or nightly or soak or browser or netns" profile=dev ;;
+  daily) left_out="nightly or soak or browser or netns" profile=ci ;;
+  full) left_out="" profile=full ;;
+esac
+export HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-$profile}
 
 failed=()
 step() {
@@ -15,11 +28,19 @@ types() {
   mkdir -p .venv/typecheck && ln -sfn "$root" .venv/typecheck/lockstep
   (cd .venv/typecheck && ../bin/mypy --config-file lockstep/pyproject.toml -p lockstep.kernels -p lockstep.comm -p lockstep.runtime -p lockstep.launch)
 }
+# Runs the tests that a marker expression selects; none (status 5) is no failure, -k may have chosen others.
+tests() {
+  local selection=$1 status=0
+  shift
+  .venv/bin/python -m pytest -q -m "$selection${left_out:+ and not ($left_out)}" "$@" || status=$?
+  [ "$status" = 0 ] || [ "$status" = 5 ]
+}
 
 step format .venv/bin/ruff format --check --quiet .
 step lint .venv/bin/ruff check --quiet .
 step types types
-step tests .venv/bin/python -m pytest -q "$@"
+step tests tests "not serial" -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+step "serial tests" tests serial "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "check: FAILED: ${failed[*]}" >&2

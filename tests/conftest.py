@@ -1,4 +1,4 @@
-"""Fixtures that several files share, and the rule that a missing GPU skips with a reason."""
+"""Markers, Hypothesis profiles, the distribution over processes, and the fixtures that several folders share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,21 +15,72 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks and tests are many, cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches anything
 
 import torch
+from hypothesis import HealthCheck, settings
 
 import lockstep  # noqa: F401 - takes the checkout off sys.path before transformers looks for a package `kernels`
 
 from checkpoints import tiny_checkpoint
 
-# A shell's background jobs ignore Ctrl-C, and so would all that the tests start there.
+# A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# No deadlines: they measure the load of the machine. `ci` tests the same examples each time, `full` new ones.
+PROFILES: dict[str, dict[str, Any]] = {
+    "dev": {"max_examples": 15, "derandomize": True, "database": None},
+    "ci": {"max_examples": 100, "derandomize": True, "database": None},
+    "full": {"max_examples": 1000},
+}
+for _name, _options in PROFILES.items():
+    settings.register_profile(_name, deadline=None, suppress_health_check=[HealthCheck.too_slow], **_options)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    gpus = torch.cuda.device_count()
+DESELECTED = pytest.StashKey[dict[str, int]]()
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects, and before xdist reads the groups
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        needed = 2 if "multigpu" in item.keywords else 1 if "gpu" in item.keywords else 0
-        if gpus < needed:
-            item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA device(s), this machine has {gpus}"))
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
+        # One process of xdist has the Ray cluster; all others have whole files, for the sake of their fixtures.
+        if item.get_closest_marker("xdist_group") is None:
+            group = "ray" if item.get_closest_marker("ray") else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # they take longest: they must not come last
+    deselect_gpu_tests(config, items)
+
+
+def deselect_gpu_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that this machine has too few GPUs for, and count them for the summary."""
+    gpus = torch.cuda.device_count()
+    counts: dict[str, int] = {}
+    selected, deselected = [], []
+    for item in items:
+        marker = "multigpu" if item.get_closest_marker("multigpu") else "gpu"
+        if item.get_closest_marker(marker) and gpus < (2 if marker == "multigpu" else 1):
+            counts[marker] = counts.get(marker, 0) + 1
+            deselected.append(item)
+        else:
+            selected.append(item)
+    items[:] = selected
+    config.hook.pytest_deselected(items=deselected)
+    config.stash[DESELECTED] = counts
+    if hasattr(config, "workeroutput"):  # a worker of xdist; each worker collects all tests
+        config.workeroutput["deselected"] = counts
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Keep the counts of a worker of xdist."""
+    node.config.stash[DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", {})
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    counts, gpus = config.stash.get(DESELECTED, {}), torch.cuda.device_count()
+    number = sum(counts.values())
+    if number:
+        reason = "no CUDA device" if gpus == 0 else f"{gpus} CUDA device, they need two"
+        terminalreporter.write_line(f"{number} GPU tests deselected: {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -40,8 +92,8 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _log_level_stays() -> Iterator[None]:
-    """Commands set the level of our logger; the next test must not inherit it."""
+def _restore_log_level() -> Iterator[None]:
+    """Restore the level of our logger, which commands set."""
     logger = logging.getLogger("lockstep")
     level = logger.level
     yield

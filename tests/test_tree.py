@@ -1,51 +1,143 @@
-"""The law of the tree, checked on the source text: it runs without a GPU, torch or an install."""
+"""The rules of the tree, checked on the source text: no GPU, no torch and no installation is needed."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = {"kernels": 0, "comm": 1, "runtime": 2, "launch": 3}  # a package imports only lower floors
-SOURCES = sorted(p for name in FLOORS for p in (ROOT / name).rglob("*.py"))
-HEAVY = {"flashinfer", "cupy"}  # imported by the one module that uses each, never at a package's own import
+PACKAGES = ("kernels", "comm", "runtime", "launch")
+SOURCES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
+CODE = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*") if p.suffix in (".py", ".cu", ".cuh", ".cpp"))
+MODULES = [p for p in SOURCES if p.name != "__init__.py"]
+MAX_FILE_LINES = 400
+MAX_ROOM_SHARE = 0.25
+HEAVY = {  # by whom they are imported
+    "cupy": ["kernels/cuda/kernel_launch.py", "kernels/peer_memory.py"],
+    "flashinfer": ["runtime/model/attention/flashinfer_backend.py"],
+}
+
+# From the bottom to the top: a module imports from its own room and from those above it in this list. A folder is one
+# room, or several: then the modules of the lower one are named.
+ROOMS = """
+kernels: arguments native reference
+kernels/cuda
+kernels
+comm
+runtime: config limits messages outputs plan request startup_timer stats structured_outputs version
+runtime/model: batch hf_config kv_pool linear model_config norm rope safetensors_files weights
+runtime/model/attention
+runtime/model
+runtime/memory
+runtime/sampling
+runtime/scheduler
+runtime/runner
+runtime
+launch: child_process client errors options signals
+launch/cluster
+launch/replicas
+launch
+launch/engine
+launch/doctor
+launch/server/protocol
+launch/server
+launch/bench
+launch/cli
+""".strip().splitlines()
 
 
-def imports(path: Path) -> list[tuple[int, str]]:
-    """(dots, dotted name) of everything `path` imports, at top level or inside a function."""
-    found = []
+def room_of(path: Path) -> int:
+    """Return the number of a module's room, counted from the bottom."""
+    folder = path.parent.relative_to(ROOT).as_posix()
+    for number, room in enumerate(ROOMS):
+        name, _, modules = room.partition(": ")
+        if folder == name and (not modules or path.stem in modules.split()):
+            return number
+    raise AssertionError(f"{path.relative_to(ROOT)} is in no room of ROOMS")
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (dots, dotted name) of everything that a module imports, at top level or inside a function."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
-            found += [(node.level, f"{node.module or ''}.{alias.name}".strip(".")) for alias in node.names]
+            for alias in node.names:
+                yield node.level, f"{node.module or ''}.{alias.name}".strip(".")
         elif isinstance(node, ast.Import):
-            found += [(0, alias.name) for alias in node.names]
-    return found
+            for alias in node.names:
+                yield 0, alias.name
 
 
-def package_of(path: Path, dots: int, name: str) -> str | None:
-    """Which of our packages an import of `path` reaches, if any."""
-    parts = path.relative_to(ROOT).parts
-    if dots == 0:
-        return name.split(".")[1] if name.startswith("lockstep.") else None
-    base = parts[:-dots]
-    full = [*base, *name.split(".")]
-    return full[0] if full[0] in FLOORS else None
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_point_down_and_are_relative(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0]
+def imported_modules(path: Path) -> Iterator[Path]:
+    """Yield the modules of ours that a module imports by relative imports."""
     for dots, name in imports(path):
-        assert not (dots == 0 and name.split(".")[0] == "lockstep"), f"write {name} as a relative import"
-        reached = package_of(path, dots, name)
-        assert reached is None or FLOORS[reached] <= FLOORS[own], f"{own} must not import {reached}"
+        if dots:
+            base = path.parents[dots - 1]
+            parts = name.split(".")
+            for length in (len(parts), len(parts) - 1):  # `from . import module` or `from .module import name`
+                module = base.joinpath(*parts[:length]).with_suffix(".py")
+                if length and module in MODULES:
+                    yield module
+                    break
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_every_module_says_what_it_is(path: Path) -> None:
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_are_relative(path: Path) -> None:
+    assert not [name for dots, name in imports(path) if dots == 0 and name.split(".")[0] == "lockstep"]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_down_the_order_of_rooms(path: Path) -> None:
+    room = room_of(path)
+    upward = {f"{name_of(m)} in room '{ROOMS[room_of(m)]}'" for m in imported_modules(path) if room_of(m) > room}
+    assert not upward, f"{name_of(path)} in room '{ROOMS[room]}' must not import {sorted(upward)}"
+
+
+def test_modules_form_no_cycle() -> None:
+    graph = {module: set(imported_modules(module)) - {module} for module in MODULES}
+    while leaves := [module for module, targets in graph.items() if not targets]:
+        for leaf in leaves:
+            del graph[leaf]
+        for targets in graph.values():
+            targets.difference_update(leaves)
+    assert not graph, f"in a cycle, or above one: {sorted(map(name_of, graph))}"
+
+
+def test_every_room_has_modules() -> None:
+    assert {room_of(path) for path in MODULES} == set(range(len(ROOMS)))
+    for room in ROOMS:
+        folder, _, modules = room.partition(": ")
+        missing = [name for name in modules.split() if not (ROOT / folder / f"{name}.py").exists()]
+        assert not missing, f"{room} names modules that do not exist: {missing}"
+
+
+def test_base_names_are_unique() -> None:
+    names = [path.name for path in CODE if path.name != "__init__.py"]
+    assert not {name for name in names if names.count(name) > 1}
+
+
+@pytest.mark.parametrize("path", CODE, ids=name_of)
+def test_files_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+
+
+def test_no_room_has_more_than_a_quarter_of_the_source() -> None:
+    lines: dict[Path, int] = {}
+    for path in CODE:
+        lines[path.parent] = lines.get(path.parent, 0) + len(path.read_text().splitlines())
+    limit = MAX_ROOM_SHARE * sum(lines.values())
+    assert not {name_of(folder): count for folder, count in lines.items() if count > limit}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_modules_have_docstrings(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
@@ -69,20 +161,25 @@ def test_every_op_has_a_definition_and_a_kernel_of_the_same_signature() -> None:
 def test_pyproject_lists_every_package() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     listed = set(re.search(r"^packages = \[(.*?)\]", text, re.M | re.S)[1].replace('"', "").replace(",", " ").split())  # type: ignore[index]
-    folders = {p.parent for name in FLOORS for p in (ROOT / name).rglob("__init__.py")}
+    folders = {p.parent for name in PACKAGES for p in (ROOT / name).rglob("__init__.py")}
     assert listed == {"lockstep"} | {f"lockstep.{'.'.join(p.relative_to(ROOT).parts)}" for p in folders}
+    assert {p.parent for p in MODULES} <= folders, "every folder with modules is a package"
 
 
-@pytest.mark.parametrize("path", [p for p in SOURCES if p.name == "__init__.py"], ids=lambda p: p.parent.name)
+def test_version_is_the_same_in_pyproject() -> None:
+    def version(path: str, name: str) -> str:
+        return re.search(rf'^{name} = "([^"]+)"', (ROOT / path).read_text(), re.M)[1]  # type: ignore[index]
+
+    assert version("pyproject.toml", "version") == version("runtime/version.py", "__version__")
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.name == "__init__.py"], ids=lambda p: name_of(p.parent))
 def test_package_files_only_describe(path: Path) -> None:
     body = ast.parse(path.read_text()).body
     assert all(isinstance(node, ast.Expr) for node in body), "a docstring and nothing else"
 
 
-def test_heavy_libraries_have_one_home() -> None:
-    users: dict[str, set[str]] = {name: set() for name in HEAVY}
-    for path in SOURCES:
-        for dots, name in imports(path):
-            if dots == 0 and name.split(".")[0] in HEAVY:
-                users[name.split(".")[0]].add(str(path.relative_to(ROOT)))
-    assert all(len(where) <= 2 for where in users.values()), users
+def test_heavy_libraries_are_imported_by_few_modules() -> None:
+    for library, homes in HEAVY.items():
+        users = [p for p in SOURCES if any(dots == 0 and name.split(".")[0] == library for dots, name in imports(p))]
+        assert [name_of(path) for path in users] == homes

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import faulthandler
-import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection, wait
-from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import pytest
@@ -20,102 +15,13 @@ import torch
 
 from lockstep.comm import timers
 from lockstep.comm.base import CommError, Communicator, SingleRank
-from lockstep.comm.connect import connect
-from lockstep.comm.rendezvous import join_rendezvous, open_rendezvous
+from lockstep.comm.rendezvous import join_rendezvous
 
+from comm_failures import error_of
+from rank_processes import run_processes
 from ranks import run_ranks
 
-Job = Callable[[Communicator], Any]
-LINGER_S = 30.0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
-
-
-def _process(
-    rank: int,
-    size: int,
-    ports: SimpleQueue[int],
-    job: Job,
-    timeout_s: float,
-    options: dict[str, Any],
-    answer: Connection,
-) -> None:
-    torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(options.pop("tell_after_s"), exit=False)  # where this rank waits
-    if rank == 0:
-        store = open_rendezvous("127.0.0.1", timeout_s)
-        for _ in range(size - 1):
-            ports.put(store.port)
-    else:
-        store = join_rendezvous(("127.0.0.1", ports.get()), rank, timeout_s)
-    device = torch.device(options.pop("device"))
-    gpus = options.pop("gpus", size)
-    if device.type == "cuda":
-        device = torch.device("cuda", rank % gpus)
-        torch.cuda.set_device(device)
-    try:
-        comm = connect(rank, size, store=store, own_ip="127.0.0.1", device=device, timeout_s=timeout_s, **options)
-        answer.send(job(comm))
-    except CommError as error:
-        answer.send(error)
-    answer.poll(LINGER_S)  # a rank that leaves closes connections that the others may still be using
-
-
-def run_processes(
-    size: int,
-    job: Job,
-    timeout_s: float = 30.0,
-    patience_s: float = 90.0,
-    device: str = "cpu",
-    each: Sequence[dict[str, Any]] = (),
-    **options: Any,
-) -> list[Any]:
-    """`job(communicator)` in `size` processes; their results, None for one that died.
-
-    `options` go to `connect`, those of `each` on their rank only. A rank that has not answered after patience_s fails
-    the test; none is left behind.
-    """
-    context = multiprocessing.get_context("spawn")
-    ports, answers = context.SimpleQueue(), [context.Pipe() for _ in range(size)]
-    options = {"device": device, "tell_after_s": patience_s - 5, **options}
-    processes = [
-        context.Process(
-            target=_process,
-            args=(rank, size, ports, job, timeout_s, {**options, **(each[rank] if each else {})}, answers[rank][1]),
-            daemon=True,
-        )
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    found = []
-    try:
-        for process, (answer, _) in zip(processes, answers, strict=True):
-            ready = wait([answer, process.sentinel], patience_s)
-            assert ready, "a rank hangs; where is on stderr"
-            found.append(answer.recv() if answer.poll(0.5) else None)
-        for process, (answer, _) in zip(processes, answers, strict=True):
-            if process.is_alive():
-                answer.send("all have answered")
-            process.join(10)
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return found
-
-
-def on_gpus(size: int, gpus: int) -> dict[str, Any]:
-    """How to connect so many processes on so many GPUs, or a skip with the reason why that is not possible here."""
-    if torch.cuda.device_count() < gpus:
-        pytest.skip(f"needs {gpus} CUDA devices, this machine has {torch.cuda.device_count()}")
-    if size <= gpus:
-        return {"device": "cuda"}
-    path = os.environ.get("GPU_TEST_LIBNCCL")
-    if path is None:
-        pytest.skip("GPU_TEST_LIBNCCL, the path of a libnccl that lets ranks share a GPU, is not set")
-    if os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-        pytest.skip("NCCL_MULTI_RANK_GPU_ENABLE is not 1")
-    return {"device": "cuda", "gpus": gpus, "shares_device": True, "library": path}
 
 
 def everything(comm: Communicator) -> dict[str, Any]:
@@ -186,14 +92,6 @@ def never_arrives(comm: Communicator) -> str:
     return error_of(lambda: comm.all_reduce(torch.ones(8)))
 
 
-def error_of(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except CommError as error:
-        return str(error)
-    return "the collective ended without its peer"
-
-
 def test_single_rank() -> None:
     assert all(everything(SingleRank()).values())
 
@@ -236,7 +134,7 @@ def test_a_dead_peer_ends_the_collective() -> None:
     assert dead is None
     assert "rank 0 of 2: all_reduce failed" in message
     assert "\n" not in message
-    assert seconds < 5
+    assert seconds < 15, "long before the deadline of 30 s"
 
 
 def test_a_silent_peer_ends_the_collective_at_its_deadline() -> None:

@@ -21,8 +21,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_comm import on_gpus, run_processes
-from test_nccl import error_of, lose_last_rank
 from torch import Tensor
 from torch.distributed import HashStore
 
@@ -36,6 +34,9 @@ from lockstep.runtime import config
 from lockstep.runtime.model.linear import RowLinear
 from lockstep.runtime.model.norm import Residual
 from lockstep.runtime.model.weights import Weights
+
+from comm_failures import error_of, lose_last_rank
+from rank_processes import on_gpus, run_processes
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "csrc"
 CPU = torch.device("cpu")

@@ -13,12 +13,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from test_comm import on_gpus, run_processes
 
 from lockstep.comm.base import CommError, Communicator
 from lockstep.comm.connect import connect
 from lockstep.comm.rendezvous import open_rendezvous
 from lockstep.comm.symmetric import AllReduce
+
+from rank_processes import on_gpus, run_processes
 
 CHOICES = get_args(AllReduce)
 SPARE_BYTES = 64 << 20  # of what other processes do with the GPU

@@ -12,11 +12,12 @@ from typing import Any, get_args
 
 import pytest
 from msgspec.structs import replace
-from test_comm import on_gpus
 
 from lockstep import LLM, SamplingParams
 from lockstep.comm.symmetric import AllReduce
 from lockstep.runtime.outputs import CompletionOutput
+
+from rank_processes import on_gpus
 
 PROMPTS = ["In the beginning", "And the LORD spake unto Moses, saying,", "Blessed is the man that"]
 ASKED = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5)

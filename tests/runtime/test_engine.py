@@ -6,6 +6,7 @@ they repeat one token, and a broken cache would pass.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from lockstep.runtime.engine import Engine
 from lockstep.runtime.request import Request
 
-from checkpoints import FAMILIES, tiny_checkpoint
+from checkpoints import FAMILIES, tiny_checkpoint, tiny_model
 from engines import Results, request, run_engine
 
 LENGTHS = (1, 3, 4, 5, 15, 16, 17, 31, 40, 64, 7, 22)
@@ -44,17 +45,31 @@ def greedy(model: PreTrainedModel, prompt: list[int], n: int) -> list[int]:
     return out[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("architecture", list(FAMILIES))
+@functools.cache
+def tokens_of_transformers(architecture: str) -> list[list[int]]:
+    """What transformers generates for each of the prompts."""
+    model = tiny_model(architecture)
+    return [greedy(model, prompt, 64) for prompt in prompts()]
+
+
+SPLIT = "Qwen3ForCausalLM"  # the family that is split over ranks daily: fewer KV heads than ranks, and QK-norm
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tp"),
+    [
+        pytest.param(family, tp, marks=() if tp == 1 or family == SPLIT else pytest.mark.nightly)
+        for family in FAMILIES
+        for tp in (1, 2, 4)
+    ],
+)
 def test_64_tokens_of_16_requests_are_those_of_transformers(tmp_path: Path, architecture: str, tp: int) -> None:
-    model = tiny_checkpoint(tmp_path, architecture)
+    tiny_checkpoint(tmp_path, architecture)
     found = run_engine(tmp_path, [request(i, p, max_tokens=64) for i, p in enumerate(prompts())], tp=tp)
-    distinct = 0
+    wanted = tokens_of_transformers(architecture)
     for i, prompt in enumerate(prompts()):
-        wanted = greedy(model, prompt, 64)
-        assert found.tokens[i] == wanted, f"prompt {i} of {len(prompt)} tokens"
-        distinct = max(distinct, len(set(wanted)))
-    assert distinct > 8, "the checkpoint repeats itself and would hide a broken cache"
+        assert found.tokens[i] == wanted[i], f"prompt {i} of {len(prompt)} tokens"
+    assert max(len(set(tokens)) for tokens in wanted) > 8, "the checkpoint repeats itself and would hide a broken cache"
 
 
 def mixed() -> list[Request]:

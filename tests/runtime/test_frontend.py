@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import lockstep
@@ -37,7 +37,6 @@ def llm() -> Iterator[LLM]:
 # -- text that grows token by token
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
 @given(text=st.text(max_size=60), prompt=st.text(max_size=10))
 def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str, prompt: str) -> None:
     before, ids = tokenizer.encode(prompt), tokenizer._tokenizer.encode(text, add_special_tokens=False)
@@ -47,7 +46,6 @@ def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str, prompt: str) -
     assert all("\N{REPLACEMENT CHARACTER}" not in p for p in pieces) or "\N{REPLACEMENT CHARACTER}" in text
 
 
-@settings(max_examples=200, derandomize=True, deadline=None)
 @given(ids=st.lists(st.integers(0, 2047), max_size=60))
 def test_any_tokens_at_all_join_to_what_the_tokenizer_says(tokenizer: Tokenizer, ids: list[int]) -> None:
     detokenizer = Detokenizer(tokenizer, [])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.runtime.config import Config
@@ -52,7 +52,6 @@ def sketch(model: ModelConfig, rank: int, size: int, dtype: torch.dtype) -> Deco
     return Decoder(model, comm, dtype=dtype, device=torch.device("meta"), max_positions=1)
 
 
-@settings(deadline=None, max_examples=200)
 @given(configs(), st.data())
 def test_the_count_is_what_every_rank_allocates(hf: Configs, data: st.DataObject) -> None:
     model = ModelConfig.from_hf(hf)

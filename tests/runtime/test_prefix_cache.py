@@ -26,7 +26,7 @@ from lockstep.runtime.scheduler.page_pool import PagePool
 from lockstep.runtime.scheduler.prefix_cache import Node, RadixCache
 
 Prefix = tuple[int, ...]
-SETTINGS = settings(max_examples=100, stateful_step_count=50, derandomize=True, deadline=None, database=None)
+SETTINGS = settings(stateful_step_count=50)
 
 
 def walk(cache: RadixCache) -> list[Node]:
@@ -324,7 +324,6 @@ def test_pool_takes_free_pages_first_then_cached_ones_never_locked_ones() -> Non
     assert pool.tree.match(np.array([1, 2, 3], np.int32))[1].tolist() == mine[:3].tolist()
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
 @given(st.lists(st.integers(0, 1), max_size=80), st.integers(0, 80), st.integers(0, 20), st.integers(0, 15))
 def test_common_prefix_length(tail: list[int], same: int, extra: int, offset: int) -> None:
     """Equal over `same` tokens, then different or at an end; `offset` breaks the alignment of the memory."""

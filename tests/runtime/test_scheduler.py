@@ -372,7 +372,7 @@ def limits(
 def test_random_operations_in_small_worlds() -> None:
     run_state_machine_as_test(
         SchedulerMachine,
-        settings=settings(max_examples=100, stateful_step_count=30, derandomize=True, deadline=None, database=None),
+        settings=settings(stateful_step_count=30),
     )
 
 

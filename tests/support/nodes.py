@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from processes import MARK, marked
+from processes import kill_marked, marked, new_mark
+from waiting import holds_within
 
 HEAD = "10.213.7.1"  # seen in the namespaces only
 ADDRESSES = {"a": HEAD, "b": "10.213.7.2"}
@@ -55,9 +55,9 @@ class Nodes:
         token.write_text(uuid.uuid4().hex * 2)
         self._ray: dict[str, subprocess.Popen[str]] = {}
         self._tag = uuid.uuid4().hex[:8]
-        self.mark = uuid.uuid4().hex
+        self.mark = new_mark()
         self.environment = {
-            **os.environ, **SOON, MARK: self.mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
+            **os.environ, **SOON, **self.mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_TMPDIR": str(self.folder),
         }  # fmt: skip
         for node in ADDRESSES:
@@ -76,7 +76,7 @@ class Nodes:
         said = self.folder / f"{node}-{time.monotonic_ns()}.log"
         role = own if node == "a" else [f"--address={HEAD}:6379"]
         started = self.start(node, [*RAY_START, *role, *RAY_SIZE], said, said)
-        assert until(30, lambda: "Ray runtime started" in said.read_text() or started.poll() is not None)
+        assert holds_within(30, lambda: "Ray runtime started" in said.read_text() or started.poll() is not None)
         assert started.poll() is None, said.read_text()
         self._ray[node] = started
 
@@ -115,9 +115,8 @@ class Nodes:
 
     def close(self) -> None:
         """End what runs, and remove the namespaces, with their interfaces, and the files."""
-        for pid in self.marked():
-            os.kill(pid, signal.SIGKILL)
-        until(10, lambda: not self.marked())
+        kill_marked(self.mark)
+        holds_within(10, lambda: not self.marked())
         for node in ADDRESSES:
             subprocess.run(["ip", "netns", "del", self._space(node)])
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -127,16 +126,6 @@ class Nodes:
 
     def interface(self, node: str) -> str:
         return f"lan{node}{self._tag}"  # both are made in this namespace, so they need names of their own
-
-
-def until(timeout_s: float, holds: Callable[[], object]) -> bool:
-    """Whether it holds within timeout_s."""
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def _ip(*arguments: str) -> None:

@@ -26,15 +26,16 @@ from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.stats import Profile
 
 from engines import request, run_engine
+from small import SMALL, as_flags
 
-SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64}
-FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+OPTIONS = {**SMALL, "max_num_batched_tokens": 64}
+FLAGS = as_flags(OPTIONS)
 ITERS, INPUT, OUTPUT = 3, 20, 8
 FLOAT32 = 4
 
 
 @pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -115,7 +116,7 @@ def test_throughput_counts_what_was_asked_for(tmp_path: Path) -> None:
     assert found["requests_per_second"] == pytest.approx(12 / found["elapsed_time"])
     assert found["output_tokens_per_second"] == pytest.approx(outputs / found["elapsed_time"])
     assert (found["prompt_tokens"], found["output_tokens"], found["preemptions"]) == (prompts, outputs, 0)
-    assert found["prefill_steps"] >= prompts / SMALL["max_num_batched_tokens"]
+    assert found["prefill_steps"] >= prompts / OPTIONS["max_num_batched_tokens"]
     assert json.loads(trace.read_text())["traceEvents"]
     line = (
         f"Throughput: {found['requests_per_second']:.2f} requests/s, {found['tokens_per_second']:.2f} total tokens/s, "
@@ -123,7 +124,7 @@ def test_throughput_counts_what_was_asked_for(tmp_path: Path) -> None:
     assert line + f"{found['output_tokens_per_second']:.2f} output tokens/s\n" in ended.stdout
 
 
-def test_two_ranks_over_ray_count_the_same(tmp_path: Path) -> None:
+def test_two_ranks_over_ray_count_the_same(ray_cluster: dict[str, str], tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     lengths = ["--input-len=16", f"--output-len={OUTPUT}", "--batch-size=2", "--num-iters=2", "--num-iters-warmup=0"]
     ended = bench("latency", "--tp=2", *FLAGS, *lengths, "--profile-steps=3", f"--output-json={results}")
@@ -194,7 +195,7 @@ def run_locally(
 ) -> tuple[dict[int, list[int]], list[Profile], LocalExecutor]:
     """The tokens of three requests (of none, if `late`), and the profiles that came if one was asked for."""
     folder = Path(DEMO_MODEL)
-    executor = LocalExecutor(Config(**SMALL), ModelConfig.from_folder(folder), folder)
+    executor = LocalExecutor(Config(**OPTIONS), ModelConfig.from_folder(folder), folder)
     tokens: dict[int, list[int]] = {}
     profiles: list[Profile] = []
     if not late:

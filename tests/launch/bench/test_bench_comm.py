@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -39,7 +39,7 @@ def spec(**changes: Any) -> CommBenchSpec:
     return CommBenchSpec(**{**usual, "warmup": 0, "times": 1, "graph_length": 1, **changes})
 
 
-def test_two_ranks_over_gloo(tmp_path: Path) -> None:
+def test_two_ranks_over_gloo(ray_cluster: dict[str, str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     files = tmp_path / "comm.json", tmp_path / "comm.png"
     sizes = ["-b", "1K", "-e", "64K", "-f", "8", "--hidden-size", "384", "-n", "3"]
@@ -62,7 +62,7 @@ def test_two_ranks_over_gloo(tmp_path: Path) -> None:
     assert files[1].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_what_cannot_run_here_says_why_and_the_object_is_all_that_is_printed() -> None:
+def test_what_cannot_run_here_says_why_and_the_object_is_all_that_is_printed(ray_cluster: dict[str, str]) -> None:
     names = ("one-shot", "nccl", "nccl window", "flashinfer", "torch symmetric one-shot")
     result = bench("--tp=2", "-e1K", "--json", "--dtype=float32", *(f"--algorithm={name}" for name in (*names, "gloo")))
     assert result.exit_code == 0, result.output

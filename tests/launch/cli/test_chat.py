@@ -15,9 +15,10 @@ from lockstep.launch.cli.chat import local, talk
 from lockstep.launch.cli.main import app
 from lockstep.launch.llm import LLM
 
+from small import SMALL, as_flags
 from stub import conversation, refuse, stub_server
 
-SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 64, "max_num_seqs": 2}
+OPTIONS: dict[str, Any] = {**SMALL, "num_pages": 64, "max_num_seqs": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +125,7 @@ def test_a_model_here_is_stopped_between_steps_and_goes_on(monkeypatch: pytest.M
     script = "/set temperature 0\n/set max_tokens 40\nAnd the king said\n/clear\n/set max_tokens 5\nWho was Moses?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(script))
     out, before = Interrupting(), signal.getsignal(signal.SIGINT)
-    with LLM(**SMALL) as llm:
+    with LLM(**OPTIONS) as llm:
         talk(local(llm), out)
         assert signal.getsignal(signal.SIGINT) is before
         params = {"temperature": 0, "max_tokens": 5}
@@ -139,10 +140,10 @@ def test_a_model_here_is_stopped_between_steps_and_goes_on(monkeypatch: pytest.M
 
 
 def test_the_command_with_a_model_here() -> None:
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    flags = as_flags(OPTIONS)
     ended = chat(["/set temperature 0", "/set max_tokens 5", "Who was Moses?"], *flags)
     assert ended.exit_code == 0, ended.output
-    with LLM(**SMALL) as llm:
+    with LLM(**OPTIONS) as llm:
         expected = "".join(
             local(llm)([{"role": "user", "content": "Who was Moses?"}], {"temperature": 0, "max_tokens": 5})
         )

@@ -13,15 +13,17 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 
-from nodes import ADDRESSES, Nodes, until, why_not
+from nodes import ADDRESSES, Nodes, why_not
+from small import COMMAND, SMALL, SMALL_FLAGS
+from waiting import holds_within
 
-CLI = [sys.executable, "-c", "from lockstep.launch.cli.main import main; main()"]
-SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
-FLAGS = ["--tp=2", "--ray-address=auto", *(f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items())]
+pytestmark = pytest.mark.netns
+FLAGS = ["--tp=2", "--ray-address=auto", *SMALL_FLAGS]
 PROMPT = "In the beginning"
 LONG = 300  # tokens, some seconds
 STEP_S = 2  # --step-timeout
 GRACE_S = 5  # which the leader has to say itself whom it waits for
+REPORT_S = STEP_S + GRACE_S + 30  # and a busy machine
 # Who speaks first: the rank on this side, which waited; the owner of a leader on the other side; or Ray.
 WAITED = (
     r"rank (?P<one>\d) on node-[ab] \(10\.213\.7\.\d\), pid \d+ failed: CommError: rank (?P=one) of 2:"
@@ -74,8 +76,8 @@ def test_ranks_wait_for_a_node_and_give_the_tokens_of_one(nodes: Nodes, undistur
     """One CPU a node: two ranks can only run on different ones."""
     out, err = nodes.folder / "generated", nodes.folder / "generate.log"
     flags = ["--temperature=0", "--max-tokens=40", "--ignore-eos", "--json", "--wait-for-gpus=60"]
-    command = nodes.start("a", [*CLI, "generate", *FLAGS, *flags, f"--prompt={PROMPT}"], out, err)
-    assert until(30, lambda: "nodes are missing" in err.read_text()), err.read_text()
+    command = nodes.start("a", [*COMMAND, "generate", *FLAGS, *flags, f"--prompt={PROMPT}"], out, err)
+    assert holds_within(30, lambda: "nodes are missing" in err.read_text()), err.read_text()
     nodes.start_ray("b")
     assert command.wait(60) == 0, err.read_text()
     text = json.loads(out.read_text())["text"]
@@ -90,15 +92,15 @@ def test_ranks_wait_for_a_node_and_give_the_tokens_of_one(nodes: Nodes, undistur
 def test_a_cut_link_ends_an_offline_run_with_the_reason(nodes: Nodes) -> None:
     out, err = nodes.folder / "offline", nodes.folder / "offline.log"
     flags = ["--temperature=0", "--max-tokens=1900", "--ignore-eos", f"--step-timeout={STEP_S}"]
-    command = nodes.start("a", [*CLI, "generate", *FLAGS, *flags, f"--prompt={PROMPT}"], out, err)
-    assert until(60, lambda: out.read_text()), err.read_text()
+    command = nodes.start("a", [*COMMAND, "generate", *FLAGS, *flags, f"--prompt={PROMPT}"], out, err)
+    assert holds_within(60, lambda: out.read_text()), err.read_text()
     nodes.link("down")
     try:
-        assert until(STEP_S + GRACE_S + 3, lambda: re.search(f"error: {CUT}", err.read_text())), err.read_text()
+        assert holds_within(REPORT_S, lambda: re.search(f"error: {CUT}", err.read_text())), err.read_text()
         assert command.wait(30) == 1
     finally:
         nodes.link("up")
-    assert until(30, lambda: not nodes.marked("ray::Worker"))
+    assert holds_within(30, lambda: not nodes.marked("ray::Worker"))
 
 
 def test_streams_outlive_a_node_that_comes_back(nodes: Nodes, undisturbed: str) -> None:
@@ -107,16 +109,16 @@ def test_streams_outlive_a_node_that_comes_back(nodes: Nodes, undisturbed: str) 
     nodes.end_ray("b")  # Ray may have given it up in the test before
     nodes.start_ray("b")
     flags = [f"--step-timeout={STEP_S}", "--wait-for-gpus=60"]
-    server = nodes.start("a", [*CLI, "serve", *FLAGS, *flags], nodes.folder / "out", err)
-    assert until(60, lambda: "serving" in err.read_text()), err.read_text()
+    server = nodes.start("a", [*COMMAND, "serve", *FLAGS, *flags], nodes.folder / "out", err)
+    assert holds_within(60, lambda: "serving" in err.read_text()), err.read_text()
     asking = nodes.start("a", [sys.executable, "-c", ASK, PROMPT, str(LONG)], answer, nodes.folder / "ask.log")
-    assert until(20, lambda: len(lines(answer)) > 20)
+    assert holds_within(20, lambda: len(lines(answer)) > 20)
     nodes.link("down")
-    assert until(STEP_S + GRACE_S + 3, lambda: re.search(f"ERROR {CUT}", err.read_text())), err.read_text()
+    assert holds_within(REPORT_S, lambda: re.search(f"ERROR {CUT}", err.read_text())), err.read_text()
     health = nodes.run("a", [sys.executable, "-c", HEALTH])
     assert health.startswith("503 ")
     assert re.search(f"the engine is recovering: {CUT}", health)
-    assert until(30, lambda: "nodes are missing" in err.read_text()), err.read_text()
+    assert holds_within(30, lambda: "nodes are missing" in err.read_text()), err.read_text()
     nodes.link("up")
     nodes.start_ray("b")
     assert asking.wait(60) == 0, err.read_text()
@@ -127,7 +129,7 @@ def test_streams_outlive_a_node_that_comes_back(nodes: Nodes, undisturbed: str) 
     assert nodes.run("a", [sys.executable, "-c", HEALTH]) == "200\n"
     server.terminate()
     assert server.wait(30) == 0
-    assert until(30, lambda: not nodes.marked("ray::Worker"))
+    assert holds_within(30, lambda: not nodes.marked("ray::Worker"))
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

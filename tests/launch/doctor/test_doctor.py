@@ -43,7 +43,7 @@ needs_no_driver = pytest.mark.skipif(checks.has_driver(), reason="needs a machin
 
 
 @pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_ray_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -426,23 +426,19 @@ def test_a_node_that_no_other_can_join_is_told_how() -> None:
     assert "--node-ip-address" in lonely.remedy
 
 
+@pytest.mark.usefixtures("no_cluster")
 def test_a_cluster_that_is_not_there(command: Command) -> None:
     status, out = command("--ray-address=127.0.0.1:9", "--log-level=error")
     assert status == 1
     assert re.fullmatch(r"fail  Ray cluster: no Ray cluster at 127.0.0.1:9: [^\n]+; [^\n]+\n", out)
 
 
-def test_each_node_of_a_cluster_looks_at_itself(checkpoint: Path) -> None:
+def test_each_node_of_a_cluster_looks_at_itself(ray_cluster: dict[str, str], checkpoint: Path) -> None:
     (checkpoint / "model.safetensors").unlink()
-    options = {"include_dashboard": False, "object_store_memory": 80 * MIB, "log_to_driver": False}
-    ray.init(address="local", num_cpus=2, num_gpus=0, logging_level="ERROR", **options)
-    try:
-        asked = {"model": str(checkpoint), "ray_address": "auto", "max_num_seqs": 8}
-        found = examined(tensor_parallel_size=2, **asked)
-        assert failed(found) == {"checkpoint"}
-        assert list(found) == ["Ray cluster", "devices", "equal versions", *checks.CHECKS]
-        assert ray.util.get_node_ip_address() in found["interface"].finding
-        assert failed(examined(tensor_parallel_size=4, **asked)) == {"devices", "checkpoint"}
-        assert ray.is_initialized(), "a connection that was there before is left"
-    finally:
-        ray.shutdown()
+    asked = {"model": str(checkpoint), "ray_address": "auto", "max_num_seqs": 8}
+    found = examined(tensor_parallel_size=2, **asked)
+    assert failed(found) == {"checkpoint"}
+    assert list(found) == ["Ray cluster", "devices", "equal versions", *checks.CHECKS]
+    assert ray.util.get_node_ip_address() in found["interface"].finding
+    assert failed(examined(tensor_parallel_size=8, **asked)) >= {"devices", "checkpoint"}
+    assert ray.is_initialized(), "a connection that was there before is left"

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
-import sys
-import time
 from contextlib import closing
 from typing import Any
 
@@ -15,6 +13,9 @@ import pytest
 from lockstep.launch.doctor import preflight
 from lockstep.launch.doctor.preflight import Preflight
 from lockstep.runtime.config import Config
+
+from small import COMMAND
+from waiting import wait_until
 
 FINDINGS: list[dict[str, str]] = [
     {"name": "devices", "status": "fail", "finding": "2 ranks do not fit", "remedy": "add nodes"},
@@ -85,9 +86,9 @@ def test_closing_ends_all_that_the_checks_have_started(monkeypatch: pytest.Monke
     monkeypatch.setattr(preflight, "PROGRAM", "import subprocess; subprocess.run(['sleep', '600'])")
     checks = Preflight(Config())
     group = checks._process.pid
-    wait_for(lambda: len(members(group)) == 2)
+    wait_until(lambda: len(members(group)) == 2)
     checks.close()
-    wait_for(lambda: not members(group))
+    wait_until(lambda: not members(group))
 
 
 def members(group: int) -> list[str]:
@@ -95,16 +96,9 @@ def members(group: int) -> list[str]:
     return [line for line in found.stdout.splitlines() if "Z" not in line]
 
 
-def wait_for(holds: Any) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
+@pytest.mark.process
 def test_the_server_does_not_start_where_the_checks_fail() -> None:
-    program = "from lockstep.launch.cli.main import main; main()"
-    command = [sys.executable, "-c", program, "serve", "--tp=3", "--port=0"]
+    command = [*COMMAND, "serve", "--tp=3", "--port=0"]
     for flags, text in (([], "error: the start would fail"), (["--no-preflight"], "error: 4 attention heads")):
         ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60, env=dict(os.environ))
         assert ended.returncode == 2

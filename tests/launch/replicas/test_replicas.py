@@ -7,9 +7,7 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +22,12 @@ from lockstep.launch.replicas.affinity import Affinity
 from lockstep.launch.server.server_config import ServerConfig
 from lockstep.runtime.outputs import RequestOutput
 
-from nodes import until
-from processes import MARK, marked
+from processes import kill_marked, marked, new_mark
+from small import COMMAND, SMALL, SMALL_FLAGS
+from waiting import holds_within
 
 pytest.importorskip("grpc", reason="needs lockstep[serve]")
 
-SMALL: dict[str, Any] = {"device": "cpu", "num_pages": 256, "max_num_seqs": 8, "max_num_batched_tokens": 256}
 PROMPTS = ["In the beginning", "And the LORD spake unto Moses, saying,", "Blessed is", "The sons of", "The king"]
 LONG = 250  # tokens
 QUEUED = 8  # more than are asked at once: who has no token yet counts as queued
@@ -71,15 +69,13 @@ class Server:
     """`lockstep serve --replicas 2`, its processes known by a mark."""
 
     def __init__(self, log: Path) -> None:
-        self.mark = uuid.uuid4().hex
+        self.mark = new_mark()
         self.log = log
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-        program = "from lockstep.launch.cli.main import main; main()"
-        command = [sys.executable, "-c", program, "serve", "--replicas=2", "--port=0", f"--max-queued={QUEUED}", *flags]
-        environment = {**os.environ, MARK: self.mark}
+        command = [*COMMAND, "serve", "--replicas=2", "--port=0", f"--max-queued={QUEUED}", *SMALL_FLAGS]
+        environment = {**os.environ, **self.mark}
         with log.open("w") as errors:
             self.process = subprocess.Popen(command, stderr=errors, env=environment, start_new_session=True)
-        assert until(120, lambda: "http://" in self.said() or self.process.poll() is not None)
+        assert holds_within(120, lambda: "http://" in self.said() or self.process.poll() is not None)
         assert self.process.poll() is None, self.said()
         self.url = self.said().rpartition(" on ")[2].split()[0]
         self.http = httpx.Client(base_url=self.url, timeout=60)
@@ -109,10 +105,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
         started.process.terminate()
         assert started.process.wait(60) == 0
-        assert until(20, lambda: not started.marked())
+        assert holds_within(20, lambda: not started.marked())
     finally:
-        for pid in started.marked():
-            os.kill(pid, signal.SIGKILL)
+        kill_marked(started.mark)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +131,7 @@ async def stream(url: str, prompt: str, got: list[str]) -> None:
                 got.append(httpx.Response(200, text=line[6:]).json()["choices"][0]["text"])
 
 
+@pytest.mark.process
 def test_both_replicas_serve_with_the_tokens_of_one_rank(server: Server, undisturbed: list[str]) -> None:
     assert len(server.ranks()) == 2
     got: list[list[str]] = [[] for _ in PROMPTS]
@@ -148,6 +144,7 @@ def test_both_replicas_serve_with_the_tokens_of_one_rank(server: Server, undistu
     assert min(map(len, got)) > 20, "tokens came one by one"
 
 
+@pytest.mark.process
 def test_a_prompt_goes_where_its_prefix_is(server: Server) -> None:
     """Each of several long prefixes comes again and again, and is computed once."""
     stories = [f"{name} " * 40 for name in ("Moses", "Aaron", "David", "Esther")]
@@ -161,18 +158,20 @@ def test_a_prompt_goes_where_its_prefix_is(server: Server) -> None:
     assert cached == 2 * len(stories)
 
 
+@pytest.mark.process
 def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
     body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": 4}
     with server.http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()  # which ends the response when it is collected
         next(lines)
         assert server.live() == 4
-    assert until(10, lambda: server.live() == 0)
+    assert holds_within(10, lambda: server.live() == 0)
     steps = server.stats()["steps"]
     time.sleep(0.5)
     assert server.stats()["steps"] <= steps + 1, "the ranks have stopped as well"
 
 
+@pytest.mark.process
 def test_more_than_the_queue_holds_is_refused(server: Server) -> None:
     at_once = 2 * SMALL["max_num_seqs"]
     body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": at_once}
@@ -184,43 +183,46 @@ def test_more_than_the_queue_holds_is_refused(server: Server) -> None:
         assert response.status_code == 429
         assert response.headers["retry-after"]
     more["prompt"] = [PROMPTS[0]] * (at_once + QUEUED)
-    assert until(10, lambda: server.live() == 0)
+    assert holds_within(10, lambda: server.live() == 0)
     assert len(server.http.post("/v1/completions", json=more).json()["choices"]) == at_once + QUEUED
 
 
-def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(server: Server, undisturbed: list[str]) -> None:
-    """First the ranks of one, then the replica itself of another."""
-    for find in (server.ranks, lambda: server.marked("ServeReplica")):
-        before, victims = set(server.ranks()), find()[:1]
-        got: list[list[str]] = [[] for _ in PROMPTS]
+@pytest.mark.process
+@pytest.mark.parametrize("victim", [pytest.param("ranks", marks=pytest.mark.nightly), "replica"])
+def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(
+    server: Server, undisturbed: list[str], victim: str
+) -> None:
+    """The ranks of a replica are killed, or the replica itself with its ranks."""
+    before = set(server.ranks())
+    victims = server.ranks()[:1] if victim == "ranks" else server.marked("ServeReplica")[:1]
+    got: list[list[str]] = [[] for _ in PROMPTS]
 
-        async def main(victims: list[int], got: list[list[str]]) -> None:
-            tasks = [
-                asyncio.create_task(stream(server.url, prompt, own)) for prompt, own in zip(PROMPTS, got, strict=True)
-            ]
-            while min(map(len, got)) < 10:
-                await asyncio.sleep(0.01)
-                assert not any(task.done() and task.exception() for task in tasks), "a stream has failed"
-            for pid in victims:
-                os.kill(pid, signal.SIGKILL)
-            await asyncio.gather(*tasks)
+    async def main() -> None:
+        tasks = [asyncio.create_task(stream(server.url, prompt, own)) for prompt, own in zip(PROMPTS, got, strict=True)]
+        while min(map(len, got)) < 10:
+            await asyncio.sleep(0.01)
+            assert not any(task.done() and task.exception() for task in tasks), "a stream has failed"
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        await asyncio.gather(*tasks)
 
-        asyncio.run(main(victims, got))
-        assert ["".join(own) for own in got] == undisturbed
-        assert until(60, lambda: len(set(server.ranks()) - before) == 1), server.said()  # noqa: B023
-        assert server.http.get("/health").status_code == 200
+    asyncio.run(main())
+    assert ["".join(own) for own in got] == undisturbed
+    assert holds_within(120, lambda: len(set(server.ranks()) - before) == 1), server.said()
+    assert server.http.get("/health").status_code == 200
     assert "requests go on elsewhere" in server.said()
 
 
+@pytest.mark.nightly
+@pytest.mark.process
 def test_nothing_outlives_a_front_end_that_was_killed(tmp_path: Path) -> None:
     started = Server(tmp_path / "log")
     try:
         started.process.kill()
         started.process.wait(10)
-        assert until(30, lambda: not started.marked("Worker.run") and not started.marked("ServeReplica"))
+        assert holds_within(30, lambda: not started.marked("Worker.run") and not started.marked("ServeReplica"))
     finally:
-        for pid in started.marked():
-            os.kill(pid, signal.SIGKILL)
+        kill_marked(started.mark)
 
 
 def test_replicas_are_an_option_of_the_server() -> None:

@@ -6,19 +6,20 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import httpx
 import pytest
-from test_server import KEY, Running, fake, run, tokenizer, wait_until  # noqa: F401 - fixtures
 
 pytest.importorskip("websockets", reason="the tests of the page need websockets: pip install lockstep[test]")
 from browser import PROGRAM, Browser, chromium
+from fake_engine import KEY, Running, fake
+from small import COMMAND
+from waiting import wait_until
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="the tests of the page need chromium")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(PROGRAM is None, reason="the tests of the page need chromium")]
 SERVE = ["serve", "--device=cpu", "--port=0", "--num-pages=2048", "--max-num-seqs=4", "--served-model-name=demo"]
 QUESTION = "Who was Moses?"
 # Notes what the page reads of /stats and when: rates are then worked out from what it had, not from a clock here.
@@ -48,7 +49,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]
     """URL and pid."""
     log = tmp_path_factory.mktemp("serve") / "log"
     environment = {name: value for name, value in os.environ.items() if name != "LOCKSTEP_API_KEY"}
-    command = [sys.executable, "-u", "-c", "from lockstep.launch.cli.main import main; main()", *SERVE]
+    command = [*COMMAND, *SERVE]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     try:
@@ -259,7 +260,7 @@ def test_a_refusal_is_shown_and_the_question_comes_back(browser: Browser, server
     assert sent(browser)["messages"] == [{"role": "user", "content": QUESTION}]
 
 
-def test_a_stream_that_is_cut_off_says_so(browser: Browser, run: Callable[..., Running]) -> None:  # noqa: F811
+def test_a_stream_that_is_cut_off_says_so(browser: Browser, run: Callable[..., Running]) -> None:
     running = run()
     fake(running).step_s = 0.02
     browser.open(running.url)
@@ -271,7 +272,7 @@ def test_a_stream_that_is_cut_off_says_so(browser: Browser, run: Callable[..., R
     browser.wait("document.querySelector('.turn.error')")
 
 
-def test_the_key_in_the_address_is_enough(browser: Browser, run: Callable[..., Running]) -> None:  # noqa: F811
+def test_the_key_in_the_address_is_enough(browser: Browser, run: Callable[..., Running]) -> None:
     running = run(api_key=[KEY], served_model_name=["demo"])
     browser.open(running.url.replace("://", f"://anybody:{KEY}@"))
     browser.wait("document.querySelector('#model').textContent === 'demo'")

@@ -18,12 +18,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_server import COMPLETION, Running, error_of, fake, run, tokenizer, wait_until  # noqa: F401 - fixtures
 
 from lockstep.launch.server import http_io, http_protocol
 
+from fake_engine import COMPLETION, Running, error_of, fake
+from small import COMMAND, SMALL, as_flags
+from waiting import wait_until
+
 SCRIPTS = Path(__file__).parents[3] / "scripts" / "soak"
-SMALL = ["--device=cpu", "--num-pages=512", "--max-num-seqs=16", "--max-num-batched-tokens=256"]
+PHASES = [  # of a start and an end, without the one that is tested daily
+    "the interpreter starts",
+    "torch is imported",
+    "Ray is imported",
+    "Ray's first server is there",
+    "Ray's node is there",
+    "Ray's agents are there",
+    "ranks are started",
+    "ranks size their cache",
+    "serving",
+    "streaming",
+    "draining",
+]
+FLAGS = as_flags({**SMALL, "num_pages": 512, "max_num_seqs": 16})
 
 
 def connect(running: Running, **options: int) -> socket.socket:
@@ -57,7 +73,7 @@ BODY = json.dumps({**COMPLETION, "max_tokens": 3}).encode()
     ids=["nothing", "half a head", "no body", "half a body"],
 )
 def test_a_request_that_does_not_arrive_is_given_up(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, sent: bytes  # noqa: F811
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:  # fmt: skip
     monkeypatch.setattr(http_protocol, "REQUEST_S", 0.3)
     running = run()
@@ -68,7 +84,7 @@ def test_a_request_that_does_not_arrive_is_given_up(
 
 
 def test_half_a_request_behind_a_whole_one_is_given_up(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setattr(http_protocol, "REQUEST_S", 0.3)
     running = run()
@@ -83,7 +99,7 @@ def test_half_a_request_behind_a_whole_one_is_given_up(
 
 
 def test_an_answer_may_take_longer_than_a_request(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setattr(http_protocol, "REQUEST_S", 0.2)
     monkeypatch.setattr(http_protocol, "ANSWER_S", 0.2)
@@ -96,7 +112,7 @@ def test_an_answer_may_take_longer_than_a_request(
 
 
 def test_who_never_reads_is_cancelled_and_holds_little(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.setattr(http_protocol, "ANSWER_S", 0.5)
     running = run()
@@ -107,14 +123,14 @@ def test_who_never_reads_is_cancelled_and_holds_little(
         raw.sendall(head_of(body) + body)
         wait_until(lambda: bool(running.server.server_state.connections) and service.steps > 0)
         (connection,) = running.server.server_state.connections
-        wait_until(lambda: not running.server.server_state.connections, 30)
+        wait_until(lambda: not running.server.server_state.connections)
         assert connection.transport.get_write_buffer_size() == 0
     wait_until(lambda: service.live == 0)
     assert running.post("/v1/completions", COMPLETION).status_code == 200
 
 
 def test_too_many_connections_are_refused_in_words(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch  # noqa: F811
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     running = run()
     monkeypatch.setattr(http_protocol, "most_connections", lambda: 3)
@@ -128,12 +144,13 @@ def test_too_many_connections_are_refused_in_words(
     assert running.http.get("/health").status_code == 200
 
 
+@pytest.mark.process
 def test_the_server_may_open_as_many_files_as_its_process_may() -> None:
     program = """
 import resource
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
-from lockstep.launch.server.patience import RESERVE, allow_descriptors, most_connections
+from lockstep.launch.server.http_protocol import RESERVE, allow_descriptors, most_connections
 assert most_connections() == 300 - RESERVE
 allow_descriptors()
 assert most_connections() == hard - RESERVE
@@ -141,7 +158,7 @@ assert most_connections() == hard - RESERVE
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_bodies_in_memory_are_bounded(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_bodies_in_memory_are_bounded(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_io, "BODIES", 2)
     running = run(max_body_bytes=100_000)
     waiting = [connect(running) for _ in range(2)]
@@ -156,7 +173,7 @@ def test_bodies_in_memory_are_bounded(run: Callable[..., Running], monkeypatch: 
     wait_until(lambda: running.post("/v1/completions", gateway_full).status_code == 200)
 
 
-def test_what_is_no_http_is_refused_in_the_envelope(run: Callable[..., Running]) -> None:  # noqa: F811
+def test_what_is_no_http_is_refused_in_the_envelope(run: Callable[..., Running]) -> None:
     running = run()
     for sent in (b"\x16\x03\x01 garbage\r\n\r\n", b"GET / HTTP\r\n\r\n", b"x" * 100_000):
         with connect(running) as raw:
@@ -170,7 +187,7 @@ def test_what_is_no_http_is_refused_in_the_envelope(run: Callable[..., Running])
 
 
 def script(name: str, *arguments: str) -> dict[str, Any]:
-    """The JSON at the end of a script that must succeed."""
+    """Return the JSON at the end of a script that must succeed."""
     command = [sys.executable, str(SCRIPTS / name), *arguments]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
@@ -180,45 +197,59 @@ def script(name: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_streams_under_load_are_what_they_are_alone() -> None:
-    found = script(
-        "soak_server.py", "--streams=24", "--seconds=3", "--requests=8", "--", "--tp=2", *SMALL
-    )  # fmt: skip
-    assert found["streams"] >= 24
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("streams", "seconds", "requests"), [(12, 1, 4), pytest.param(24, 3, 8, marks=pytest.mark.soak)]
+)
+def test_streams_under_load_are_what_they_are_alone(streams: int, seconds: int, requests: int) -> None:
+    """Also the daily start and end of `lockstep serve` with two ranks on a Ray cluster that it starts."""
+    load = [f"--streams={streams}", f"--seconds={seconds}", f"--requests={requests}"]
+    found = script("soak_server.py", *load, "--", "--tp=2", *FLAGS)
+    assert found["streams"] >= streams
 
 
+@pytest.mark.process
 def test_bad_requests_and_bad_clients() -> None:
-    found = script("soak_nonsense.py", "--requests=650", "--clients=66", "--", *SMALL)
+    found = script("soak_nonsense.py", "--requests=650", "--clients=66", "--", *FLAGS)
     assert sum(found["statuses"].values()) == 650
     assert sum(found["clients"].values()) == 66
     assert found["after"]["descriptors"] <= found["before"]["descriptors"]
 
 
+@pytest.mark.soak
 def test_starts_and_ends_leave_nothing() -> None:
-    assert script("soak_starts.py", "--times=3", "--patience=15", "--", "--tp=2", *SMALL)["ends"] == 3
+    assert script("soak_starts.py", "--times=3", "--patience=15", "--", "--tp=2", *FLAGS)["ends"] == 3
 
 
-@pytest.mark.parametrize("phase", ["torch is imported", "Ray's agents are there", "ranks load"])
+@pytest.mark.process
+@pytest.mark.parametrize("phase", ["ranks load", *(pytest.param(p, marks=pytest.mark.soak) for p in PHASES)])
 def test_signals_at_start_up_leave_nothing(phase: str) -> None:
     found = script(
-        "soak_starts.py", "--signals", "--twice", "--patience=15", f"--phase={phase}", "--", "--tp=2", *SMALL
+        "soak_starts.py", "--signals", "--twice", "--patience=15", f"--phase={phase}", "--", "--tp=2", *FLAGS
     )
     assert found["ends"] == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_generate_imports_torch(number: int) -> None:
-    """Many times, because it used to abort now and then: the signal comes at another place of the import each time."""
-    program = "from lockstep.launch.cli.main import main; main()"
-    for i in range(4):
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("number", "times"),
+    [
+        (signal.SIGTERM, 1),
+        pytest.param(signal.SIGTERM, 4, marks=pytest.mark.soak),
+        pytest.param(signal.SIGINT, 4, marks=pytest.mark.soak),
+    ],
+)
+def test_a_signal_while_generate_imports_torch(number: int, times: int) -> None:
+    """At another place of the import each time: it used to abort now and then."""
+    for i in range(times):
         process = subprocess.Popen(
-            [sys.executable, "-c", program, "generate", "--device=cpu", "--prompt=x"], stderr=subprocess.PIPE, text=True
+            [*COMMAND, "generate", "--device=cpu", "--prompt=x"], stderr=subprocess.PIPE, text=True
         )
         maps = Path(f"/proc/{process.pid}/maps")
         while "libtorch_cpu" not in maps.read_text() and process.poll() is None:
             time.sleep(0.005)
         time.sleep(0.1 * i)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=120)
         assert process.returncode == 128 + number, said
         assert "Traceback" not in said

@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable
 
 import httpx
-from test_server import KEY, Running, fake, run, tokenizer  # noqa: F401 - fixtures
+
+from fake_engine import KEY, Running, fake
 
 FILES = ("/", "/page.css", "/page.js")
 
 
-def test_the_page_has_its_files_and_its_script_asks_routes_there_are(run: Callable[..., Running]) -> None:  # noqa: F811
+def test_the_page_has_its_files_and_its_script_asks_routes_there_are(run: Callable[..., Running]) -> None:
     running = run()
     texts = {path: running.http.get(path) for path in FILES}
     assert {path: r.status_code for path, r in texts.items()} == dict.fromkeys(FILES, 200)
@@ -25,7 +26,7 @@ def test_the_page_has_its_files_and_its_script_asks_routes_there_are(run: Callab
         assert running.http.get(route).status_code in (200, 405), route
 
 
-def test_stats_has_what_the_script_shows(run: Callable[..., Running]) -> None:  # noqa: F811
+def test_stats_has_what_the_script_shows(run: Callable[..., Running]) -> None:
     running = run()
     fake(running).steps = 7
     found = running.http.get("/stats").json()
@@ -35,7 +36,7 @@ def test_stats_has_what_the_script_shows(run: Callable[..., Running]) -> None:  
     assert found["ranks"] == [{"rank": 0, "host": "host", "pid": 1, "state": "running"}]
 
 
-def test_a_browser_gives_the_key_as_a_password(run: Callable[..., Running]) -> None:  # noqa: F811
+def test_a_browser_gives_the_key_as_a_password(run: Callable[..., Running]) -> None:
     running = run(api_key=[KEY])
     for path in (*FILES, "/stats"):
         refused = httpx.get(running.url + path)

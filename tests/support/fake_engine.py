@@ -1,0 +1,163 @@
+"""The HTTP server over a scripted engine, in a thread, and bodies that it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, cast
+
+import httpx
+import openai
+
+from lockstep.launch.engine.async_engine import AsyncEngine, AsyncEngineStats, Health, RankStatus
+from lockstep.launch.engine.async_tokenizer import AsyncTokenizer
+from lockstep.launch.errors import EngineFailed
+from lockstep.launch.server.run import Server, create_uvicorn_config, listener
+from lockstep.launch.server.server_config import ServerConfig
+from lockstep.runtime.limits import Limits
+from lockstep.runtime.outputs import Event, Logprob
+from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.stats import EngineStats
+from lockstep.runtime.tokenizer import Detokenizer, Tokenizer
+
+from waiting import wait_until
+
+MAX_LEN = 512
+PROMPT = "And the LORD said unto Moses"
+CHAT = [{"role": "user", "content": "Who was Moses?"}]
+KEY = "sk-of-the-tests"
+COMPLETION = {"model": "demo", "prompt": PROMPT, "max_tokens": 4}
+CHAT_BODY = {"model": "demo", "messages": CHAT, "max_tokens": 4}
+
+
+class FakeService:
+    """The service's interface; tokens are a function of prompt, seed and position, a step takes `step_s` seconds."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.name = "demo"
+        self.tokenizer = AsyncTokenizer(tokenizer)
+        self._sync = tokenizer
+        self.limits = Limits(
+            max_model_len=MAX_LEN,
+            max_num_seqs=8,
+            max_num_batched_tokens=256,
+            num_pages=512,
+            page_size=16,
+            vocab_size=2048,
+        )
+        self.default_params = SamplingParams(temperature=0.7)
+        self.health = Health("ready")
+        self.step_s = 0.0
+        self.paused = False
+        self.fails: EngineFailed | None = None
+        self.asked: list[tuple[list[int], SamplingParams]] = []
+        self.cancelled: list[int] = []  # at which step
+        self.live = self.waiting = self.steps = 0
+        self.closed = False
+
+    def stats(self) -> AsyncEngineStats:
+        engine = EngineStats(steps=self.steps, preemptions=3)
+        ranks = [RankStatus(0, "host", 1, "running")]
+        return AsyncEngineStats(self.live, self.live, self.waiting, 0.25, 384, 10, 40, engine, 2, ranks)
+
+    async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
+        if self.health.state in ("failed", "draining"):
+            raise EngineFailed(self.health.reason)
+        ids = list(prompt)
+        self.asked.append((ids, params))
+        texts = [Detokenizer(self._sync, ids) for _ in range(params.n)]
+        explained: list[dict[int, Logprob] | None] | None = None
+        if params.prompt_logprobs is not None:
+            explained = [None, *(self.candidates(token, params.prompt_logprobs) for token in ids[1:])]
+        self.live += params.n
+        ended = False
+        assert params.max_tokens is not None
+        try:
+            for position in range(params.max_tokens):
+                await asyncio.sleep(self.step_s)
+                while self.paused:
+                    await asyncio.sleep(0.002)
+                if self.fails is not None and position == 2:
+                    raise self.fails
+                self.steps += 1
+                last = position == params.max_tokens - 1
+                reason = "abort" if self.closed else "length" if last else None
+                for index in range(params.n):
+                    token = 100 + (sum(ids) * 31 + (params.seed or 0) * 7 + index * 13 + position * 17) % 1800
+                    text = texts[index].push(token) + (texts[index].flush() if last else "")
+                    logprobs = None if params.logprobs is None else [self.candidates(token, params.logprobs)]
+                    yield Event(index, text, [token], logprobs, reason, None, ids, 4, explained)  # type: ignore[arg-type]
+            ended = True
+        finally:
+            self.live -= params.n
+            if not ended:
+                self.cancelled.append(self.steps)
+
+    def candidates(self, token: int, number: int) -> dict[int, Logprob]:
+        """The chosen token is always the second best; the last one is impossible."""
+        others = [t for t in range(300, 300 + number + 1) if t != token][:number]
+        ids = [*others[:1], token, *others[1:]] if number else [token]
+        found = {t: Logprob(-1.0 - i, i + 1, self._sync.decode([t])) for i, t in enumerate(ids[: max(number, 1)])}
+        found.setdefault(token, Logprob(-2.0, 2, self._sync.decode([token])))
+        if number > 2:
+            found[ids[number - 1]] = Logprob(float("-inf"), number, self._sync.decode([ids[number - 1]]))
+        return {token: found.pop(token)} | found
+
+    async def close(self, drain_timeout: float = 0.0) -> None:
+        self.health = Health("draining", "the service ends")
+        until = time.monotonic() + drain_timeout
+        while self.live and time.monotonic() < until:
+            await asyncio.sleep(0.005)
+        self.closed = True
+        while self.live:
+            await asyncio.sleep(0.005)
+
+
+class Running:
+    """A server on a free port, in a thread."""
+
+    def __init__(self, service: FakeService | AsyncEngine, **options: Any) -> None:
+        config = ServerConfig(**({"port": 0} | options))
+        self.service = service
+        self.port = listener(config)
+        self.url = f"http://127.0.0.1:{self.port.getsockname()[1]}"
+        own = cast(AsyncEngine, service)
+        self.server = Server(create_uvicorn_config(own, config), own, config.drain_timeout)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.port])))
+        self.thread.start()
+        wait_until(lambda: self.server.started)
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def post(self, path: str, body: Any, **more: Any) -> httpx.Response:
+        return self.http.post(path, json=body, **more)
+
+    def close(self) -> None:
+        self.http.close()
+        self.openai.close()
+        self.server.should_exit = self.server.force_exit = True
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+def fake(running: Running) -> FakeService:
+    assert isinstance(running.service, FakeService)
+    return running.service
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """The error in OpenAI's envelope, and nothing else in the body."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert isinstance(body["error"]["message"], str)
+    assert len(response.content) < 2000
+    return dict(body["error"])
+
+
+def expected_text(tokenizer: Tokenizer, ids: list[int], number: int, seed: int = 0, index: int = 0) -> str:
+    tokens = [100 + (sum(ids) * 31 + seed * 7 + index * 13 + p * 17) % 1800 for p in range(number)]
+    detokenizer = Detokenizer(tokenizer, ids)
+    return "".join(detokenizer.push(t) for t in tokens) + detokenizer.flush()
