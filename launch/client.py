@@ -1,4 +1,4 @@
-"""The client's side of an OpenAI-compatible server: how to reach it, the events of its streams, what it refuses."""
+"""A client of OpenAI-compatible servers: the connection, the events of a stream, and the error messages."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import httpx
 import msgspec
 
 CONNECT_S = 60.0
-LONGEST_REASON = 300  # characters of an error that is not OpenAI's
+MAX_REASON = 300  # characters of an error that is not in OpenAI's envelope
 
 
 class ServerRefused(ValueError):
-    """The server's answer is an error; the message is its own."""
+    """The server answered with an error; the message is the server's."""
 
 
 class Delta(msgspec.Struct):
+    """New text of a chat, or the role of its author."""
+
     role: str | None = None
     content: str | None = None
 
 
 class Choice(msgspec.Struct):
-    """New text of an output: `text` of a completion, `delta` of a chat."""
+    """News of one output: `text` in a completion, `delta` in a chat."""
 
     text: str | None = None
     delta: Delta | None = None
@@ -31,15 +33,18 @@ class Choice(msgspec.Struct):
 
     @property
     def new_text(self) -> str:
+        """The new text, empty if there is none."""
         return self.text or (self.delta.content if self.delta else None) or ""
 
     @property
     def opens(self) -> bool:
-        """It only says who speaks."""
+        """True for the first event of a chat, which holds the role alone."""
         return self.delta is not None and self.delta.role is not None and not self.new_text
 
 
 class Usage(msgspec.Struct):
+    """The token counts of a request."""
+
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -53,37 +58,41 @@ class Chunk(msgspec.Struct):
 
 
 class Model(msgspec.Struct):
+    """An entry of /v1/models."""
+
     id: str
 
 
 class Models(msgspec.Struct):
+    """The reply of /v1/models."""
+
     data: list[Model]
 
 
 class Events:
-    """The server-sent events of a body that comes in pieces, however they are cut.
+    """A parser of server-sent events that takes a body in pieces of any size.
 
-    Lines are cut at line feeds only: JSON strings may hold what `str.splitlines`, and so httpx, takes for a line's end.
+    Lines end at line feeds only. A JSON string may hold characters that `str.splitlines`, and so httpx, splits at.
     """
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = b""  # the beginning of a line that has not ended
 
-    def push(self, piece: bytes) -> Iterator[Chunk]:
-        """Events that this piece completes; raises ServerRefused for an error, ValueError for what is no event."""
-        *lines, self._rest = (self._rest + piece).split(b"\n")
+    def push(self, data: bytes) -> Iterator[Chunk]:
+        """Yield the events that `data` completes; raises ServerRefused for an error, ValueError for invalid JSON."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
-            data = line.removeprefix(b"data:").strip()
-            if not line.startswith(b"data:") or data == b"[DONE]":
+            event = line.removeprefix(b"data:").strip()
+            if not line.startswith(b"data:") or event == b"[DONE]":
                 continue
-            chunk = msgspec.json.decode(data, type=Chunk)
+            chunk = msgspec.json.decode(event, type=Chunk)
             if chunk.error is not None:
-                raise ServerRefused(_reason(data))
+                raise ServerRefused(_reason(event))
             yield chunk
 
 
 def connection(base_url: str) -> dict[str, Any]:
-    """How an httpx client reaches the server; OPENAI_API_KEY goes with every request if it is set."""
+    """Return the arguments of an httpx client; it sends OPENAI_API_KEY with every request if that is set."""
     key = os.environ.get("OPENAI_API_KEY")
     try:
         url = httpx.URL(base_url)
@@ -100,7 +109,7 @@ def connection(base_url: str) -> dict[str, Any]:
 
 
 def first_model(response: httpx.Response) -> str:
-    """The model that an answer of /v1/models names first; raises ServerRefused."""
+    """Return the first model in a response of /v1/models; raises ServerRefused."""
     if response.status_code != 200:
         raise refusal(response.status_code, response.content)
     try:
@@ -110,21 +119,21 @@ def first_model(response: httpx.Response) -> str:
 
 
 def refusal(status: int, body: bytes) -> ServerRefused:
-    """The error that an answer is."""
+    """Return the exception for an error response."""
     return ServerRefused(f"HTTP {status}: {_reason(body)}")
 
 
 def describe(error: Exception) -> str:
-    """In one line; some errors of httpx have no text."""
+    """Return the error's message, or its type: some errors of httpx have no message."""
     return str(error) or type(error).__name__
 
 
 def _reason(body: bytes) -> str:
-    """OpenAI's message if there is one, otherwise the beginning of the body."""
+    """Return the message in OpenAI's envelope if there is one, otherwise the beginning of the body."""
     try:
-        found = msgspec.json.decode(body)
+        content = msgspec.json.decode(body)
     except ValueError:
-        found = None
-    error = found.get("error", found) if isinstance(found, dict) else None
+        content = None
+    error = content.get("error", content) if isinstance(content, dict) else None
     message = error.get("message") if isinstance(error, dict) else error
-    return str(message) if message else body[:LONGEST_REASON].decode(errors="replace").strip() or "no reason is given"
+    return str(message) if message else body[:MAX_REASON].decode(errors="replace").strip() or "no reason is given"

@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 Message = dict[str, Any]
-Answer = Callable[[list[Message], dict[str, Any]], Iterator[str]]  # (conversation, settings) -> text as it comes
+Answer = Callable[[list[Message], dict[str, Any]], Iterator[str]]  # (conversation, settings) -> pieces of text
 SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "seed": int}
 HELP = f"/clear forgets the conversation, /set NAME VALUE sets one of {', '.join(SETTINGS)}, /exit ends"
 
 
 def chat(config: dict[str, Any], url: str | None) -> None:
-    """Talk until the input ends; with `url` to the server there, otherwise to the model that `config` describes."""
+    """Hold a conversation until the input ends, with the server at `url` or else with the model of `config`."""
     if url is not None:
-        talk(remote(url, _only_model(config)), sys.stdout)
+        talk(remote(url, _named_model(config)), sys.stdout)
     else:
-        with signals_wait():  # torch: seconds that a wrong option need not wait for
-            import transformers.models.auto.tokenization_auto  # noqa: F401 - which LLM would import
+        with signals_wait():  # torch takes seconds, which a wrong option need not wait for
+            import transformers.models.auto.tokenization_auto  # noqa: F401 - LLM would import it outside of this block
 
             from ..llm import LLM
 
@@ -40,24 +40,24 @@ def chat(config: dict[str, Any], url: str | None) -> None:
 
 
 def talk(answer: Answer, out: TextIO) -> None:
-    """Read lines, show the answers. Ctrl-C stops an answer, which stays in the conversation as far as it came."""
+    """Read lines and print the answers. Ctrl-C stops an answer; its text so far stays in the conversation."""
     print(HELP, file=out)
     messages: list[Message] = []
     settings: dict[str, Any] = {}
     while (line := _read_line()) is not None and line != "/exit":
         if line.startswith("/"):
-            print(_command(line.split(), messages, settings), file=out)
+            print(_run_command(line.split(), messages, settings), file=out)
         elif line:
             messages.append({"role": "user", "content": line})
-            said = _show(answer(messages, settings), out)
-            if said:
-                messages.append({"role": "assistant", "content": said})
+            text = _print_answer(answer(messages, settings), out)
+            if text:
+                messages.append({"role": "assistant", "content": text})
             else:
-                messages.pop()  # an unanswered question would be followed by another one, which templates refuse
+                messages.pop()  # chat templates refuse two messages of the user in a row
 
 
 def remote(url: str, model: str | None) -> Answer:
-    """Answers of a server; of its first model if none is named."""
+    """Return a function that asks the server at `url`, and its first model unless `model` names one."""
     import httpx
 
     from ..client import Events, connection, describe, first_model, refusal
@@ -73,8 +73,8 @@ def remote(url: str, model: str | None) -> Answer:
                 with client.stream("POST", "/v1/chat/completions", json=body) as response:
                     if response.status_code != 200:
                         raise refusal(response.status_code, response.read())
-                    for piece in response.iter_bytes():
-                        yield from (choice.new_text for chunk in events.push(piece) for choice in chunk.choices)
+                    for data in response.iter_bytes():
+                        yield from (choice.new_text for chunk in events.push(data) for choice in chunk.choices)
         except httpx.HTTPError as error:
             raise ValueError(f"{url}: {describe(error)}") from error
 
@@ -82,7 +82,7 @@ def remote(url: str, model: str | None) -> Answer:
 
 
 def local(llm: LLM) -> Answer:
-    """Answers of a model in this process."""
+    """Return a function that asks a model in this process."""
 
     def answer(messages: list[Message], settings: dict[str, Any]) -> Iterator[str]:
         params = msgspec.structs.replace(llm.get_default_sampling_params(), **{"max_tokens": None, **settings})
@@ -101,22 +101,22 @@ def local(llm: LLM) -> Answer:
 
 @contextmanager
 def _held_interrupts() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C came: an engine must not be cut in the middle of a step."""
-    came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    """Hold Ctrl-C back and yield a function that tells if it came: a step of the engine must not be interrupted."""
+    signals: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
     try:
-        yield lambda: bool(came)
+        yield lambda: bool(signals)
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
 
 
-def _show(answer: Iterator[str], out: TextIO) -> str:
-    """Print an answer as it comes; returns what came of it. What is refused is shown, and the conversation goes on."""
-    said, note = "", ""
+def _print_answer(answer: Iterator[str], out: TextIO) -> str:
+    """Print an answer piece by piece; returns its text. A refusal is printed, and the conversation goes on."""
+    text, note = "", ""
     try:
-        for text in answer:
-            said += text
-            print(text, end="", file=out, flush=True)
+        for piece in answer:
+            text += piece
+            print(piece, end="", file=out, flush=True)
     except Terminated:
         raise
     except KeyboardInterrupt:
@@ -124,11 +124,11 @@ def _show(answer: Iterator[str], out: TextIO) -> str:
     except ValueError as error:
         note = f"error: {error}"
     print(note, file=out)
-    return said
+    return text
 
 
-def _command(words: list[str], messages: list[Message], settings: dict[str, Any]) -> str:
-    """Carry out a line that begins with a slash; returns what to say of it."""
+def _run_command(words: list[str], messages: list[Message], settings: dict[str, Any]) -> str:
+    """Run a line that begins with a slash; returns the reply to the user."""
     match words:
         case ["/clear"]:
             messages.clear()
@@ -143,17 +143,17 @@ def _command(words: list[str], messages: list[Message], settings: dict[str, Any]
     return HELP
 
 
-def _only_model(config: dict[str, Any]) -> str | None:
-    """The model, if one was named; raises ValueError for options that only a model in this process could have."""
+def _named_model(config: dict[str, Any]) -> str | None:
+    """Return the model if one is named; raises ValueError for options that apply to a model in this process only."""
     default = Config()
-    given = [name for name, value in config.items() if name != "model" and value != getattr(default, name)]
-    if given:
-        raise ValueError(f"--url: the server has its own --{given[0].replace('_', '-')}; drop that option")
+    changed = [name for name, value in config.items() if name != "model" and value != getattr(default, name)]
+    if changed:
+        raise ValueError(f"--url: the server has its own --{changed[0].replace('_', '-')}; drop that option")
     return None if config["model"] == default.model else str(config["model"])
 
 
 def _read_line() -> str | None:
-    """A line of input without its spaces; None at its end or at Ctrl-C."""
+    """Return a line of input without surrounding spaces; None at the end of the input or at Ctrl-C."""
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):

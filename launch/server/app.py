@@ -1,4 +1,4 @@
-"""The ASGI application: routes with their documented answers, the key, and every error in one envelope."""
+"""The ASGI application: the routes with their documentation, the API key, and the responses to errors."""
 
 from __future__ import annotations
 
@@ -31,60 +31,61 @@ REF = "#/components/schemas/{model}"
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": meaning}
     for status, meaning in {
-        400: "Something in the request is wrong, or not implemented", 401: "No key, or an unknown one",
-        404: "There is no such model", 413: "The body is too long", 429: "Busy; try again later",
-        500: "A fault of the server", 503: "The engine is down, starting again or shutting down; try again later",
+        400: "The request is invalid, or asks for something that is not implemented",
+        401: "The API key is missing or unknown", 404: "The model does not exist", 413: "The body is too long",
+        429: "The server is busy; try again later", 500: "The server failed",
+        503: "The engine is down, restarting or shutting down; try again later",
     }.items()
 }  # fmt: skip
 
 
-def create_app(gateway: Handlers, keys: Sequence[str]) -> ASGIApp:
-    """The application; without keys, everybody may use it."""
-    app = Described(
+def create_app(handlers: Handlers, keys: Sequence[str]) -> ASGIApp:
+    """Return the application; without keys, it serves everyone."""
+    app = DocumentedApp(
         title="lockstep", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
-        exception_handlers=HANDLERS,
+        exception_handlers=EXCEPTION_HANDLERS,
     )  # fmt: skip
-    app.with_key = bool(keys)
-    for path, handler, body, reply, other in (
-        ("/v1/completions", gateway.completions, CompletionRequest, Completion, "text/event-stream"),
-        ("/v1/chat/completions", gateway.chat, ChatRequest, ChatCompletion, "text/event-stream"),
-        ("/v1/models", gateway.models, None, ModelList, None),
-        ("/tokenize", gateway.tokenize, TokenizeRequest, Tokens, None),
-        ("/detokenize", gateway.detokenize, DetokenizeRequest, Detokenized, None),
-        ("/health", gateway.health, None, Healthy, None),
-        ("/version", gateway.version, None, Version, None),
-        ("/metrics", gateway.metrics, None, None, "text/plain"),
+    app.has_keys = bool(keys)
+    for path, handler, body, reply, other_content in (
+        ("/v1/completions", handlers.completions, CompletionRequest, Completion, "text/event-stream"),
+        ("/v1/chat/completions", handlers.chat, ChatRequest, ChatCompletion, "text/event-stream"),
+        ("/v1/models", handlers.models, None, ModelList, None),
+        ("/tokenize", handlers.tokenize, TokenizeRequest, Tokens, None),
+        ("/detokenize", handlers.detokenize, DetokenizeRequest, Detokenized, None),
+        ("/health", handlers.health, None, Healthy, None),
+        ("/version", handlers.version, None, Version, None),
+        ("/metrics", handlers.metrics, None, None, "text/plain"),
     ):
-        content: dict[str, Any] = {other: {}} if other else {}
+        content: dict[str, Any] = {other_content: {}} if other_content else {}
         app.add_api_route(
             path, handler, methods=["GET" if body is None else "POST"], response_model=reply,
             response_class=Response if reply is None else JSONResponse,
-            responses=ERRORS | {200: {"content": content}}, openapi_extra=_takes(body),
+            responses=ERRORS | {200: {"content": content}}, openapi_extra=_body_schema(body),
         )  # fmt: skip
-    app.add_route("/stats", gateway.stats, include_in_schema=False)
+    app.add_route("/stats", handlers.stats, include_in_schema=False)
     for path in page_files.FILES:
-        app.add_route(path, page_files.send, include_in_schema=False)
+        app.add_route(path, page_files.send_page_file, include_in_schema=False)
     return RequireKey(app, keys)
 
 
-class Described(FastAPI):
-    """Adds what FastAPI cannot know: the bodies, which are read within a limit, and the key."""
+class DocumentedApp(FastAPI):
+    """Adds to /openapi.json what FastAPI cannot know: the bodies, which the handlers read, and the API key."""
 
-    with_key: bool
+    has_keys: bool
 
     def openapi(self) -> dict[str, Any]:
-        described = get_openapi(title=self.title, version=self.version, routes=self.routes)
+        schema = get_openapi(title=self.title, version=self.version, routes=self.routes)
         bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
-        _, found = models_json_schema([(body, "validation") for body in bodies], ref_template=REF)
-        described["components"]["schemas"] |= found["$defs"]
-        if self.with_key:
-            described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-            described["security"] = [{"key": []}]
-            described["paths"]["/health"]["get"]["security"] = []
-        return described
+        _, models = models_json_schema([(body, "validation") for body in bodies], ref_template=REF)
+        schema["components"]["schemas"] |= models["$defs"]
+        if self.has_keys:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["security"] = [{"key": []}]
+            schema["paths"]["/health"]["get"]["security"] = []
+        return schema
 
 
-def _takes(body: type[BaseModel] | None) -> dict[str, Any]:
+def _body_schema(body: type[BaseModel] | None) -> dict[str, Any]:
     if body is None:
         return {}
     schema = {"$ref": REF.format(model=body.__name__)}
@@ -92,27 +93,30 @@ def _takes(body: type[BaseModel] | None) -> dict[str, Any]:
 
 
 class RequireKey:
-    """Lets requests with one of the keys pass, and all to /health; without keys, all. Browsers have it as password."""
+    """Passes requests that carry one of the keys, and all requests to /health; without keys, passes everything.
+
+    A browser sends the key as the password of HTTP basic authentication.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._digests or scope["path"] == "/health" or self._knows(scope):
+        if scope["type"] != "http" or not self._digests or scope["path"] == "/health" or self._has_key(scope):
             await self._app(scope, receive, send)
         else:
-            error = ApiError(401, "this server needs a key it knows; send the header Authorization: Bearer KEY")
+            error = ApiError(401, "this server needs a valid API key; send the header Authorization: Bearer KEY")
             response = error.response()
-            response.headers["WWW-Authenticate"] = 'Basic realm="lockstep", charset="UTF-8"'  # a browser then asks
+            response.headers["WWW-Authenticate"] = 'Basic realm="lockstep", charset="UTF-8"'  # browsers then prompt
             await response(scope, receive, send)
 
-    def _knows(self, scope: Scope) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        scheme, _, key = given.partition(b" ")
-        if scheme.lower() == b"basic":  # of a browser: any name, and the key as the password
+    def _has_key(self, scope: Scope) -> bool:
+        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = authorization.partition(b" ")
+        if scheme.lower() == b"basic":  # from a browser: any user name, and the key as the password
             key = _password(key)
-        # Equal time for every key: digests of one length, and no key's comparison is left out.
+        # Takes equal time for every key: digests have one length, and no comparison is left out.
         matches = [hmac.compare_digest(_digest(key.strip()), digest) for digest in self._digests]
         return scheme.lower() in (b"bearer", b"basic") and any(matches)
 
@@ -128,34 +132,28 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-async def _on_api_error(request: Request, error: ApiError) -> Response:
-    return error.response()
-
-
-async def _on_refusal(request: Request, error: RequestRefused | EngineFailed) -> Response:
+async def _on_refusal(request: Request, error: ApiError | RequestRefused | EngineFailed) -> Response:
     return as_api_error(error).response()
 
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
-    """Starlette's own: there is no such route, or not with this method."""
+    """Answer Starlette's errors: an unknown route, or a method that a route does not have."""
     response = ApiError(error.status_code, f"{request.method} {request.url.path[:64]}: {error.detail}").response()
     response.headers.update(error.headers or {})
     return response
 
 
-async def _on_fault(request: Request, error: Exception) -> Response:
-    return ApiError(500, "the server has failed to answer; its log says why", code="internal_error").response()
+async def _on_exception(request: Request, error: Exception) -> Response:
+    return ApiError(500, "the server failed to answer; its log says why", code="internal_error").response()
 
 
 async def _on_disconnect(request: Request, error: ClientDisconnect) -> Response:
-    return Response(status_code=400)  # nobody reads it
+    return Response(status_code=400)  # no client is left to read it
 
 
-HANDLERS: dict[Any, Any] = {
-    ApiError: _on_api_error,
-    RequestRefused: _on_refusal,
-    EngineFailed: _on_refusal,
+EXCEPTION_HANDLERS: dict[Any, Any] = {
+    **dict.fromkeys((ApiError, RequestRefused, EngineFailed), _on_refusal),
     HTTPException: _on_http_error,
     ClientDisconnect: _on_disconnect,
-    Exception: _on_fault,
+    Exception: _on_exception,
 }

@@ -1,4 +1,4 @@
-"""Whether the engine is alive: it makes steps while there is work, or it is known to be idle."""
+"""The engine's health: it makes steps while requests are live, or it is known to be idle."""
 
 from __future__ import annotations
 
@@ -6,32 +6,28 @@ import time
 
 from ..engine.async_engine import AsyncEngine
 
-STALL_S = 30.0  # live requests without a step; the executor gives up a step by itself after --step-timeout
-
 
 class Liveness:
-    """Watches the engine's count of steps; `look` is called every second or so."""
+    """Watches the engine's count of steps; `update` is called about once a second."""
 
-    def __init__(self, service: AsyncEngine) -> None:
-        self._service = service
+    def __init__(self, engine: AsyncEngine, stall_timeout_s: float) -> None:
+        self._engine, self._stall_timeout_s = engine, stall_timeout_s
         self._steps = -1
-        self._moved = time.monotonic()  # when a step had been made, or there was nothing to do
+        self._progress_at = time.monotonic()  # of the last new step, or of the last update without live requests
 
-    async def look(self) -> None:
-        self._look()
-
-    def _look(self) -> None:
-        stats = self._service.stats()
+    def update(self) -> None:
+        """Note the progress since the last call."""
+        stats = self._engine.stats()
         if stats.engine.steps != self._steps or stats.num_live == 0:
-            self._steps, self._moved = stats.engine.steps, time.monotonic()
+            self._steps, self._progress_at = stats.engine.steps, time.monotonic()
 
-    def trouble(self) -> str | None:
-        """Why the server is not healthy; None if it is."""
-        health = self._service.health
+    def problem(self) -> str | None:
+        """Return the reason why the server is not healthy; None if it is healthy."""
+        health = self._engine.health
         if health.state != "ready":
             return f"the engine is {health.state}: {health.reason}"
-        self._look()
-        silent = time.monotonic() - self._moved
-        if silent < STALL_S:
+        self.update()
+        silent_s = time.monotonic() - self._progress_at
+        if silent_s < self._stall_timeout_s:
             return None
-        return f"the engine has made no step for {silent:.0f} s although requests are live"
+        return f"the engine has made no step for {silent_s:.0f} s although requests are live"

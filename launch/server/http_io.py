@@ -1,4 +1,4 @@
-"""Bytes in and out: bodies read within a limit, answers that end with their client, server-sent events."""
+"""HTTP input and output: bodies within a limit, answers that stop when the client leaves, server-sent events."""
 
 from __future__ import annotations
 
@@ -17,48 +17,49 @@ from .api_errors import ApiError, as_api_error, from_validation_error
 from .protocol.request_models import fields_of
 
 INLINE_BYTES = 32 * 1024  # a longer body is parsed in a thread
-BODIES = 64  # of the longest length may be in memory before they are requests
 Body = TypeVar("Body", bound=BaseModel)
 
 
 class BodyBudget:
-    """What may be in memory of bodies that are still read or parsed: `max_bytes` of one, `BODIES` times that of all."""
+    """The memory of bodies that are being read or parsed: `max_bytes` for one, `max_bodies` times that for all."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.held = max_bytes, 0
+    def __init__(self, max_bytes: int, max_bodies: int) -> None:
+        self.max_bytes, self.used_bytes = max_bytes, 0
+        self._total_bytes = max_bodies * max_bytes
 
-    def take(self, size: int) -> None:
-        """Raises ApiError when there is no room."""
-        if self.held + size > BODIES * self.max_bytes:
-            raise ApiError(429, "too many long bodies are read at once; try again later", code="rate_limit_exceeded")
-        self.held += size
+    def take(self, num_bytes: int) -> None:
+        """Reserve memory; raises ApiError if there is not enough left."""
+        if self.used_bytes + num_bytes > self._total_bytes:
+            message = "the server is reading too many long bodies at once; try again later"
+            raise ApiError(429, message, code="rate_limit_exceeded")
+        self.used_bytes += num_bytes
 
 
-async def read_body(request: Request, model: type[Body], reading: BodyBudget) -> Body:
-    """The request's JSON as `model`; raises ApiError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+async def read_body(request: Request, model: type[Body], budget: BodyBudget) -> Body:
+    """Return the request's JSON body as `model`; raises ApiError."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
         raise ApiError(400, "the body must be JSON; send it with the header content-type: application/json")
     content = bytearray()
     try:
-        await _read(request, content, reading)
+        await _receive(request, content, budget)
         if len(content) <= INLINE_BYTES:
             return _parse(bytes(content), model)
         return await asyncio.to_thread(_parse, bytes(content), model)
     finally:
-        reading.held -= len(content)
+        budget.used_bytes -= len(content)
 
 
-async def _read(request: Request, content: bytearray, reading: BodyBudget) -> None:
-    """The body into `content`, never more of it than `reading` takes."""
-    too_long = ApiError(413, f"the body is longer than the {reading.max_bytes} bytes of --max-body-bytes; send less")
+async def _receive(request: Request, content: bytearray, budget: BodyBudget) -> None:
+    """Append the body to `content`, never more bytes than `budget` allows."""
+    too_long = ApiError(413, f"the body is longer than the {budget.max_bytes} bytes of --max-body-bytes; send less")
     announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > reading.max_bytes:
+    if announced.isdecimal() and int(announced) > budget.max_bytes:
         raise too_long
     async for chunk in request.stream():
-        if len(content) + len(chunk) > reading.max_bytes:
+        if len(content) + len(chunk) > budget.max_bytes:
             raise too_long
-        reading.take(len(chunk))
+        budget.take(len(chunk))
         content += chunk
 
 
@@ -70,22 +71,22 @@ def _parse(content: bytes, model: type[Body]) -> Body:
 
 
 class StreamingAnswer(Response):
-    """An answer that is made while it is sent, and given up when its client has gone."""
+    """A response that the coroutine `answer` computes and sends; it is cancelled when the client disconnects."""
 
-    def __init__(self, work: Callable[[Send], Coroutine[Any, Any, None]]) -> None:
+    def __init__(self, answer: Callable[[Send], Coroutine[Any, Any, None]]) -> None:
         super().__init__()
-        self._work = work
+        self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work, gone = asyncio.ensure_future(self._work(send)), asyncio.ensure_future(_disconnected(receive))
+        answer, disconnect = asyncio.ensure_future(self._answer(send)), asyncio.ensure_future(_disconnected(receive))
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()
+            await asyncio.wait((answer, disconnect), return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                answer.result()
         finally:
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            answer.cancel()
+            disconnect.cancel()
+            await asyncio.gather(answer, disconnect, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -94,23 +95,25 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def send_json(send: Send, reply: BaseModel) -> None:
+    """Send `reply` as a whole response."""
     content = reply.model_dump_json().encode()
     await _start(send, "application/json", content_length=str(len(content)))
     await send({"type": "http.response.body", "body": content})
 
 
 async def send_events(send: Send, chunks: AsyncIterator[BaseModel]) -> None:
-    """Server-sent events: one for each chunk, then [DONE]. What fails before the first chunk is raised."""
+    """Send each chunk as a server-sent event, then [DONE].
+
+    An error before the first chunk is raised; a later one is sent as the last event.
+    """
     first = await anext(chunks)
     await _start(send, "text/event-stream; charset=utf-8", cache_control="no-cache", x_accel_buffering="no")
     await _send_event(send, first)
     try:
         async for chunk in chunks:
             await _send_event(send, chunk)
-    except (RequestRefused, EngineFailed) as error:
+    except (ApiError, RequestRefused, EngineFailed) as error:
         await _send_event(send, as_api_error(error).reply())
-    except ApiError as error:
-        await _send_event(send, error.reply())
     await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
 
@@ -120,6 +123,6 @@ async def _send_event(send: Send, chunk: BaseModel) -> None:
 
 
 async def _start(send: Send, content_type: str, **headers: str) -> None:
-    named = {"content_type": content_type, **headers}
-    lines = [(name.replace("_", "-").encode(), value.encode()) for name, value in named.items()]
+    pairs = {"content_type": content_type, **headers}
+    lines = [(name.replace("_", "-").encode(), value.encode()) for name, value in pairs.items()]
     await send({"type": "http.response.start", "status": 200, "headers": lines})

@@ -1,8 +1,8 @@
-"""uvicorn's protocol, with a deadline wherever it would wait for a client for ever, and room for a number of clients.
+"""uvicorn's HTTP protocol with deadlines for slow clients and a limit of connections.
 
-A client may be slow: its request has `REQUEST_S` to arrive, and what has been written to it `ANSWER_S` to be taken, as
-far as it does not fit into the buffer of 64 KiB. An answer that nobody takes is cancelled like that of a client that
-has gone, so that it holds neither a place nor memory.
+A request has `request_timeout_s` to arrive. Response bytes beyond the socket's write buffer of 64 KiB have
+`response_timeout_s` to be read. A connection that misses a deadline is aborted, and its request is cancelled like that
+of a client that disconnects. So a slow client holds neither a place in the batch nor memory.
 """
 
 from __future__ import annotations
@@ -15,90 +15,95 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .api_errors import ApiError
+from .server_config import ServerLimits
 
-REQUEST_S = 60.0  # from the first byte, or the connection, to the last byte of the request
-ANSWER_S = 60.0  # for a client to take what waits for it
-RESERVE = 256  # descriptors that connections leave to everything else: ranks that start again, files
+RESERVED_FILES = 256  # descriptors that connections leave free for restarted ranks and files
 
 
-def allow_descriptors() -> None:
-    """Raise this process's limit of open files to what it may be: each connection is one."""
+def raise_file_limit() -> None:
+    """Raise this process's soft limit of open files to the hard limit: each connection needs a descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def most_connections() -> int:
-    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVE)
+def max_connections() -> int:
+    """Return the number of connections that the limit of open files allows."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_FILES)
 
 
 class TimeoutHTTPProtocol(H11Protocol):
     """One connection."""
 
+    def __init__(self, *args: Any, limits: ServerLimits, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._limits = limits
+        self._request_timer: asyncio.TimerHandle | None = None
+        self._response_timer: asyncio.TimerHandle | None = None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._request_due: asyncio.TimerHandle | None = None
-        self._answer_due: asyncio.TimerHandle | None = None
-        if len(self.connections) > most_connections():
+        if len(self.connections) > (self._limits.max_connections or max_connections()):
             self._refuse(ApiError(503, "the server has too many connections; try again later", code="busy"))
-        self._watch_request()
+        self._update_request_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch_request()
+        self._update_request_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._watch_request()
-        if self.transport.get_write_buffer_size():  # a client that takes the end does not keep the connection either
-            self._watch_answer()
+        self._update_request_timer()
+        if self.transport.get_write_buffer_size():  # the client must also read the end of the response in time
+            self._start_response_timer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._watch_answer()
+        self._start_response_timer()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._answer_due is not None:
-            self._answer_due.cancel()
-            self._answer_due = None
+        if self._response_timer is not None:
+            self._response_timer.cancel()
+            self._response_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for timer in (self._request_due, self._answer_due):
+        for timer in (self._request_timer, self._response_timer):
             if timer is not None:
                 timer.cancel()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, msg, code="invalid_request"))
 
-    def _watch_request(self) -> None:
-        """Set the deadline while a request is on its way, from uvicorn's own for idle connections onwards."""
-        arriving = self.cycle is None or self.cycle.more_body or self.cycle.response_complete
-        if arriving and self.timeout_keep_alive_task is None and not self.transport.is_closing():
-            if self._request_due is None:
-                self._request_due = self.loop.call_later(REQUEST_S, self.transport.abort)
-        elif self._request_due is not None:
-            self._request_due.cancel()
-            self._request_due = None
+    def _update_request_timer(self) -> None:
+        """Run the timer while a request arrives; uvicorn's keep-alive timeout covers idle connections."""
+        is_arriving = self.cycle is None or self.cycle.more_body or self.cycle.response_complete
+        if is_arriving and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            if self._request_timer is None:
+                self._request_timer = self.loop.call_later(self._limits.request_timeout_s, self.transport.abort)
+        elif self._request_timer is not None:
+            self._request_timer.cancel()
+            self._request_timer = None
 
-    def _watch_answer(self) -> None:
-        if self._answer_due is None:
-            self._answer_due = self.loop.call_later(ANSWER_S, self._give_up_answer)
+    def _start_response_timer(self) -> None:
+        if self._response_timer is None:
+            self._response_timer = self.loop.call_later(self._limits.response_timeout_s, self._on_response_timeout)
 
-    def _give_up_answer(self) -> None:
-        self._answer_due = None
+    def _on_response_timeout(self) -> None:
+        self._response_timer = None
         if self.transport.get_write_buffer_size():
             self.transport.abort()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer with the error if an answer has not begun yet, and close."""
+        """Send the error unless a response has begun, then close the connection."""
         response = error.response()
-        body = bytes(response.body)
         headers: list[tuple[bytes, bytes]] = [*response.raw_headers, (b"connection", b"close")]
         events: list[Any] = [
-            h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
-        ]  # fmt: skip
+            h11.Response(status_code=error.status, headers=headers),
+            h11.Data(data=bytes(response.body)),
+            h11.EndOfMessage(),
+        ]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             for event in events:
                 self.transport.write(self.conn.send(event) or b"")

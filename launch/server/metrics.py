@@ -1,4 +1,4 @@
-"""What Prometheus reads: vLLM's names under our prefix, so that its dashboards need a search and replace only."""
+"""The Prometheus metrics: vLLM's names with the prefix `lockstep:`, so its dashboards only need another prefix."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ REQUEST_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0
 
 
 class Metrics:
-    """Counters and histograms of what clients saw; the gauges are the service's own figures when they are read."""
+    """Counters and histograms of requests as clients see them, and the engine's statistics at each scrape."""
 
     def __init__(self, model: str, stats: Callable[[], AsyncEngineStats]) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_Readings(model, stats))
+        self._registry.register(_EngineCollector(model, stats))
         self._model = model
-        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began.")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests with at least one output token.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.success = Counter(
             "lockstep:request_success", "Outputs that ended, by reason.", (LABEL, "finished_reason"),
@@ -38,51 +38,54 @@ class Metrics:
         )
         self.end_to_end = self._histogram("e2e_request_latency_seconds", "From request to the output's end.", REQUEST_S)
 
-    def ended(self, reason: str) -> None:
+    def count_finished(self, reason: str) -> None:
+        """Count an output that ended for `reason`."""
         self.success.labels(self._model, reason).inc()
 
     def text(self) -> bytes:
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
 
     def _counter(self, name: str, help: str) -> Counter:
         return Counter(f"lockstep:{name}", help, (LABEL,), registry=self._registry).labels(self._model)
 
     def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-        found = Histogram(f"lockstep:{name}", help, (LABEL,), registry=self._registry, buckets=buckets)
-        return found.labels(self._model)
+        histogram = Histogram(f"lockstep:{name}", help, (LABEL,), registry=self._registry, buckets=buckets)
+        return histogram.labels(self._model)
 
 
-class Timing:
-    """The clock of one prompt's outputs."""
+class PromptTimer:
+    """Observes the latencies of one prompt's outputs."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._start = time.perf_counter()
-        self._first: dict[int, float] = {}
+        self._first: dict[int, float] = {}  # by the index of the output
         self._last: dict[int, float] = {}
-        self._tokens: dict[int, int] = {}
+        self._num_tokens: dict[int, int] = {}
 
-    def saw(self, event: Event) -> None:
+    def observe(self, event: Event) -> None:
+        """Update the metrics with an event that has just arrived."""
         now, metrics = time.perf_counter(), self._metrics
         if not self._first:
             metrics.prompt_tokens.inc(len(event.prompt_token_ids))
             metrics.first_token.observe(now - self._start)
-        index, new = event.index, len(event.token_ids)
-        metrics.generation_tokens.inc(new)
-        if index in self._last and new:
-            metrics.inter_token.observe((now - self._last[index]) / new)
+        index, num_new = event.index, len(event.token_ids)
+        metrics.generation_tokens.inc(num_new)
+        if index in self._last and num_new:
+            metrics.inter_token.observe((now - self._last[index]) / num_new)
         self._first.setdefault(index, now)
         self._last[index] = now
-        self._tokens[index] = self._tokens.get(index, 0) + new
+        self._num_tokens[index] = self._num_tokens.get(index, 0) + num_new
         if event.finish_reason is not None:
-            metrics.ended(event.finish_reason)
+            metrics.count_finished(event.finish_reason)
             metrics.end_to_end.observe(now - self._start)
-            if self._tokens[index] > 1:
-                metrics.per_token.observe((now - self._first[index]) / (self._tokens[index] - 1))
+            if self._num_tokens[index] > 1:
+                metrics.per_token.observe((now - self._first[index]) / (self._num_tokens[index] - 1))
 
 
-class _Readings(Collector):
-    """Figures that the service keeps itself."""
+class _EngineCollector(Collector):
+    """The engine's own statistics."""
 
     def __init__(self, model: str, stats: Callable[[], AsyncEngineStats]) -> None:
         self._model, self._stats = model, stats
@@ -92,21 +95,21 @@ class _Readings(Collector):
         gauges = {
             "num_requests_running": ("Outputs being computed.", stats.running),
             "num_requests_waiting": ("Outputs waiting for a place in the batch.", stats.waiting),
-            "kv_cache_free_pages": ("Pages of the KV cache that nobody holds, after the last step.", stats.free_pages),
-            "kv_cache_usage_perc": ("Share of the KV cache that live outputs hold; 1 is all.", stats.kv_usage),
+            "kv_cache_free_pages": ("Free pages of the KV cache after the last step.", stats.free_pages),
+            "kv_cache_usage_perc": ("Share of the KV cache that live outputs hold, from 0 to 1.", stats.kv_usage),
         }
         counters = {
-            "num_preemptions": ("Outputs put back for want of KV cache.", stats.engine.preemptions),
+            "num_preemptions": ("Outputs preempted because the KV cache was full.", stats.engine.preemptions),
             "prefix_cache_queries": ("Tokens looked up in the prefix cache.", stats.prefix_queries),
             "prefix_cache_hits": ("Tokens found in the prefix cache.", stats.prefix_hits),
             "engine_steps": ("Steps of the engine.", stats.engine.steps),
-            "engine_restarts": ("Times that the ranks were started again.", stats.restarts),
+            "engine_restarts": ("Restarts of the ranks.", stats.restarts),
         }
         for name, (help, value) in gauges.items():
-            yield self._one(GaugeMetricFamily(f"lockstep:{name}", help, labels=[LABEL]), value)
+            yield self._family(GaugeMetricFamily(f"lockstep:{name}", help, labels=[LABEL]), value)
         for name, (help, value) in counters.items():
-            yield self._one(CounterMetricFamily(f"lockstep:{name}", help, labels=[LABEL]), value)
+            yield self._family(CounterMetricFamily(f"lockstep:{name}", help, labels=[LABEL]), value)
 
-    def _one(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
+    def _family(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
         family.add_metric([self._model], value)
         return family

@@ -1,4 +1,4 @@
-"""The page at /: a chat with the model, and a live view of the engine; static files that ask the API."""
+"""The files of the page at /: a chat with the model and a live view of the engine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ FOLDER = Path(__file__).parent / "page"
 FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 
 
-async def send(request: Request) -> Response:
-    """One of the files."""
+async def send_page_file(request: Request) -> Response:
+    """Return the file of the requested path."""
     return FileResponse(FOLDER / FILES[request.url.path])

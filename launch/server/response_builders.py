@@ -1,179 +1,203 @@
-"""OpenAI's objects from the engine's events: one class for completions, one for chats.
+"""Builders of OpenAI's response objects from the engine's events: one class for completions, one for chats.
 
-A stream sends one chunk for each event of a choice; a whole answer has one event for each choice, joined from all.
+A response is a stream with one chunk for each event, or one object made of all events of each choice.
 """
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
 from ...runtime.outputs import Event, Logprob
-from .protocol.response_models import (
-    Candidate,
-    ChatAnswer,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatDelta,
-    ChatLogprobs,
-    Completion,
-    CompletionChoice,
-    CompletionLogprobs,
-    FinishReason,
-    TokenCandidates,
-    Usage,
-)
+from .protocol import response_models as api
 
-LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's own figure
+MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not have
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+ChoiceEvent = tuple[int, Event]  # with the index of the choice
+
+
+@dataclass
+class TokenUsage:
+    """The token counts of a request, so far."""
+
+    num_prompt: int
+    num_completion: int = 0
+    num_cached: dict[int, int] = field(default_factory=dict)  # of each prompt
+
+    def update(self, prompt: int, event: Event) -> None:
+        """Add the tokens of an event of the prompt with this number."""
+        self.num_completion += len(event.token_ids)
+        self.num_cached[prompt] = event.num_cached_tokens
+
+    def usage(self) -> api.Usage:
+        """Return the counts as OpenAI's object."""
+        return api.Usage(
+            prompt_tokens=self.num_prompt, completion_tokens=self.num_completion,
+            total_tokens=self.num_prompt + self.num_completion,
+            prompt_tokens_details=api.PromptDetails(cached_tokens=sum(self.num_cached.values())),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class EchoedPrompt:
-    """A prompt that comes before its answer: its text, and that of its first token, which nothing has predicted."""
+    """A prompt to be repeated before its output."""
 
     text: str
-    first: str
+    first_token: str  # the text of the first token, which has no log-probability
 
 
-class Completions:
-    """Of /v1/completions. `echoes` are the prompts, or none, `num_top` candidates each position."""
+class ResponseBuilder(ABC):
+    """Builds the response of one request, streamed or whole."""
 
-    def __init__(self, model: str, n: int, echoes: Sequence[EchoedPrompt], num_top: int | None) -> None:
-        self._id, self._created, self._model = f"cmpl-{secrets.token_hex(16)}", int(time.time()), model
-        self._n, self._num_top = n, num_top
-        self._echoes = echoes
-        self._offsets: dict[int, int] = {}  # of each choice: characters of the tokens that were given
-
-    def whole(self, events: Sequence[Event], usage: Usage) -> BaseModel:
-        return self._chunk([self._choice(choice, event) for choice, event in enumerate(events)], usage)
-
-    def chunks(self, choice: int, event: Event) -> Iterator[BaseModel]:
-        if _is_visible(event):
-            yield self._chunk([self._choice(choice, event)])
-
-    def last(self, usage: Usage) -> BaseModel:
-        return self._chunk([], usage)
-
-    def _chunk(self, choices: list[CompletionChoice], usage: Usage | None = None) -> BaseModel:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
-
-    def _choice(self, choice: int, event: Event) -> CompletionChoice:
-        begins = choice not in self._offsets
-        echo = self._echoes[choice // self._n] if begins and self._echoes else None
-        logprobs = self._logprobs(choice, event, echo)
-        return CompletionChoice(
-            index=choice, text=(echo.text if echo else "") + event.text, logprobs=logprobs,
-            finish_reason=_finish_reason(event), stop_reason=event.stop_reason,
-        )  # fmt: skip
-
-    def _logprobs(self, choice: int, event: Event, echo: EchoedPrompt | None) -> CompletionLogprobs | None:
-        at = self._offsets.setdefault(choice, 0)
-        if self._num_top is None:
-            return None
-        found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        prompt = _with_logprobs(event.prompt_token_ids, event.prompt_logprobs) if echo else []
-        for token, candidates in [*prompt, *_with_logprobs(event.token_ids, event.logprobs)]:
-            if candidates is None:
-                assert echo is not None, "a prompt's first token"
-                text, logprob, table = echo.first, None, None
-            else:
-                text, logprob = candidates[token].decoded_token, _finite(candidates[token].logprob)
-                top = sorted(candidates.values(), key=lambda c: -c.rank)  # of equal texts the likelier one stays
-                table = {c.decoded_token: _finite(c.logprob) for c in top}
-            found.tokens.append(text)
-            found.token_logprobs.append(logprob)
-            found.top_logprobs.append(table)
-            found.text_offset.append(at)
-            at += len(text)
-        self._offsets[choice] = at
-        return found
-
-
-class Chat:
-    """Of /v1/chat/completions; `num_top` candidates each position, None without log-probabilities."""
+    id_prefix: str
+    chunk_type: type[BaseModel]
+    response_type: type[BaseModel]
 
     def __init__(self, model: str, num_top: int | None) -> None:
-        self._id, self._created, self._model = f"chatcmpl-{secrets.token_hex(16)}", int(time.time()), model
-        self._num_top = num_top
-        self._begun: set[int] = set()
+        self._id, self._created = f"{self.id_prefix}-{secrets.token_hex(16)}", int(time.time())
+        self._model = model
+        self._num_top = num_top  # candidates at each position; None without log-probabilities
 
-    def whole(self, events: Sequence[Event], usage: Usage) -> BaseModel:
-        choices = [
-            ChatChoice(
-                index=choice, message=ChatAnswer(content=event.text), logprobs=self._logprobs(event),
-                finish_reason=finish_reason, stop_reason=event.stop_reason,
-            )
-            for choice, event in enumerate(events) if (finish_reason := _finish_reason(event)) is not None
-        ]  # fmt: skip
-        return ChatCompletion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+    async def stream(self, events: AsyncIterator[ChoiceEvent], usage: TokenUsage | None) -> AsyncIterator[BaseModel]:
+        """Yield the chunks of a streamed response; with `usage`, the last chunk holds the token counts."""
+        async for index, event in events:
+            for choice in self._chunk_choices(index, event):
+                yield self._make(self.chunk_type, [choice])
+        if usage is not None:
+            yield self._make(self.chunk_type, [], usage)
 
-    def chunks(self, choice: int, event: Event) -> Iterator[BaseModel]:
-        if choice not in self._begun:
-            self._begun.add(choice)
-            role: ChatDelta = {"role": "assistant", "content": ""}
-            first = ChatChunkChoice(index=choice, delta=role, logprobs=None, finish_reason=None, stop_reason=None)
-            yield self._chunk([first])
-        if _is_visible(event):
-            yield self._chunk([self._choice(choice, event)])
+    async def whole(self, events: AsyncIterator[ChoiceEvent], usage: TokenUsage) -> BaseModel:
+        """Return the response after the last event."""
+        by_choice: dict[int, list[Event]] = {}
+        async for index, event in events:
+            by_choice.setdefault(index, []).append(event)
+        choices = [self._choice(index, first.joined(*later)) for index, (first, *later) in sorted(by_choice.items())]
+        return self._make(self.response_type, choices, usage)
 
-    def last(self, usage: Usage) -> BaseModel:
-        return self._chunk([], usage)
+    @abstractmethod
+    def _choice(self, index: int, event: Event) -> BaseModel:
+        """Return a choice of the whole response from the joined events of its output."""
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> BaseModel:
-        return ChatChunk(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+    @abstractmethod
+    def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
+        """Yield the choices, one for each chunk, that an event adds to a stream."""
 
-    def _choice(self, choice: int, event: Event) -> ChatChunkChoice:
-        return ChatChunkChoice(
-            index=choice, delta={"content": event.text} if event.text else {},
-            logprobs=self._logprobs(event) if event.logprobs else None,
+    def _make(self, kind: type[BaseModel], choices: list[BaseModel], usage: TokenUsage | None = None) -> BaseModel:
+        counts = usage and usage.usage()
+        return kind(id=self._id, created=self._created, model=self._model, choices=choices, usage=counts)
+
+
+class CompletionBuilder(ResponseBuilder):
+    """Builds responses of /v1/completions: `n` choices for each prompt, after its echo if there are `echoes`."""
+
+    id_prefix, chunk_type, response_type = "cmpl", api.Completion, api.Completion
+
+    def __init__(self, model: str, n: int, echoes: Sequence[EchoedPrompt], num_top: int | None) -> None:
+        super().__init__(model, num_top)
+        self._n, self._echoes = n, echoes
+        self._text_offsets: dict[int, int] = {}  # of each choice: characters of the tokens so far
+
+    def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
+        if _has_news(event):
+            yield self._choice(index, event)
+
+    def _choice(self, index: int, event: Event) -> BaseModel:
+        is_first = index not in self._text_offsets
+        echo = self._echoes[index // self._n] if is_first and self._echoes else None
+        return api.CompletionChoice(
+            index=index, text=(echo.text if echo else "") + event.text, logprobs=self._logprobs(index, event, echo),
             finish_reason=_finish_reason(event), stop_reason=event.stop_reason,
         )  # fmt: skip
 
-    def _logprobs(self, event: Event) -> ChatLogprobs | None:
+    def _logprobs(self, index: int, event: Event, echo: EchoedPrompt | None) -> api.CompletionLogprobs | None:
+        offset = self._text_offsets.setdefault(index, 0)
+        if self._num_top is None:
+            return None
+        logprobs = api.CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        prompt = zip(event.prompt_token_ids, event.prompt_logprobs or (), strict=True) if echo else ()
+        for token, candidates in [*prompt, *_tokens(event)]:
+            if candidates is None:
+                assert echo is not None, "only a prompt's first token has no candidates"
+                text, logprob, top = echo.first_token, None, None
+            else:
+                text, logprob = candidates[token].decoded_token, _finite(candidates[token].logprob)
+                ordered = sorted(candidates.values(), key=lambda c: -c.rank)  # of equal texts, the likelier one stays
+                top = {c.decoded_token: _finite(c.logprob) for c in ordered}
+            logprobs.tokens.append(text)
+            logprobs.token_logprobs.append(logprob)
+            logprobs.top_logprobs.append(top)
+            logprobs.text_offset.append(offset)
+            offset += len(text)
+        self._text_offsets[index] = offset
+        return logprobs
+
+
+class ChatBuilder(ResponseBuilder):
+    """Builds responses of /v1/chat/completions."""
+
+    id_prefix, chunk_type, response_type = "chatcmpl", api.ChatChunk, api.ChatCompletion
+
+    def __init__(self, model: str, num_top: int | None) -> None:
+        super().__init__(model, num_top)
+        self._started: set[int] = set()  # choices with a chunk
+
+    def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
+        if index not in self._started:
+            self._started.add(index)
+            role = api.ChatDelta(role="assistant", content="")
+            yield api.ChatChunkChoice(index=index, delta=role, logprobs=None, finish_reason=None, stop_reason=None)
+        if _has_news(event):
+            yield api.ChatChunkChoice(
+                index=index, delta=api.ChatDelta(content=event.text) if event.text else api.ChatDelta(),
+                logprobs=self._logprobs(event) if event.logprobs else None,
+                finish_reason=_finish_reason(event), stop_reason=event.stop_reason,
+            )  # fmt: skip
+
+    def _choice(self, index: int, event: Event) -> BaseModel:
+        finish_reason = _finish_reason(event)
+        assert finish_reason is not None, "the engine ends every output with a reason"
+        return api.ChatChoice(
+            index=index, message=api.ChatAnswer(content=event.text), logprobs=self._logprobs(event),
+            finish_reason=finish_reason, stop_reason=event.stop_reason,
+        )  # fmt: skip
+
+    def _logprobs(self, event: Event) -> api.ChatLogprobs | None:
         if self._num_top is None:
             return None
         content = []
-        for token, candidates in _with_logprobs(event.token_ids, event.logprobs):
-            assert candidates is not None
+        for token, candidates in _tokens(event):
             top = sorted(candidates.values(), key=lambda c: c.rank)[: self._num_top]
-            own = _candidate(candidates[token])
-            content.append(TokenCandidates(**own.model_dump(), top_logprobs=[_candidate(c) for c in top]))
-        return ChatLogprobs(content=content)
+            sampled = _candidate(candidates[token]).model_dump()
+            content.append(api.TokenCandidates(**sampled, top_logprobs=[_candidate(c) for c in top]))
+        return api.ChatLogprobs(content=content)
 
 
-ResponseBuilder = Completions | Chat
-
-
-def _with_logprobs(
-    tokens: Sequence[int], logprobs: Sequence[dict[int, Logprob] | None] | None
-) -> list[tuple[int, dict[int, Logprob] | None]]:
-    """Return each token with the log-probabilities at its position; none if they were not requested."""
-    return [] if logprobs is None else list(zip(tokens, logprobs, strict=True))
-
-
-def _is_visible(event: Event) -> bool:
+def _has_news(event: Event) -> bool:
     return bool(event.text or event.logprobs or event.finish_reason)
 
 
-def _finish_reason(event: Event) -> FinishReason | None:
-    assert event.finish_reason != "abort", "an aborted output is an error, not an answer"
+def _tokens(event: Event) -> list[tuple[int, dict[int, Logprob]]]:
+    """Return the new tokens with their candidates; none without log-probabilities."""
+    return list(zip(event.token_ids, event.logprobs, strict=True)) if event.logprobs else []
+
+
+def _finish_reason(event: Event) -> api.FinishReason | None:
+    assert event.finish_reason != "abort", "generation.py raises an error instead"
     assert event.finish_reason != "error"
     return event.finish_reason
 
 
-def _candidate(found: Logprob) -> Candidate:
-    text = found.decoded_token
-    return Candidate(
-        token=text, logprob=_finite(found.logprob), bytes=None if REPLACEMENT in text else list(text.encode())
-    )
+def _candidate(logprob: Logprob) -> api.Candidate:
+    text = logprob.decoded_token
+    parts = None if REPLACEMENT in text else list(text.encode())
+    return api.Candidate(token=text, logprob=_finite(logprob.logprob), bytes=parts)
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, LEAST_LOGPROB)
+    return max(logprob, MIN_LOGPROB)

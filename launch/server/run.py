@@ -1,4 +1,7 @@
-"""From the command to the open port and back: start, serve, drain, end; wherever it is cut short, nothing is left."""
+"""`lockstep serve`: bind the port, start the engine, serve until a signal, drain, and stop.
+
+Whenever a signal comes, the ranks are stopped and nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ import logging
 import signal
 import socket
 import sys
-from contextlib import suppress
+from functools import partial
 from types import FrameType
+from typing import cast
 
-import transformers.models.auto.tokenization_auto  # noqa: F401 - with the imports, while signals wait (cli.py)
+import transformers.models.auto.tokenization_auto  # noqa: F401 - imported here, where the command holds signals back
 import uvicorn
 
 from ...runtime.config import Config
@@ -19,114 +23,108 @@ from ..engine.async_engine import AsyncEngine
 from ..signals import interrupt, signals_wait
 from .app import create_app
 from .handlers import Handlers
-from .http_protocol import TimeoutHTTPProtocol, allow_descriptors
-from .server_config import ServerConfig
+from .http_protocol import TimeoutHTTPProtocol, raise_file_limit
+from .server_config import ServerConfig, ServerLimits
 
 log = logging.getLogger(__name__)
-LAST_WORDS_S = 2.0  # for answers that are complete but not yet sent when the service has ended
-TICK_S = 1.0
+SHUTDOWN_S = 2  # for complete answers that are not yet sent when the engine has stopped
 
 
 def serve(config: Config, options: ServerConfig, preflight: Preflight | None) -> None:
-    """Serve until a signal: the first one drains, the second one ends at once, with status 128 + its number."""
-    allow_descriptors()
-    with listener(options) as open_port:  # before the model is loaded: a port that is taken is known at once
+    """Serve until a signal: the first one drains, the second one stops at once with status 128 + its number."""
+    raise_file_limit()
+    with bind(options) as listener:  # before the model is loaded: a port in use is reported at once
         if preflight is not None:
             preflight.judge()
-        service = AsyncEngine(
+        engine = AsyncEngine(
             config, max_restarts=options.max_restarts, replicas=options.replicas, max_queued=options.max_queued
         )
         try:
-            service.start()
-            ended_by = asyncio.run(serve_until_signal(service, options, open_port))
+            engine.start()
+            signal_number = asyncio.run(serve_until_signal(engine, options, listener))
         finally:
             with signals_wait():
-                asyncio.run(service.close())
-    if ended_by is not None:
-        sys.exit(128 + ended_by)
+                asyncio.run(engine.close())
+    if signal_number is not None:
+        sys.exit(128 + signal_number)
 
 
-def listener(options: ServerConfig) -> socket.socket:
-    """A bound socket; raises ValueError, in one line, where that is not possible."""
+def bind(options: ServerConfig) -> socket.socket:
+    """Return a socket bound to the server's address; raises ValueError with a message of one line."""
     try:
         family, _, _, _, address = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets NODELAY on such only
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sets NODELAY for TCP only
     except OSError as error:
-        raise ValueError(f"host={options.host!r} is no address to listen on: {error}") from error
+        raise ValueError(f"host={options.host!r} is not an address to listen on: {error}") from error
     try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except OSError as error:
-        found.close()
+        listener.close()
         raise ValueError(f"cannot listen on {options.host} port {options.port}: {error.strerror}") from error
-    return found
+    return listener
 
 
-async def serve_until_signal(service: AsyncEngine, options: ServerConfig, open_port: socket.socket) -> int | None:
-    """Answer requests until the service has been drained; returns the signal that cut that short, if one did."""
-    if not options.api_key and open_port.getsockname()[0] not in ("127.0.0.1", "::1"):
-        log.warning("everybody who reaches %s can use this server: there is no --api-key", options.host)
-    server = Server(create_uvicorn_config(service, options), service, options.drain_timeout)
-    await server.serve(sockets=[open_port])
-    return server.ended_by
+async def serve_until_signal(engine: AsyncEngine, options: ServerConfig, listener: socket.socket) -> int | None:
+    """Serve until the engine has drained; returns the number of a second signal that ended the draining early."""
+    if not options.api_key and listener.getsockname()[0] not in ("127.0.0.1", "::1"):
+        log.warning("every client that reaches %s can use this server: there is no --api-key", options.host)
+    server = Server(create_uvicorn_config(engine, options), engine, options.drain_timeout)
+    await server.serve(sockets=[listener])
+    return server.forced_by
 
 
-def create_uvicorn_config(service: AsyncEngine, options: ServerConfig) -> uvicorn.Config:
-    gateway = Handlers(service, options)
+def create_uvicorn_config(
+    engine: AsyncEngine, options: ServerConfig, limits: ServerLimits | None = None
+) -> uvicorn.Config:
+    """Return uvicorn's configuration with the application."""
+    limits = limits or ServerLimits()
+    handlers = Handlers(engine, options, limits)
+    protocol = cast("type[asyncio.Protocol]", partial(TimeoutHTTPProtocol, limits=limits))
     return uvicorn.Config(
-        create_app(gateway, options.api_key or []), http=TimeoutHTTPProtocol, ws="none", lifespan="off",
-        log_config=None, access_log=False, server_header=False,
-        callback_notify=gateway.pulse.look, timeout_notify=1, timeout_graceful_shutdown=int(LAST_WORDS_S),
+        create_app(handlers, options.api_key or []), http=protocol, ws="none", lifespan="off", log_config=None,
+        access_log=False, server_header=False, callback_notify=handlers.update_liveness, timeout_notify=1,
+        timeout_graceful_shutdown=SHUTDOWN_S,
     )  # fmt: skip
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which goes on answering (health with 503, new requests with 503) while the service drains."""
+    """uvicorn's server, which keeps answering (/health and new requests with 503) while the engine drains."""
 
-    def __init__(self, config: uvicorn.Config, service: AsyncEngine, drain_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_timeout: float) -> None:
         super().__init__(config)
-        self.ended_by: int | None = None
-        self._service, self._drain_timeout = service, drain_timeout
+        self.forced_by: int | None = None  # the signal that ended the draining early
+        self._engine, self._drain_timeout = engine, drain_timeout
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ends = asyncio.Event()
-
-    async def main_loop(self) -> None:
-        """In place of uvicorn's, which looks ten times a second; what it does then it does once a second."""
-        while not await self.on_tick(0):
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._ends.wait(), TICK_S)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening and log the addresses."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
-        for open_port in sockets or []:
-            host, port = open_port.getsockname()[:2]
-            log.info("serving %s on http://%s:%d", self._service.name, f"[{host}]" if ":" in host else host, port)
+        for listener in sockets or []:
+            host, port = listener.getsockname()[:2]
+            log.info("serving %s on http://%s:%d", self._engine.name, f"[{host}]" if ":" in host else host, port)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """In place of uvicorn's: runs as a signal handler."""
+        """Drain at the first signal and stop at the second; runs as a signal handler in place of uvicorn's."""
         if self._loop is None:
             interrupt(sig)  # not serving yet
         self._loop.call_soon_threadsafe(self._on_signal, sig)
 
-    def _on_signal(self, sig: int) -> None:
+    def _on_signal(self, number: int) -> None:
         if self._draining is None:
             log.info(
-                "%s: draining for up to %.0f s; again to end at once", signal.Signals(sig).name, self._drain_timeout
-            )
+                "%s: draining for up to %.0f s; send it again to stop at once",
+                signal.Signals(number).name, self._drain_timeout,
+            )  # fmt: skip
             self._draining = asyncio.ensure_future(self._drain())
         else:
-            self.ended_by = sig
-            self.force_exit = True
-            self._end()
+            self.forced_by = number
+            self.should_exit = self.force_exit = True
 
     async def _drain(self) -> None:
         try:
-            await self._service.close(self._drain_timeout)
+            await self._engine.close(self._drain_timeout)
         finally:
-            self._end()
-
-    def _end(self) -> None:
-        self.should_exit = True
-        self._ends.set()
+            self.should_exit = True

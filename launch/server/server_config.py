@@ -1,4 +1,4 @@
-"""Every knob of the HTTP server in one frozen dataclass, like the runtime's Config; `lockstep serve` has both."""
+"""The options of the HTTP server, which `lockstep serve` adds to those of Config, and its limits without an option."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from ...runtime.config import option
 
 MIB = 2**20
-# Upper ends of what SamplingParams takes (runtime/request.py), which `lockstep --help` need not import.
+# The largest values that SamplingParams takes (runtime/request.py), repeated here to keep `lockstep --help` fast.
 HIGHEST = {"port": 65535, "max_n": 128, "max_stop_strings": 16, "max_logprobs": 20}
-LOWEST = {"port": 0, "max_queued": 0, "max_logprobs": 0, "max_restarts": 0}  # everything else starts at 1
+LOWEST = {"port": 0, "max_queued": 0, "max_logprobs": 0, "max_restarts": 0}  # the lowest value of other fields is 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Where to listen, whom to answer and how much to take on; raises ValueError naming field, value and rule."""
+    """The address, the keys and the limits of the server; raises ValueError naming field, value and rule."""
 
     replicas: int = option(1, "groups of tensor_parallel_size ranks that share the requests, under Ray Serve")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all of them, with an api-key then")
@@ -56,3 +56,14 @@ class ServerConfig:
         for name in ("api_key", "served_model_name"):
             if any(not text.strip() for text in getattr(self, name) or []):
                 raise ValueError(f"an empty {name} would match nothing or everything; give a text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerLimits:
+    """The limits that have no option."""
+
+    request_timeout_s: float = 60.0  # from the first byte, or from the connection, to the last byte of a request
+    response_timeout_s: float = 60.0  # for a client to read the bytes that wait for it
+    stall_timeout_s: float = 30.0  # live requests without a step; a step itself has --step-timeout
+    max_bodies: int = 64  # bodies of the longest length in memory at once
+    max_connections: int | None = None  # None: as many as the limit of open files allows

@@ -1,129 +1,180 @@
-"""What this server takes, beyond the shape of a request: its own limits, and the model's."""
+"""Checks of a request beyond its shape, and its translation into SamplingParams.
+
+The limits are the server's and the model's. A structured output may be requested by OpenAI's `response_format`, by
+vLLM's `structured_outputs` or by vLLM's older `guided_*` fields.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ...runtime.request import SamplingParams
+from ...runtime.request import RequestRefused, SamplingParams
+from ...runtime.structured_outputs import StructuredOutputsParams
 from ..engine.async_engine import AsyncEngine
-from .api_errors import ApiError, from_value_error
-from .protocol.request_models import ChatRequest, CompletionRequest, fields_of
+from .api_errors import ApiError, from_value_error, invalid
+from .protocol.request_models import ChatRequest, CompletionRequest, GenerateRequest, ResponseFormat, fields_of
 from .server_config import ServerConfig
-from .structured_fields import structured_outputs
 
-COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat goes on to the end of the context
-ASKED = (
+COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may fill the context
+SAMPLING_FIELDS = (  # of the same name in SamplingParams
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "logit_bias", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "seed",
     "skip_special_tokens",
 )  # fmt: skip
-RECOMMENDED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # by the checkpoint, if not asked
-
-
-GenerateRequest = ChatRequest | CompletionRequest
+RECOMMENDED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # the checkpoint has defaults
+GUIDED_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class RequestValidator:
-    """Raises ApiError, naming the field, for what is too much or makes no sense."""
+    """Checks requests against the limits; raises ApiError naming the field."""
 
-    def __init__(self, service: AsyncEngine, config: ServerConfig) -> None:
-        self.names = config.served_model_name or [service.name]
-        self._config = config
-        self._defaults = service.default_params
-        self._max_num_seqs = service.limits.max_num_seqs
-        self.max_total = min(service.limits.max_length, config.max_total_tokens or service.limits.max_length)
+    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+        limits = engine.limits
+        self.model_names = config.served_model_name or [engine.name]
+        self.max_total = min(limits.max_length, config.max_total_tokens or limits.max_length)
         self.max_input = min(self.max_total - 1, config.max_input_tokens or self.max_total)
-        self._vocab_size = service.limits.vocab_size
+        self._config = config
+        self._defaults = engine.default_params
+        self._max_num_seqs, self._vocab_size = limits.max_num_seqs, limits.vocab_size
 
-    def check_model(self, name: str | None) -> None:
-        if name is not None and name not in self.names:
-            message = f"the model {name[:64]!r} does not exist here; there is {', '.join(self.names)}"
-            raise ApiError(404, message, param="model", code="model_not_found")
-
-    def check_ids(self, ids: Sequence[int], param: str) -> None:
-        if ids and max(ids) >= self._vocab_size:
-            rule = f"is not a token id; the model has ids 0 to {self._vocab_size - 1}"
-            raise ApiError(400, f"Invalid '{param}': {max(ids)} {rule}.", param=param, code="invalid_value")
-
-    def check(self, body: GenerateRequest, num_prompts: int) -> int:
-        """The number of outputs, of a request that may be admitted; its tokens are not known yet."""
+    def check(self, body: GenerateRequest) -> int:
+        """Check everything but the number of prompt tokens; returns the number of outputs."""
         config, n = self._config, body.n or 1
+        num_prompts = len(body.prompts) if isinstance(body, CompletionRequest) else 1
         self.check_model(body.model)
         self._at_most("n", n, min(config.max_n, self._max_num_seqs))
         self._at_most("stop", len(body.stop) if isinstance(body.stop, list) else 0, config.max_stop_strings, "strings")
         self._at_most("prompt", num_prompts, config.max_client_batch_size, "prompts")
-        top = body.top_logprobs if isinstance(body, ChatRequest) else body.logprobs
-        self._at_most("top_logprobs" if isinstance(body, ChatRequest) else "logprobs", top or 0, config.max_logprobs)
         if isinstance(body, ChatRequest):
-            _check_chat(body)
+            self._check_chat(body)
         else:
-            _check_completion(body, n)
+            self._check_completion(body, n)
         if body.stream_options is not None and not body.stream:
-            raise _invalid("stream_options", "is for streams; leave it out or set stream to true")
+            raise invalid("stream_options", "is for streams; leave it out or set stream to true")
         limit = self._max_num_seqs + config.max_queued
         if num_prompts * n > limit:
-            raise _invalid("n", f"makes {num_prompts * n} outputs, but this server holds {limit}; send less at once")
+            raise invalid("n", f"makes {num_prompts * n} outputs, but this server holds {limit}; send less at once")
         return num_prompts * n
 
-    def params(self, body: GenerateRequest, num_tokens: int) -> SamplingParams:
-        """How to sample after a prompt of `num_tokens` tokens; what was not asked is the model's recommendation."""
-        chat = isinstance(body, ChatRequest)
-        asked = (body.max_completion_tokens or body.max_tokens) if isinstance(body, ChatRequest) else body.max_tokens
-        room = self.max_total - num_tokens
-        where = "messages" if chat else "prompt"
-        if num_tokens > self.max_input or (asked or 1) > room:
-            raise ApiError(
-                400,
-                f"This model's maximum context length is {self.max_total} tokens, {self.max_input} of a prompt."
-                f" However, you requested {num_tokens} in the {where} and {asked or 'at least 1'} in the completion;"
-                " send or ask for less.",
-                param=where,
-                code="context_length_exceeded",
-            )
-        given = {name: value for name in ASKED if (value := getattr(body, name)) is not None}
-        recommended = {name: getattr(self._defaults, name) for name in RECOMMENDED}
-        own: dict[str, Any] = {
-            "max_tokens": asked or (room if chat else min(room, COMPLETION_TOKENS)),
-            "logprobs": num_top(body),
-            "prompt_logprobs": num_top(body) if body.echo else None,
-            "structured_outputs": structured_outputs(body),
-        }
+    def sampling_params(self, body: GenerateRequest, num_prompt_tokens: int) -> SamplingParams:
+        """Return the sampling parameters; those that the request leaves out are the model's recommendation."""
+        max_tokens = self._max_tokens(body, num_prompt_tokens)
+        num_top = num_top_logprobs(body)
+        fields: dict[str, Any] = {name: getattr(self._defaults, name) for name in RECOMMENDED_FIELDS}
+        fields |= {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+        structured = structured_outputs(body)
         try:
-            params = SamplingParams(**(recommended | given | own))
+            params = SamplingParams(
+                **fields, max_tokens=max_tokens, logprobs=num_top, prompt_logprobs=num_top if body.echo else None,
+                structured_outputs=structured,
+            )  # fmt: skip
             params.check_vocabulary(self._vocab_size)
         except ValueError as error:
             raise from_value_error(error, fields_of(type(body))) from error
         return params
 
-    def _at_most(self, name: str, value: int, limit: int, what: str = "") -> None:
-        if value > limit:
-            found = f"{value} {what}".strip()
-            message = f"Invalid '{name}': expected at most {limit}, but got {found}."
+    def check_model(self, name: str | None) -> None:
+        """Raise 404 for a model that this server does not have."""
+        if name is not None and name not in self.model_names:
+            message = f"the model {name[:64]!r} does not exist here; there is {', '.join(self.model_names)}"
+            raise ApiError(404, message, param="model", code="model_not_found")
+
+    def check_token_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raise ApiError for ids beyond the vocabulary."""
+        if ids and max(ids) >= self._vocab_size:
+            rule = f"is not a token id; the model has ids 0 to {self._vocab_size - 1}"
+            raise ApiError(400, f"Invalid '{param}': {max(ids)} {rule}.", param=param, code="invalid_value")
+
+    def _check_chat(self, body: ChatRequest) -> None:
+        self._at_most("top_logprobs", body.top_logprobs or 0, self._config.max_logprobs)
+        if body.top_logprobs is not None and not body.logprobs:
+            raise invalid("top_logprobs", "needs logprobs to be true")
+        if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
+            raise invalid("max_tokens", "differs from max_completion_tokens; give one of them")
+
+    def _check_completion(self, body: CompletionRequest, n: int) -> None:
+        self._at_most("logprobs", body.logprobs or 0, self._config.max_logprobs)
+        if body.best_of not in (None, n):
+            message = f"best_of={body.best_of} is not implemented; leave it out or make it n ({n})"
+            raise ApiError(400, message, param="best_of", code="unsupported_parameter")
+        for prompt in body.prompts:
+            if not isinstance(prompt, str):
+                self.check_token_ids(prompt, "prompt")
+
+    def _max_tokens(self, body: GenerateRequest, num_prompt_tokens: int) -> int:
+        """Return the longest output in tokens; raises ApiError if prompt and output do not fit into the context."""
+        requested, param, default = body.max_tokens, "prompt", COMPLETION_TOKENS
+        room = self.max_total - num_prompt_tokens
+        if isinstance(body, ChatRequest):
+            requested, param, default = body.max_completion_tokens or body.max_tokens, "messages", room
+        if num_prompt_tokens > self.max_input or (requested or 1) > room:
             raise ApiError(
-                400, message, param=name, code="array_above_max_length" if what else "integer_above_max_value"
+                400,
+                f"This model's maximum context length is {self.max_total} tokens, at most {self.max_input} in a prompt."
+                f" However, you requested {num_prompt_tokens} in the {param} and {requested or 'at least 1'} in the"
+                " completion; send or ask for less.",
+                param=param,
+                code="context_length_exceeded",
             )
+        return requested or min(room, default)
+
+    def _at_most(self, param: str, value: int, limit: int, unit: str = "") -> None:
+        """Raise ApiError for a value above its limit; `unit` is that of a list's entries."""
+        if value > limit:
+            message = f"Invalid '{param}': expected at most {limit}, but got {f'{value} {unit}'.strip()}."
+            code = "array_above_max_length" if unit else "integer_above_max_value"
+            raise ApiError(400, message, param=param, code=code)
 
 
-def num_top(body: GenerateRequest) -> int | None:
-    """Candidates at each position besides the chosen one; None if no log-probabilities are wanted."""
+def num_top_logprobs(body: GenerateRequest) -> int | None:
+    """Return the number of candidates beside the sampled token; None if no log-probabilities are requested."""
     if isinstance(body, ChatRequest):
         return (body.top_logprobs or 0) if body.logprobs else None
     return body.logprobs
 
 
-def _check_chat(body: ChatRequest) -> None:
-    if body.top_logprobs is not None and not body.logprobs:
-        raise _invalid("top_logprobs", "needs logprobs to be true")
-    if None not in (body.max_tokens, body.max_completion_tokens) and body.max_tokens != body.max_completion_tokens:
-        raise _invalid("max_tokens", "differs from max_completion_tokens; give one of them")
+def structured_outputs(body: GenerateRequest) -> StructuredOutputsParams | None:
+    """Return the requested constraint of the output, if any; raises ApiError naming the field."""
+    requested = _structured_fields(body)
+    if len(requested) > 1:
+        *others, last = requested
+        raise invalid(last, f"cannot be given together with {' and '.join(others)}; give one")
+    for field, options in requested.items():
+        try:
+            return StructuredOutputsParams(**options)
+        except ValueError as error:
+            raise invalid(field, str(error).partition("=")[2]) from error
+    return None
 
 
-def _check_completion(body: CompletionRequest, n: int) -> None:
-    if body.best_of not in (None, n):
-        message = f"best_of={body.best_of} is not implemented; leave it out or make it n ({n})"
-        raise ApiError(400, message, param="best_of", code="unsupported_parameter")
+def from_refusal(error: RequestRefused, body: GenerateRequest) -> ApiError:
+    """Return the response to a request that the engine refuses; a grammar it cannot use names the request's field."""
+    is_grammar = str(error).startswith("structured_outputs=")
+    param = next(iter(_structured_fields(body)), None) if is_grammar else None
+    return ApiError(400, str(error), param=param, code="invalid_value")
 
 
-def _invalid(param: str, rule: str) -> ApiError:
-    return ApiError(400, f"Invalid '{param}': it {rule}.", param=param, code="invalid_value")
+def _structured_fields(body: GenerateRequest) -> dict[str, dict[str, Any]]:
+    """Return the fields that constrain the output, each with its arguments for StructuredOutputsParams."""
+    fields: dict[str, dict[str, Any]] = {}
+    if body.response_format is not None and body.response_format.type != "text":
+        fields["response_format"] = _response_format(body.response_format)
+    if body.structured_outputs is not None:
+        fields["structured_outputs"] = body.structured_outputs.model_dump(
+            exclude_none=True, exclude={"disable_fallback", "disable_additional_properties"}, by_alias=True
+        )
+    guided = {name: value for name in GUIDED_FIELDS if (value := getattr(body, name)) is not None}
+    return fields | {name: {name.removeprefix("guided_"): value} for name, value in guided.items()}
+
+
+def _response_format(response_format: ResponseFormat) -> dict[str, Any]:
+    if response_format.type == "json_object":
+        return {"json_object": True}
+    if response_format.json_schema is None:
+        raise ApiError(
+            400, "Missing required parameter: 'response_format.json_schema'.",
+            param="response_format.json_schema", code="missing_required_parameter",
+        )  # fmt: skip
+    schema = response_format.json_schema.schema_
+    return {"json_object": True} if schema is None else {"json": schema}

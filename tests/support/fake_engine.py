@@ -14,8 +14,8 @@ import openai
 from lockstep.launch.engine.async_engine import AsyncEngine, AsyncEngineStats, Health, RankStatus
 from lockstep.launch.engine.async_tokenizer import AsyncTokenizer
 from lockstep.launch.errors import EngineFailed
-from lockstep.launch.server.run import Server, create_uvicorn_config, listener
-from lockstep.launch.server.server_config import ServerConfig
+from lockstep.launch.server.run import Server, bind, create_uvicorn_config
+from lockstep.launch.server.server_config import ServerConfig, ServerLimits
 from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import Event, Logprob
 from lockstep.runtime.request import SamplingParams
@@ -118,13 +118,13 @@ class FakeService:
 class Running:
     """A server on a free port, in a thread."""
 
-    def __init__(self, service: FakeService | AsyncEngine, **options: Any) -> None:
+    def __init__(self, service: FakeService | AsyncEngine, limits: ServerLimits | None = None, **options: Any) -> None:
         config = ServerConfig(**({"port": 0} | options))
         self.service = service
-        self.port = listener(config)
+        self.port = bind(config)
         self.url = f"http://127.0.0.1:{self.port.getsockname()[1]}"
         own = cast(AsyncEngine, service)
-        self.server = Server(create_uvicorn_config(own, config), own, config.drain_timeout)
+        self.server = Server(create_uvicorn_config(own, config, limits), own, config.drain_timeout)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.port])))
         self.thread.start()
         wait_until(lambda: self.server.started)

@@ -1,56 +1,76 @@
-"""What may be asked: OpenAI's requests, in strict types, with vLLM's names for what OpenAI has not.
+"""The request bodies: OpenAI's fields in strict types, and vLLM's fields for what OpenAI does not have.
 
-A field that is not here is refused, and so is one marked `NOT_HERE` with any value but those that change nothing.
-None is always as good as leaving the field out.
+A field that a model neither declares nor lists in `UNSUPPORTED` is refused as unknown. A field in `UNSUPPORTED`, which
+other servers implement, takes null alone. Null always means the same as leaving the field out.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
 
 from ....runtime.request import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
-from ..api_errors import Unsupported
+from ....runtime.tokenizer import Message
+from ..api_errors import NeutralOnly
 
-LONGEST_STOP = 1024  # characters of a stop string
-MOST_ENTRIES = 1024  # of logit_bias and stop_token_ids
+MAX_STOP_LENGTH = 1024  # characters of a stop string
+MAX_ENTRIES = 1024  # of logit_bias, stop_token_ids and the choices of a structured output
 
-NOT_HERE = Unsupported()
-Never = Annotated[None, NOT_HERE]
+NEUTRAL_ONLY = NeutralOnly()
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Text = Annotated[str, Field(min_length=1)]
-Choices = Annotated[list[Text], Field(min_length=1, max_length=MOST_ENTRIES, fail_fast=True)]
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
+Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_ENTRIES, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-def _boolean(value: Any) -> Any:
+def _require_boolean(value: Any) -> Any:
     if not isinstance(value, bool):  # pydantic takes 0.0 for Literal[False]
         raise ValueError("it must be a boolean")
     return value
 
 
-Off = Annotated[Literal[False], BeforeValidator(_boolean)]
-On = Annotated[Literal[True], BeforeValidator(_boolean)]
+FalseOnly = Annotated[Literal[False], BeforeValidator(_require_boolean)]
+TrueOnly = Annotated[Literal[True], BeforeValidator(_require_boolean)]
+NeutralFalse = Annotated[FalseOnly | None, NEUTRAL_ONLY]
+NeutralTrue = Annotated[TrueOnly | None, NEUTRAL_ONLY]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    """A model without type coercion that refuses unknown fields, and unsupported fields that are not null."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", allow_inf_nan=False, json_schema_extra={"additionalProperties": False}
+    )
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="after")
+    def _refuse_other_fields(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            if name not in self.UNSUPPORTED:
+                raise PydanticCustomError("unknown_parameter", "unknown field", {"name": name})
+            if value is not None:
+                raise PydanticCustomError("unsupported_parameter", "unsupported field", {"name": name})
+        return self
 
 
 class StreamOptions(Strict):
+    """OpenAI's `stream_options`."""
+
     include_usage: bool | None = None
-    include_obfuscation: Off | None = None
+    include_obfuscation: FalseOnly | None = None
 
 
 class JsonSchema(Strict):
-    """OpenAI's wrapper of a schema; the output always keeps to it, so `strict` makes no difference."""
+    """OpenAI's wrapper of a JSON schema. The output always follows the schema, so `strict` changes nothing."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
@@ -59,14 +79,16 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """`json_schema` is for the type of that name; without a schema any object will do."""
+    """OpenAI's `response_format`. The type `json_schema` without a schema means any object."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class StructuredOutputs(Strict):
-    """vLLM's: exactly one of json, regex, choice, grammar and json_object."""
+    """vLLM's `structured_outputs`: exactly one of json, regex, choice, grammar and json_object."""
+
+    UNSUPPORTED: ClassVar = frozenset({"structural_tag", "whitespace_pattern"})
 
     json_: Annotated[
         str | dict[str, Any] | None, Field(alias="json", description="a JSON schema, as an object or as text")
@@ -76,15 +98,18 @@ class StructuredOutputs(Strict):
     grammar: Text | None = None
     json_object: bool | None = None
     disable_any_whitespace: bool | None = None
-
-    disable_additional_properties: Annotated[Off | None, NOT_HERE] = None
+    disable_additional_properties: NeutralFalse = None
     disable_fallback: bool | None = None
-    structural_tag: Never = None
-    whitespace_pattern: Never = None
 
 
-class Generate(Strict):
-    """What completions and chats have in common."""
+class GenerateFields(Strict):
+    """The fields that completions and chats have in common."""
+
+    UNSUPPORTED: ClassVar = frozenset({
+        "allowed_token_ids", "bad_words", "cache_salt", "guided_decoding_backend", "guided_whitespace_pattern",
+        "kv_transfer_params", "length_penalty", "logits_processors", "metadata", "priority", "prompt_logprobs",
+        "truncate_prompt_tokens", "vllm_xargs",
+    })  # fmt: skip
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
@@ -97,15 +122,15 @@ class Generate(Strict):
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[
         dict[Annotated[int, Field(ge=0, lt=2**31)], Bias] | None,
-        Field(max_length=MOST_ENTRIES, description="token ids mapped to numbers from -100 to 100"),
+        Field(max_length=MAX_ENTRIES, description="token ids mapped to numbers from -100 to 100"),
     ] = None
     max_tokens: Count | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop: Annotated[
         Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None,
-        Field(description=f"a string of 1 to {LONGEST_STOP} characters or a list of up to {MAX_STOP_STRINGS}"),
+        Field(description=f"a string of 1 to {MAX_STOP_LENGTH} characters or a list of up to {MAX_STOP_STRINGS}"),
     ] = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_ENTRIES, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_ENTRIES, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -121,26 +146,15 @@ class Generate(Strict):
     guided_choice: Choices | None = None
     guided_grammar: Text | None = None
 
-    allowed_token_ids: Never = None
-    bad_words: Never = None
-    cache_salt: Never = None
-    guided_decoding_backend: Never = None
-    guided_whitespace_pattern: Never = None
-    kv_transfer_params: Never = None
-    length_penalty: Never = None
-    logits_processors: Never = None
-    metadata: Never = None
-    priority: Never = None
-    prompt_logprobs: Never = None
-    return_tokens_as_token_ids: Annotated[Off | None, NOT_HERE] = None
-    spaces_between_special_tokens: Annotated[On | None, NOT_HERE] = None
-    truncate_prompt_tokens: Never = None
-    use_beam_search: Annotated[Off | None, NOT_HERE] = None
-    vllm_xargs: Never = None
+    return_tokens_as_token_ids: NeutralFalse = None
+    spaces_between_special_tokens: NeutralTrue = None
+    use_beam_search: NeutralFalse = None
 
 
-class CompletionRequest(Generate):
-    """POST /v1/completions."""
+class CompletionRequest(GenerateFields):
+    """Body of POST /v1/completions."""
+
+    UNSUPPORTED: ClassVar = GenerateFields.UNSUPPORTED | {"prompt_embeds", "suffix"}
 
     prompt: Annotated[
         Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | TokenIds
@@ -150,39 +164,54 @@ class CompletionRequest(Generate):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    add_special_tokens: NeutralTrue = None
 
-    add_special_tokens: Annotated[On | None, NOT_HERE] = None
-    prompt_embeds: Never = None
-    suffix: Never = None
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list, also if there is only one."""
+        is_single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return cast("list[str] | list[list[int]]", [self.prompt] if is_single else self.prompt)
 
 
 class TextPart(Strict):
+    """One part of a message's content."""
+
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(Strict):
+    """One message of a conversation."""
+
+    UNSUPPORTED: ClassVar = frozenset({
+        "annotations", "audio", "function_call", "name", "reasoning_content", "refusal", "tool_call_id", "tool_calls"
+    })  # fmt: skip
+
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)],
         Field(description="a string or a list of text parts; images and audio are not implemented"),
     ]
 
-    annotations: Never = None
-    audio: Never = None
-    function_call: Never = None
-    name: Never = None
-    reasoning_content: Never = None
-    refusal: Never = None
-    tool_call_id: Never = None
-    tool_calls: Never = None
+    def for_template(self) -> Message:
+        """Return the message for a chat template, which knows the role `system` and takes one string.
+
+        Parts are joined by a new line, as in vLLM.
+        """
+        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
-class ChatRequest(Generate):
-    """POST /v1/chat/completions."""
+class ChatRequest(GenerateFields):
+    """Body of POST /v1/chat/completions."""
+
+    UNSUPPORTED: ClassVar = GenerateFields.UNSUPPORTED | {
+        "audio", "best_of", "chat_template", "chat_template_kwargs", "documents", "functions", "include_reasoning",
+        "mm_processor_kwargs", "prediction", "reasoning_effort", "tools", "verbosity", "web_search_options",
+    }  # fmt: skip
 
     messages: Messages
     max_completion_tokens: Count | None = None
@@ -190,62 +219,47 @@ class ChatRequest(Generate):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     parallel_tool_calls: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
-    store: Annotated[Off | None, NOT_HERE] = None
+    store: NeutralFalse = None
+    add_generation_prompt: NeutralTrue = None
+    add_special_tokens: NeutralFalse = None
+    continue_final_message: NeutralFalse = None
+    echo: NeutralFalse = None
+    function_call: Annotated[Literal["none"] | None, NEUTRAL_ONLY] = None
+    modalities: Annotated[list[Literal["text"]] | None, NEUTRAL_ONLY] = None
+    tool_choice: Annotated[Literal["none"] | None, NEUTRAL_ONLY] = None
 
-    add_generation_prompt: Annotated[On | None, NOT_HERE] = None
-    add_special_tokens: Annotated[Off | None, NOT_HERE] = None
-    audio: Never = None
-    best_of: Never = None
-    chat_template: Never = None
-    chat_template_kwargs: Never = None
-    continue_final_message: Annotated[Off | None, NOT_HERE] = None
-    documents: Never = None
-    echo: Annotated[Off | None, NOT_HERE] = None
-    function_call: Annotated[Literal["none"] | None, NOT_HERE] = None
-    functions: Never = None
-    include_reasoning: Never = None
-    mm_processor_kwargs: Never = None
-    modalities: Annotated[list[Literal["text"]] | None, NOT_HERE] = None
-    prediction: Never = None
-    reasoning_effort: Never = None
-    tool_choice: Annotated[Literal["none"] | None, NOT_HERE] = None
-    tools: Never = None
-    verbosity: Never = None
-    web_search_options: Never = None
+
+GenerateRequest = CompletionRequest | ChatRequest
 
 
 class TokenizeRequest(Strict):
-    """POST /tokenize: of a prompt, or of a conversation."""
+    """Body of POST /tokenize: a prompt or a conversation."""
+
+    UNSUPPORTED: ClassVar = frozenset({"chat_template", "chat_template_kwargs", "tools"})
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     return_token_strs: bool | None = None
-
-    add_generation_prompt: Annotated[On | None, NOT_HERE] = None
-    add_special_tokens: Annotated[On | None, NOT_HERE] = None
-    chat_template: Never = None
-    chat_template_kwargs: Never = None
-    continue_final_message: Annotated[Off | None, NOT_HERE] = None
-    tools: Never = None
+    add_generation_prompt: NeutralTrue = None
+    add_special_tokens: NeutralTrue = None
+    continue_final_message: NeutralFalse = None
 
 
 class DetokenizeRequest(Strict):
-    """POST /detokenize."""
+    """Body of POST /detokenize."""
 
     model: str | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """The fields of a request and of what may be nested in it, by name; where two might be meant, as `parent.name`."""
-    anywhere: list[type[BaseModel]] = [StreamOptions, TextPart, ChatMessage, model]
-    found = {name: field for part in anywhere for name, field in part.model_fields.items()}
-    parents: dict[str, type[BaseModel]] = {
-        "response_format": ResponseFormat,
-        "json_schema": JsonSchema,
-        "structured_outputs": StructuredOutputs,
-    }
-    for parent, part in parents.items():
-        found |= {f"{parent}.{field.alias or name}": field for name, field in part.model_fields.items()}
-    return found
+    """Return the fields of a request and of its nested models by name, or as `parent.name` where names are equal."""
+    models: list[type[BaseModel]] = [StreamOptions, TextPart, ChatMessage, model]
+    fields = {name: field for part in models for name, field in part.model_fields.items()}
+    nested: dict[str, type[BaseModel]] = {
+        "response_format": ResponseFormat, "json_schema": JsonSchema, "structured_outputs": StructuredOutputs
+    }  # fmt: skip
+    for parent, part in nested.items():
+        fields |= {f"{parent}.{field.alias or name}": field for name, field in part.model_fields.items()}
+    return fields

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.launch.server import http_io, http_protocol
+from lockstep.launch.server.server_config import ServerLimits
 
 from fake_engine import COMPLETION, Running, error_of, fake
 from small import COMMAND, SMALL, as_flags
@@ -72,22 +72,16 @@ BODY = json.dumps({**COMPLETION, "max_tokens": 3}).encode()
     [b"", b"GET /health HTTP/1.1\r\nx: ", head_of(BODY), head_of(BODY) + BODY[:5]],
     ids=["nothing", "half a head", "no body", "half a body"],
 )
-def test_a_request_that_does_not_arrive_is_given_up(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, sent: bytes
-) -> None:  # fmt: skip
-    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.3)
-    running = run()
+def test_a_request_that_does_not_arrive_is_given_up(run: Callable[..., Running], sent: bytes) -> None:
+    running = run(limits=ServerLimits(request_timeout_s=0.3))
     with connect(running) as raw:
         raw.sendall(sent)
         assert is_closed(raw)
     wait_until(lambda: not running.server.server_state.connections)
 
 
-def test_half_a_request_behind_a_whole_one_is_given_up(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.3)
-    running = run()
+def test_half_a_request_behind_a_whole_one_is_given_up(run: Callable[..., Running]) -> None:
+    running = run(limits=ServerLimits(request_timeout_s=0.3))
     for together in (True, False):
         with connect(running) as raw:
             whole, half = head_of(BODY) + BODY, head_of(BODY) + BODY[:5]
@@ -98,12 +92,8 @@ def test_half_a_request_behind_a_whole_one_is_given_up(
             wait_until(lambda: not running.server.server_state.connections)
 
 
-def test_an_answer_may_take_longer_than_a_request(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    monkeypatch.setattr(http_protocol, "REQUEST_S", 0.2)
-    monkeypatch.setattr(http_protocol, "ANSWER_S", 0.2)
-    running = run()
+def test_an_answer_may_take_longer_than_a_request(run: Callable[..., Running]) -> None:
+    running = run(limits=ServerLimits(request_timeout_s=0.2, response_timeout_s=0.2))
     fake(running).step_s = 0.1
     for stream in (False, True):
         answer = running.post("/v1/completions", {**COMPLETION, "max_tokens": 8, "stream": stream})
@@ -111,11 +101,8 @@ def test_an_answer_may_take_longer_than_a_request(
         assert "length" in answer.text
 
 
-def test_who_never_reads_is_cancelled_and_holds_little(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    monkeypatch.setattr(http_protocol, "ANSWER_S", 0.5)
-    running = run()
+def test_who_never_reads_is_cancelled_and_holds_little(run: Callable[..., Running]) -> None:
+    running = run(limits=ServerLimits(response_timeout_s=0.5))
     service = fake(running)
     body = json.dumps({**COMPLETION, "prompt": [[5] * 400] * 16, "max_tokens": 100, "n": 8, "logprobs": 5,
                        "stream": True}).encode()  # fmt: skip
@@ -129,11 +116,8 @@ def test_who_never_reads_is_cancelled_and_holds_little(
     assert running.post("/v1/completions", COMPLETION).status_code == 200
 
 
-def test_too_many_connections_are_refused_in_words(
-    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    running = run()
-    monkeypatch.setattr(http_protocol, "most_connections", lambda: 3)
+def test_too_many_connections_are_refused_in_words(run: Callable[..., Running]) -> None:
+    running = run(limits=ServerLimits(max_connections=3))
     silent = [connect(running) for _ in range(3)]
     wait_until(lambda: len(running.server.server_state.connections) == 3)
     response = running.http.get("/health")
@@ -150,17 +134,16 @@ def test_the_server_may_open_as_many_files_as_its_process_may() -> None:
 import resource
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
-from lockstep.launch.server.http_protocol import RESERVE, allow_descriptors, most_connections
-assert most_connections() == 300 - RESERVE
-allow_descriptors()
-assert most_connections() == hard - RESERVE
+from lockstep.launch.server.http_protocol import RESERVED_FILES, max_connections, raise_file_limit
+assert max_connections() == 300 - RESERVED_FILES
+raise_file_limit()
+assert max_connections() == hard - RESERVED_FILES
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_bodies_in_memory_are_bounded(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_io, "BODIES", 2)
-    running = run(max_body_bytes=100_000)
+def test_bodies_in_memory_are_bounded(run: Callable[..., Running]) -> None:
+    running = run(limits=ServerLimits(max_bodies=2), max_body_bytes=100_000)
     waiting = [connect(running) for _ in range(2)]
     for raw in waiting:
         raw.sendall(head_of(b" " * 90_000) + b" " * 89_000)

@@ -38,9 +38,9 @@ from lockstep import LLM
 from lockstep.launch.engine import grammar_check
 from lockstep.launch.engine.async_engine import AsyncEngine, Health
 from lockstep.launch.errors import EngineFailed
-from lockstep.launch.server import health, http_io
-from lockstep.launch.server.run import listener
-from lockstep.launch.server.server_config import ServerConfig
+from lockstep.launch.server import http_io
+from lockstep.launch.server.run import bind
+from lockstep.launch.server.server_config import ServerConfig, ServerLimits
 from lockstep.runtime.config import Config
 from lockstep.runtime.request import SamplingParams
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
@@ -669,9 +669,8 @@ def test_failure_is_told(run: Callable[..., Running]) -> None:
         assert "rank 1 died too often" in error_of(response)["message"]
 
 
-def test_health_proves_progress(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "STALL_S", 0.3)
-    running = run()
+def test_health_proves_progress(run: Callable[..., Running]) -> None:
+    running = run(limits=ServerLimits(stall_timeout_s=0.3))
     assert running.http.get("/health").json() == {"status": "ok"}
     service = fake(running)
     service.paused = True
@@ -699,7 +698,7 @@ def test_a_signal_drains(run: Callable[..., Running]) -> None:
     assert list(stream)[-1].choices[0].finish_reason == "length"
     running.thread.join(30)
     assert not running.thread.is_alive()
-    assert running.server.ended_by is None
+    assert running.server.forced_by is None
 
 
 def test_draining_ends(run: Callable[..., Running]) -> None:
@@ -723,7 +722,7 @@ def test_a_second_signal_ends_at_once(run: Callable[..., Running]) -> None:
     running.server.handle_exit(signal.SIGINT, None)
     running.thread.join(30)
     assert not running.thread.is_alive()
-    assert running.server.ended_by == signal.SIGINT
+    assert running.server.forced_by == signal.SIGINT
 
 
 def test_a_fault_of_ours_is_one_answer(shared: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -876,9 +875,9 @@ def test_options_that_cannot_work_are_refused(options: dict[str, Any], message: 
 
 def test_a_port_that_is_taken_is_known_before_the_model_is_loaded(shared: Running) -> None:
     with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1 port"):
-        listener(ServerConfig(port=shared.port.getsockname()[1]))
-    with pytest.raises(ValueError, match="no address to listen on"):
-        listener(ServerConfig(host="no such host"))
+        bind(ServerConfig(port=shared.port.getsockname()[1]))
+    with pytest.raises(ValueError, match="not an address to listen on"):
+        bind(ServerConfig(host="no such host"))
 
 
 def test_small_answers_are_not_held_back(shared: Running) -> None:
