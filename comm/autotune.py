@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..kernels.jit import cache_dir
+from ..kernels.native import cache_dir
 from .base import Communicator
 from .timing import graph_us
 

@@ -15,7 +15,7 @@ this replay lies between them, c < m < k. In m this rank has waited until every 
 comes to m when its c has ended: its stream is in order. On this rank w is queued after m: every peer has read before.
 
 All of it holds for any order of graphs and eager calls, as long as it is the same on all ranks. A graph costs one
-more meeting of the ranks. Within a collective, kernels/allreduce.cu keeps order by flags that count on the device.
+more meeting of the ranks. Within a collective, kernels/csrc/allreduce.cu keeps order by flags that count on the device.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class PeerBuffers:
         self._own, self._bytes = peer_memory.allocate(nbytes, self._device.index)
         self._words = peer_memory.host_words(peer_memory.MAX_RANKS + 1)
         peer_memory.prepare(self.size)
-        return f"{peer_memory.most_blocks(self._device.index, self._sharers)} {peer_memory.export(self._own).hex()}"
+        return f"{peer_memory.max_blocks(self._device.index, self._sharers)} {peer_memory.export(self._own).hex()}"
 
     def map(self, offers: list[str]) -> str:
         """Map every peer's arena."""
@@ -122,7 +122,7 @@ class PeerBuffers:
         fields = self._peers.table(
             arenas,
             self._words,
-            patience_ns=int(min(GREETING_S, self._timeout_s / 2) * 1e9),
+            timeout_ns=int(min(GREETING_S, self._timeout_s / 2) * 1e9),
             slot_bytes=self.slot_bytes,
             rank=self.rank,
             alone=self._sharers == 1,
@@ -149,7 +149,7 @@ class PeerBuffers:
     def set_patience(self, seconds: float) -> None:
         """How long kernels that are queued from now on wait for a peer."""
         self.patience_s = seconds
-        self._table[self._peers.PATIENCE] = int(seconds * 1e9)
+        self._table[self._peers.TIMEOUT_FIELD] = int(seconds * 1e9)
 
     # Collectives. Inputs and outputs are contiguous and not empty; the input fits into a slot.
 
@@ -158,7 +158,7 @@ class PeerBuffers:
         return self._slot(self._turns.peek(self._peers.capture()), shape, dtype)
 
     def all_reduce(self, x: Tensor, *, two_shot: bool) -> Tensor:
-        out, add = torch.empty_like(x), self._peers.reduce_and_gather if two_shot else self._peers.reduce
+        out, add = torch.empty_like(x), self._peers.two_shot_all_reduce if two_shot else self._peers.one_shot_all_reduce
         add(out, x, self._group, self._take(), "all_reduce")
         return out
 
@@ -170,7 +170,7 @@ class PeerBuffers:
     def all_gather(self, x: Tensor, *, kind: str = "all_gather") -> Tensor:
         out = x.new_empty(self.size, *x.shape)
         whole, part = out.view(-1).view(torch.uint8), x.view(-1).view(torch.uint8)
-        self._peers.gather(whole, part, self._group, self._take(), kind)
+        self._peers.all_gather(whole, part, self._group, self._take(), kind)
         return out
 
     def all_reduce_add_rms_norm(
@@ -178,7 +178,7 @@ class PeerBuffers:
     ) -> Tensor:
         out, total = torch.empty_like(x), _aligned(residual)
         inputs = _aligned(x), total, _aligned(weight), eps, self._group, self._take()
-        self._peers.reduce_add_rms_norm(out, *inputs, "all_reduce_add_rms_norm", two_steps=two_shot)
+        self._peers.all_reduce_add_rms_norm(out, *inputs, "all_reduce_add_rms_norm", two_shot=two_shot)
         if total is not residual:
             residual.copy_(total)
         return out

@@ -1,1 +1,1 @@
-"""The operations of a decoder step, each once for the device and once in plain torch. Imports nothing of ours."""
+"""The ops of a decoder step: contracts, definitions in plain torch, and CUDA kernels. Imports no other room."""

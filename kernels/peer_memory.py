@@ -1,7 +1,6 @@
 """Memory that the ranks of one host share by CUDA IPC, and the launches of allreduce.cu over it.
 
-Beside cuda.py the only module that imports CuPy. Grids depend on sizes and the group alone: a block reads what the same
-block of every peer has offered.
+Grids depend on sizes and the group alone: a block reads only what the same block of every peer has published.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from .cuda import VECTOR_BYTES, _c, _kernel, _multiprocessors, _vector
+from .cuda.kernel_launch import VECTOR_BYTES, c_name, kernel, num_multiprocessors, vector_width
 
-KINDS = ("barrier", "all_reduce", "all_gather", "reduce_scatter", "all_reduce_add_rms_norm")  # in reports
+KINDS = ("barrier", "all_reduce", "all_gather", "all_reduce_add_rms_norm")  # as reported by late kernels
 MAX_RANKS = 8
-PATIENCE = MAX_RANKS + 2  # its place in a table
+TIMEOUT_FIELD = MAX_RANKS + 2  # its index in a table
 HEADER_BYTES, UNIT = 4096, 16  # as in allreduce.cu
 THREADS = 512
-MAX_BLOCKS = 36  # saturate NVLink, and leave multiprocessors to what runs beside them
-NORM_VECTORS = (1, 2, 4)  # of a row, that a thread may hold: 16,384 elements in bfloat16
+MAX_BLOCKS = 36  # saturate NVLink, and leave multiprocessors to kernels beside them
+NORM_VECTORS = (1, 2, 4)  # of a row, in the registers of a thread: at most 16,384 elements in bfloat16
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,17 @@ class Group:
     blocks: int  # at most, of each launch
 
 
-def table(arenas: list[int], words: Tensor, *, patience_ns: int, slot_bytes: int, rank: int, alone: bool) -> list[int]:
-    """The fields of struct Group; `words` are host_words(MAX_RANKS + 1): for whom was waited in vain, and `stop`."""
+def table(arenas: list[int], words: Tensor, *, timeout_ns: int, slot_bytes: int, rank: int, alone: bool) -> list[int]:
+    """Return the fields of struct Group.
+
+    words  host_words(MAX_RANKS + 1): for each rank where this one waited for it until the timeout, then `stop`
+    """
     missing, stop = words.data_ptr(), words[MAX_RANKS:].data_ptr()
-    return [*arenas, *[0] * (MAX_RANKS - len(arenas)), missing, stop, patience_ns, slot_bytes, rank, int(alone)]
+    return [*arenas, *[0] * (MAX_RANKS - len(arenas)), missing, stop, timeout_ns, slot_bytes, rank, int(alone)]
 
 
 def allocate(nbytes: int, device: int) -> tuple[int, Tensor]:
-    """Zeroed memory of the GPU, outside of any pool so that it can be exported, and the same as bytes."""
+    """Return zeroed memory of the GPU, outside of any pool so that it can be exported, as address and bytes."""
     with cupy.cuda.Device(device):
         pointer = cupy.cuda.runtime.malloc(nbytes)
         whole = view(pointer, nbytes, device).zero_()
@@ -50,24 +52,24 @@ def allocate(nbytes: int, device: int) -> tuple[int, Tensor]:
 
 
 def view(pointer: int, nbytes: int, device: int) -> Tensor:
-    """Memory of the GPU that others own, as bytes."""
+    """Return memory of the GPU as bytes; the tensor does not own it."""
     memory = cupy.cuda.UnownedMemory(pointer, nbytes, None, device)
     array = cupy.ndarray(nbytes, cupy.uint8, cupy.cuda.MemoryPointer(memory, 0))
     return torch.utils.dlpack.from_dlpack(array)
 
 
 def free(pointer: int) -> None:
-    """Free what `allocate` gave, once no peer has it mapped."""
+    """Free memory from `allocate`, once no peer has it mapped."""
     cupy.cuda.runtime.free(pointer)
 
 
 def export(pointer: int) -> bytes:
-    """What a process needs to map memory of this one."""
+    """Return the handle by which another process maps this memory."""
     return bytes(cupy.cuda.runtime.ipcGetMemHandle(pointer))
 
 
 def map_memory(handle: bytes, device: int) -> int:
-    """The address in this process of the memory that another one exported; raises RuntimeError with CUDA's words."""
+    """Return the address in this process of exported memory; raise RuntimeError with CUDA's message."""
     with cupy.cuda.Device(device):
         return int(cupy.cuda.runtime.ipcOpenMemHandle(handle))
 
@@ -77,21 +79,21 @@ def unmap(pointer: int) -> None:
 
 
 def host_words(count: int) -> Tensor:
-    """Zeroed int64 of the host that kernels read and write at the same address."""
+    """Return zeroed int64 of the host that kernels read and write at the same address."""
     return torch.zeros(count, dtype=torch.int64, pin_memory=True)
 
 
-def most_blocks(device: int, ranks: int) -> int:
-    """Blocks of a launch, so that those of so many ranks are on one GPU at the same time: they wait for each other.
+def max_blocks(device: int, ranks: int) -> int:
+    """Return the blocks of a launch such that those of all ranks fit on the GPU at once: they wait for each other.
 
-    Where there are several, half of the GPU is left to what comes before and beside them.
+    ranks  on this GPU; several leave half of it to kernels before and beside them
     """
-    share = _multiprocessors(device) // (2 * ranks if ranks > 1 else 1)
+    share = num_multiprocessors(device) // (2 * ranks if ranks > 1 else 1)
     return max(1, min(MAX_BLOCKS, share))
 
 
 def capture() -> int:
-    """A number for the graph that is being captured on the current stream, 0 if none is."""
+    """Return the number of the graph that is being captured on the current stream, or 0."""
     if not torch.cuda.is_current_stream_capturing():
         return 0
     status, _, number, *_ = driver.cuStreamGetCaptureInfo(torch.cuda.current_stream().cuda_stream)
@@ -101,36 +103,41 @@ def capture() -> int:
 
 
 def prepare(size: int) -> None:
-    """Compile what the first meeting needs: its deadline is short."""
-    _kernel("allreduce.cu", f"gather<16, {size}>", early=True)
+    """Compile the kernel of the first collective, whose deadline is short."""
+    kernel("allreduce.cu", f"all_gather<16, {size}>", early=True)
 
 
-def reduce(out: Tensor, x: Tensor, group: Group, slot: int, kind: str, *, chunks: int = 1) -> None:
-    """`out = sum of x over the ranks`, or chunk `rank` of it if x has as many chunks as there are ranks."""
-    each = x.numel() // chunks
-    _launch("reduce", out, x, each, group, slot, kind)
+def one_shot_all_reduce(out: Tensor, x: Tensor, group: Group, slot: int, kind: str) -> None:
+    """Compute `out = sum of x over the ranks`: each rank reads all of every peer."""
+    v = vector_width(x.numel(), out, x)
+    launch = kernel("allreduce.cu", f"one_shot_all_reduce<{c_name(x)}, {v}, {group.size}>", early=True)
+    launch(_grid(x.nbytes, group), THREADS, out, x, np.int64(x.numel()), *_group_arguments(group, slot, kind))
 
 
-def reduce_and_gather(out: Tensor, x: Tensor, group: Group, slot: int, kind: str) -> None:
-    """The same sum, of which each rank computes a part."""
+def two_shot_all_reduce(out: Tensor, x: Tensor, group: Group, slot: int, kind: str) -> None:
+    """Compute the same sum: each rank sums one chunk, then reads the peers' chunks."""
     unit = UNIT * group.size
-    _launch("reduce_and_gather", out, x, -(-x.numel() // unit) * UNIT, group, slot, kind)
+    chunk = -(-x.numel() // unit) * UNIT
+    v = vector_width(chunk, out, x, strides=[x.numel()])
+    launch = kernel("allreduce.cu", f"two_shot_all_reduce<{c_name(x)}, {v}, {group.size}>", early=True)
+    sizes = np.int64(x.numel()), np.int64(chunk)
+    launch(_grid(chunk * x.element_size(), group), THREADS, out, x, *sizes, *_group_arguments(group, slot, kind))
 
 
-def gather(out: Tensor, x: Tensor, group: Group, slot: int, kind: str) -> None:
-    """`out[rank] = x of every rank`; both are bytes."""
+def all_gather(out: Tensor, x: Tensor, group: Group, slot: int, kind: str) -> None:
+    """Compute `out[rank] = x of every rank`; both are bytes."""
     at = out.data_ptr() | x.data_ptr() | x.numel()
     v = next(v for v in (16, 4, 2, 1) if at % v == 0)
-    kernel = _kernel("allreduce.cu", f"gather<{v}, {group.size}>", early=True)
-    kernel(_grid(x.numel(), group), THREADS, out, x, np.int64(x.numel()), *_where(group, slot, kind))
+    launch = kernel("allreduce.cu", f"all_gather<{v}, {group.size}>", early=True)
+    launch(_grid(x.numel(), group), THREADS, out, x, np.int64(x.numel()), *_group_arguments(group, slot, kind))
 
 
 def fits_norm(columns: int, dtype: torch.dtype) -> bool:
-    """Whether rows of so many elements are short enough for reduce_add_rms_norm."""
+    """Return whether rows of this many elements are short enough for all_reduce_add_rms_norm."""
     return columns <= NORM_VECTORS[-1] * THREADS * _norm_vector(columns, dtype)
 
 
-def reduce_add_rms_norm(
+def all_reduce_add_rms_norm(
     out: Tensor,
     x: Tensor,
     residual: Tensor,
@@ -140,17 +147,21 @@ def reduce_add_rms_norm(
     slot: int,
     kind: str,
     *,
-    two_steps: bool,
+    two_shot: bool,
 ) -> None:
-    """`residual += sum of x over the ranks; out = rms_norm(residual)`; all contiguous and at multiples of 16 bytes."""
+    """Compute `residual += sum of x over the ranks; out = rms_norm(residual)`.
+
+    All tensors are contiguous and start at multiples of 16 bytes.
+    """
     rows, columns = x.shape
-    v = _norm_vector(columns, x.dtype)  # not by the addresses: the same bits on all ranks
+    v = _norm_vector(columns, x.dtype)  # by the shape, not by addresses: all ranks must get the same bits
     threads = min(THREADS, -(-columns // (32 * v)) * 32)
-    held = next(n for n in NORM_VECTORS if n * threads * v >= columns)
-    name = f"reduce_add_rms_norm<{_c(x)}, {v}, {group.size}, {held}, {str(two_steps).lower()}>"
-    kernel = _kernel("allreduce.cu", name, early=True)
+    vectors = next(n for n in NORM_VECTORS if n * threads * v >= columns)
+    name = f"all_reduce_add_rms_norm<{c_name(x)}, {v}, {group.size}, {vectors}, {str(two_shot).lower()}>"
     sizes = np.float32(eps), np.int32(rows), np.int32(columns)
-    kernel((min(rows, group.blocks), 1), threads, out, x, residual, weight, *sizes, *_where(group, slot, kind))
+    grid = min(rows, group.blocks), 1
+    launch = kernel("allreduce.cu", name, early=True)
+    launch(grid, threads, out, x, residual, weight, *sizes, *_group_arguments(group, slot, kind))
 
 
 def _norm_vector(columns: int, dtype: torch.dtype) -> int:
@@ -158,16 +169,9 @@ def _norm_vector(columns: int, dtype: torch.dtype) -> int:
     return v if columns % v == 0 else 1
 
 
-def _launch(name: str, out: Tensor, x: Tensor, each: int, group: Group, slot: int, kind: str) -> None:
-    v = _vector(each, out, x, strides=[x.numel()])
-    kernel = _kernel("allreduce.cu", f"{name}<{_c(x)}, {v}, {group.size}>", early=True)
-    grid, sizes = _grid(each * x.element_size(), group), (np.int64(x.numel()), np.int64(each))
-    kernel(grid, THREADS, out, x, *sizes, *_where(group, slot, kind))
-
-
 def _grid(nbytes: int, group: Group) -> tuple[int, int]:
     return max(1, min(group.blocks, -(-nbytes // (THREADS * VECTOR_BYTES)))), 1
 
 
-def _where(group: Group, slot: int, kind: str) -> tuple[Tensor, np.int32, np.int32]:
+def _group_arguments(group: Group, slot: int, kind: str) -> tuple[Tensor, np.int32, np.int32]:
     return group.table, np.int32(slot), np.int32(KINDS.index(kind))

@@ -1,7 +1,8 @@
 """Every op in plain torch (NumPy for token ids): the CPU path, the oracle of the tests, and the definition of each op.
 
-`ops.py` has the same functions with the same signatures and checks their arguments; call that one. Shapes: T tokens,
-D hidden size, H heads, E head size, I intermediate size, V rows of a vocabulary shard.
+`ops.py` has the same functions with the same signatures, documents them and checks their arguments; call that one.
+Shapes: T tokens, D hidden size, H query heads, Hkv key heads, E head size, I intermediate size, V rows of a vocabulary
+shard.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .arguments import KeyPartition, KVCache, Pages, QKNorm, Rope
+
 FP8_MAX = 448.0  # of float8_e4m3fn
-PARTS = 8  # of a row's keys, at most, where their size is given
-NOBODY = torch.iinfo(torch.int64).min  # less than any contender
+NO_CANDIDATE = torch.iinfo(torch.int64).min  # less than any candidate
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
 
@@ -59,77 +61,52 @@ def linear(
     return product if out is None else out.copy_(product)
 
 
-def rotate_and_store_(
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    slots: Tensor,
-) -> Tensor:
-    q, k, v = _prepared_heads(qkv, k_cache, q_norm, k_norm, eps, positions, cos_sin)
-    store_kv_(k, v, k_cache, v_cache, slots)
+def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slots: Tensor) -> Tensor:
+    q, k, v = _prepare_heads(qkv, norm, rope, cache)
+    store_kv_(k, v, cache, slots)
     return q
 
 
-def _prepared_heads(
-    qkv: Tensor,
-    k_cache: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    positions: Tensor,
-    cos_sin: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q [T, H, E], k and v [T, Hkv, E] with norm and rotation."""
-    kv_heads, head_dim = k_cache.shape[2:]
+def _prepare_heads(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q [T, H, E], k and v [T, Hkv, E] with norm and rotation."""
+    kv_heads, head_dim = cache.k.shape[2:]
     heads = qkv.unflatten(-1, (-1, head_dim))  # [T, H + 2 Hkv, E]
     q, k, v = heads[:, : -2 * kv_heads], heads[:, -2 * kv_heads : -kv_heads], heads[:, -kv_heads:]
-    q, k = _rotate(q.float(), q_norm, eps, positions, cos_sin), _rotate(k.float(), k_norm, eps, positions, cos_sin)
+    q, k = _norm_and_rotate(q.float(), norm.q, norm.eps, rope), _norm_and_rotate(k.float(), norm.k, norm.eps, rope)
     return q.to(qkv.dtype), k.to(qkv.dtype), v
 
 
-def _rotate(x: Tensor, norm: Tensor | None, eps: float, positions: Tensor, cos_sin: Tensor) -> Tensor:
+def _norm_and_rotate(x: Tensor, norm: Tensor | None, eps: float, rope: Rope) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    cos, sin = cos_sin[positions.long()].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, E/2] each
+    cos, sin = rope.cos_sin[rope.positions.long()].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, E/2] each
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def split_keys(positions: Tensor, kv_heads: int, window: int | None, part: int | None = None) -> Tensor:
-    return positions.new_zeros(0)  # nothing to divide: decode_attention goes row by row
+def partition_keys(positions: Tensor, kv_heads: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
+    return KeyPartition(positions.new_zeros(0), window, kv_chunk)  # decode_attention goes row by row
 
 
 def decode_attention(
     qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    norm: QKNorm,
+    rope: Rope,
+    cache: KVCache,
     slots: Tensor,
-    pages: Tensor,
-    owners: Tensor,
-    splits: Tensor,
+    pages: Pages,
+    partition: KeyPartition,
     scale: float,
-    window: int | None,
-    part: int | None = None,
 ) -> Tensor:
-    q, k, v = _prepared_heads(qkv, k_cache, q_norm, k_norm, eps, positions, cos_sin)
-    store_kv_(k, v, k_cache, v_cache, slots)
-    out, page_size = torch.empty_like(q), k_cache.shape[1]
-    for row, position in enumerate(positions.tolist()):
+    q, k, v = _prepare_heads(qkv, norm, rope, cache)
+    store_kv_(k, v, cache, slots)
+    out, page_size, window = torch.empty_like(q), cache.k.shape[1], partition.window
+    for row, position in enumerate(rope.positions.tolist()):
         first = 0 if window is None else max(0, position + 1 - window)
         old = torch.arange(first, position, device=q.device)
-        place = pages[owners[row].long(), old // page_size].long(), old % page_size
-        keys = torch.cat((k_cache[place].to(q.dtype), k[row : row + 1])).transpose(0, 1)  # [Hkv, K, E]
-        values = torch.cat((v_cache[place].to(q.dtype), v[row : row + 1])).transpose(0, 1)
+        places = pages.table[pages.owners[row].long(), old // page_size].long(), old % page_size
+        keys = torch.cat((cache.k[places].to(q.dtype), k[row : row + 1])).transpose(0, 1)  # [Hkv, K, E]
+        values = torch.cat((cache.v[places].to(q.dtype), v[row : row + 1])).transpose(0, 1)
         gqa = q.shape[1] != k.shape[1]
         out[row] = F.scaled_dot_product_attention(q[row, :, None], keys, values, scale=scale, enable_gqa=gqa)[:, 0]
     return out.flatten(1)
@@ -140,28 +117,28 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(x.dtype)
 
 
-def store_kv_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+def store_kv_(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
     if (slots < 0).any():
         kept = slots >= 0
         k, v, slots = k[kept], v[kept], slots[kept]
-    page_size = k_cache.shape[1]
-    where = (slots.long() // page_size, slots.long() % page_size)
-    for cache, rows in ((k_cache, k), (v_cache, v)):
-        if cache.dtype == torch.float8_e4m3fn:  # torch makes NaN of what is too large, and cannot index the dtype
-            stored = rows.float().clamp(-FP8_MAX, FP8_MAX).to(cache.dtype)
-            cache.view(torch.uint8).index_put_(where, stored.view(torch.uint8))
+    page_size = cache.k.shape[1]
+    places = (slots.long() // page_size, slots.long() % page_size)
+    for target, rows in ((cache.k, k), (cache.v, v)):
+        if target.dtype == torch.float8_e4m3fn:  # torch turns values that are too large into NaN, and cannot index it
+            stored = rows.float().clamp(-FP8_MAX, FP8_MAX).to(target.dtype)
+            target.view(torch.uint8).index_put_(places, stored.view(torch.uint8))
         else:
-            cache.index_put_(where, rows.to(cache.dtype))
+            target.index_put_(places, rows.to(target.dtype))
 
 
-def experts(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     out = torch.zeros_like(x, dtype=torch.float32)
-    for expert in chosen.unique().tolist():
+    for expert in expert_ids.unique().tolist():
         if 0 <= expert < len(gate_up):
-            tokens, choice = torch.where(chosen == expert)
+            tokens, choice = torch.where(expert_ids == expert)
             hidden = silu_and_mul(F.linear(x[tokens], gate_up[expert]))  # [t, I]
-            mixed = F.linear(hidden, down[expert]).float()
-            out.index_add_(0, tokens, mixed * scores[tokens, choice, None])
+            expert_out = F.linear(hidden, down[expert]).float()
+            out.index_add_(0, tokens, expert_out * scores[tokens, choice, None])
     return out.to(x.dtype)
 
 
@@ -172,14 +149,14 @@ def gumbel_argmax(
     scores = logits.float()
     if temperature.any():
         random = (temperature > 0)[:, None]
-        # log(p / E) up to a constant of the row: its argmax is the argmin of E / p.
-        drawn = logits / torch.where(random, temperature[:, None], 1) - _exponential(keys, ids).log()
-        scores = torch.where(random, drawn, scores)
+        # log(p / E) up to a constant of the row.
+        perturbed = logits / torch.where(random, temperature[:, None], 1) - _exponential(keys, ids).log()
+        scores = torch.where(random, perturbed, scores)
     return _descending(_pack(scores, ids), 1)[:, 0]
 
 
-def merge_candidates(contenders: Tensor) -> Tensor:
-    return _unpack(contenders.amax(0))[1]
+def merge_candidates(candidates: Tensor) -> Tensor:
+    return _unpack(candidates.amax(0))[1]
 
 
 def topk_candidates(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
@@ -188,10 +165,10 @@ def topk_candidates(logits: Tensor, count: int, *, first_token: int = 0) -> Tens
 
 
 def sample_topk(
-    contenders: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor
+    candidates: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor
 ) -> Tensor:
-    scores, tokens = _unpack(contenders)
-    scores = scores.masked_fill(contenders == NOBODY, -torch.inf)
+    scores, tokens = _unpack(candidates)
+    scores = scores.masked_fill(candidates == NO_CANDIDATE, -torch.inf)
     kept = mask_top_k_top_p(scores / temperature[:, None], top_k, top_p, min_p)
     return merge_candidates(gumbel_argmax(kept, torch.ones_like(temperature), keys, tokens=tokens)[None])
 
@@ -203,14 +180,14 @@ def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tens
 
 
 def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    least = ordered[:, :1] + min_p.log()[:, None]  # -inf where there is none
+    threshold = ordered[:, :1] + min_p.log()[:, None]  # -inf without min_p
     place = torch.arange(ordered.shape[1], device=ordered.device)
-    excluded = (ordered < least) | ((place >= top_k[:, None]) & (top_k > 0)[:, None])
-    left = ordered.masked_fill(excluded, -torch.inf)
-    before = left.softmax(-1).cumsum(-1).roll(1, dims=-1)
+    excluded = (ordered < threshold) | ((place >= top_k[:, None]) & (top_k > 0)[:, None])
+    kept = ordered.masked_fill(excluded, -torch.inf)
+    before = kept.softmax(-1).cumsum(-1).roll(1, dims=-1)  # the mass of more likely tokens
     before[:, 0] = 0  # the most likely token always stays
-    beyond = (before >= top_p[:, None]) & (top_p < 1)[:, None]  # rounding of the sum must not cut a tail
-    return left.masked_fill(beyond, -torch.inf)
+    beyond = (before >= top_p[:, None]) & (top_p < 1)[:, None]  # without top-p, rounding of the sum must not cut a tail
+    return kept.masked_fill(beyond, -torch.inf)
 
 
 def begin_decode_(
@@ -221,8 +198,8 @@ def begin_decode_(
     return tokens[slots.long(), positions.long()]
 
 
-def append_tokens_(tokens: Tensor, slots: Tensor, positions: Tensor, chosen: Tensor) -> None:
-    tokens[slots.long(), positions.long() + 1] = chosen
+def append_tokens_(tokens: Tensor, slots: Tensor, positions: Tensor, new_tokens: Tensor) -> None:
+    tokens[slots.long(), positions.long() + 1] = new_tokens
 
 
 def _columns(logits: Tensor, first_token: int) -> Tensor:
@@ -230,37 +207,37 @@ def _columns(logits: Tensor, first_token: int) -> Tensor:
 
 
 def _pack(scores: Tensor, ids: Tensor) -> Tensor:
-    """Scores [S, V] float32 and ids [V] or [S, V] as integers in the order of (score, -id); 0 and -0 are equal."""
+    """Pack scores [S, V] float32 and ids [V] or [S, V] into integers ordered by (score, -id); 0 and -0 are equal."""
     ordered = _mirror_negative((scores + 0.0).view(torch.int32)).long()
     return (ordered << 32) | (0xFFFFFFFF - ids.long())
 
 
-def _unpack(contenders: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores float32 and tokens int32."""
-    scores = _mirror_negative((contenders >> 32).int()).view(torch.float32)
-    return scores, (0xFFFFFFFF - (contenders & 0xFFFFFFFF)).int()
+def _unpack(candidates: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scores, float32, and the tokens, int32."""
+    scores = _mirror_negative((candidates >> 32).int()).view(torch.float32)
+    return scores, (0xFFFFFFFF - (candidates & 0xFFFFFFFF)).int()
 
 
 def _mirror_negative(bits: Tensor) -> Tensor:
-    """The bits of floats, int32, to integers of the same order, and back."""
+    """Map the bits of floats, int32, to integers of the same order, or back."""
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _descending(packed: Tensor, count: int) -> Tensor:
-    """The `count` greatest of each row; the least integer stands for what is not there."""
+    """Return the `count` greatest of each row, padded with NO_CANDIDATE."""
     missing = max(0, count - packed.shape[1])
-    return F.pad(packed, (0, missing), value=NOBODY).topk(count, dim=-1).values
+    return F.pad(packed, (0, missing), value=NO_CANDIDATE).topk(count, dim=-1).values
 
 
 def _exponential(keys: Tensor, ids: Tensor) -> Tensor:
-    """Exponential noise [S, V] float32, hashed from the row's key and the token; ids [V] or [S, V]."""
+    """Return exponential noise [S, V] float32, hashed from the row's key and the token; ids [V] or [S, V]."""
     bits = _mix(keys[:, None] + GOLDEN * ids.long())
     uniform = _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
     return -uniform.log().to(torch.float32)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014), elementwise on int64 taken as 64 unsigned bits."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood, 2014) to int64, taken as 64 unsigned bits."""
     x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
     return x ^ _shift_right(x, 31)

@@ -1,9 +1,9 @@
-"""Every CUDA kernel once, at sizes that fill nothing evenly; to be run under compute-sanitizer.
+"""Run every CUDA kernel once, at sizes that no block or vector divides, under compute-sanitizer.
 
     compute-sanitizer --tool memcheck --report-api-errors no python scripts/sanitize.py
     compute-sanitizer --tool racecheck python scripts/sanitize.py
 
-Without API errors, because cuda-bindings asks the driver for functions that it need not have.
+API errors are not reported, because cuda-bindings asks the driver for functions that it need not have.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import ops
+from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope
 
 
 def random(*shape: int) -> Tensor:
@@ -22,7 +23,7 @@ def integers(values: list[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
-def products() -> None:
+def linear_layers() -> None:
     for rows, features, size in ((1, 48, 64), (3, 40, 72), (8, 24, 1024), (2, 1032, 4096)):
         x, weight, norm = random(rows, size), random(2 * features, size), random(size)
         ops.linear(x, weight, norm=norm, eps=1e-6)
@@ -30,39 +31,37 @@ def products() -> None:
         ops.linear(x, weight[:features], add_to=random(rows, features))
     ops.linear(random(8, 14336), random(328, 14336), add_to=random(8, 328))  # x does not fit into shared memory
     for tokens in (1, 7, 64):
-        chosen = torch.randint(-1, 7, (tokens, 2), device="cuda")
-        ops.experts(
-            random(tokens, 64), chosen, torch.rand(tokens, 2, device="cuda"), random(6, 80, 64), random(6, 64, 40)
-        )
+        expert_ids, scores = torch.randint(-1, 7, (tokens, 2), device="cuda"), torch.rand(tokens, 2, device="cuda")
+        ops.experts(random(tokens, 64), expert_ids, scores, random(6, 80, 64), random(6, 64, 40))
 
 
 def attention() -> None:
     rows, heads, kv_heads = 70, 8, 2
     positions, owners = integers([0, 1, 17, 300, 1999] * 14), torch.randperm(rows, device="cuda").int()
     for size, page_size, window in ((64, 5, None), (128, 16, None), (128, 16, 50)):
-        pages = torch.randperm(rows * 400, device="cuda").int().view(rows, 400)
-        k_cache, v_cache = (random(rows * 400, page_size, kv_heads, size) for _ in range(2))
-        cos_sin = torch.randn(2000, size, device="cuda")
-        slots = pages[owners.long(), positions.long() // page_size] * page_size + positions % page_size
+        table = torch.randperm(rows * 400, device="cuda").int().view(rows, 400)
+        cache = KVCache(*(random(rows * 400, page_size, kv_heads, size) for _ in range(2)))
+        norm, cos_sin = QKNorm(random(size), random(size), 1e-6), torch.randn(2000, size, device="cuda")
+        slots = table[owners.long(), positions.long() // page_size] * page_size + positions % page_size
         for first in (0, 65, 67, 69):  # few rows and many take different blocks
             part = slice(first, rows)
-            qkv, where = random(rows - first, (heads + 2 * kv_heads) * size), (cos_sin, k_cache, v_cache, slots[part])
-            splits = ops.split_keys(positions[part], kv_heads, window)
-            norms = random(size), random(size), 1e-6, positions[part]
-            ops.decode_attention(qkv, *norms, *where, pages, owners[part], splits, 0.1, window)
-            ops.rotate_and_store_(qkv, *norms, *where)
-        ops.store_kv_(random(rows, kv_heads, size), random(rows, kv_heads, size), k_cache, v_cache, slots)
+            qkv, rope = random(rows - first, (heads + 2 * kv_heads) * size), Rope(positions[part], cos_sin)
+            partition = ops.partition_keys(positions[part], kv_heads, window)
+            pages = Pages(table, owners[part])
+            ops.decode_attention(qkv, norm, rope, cache, slots[part], pages, partition, 0.1)
+            ops.rotate_and_store_(qkv, norm, rope, cache, slots[part])
+        ops.store_kv_(random(rows, kv_heads, size), random(rows, kv_heads, size), cache, slots)
 
 
-def the_rest() -> None:
+def rows_tokens_and_tables() -> None:
     x, weight = random(5, 40), random(40)
     ops.rms_norm(x, weight, 1e-6)
     ops.add_rms_norm(x, random(5, 40), weight, 1e-6)
     ops.silu_and_mul(x)
     ops.gather_rows(x, integers([0, 4, 9, -1]))
     temperature, keys = torch.tensor([0.0, 1.0, 0.5], device="cuda"), torch.arange(3, device="cuda")
-    contenders = ops.gumbel_argmax(torch.randn(3, 1001, device="cuda"), temperature, keys, first_token=7)
-    ops.merge_candidates(torch.stack([contenders, ops.gumbel_argmax(random(3, 4000), temperature, keys)]))
+    candidates = ops.gumbel_argmax(torch.randn(3, 1001, device="cuda"), temperature, keys, first_token=7)
+    ops.merge_candidates(torch.stack([candidates, ops.gumbel_argmax(random(3, 4000), temperature, keys)]))
     names = torch.arange(192, dtype=torch.int32, device="cuda").view(3, 64)
     ops.gumbel_argmax(torch.randn(3, 64, device="cuda"), temperature, keys, tokens=names)
     warm, top_k, top_p = torch.full_like(temperature, 0.7), keys * 9, torch.full_like(temperature, 0.8)
@@ -77,8 +76,8 @@ def the_rest() -> None:
 
 
 if __name__ == "__main__":
-    products()
+    linear_layers()
     attention()
-    the_rest()
+    rows_tokens_and_tables()
     torch.cuda.synchronize()
     print("every kernel ran")

@@ -187,7 +187,7 @@ template <typename T, int V, int N> struct Meeting {
 
 // out = the sum of x over the ranks; of its chunk `rank` only, where x [total] has more than one chunk of `each` elements.
 template <typename T, int V, int N>
-__global__ void __launch_bounds__(512, 1) reduce(
+__global__ void __launch_bounds__(512, 1) one_shot_all_reduce(
     T* out, const T* x, long long total, long long each, const Group* group, int slot, int kind) {
     Meeting<T, V, N> meeting(group, slot, kind);
     meeting.offer(x, total, each);
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(512, 1) reduce(
 
 // The same sum in two steps: each rank adds up its chunk, in the place of its own, and reads the others' when they have done.
 template <typename T, int V, int N>
-__global__ void __launch_bounds__(512, 1) reduce_and_gather(
+__global__ void __launch_bounds__(512, 1) two_shot_all_reduce(
     T* out, const T* x, long long total, long long each, const Group* group, int slot, int kind) {
     Meeting<T, V, N> meeting(group, slot, kind);
     meeting.offer(x, total, each);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(512, 1) reduce_and_gather(
 
 // out [N, total] = x of every rank; as bytes. Without any it is a barrier.
 template <int V, int N>
-__global__ void __launch_bounds__(512, 1) gather(
+__global__ void __launch_bounds__(512, 1) all_gather(
     unsigned char* out, const unsigned char* x, long long total, const Group* group, int slot, int kind) {
     Meeting<unsigned char, V, N> meeting(group, slot, kind);
     meeting.offer(x, total, total);
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(512, 1) gather(
 // residual += sum of x over the ranks, out = RMSNorm of the unrounded residual; a block takes whole rows, R vectors of one a thread.
 // In two steps, a rank adds up its columns of every row; this sum is rounded, as that of reduce_and_gather.
 template <typename T, int V, int N, int R, bool TWO_STEPS>
-__global__ void __launch_bounds__(512, 1) reduce_add_rms_norm(
+__global__ void __launch_bounds__(512, 1) all_reduce_add_rms_norm(
     T* out, const T* x, T* residual, const T* __restrict__ weight, float eps, int rows, int size,
     const Group* group, int slot, int kind) {
     Meeting<T, V, N> meeting(group, slot, kind);

@@ -31,7 +31,7 @@ __device__ __forceinline__ int seen(int position, int window) { return window > 
 // work: the number of parts; the units of all rows, a unit being so many keys; for each row the units of those before it, and of
 // all; for each part the row where it begins. A row has a unit at least. As many parts as rows, or more of `least` units or
 // more, but `most` at most; where there are no more units than that, and one is enough, each is a part. One block.
-extern "C" __global__ void __launch_bounds__(1024) split_keys(
+extern "C" __global__ void __launch_bounds__(1024) partition_keys(
     int* __restrict__ work, const int* __restrict__ positions, int rows, int window, int unit, int least, int most) {
     __shared__ int totals[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

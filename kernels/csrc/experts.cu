@@ -65,7 +65,7 @@ __device__ __forceinline__ int place(int row, int chunk) { return row * 2 * DEPT
 // 16 rows by 16 weight rows. Every shape adds the same products of 16 in the same order: neither it nor other rows change a row's bits.
 // Without tiles and an order there is one expert, and the pairs come as they are.
 template <typename T, int WARPS_M, int WARPS_N, int M, int N, int STAGES, bool GATED>
-__global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_product(
+__global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     T* __restrict__ out, const T* __restrict__ x, const T* __restrict__ weights, const int4* __restrict__ tiles,
     const int* __restrict__ order, int pairs_per_row, int num_pairs, int width, int columns) {
     constexpr int STEP = 4 * WARPS_M * WARPS_N;  // rows that the block copies at once: eight threads a row
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_product(
 
 // The same product in float32, which tensor cores would round: one warp for each pair and column, which reads its weights for itself.
 template <bool GATED>
-__global__ void __launch_bounds__(256) plain_product(
+__global__ void __launch_bounds__(256) float32_gemm(
     float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weights, const long long* __restrict__ chosen,
     int pairs, int pairs_per_row, int experts, int width, int columns) {
     const long long at = blockIdx.x * 8ll + threadIdx.x / 32, pair = at / columns;
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(256) plain_product(
 
 // out[t] = sum over k of scores[t, k] * mixed[t K + k] in float32, in the order of k; grid (T, parts of a row).
 template <typename T, int V>
-__global__ void __launch_bounds__(256) sum_choices(
+__global__ void __launch_bounds__(256) weighted_sum(
     T* __restrict__ out, const T* __restrict__ mixed, const float* __restrict__ scores, const long long* __restrict__ chosen,
     int choices, int experts, int size) {
     const long long first = (long long)blockIdx.x * choices;

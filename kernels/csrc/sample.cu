@@ -47,7 +47,7 @@ __device__ __forceinline__ float least(float score, u64 bits) {
 // E is at least 1 - u: who is to reach the bar needs a small 1 - u, one integer to compare with for V tokens. Only for those that
 // may reach it two precise logarithms are taken.
 template <typename T, int V, bool NAMED>
-__global__ void __launch_bounds__(256) race(
+__global__ void __launch_bounds__(256) gumbel_argmax(
     long long* __restrict__ best, const T* __restrict__ logits, long long row_stride, const int* __restrict__ tokens,
     int first_token, const float* __restrict__ temperature, const long long* __restrict__ keys, int vocab) {
     const T* row = logits + blockIdx.x * row_stride;
@@ -126,7 +126,7 @@ __device__ __forceinline__ int place_of(long long own, const long long* items, i
 // there are fewer. Each thread has HELD of them. The count-th greatest of the threads' own greatest is a bar that `count` of all
 // pass for sure, at most count * HELD, and about as many as are wanted where the order is random: only these are put in order.
 template <typename T, int V>
-__global__ void __launch_bounds__(FEW, sizeof(T) == 2 ? 8 : 4) best(
+__global__ void __launch_bounds__(FEW, sizeof(T) == 2 ? 8 : 4) topk_candidates(
     long long* __restrict__ out, const T* __restrict__ in, long long row_stride, int first_token, int columns, int count) {
     extern __shared__ __align__(16) long long items[];  // [max(FEW, count * HELD)]
     __shared__ long long bar;
@@ -213,7 +213,7 @@ template <typename T> __device__ __forceinline__ T block_max(T mine) {
 // are all greater than it, and it is among the greater that the race is run again. So nothing is sorted, and there are two or
 // three passes in most cases. (Rejection sampling as in FlashInfer's top-p; here each round's winner is a function of the key.)
 template <typename T, int V>
-__global__ void __launch_bounds__(1024) nucleus(
+__global__ void __launch_bounds__(1024) sample_top_p(
     int* __restrict__ tokens, const T* __restrict__ logits, long long row_stride, const float* __restrict__ temperature,
     const float* __restrict__ top_p, const float* __restrict__ min_p, const long long* __restrict__ keys, int vocab) {
     const T* row = logits + blockIdx.x * row_stride;

@@ -47,14 +47,14 @@ class Logits:
         return Logits(SingleRank(), self.whole().float(), self.vocab_size)
 
     def race(self, temperature: Tensor, keys: Tensor) -> Tensor:
-        """A token for each row, [S] int32, as `ops.race` draws it; the same on every rank."""
+        """A token for each row, [S] int32, as `ops.gumbel_argmax` samples it; the same on every rank."""
         contenders = ops.gumbel_argmax(self._own, temperature, keys, first_token=self._first)
         return ops.merge_candidates(self.comm.all_gather(contenders))
 
     def best(self, count: int) -> Tensor:
         """The contenders of the greatest `count` of each row, or of as many as there are, descending.
 
-        [S, C] int64 as `ops.best` has them, equal logits by token; the same on every rank.
+        [S, C] int64 as `ops.topk_candidates` has them, equal logits by token; the same on every rank.
         """
         contenders = self.comm.all_gather(
             ops.topk_candidates(self._own, count, first_token=self._first)

@@ -1,8 +1,8 @@
 """From logits to tokens, the same on every rank: a function of the logits, the request and the position only.
 
-A random draw is a race (`ops.race`): token v wins with the least E(v) / p(v), E(v) being exponential noise hashed from
-the request's seed, the position and v. So neither the batch, nor the row, nor what was drawn before has any influence,
-and a rank runs its part of the race over its part of the vocabulary. Top-k needs no more than each rank's best tokens.
+A random sample is `ops.gumbel_argmax`: the token v with the least E(v) / p(v), E(v) being exponential noise hashed
+from the request's seed, the position and v. So neither the batch, nor the row, nor earlier samples have any influence,
+and a rank samples from its part of the vocabulary. Top-k needs no more than each rank's best tokens.
 """
 
 from __future__ import annotations

@@ -54,9 +54,9 @@ class Shared:
 
 
 class HostPeers:
-    """kernels/peers.py for one rank that is a thread; `faults` are what goes wrong on it."""
+    """kernels/peer_memory.py for one rank that is a thread; `faults` are what goes wrong on it."""
 
-    KINDS, MAX_RANKS, HEADER_BYTES, PATIENCE = ("barrier",), 8, 4096, 10
+    KINDS, MAX_RANKS, HEADER_BYTES, TIMEOUT_FIELD = ("barrier",), 8, 4096, 10
 
     def __init__(self, shared: Shared, rank: int, faults: set[str]) -> None:
         self.shared, self.rank, self.faults = shared, rank, faults
@@ -94,7 +94,7 @@ class HostPeers:
         self.words = torch.zeros(count, dtype=torch.int64)
         return self.words
 
-    def most_blocks(self, device: Any, ranks: int) -> int:
+    def max_blocks(self, device: Any, ranks: int) -> int:
         return 36 - self.rank
 
     def capture(self) -> int:
@@ -107,7 +107,7 @@ class HostPeers:
         self.arenas = arenas
         return [*arenas, *[0] * (14 - len(arenas))]
 
-    def gather(self, out: Tensor, x: Tensor, group: Any, slot: int, kind: str) -> None:
+    def all_gather(self, out: Tensor, x: Tensor, group: Any, slot: int, kind: str) -> None:
         """What the kernel does, with a barrier of threads for the flags."""
         start, memory = self.HEADER_BYTES, self.shared.memory
         memory[self.arenas[self.rank]][start : start + len(x)] = x

@@ -13,45 +13,47 @@ INSTANCES = {
     "allreduce.cu": [
         *(
             f"{name}<{t}>"
-            for name in ("reduce", "reduce_and_gather")
+            for name in ("one_shot_all_reduce", "two_shot_all_reduce")
             for t in ("bf16, 8, 2", "f16, 8, 8", "float, 1, 4")
         ),
-        *(f"gather<{shape}>" for shape in ("16, 2", "16, 8", "1, 3")),
+        *(f"all_gather<{shape}>" for shape in ("16, 2", "16, 8", "1, 3")),
         *(
-            f"reduce_add_rms_norm<{shape}, {two_steps}>"
+            f"all_reduce_add_rms_norm<{shape}, {two_steps}>"
             for shape in ("bf16, 8, 2, 1", "bf16, 8, 4, 2", "bf16, 8, 8, 4", "f16, 1, 2, 4", "float, 4, 8, 4")
             for two_steps in ("false", "true")
         ),
     ],
-    "index.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
+    "gather.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
     "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
     "sample.cu": [
-        *("race<bf16, 8, false>", "race<float, 4, true>", "race<f16, 1, false>", "merge_candidates", "sample_topk"),
-        *(f"nucleus<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1")),
-        *(f"best<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1", "long long, 2")),
+        *(f"gumbel_argmax<{shape}>" for shape in ("bf16, 8, false", "float, 4, true", "f16, 1, false")),
+        *(f"topk_candidates<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1", "long long, 2")),
+        *(f"sample_top_p<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1")),
+        "merge_candidates",
+        "sample_topk",
     ],
     "slots.cu": ["begin_decode", "append_tokens"],
-    "product.cu": [
-        f"product<{t}, {warps}, {depth}, {staged}, {finish}>"
+    "skinny_gemm.cu": [
+        f"skinny_gemm<{t}, {warps}, {depth}, {staged}, {finish}>"
         for t, warps, depth, staged in (("bf16", 8, 4, "true"), ("f16", 8, 2, "true"), ("bf16", 16, 2, "false"))
         for finish in (0, 1, 2)
     ],
     "decode.cu": [
-        "split_keys",
+        "partition_keys",
         *(f"decode_attention<{shape}>" for shape in ("f16, 64, 4", "bf16, 128, 4", "bf16, 128, 8")),
     ],
     "experts.cu": [
         *(f"group_pairs<{rows}>" for rows in (16, 64, 128)),
         *(
-            f"grouped_product<{t}, {shape}, {gated}>"
+            f"grouped_gemm<{t}, {shape}, {gated}>"
             for t in ("bf16", "f16")
             for shape in ("1, 4, 1, 1, 6", "1, 4, 4, 2, 3", "2, 4, 4, 2, 3")
             for gated in ("true", "false")
         ),
-        "plain_product<true>",
-        "plain_product<false>",
-        "sum_choices<bf16, 8>",
-        "sum_choices<float, 1>",
+        "float32_gemm<true>",
+        "float32_gemm<false>",
+        "weighted_sum<bf16, 8>",
+        "weighted_sum<float, 1>",
     ],
     "attention.cu": [
         f"rotate_and_store<{t}, {t}, {p}, {min(p, 4)}>" for t in ("bf16", "f16", "float") for p in (1, 2, 4, 8)

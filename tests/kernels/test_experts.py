@@ -16,7 +16,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Relative to the largest value: roundings of the activations between the products and of their results.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-# T, K, N, D, I; the pairs of an expert choose the kernel's tiles: up to 16, up to 256, more.
+# T, K, N, D, I; the pairs per expert select the kernel's tiles: up to 16, up to 256, more.
 SIZES = [
     (0, 2, 5, 16, 8),
     (1, 1, 1, 8, 8),
@@ -37,20 +37,20 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def inputs(size: tuple[int, ...], device: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, ...]:
-    """x, chosen, scores, gate_up, down for sizes T, K, N, D, I; no token chooses an expert twice if N allows."""
+    """Return x, expert_ids, scores, gate_up, down for sizes T, K, N, D, I; a token has no expert twice if N allows."""
     t, k, n, d, i = size
-    chosen = torch.rand(t, max(n, k), device=device).argsort(-1)[:, :k] % n
+    expert_ids = torch.rand(t, max(n, k), device=device).argsort(-1)[:, :k] % n
     x, gate_up, down = (torch.randn(*shape, device=device) for shape in ((t, d), (n, 2 * i, d), (n, d, i)))
     weights = (gate_up / d**0.5).to(dtype), (down / i**0.5).to(dtype)
-    return x.to(dtype), chosen, torch.rand(t, k, device=device), *weights
+    return x.to(dtype), expert_ids, torch.rand(t, k, device=device), *weights
 
 
-def brute_force(x: Tensor, chosen: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """In float64, one token and one choice at a time."""
+def brute_force(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Compute the experts in float64, one token and one choice at a time."""
     x, scores, gate_up, down = (tensor.double().cpu() for tensor in (x, scores, gate_up, down))
     out = torch.zeros_like(x)
-    for token, numbers in enumerate(chosen.tolist()):
-        for choice, expert in enumerate(numbers):
+    for token, ids in enumerate(expert_ids.tolist()):
+        for choice, expert in enumerate(ids):
             if 0 <= expert < len(down):
                 gate, up = (gate_up[expert] @ x[token]).chunk(2)
                 out[token] += scores[token, choice] * (down[expert] @ (F.silu(gate) * up))
@@ -63,7 +63,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 
 
 def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`new_empty` whose memory holds NaN, and numbers far out of every range."""
+    """Return a `new_empty` whose memory holds NaN, or integers far out of range."""
 
     def new_empty(*arguments: Any, **options: Any) -> Tensor:
         out = empty(*arguments, **options)
@@ -74,37 +74,37 @@ def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
-def test_experts_are_a_loop_over_tokens_and_choices(
+def test_experts_equal_a_loop_over_tokens_and_choices(
     device: str, size: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = inputs(size, device, dtype)
     expected = brute_force(*arguments)
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    found = ops.experts(*arguments)
-    assert found.dtype == dtype
-    close(found, expected)
+    actual = ops.experts(*arguments)
+    assert actual.dtype == dtype
+    close(actual, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [3, 40, 700])
-def test_all_tokens_on_one_expert_and_no_token_on_the_others(device: str, tokens: int, dtype: torch.dtype) -> None:
-    x, chosen, *rest = inputs((tokens, 2, 6, 72, 40), device, dtype)
-    chosen.fill_(4)
-    close(ops.experts(x, chosen, *rest), brute_force(x, chosen, *rest))
+def test_experts_with_all_tokens_on_one(device: str, tokens: int, dtype: torch.dtype) -> None:
+    x, expert_ids, *rest = inputs((tokens, 2, 6, 72, 40), device, dtype)
+    expert_ids.fill_(4)
+    close(ops.experts(x, expert_ids, *rest), brute_force(x, expert_ids, *rest))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wild", [-1, 5, 2**32, -(2**63)])
-def test_a_number_of_no_expert_adds_nothing(
+def test_experts_out_of_range_add_nothing(
     device: str, wild: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x, chosen, *rest = inputs((20, 3, 5, 64, 48), device, dtype)
-    chosen[::3, 1] = chosen[7] = wild
-    expected = brute_force(x, chosen, *rest)
+    x, expert_ids, *rest = inputs((20, 3, 5, 64, 48), device, dtype)
+    expert_ids[::3, 1] = expert_ids[7] = wild
+    expected = brute_force(x, expert_ids, *rest)
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    found = ops.experts(x, chosen, *rest)
-    close(found, expected)
-    assert not found[7].any()
+    actual = ops.experts(x, expert_ids, *rest)
+    close(actual, expected)
+    assert not actual[7].any()
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_a_number_of_no_expert_adds_nothing(
     [
         (0, torch.zeros(3, 9), r"x \[3, 9\] .* must be \[T, 8\]"),
         (0, torch.zeros(3, 8).half(), "x .* dtype of the weights"),
-        (1, torch.zeros(3, 2), r"chosen .* must be \[3, K\] int64"),
-        (1, torch.zeros(4, 2, dtype=torch.int64), "chosen"),
+        (1, torch.zeros(3, 2), r"expert_ids .* must be \[3, K\] int64"),
+        (1, torch.zeros(4, 2, dtype=torch.int64), "expert_ids"),
         (2, torch.zeros(3, 1), r"scores .* must be \[3, 2\] float32"),
         (3, torch.zeros(5, 8, 8).transpose(1, 2), "gate_up .* contiguous"),
         (4, torch.zeros(5, 8, 3), r"down .* must be \[5, 8, 8 / 2\]"),
     ],
 )
-def test_a_wrong_argument_is_named_with_the_rule(which: int, wrong: Tensor, rule: str) -> None:
+def test_experts_wrong_argument_is_named_with_the_rule(which: int, wrong: Tensor, rule: str) -> None:
     arguments = list(inputs((3, 2, 5, 8, 4), "cpu", torch.float32))
     arguments[which] = wrong
     with pytest.raises(ValueError, match=rule):
@@ -128,38 +128,38 @@ def test_a_wrong_argument_is_named_with_the_rule(which: int, wrong: Tensor, rule
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(3, 2, 5, 12, 8), (3, 2, 5, 8, 12)])
-def test_rows_that_are_no_whole_vectors_are_refused(size: tuple[int, ...]) -> None:
+def test_experts_reject_rows_of_partial_vectors(size: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="16-byte vectors"):
         ops.experts(*inputs(size, "cuda"))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_has_the_same_bits_alone_and_in_every_batch(dtype: torch.dtype) -> None:
+def test_experts_of_a_token_are_bitwise_equal_in_any_batch(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, chosen, scores, *weights = inputs((1500, 4, 8, 520, 264), "cuda", dtype)
-    expected = ops.experts(x, chosen, scores, *weights)
+    x, expert_ids, scores, *weights = inputs((1500, 4, 8, 520, 264), "cuda", dtype)
+    expected = ops.experts(x, expert_ids, scores, *weights)
     for rows in (1, 2, 17, 60, 400):  # tiles of 16 and 64 rows; the whole batch takes those of 128
-        found = ops.experts(x[:rows], chosen[:rows], scores[:rows], *weights)
-        assert torch.equal(found, expected[:rows])
+        actual = ops.experts(x[:rows], expert_ids[:rows], scores[:rows], *weights)
+        assert torch.equal(actual, expected[:rows])
     order = torch.randperm(1500, device="cuda")
-    assert torch.equal(ops.experts(x[order], chosen[order], scores[order], *weights), expected[order])
+    assert torch.equal(ops.experts(x[order], expert_ids[order], scores[order], *weights), expected[order])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 24, 300])
-def test_a_graph_replays_with_other_routing(tokens: int, dtype: torch.dtype) -> None:
+def test_experts_graph_replays_with_other_routing(tokens: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, chosen, scores, *weights = inputs((tokens, 3, 7, 136, 72), "cuda", dtype)
-    ops.experts(x, chosen, scores, *weights)  # kernels load outside of the graph
+    x, expert_ids, scores, *weights = inputs((tokens, 3, 7, 136, 72), "cuda", dtype)
+    ops.experts(x, expert_ids, scores, *weights)  # kernels load outside of the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = ops.experts(x, chosen, scores, *weights)
-    for routing in (torch.randint_like(chosen, 7), torch.full_like(chosen, 6), torch.full_like(chosen, -1)):
-        chosen.copy_(routing)
+        actual = ops.experts(x, expert_ids, scores, *weights)
+    for routing in (torch.randint_like(expert_ids, 7), torch.full_like(expert_ids, 6), torch.full_like(expert_ids, -1)):
+        expert_ids.copy_(routing)
         x.copy_(torch.randn_like(x))
-        found.fill_(torch.nan)
+        actual.fill_(torch.nan)
         graph.replay()
-        close(found, brute_force(x, chosen, scores, *weights))
-        assert torch.equal(found, ops.experts(x, chosen, scores, *weights))
+        close(actual, brute_force(x, expert_ids, scores, *weights))
+        assert torch.equal(actual, ops.experts(x, expert_ids, scores, *weights))

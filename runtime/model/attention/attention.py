@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ....comm.base import Communicator
 from ....kernels import ops
+from ....kernels.arguments import KVCache, QKNorm, Rope
 from ..batch import Batch
 from ..linear import ColumnLinear, Projection, RowLinear, share
 from ..model_config import ModelConfig
@@ -28,11 +29,9 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Heads:
-    """What a layer does to its heads of q and k before attention: norm, if there are weights [E], and rotation."""
+    """The norm and the rotation of a layer's heads of q and k before attention."""
 
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    eps: float
+    norm: QKNorm
     cos_sin: Tensor  # [P, E] float32
 
 
@@ -58,7 +57,6 @@ class Attention:
     def __init__(self, weights: Weights, comm: Communicator, config: ModelConfig, layer: int, name: str) -> None:
         self.layer = layer
         self.window = config.window(layer)
-        self.eps = config.norm_eps
         q_features = config.num_heads * config.head_dim
         kv_features = config.num_kv_heads * config.head_dim
         kv_heads = config.kv_heads_of_rank(comm.rank, comm.size)
@@ -72,9 +70,10 @@ class Attention:
         self.output = RowLinear(
             weights, comm, f"{name}.o_proj", config.hidden_size, q_features, bias=config.output_bias
         )
-        self.q_norm, self.k_norm = (
+        q_norm, k_norm = (
             norm_weight(weights, f"{name}.{x}_norm.weight", config.head_dim) if config.qk_norm else None for x in "qk"
         )
+        self.norm = QKNorm(q_norm, k_norm, config.norm_eps)
 
     def __call__(
         self,
@@ -86,7 +85,7 @@ class Attention:
         backend: AttentionBackend,
     ) -> None:
         """Rows [T, D]; the result is added to `residual`. Keys and values go into `cache`, this layer's (K, V)."""
-        heads = Heads(self.q_norm, self.k_norm, self.eps, cos_sin)
+        heads = Heads(self.norm, cos_sin)
         self.output(backend.run(self.qkv(normed), heads, *cache, self.window), residual)
 
 
@@ -94,8 +93,8 @@ def prepare(
     qkv: Tensor, heads: Heads, batch: Batch, k_cache: Tensor, v_cache: Tensor, tokens: slice = slice(None)
 ) -> Tensor:
     """The queries [T, H, E] of `tokens`, ready for attention; their keys and values go into the cache."""
-    norms, slots = (heads.q_norm, heads.k_norm, heads.eps), batch.kv_slots[tokens]
-    return ops.rotate_and_store_(qkv[tokens], *norms, batch.positions[tokens], heads.cos_sin, k_cache, v_cache, slots)
+    rope, cache = Rope(batch.positions[tokens], heads.cos_sin), KVCache(k_cache, v_cache)
+    return ops.rotate_and_store_(qkv[tokens], heads.norm, rope, cache, batch.kv_slots[tokens])
 
 
 @dataclass(frozen=True, kw_only=True)

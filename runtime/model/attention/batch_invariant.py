@@ -12,12 +12,13 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from ....kernels import ops, reference
+from ....kernels import ops
+from ....kernels.arguments import MAX_CHUNKS, KVCache, Pages, Rope
 from ..batch import Batch
 from .attention import AttentionShape, Heads, prepare
 
 ROWS = 256  # of one launch: what it needs for partial results grows with them
-LEAST_PART = 512  # keys
+MIN_CHUNK = 512  # keys
 
 
 class BatchInvariantAttention:
@@ -27,15 +28,18 @@ class BatchInvariantAttention:
         self._kv_heads = shape.num_kv_heads
         self._scale = scale
         self._windows = windows
-        self._part = max(LEAST_PART, -(-max_length // reference.PARTS))
+        self._kv_chunk = max(MIN_CHUNK, -(-max_length // MAX_CHUNKS))
 
     def plan(self, batch: Batch) -> None:
         self._batch = batch
         tokens = len(batch.positions)
         self._stores_first = batch.num_decoding < batch.num_rows
         self._slices = [slice(first, min(first + ROWS, tokens)) for first in range(0, tokens, ROWS)]
-        self._splits = {
-            window: [ops.split_keys(batch.positions[s], self._kv_heads, window, self._part) for s in self._slices]
+        self._partitions = {
+            window: [
+                ops.partition_keys(batch.positions[rows], self._kv_heads, window, self._kv_chunk)
+                for rows in self._slices
+            ]
             for window in self._windows
         }
 
@@ -43,10 +47,17 @@ class BatchInvariantAttention:
         batch = self._batch
         if self._stores_first:
             prepare(qkv, heads, batch, k_cache, v_cache)
-        norms = heads.q_norm, heads.k_norm, heads.eps
-        parts = []
-        for rows, splits in zip(self._slices, self._splits[window], strict=True):
-            inputs = qkv[rows], *norms, batch.positions[rows], heads.cos_sin, k_cache, v_cache, batch.kv_slots[rows]
-            where = batch.pages, batch.owners[rows], splits
-            parts.append(ops.decode_attention(*inputs, *where, self._scale, window, self._part))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        outputs = [
+            ops.decode_attention(
+                qkv[rows],
+                heads.norm,
+                Rope(batch.positions[rows], heads.cos_sin),
+                KVCache(k_cache, v_cache),
+                batch.kv_slots[rows],
+                Pages(batch.pages, batch.owners[rows]),
+                partition,
+                self._scale,
+            )
+            for rows, partition in zip(self._slices, self._partitions[window], strict=True)
+        ]
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

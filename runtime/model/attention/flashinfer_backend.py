@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ....kernels import ops
+from ....kernels.arguments import KVCache, Pages, Rope
 from ..batch import Batch, to_device
 from .attention import AttentionShape, Heads, prepare
 
@@ -40,25 +41,31 @@ class FlashInferAttention:
     def plan(self, batch: Batch) -> None:
         self._batch = batch
         positions, kv_heads = batch.positions[: batch.num_decoding], self.shape.num_kv_heads
-        self._splits = {w: ops.split_keys(positions, kv_heads, w) for w in self._prefill if batch.num_decoding}
+        self._partitions = {w: ops.partition_keys(positions, kv_heads, w) for w in self._prefill if batch.num_decoding}
         if batch.num_decoding < batch.num_rows:
             self._plan_prefill(batch)
 
     def run(self, qkv: Tensor, heads: Heads, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
         batch, n = self._batch, self._batch.num_decoding
-        mixed = None
+        decoded = None
         if n:
-            norms = heads.q_norm, heads.k_norm, heads.eps
-            inputs = qkv[:n], *norms, batch.positions[:n], heads.cos_sin, k_cache, v_cache, batch.kv_slots[:n]
-            where = batch.pages, batch.owners[:n], self._splits[window]
-            mixed = ops.decode_attention(*inputs, *where, self._scale, window)
+            decoded = ops.decode_attention(
+                qkv[:n],
+                heads.norm,
+                Rope(batch.positions[:n], heads.cos_sin),
+                KVCache(k_cache, v_cache),
+                batch.kv_slots[:n],
+                Pages(batch.pages, batch.owners[:n]),
+                self._partitions[window],
+                self._scale,
+            )
             if n == batch.num_rows:
-                return mixed
+                return decoded
         q = prepare(qkv, heads, batch, k_cache, v_cache, slice(n, None))
         out = q.new_empty(len(qkv), *q.shape[1:])
         self._prefill[window].run(q, (k_cache, v_cache), out=out[n:])
-        if mixed is not None:
-            out[:n] = mixed.view_as(out[:n])
+        if decoded is not None:
+            out[:n] = decoded.view_as(out[:n])
         return out.flatten(1)
 
     def _plan_prefill(self, batch: Batch) -> None:

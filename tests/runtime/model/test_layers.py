@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lockstep.comm.base import CommError, Communicator
+from lockstep.kernels.arguments import QKNorm
 from lockstep.runtime.model.attention import batch_invariant
 from lockstep.runtime.model.attention.attention import AttentionShape, Heads, TorchAttention
 from lockstep.runtime.model.attention.batch_invariant import BatchInvariantAttention
@@ -177,7 +178,7 @@ def test_torch_attention_is_attention(window: int | None, kv_heads: int) -> None
     # Slots of -1 store nothing and positions of 0 rotate by nothing: the cache already holds all keys.
     qkv, nowhere = _random(sum(counts), (heads + 2 * kv_heads) * size), torch.full((sum(counts),), -1)
     q = qkv[:, : heads * size].unflatten(1, (heads, size))
-    unrotated = Heads(None, None, 0.0, torch.tensor([[1.0] * (size // 2) + [0.0] * (size // 2)]))
+    unrotated = Heads(QKNorm(None, None, 0.0), torch.tensor([[1.0] * (size // 2) + [0.0] * (size // 2)]))
     starts = np.cumsum([0, *counts], dtype=np.int32)
     batch = Batch(
         token_ids=nowhere, positions=torch.zeros_like(nowhere), kv_slots=nowhere, owners=nowhere, pages=tables,
@@ -239,14 +240,14 @@ def test_flashinfer_attention_is_attention(size: int, num_decoding: int) -> None
     expected = [cache.clone() for cache in caches]
     definition = TorchAttention(scale)
     definition.plan(_batch(counts, lengths, pages, page_size, num_decoding))
-    wanted = definition.run(qkv, Heads(*norms, 1e-6, table), *expected, None)
+    wanted = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table), *expected, None)
     shape = AttentionShape(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.bfloat16
     )
     attention = FlashInferAttention(shape, scale, {None}, gpu)
     attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, gpu))
     caches = [cache.to(gpu) for cache in caches]
-    on_gpu = Heads(*(norm.to(gpu) for norm in norms), 1e-6, table.to(gpu))
+    on_gpu = Heads(QKNorm(*(norm.to(gpu) for norm in norms), 1e-6), table.to(gpu))
     found = attention.run(qkv.to(gpu), on_gpu, *caches, None)
     for one, other in zip((found, *caches), (wanted, *expected), strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=4e-2, rtol=2e-2)
@@ -261,7 +262,7 @@ def test_invariant_attention_is_attention(window: int | None, monkeypatch: pytes
     pages = torch.randperm(40, dtype=torch.int32).view(4, 10)
     pages[3, 0] = pages[0, 0]  # a prefix that row 0 computes
     batch = _batch(counts, lengths, pages, page_size, num_decoding=0)
-    qkv, table = _random(sum(counts), (heads + 2 * kv_heads) * size), Heads(None, None, 0.0, _random(20, size))
+    qkv, table = _random(sum(counts), (heads + 2 * kv_heads) * size), Heads(QKNorm(None, None, 0.0), _random(20, size))
     found = []
     shape = AttentionShape(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.float32

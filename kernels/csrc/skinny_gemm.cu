@@ -1,4 +1,4 @@
-// product: x @ weight^T for up to 8 rows at the speed of reading the weight, with the norm before it and what follows it inside.
+// skinny_gemm: x @ weight^T for up to 8 rows at the speed of reading the weight, with the norm before it and what follows it inside.
 //
 // The weight is the left operand of mma.m16n8k16, 16 of its rows by 16 columns; the rows of x are the right one. A sum over
 // columns may be taken in any order, so lane (g, t) = (lane / 4, lane % 4) gives the tensor core whatever 8 neighbours it loaded
@@ -15,7 +15,7 @@ constexpr int CHUNK = 64;  // columns that a warp takes at once: whole 128-byte 
 // STAGED: x is kept in shared memory (dynamic: rows * stride elements), times the norm's weight if there is one; the norm's scale, one
 // factor a row, is applied to the sums. With SILU a tile is 8 rows of gate and the 8 of up that go with them.
 template <typename T, int WARPS, int DEPTH, bool STAGED, int FINISH>
-__global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) product(
+__global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     T* out, const T* x, const T* __restrict__ weight, const T* __restrict__ norm, const T* __restrict__ bias,
     float eps, int rows, int features, int size) {
     constexpr int WIDTH = FINISH == SILU ? 8 : 16;  // features of a tile

@@ -1,0 +1,58 @@
+"""Arguments of ops that belong together. B rows or T tokens, H query heads, Hkv key heads, E head size."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+MAX_CHUNKS = 8  # per row, where a KeyPartition has a kv_chunk
+
+
+class KVCache(NamedTuple):
+    """One layer's pages of keys and values: [pages, page_size, Hkv, E] each, any strides; ops update them in place."""
+
+    k: Tensor
+    v: Tensor
+
+
+class QKNorm(NamedTuple):
+    """RMSNorm over each head of q and k: weights [E], or None for no norm."""
+
+    q: Tensor | None
+    k: Tensor | None
+    eps: float
+
+
+class Rope(NamedTuple):
+    """Rotary embedding: positions [T] int32, and a table [P, E] float32 of cosines, then sines, by position.
+
+    The two halves of a head are rotated as pairs (GPT-NeoX order).
+    """
+
+    positions: Tensor
+    cos_sin: Tensor
+
+
+class Pages(NamedTuple):
+    """A table of pages [R, P] int32, and for each row of a batch its row of that table, [B] int32.
+
+    The page of position p is `table[owners[b], p // page_size]`.
+    """
+
+    table: Tensor
+    owners: Tensor
+
+
+class KeyPartition(NamedTuple):
+    """The work of `decode_attention` divided among thread blocks; made by `partition_keys`, once per step.
+
+    table     int32, empty on a CPU; the layout is PartitionLayout of cuda/paged_attention.py
+    window    a query at position p sees the keys p - window < j <= p; None: all j <= p
+    kv_chunk  a row's keys are summed in chunks of this size, so that a row has the same bits in any batch; the row may
+              have MAX_CHUNKS of them. None: chunks as the GPU is used best; rounding then depends on the other rows
+    """
+
+    table: Tensor
+    window: int | None
+    kv_chunk: int | None

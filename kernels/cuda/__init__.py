@@ -1,0 +1,1 @@
+"""The CUDA implementations of the ops: one module per subject, kernels compiled by NVRTC on first use."""

@@ -1,0 +1,140 @@
+"""Compile CUDA kernels by NVRTC through CuPy on first use, and launch them on torch's current stream."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+import torch
+from cuda.bindings import driver
+from torch import Tensor
+
+from ..native import CompileError, source_text
+
+C_NAMES = {
+    torch.float32: "float",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.int32: "int",
+    torch.int64: "long long",
+    torch.float8_e4m3fn: "fp8",
+}
+C_TYPES = {
+    Tensor: ctypes.c_void_p,
+    np.int64: ctypes.c_int64,
+    np.int32: ctypes.c_int32,
+    np.float32: ctypes.c_float,
+}
+MAX_THREADS = 256  # the __launch_bounds__ of most kernels
+VECTOR_BYTES = 16
+DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel must ask for more
+NULL = np.int64(0)
+
+Launch = Callable[..., None]
+
+
+def c_name(tensor: Tensor) -> str:
+    """Return the C++ name of the tensor's element type, as common.cuh defines it."""
+    return C_NAMES[tensor.dtype]
+
+
+def optional(tensor: Tensor | None) -> Tensor | np.int64:
+    """Return the tensor as a kernel argument, or a null pointer."""
+    return NULL if tensor is None else tensor
+
+
+def num_threads(items: int) -> int:
+    """Return the threads of a block for this many items: whole warps, at most MAX_THREADS."""
+    return min(MAX_THREADS, -(-items // 32) * 32)
+
+
+def vector_width(size: int, *tensors: Tensor, strides: Sequence[int] = ()) -> int:
+    """Return how many elements one load can move: 16 bytes of the widest dtype, or 1 if something is not aligned.
+
+    size     elements of a row, which vectors must divide
+    tensors  must start at a multiple of the vector
+    strides  further numbers of elements that vectors must divide
+    """
+    width = VECTOR_BYTES // max(t.element_size() for t in tensors)
+    aligned = all(t.data_ptr() % (width * t.element_size()) == 0 for t in tensors)
+    return width if aligned and size % width == 0 and all(s % width == 0 for s in strides) else 1
+
+
+@functools.cache
+def num_multiprocessors(device: int) -> int:
+    """Return the number of streaming multiprocessors of a GPU."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False) -> Launch:
+    """Compile one instance of a kernel template; call the result with grid, threads and arguments.
+
+    Arguments are tensors or NumPy scalars. Raises CompileError with NVRTC's log.
+    early  launch while the previous kernel still runs (programmatic dependent launch); the kernel calls
+           wait_for_previous() of common.cuh before it reads what the previous kernel writes
+    """
+    try:
+        function = _module(source, name).get_function(name)
+        static_bytes = function.shared_size_bytes
+    except cupy.cuda.compiler.CompileException as error:
+        raise CompileError(f"NVRTC failed on {source}, {name}:\n{error}") from error
+    if static_bytes + shared_bytes > DEFAULT_SHARED_BYTES:
+        # The device's maximum, not shared_bytes: instances of other sizes share the function.
+        maximum = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+        function.max_dynamic_shared_size_bytes = maximum - static_bytes
+    return _early_launch(function, name, shared_bytes) if early else _plain_launch(function, shared_bytes)
+
+
+class _Stream:
+    """A raw stream in the form that CuPy's launch takes."""
+
+    __slots__ = ("ptr",)
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+
+def _plain_launch(function: Any, shared_bytes: int) -> Launch:
+    def launch(grid: tuple[int, int], threads: int, *arguments: Any) -> None:
+        stream = _Stream(torch.cuda.current_stream().cuda_stream)
+        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
+        function(grid, (threads,), values, shared_mem=shared_bytes, stream=stream)
+
+    return launch
+
+
+def _early_launch(function: Any, name: str, shared_bytes: int) -> Launch:
+    """Return a programmatic dependent launch, which CuPy does not offer."""
+
+    def launch(grid: tuple[int, int], threads: int, *arguments: Any) -> None:
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.hStream = torch.cuda.current_stream().cuda_stream
+        config.attrs, config.numAttrs = [_early_attribute()], 1
+        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a.item() for a in arguments)
+        types = tuple(C_TYPES[type(a)] for a in arguments)
+        (status,) = driver.cuLaunchKernelEx(config, function.kernel.ptr, (values, types), 0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"cannot launch {name} on {grid} x {threads} threads: {status.name}")
+
+    return launch
+
+
+@functools.cache
+def _early_attribute() -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+def _module(source: str, name: str) -> Any:
+    templates = (name,) if "<" in name else None
+    return cupy.RawModule(code=source_text(source), options=("-std=c++17",), name_expressions=templates)

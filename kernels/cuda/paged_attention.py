@@ -1,0 +1,177 @@
+"""Attention over the pages of the KV cache: rotary embedding, stores of keys and values, decode attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..arguments import MAX_CHUNKS, KeyPartition, KVCache, Pages, QKNorm, Rope
+from .kernel_launch import c_name, kernel, num_multiprocessors, num_threads, optional, vector_width
+
+LOG2_E = 1.4426950408889634
+STORE_THREADS = 128
+PARTITION_THREADS = 1024  # of the one block that partitions keys
+
+
+def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slots: Tensor) -> Tensor:
+    tokens, (pages, page_size, kv_heads, head_dim) = len(qkv), cache.k.shape
+    heads = qkv.shape[1] // head_dim
+    q = qkv.new_empty(tokens, heads - 2 * kv_heads, head_dim)
+    if tokens == 0:
+        return q
+    pairs = next((n for n in (1, 2, 4, 8) if 64 * n >= head_dim), None)
+    if pairs is None:
+        raise ValueError(f"heads of {head_dim} elements are too long to rotate; at most 512")
+    moved = [qkv, q, cache.k, cache.v]
+    page_stride, slot_stride = cache.k.stride(0), cache.k.stride(1)
+    v = next(
+        v
+        for v in (4, 2, 1)  # adjacent elements of a lane, as in decode.cu, so that both kernels give the same bits
+        if pairs % v == 0
+        and all(s % v == 0 for s in (head_dim // 2, page_stride, slot_stride))
+        and all(t.data_ptr() % (v * t.element_size()) == 0 for t in moved)
+    )
+    launch = kernel("attention.cu", f"rotate_and_store<{c_name(qkv)}, {c_name(cache.k)}, {pairs}, {v}>", early=True)
+    launch(
+        (tokens, 1),
+        STORE_THREADS,
+        q,
+        qkv,
+        optional(norm.q),
+        optional(norm.k),
+        np.float32(norm.eps),
+        rope.positions.int(),
+        rope.cos_sin,
+        np.int32(len(rope.cos_sin)),
+        cache.k,
+        cache.v,
+        np.int64(page_stride),
+        np.int64(slot_stride),
+        slots.int(),
+        np.int32(page_size),
+        np.int32(pages * page_size),
+        np.int32(heads),
+        np.int32(kv_heads),
+        np.int32(head_dim),
+    )
+    return q
+
+
+def store_kv_(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+    tokens, width = len(k), k.shape[1] * k.shape[2]
+    if tokens == 0:
+        return
+    pages, page_size = cache.k.shape[:2]
+    strides = [k.stride(0), v.stride(0), cache.k.stride(0), cache.k.stride(1)]
+    vector = vector_width(width, k, v, *cache, strides=strides)
+    launch = kernel("store.cu", f"store_kv<{c_name(k)}, {c_name(cache.k)}, {vector}>")
+    k_stride, v_stride, page_stride, slot_stride = map(np.int64, strides)
+    shape = np.int32(page_size), np.int32(pages * page_size), np.int32(width)
+    grid, threads = (tokens, 2), num_threads(width // vector)
+    launch(grid, threads, k, v, k_stride, v_stride, *cache, page_stride, slot_stride, slots.int(), *shape)
+
+
+class PartitionLayout(NamedTuple):
+    """How `partition_keys` divides a step's keys, and where its tensor holds what: the twin of Partition in decode.cu.
+
+    A chunk is `kv_chunk` keys of one row, the last chunk of a row may have fewer. A part is a run of chunks.
+    """
+
+    rows: int
+    kv_heads: int
+    warps: int  # per block
+    kv_chunk: int  # keys
+    max_parts: int
+    min_chunks: int  # per part, unless a whole row has fewer
+
+    @property
+    def counters(self) -> int:
+        """The index of the counters, after the two counts, the rows' first chunks and the parts' first rows."""
+        return 2 + self.rows + 1 + self.max_parts
+
+    @property
+    def size(self) -> int:
+        """The number of integers: one counter for each row and key head comes last."""
+        return self.counters + self.rows * self.kv_heads
+
+
+def _partition_layout(rows: int, kv_heads: int, device: int, kv_chunk: int | None) -> PartitionLayout:
+    if kv_chunk is not None:
+        return PartitionLayout(rows, kv_heads, 4, kv_chunk, MAX_CHUNKS * rows, 1)
+    multiprocessors = num_multiprocessors(device)
+    if rows * kv_heads > multiprocessors:  # a chunk is what a block takes at once
+        return PartitionLayout(rows, kv_heads, 4, 64, 3 * multiprocessors // kv_heads, 4)
+    # Few blocks get more warps each: fewer other blocks hide a block's latency.
+    max_parts = multiprocessors // kv_heads
+    rest = max_parts % rows
+    if 16 * rest <= max_parts:
+        max_parts -= rest  # rows of one length are best divided at their ends
+    return PartitionLayout(rows, kv_heads, 8, 128, max_parts, 4)
+
+
+def partition_keys(positions: Tensor, kv_heads: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
+    layout = _partition_layout(len(positions), kv_heads, positions.device.index, kv_chunk)
+    table = positions.new_zeros(layout.size)
+    if layout.rows:
+        sizes = layout.rows, window or 0, layout.kv_chunk, layout.min_chunks, layout.max_parts
+        launch = kernel("decode.cu", "partition_keys")
+        launch((1, 1), PARTITION_THREADS, table, positions, *map(np.int32, sizes))
+    return KeyPartition(table, window, kv_chunk)
+
+
+def decode_attention(
+    qkv: Tensor,
+    norm: QKNorm,
+    rope: Rope,
+    cache: KVCache,
+    slots: Tensor,
+    pages: Pages,
+    partition: KeyPartition,
+    scale: float,
+) -> Tensor:
+    rows, (num_pages, page_size, kv_heads, head_dim) = len(qkv), cache.k.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    out = qkv.new_empty(rows, heads * head_dim)
+    if rows == 0:
+        return out
+    layout = _partition_layout(rows, kv_heads, qkv.device.index, partition.kv_chunk)
+    # For each part two partial results: of the row that it begins with, and of the row that it ends with.
+    partial = torch.empty(2 * layout.max_parts * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
+    # With kv_chunk the previous kernel may have stored keys that this one reads: all keys of a prefill come first.
+    early = partition.kv_chunk is None
+    launch = kernel("decode.cu", f"decode_attention<{c_name(qkv)}, {head_dim}, {layout.warps}>", early=early)
+    launch(
+        (layout.max_parts * kv_heads, 1),
+        32 * layout.warps,
+        out,
+        qkv,
+        optional(norm.q),
+        optional(norm.k),
+        np.float32(norm.eps),
+        rope.positions,
+        rope.cos_sin,
+        np.int32(len(rope.cos_sin)),
+        cache.k,
+        cache.v,
+        np.int64(cache.k.stride(0)),
+        np.int64(cache.k.stride(1)),
+        slots,
+        np.int32(num_pages * page_size),
+        pages.table,
+        np.int64(pages.table.stride(0)),
+        pages.owners,
+        np.int32(page_size),
+        partition.table,
+        np.int32(rows),
+        np.int32(partition.window or 0),
+        np.int32(layout.kv_chunk),
+        partial,
+        partition.table[layout.counters :],
+        np.float32(scale * LOG2_E),
+        np.int32(heads),
+        np.int32(kv_heads),
+    )
+    return out

@@ -1,0 +1,74 @@
+"""Inputs, tolerances and definitions that the tests of the ops share: on a CPU, on a GPU and in the emulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lockstep.kernels import reference
+
+# Relative to the largest value: one rounding of the result, and for the norms of the sum before it.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def assert_close(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
+    scale = float(expected.abs().max().clamp(min=1)) * factor if expected.numel() else 1.0
+    torch.testing.assert_close(actual.float(), expected.float(), rtol=0, atol=scale * TOLERANCE[actual.dtype])
+
+
+@dataclass
+class SamplingInputs:
+    """Random sampling parameters, one per row; some rows have no top-p or min-p."""
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    keys: Tensor
+
+    @classmethod
+    def random(cls, rows: int, device: str) -> SamplingInputs:
+        top_p, min_p = torch.rand(rows, device=device), torch.rand(rows, device=device) / 5
+        top_p[::3], min_p[::2] = 1.0, 0.0
+        keys = torch.randint(-(2**63), 2**63 - 1, (rows,), device=device)
+        temperature, top_k = torch.rand(rows, device=device) + 0.3, torch.randint(0, 40, (rows,), device=device)
+        return cls(temperature, top_k, top_p, min_p, keys)
+
+    def token(self, row: int, logits: Tensor, *, with_k: bool) -> int | None:
+        """Return the token by definition, in float64; None if a bound is too close to a token to tell."""
+        top_k = int(self.top_k[row]) if with_k else 0
+        top_p, min_p = self.top_p[row].item(), self.min_p[row].item()
+        scores, tokens = (logits.float() / self.temperature[row].cpu()).sort(descending=True, stable=True)
+        likelihood = scores.double().softmax(0)
+        kept = likelihood >= min_p * likelihood[0]
+        kept[top_k or len(kept) :] = False
+        renormalized = likelihood * kept / (likelihood * kept).sum()
+        before = renormalized.cumsum(0) - renormalized
+        if top_p < 1 and ((before - top_p).abs() < 1e-5).any():
+            return None
+        if ((likelihood - min_p * likelihood[0]).abs() < 1e-7).any() and min_p > 0:
+            return None
+        kept &= (before < top_p) | (top_p == 1)
+        kept[0] = True
+        masked, key = torch.where(kept, scores, -torch.inf)[None], self.keys[row : row + 1].cpu()
+        sample = reference.gumbel_argmax(masked, torch.ones(1), key, tokens=tokens[None].int())
+        return int(reference.merge_candidates(sample[None]))
+
+
+def batch_invariant_linears(
+    linear: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor, norm: Tensor, before: Tensor
+) -> list[Tensor]:
+    """Return four batch-invariant linear layers of x [T, D].
+
+    Two have half of the weight [2 F, D], and one of these is added to `before` [T, F]; two are gated.
+    """
+    features, normed = before.shape[1], {"norm": norm, "eps": 1e-5, "batch_invariant": True}
+    return [
+        linear(x, weight[:features], bias[:features], batch_invariant=True),
+        linear(x, weight[:features], add_to=before.clone(), batch_invariant=True),
+        linear(x, weight, gated=True, **normed),
+        linear(x, weight, bias, gated=True, **normed),
+    ]
