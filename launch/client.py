@@ -43,8 +43,6 @@ class Choice(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """The token counts of a request."""
-
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -58,14 +56,10 @@ class Chunk(msgspec.Struct):
 
 
 class Model(msgspec.Struct):
-    """An entry of /v1/models."""
-
     id: str
 
 
 class Models(msgspec.Struct):
-    """The reply of /v1/models."""
-
     data: list[Model]
 
 

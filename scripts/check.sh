@@ -39,7 +39,7 @@ tests() {
 step format .venv/bin/ruff format --check --quiet .
 step lint .venv/bin/ruff check --quiet .
 step types types
-step tests tests "not serial" -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+step tests tests "not serial" -n 2 --dist loadfile --no-loadscope-reorder "$@"
 step "serial tests" tests serial "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import signal
@@ -37,17 +38,32 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 DESELECTED = pytest.StashKey[dict[str, int]]()
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` selects, and before xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
-        # One process of xdist has the Ray cluster; all others have whole files, for the sake of their fixtures.
-        if item.get_closest_marker("xdist_group") is None:
-            group = "ray" if item.get_closest_marker("ray") else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)  # they take longest: they must not come last
+    items.sort(key=lambda item: not uses_ray(item.path))  # they take longest: they must not come last
     deselect_gpu_tests(config, items)
+
+
+@functools.cache
+def uses_ray(file: Path) -> bool:
+    """Return whether tests of the file use the Ray cluster of their process."""
+    return "ray_cluster" in file.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute whole files, for the sake of their fixtures; all files that use Ray go to one process."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class RayTogether(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "ray" if uses_ray(config.rootpath / file) else file
+
+    return RayTogether(config, log)
 
 
 def deselect_gpu_tests(config: pytest.Config, items: list[pytest.Item]) -> None:

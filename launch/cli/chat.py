@@ -111,7 +111,7 @@ def _held_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def _print_answer(answer: Iterator[str], out: TextIO) -> str:
-    """Print an answer piece by piece; returns its text. A refusal is printed, and the conversation goes on."""
+    """Print an answer piece by piece; returns its text. A refusal is printed instead of raised."""
     text, note = "", ""
     try:
         for piece in answer:

@@ -24,8 +24,6 @@ class NeutralOnly:
 
 
 class ErrorDetail(BaseModel):
-    """The description of one error."""
-
     message: str
     type: str
     param: str | None
@@ -82,7 +80,7 @@ def as_api_error(error: ApiError | RequestRefused | EngineFailed) -> ApiError:
 
 
 def from_value_error(error: ValueError, fields: dict[str, FieldInfo]) -> ApiError:
-    """Return the response to an error of SamplingParams, whose message begins with the name of the parameter."""
+    """Return the response to an error of SamplingParams. Its message begins with the name of the parameter."""
     name = str(error).partition("=")[0].partition("[")[0]
     return ApiError(400, str(error), param=name if name in fields else None, code="invalid_value")
 
@@ -100,7 +98,7 @@ def from_validation_error(error: ValidationError, fields: dict[str, FieldInfo]) 
             return ApiError(400, f"Unknown parameter: '{path}'.", param=path, code=kind)
         return _unsupported(path)
     if kind == "json_invalid" or path is None:
-        return ApiError(400, f"the body is not valid for this route: {first['msg']}", code="invalid_json")
+        return ApiError(400, f"the body is not what this route takes: {first['msg']}", code="invalid_json")
     if field is not None and _is_neutral_only(field):
         return _unsupported(path)
     if kind == "missing" and not (described and len(error.errors()) > 1):

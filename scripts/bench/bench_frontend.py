@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from serving import Serving, cpu_seconds
+from server_process import ServerProcess, cpu_seconds
 
 TEXT = "And it came to pass in those days, that the king of Babylon said unto all the people of the land: Behold. "
 STEP = "BENCH_STEP_S"  # of the environment of the process that serves
@@ -108,7 +108,7 @@ async def stream(port: int, tokens: int) -> int:
     return answer.count(b"data: {")
 
 
-async def measure(server: Serving, port: int, streams: int, tokens: int) -> dict[str, float]:
+async def measure(server: ServerProcess, port: int, streams: int, tokens: int) -> dict[str, float]:
     pid = server.process.pid
     cpu, began = cpu_seconds(pid), time.perf_counter()
     chunks = sum(await asyncio.gather(*(stream(port, tokens) for _ in range(streams))))
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--step-ms", type=float, default=10.0)
     options = parser.parse_args()
-    server = Serving("--device=cpu", program=[__file__], **{STEP: str(options.step_ms / 1000)})
+    server = ServerProcess("--device=cpu", program=[__file__], **{STEP: str(options.step_ms / 1000)})
     try:
         port = int(server.url().rpartition(":")[2])
         asyncio.run(stream(port, 10))

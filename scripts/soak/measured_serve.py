@@ -1,10 +1,14 @@
-"""`lockstep serve` with two clocks: when a step's tokens came from the ranks, and when a token went to its socket.
+"""`lockstep serve` that measures how long a token takes from the ranks to its socket.
 
-    python scripts/soak/measured_serve.py serve MODEL ...
+    MEASURED_TIMES=times.json python scripts/soak/measured_serve.py serve MODEL ...
 
-Between the two lies all that the server adds to a token: decoding, text, the way to the event loop and its queue there,
-JSON, the write. For tokens of one step that includes waiting for each other. At the end a JSON object goes to
-$MEASURED_TIMES: microseconds of the tokens, and the CPU seconds of the process while there was work.
+The first clock is read when a step's tokens arrive from the ranks, the second when a token has been written. The time
+between them is the server's share of the latency: decoding, text, the queue of the event loop, JSON and the write. It
+includes the time that the tokens of one step wait for each other.
+
+At the end, a JSON object goes to $MEASURED_TIMES. `to_loop_us` and `to_socket_us` hold the latency of each token in
+microseconds, to the event loop and to the socket. `at` holds the time of each write, and `cpu_s` the CPU seconds of the
+process between the first and the last write.
 """
 
 from __future__ import annotations
@@ -19,82 +23,83 @@ from typing import Any
 from lockstep.launch.cli.main import main
 from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.engine import async_engine
-from lockstep.launch.server.handlers import Handlers
+from lockstep.launch.server import handlers
 from lockstep.runtime.outputs import Event
 
-came: dict[int, tuple[float, float]] = {}  # of each event on its way: when its step came, when it was handed on
-latest = 0.0  # when a step came
-to_loop: list[float] = []
-to_socket: list[float] = []
-busy: list[tuple[float, float]] = []  # time, CPU seconds of this process: at each token
+step_received_at = 0.0
+times_of: dict[int, tuple[float, float]] = {}  # by id of a live event: when its step arrived, when the loop got it
+to_loop_us: list[float] = []
+to_socket_us: list[float] = []
+writes: list[tuple[float, float]] = []  # time and CPU seconds of this process after each write
 
 
-def stamp_steps() -> None:
-    take_in, put = RayExecutor._take_in, async_engine._put
+def measure_steps() -> None:
+    """Note when each event's step arrived, and when the event reached the event loop."""
+    take_in, put, send = RayExecutor._take_in, async_engine._put, async_engine.AsyncEngine._send
+    step_of: dict[int, float] = {}
 
-    def stamped(self: RayExecutor, messages: list[bytes]) -> Any:
-        global latest
-        latest = time.perf_counter()
+    def timed_take_in(self: RayExecutor, messages: list[bytes]) -> Any:
+        global step_received_at
+        step_received_at = time.perf_counter()
         return take_in(self, messages)
 
-    def putting(batch: Sequence[tuple[Any, Any]]) -> None:
-        now = time.perf_counter()
-        for _, event in batch:
-            came[id(event)] = (latest_of.pop(id(event), now), now)
-        put(list(batch))
-
-    latest_of: dict[int, float] = {}
-    send = async_engine.AsyncEngine._send
-
-    def sending(self: Any, events: Any) -> None:
+    def timed_send(self: Any, events: Any) -> None:
         batch = list(events)
-        latest_of.update((id(event), latest) for _, event in batch)
+        step_of.update((id(event), step_received_at) for _, event in batch)
         send(self, batch)
 
-    RayExecutor._take_in = stamped  # type: ignore[method-assign]
-    async_engine.AsyncEngine._send = sending  # type: ignore[method-assign]
-    async_engine._put = putting
+    def timed_put(batch: Sequence[tuple[Any, Any]]) -> None:
+        now = time.perf_counter()
+        times_of.update((id(event), (step_of.pop(id(event), now), now)) for _, event in batch)
+        put(list(batch))
+
+    RayExecutor._take_in = timed_take_in  # type: ignore[method-assign]
+    async_engine.AsyncEngine._send = timed_send  # type: ignore[method-assign]
+    async_engine._put = timed_put
 
 
-def stamp_joins() -> None:
+def measure_joins() -> None:
+    """Give a joined event the times of its first event."""
     join = Event.joined
 
-    def joining(self: Event, *later: Event) -> Event:
+    def timed_join(self: Event, *later: Event) -> Event:
         joined = join(self, *later)
-        if id(self) in came:  # the times of the first; the later ones have been counted with it
-            came[id(joined)] = came.pop(id(self))
+        if id(self) in times_of:
+            times_of[id(joined)] = times_of.pop(id(self))
         for event in later:
-            came.pop(id(event), None)
+            times_of.pop(id(event), None)
         return joined
 
-    Event.joined = joining  # type: ignore[method-assign]
+    Event.joined = timed_join  # type: ignore[method-assign]
 
 
-def stamp_writes() -> None:
-    pieces = Handlers._pieces
+def measure_writes() -> None:
+    """Note when each event has been written."""
+    generate = handlers.generate
 
-    async def stamped(self: Handlers, *arguments: Any) -> AsyncGenerator[tuple[int, Any], None]:
-        async for index, event in pieces(self, *arguments):
-            step, loop = came.pop(id(event))
-            yield index, event
-            now = time.perf_counter()  # the event has been sent when the next one is asked for
-            to_loop.append(1e6 * (loop - step))
-            to_socket.append(1e6 * (now - step))
-            busy.append((now, time.process_time()))
+    async def timed_generate(*arguments: Any) -> AsyncGenerator[tuple[int, Event], None]:
+        async for choice, event in generate(*arguments):
+            step_at, loop_at = times_of.pop(id(event))
+            yield choice, event
+            now = time.perf_counter()  # the event has been written when the next one is requested
+            to_loop_us.append(1e6 * (loop_at - step_at))
+            to_socket_us.append(1e6 * (now - step_at))
+            writes.append((now, time.process_time()))
 
-    Handlers._pieces = stamped  # type: ignore[method-assign]
+    handlers.generate = timed_generate
 
 
 def save() -> None:
-    cpu = busy[-1][1] - busy[0][1] if busy else 0.0
-    found = {"to_loop_us": to_loop, "to_socket_us": to_socket, "at": [when for when, _ in busy], "cpu_s": cpu}
-    Path(os.environ["MEASURED_TIMES"]).write_text(json.dumps(found))
+    """Write the measurements to $MEASURED_TIMES."""
+    cpu_s = writes[-1][1] - writes[0][1] if writes else 0.0
+    times = {"to_loop_us": to_loop_us, "to_socket_us": to_socket_us, "at": [at for at, _ in writes], "cpu_s": cpu_s}
+    Path(os.environ["MEASURED_TIMES"]).write_text(json.dumps(times))
 
 
 if __name__ == "__main__":
-    stamp_steps()
-    stamp_joins()
-    stamp_writes()
+    measure_steps()
+    measure_joins()
+    measure_writes()
     try:
         main()
     finally:

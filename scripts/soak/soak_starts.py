@@ -1,12 +1,15 @@
-"""`lockstep serve` started and ended over and over, and cut short in every phase of its life: nothing may be left.
+"""Start and end `lockstep serve` many times, or interrupt it in every phase, and check that nothing is left.
 
     python scripts/soak/soak_starts.py --times 50 -- --tp 2 --device cpu
     python scripts/soak/soak_starts.py --signals -- --tp 2 --device cpu
 
-The first starts, serves a request and ends each time. The second sends Ctrl-C (to the whole session, as a terminal
-does) and SIGTERM in each phase, twice in a row with `--twice`. After each end there must be none of its processes and
-nothing new in /dev/shm or the folder for temporary files, within `--patience` seconds. The last line is JSON; status 1
-says that something was left.
+With --times, each server answers one request and ends. With --signals, SIGINT (to the whole session, as a terminal
+sends Ctrl-C) and SIGTERM arrive in each phase; --twice sends each signal twice. Flags after `--` go to the server.
+After each end, the script looks for processes of the server, and for new files in /dev/shm and its temporary folder.
+They must be gone within --patience seconds, and the log must hold no traceback.
+
+Prints one line for each end. The last line is JSON: the number of ends, the seconds, and the number of faults. The
+exit status is 1 if there were faults.
 """
 
 from __future__ import annotations
@@ -22,26 +25,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-from serving import END_S, Serving, wait
+from server_process import END_S, ServerProcess, wait
 
-BODY = {"prompt": "In the beginning", "max_tokens": 8, "temperature": 0}
-ENDLESS = {"prompt": "In the beginning", "max_tokens": 1900, "ignore_eos": True, "stream": True}
-BAD_WORDS = ("Traceback", "Fatal Python error", "terminate called", "core dumped")
-Phase = Callable[[Serving], bool]
-
-
-def log_says(text: str) -> Phase:
-    return lambda server: text in server.said()
+REQUEST = {"prompt": "In the beginning", "max_tokens": 8, "temperature": 0}
+LONG_REQUEST = {"prompt": "In the beginning", "max_tokens": 1900, "ignore_eos": True, "stream": True}
+CRASH_WORDS = ("Traceback", "Fatal Python error", "terminate called", "core dumped")
+Phase = Callable[[ServerProcess], bool]
 
 
-def has_process(title: str) -> Phase:
-    return lambda server: any(title in command for command in server.processes().values())
+def log_contains(text: str) -> Phase:
+    """Return the phase after a line of the log."""
+    return lambda server: text in server.log()
+
+
+def has_process(name: str) -> Phase:
+    """Return the phase in which a process of that name is live."""
+    return lambda server: any(name in command for command in server.processes().values())
 
 
 def has_loaded(library: str) -> Phase:
-    """While the process imports it: its code is mapped, and little has happened since."""
+    """Return the phase in which the process imports the library: its code has just been mapped."""
 
-    def holds(server: Serving) -> bool:
+    def holds(server: ServerProcess) -> bool:
         try:
             return library in Path(f"/proc/{server.process.pid}/maps").read_text()
         except OSError:
@@ -57,36 +62,35 @@ PHASES: dict[str, Phase] = {
     "Ray's first server is there": has_process("gcs_server"),
     "Ray's node is there": has_process("/raylet/raylet"),
     "Ray's agents are there": has_process("dashboard/agent.py"),
-    "ranks are started": log_says("Ray cluster"),
+    "ranks are started": log_contains("Ray cluster"),
     "ranks load": has_process("ray::Worker.load"),
     "ranks size their cache": has_process("ray::Worker.allocate"),
-    "serving": log_says("on http://"),
-    "streaming": log_says("on http://"),
-    "draining": log_says("on http://"),
+    "serving": log_contains("on http://"),
+    "streaming": log_contains("on http://"),
+    "draining": log_contains("on http://"),
 }
 
 
-def serve_once(flags: list[str]) -> tuple[Serving, int]:
-    """Start, one request, an orderly end."""
-    server = Serving(*flags)
+def serve_once(flags: list[str]) -> tuple[ServerProcess, int]:
+    """Start a server, send a request and end it; returns the server and its exit status."""
+    server = ServerProcess(*flags)
     try:
-        answer = httpx.post(server.url() + "/v1/completions", json=BODY, timeout=60)
-        answer.raise_for_status()
+        httpx.post(server.url() + "/v1/completions", json=REQUEST, timeout=60).raise_for_status()
         return server, server.end()
     except BaseException:
         server.kill()
         raise
 
 
-def cut_short(flags: list[str], phase: str, number: int, twice: bool) -> tuple[Serving, int]:
-    """Start, and send the signal once the phase is reached; the status."""
-    server = Serving(*flags, "--drain-timeout=1")
+def interrupt(flags: list[str], phase: str, number: int, twice: bool) -> tuple[ServerProcess, int]:
+    """Start a server and send the signal in the phase; returns the server and its exit status."""
+    server = ServerProcess(*flags, "--drain-timeout=1")
     try:
         wait(lambda: PHASES[phase](server) or server.process.poll() is not None, END_S)
         client = _stream(server) if phase in ("streaming", "draining") else None
         if phase == "draining":
             _send(server, number)
-            wait(lambda: "draining" in server.said(), 5)
+            wait(lambda: "draining" in server.log(), 5)
         _send(server, number)
         if twice:
             time.sleep(0.2)
@@ -100,54 +104,54 @@ def cut_short(flags: list[str], phase: str, number: int, twice: bool) -> tuple[S
         raise
 
 
-def _send(server: Serving, number: int) -> None:
+def _send(server: ServerProcess, number: int) -> None:
     if server.process.poll() is None:
         (os.killpg if number == signal.SIGINT else os.kill)(server.process.pid, number)
 
 
-def _stream(server: Serving) -> httpx.Client:
-    """A client in the middle of a stream."""
+def _stream(server: ServerProcess) -> httpx.Client:
+    """Return a client in the middle of a stream."""
     client = httpx.Client(base_url=server.url(), timeout=60)
-    response = client.send(client.build_request("POST", "/v1/completions", json=ENDLESS), stream=True)
+    response = client.send(client.build_request("POST", "/v1/completions", json=LONG_REQUEST), stream=True)
     next(response.iter_lines())
     return client
 
 
-def check(what: str, server: Serving, status: int, patience_s: float) -> list[str]:
-    """What is wrong after this end."""
+def check(end: str, server: ServerProcess, status: int, patience_s: float) -> list[str]:
+    """Print a line about this end and return its faults."""
     started = time.monotonic()
-    found = server.left(patience_s)
-    waited = time.monotonic() - started
-    said = server.said()
-    if any(word in said for word in BAD_WORDS):
-        found.append(re.sub(r"\s+", " ", said)[-900:])
-    print(f"{what}: status {status}, clean after {waited:.1f} s{f', LEFT {found}' if found else ''}", flush=True)
+    faults = server.remains(patience_s)
+    seconds = time.monotonic() - started
+    log = server.log()
+    if any(word in log for word in CRASH_WORDS):
+        faults.append(re.sub(r"\s+", " ", log)[-900:])
+    print(f"{end}: status {status}, clean after {seconds:.1f} s{f', LEFT {faults}' if faults else ''}", flush=True)
     server.kill()
-    return found
+    return faults
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=0)
-    parser.add_argument("--signals", action="store_true")
-    parser.add_argument("--twice", action="store_true")
-    parser.add_argument("--phase", action="append", choices=list(PHASES))
-    parser.add_argument("--patience", type=float, default=5)
-    parser.add_argument("flags", nargs="*")
+    parser.add_argument("--times", type=int, default=0, help="starts and ends")
+    parser.add_argument("--signals", action="store_true", help="interrupt each phase")
+    parser.add_argument("--twice", action="store_true", help="send each signal twice")
+    parser.add_argument("--phase", action="append", choices=list(PHASES), help="only this phase; repeat for several")
+    parser.add_argument("--patience", type=float, default=5, help="seconds until everything must be gone")
+    parser.add_argument("flags", nargs="*", help="flags of the server")
     options = parser.parse_args()
-    wrong: list[str] = []
-    ends, started = 0, time.monotonic()
+    faults: list[str] = []
+    num_ends, started = 0, time.monotonic()
     for i in range(options.times):
         server, status = serve_once(options.flags)
-        wrong += check(f"start {i + 1}", server, status, options.patience) or ([f"status {status}"] if status else [])
-        ends += 1
+        faults += check(f"start {i + 1}", server, status, options.patience) or ([f"status {status}"] if status else [])
+        num_ends += 1
     for phase in (options.phase or PHASES) if options.signals else []:
         for number in (signal.SIGINT, signal.SIGTERM):
-            server, status = cut_short(options.flags, phase, number, options.twice)
-            wrong += check(f"{signal.Signals(number).name} when {phase}", server, status, options.patience)
-            ends += 1
-    print(json.dumps({"ends": ends, "seconds": round(time.monotonic() - started, 1), "wrong": len(wrong)}))
-    return 1 if wrong else 0
+            server, status = interrupt(options.flags, phase, number, options.twice)
+            faults += check(f"{signal.Signals(number).name} when {phase}", server, status, options.patience)
+            num_ends += 1
+    print(json.dumps({"ends": num_ends, "seconds": round(time.monotonic() - started, 1), "wrong": len(faults)}))
+    return 1 if faults else 0
 
 
 if __name__ == "__main__":

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears
 from torch import Tensor
 
 from lockstep.kernels import native, reference
 from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope
 
 import emulator
+from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [pytest.mark.emulator, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 BF16, F16, F32, FP8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn
 
 

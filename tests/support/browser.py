@@ -96,6 +96,9 @@ class Browser:
             time.sleep(0.02)
 
     def open(self, url: str) -> None:
+        """Load the page; requests of the page before it, which may fail with its server, no longer count."""
+        self.call("Page.navigate", url="about:blank")
+        self.wait("location.href === 'about:blank'")
         self.events.clear()
         self.call("Page.navigate", url=url)
         self.wait("document.readyState === 'complete' && location.href !== 'about:blank'")

@@ -1,24 +1,24 @@
 "use strict";
-// A conversation over /v1/chat/completions, and what /stats tells of the engine once a second.
+// A conversation over /v1/chat/completions, and the engine's /stats once a second.
 
-const at = (id) => document.getElementById(id);
+const element = (id) => document.getElementById(id);
 const POLL_MS = 1000;
-let messages = []; // of the conversation on the page
+let messages = []; // the conversation on the page
 let model = "";
-let answer = null; // the AbortController of the answer that is coming
-let last = null; // the stats before, for rates
+let answer = null; // the AbortController of the answer that is streaming
+let previous = null; // the last stats, for rates
 
-// By its whole address: the page's own may hold the key (http://x:KEY@host), and fetch refuses what is relative to that.
+// An absolute address: the page's own may hold the key (http://x:KEY@host), and fetch refuses addresses relative to it.
 const request = (path, options) => fetch(location.origin + path, options);
 
-const inputs = () => [...at("parameters").querySelectorAll("input[name]")];
+const inputs = () => [...element("parameters").querySelectorAll("input[name]")];
 
-// What is not a number has the value "" as if it were not given: the user is told instead.
+// An input that is not a number has the value "", like an empty one; reportValidity shows the user which.
 const areNumbers = () => inputs().every((input) => !input.validity.badInput || input.reportValidity());
 
 function parameters() {
-  const given = inputs().filter((input) => input.value !== "");
-  return Object.fromEntries(given.map((input) => [input.name, Number(input.value)]));
+  const filled = inputs().filter((input) => input.value !== "");
+  return Object.fromEntries(filled.map((input) => [input.name, Number(input.value)]));
 }
 
 function addTurn(role, text) {
@@ -26,17 +26,17 @@ function addTurn(role, text) {
   turn.className = "turn";
   turn.dataset.role = role;
   turn.textContent = text;
-  at("conversation").append(turn);
+  element("conversation").append(turn);
   turn.scrollIntoView({ block: "end" });
   return turn;
 }
 
-async function reason(response) {
+async function errorMessage(response) {
   const body = await response.json().catch(() => null);
   return body?.error?.message ?? `the server answered ${response.status}`;
 }
 
-// The data lines of a stream of server-sent events, until [DONE].
+// Yields the data of server-sent events until [DONE].
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -54,18 +54,18 @@ async function* events(response) {
 }
 
 async function ask(question) {
-  const conversation = messages; // a new one may begin before this answer has ended
+  const conversation = messages; // "New conversation" replaces messages before the answer has ended
   conversation.push({ role: "user", content: question });
   addTurn("you", question);
   const turn = addTurn(model || "model", "");
   answer = new AbortController();
-  at("send").disabled = true;
-  at("stop").hidden = false;
+  element("send").disabled = true;
+  element("stop").hidden = false;
   try {
     const body = JSON.stringify({ model: model || undefined, messages, stream: true, ...parameters() });
     const headers = { "Content-Type": "application/json" };
     const response = await request("/v1/chat/completions", { method: "POST", headers, body, signal: answer.signal });
-    if (!response.ok) throw new Error(await reason(response));
+    if (!response.ok) throw new Error(await errorMessage(response));
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       turn.textContent += event.choices[0]?.delta?.content ?? "";
@@ -79,12 +79,12 @@ async function ask(question) {
   } finally {
     if (turn.classList.contains("error")) {
       conversation.pop();
-      at("question").value ||= question; // to be asked again
+      element("question").value ||= question; // to be sent again
     } else conversation.push({ role: "assistant", content: turn.textContent });
     answer = null;
-    at("send").disabled = false;
-    at("stop").hidden = true;
-    at("question").focus();
+    element("send").disabled = false;
+    element("stop").hidden = true;
+    element("question").focus();
   }
 }
 
@@ -106,11 +106,11 @@ function fill(table, rows) {
 
 function show(stats) {
   const now = { ...stats, at: performance.now() };
-  const seconds = last ? (now.at - last.at) / 1000 : 0;
-  const rate = (name) => (seconds ? (now[name] - last[name]) / seconds : 0);
+  const seconds = previous ? (now.at - previous.at) / 1000 : 0;
+  const rate = (name) => (seconds ? (now[name] - previous[name]) / seconds : 0);
   const steps = rate("steps");
-  at("state").textContent = stats.reason ? `${stats.state}: ${stats.reason}` : stats.state;
-  fill(at("engine"), [
+  element("state").textContent = stats.reason ? `${stats.state}: ${stats.reason}` : stats.state;
+  fill(element("engine"), [
     ["running", stats.running],
     ["waiting", stats.waiting],
     ["KV cache in use", `${(100 * stats.kv_usage).toFixed(1)} %`],
@@ -121,45 +121,45 @@ function show(stats) {
     ["preemptions", stats.preemptions],
     ["restarts", stats.restarts],
   ]);
-  fill(at("ranks"), stats.ranks.map((r) => [`${r.rank} on ${r.host}, pid ${r.pid}`, r.state]));
-  last = now;
+  fill(element("ranks"), stats.ranks.map((r) => [`${r.rank} on ${r.host}, pid ${r.pid}`, r.state]));
+  previous = now;
 }
 
 async function poll() {
   try {
     const response = await request("/stats");
-    if (!response.ok) throw new Error(await reason(response));
+    if (!response.ok) throw new Error(await errorMessage(response));
     show(await response.json());
     if (!model) {
       const models = await (await request("/v1/models")).json();
       model = models.data[0].id;
-      at("model").textContent = model;
+      element("model").textContent = model;
     }
   } catch (error) {
-    at("state").textContent = error.message;
-    last = null;
+    element("state").textContent = error.message;
+    previous = null;
   }
   setTimeout(poll, POLL_MS);
 }
 
-at("ask").addEventListener("submit", (event) => {
+element("ask").addEventListener("submit", (event) => {
   event.preventDefault();
-  const question = at("question").value.trim();
+  const question = element("question").value.trim();
   if (question && !answer && areNumbers()) {
-    at("question").value = "";
+    element("question").value = "";
     ask(question);
   }
 });
-at("question").addEventListener("keydown", (event) => {
+element("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
-    at("ask").requestSubmit();
+    element("ask").requestSubmit();
   }
 });
-at("stop").addEventListener("click", () => answer?.abort());
-at("clear").addEventListener("click", () => {
+element("stop").addEventListener("click", () => answer?.abort());
+element("clear").addEventListener("click", () => {
   answer?.abort();
   messages = [];
-  at("conversation").replaceChildren();
+  element("conversation").replaceChildren();
 });
 poll();

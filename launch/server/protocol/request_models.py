@@ -63,8 +63,6 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    """OpenAI's `stream_options`."""
-
     include_usage: bool | None = None
     include_obfuscation: FalseOnly | None = None
 
@@ -174,8 +172,6 @@ class CompletionRequest(GenerateFields):
 
 
 class TextPart(Strict):
-    """One part of a message's content."""
-
     type: Literal["text"]
     text: str
 

@@ -1,4 +1,4 @@
-"""What is answered: OpenAI's objects, with vLLM's `stop_reason` beside `finish_reason`."""
+"""The response bodies: OpenAI's objects, with vLLM's `stop_reason` beside `finish_reason`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ class Usage(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Entry i is of the i-th token of the text, `text_offset` where its own begins; null for a prompt's first."""
+    """Log-probabilities of a completion: entry i of each list belongs to token i, which begins at `text_offset`.
+
+    The first token of an echoed prompt has null in place of its log-probabilities.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -31,6 +34,8 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
+    """One output of a completion, or its new part in a stream."""
+
     index: int
     text: str
     logprobs: CompletionLogprobs | None
@@ -39,7 +44,7 @@ class CompletionChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """A whole answer, or a chunk of a stream."""
+    """Reply of /v1/completions, or a chunk of its stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -51,7 +56,7 @@ class Completion(BaseModel):
 
 
 class Candidate(BaseModel):
-    """`bytes` is None for a token that is only a part of a character."""
+    """One candidate at one position; `bytes` is null for a token that is a part of a character."""
 
     token: str
     logprob: float
@@ -59,6 +64,8 @@ class Candidate(BaseModel):
 
 
 class TokenCandidates(Candidate):
+    """The sampled token with the likeliest candidates at its position."""
+
     top_logprobs: list[Candidate]
 
 
@@ -92,6 +99,8 @@ class ChatCompletion(BaseModel):
 
 
 class ChatDelta(TypedDict, total=False):
+    """The new part of a message in a stream."""
+
     role: Literal["assistant"]
     content: str
 

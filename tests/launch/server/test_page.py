@@ -19,7 +19,7 @@ def test_the_page_has_its_files_and_its_script_asks_routes_there_are(run: Callab
     assert texts["/"].headers["content-type"].startswith("text/html")
     assert set(re.findall(r'(?:src|href)="([^"]+)"', texts["/"].text)) == {"data:,", "page.css", "page.js"}
     ids = set(re.findall(r'id="(\w+)"', texts["/"].text))
-    assert set(re.findall(r'at\("(\w+)"\)', texts["/page.js"].text)) <= ids
+    assert set(re.findall(r'element\("(\w+)"\)', texts["/page.js"].text)) <= ids
     routes = set(re.findall(r'request\("([^"]+)"', texts["/page.js"].text))
     assert routes == {"/v1/chat/completions", "/v1/models", "/stats"}
     for route in routes:

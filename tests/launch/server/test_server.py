@@ -244,6 +244,8 @@ ASKED_FOR = {  # in each way to say it, and what it means
     "vllm": ({"structured_outputs": {"json": "{}", "disable_any_whitespace": True}},
         {"json": "{}", "disable_any_whitespace": True}),
     "vllm regex": ({"structured_outputs": {"regex": "a+", "json": None}}, {"regex": "a+"}),
+    "vllm with neutral fields": ({"structured_outputs": {"regex": "a+", "disable_fallback": True,
+        "disable_additional_properties": False, "structural_tag": None}}, {"regex": "a+"}),
     "old json": ({"guided_json": {"type": "null"}}, {"json": {"type": "null"}}),
     "old regex": ({"guided_regex": "a+"}, {"regex": "a+"}),
     "old choice": ({"guided_choice": ["a", "b"]}, {"choice": ["a", "b"]}),
@@ -313,7 +315,7 @@ def test_errors_are_the_clients_own(shared: Running, asked: dict[str, Any], kind
 
 # -- bad requests: the table of /work's reference, row by row. COMPLETION and CHAT_BODY are good; a row spoils them.
 
-GONE = object()  # in place of a value: the field is left out
+GONE = ...  # in place of a value: the field is left out
 BAD: list[tuple[str, dict[str, Any], str, str | None]] = [  # body, changes, param, code
     ("completions", {"prompt": GONE}, "prompt", "missing_required_parameter"),
     ("chat/completions", {"messages": GONE}, "messages", "missing_required_parameter"),
@@ -391,6 +393,11 @@ BAD: list[tuple[str, dict[str, Any], str, str | None]] = [  # body, changes, par
     ("completions", {"best_of": 2}, "best_of", "unsupported_parameter"),
     ("completions", {"suffix": "x"}, "suffix", "unsupported_parameter"),
     ("completions", {"temprature": 1}, "temprature", "unknown_parameter"),
+    ("completions", {"temprature": None}, "temprature", "unknown_parameter"),
+    ("completions", {"content": "x"}, "content", "unknown_parameter"),  # a field of a message
+    ("chat/completions", {"messages": [{"role": "user", "content": "x", "stop": "y"}]}, "messages[0].stop",
+        "unknown_parameter"),
+    ("completions", {"stream": True, "stream_options": {"tools": None}}, "stream_options.tools", "unknown_parameter"),
     ("completions", {"x" * 10_000: 1}, "x" * 61 + "...", "unknown_parameter"),
     *[("chat/completions", {name: value}, name, "unsupported_parameter") for name, value in {
         "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [], "function_call": "auto",
