@@ -1,0 +1,173 @@
+"""The documents against the repository: links, paths, commands, figures and generated pages."""
+
+from __future__ import annotations
+
+import ast
+import re
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "launch/demo/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "scripts/results").glob("*.md")),
+]
+FOLDERS = ("comm", "docs", "examples", "kernels", "launch", "runtime", "scripts", "tests")
+MAX_README_LINES, MAX_LINE = 150, 120
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.M | re.S)
+by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def blocks(page: Path, language: str) -> Iterator[str]:
+    """Yield the code blocks of a language."""
+    for _, name, code in FENCE.findall(page.read_text()):
+        if name == language:
+            yield code
+
+
+def prose(page: Path) -> str:
+    """Return the page without its code blocks."""
+    return FENCE.sub("", page.read_text())
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@by_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("http://", "https://")):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (page.parent / name).resolve() if name else page
+        assert linked.exists(), f"{target} does not exist"
+        assert not anchor or anchor in anchors(linked), f"{target} has no such heading"
+
+
+@by_page
+def test_paths_exist(page: Path) -> None:
+    text = page.read_text() if page.parent.name != "results" else prose(page)
+    for path in re.findall(rf"(?<![\w/.<])((?:{'|'.join(FOLDERS)})/[\w./*-]*\w)", text):
+        assert any(ROOT.glob(path)), f"{path} does not exist"
+
+
+@by_page
+def test_lines_are_short(page: Path) -> None:
+    generated = page.name == "flags.md"
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        is_data = line.lstrip().startswith(("|", "{"))  # a table, or a JSON line of a result
+        assert generated or is_data or len(line) <= MAX_LINE, f"line {number} has {len(line)} characters"
+
+
+@by_page
+def test_python_blocks_compile(page: Path) -> None:
+    for code in blocks(page, "python"):
+        ast.parse(code)
+
+
+def test_readme_fits_a_few_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
+
+
+def lockstep_commands() -> Iterator[tuple[str, list[str]]]:
+    """Yield each `lockstep ...` command of the pages with its flags."""
+    for page in PAGES:
+        if page.parent.name == "results":  # what ran at an older commit
+            continue
+        for block in blocks(page, "bash"):
+            for line in block.replace("\\\n", " ").splitlines():
+                command = re.search(r"\blockstep ((?:bench )?[a-z]+)\b(.*)", line.split("  #")[0].split(" # ")[0])
+                if command is not None:
+                    yield command[1], re.findall(r"(?<=\s)--?[a-z][\w-]*", command[2])
+
+
+def test_commands_have_the_flags_that_the_pages_use() -> None:
+    generate_flags = runpy.run_path(str(ROOT / "scripts/generate_flags.py"))
+    known = {
+        name: {flag for param in params for flag in re.findall(r"`([^`]+)`", generate_flags["_names"](param))}
+        for name, params in generate_flags["commands"](generate_flags["app"])
+    }
+    used = list(lockstep_commands())
+    assert len(used) > 10
+    for command, flags in used:
+        assert command in known, f"lockstep {command} is no command"
+        unknown = set(flags) - known[command]
+        assert not unknown, f"lockstep {command} has no {', '.join(sorted(unknown))}"
+
+
+def test_scripts_that_the_pages_run_exist() -> None:
+    for page in PAGES:
+        for block in blocks(page, "bash"):
+            for script in re.findall(r"(?:bash|python3?) ([\w/]+\.(?:sh|py))", block):
+                assert (ROOT / script).is_file(), f"{page.name}: {script} does not exist"
+
+
+def test_extras_that_the_pages_install_exist() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    for page in PAGES:
+        for extras in re.findall(r"'\.\[([\w,]+)\]'", page.read_text()):
+            for extra in extras.split(","):
+                assert re.search(rf"^{extra} = \[", pyproject, re.M), f"{page.name}: there is no extra {extra}"
+
+
+def test_flags_page_is_current() -> None:
+    generate_flags = runpy.run_path(str(ROOT / "scripts/generate_flags.py"))
+    assert generate_flags["text"]() == generate_flags["OUTPUT"].read_text(), "run python scripts/generate_flags.py"
+
+
+def test_the_models_of_the_readme_are_the_supported_ones() -> None:
+    from lockstep.runtime.model.model_config import ARCHITECTURES
+
+    assert set(re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.M)) == set(ARCHITECTURES)
+
+
+def test_the_routes_of_the_serving_page_are_those_of_the_server() -> None:
+    source = (ROOT / "launch/server/app.py").read_text()
+    listed = set(re.findall(r"`(?:GET|POST) (/[\w/]*)", (ROOT / "docs/serving.md").read_text())) - {"/"}
+    assert listed >= set(re.findall(r'"(/(?:v1/)?[a-z_/]+)"', source)) - {"/stats"}
+
+
+def test_every_result_is_in_the_index() -> None:
+    index = (ROOT / "docs/benchmarks.md").read_text()
+    for page in PAGES:
+        if page.parent.name == "results":
+            assert f"scripts/results/{page.name}" in index
+
+
+def test_the_readmes_figures_are_those_of_the_results() -> None:
+    """Compare each cell of the README's table with the tables that the plot is drawn from."""
+    plot = runpy.run_path(str(ROOT / "scripts/plot_benchmarks.py"))
+    one_gpu = list(plot["table"](plot["RESULTS"] / "decode_h200_202611.md", "model"))
+    several = list(plot["table"](plot["RESULTS"] / "tp4_h200x4_202611.md", "model"))
+    measured = {(row["model"], row.get("TP", "1"), row[""]): cell(row) for row in [*one_gpu, *several]}
+    rows = list(plot["table"](ROOT / "README.md", "model"))
+    assert len(rows) == 7
+    for row in rows:
+        for engine in ("lockstep", "vLLM 0.22", "mini-sglang"):
+            shown = row[engine].replace("*", "")
+            assert not shown or shown == measured[row["model"], row["TP"], engine], (row["model"], engine)
+
+
+def cell(row: dict[str, str]) -> str:
+    """Return the figures of a row as the README shows them."""
+    latencies = " / ".join(f"{float(row[f'batch {size}']) + 1e-9:.2f}" for size in (1, 8, 64))
+    return f"{latencies}, {row['nano, tok/s']}"
+
+
+def test_the_plot_is_drawn_from_the_results() -> None:
+    plot = runpy.run_path(str(ROOT / "scripts/plot_benchmarks.py"))
+    for figures in (plot["one_gpu"](), plot["tensor_parallel"]()):
+        for groups in figures.values():
+            for group, engines in groups.items():
+                assert {"lockstep", "vLLM 0.22"} <= set(engines), group
+    assert (ROOT / "docs/benchmarks.svg").is_file()

@@ -1,0 +1,114 @@
+"""The examples, as a reader runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from small import COMMAND, SMALL_FLAGS
+from waiting import wait_until
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TIMEOUT_S = 180
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: str) -> None:
+    """Run an example in this process: torch is imported already."""
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def run(*command: str) -> str:
+    """Run an example as a process with the commands of this environment; return its stdout."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=TIMEOUT_S, env={**os.environ, "PATH": path}, cwd=EXAMPLES
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    source = Path(__file__).read_text()
+    for example in EXAMPLES.iterdir():
+        assert example.name.startswith("_") or f'"{example.name}"' in source or f'/ "{example.name}"' in source
+
+
+def test_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here(monkeypatch, "offline.py")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("prompt tokens ->" in line for line in lines) == 3
+    assert lines[-1].startswith("chat: ")
+
+
+def test_structured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here(monkeypatch, "structured.py")
+    out = capsys.readouterr().out
+    assert "parsed: {'name': " in out
+    assert re.search(r"^regex: [A-Z][a-z]{2,8} begat [A-Z][a-z]{2,8} \(stop\)$", out, re.M)
+    assert re.search(r"^choice: (yea|nay) \(stop\)$", out, re.M)
+
+
+@pytest.mark.process
+def test_two_ranks_cpu() -> None:
+    assert "equal tokens at TP=1 and TP=2" in run(sys.executable, str(EXAMPLES / "two_ranks_cpu.py"))
+
+
+@pytest.mark.process
+def test_serve_and_query() -> None:
+    out = run(sys.executable, str(EXAMPLES / "serve_and_query.py"), *SMALL_FLAGS)
+    assert out.count(" -> ") == 4
+    assert "lockstep:generation_tokens_total" in out
+    assert "server ended with status 0" in out
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The URL of a server with the demo model."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen([*COMMAND, "serve", *SMALL_FLAGS, f"--port={port}", "--no-preflight"])
+
+    def healthy() -> bool:
+        assert process.poll() is None
+        try:
+            return httpx.get(f"{url}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(healthy)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+@pytest.mark.process
+def test_chat_client(server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_here(monkeypatch, "chat_client.py", server, "And God said unto Noah,")
+    out = capsys.readouterr().out
+    assert re.search(r"^\d+ prompt tokens, [1-9]\d* generated$", out, re.M), out
+
+
+@pytest.mark.process
+def test_cluster() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = run("bash", str(EXAMPLES / "cluster.sh"), "127.0.0.1", str(port))
+    assert "Ray cluster: connected, 1 nodes" in out
+    assert "FAIL" not in out.upper().replace("FAILED: 0", "")
+    assert out.splitlines()[-1].strip()  # the text
