@@ -1,8 +1,8 @@
-"""What the ranks of one tensor-parallel group can ask of each other.
+"""The collectives of one tensor-parallel group, as an interface, and the group of a single rank.
 
-A communicator is an argument of whoever needs it, never a global: several ranks can then live in one process, and
-tensor parallelism is unit-tested on a CPU. Every call is collective: all ranks make the same calls in the same order,
-with the same shapes and dtypes. A rank whose peer does not arrive in time gets a CommError that says so.
+A communicator is passed as an argument and is never global. Several ranks can then live in one process, and tensor
+parallelism is unit-tested on a CPU. Every call is collective: all ranks make the same calls in the same order, with the
+same shapes and dtypes. A rank whose peer does not arrive before the deadline raises a CommError.
 """
 
 from __future__ import annotations
@@ -16,58 +16,58 @@ from ..kernels import ops
 
 
 class CommError(RuntimeError):
-    """A collective failed or timed out; the message names the rank, the operation and what it waited for."""
+    """A collective failed or timed out; the message names the rank, the operation and the cause."""
+
+
+class NotShared(RuntimeError):
+    """The ranks cannot share GPU memory; the message is the reason, the same on all ranks after they have agreed."""
 
 
 class Communicator(ABC):
-    """One rank's end of a group of `size` ranks."""
+    """One rank of a group of `size` ranks."""
 
     rank: int
     size: int
-    description: str  # for the log: which implementation was chosen and why
+    description: str  # for the log: the implementation in use, and the reason
     capturable: bool  # in a CUDA graph
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks, the same bits on each; x is consumed and may be the result."""
+        """Return the sum of x over the ranks, bitwise identical on each; x is consumed and may be the result."""
 
     @abstractmethod
     def all_gather(self, x: Tensor) -> Tensor:
-        """x of every rank, in rank order: [...] -> [size, ...]."""
-
-    @abstractmethod
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        """Row `rank` of the sum of x over the ranks: [size, ...] -> [...]; x is consumed."""
-
-    @abstractmethod
-    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
-        """x of rank `root`, written into x on the others; returns x."""
+        """Return x of every rank, in rank order: [...] -> [size, ...]."""
 
     @abstractmethod
     def barrier(self) -> None:
-        """Returns once every rank has called it."""
+        """Return once every rank has called it."""
 
     def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """`residual += sum of x over the ranks` in place, then RMSNorm of it [T, D]; x [T, D] is consumed."""
+        """Add the sum of x over the ranks to `residual` in place and return its RMSNorm.
+
+        x, residual  [T, D]; x is consumed
+        weight       [D]
+        """
         return ops.add_rms_norm(self.all_reduce(x), residual, weight, eps)
 
     def buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
-        """Where the input of the next collective may be written, so that it need not be copied; None: anywhere."""
+        """Return memory for the input of the next collective, which then is not copied; None if any memory will do."""
         return None
 
     def wait(self, done: torch.cuda.Event) -> None:
-        """Returns once the device has reached `done`; raises CommError where that waits for a peer in vain."""
+        """Return once the device has reached `done`; raises CommError if a peer does not arrive before the deadline."""
         done.synchronize()
 
     def abort(self) -> None:  # noqa: B027 - an implementation without anything to interrupt needs no override
         """End a collective that waits for a peer, from another thread; the group is unusable afterwards."""
 
     def close(self) -> None:  # noqa: B027
-        """Free what the group holds. Call it on every rank, with no collective in flight."""
+        """Free the group's resources. Call it on every rank, with no collective in flight."""
 
 
 class SingleRank(Communicator):
-    """The group of one: every collective is the identity."""
+    """The group of one rank: every collective is the identity."""
 
     rank = 0
     size = 1
@@ -79,12 +79,6 @@ class SingleRank(Communicator):
 
     def all_gather(self, x: Tensor) -> Tensor:
         return x.unsqueeze(0)
-
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        return x[0]
-
-    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
-        return x
 
     def barrier(self) -> None:
         return

@@ -1,8 +1,7 @@
-"""Collectives over torch's gloo: between CPUs, and between ranks that share a GPU where NCCL cannot.
+"""Collectives over torch's gloo: between CPUs, and between ranks that share a GPU where NCCL does not support it.
 
-On a GPU it copies through the host. The group is made directly, not through `torch.distributed.init_process_group`, so
-that nothing is global: a process may hold several ranks or groups. Ranks find each other through a TCP store that
-rank 0 serves.
+Tensors on a GPU are copied through the host. The process group is made directly, not through
+`torch.distributed.init_process_group`, so that nothing is global: a process may hold several ranks or groups.
 """
 
 from __future__ import annotations
@@ -15,25 +14,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import CommError, Communicator
-from .timers import coarse_timers
-
-LOOP_SLACK_S = 0.2  # gloo's thread looks every 10 ms whether it is to end: most of what an idle rank costs
+from .error_text import first_line
+from .rendezvous import Rendezvous
 
 
 class GlooCommunicator(Communicator):
-    """One rank; see `connect` in connect.py for the arguments. `why` goes into the description."""
+    """One rank of a gloo group; `reason`, if any, goes into the description."""
 
     capturable = False
 
-    def __init__(self, rank: int, size: int, *, store: Any, own_ip: str, timeout_s: float, why: str = "") -> None:
-        self.rank, self.size = rank, size
-        self._timeout_s = timeout_s
-        timeout = timedelta(seconds=timeout_s)
+    def __init__(self, rendezvous: Rendezvous, *, own_ip: str, reason: str = "") -> None:
+        self.rank, self.size, self._timeout_s = rendezvous.rank, rendezvous.size, rendezvous.timeout_s
         try:
-            self._group = _gloo(store, rank, size, own_ip, timeout)
+            self._group = _process_group(rendezvous, own_ip)
         except RuntimeError as error:
-            raise CommError(f"rank {rank} of {size} could not join the group: {str(error).splitlines()[0]}") from error
-        self.description = f"gloo through torch, {size} ranks{why and f': {why}'}"
+            raise CommError(f"{self._name} could not join the group: {first_line(error)}") from error
+        self.description = f"gloo through torch, {self.size} ranks{reason and f': {reason}'}"
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -45,15 +41,6 @@ class GlooCommunicator(Communicator):
         self._wait("all_gather", self._group.allgather([list(out.unbind(0))], [x.contiguous()]))
         return out
 
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        return self.all_reduce(x)[self.rank].clone()
-
-    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
-        options = dist.BroadcastOptions()
-        options.rootRank = root
-        self._wait("broadcast", self._group.broadcast([x], options))
-        return x
-
     def barrier(self) -> None:
         self._wait("barrier", self._group.barrier())
 
@@ -63,23 +50,25 @@ class GlooCommunicator(Communicator):
     def close(self) -> None:
         self._group.shutdown()
 
+    @property
+    def _name(self) -> str:
+        return f"rank {self.rank} of {self.size}"
+
     def _wait(self, operation: str, work: dist.Work) -> None:
         try:
             work.wait()
         except RuntimeError as error:
             raise CommError(
-                f"rank {self.rank} of {self.size}: {operation} failed or took longer than {self._timeout_s:.0f} s:"
-                f" {str(error).splitlines()[0]}"
+                f"{self._name}: {operation} failed or took longer than {self._timeout_s:.0f} s: {first_line(error)}"
             ) from error
 
 
-def _gloo(store: Any, rank: int, size: int, own_ip: str, timeout: timedelta) -> Any:
+def _process_group(rendezvous: Rendezvous, own_ip: str) -> Any:
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # torch.distributed builds it the same way
     # By address, unless the user names an interface: gloo's own choice resolves the host's name, which fails on
     # machines without a DNS entry for it.
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    chosen = {"interface": interface} if interface else {"hostname": own_ip}
-    with coarse_timers(LOOP_SLACK_S):
-        options._devices = [dist.ProcessGroupGloo.create_device(**chosen)]
-    options._timeout = timeout
-    return dist.ProcessGroupGloo(store, rank, size, options)
+    address = {"interface": interface} if interface else {"hostname": own_ip}
+    options._devices = [dist.ProcessGroupGloo.create_device(**address)]
+    options._timeout = timedelta(seconds=rendezvous.timeout_s)
+    return dist.ProcessGroupGloo(rendezvous.store, rendezvous.rank, rendezvous.size, options)

@@ -1,10 +1,10 @@
-"""libnccl through ctypes: its functions and their types, its configuration, its dtypes, and its words for errors.
+"""The C interface of libnccl through ctypes: functions, configuration, dtypes and error messages.
 
 A process uses one libnccl: by default the one that torch has mapped, so that no second copy of its 250 MB is loaded.
-One that the user names by path is loaded beside torch's and not refused: torch maps its own at import, always, and
-calls it only for process groups, of which we make none. The two never call into each other (RTLD_DEEPBIND).
+A library that the user names by path is loaded beside torch's. Torch always maps its copy at import, but calls it only
+for process groups, which lockstep does not make. The two copies never call into each other (RTLD_DEEPBIND).
 
-Signatures, numbers and layouts are those of nccl.h 2.32.3, compared with 2.28.9; NCCL only ever appends to them.
+Signatures, numbers and layouts are from nccl.h 2.32.3, compared with 2.28.9; NCCL only ever appends to them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterable
 from ctypes import POINTER, c_char, c_char_p, c_int, c_size_t, c_uint, c_void_p
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,17 @@ REDUCTION_TYPES: dict[torch.dtype, int] = {
 
 
 class NcclError(CommError):
-    """NCCL failed, timed out or cannot be used; the message has NCCL's own words, the operation, the rank, the size."""
+    """NCCL failed, timed out or cannot be used; the message has NCCL's text, the operation, the rank and the size."""
 
 
 class UniqueId(ctypes.Structure):
-    """What rank 0 makes and all ranks need to find each other; NCCL takes it by value."""
+    """ncclUniqueId, the identity of a group; NCCL takes it by value."""
 
     _fields_ = [("internal", c_char * 128)]
 
 
 class CommConfig(ctypes.Structure):
-    """ncclConfig_t as of 2.28. Newer libraries fill in what they appended since, older ones read what they know."""
+    """ncclConfig_t of 2.28. Newer libraries fill in the fields appended since, older ones ignore those they lack."""
 
     _fields_ = [
         ("size", c_size_t),
@@ -79,9 +80,9 @@ class CommConfig(ctypes.Structure):
 
     @classmethod
     def nonblocking(cls, max_ctas: int | None = None) -> CommConfig:
-        """Every call returns at once, so that a deadline can be kept and the group be aborted.
+        """Return a configuration with calls that return at once, so that a deadline can abort the group.
 
-        max_ctas  blocks of a kernel, at most; NCCL's own choice if None
+        max_ctas  maximum blocks of a kernel; NCCL's own choice if None
         """
         unset = {field[0]: UNDEFINED for field in cls._fields_ if field[1] is c_int}
         header = {"size": ctypes.sizeof(cls), "magic": 0xCAFEBEEF, "version": 22800}
@@ -91,21 +92,24 @@ class CommConfig(ctypes.Structure):
 _OUT = POINTER(c_void_p)
 _COMM = _STREAM = _WINDOW = c_void_p
 
-# What any libnccl must have (2.18): function -> types of its arguments.
-FUNCTIONS: dict[str, list[Any]] = {
+# The functions that a communicator calls, with the types of their arguments; any libnccl since 2.18 has them.
+REQUIRED: dict[str, list[Any]] = {
     "ncclGetVersion": [POINTER(c_int)],
     "ncclGetUniqueId": [POINTER(UniqueId)],
     "ncclGetErrorString": [c_int],
     "ncclGetLastError": [_COMM],
-    "ncclCommInitRank": [_OUT, c_int, UniqueId, c_int],
     "ncclCommInitRankConfig": [_OUT, c_int, UniqueId, c_int, POINTER(CommConfig)],
-    "ncclCommSplit": [_COMM, c_int, c_int, _OUT, POINTER(CommConfig)],
     "ncclCommGetAsyncError": [_COMM, POINTER(c_int)],
     "ncclCommFinalize": [_COMM],
     "ncclCommDestroy": [_COMM],
     "ncclCommAbort": [_COMM],
     "ncclAllReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
     "ncclAllGather": [c_void_p, c_void_p, c_size_t, c_int, _COMM, _STREAM],
+}
+# The other functions. A library may lack them: call `require` before the first use.
+OPTIONAL: dict[str, list[Any]] = {
+    "ncclCommInitRank": [_OUT, c_int, UniqueId, c_int],
+    "ncclCommSplit": [_COMM, c_int, c_int, _OUT, POINTER(CommConfig)],
     "ncclReduceScatter": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
     "ncclBroadcast": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
     "ncclReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, _COMM, _STREAM],
@@ -113,20 +117,26 @@ FUNCTIONS: dict[str, list[Any]] = {
     "ncclRecv": [c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
     "ncclGroupStart": [],
     "ncclGroupEnd": [],
+    "ncclMemAlloc": [_OUT, c_size_t],
+    "ncclMemFree": [c_void_p],
+    "ncclCommRegister": [_COMM, c_void_p, c_size_t, _OUT],
+    "ncclCommDeregister": [_COMM, c_void_p],
+    "ncclCommWindowRegister": [_COMM, c_void_p, c_size_t, _OUT, c_int],
+    "ncclCommWindowDeregister": [_COMM, _WINDOW],
 }
-# What came later: function -> (since which version, types of its arguments). Ask `require` before the first call.
-NEWER_FUNCTIONS: dict[str, tuple[int, list[Any]]] = {
-    "ncclMemAlloc": (21900, [_OUT, c_size_t]),
-    "ncclMemFree": (21900, [c_void_p]),
-    "ncclCommRegister": (21900, [_COMM, c_void_p, c_size_t, _OUT]),
-    "ncclCommDeregister": (21900, [_COMM, c_void_p]),
-    "ncclCommWindowRegister": (22700, [_COMM, c_void_p, c_size_t, _OUT, c_int]),
-    "ncclCommWindowDeregister": (22700, [_COMM, _WINDOW]),
+OLDEST = 21800  # the version that has all functions without an entry here
+SINCE = {
+    "ncclMemAlloc": 21900,
+    "ncclMemFree": 21900,
+    "ncclCommRegister": 21900,
+    "ncclCommDeregister": 21900,
+    "ncclCommWindowRegister": 22700,
+    "ncclCommWindowDeregister": 22700,
 }
 
 
 class Nccl:
-    """One loaded libnccl; `lib` has the functions. Raises NcclError where it cannot be loaded or is too old."""
+    """One loaded libnccl; `lib` has its functions. Raises NcclError if it cannot be loaded or is too old."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -136,14 +146,14 @@ class Nccl:
             self.lib = ctypes.CDLL(path, mode=os.RTLD_NOW | os.RTLD_DEEPBIND)
         except OSError as error:
             raise NcclError(f"libnccl cannot be loaded: {error}; nccl_library is the path of one") from error
-        missing = [name for name in FUNCTIONS if not hasattr(self.lib, name)]
+        missing = self._missing(REQUIRED)
         if missing:
             raise NcclError(f"{path} lacks {', '.join(missing)}; use a libnccl of 2.18 or newer")
-        newer = {name: types for name, (_, types) in NEWER_FUNCTIONS.items() if hasattr(self.lib, name)}
-        for name, types in {**FUNCTIONS, **newer}.items():
-            function = getattr(self.lib, name)
-            function.argtypes = types
-            function.restype = c_char_p if name in ("ncclGetErrorString", "ncclGetLastError") else c_int
+        for name, types in {**REQUIRED, **OPTIONAL}.items():
+            function = getattr(self.lib, name, None)
+            if function is not None:
+                function.argtypes = types
+                function.restype = c_char_p if name in ("ncclGetErrorString", "ncclGetLastError") else c_int
         version = c_int()
         self.check(self.lib.ncclGetVersion(ctypes.byref(version)), "ncclGetVersion")
         self.version = version.value
@@ -152,16 +162,16 @@ class Nccl:
         return f"NCCL {version_text(self.version)}"
 
     def require(self, *functions: str) -> None:
-        """Raises NcclError naming those of these functions that this library is too old to have."""
-        missing = [name for name in functions if not hasattr(self.lib, name)]
+        """Raise NcclError that names the functions that this library lacks, if any."""
+        missing = self._missing(functions)
         if missing:
-            since = version_text(max(NEWER_FUNCTIONS[name][0] for name in missing))
+            since = version_text(max(SINCE.get(name, OLDEST) for name in missing))
             raise NcclError(f"{self} at {self.path} lacks {', '.join(missing)}; use {since} or newer")
 
     def reduction_type(self, dtype: torch.dtype) -> int:
-        """The ncclDataType_t by which sums are formed; raises ValueError where this library cannot add `dtype`.
+        """Return the ncclDataType_t for sums of `dtype`; raises ValueError if this library cannot add it.
 
-        Moving data needs none: it goes as bytes, whatever they mean.
+        Collectives that only move data send bytes of any dtype.
         """
         if dtype not in REDUCTION_TYPES or (dtype.itemsize == 1 and dtype.is_floating_point and self._lacks_fp8):
             since = f" and fp8 since {version_text(FP8_SINCE)}" if self._lacks_fp8 else ""
@@ -169,32 +179,36 @@ class Nccl:
         return REDUCTION_TYPES[dtype]
 
     def unique_id(self) -> bytes:
-        found = UniqueId()
-        self.check(self.lib.ncclGetUniqueId(ctypes.byref(found)), "ncclGetUniqueId")
-        return bytes(found)
+        """Return a new group's identity, which rank 0 makes and all ranks need to join."""
+        identity = UniqueId()
+        self.check(self.lib.ncclGetUniqueId(ctypes.byref(identity)), "ncclGetUniqueId")
+        return bytes(identity)
 
     def check(self, code: int, operation: str, comm: int | None = None) -> None:
-        """Raises NcclError with NCCL's own words for `code` unless that is success."""
+        """Raise NcclError with NCCL's messages unless `code` is ncclSuccess."""
         if code == SUCCESS:
             return
-        words = self.lib.ncclGetErrorString(code).decode()
+        message = self.lib.ncclGetErrorString(code).decode()
         details = (self.lib.ncclGetLastError(comm) or b"").decode(errors="replace").strip()
-        raise NcclError(f"{operation} failed: {words}" + (f" ({' '.join(details.split())})" if details else ""))
+        raise NcclError(f"{operation} failed: {message}" + (f" ({' '.join(details.split())})" if details else ""))
 
     @property
     def _lacks_fp8(self) -> bool:
         return self.version < FP8_SINCE
+
+    def _missing(self, functions: Iterable[str]) -> list[str]:
+        return [name for name in functions if not hasattr(self.lib, name)]
 
 
 _opened: dict[str, Nccl] = {}
 
 
 def open_library(path: str | None) -> Nccl:
-    """This process's libnccl: the one at `path`, or torch's own. Raises NcclError if another is in use already."""
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast only for those who ask for it; read once, at load
+    """Return this process's libnccl: the one at `path`, or torch's. Raises NcclError if another one is in use."""
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # NVLink multicast only if the user asks for it; read once, at load
     if path is None and _opened:
         return next(iter(_opened.values()))
-    real = os.path.realpath(path or _find())
+    real = os.path.realpath(path or _torch_library())
     if _opened and real not in _opened:
         raise NcclError(f"this process uses {next(iter(_opened))} already; {real} needs a process of its own")
     if real not in _opened:
@@ -203,21 +217,21 @@ def open_library(path: str | None) -> Nccl:
 
 
 def mapped_libraries() -> list[str]:
-    """The paths of the libnccl that this process has mapped, in the order of their addresses."""
+    """Return the paths of the libnccl that this process has mapped, in the order of their addresses."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     paths = [line.split(maxsplit=5)[5] for line in lines if "/libnccl.so" in line]
     return list(dict.fromkeys(paths))
 
 
 def version_text(version: int) -> str:
-    """23203 -> "2.32.3"."""
+    """Return a version for people: 23203 -> "2.32.3"."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
-def _find() -> str:
-    """torch's libnccl: mapped when torch was imported, or the wheel that lies beside it."""
-    beside = (Path(folder, "nvidia/nccl/lib/libnccl.so.2") for folder in sys.path)
-    found = [*mapped_libraries(), *(str(path) for path in beside if path.is_file())]
-    if not found:
+def _torch_library() -> str:
+    """Return the path of torch's libnccl: the one mapped when torch was imported, or the wheel installed beside it."""
+    wheels = (Path(folder, "nvidia/nccl/lib/libnccl.so.2") for folder in sys.path)
+    candidates = [*mapped_libraries(), *(str(path) for path in wheels if path.is_file())]
+    if not candidates:
         raise NcclError("torch has brought no libnccl and no nvidia-nccl wheel is installed; nccl_library is its path")
-    return found[0]
+    return candidates[0]

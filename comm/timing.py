@@ -1,6 +1,6 @@
-"""Microseconds of a collective on this rank: called from Python, and within a CUDA graph of many.
+"""The duration of a collective on this rank in microseconds: called from Python, and in a CUDA graph of many calls.
 
-All ranks time the same calls together. A wait that fails is the communicator's own error.
+All ranks time the same calls together. A failed wait raises the communicator's error.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from .base import Communicator
 
 
 def eager_us(comm: Communicator, call: Callable[[], object], *, warmup: int, times: int, cuda: bool) -> float:
-    """Of one of `times` calls in a row, the end of the last one included."""
-    settled = settle if cuda else (lambda comm: None)
+    """Return the time per call of `times` calls in a row, including the end of the last one."""
+    finish = synchronize if cuda else (lambda comm: None)
     for _ in range(warmup):
         call()
-    settled(comm)
+    finish(comm)
     comm.barrier()
     started = time.perf_counter()
     for _ in range(times):
         call()
-    settled(comm)
+    finish(comm)
     return (time.perf_counter() - started) * 1e6 / times
 
 
@@ -33,16 +33,17 @@ def graph_us(
     *,
     length: int,
     times: int,
-    captured: Callable[[], None] = lambda: None,
+    on_captured: Callable[[], None] = lambda: None,
 ) -> float:
-    """Of one of `length` calls in a graph that is replayed `times` times; `call` has been called before.
+    """Return the time per call in a graph of `length` calls that is replayed `times` times.
 
-    `captured` is called when the graph is there and has not been replayed.
+    call         has been called before
+    on_captured  is called once, between the capture and the first replay
     """
     graph = capture(lambda: [call() for _ in range(length)])
-    captured()
+    on_captured()
     graph.replay()
-    settle(comm)
+    synchronize(comm)
     comm.barrier()
     started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     started.record()
@@ -53,16 +54,16 @@ def graph_us(
     return float(started.elapsed_time(ended)) * 1e3 / (times * length)
 
 
-def capture(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """A graph of what `work` launches."""
+def capture(launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """Return a graph of the kernels that `launch` queues."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        work()
+        launch()
     return graph
 
 
-def settle(comm: Communicator) -> None:
-    """Wait, with the communicator's deadline, for what this rank has queued on its GPU."""
+def synchronize(comm: Communicator) -> None:
+    """Wait, with the communicator's deadline, for the work that this rank has queued on its GPU."""
     done = torch.cuda.Event()
     done.record()
     comm.wait(done)

@@ -1,6 +1,6 @@
-"""The Ray actor of `lockstep bench comm`: one rank that checks and times collectives, without a model.
+"""The Ray actor of `lockstep bench comm`: one rank that verifies and times collectives, without a model.
 
-The calls come on all ranks at once: bind, prepare, then `measure` for each block, then close.
+All ranks get the same calls: bind, prepare, then `measure` for each algorithm and mode, then close.
 """
 
 from __future__ import annotations
@@ -10,48 +10,52 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from ...comm.base import Communicator
+from ...comm.all_reduce_policy import SUMMED_DTYPES, Policy
+from ...comm.base import Communicator, NotShared
+from ...comm.error_text import first_line
 from ...comm.nccl import NcclCommunicator
-from ...comm.peer_buffers import NotShared, join
-from ...comm.rendezvous import exchange
-from ...comm.symmetric import SUMMED, Policy, SymmetricCommunicator
-from ...comm.timing import capture, eager_us, graph_us, settle
+from ...comm.rendezvous import Rendezvous
+from ...comm.shared_memory import share_buffers
+from ...comm.timing import capture, eager_us, graph_us, synchronize
 from ..cluster.rank_actor import Endpoint, RankActor
 from .comm_algorithms import (
     EPS,
-    Algorithm,
-    Case,
-    Completion,
-    NcclWindow,
-    Ours,
-    Plain,
+    AllReduceAlgorithm,
+    AllReduceAndNorm,
+    BufferAllReduce,
+    CommunicatorAllReduce,
+    NcclWindowAllReduce,
+    TimedCall,
     Unavailable,
-    completion_inputs,
+    norm_inputs,
     shape_of,
 )
-from .comm_baselines import BaselineContext, FlashInfer, TorchDistributed, TorchSymmetric
+from .comm_baselines import TorchDistributedAllReduce, TorchSymmetricAllReduce
+
+if TYPE_CHECKING:
+    from ...comm.symmetric import SymmetricCommunicator
 
 Mode = Literal["eager", "graph"]
 NAMES = (
     "one-shot", "two-shot", "one-shot fused", "two-shot fused", "nccl", "nccl + norm", "nccl window",
     "gloo", "gloo + norm", "torch.distributed", "torch symmetric one-shot", "torch symmetric two-shot", "flashinfer",
 )  # fmt: skip
-CHECKED = 3  # collectives of the graph that is checked
+VERIFIED_CALLS = 3  # in the graph whose results are verified
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommBenchSpec:
-    """What to measure."""
+    """The collectives to measure."""
 
     sizes: list[int]  # bytes
     dtype: str
     hidden_size: int  # columns of the residual stream
-    algorithms: list[str]  # all that the ranks' communicator is meant for, if empty
+    algorithms: list[str]  # if empty, all that fit the ranks' communicator
     warmup: int
     times: int
     graph_length: int
@@ -59,7 +63,7 @@ class CommBenchSpec:
 
 @dataclass(frozen=True)
 class RankCapabilities:
-    """What a rank has: the algorithms with their modes, why others are not, and on what it runs."""
+    """The algorithms that a rank can run, with their modes, the reasons against the others, and its devices."""
 
     modes: dict[str, list[Mode]]
     refused: dict[str, str]
@@ -76,8 +80,8 @@ class CommTiming:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Both ways of one size; None: there is no such collective."""
+class SizeTimings:
+    """The timings of one size; None if the algorithm has no such collective."""
 
     nbytes: int
     count: int
@@ -89,198 +93,196 @@ class CommBenchActor(RankActor):
     """One rank of the benchmark."""
 
     def prepare(self, endpoints: list[Endpoint], spec: CommBenchSpec) -> RankCapabilities:
-        """Meet the others, and set up every algorithm that all ranks can run."""
+        """Connect to the other ranks and set up every algorithm that all ranks can run."""
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self.spec, self.dtype = spec, getattr(torch, spec.dtype)
         self._comm = self.connect(endpoints[0])
         self._device = torch.device(self.config.device, 0) if self.config.device == "cuda" else torch.device("cpu")
         assert self._store is not None
-        self._place = BaselineContext(self.rank, self.size, self._store, self._device, self.config.step_timeout)
-        self._algorithms: dict[str, Algorithm] = {}
-        self._ours: SymmetricCommunicator | None = None
+        self._rendezvous = Rendezvous(self._store, self.rank, self.size, self.config.step_timeout)
+        self._algorithms: dict[str, AllReduceAlgorithm] = {}
+        self._symmetric: SymmetricCommunicator | None = None
         refused = {}
-        for name in spec.algorithms or self._usual():
+        for name in spec.algorithms or self._default_algorithms():
             try:
-                self._algorithms[name] = self._agreed(name)
+                self._algorithms[name] = self._make_on_all_ranks(name)
             except Unavailable as reason:
                 refused[name] = str(reason)
-        modes = {name: _modes(a, self._device) for name, a in self._algorithms.items()}
+        modes = {name: _modes(algorithm, self._device) for name, algorithm in self._algorithms.items()}
         device = torch.cuda.get_device_name(0) if self._device.type == "cuda" else "cpu"
         return RankCapabilities(modes, refused, device, self._comm.description)
 
-    def measure(self, name: str, mode: Mode) -> list[Row]:
-        """A block: every size of one algorithm."""
-        rows = []
+    def measure(self, name: str, mode: Mode) -> list[SizeTimings]:
+        """Verify and time every size of one algorithm."""
+        algorithm, results = self._algorithms[name], []
         for nbytes in self.spec.sizes:
             count = nbytes // self.dtype.itemsize
-            if self._algorithms[name].fused:
+            if algorithm.fused:
                 count = math.prod(shape_of(count, self.spec.hidden_size))
-            cells = (self._cell(self._algorithms[name], mode, count, in_place) for in_place in (False, True))
-            rows.append(Row(count * self.dtype.itemsize, count, *cells))
-        return rows
+            timings = (self._timing(algorithm, mode, count, in_place) for in_place in (False, True))
+            results.append(SizeTimings(count * self.dtype.itemsize, count, *timings))
+        return results
 
     def close(self) -> None:
         """Free everything, in the reverse order."""
         for algorithm in reversed(self._algorithms.values()):
             algorithm.close()
-        if self._ours is not None:
-            self._ours.close()  # with its NCCL
+        if self._symmetric is not None:
+            self._symmetric.close()  # and its NCCL communicator
         else:
             self._comm.close()
 
-    # --- setting up
+    # --- setup
 
-    def _usual(self) -> list[str]:
-        """What is worth trying here."""
+    def _default_algorithms(self) -> list[str]:
         if self._device.type == "cpu":
             return ["gloo", "gloo + norm", "torch.distributed"]
         gloo = not isinstance(self._comm, NcclCommunicator)
         return [name for name in NAMES if gloo or not name.startswith("gloo")]
 
-    def _agreed(self, name: str) -> Algorithm:
-        """The algorithm, or Unavailable with the reason of whichever rank cannot run it."""
-        algorithm, reason = _try(partial(self._make, name))
-        patience_s = 2 * self._place.timeout_s  # for who waits for this rank while it is set up
-        reasons = exchange(self._place.store, f"bench/{name}", reason, self.rank, self.size, patience_s)
+    def _make_on_all_ranks(self, name: str) -> AllReduceAlgorithm:
+        """Return the algorithm; raises Unavailable with the reason of each rank that cannot run it."""
+        algorithm, reason = _attempt(partial(self._make, name))
+        timeout_s = 2 * self._rendezvous.timeout_s  # a peer may time out in its setup first
+        reasons = self._rendezvous.exchange(f"bench/{name}", reason, timeout_s)
         refusals = dict.fromkeys(r for r in reasons if r)
         if refusals:
             raise Unavailable("; ".join(refusals))
         assert algorithm is not None
         return algorithm
 
-    def _make(self, name: str) -> Algorithm:
+    def _make(self, name: str) -> AllReduceAlgorithm:
         comm, device, columns, largest = self._comm, self._device, self.spec.hidden_size, max(self.spec.sizes)
         nccl = comm if isinstance(comm, NcclCommunicator) else None
         if name in ("gloo", "gloo + norm") and nccl is not None:
             raise Unavailable("the ranks use NCCL")
         if name in ("gloo", "nccl"):
-            return Plain(name, self._required(name), device)
+            return CommunicatorAllReduce(name, self._required(name), device)
         if name in ("gloo + norm", "nccl + norm"):
-            return Completion(name, self._required(name.split()[0]), device, columns)
+            return AllReduceAndNorm(name, self._required(name.split()[0]), device, columns)
         if name == "torch.distributed":
-            return TorchDistributed(self._place, self._ip)
+            return TorchDistributedAllReduce(self._rendezvous, device, self._ip)
         if device.type != "cuda":
             raise Unavailable("needs GPUs")
         if name.startswith("torch symmetric"):
-            return TorchSymmetric(name.split()[-1], self._place, self.dtype, largest)
+            return TorchSymmetricAllReduce(name.split()[-1], self._rendezvous, device, self.dtype, largest)
         if name == "flashinfer":
-            return FlashInfer(self._place, largest)
+            from .flashinfer_all_reduce import FlashInferAllReduce  # imports CuPy
+
+            return FlashInferAllReduce(self._rendezvous, device, largest)
         if nccl is None:
             raise Unavailable(f"needs NCCL: {comm.description}")
         if name == "nccl window":
-            return NcclWindow(nccl, largest, device)
+            return NcclWindowAllReduce(nccl, largest, device)
         shots, _, fused = name.partition(" ")
-        ours = self._shared(shots, nccl)
-        return Completion(name, ours, device, columns) if fused else Ours(name, ours, device)
+        symmetric = self._symmetric_for(shots, nccl)
+        if fused:
+            return AllReduceAndNorm(name, symmetric, device, columns, has_buffers=True)
+        return BufferAllReduce(name, symmetric, device)
 
     def _required(self, name: str) -> Communicator:
         if (name == "nccl") != isinstance(self._comm, NcclCommunicator):
             raise Unavailable("needs GPUs" if self._device.type == "cpu" else self._comm.description)
         return self._comm
 
-    def _shared(self, shots: str, nccl: NcclCommunicator) -> SymmetricCommunicator:
-        """A communicator that adds up by this algorithm only; all of them use one arena."""
-        if self.dtype not in SUMMED:
+    def _symmetric_for(self, shots: str, nccl: NcclCommunicator) -> SymmetricCommunicator:
+        """Return a communicator with one algorithm; all of them use the same buffers."""
+        if self.dtype not in SUMMED_DTYPES:
             raise Unavailable(f"does not add {self.dtype}")
         largest = max(self.spec.sizes)
-        if self._ours is None:
-            shares = self.config.gpus_per_rank < 1
-            slot_bytes = -(-largest // 16) * 16
-            options = {"device": self._device, "slot_bytes": slot_bytes, "shares_device": shares}
+        if self._symmetric is None:
             try:
-                arena = join(
-                    self._place.store,
-                    self.rank,
-                    self.size,
-                    timeout_s=self._place.timeout_s,
-                    **options,  # type: ignore[arg-type]
+                self._symmetric = share_buffers(
+                    nccl,
+                    self._rendezvous,
+                    device=self._device,
+                    slot_bytes=-(-largest // 16) * 16,
+                    shares_device=self.config.gpus_per_rank < 1,
                 )
             except NotShared as reason:
                 raise Unavailable(str(reason)) from reason
-            self._ours = SymmetricCommunicator(nccl, arena, Policy(()), self._device)
-        policy = Policy.only("one-shot" if shots == "one-shot" else "two-shot", largest)
-        return SymmetricCommunicator(nccl, self._ours._arena, policy, self._device)
+        return self._symmetric.with_policy(Policy.only("one-shot" if shots == "one-shot" else "two-shot", largest))
 
-    # --- measuring
+    # --- measurement
 
-    def _cell(self, algorithm: Algorithm, mode: Mode, count: int, in_place: bool) -> CommTiming | None:
-        case = algorithm.case(count, self.dtype, in_place=in_place)
-        if case is None:
+    def _timing(self, algorithm: AllReduceAlgorithm, mode: Mode, count: int, in_place: bool) -> CommTiming | None:
+        timed = algorithm.prepare(count, self.dtype, in_place=in_place)
+        if timed is None:
             return None
         spec, comm, cuda = self.spec, self._comm, self._device.type == "cuda"
-        check = self._check_eager if mode == "eager" else self._check_graph
-        wrong = check(case, algorithm, count)
+        verify = self._verify_eager if mode == "eager" else self._verify_graph
+        wrong = verify(timed, algorithm, count)
         if mode == "eager":
-            us = eager_us(comm, lambda: case.call(None), warmup=spec.warmup, times=spec.times, cuda=cuda)
+            us = eager_us(comm, lambda: timed.call(None), warmup=spec.warmup, times=spec.times, cuda=cuda)
         else:
             length, times = spec.graph_length, max(1, spec.times // 4)
-            us = graph_us(comm, lambda: case.call(None), length=length, times=times, captured=case.captured)
+            us = graph_us(comm, lambda: timed.call(None), length=length, times=times, on_captured=timed.on_captured)
         return CommTiming(us, wrong)
 
-    def _check_eager(self, case: Case, algorithm: Algorithm, count: int) -> int:
-        parts = self._parts(count, 0)
-        found = [x.clone() for x in case.call(parts[self.rank])]
+    def _verify_eager(self, timed: TimedCall, algorithm: AllReduceAlgorithm, count: int) -> int:
+        """Return the wrong elements of one call."""
+        inputs = self._inputs(count, 0)
+        results = [x.clone() for x in timed.call(inputs[self.rank])]
         if self._device.type == "cuda":
-            settle(self._comm)
-        return self._wrong(found, algorithm, parts)
+            synchronize(self._comm)
+        return self._count_wrong(results, algorithm, inputs)
 
-    def _check_graph(self, case: Case, algorithm: Algorithm, count: int) -> int:
-        """A graph of a few collectives, replayed twice on other values."""
-        x = self._parts(count, 0)[self.rank].clone()
-        case.call(x)
-        settle(self._comm)
+    def _verify_graph(self, timed: TimedCall, algorithm: AllReduceAlgorithm, count: int) -> int:
+        """Return the wrong elements of a graph of a few calls that is replayed twice on other values."""
+        x = self._inputs(count, 0)[self.rank].clone()
+        timed.call(x)
+        synchronize(self._comm)
         results: list[list[Tensor]] = []
-        graph = capture(lambda: results.extend([y.clone() for y in case.call(x)] for _ in range(CHECKED)))
-        case.captured()
+        graph = capture(lambda: results.extend([y.clone() for y in timed.call(x)] for _ in range(VERIFIED_CALLS)))
+        timed.on_captured()
         wrong = 0
         for turn in (1, 2):
-            parts = self._parts(count, turn)
-            x.copy_(parts[self.rank])
+            inputs = self._inputs(count, turn)
+            x.copy_(inputs[self.rank])
             graph.replay()
-            settle(self._comm)
-            wrong += sum(self._wrong(found, algorithm, parts) for found in results)
+            synchronize(self._comm)
+            wrong += sum(self._count_wrong(result, algorithm, inputs) for result in results)
         return wrong
 
-    def _parts(self, count: int, turn: int) -> list[Tensor]:
-        """What each rank brings: random numbers, made on every rank."""
+    def _inputs(self, count: int, turn: int) -> list[Tensor]:
+        """Return the random input of every rank, made on each rank."""
         device = self._device
         seeds = (1000 * turn + rank + 17 * count for rank in range(self.size))
-        randoms = (torch.Generator(device).manual_seed(seed) for seed in seeds)
-        return [torch.randn(count, generator=random, device=device).to(self.dtype) for random in randoms]
+        generators = (torch.Generator(device).manual_seed(seed) for seed in seeds)
+        return [torch.randn(count, generator=generator, device=device).to(self.dtype) for generator in generators]
 
-    def _wrong(self, found: list[Tensor], algorithm: Algorithm, parts: list[Tensor]) -> int:
-        """Elements further from the exact result than one rounding for each addition can take them."""
-        exact, bound = _sum(parts), torch.finfo(self.dtype).eps * self.size * _sum([x.abs() for x in parts])
+    def _count_wrong(self, results: list[Tensor], algorithm: AllReduceAlgorithm, inputs: list[Tensor]) -> int:
+        """Return how many elements are further from the exact sum than one rounding for each addition."""
+        exact, bound = _sum(inputs), torch.finfo(self.dtype).eps * self.size * _sum([x.abs() for x in inputs])
         if not algorithm.fused:
-            return int(((found[0].double() - exact).abs() > bound).sum())
-        return _wrong_completion(found, exact, bound, self.spec.hidden_size, self.dtype)
+            return int(((results[0].double() - exact).abs() > bound).sum())
+        return _count_wrong_norm(results, exact, bound, self.spec.hidden_size, self.dtype)
 
 
-def _wrong_completion(found: list[Tensor], added: Tensor, bound: Tensor, columns: int, dtype: torch.dtype) -> int:
-    """Of the residual stream and its norm, when `added` is exact within `bound`."""
-    start, weight = completion_inputs(len(added), columns, dtype, added.device)
-    eps, shape = torch.finfo(dtype).eps, start.shape
-    total = start.double() + added.view(shape)
+def _count_wrong_norm(results: list[Tensor], added: Tensor, bound: Tensor, columns: int, dtype: torch.dtype) -> int:
+    """Return the wrong elements of the residual stream and its norm, if `added` is exact within `bound`."""
+    initial, weight = norm_inputs(len(added), columns, dtype, added.device)
+    eps, shape = torch.finfo(dtype).eps, initial.shape
+    total = initial.double() + added.view(shape)
     bound = bound.view(shape) + eps * total.abs()
     scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + EPS)
     norm = total * scale * weight
     norm_bound = bound * scale * weight.abs() + 4 * eps * norm.abs() + eps
-    pairs = ((found[0], total, bound), (found[1], norm, norm_bound))
-    return sum(int(((x.view(shape).double() - y).abs() > b).sum()) for x, y, b in pairs)
+    comparisons = ((results[0], total, bound), (results[1], norm, norm_bound))
+    return sum(int(((x.view(shape).double() - y).abs() > b).sum()) for x, y, b in comparisons)
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:
     return torch.stack([x.double() for x in tensors]).sum(0)
 
 
-def _modes(algorithm: Algorithm, device: torch.device) -> list[Mode]:
+def _modes(algorithm: AllReduceAlgorithm, device: torch.device) -> list[Mode]:
     return ["eager", "graph"] if device.type == "cuda" and algorithm.capturable else ["eager"]
 
 
-def _try(make: Callable[[], Algorithm]) -> tuple[Algorithm | None, str]:
-    """The algorithm, or why there is none."""
+def _attempt(make: Callable[[], AllReduceAlgorithm]) -> tuple[AllReduceAlgorithm | None, str]:
+    """Return the algorithm, or None and the reason."""
     try:
         return make(), ""
     except (RuntimeError, ImportError, OSError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        return None, lines[0] if lines else type(error).__name__
+        return None, first_line(error)

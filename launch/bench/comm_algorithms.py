@@ -1,7 +1,7 @@
-"""What `lockstep bench comm` times, each algorithm under one interface: ours, NCCL's, and those of others (others.py).
+"""The all-reduces that `lockstep bench comm` times over lockstep's communicators, behind one interface.
 
-An algorithm is offered a number of elements and says how it adds them up over the ranks. Those that complete the
-residual stream, an all-reduce + residual + RMSNorm, take them as rows.
+An algorithm sums a number of elements over the ranks. Fused algorithms, all-reduce + residual + RMSNorm, take the
+elements as rows. The algorithms of other libraries are in comm_baselines.py and flashinfer_all_reduce.py.
 """
 
 from __future__ import annotations
@@ -14,114 +14,120 @@ import torch
 from torch import Tensor
 
 from ...comm.base import Communicator
-from ...comm.nccl import NcclCommunicator, Window
-from ...comm.symmetric import SymmetricCommunicator
+from ...comm.nccl import NcclCommunicator
 
 EPS = 1e-5
 
 
 class Unavailable(RuntimeError):
-    """An algorithm cannot run here; the message is the reason, for people."""
+    """An algorithm cannot run here; the message is the reason."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """A collective of one size: `call()` queues it on whatever there is, `call(x)` on these values [count].
+class TimedCall:
+    """A collective of one size: `call(None)` queues it on any values, `call(x)` on the values x [count].
 
-    The results follow in the order of `expected`; `captured` is called after each capture of calls in a graph.
+    `call` returns the result, or the residual stream and its norm. `on_captured` follows each capture in a graph.
     """
 
     call: Callable[[Tensor | None], Sequence[Tensor]]
-    captured: Callable[[], None] = lambda: None
+    on_captured: Callable[[], None] = lambda: None
 
 
-class Algorithm(ABC):
-    """One way of adding up, on one rank."""
+class AllReduceAlgorithm(ABC):
+    """One way to sum over the ranks, on one rank."""
 
     name: str
     fused = False  # all-reduce + residual + RMSNorm
     capturable = True
 
     @abstractmethod
-    def case(self, count: int, dtype: torch.dtype, *, in_place: bool) -> Case | None:
-        """A collective of `count` elements, None where there is no such one.
+    def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
+        """Return the collective of `count` elements, or None if there is none.
 
-        In place: the result overwrites the input; where it never does (ours, FlashInfer's, torch's symmetric memory),
-        the input lies in the shared memory already, as a product leaves it there.
+        In place: the result overwrites the input. If an algorithm never does that (shared memory of lockstep,
+        FlashInfer or torch), the input lies in the shared memory already, where a GEMM writes it.
         """
 
     def close(self) -> None:  # noqa: B027 - most hold nothing
         """Free what it holds; collective."""
 
 
-class Plain(Algorithm):
-    """`comm.all_reduce`, of any communicator."""
+class CommunicatorAllReduce(AllReduceAlgorithm):
+    """`all_reduce` of any communicator."""
 
     def __init__(self, name: str, comm: Communicator, device: torch.device) -> None:
         self.name, self.comm, self.device = name, comm, device
         self.capturable = comm.capturable
 
-    def case(self, count: int, dtype: torch.dtype, *, in_place: bool) -> Case | None:
+    def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
         x = torch.zeros(count, dtype=dtype, device=self.device)
-        if isinstance(self.comm, NcclCommunicator) and not in_place:
-            return _copied(x, lambda: self.comm.all_reduce(x, torch.empty_like(x)))  # type: ignore[call-arg]
-        return _copied(x, lambda: self.comm.all_reduce(x)) if in_place else None
+        comm = self.comm
+        if in_place:
+            return on_values(x, lambda: comm.all_reduce(x))
+        if isinstance(comm, NcclCommunicator):
+            return on_values(x, lambda: comm.all_reduce(x, torch.empty_like(x)))
+        return None
 
 
-class Ours(Algorithm):
-    """`comm.all_reduce` through shared memory, of a communicator that knows one algorithm only."""
+class BufferAllReduce(AllReduceAlgorithm):
+    """`all_reduce` of a communicator with buffers; sizes without a buffer are left out."""
 
-    def __init__(self, name: str, comm: SymmetricCommunicator, device: torch.device) -> None:
+    def __init__(self, name: str, comm: Communicator, device: torch.device) -> None:
         self.name, self.comm, self.device = name, comm, device
 
-    def case(self, count: int, dtype: torch.dtype, *, in_place: bool) -> Case | None:
+    def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
         if self.comm.buffer(1, count, dtype) is None:
             return None
-        elsewhere = torch.zeros(count, dtype=dtype, device=self.device)
+        ordinary = torch.zeros(count, dtype=dtype, device=self.device)
 
         def call(values: Tensor | None) -> list[Tensor]:
-            x = self.comm.buffer(1, count, dtype) if in_place else elsewhere
+            x = self.comm.buffer(1, count, dtype) if in_place else ordinary
             assert x is not None
             if values is not None:
                 x.view(-1).copy_(values)
             return [self.comm.all_reduce(x).view(-1)]
 
-        return Case(call)
+        return TimedCall(call)
 
 
-class Completion(Algorithm):
-    """`comm.all_reduce_add_rms_norm` of rows of `columns`: one kernel where the communicator has it, else two."""
+class AllReduceAndNorm(AllReduceAlgorithm):
+    """`all_reduce_add_rms_norm` of rows of `columns`: one kernel, or an all-reduce and a norm.
+
+    has_buffers  the communicator is meant for its buffers: sizes without one are left out
+    """
 
     fused = True
 
-    def __init__(self, name: str, comm: Communicator, device: torch.device, columns: int) -> None:
-        self.name, self.comm, self.device, self.columns = name, comm, device, columns
+    def __init__(
+        self, name: str, comm: Communicator, device: torch.device, columns: int, *, has_buffers: bool = False
+    ) -> None:
+        self.name, self.comm, self.device, self.columns, self.has_buffers = name, comm, device, columns, has_buffers
         self.capturable = comm.capturable
 
-    def case(self, count: int, dtype: torch.dtype, *, in_place: bool) -> Case | None:
-        ours = isinstance(self.comm, SymmetricCommunicator)
+    def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
         rows, columns = shape_of(count, self.columns)
-        if ours and self.comm.buffer(rows, columns, dtype) is None:
+        if self.has_buffers and self.comm.buffer(rows, columns, dtype) is None:
             return None
-        if not ours and not in_place:
+        if not self.has_buffers and not in_place:
             return None
-        start, weight = completion_inputs(count, self.columns, dtype, self.device)
-        residual, elsewhere = start.clone(), torch.zeros_like(start)
+        initial, weight = norm_inputs(count, self.columns, dtype, self.device)
+        residual, ordinary = initial.clone(), torch.zeros_like(initial)
 
         def call(values: Tensor | None) -> list[Tensor]:
-            x = self.comm.buffer(rows, columns, dtype) if ours and in_place else elsewhere
+            x = self.comm.buffer(rows, columns, dtype) if self.has_buffers and in_place else ordinary
             assert x is not None
             if values is not None:
                 x.copy_(values.view(rows, columns))
-                residual.copy_(start)
+                residual.copy_(initial)
             norm = self.comm.all_reduce_add_rms_norm(x, residual, weight, EPS)
             return [residual.view(-1), norm.view(-1)]
 
-        return Case(call)
+        return TimedCall(call)
 
 
-class NcclWindow(Algorithm):
-    """NCCL's symmetric kernels, which read and write memory that all ranks have registered."""
+class NcclWindowAllReduce(AllReduceAlgorithm):
+    """NCCL's symmetric kernels, on memory that all ranks have registered."""
 
     name = "nccl window"
 
@@ -129,36 +135,38 @@ class NcclWindow(Algorithm):
         from ...kernels import peer_memory
 
         self.comm = comm
-        self._window: Window = comm.window(2 * max_bytes)
+        self._window = comm.allocate_window(2 * max_bytes)
         self._bytes = peer_memory.view(self._window.address, 2 * max_bytes, device.index or 0).zero_()
 
-    def case(self, count: int, dtype: torch.dtype, *, in_place: bool) -> Case | None:
+    def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
         source, target = (half[: count * dtype.itemsize].view(dtype) for half in self._bytes.chunk(2))
         out = source if in_place else target
-        return _copied(source, lambda: self.comm.all_reduce(source, out))
+        return on_values(source, lambda: self.comm.all_reduce(source, out))
 
     def close(self) -> None:
         del self._bytes
-        self.comm.free(self._window)
+        self.comm.free_window(self._window)
 
 
-def shape_of(count: int, columns: int) -> tuple[int, int]:
-    """(rows, columns) of a stream of `count` elements; one shorter row where there are few."""
-    return (count // columns, columns) if count >= columns else (1, count)
+def on_values(x: Tensor, collective: Callable[[], Tensor]) -> TimedCall:
+    """Return the call of a collective that reads x, into which new values are copied."""
 
-
-def completion_inputs(count: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The residual stream before [T, D], and the weight of the norm [D]; the same on every rank."""
-    random = torch.Generator(device).manual_seed(count)
-    shape = shape_of(count, columns)
-    residual = torch.randn(shape, generator=random, device=device).to(dtype)
-    return residual, torch.randn(shape[1], generator=random, device=device).to(dtype)
-
-
-def _copied(x: Tensor, collective: Callable[[], Tensor]) -> Case:
     def call(values: Tensor | None) -> list[Tensor]:
         if values is not None:
             x.copy_(values)
         return [collective()]
 
-    return Case(call)
+    return TimedCall(call)
+
+
+def shape_of(count: int, columns: int) -> tuple[int, int]:
+    """Return (rows, columns) of a stream of `count` elements; fewer than `columns` make one shorter row."""
+    return (count // columns, columns) if count >= columns else (1, count)
+
+
+def norm_inputs(count: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the residual stream before the sum [T, D] and the norm's weight [D]; the same on every rank."""
+    generator = torch.Generator(device).manual_seed(count)
+    shape = shape_of(count, columns)
+    residual = torch.randn(shape, generator=generator, device=device).to(dtype)
+    return residual, torch.randn(shape[1], generator=generator, device=device).to(dtype)

@@ -1,4 +1,4 @@
-"""`lockstep bench comm`: all-reduces between the ranks, ours and others', in nccl-tests' columns."""
+"""`lockstep bench comm`: all-reduces of lockstep and other libraries between the ranks, in nccl-tests' columns."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ import typer
 from ...runtime.config import Config
 from ..options import LogLevel, start_logging, with_fields
 from ..signals import Undo, signals_wait
-from .comm_report import Block, Report, draw, lines, require_matplotlib, summary
+from .comm_report import Block, Report, draw, lines, summary
+from .output_files import require_folder, require_matplotlib
 
 log = logging.getLogger(__name__)
-GROUP = (
+GROUP_OPTIONS = (
     "tensor_parallel_size", "device", "gpus_per_rank", "nccl_library", "ray_address", "startup_timeout",
     "wait_for_resources", "step_timeout",
 )  # fmt: skip
@@ -27,9 +28,9 @@ UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element
 
 
-@with_fields("config", Config, GROUP)
+@with_fields("options", Config, GROUP_OPTIONS)
 def bench_comm(
-    config: dict[str, Any],
+    options: dict[str, Any],
     *,
     min_bytes: Annotated[str, typer.Option("--min-bytes", "-b", help="Smallest size, as 8, 4K or 1M.")] = "1K",
     max_bytes: Annotated[str, typer.Option("--max-bytes", "-e", help="Largest size.")] = "16M",
@@ -53,13 +54,15 @@ def bench_comm(
 ) -> None:
     """Check and time all-reduces between ranks that are started as for a model; status 1 if any result is wrong.
 
-    Times are those of the slowest rank. "In place" is what nccl-tests means by it, where an algorithm can do that; for
-    those that read their input from shared memory it means that the input lies there already.
+    Times are those of the slowest rank. "In place" has the meaning of nccl-tests if an algorithm can do that. For
+    algorithms that read their input from shared memory it means that the input lies there already.
     """
     start_logging(log_level)
-    asked = Config.from_options(config)
+    config = Config.from_options(options)
     sizes = list(_sizes(min_bytes, max_bytes, step_factor, dtype))
-    _check(asked, algorithm or [], [p for p in (output_json, plot) if p is not None])
+    _check(config, algorithm or [])
+    for path in (output_json, plot):
+        require_folder(path)
     if plot is not None:
         require_matplotlib()
     with signals_wait():  # torch: seconds that a wrong option need not wait for
@@ -76,7 +79,7 @@ def bench_comm(
     )
     stdout = sys.stdout
     with redirect_stdout(sys.stderr):
-        report = _run(asked, spec, None if as_json else stdout)
+        report = _run(config, spec, None if as_json else stdout)
     if as_json:
         print(report.json())
     if output_json is not None:
@@ -88,7 +91,7 @@ def bench_comm(
 
 
 def _run(config: Config, spec: Any, out: Any) -> Report:
-    """Start the ranks and measure; what is known is printed to `out`, if given, block by block."""
+    """Start the ranks and measure; each block is printed to `out`, if it is not None, when it is complete."""
     from ray.util.placement_group import remove_placement_group
 
     with signals_wait():
@@ -100,7 +103,9 @@ def _run(config: Config, spec: Any, out: Any) -> Report:
 
     with Undo() as stack:
         connection = stack.enter_context(closing(Connection(config)))
-        placed = replace(config.placed(cuda=connection.has_gpus), all_reduce="nccl")  # the prober adds the others
+        placed = replace(
+            config.placed(cuda=connection.has_gpus), all_reduce="nccl"
+        )  # the actors add the other algorithms
         group = place(placed, connection.leaving)
         stack.callback(while_connected, remove_placement_group, group)
         ranks = ActorGroup(placed, group, connection.bell, connection.leaving, CommBenchActor)
@@ -110,10 +115,10 @@ def _run(config: Config, spec: Any, out: Any) -> Report:
             return ranks.call(method, time.perf_counter() + config.startup_timeout, *arguments)
 
         ranks.endpoints = call("bind", connection.ip)
-        found = call("prepare", ranks.endpoints, spec)[0]
-        report = Report(found, spec, [str(endpoint) for endpoint in ranks.endpoints])
+        capabilities = call("prepare", ranks.endpoints, spec)[0]
+        report = Report(capabilities, spec, [str(endpoint) for endpoint in ranks.endpoints])
         _print(out, report.head())
-        for name, modes in found.modes.items():
+        for name, modes in capabilities.modes.items():
             for mode in modes:
                 block = Block.merged(name, mode, spec, call("measure", name, mode), len(ranks.endpoints))
                 report.blocks.append(block)
@@ -130,10 +135,10 @@ def _print(out: Any, text: Iterator[str]) -> None:
 
 
 def _sizes(smallest: str, largest: str, factor: int, dtype: str) -> Iterator[int]:
-    """The sizes in bytes, of whole elements."""
+    """Yield the sizes in bytes, rounded down to whole elements."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
-    size, stop = _bytes("min_bytes", smallest), _bytes("max_bytes", largest)
+    size, stop = parse_bytes("min_bytes", smallest), parse_bytes("max_bytes", largest)
     if size > stop:
         raise ValueError(f"min_bytes={smallest} is above max_bytes={largest}")
     if size < DTYPES[dtype]:
@@ -143,25 +148,22 @@ def _sizes(smallest: str, largest: str, factor: int, dtype: str) -> Iterator[int
         size *= factor
 
 
-def _bytes(name: str, text: str) -> int:
-    """'8' -> 8, '4K' -> 4096."""
+def parse_bytes(name: str, text: str) -> int:
+    """Return the number of bytes that an option gives: '8' -> 8, '4K' -> 4096."""
     number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
     if not number.isdigit() or unit not in UNITS:
         raise ValueError(f"{name}={text!r} is no number of bytes; write 8, 4K, 1M or 1G")
     return int(number) * UNITS[unit]
 
 
-def _check(config: Config, algorithms: list[str], paths: list[Path]) -> None:
-    """What would be found out only when the ranks run."""
+def _check(config: Config, algorithms: list[str]) -> None:
+    """Raise ValueError for options that would otherwise fail only when the ranks run."""
     if config.tensor_parallel_size < 2:
         raise ValueError("one rank has nobody to communicate with; give --tp 2 or more")
-    config.placed(cuda=True)  # refuses what does not fit the device that was asked for
+    config.placed(cuda=True)  # raises ValueError if an option does not fit config.device
     if algorithms:
         from .comm_actor import NAMES
 
         for name in algorithms:
             if name not in NAMES:
                 raise ValueError(f"algorithm={name!r} is not one of {', '.join(NAMES)}")
-    for path in paths:
-        if not path.parent.is_dir():
-            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")

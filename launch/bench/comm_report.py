@@ -1,4 +1,4 @@
-"""What `lockstep bench comm` has measured: the tables of nccl-tests, one JSON object, a plot of latency by size."""
+"""The results of `lockstep bench comm`: the tables of nccl-tests, one JSON object, a plot of latency by size."""
 
 from __future__ import annotations
 
@@ -6,83 +6,89 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...runtime.version import __version__
 
 if TYPE_CHECKING:
-    from .comm_actor import CommBenchSpec, CommTiming, Mode, RankCapabilities, Row
+    from .comm_actor import CommBenchSpec, CommTiming, Mode, RankCapabilities, SizeTimings
 
-TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "half"}  # nccl-tests' names
-CELL = ("time", "algbw", "busbw", "#wrong")
+NCCL_TESTS_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "half"}
+COLUMNS = ("time", "algbw", "busbw", "#wrong")
 
 
 @dataclass(frozen=True)
-class Timed:
-    """One collective: the time of the slowest rank, 10^9 bytes a second, and wrong elements on all ranks."""
+class GroupTiming:
+    """One collective: the time of the slowest rank, bandwidths in 10^9 bytes/s, and wrong elements on all ranks."""
 
     time_us: float
     algbw: float
-    busbw: float  # algbw * 2 (n - 1) / n: what passes each rank's link
+    busbw: float  # algbw * 2 (n - 1) / n: the bytes that pass each rank's link
     wrong: int
 
 
 @dataclass(frozen=True)
-class Line:
-    """A row of a block."""
+class TableLine:
+    """The timings of one size."""
 
     size: int
     count: int
-    out_of_place: Timed | None
-    in_place: Timed | None
+    out_of_place: GroupTiming | None
+    in_place: GroupTiming | None
 
     @property
     def best_us(self) -> float | None:
+        """The smaller of both times."""
         times = [cell.time_us for cell in (self.out_of_place, self.in_place) if cell is not None]
         return min(times, default=None)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One algorithm, eager or in a graph."""
+    """The table of one algorithm, eager or in a graph."""
 
     algorithm: str
     mode: Mode
     type: str
-    lines: list[Line]
+    lines: list[TableLine]
 
     @classmethod
-    def merged(cls, name: str, mode: Mode, spec: CommBenchSpec, ranks: Sequence[Sequence[Row]], size: int) -> Block:
-        """Out of what every rank has measured."""
-        found = []
-        for rows in zip(*ranks, strict=True):
-            nbytes = rows[0].nbytes
-            both = ([row.out_of_place for row in rows], [row.in_place for row in rows])
-            found.append(Line(nbytes, rows[0].count, *(_merge(cells, nbytes, size) for cells in both)))
-        return cls(name, mode, TYPES[spec.dtype], found)
+    def merged(
+        cls, name: str, mode: Mode, spec: CommBenchSpec, ranks: Sequence[Sequence[SizeTimings]], size: int
+    ) -> Block:
+        """Merge the timings of all ranks."""
+        table = []
+        for timings in zip(*ranks, strict=True):
+            nbytes = timings[0].nbytes
+            both = ([timing.out_of_place for timing in timings], [timing.in_place for timing in timings])
+            table.append(TableLine(nbytes, timings[0].count, *(_merge(cells, nbytes, size) for cells in both)))
+        return cls(name, mode, NCCL_TESTS_TYPES[spec.dtype], table)
 
 
 @dataclass
 class Report:
-    """Everything; `blocks` grows."""
+    """All results; `blocks` grows during the benchmark."""
 
-    found: RankCapabilities
+    capabilities: RankCapabilities
     spec: CommBenchSpec
     ranks: list[str]
     blocks: list[Block] = field(default_factory=list)
 
     @property
     def num_wrong(self) -> int:
+        """Wrong elements in all results."""
         cells = (cell for b in self.blocks for line in b.lines for cell in (line.out_of_place, line.in_place) if cell)
         return sum(cell.wrong for cell in cells)
 
     def head(self) -> Iterator[str]:
-        yield f"# lockstep {__version__} bench comm, {len(self.ranks)} ranks, {self.found.device}"
-        yield f"# {self.found.communication}"
+        """Yield the lines above the first table."""
+        yield f"# lockstep {__version__} bench comm, {len(self.ranks)} ranks, {self.capabilities.device}"
+        yield f"# {self.capabilities.communication}"
         yield from (f"# {rank}" for rank in self.ranks)
-        yield from (f"# no {name}: {reason}" for name, reason in self.found.refused.items())
+        yield from (f"# no {name}: {reason}" for name, reason in self.capabilities.refused.items())
 
     def json(self) -> str:
+        """Return the results as one JSON object."""
         import torch
 
         return json.dumps(
@@ -91,11 +97,11 @@ class Report:
                 "torch": torch.__version__,
                 "num_ranks": len(self.ranks),
                 "ranks": self.ranks,
-                "device": self.found.device,
-                "communication": self.found.communication,
+                "device": self.capabilities.device,
+                "communication": self.capabilities.communication,
                 "redop": "sum",
                 **asdict(self.spec),
-                "refused": self.found.refused,
+                "refused": self.capabilities.refused,
                 "blocks": [asdict(block) for block in self.blocks],
             },
             indent=2,
@@ -103,17 +109,16 @@ class Report:
 
 
 def lines(block: Block) -> Iterator[str]:
-    """The table of a block."""
-    where = "in a CUDA graph" if block.mode == "graph" else "eager"
+    """Yield the table of a block."""
     yield "#"
-    yield f"# {block.algorithm}, {where}"
+    yield f"# {block.algorithm}, {_mode_text(block.mode)}"
     yield f"#{'out-of-place':>71}{'in-place':>33}"
     cell = "{:>9}{:>8}{:>8}{:>8}".format
-    yield "#{:>12}{:>14}{:>10}{:>7}".format("size", "count", "type", "redop") + 2 * cell(*CELL)
+    yield "#{:>12}{:>14}{:>10}{:>7}".format("size", "count", "type", "redop") + 2 * cell(*COLUMNS)
     yield "#{:>12}{:>14}{:>10}{:>7}".format("(B)", "(elements)", "", "") + 2 * cell("(us)", "(GB/s)", "(GB/s)", "")
     for line in block.lines:
-        start = f" {line.size:>12}{line.count:>14}{block.type:>10}{'sum':>7}"
-        yield start + "".join(
+        row = f" {line.size:>12}{line.count:>14}{block.type:>10}{'sum':>7}"
+        yield row + "".join(
             cell("N/A", "N/A", "N/A", "N/A")
             if c is None
             else cell(f"{c.time_us:.2f}", f"{c.algbw:.2f}", f"{c.busbw:.2f}", c.wrong)
@@ -122,13 +127,14 @@ def lines(block: Block) -> Iterator[str]:
 
 
 def summary(report: Report) -> Iterator[str]:
-    """Who is how fast at which size, and whether anything was wrong."""
-    for mode in ("eager", "graph"):
+    """Yield the times of all algorithms by size, and the number of wrong elements."""
+    modes: tuple[Mode, ...] = ("eager", "graph")
+    for mode in modes:
         blocks = [block for block in report.blocks if block.mode == mode]
         if not blocks:
             continue
         yield "#"
-        yield f"# us by size, {'in a CUDA graph' if mode == 'graph' else 'eager'}, the better of both columns"
+        yield f"# us by size, {_mode_text(mode)}, the better of both columns"
         widths = [max(9, len(block.algorithm) + 2) for block in blocks]
         yield f"#{'size':>12}" + "".join(f"{b.algorithm:>{w}}" for b, w in zip(blocks, widths, strict=True))
         for rows in zip(*(block.lines for block in blocks), strict=True):
@@ -139,7 +145,7 @@ def summary(report: Report) -> Iterator[str]:
 
 
 def draw(report: Report, path: Path) -> None:
-    """Latency by size of every algorithm, a panel for each mode."""
+    """Draw the latency of every algorithm by size, with a panel for each mode."""
     from matplotlib.figure import Figure
 
     modes = list(dict.fromkeys(block.mode for block in report.blocks))
@@ -153,22 +159,18 @@ def draw(report: Report, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
-    figure.suptitle(f"all-reduce of {report.spec.dtype}, {len(report.ranks)} ranks, {report.found.device}")
+    figure.suptitle(f"all-reduce of {report.spec.dtype}, {len(report.ranks)} ranks, {report.capabilities.device}")
     figure.savefig(path, dpi=150)
 
 
-def require_matplotlib() -> None:
-    """Raises ValueError where it is not installed, before anything is measured."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib, which is not installed; pip install matplotlib") from error
+def _mode_text(mode: Mode) -> str:
+    return "in a CUDA graph" if mode == "graph" else "eager"
 
 
-def _merge(cells: Sequence[CommTiming | None], nbytes: int, size: int) -> Timed | None:
-    found: list[Any] = [cell for cell in cells if cell is not None]
-    if len(found) < len(cells):
+def _merge(cells: Sequence[CommTiming | None], nbytes: int, size: int) -> GroupTiming | None:
+    timings = [cell for cell in cells if cell is not None]
+    if len(timings) < len(cells):
         return None
-    time_us = max(cell.us for cell in found)
+    time_us = max(timing.us for timing in timings)
     algbw = nbytes / time_us / 1e3
-    return Timed(time_us, algbw, algbw * 2 * (size - 1) / size, sum(cell.wrong for cell in found))
+    return GroupTiming(time_us, algbw, algbw * 2 * (size - 1) / size, sum(timing.wrong for timing in timings))

@@ -1,4 +1,4 @@
-"""`lockstep bench`: latency and throughput in vLLM's words, and where the time of a step goes."""
+"""`lockstep bench`: latency and throughput under vLLM's names, and the time of the parts of a step."""
 
 from __future__ import annotations
 
@@ -21,26 +21,24 @@ from .engine_benchmark import (
     EngineBenchmark,
     Latency,
     Run,
-    Steps,
-    Workload,
-    batch,
-    describe,
-    nano,
+    StepReport,
+    report_steps,
     time_latency,
-    uniform,
 )
-from .serve_command import ManyValues, bench_serve
+from .output_files import require_folder
+from .serve_command import MultiValueCommand, bench_serve
 from .trace import write_trace
+from .workload import Workload, batch, nano, uniform
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model, a server, or the ranks' collectives.")
-app.command("serve", cls=ManyValues)(bench_serve)
+app.command("serve", cls=MultiValueCommand)(bench_serve)
 app.command("comm")(bench_comm)
 PERCENTAGES = (10, 25, 50, 75, 90, 99)  # vLLM's
 BATCH_SIZE = 8
 UNIFORM: dict[str, Any] = {
     "num_prompts": 1000, "input_len": 1024, "output_len": 128, "random_range_ratio": 0.0, "seed": 0,
 }  # fmt: skip
-NANO = {"num_prompts": 256, "seed": 0}  # of the options that UNIFORM has
+NANO = {"num_prompts": 256, "seed": 0}  # values that are allowed beside --preset nano
 
 OutputJson = Annotated[Path | None, typer.Option("--output-json", help="Write the results to this file.")]
 TraceFile = Annotated[
@@ -76,18 +74,18 @@ def bench_latency(
     sizes = batch_size or [BATCH_SIZE]
     workloads = [batch(size, input_len, output_len, n) for size in sizes]
     _check_files(output_json, profile, workloads)
-    found = []
+    results = []
     with redirect_stdout(sys.stderr), EngineBenchmark(Config.from_options(config), workloads) as bench:
         requests = (num_iters_warmup + 2 * num_iters) * sum(w.num_requests for w in workloads)
         with tqdm(total=requests, unit="request", disable=None) as bar:
-            timed = [time_latency(bench, w, warmup=num_iters_warmup, times=num_iters, bar=bar) for w in workloads]
-        for size, workload, latency in zip(sizes, workloads, timed, strict=True):
-            steps = _profiled(bench, workload, latency.whole, profile_steps, _numbered(profile, size, len(sizes)))
+            latencies = [time_latency(bench, w, warmup=num_iters_warmup, times=num_iters, bar=bar) for w in workloads]
+        for size, workload, latency in zip(sizes, workloads, latencies, strict=True):
+            steps = _profile_steps(bench, workload, latency.whole, profile_steps, _numbered(profile, size, len(sizes)))
             shape = {"batch_size": size, "input_len": input_len, "output_len": output_len, "n": n}
-            found.append(latency_result(latency) | shape | _setting(bench) | asdict(steps))
-    for result in found:
+            results.append(latency_result(latency) | shape | _environment(bench) | asdict(steps))
+    for result in results:
         _print_latency(result)
-    _write_json(output_json, found[0] if len(found) == 1 else found)
+    _write_json(output_json, results[0] if len(results) == 1 else results)
 
 
 @app.command("throughput")
@@ -116,27 +114,27 @@ def bench_throughput(
 ) -> None:
     """Submit requests all at once and time them until the last one has ended; none stops early."""
     start_logging(log_level)
-    options = {
+    flags = {
         "num_prompts": num_prompts, "input_len": input_len, "output_len": output_len,
         "random_range_ratio": random_range_ratio, "seed": seed,
     }  # fmt: skip
-    given = {name: value for name, value in options.items() if value is not None}
-    chosen = UNIFORM | given
-    workload = _preset(given) if preset is not None else uniform(**chosen)
+    flags = {name: value for name, value in flags.items() if value is not None}
+    lengths = UNIFORM | flags
+    workload = _preset(flags) if preset is not None else uniform(**lengths)
     _check_files(output_json, profile, [workload])
     with redirect_stdout(sys.stderr), EngineBenchmark(Config.from_options(config), [workload], seed or 0) as bench:
-        bench.run(batch(1, workload.input_lens[0], 1))  # for what is set up on first use
+        bench.run(batch(1, workload.input_lens[0], 1))  # sets up everything that is made on first use
         with tqdm(total=workload.num_requests, unit="request", disable=None) as bar:
             run = bench.run(workload, bar=bar)
-        steps = _profiled(bench, workload, run, profile_steps, profile)
-        shape = {"preset": preset} if preset is not None else {"dataset_name": dataset_name, **chosen}
-        found = throughput_result(workload, run) | shape | _setting(bench) | asdict(steps)
-    _print_throughput(found)
-    _write_json(output_json, found)
+        steps = _profile_steps(bench, workload, run, profile_steps, profile)
+        shape = {"preset": preset} if preset is not None else {"dataset_name": dataset_name, **lengths}
+        result = throughput_result(workload, run) | shape | _environment(bench) | asdict(steps)
+    _print_throughput(result)
+    _write_json(output_json, result)
 
 
 def latency_result(latency: Latency) -> dict[str, Any]:
-    """vLLM's keys, and ours."""
+    """Return the result under vLLM's keys, with more of lockstep."""
     seconds = latency.whole.seconds
     return {
         "avg_latency": float(np.mean(seconds)),
@@ -148,7 +146,7 @@ def latency_result(latency: Latency) -> dict[str, Any]:
 
 
 def throughput_result(workload: Workload, run: Run) -> dict[str, Any]:
-    """vLLM's keys, and ours."""
+    """Return the result under vLLM's keys."""
     seconds = sum(run.seconds)
     tokens = sum(workload.input_lens) + run.stats.output_tokens
     return {
@@ -160,28 +158,30 @@ def throughput_result(workload: Workload, run: Run) -> dict[str, Any]:
     }
 
 
-def _preset(given: dict[str, Any]) -> Workload:
-    for name, value in given.items():
+def _preset(flags: dict[str, Any]) -> Workload:
+    for name, value in flags.items():
         if value != NANO.get(name):
             raise ValueError(f"--preset nano has lengths and seed of its own; drop --{name.replace('_', '-')} {value}")
     return nano()
 
 
-def _profiled(bench: EngineBenchmark, workload: Workload, run: Run, num_steps: int, path: Path | None) -> Steps:
-    """The steps of a run with a profile made now, whose trace goes to `path`."""
+def _profile_steps(
+    bench: EngineBenchmark, workload: Workload, run: Run, num_steps: int, path: Path | None
+) -> StepReport:
+    """Profile the workload, write the trace to `path` if it is not None, and report the steps of the run."""
     profile = bench.profile(workload, num_steps)
     if path is not None:
         write_trace(profile.trace, path)
-    return describe(run, profile)
+    return report_steps(run, profile)
 
 
 def _numbered(path: Path | None, size: int, num_sizes: int) -> Path | None:
-    """A file for each batch size, if there are several."""
+    """Return the file of one batch size, numbered if there are several."""
     return path if path is None or num_sizes == 1 else path.with_name(f"batch-{size}-{path.name}")
 
 
-def _setting(bench: EngineBenchmark) -> dict[str, Any]:
-    """Under which circumstances a number was measured."""
+def _environment(bench: EngineBenchmark) -> dict[str, Any]:
+    """Return the metadata of every result."""
     import torch
 
     config = bench.config
@@ -210,7 +210,7 @@ def _print_throughput(result: dict[str, Any]) -> None:
 
 
 def _lines(r: dict[str, Any]) -> Iterator[str]:
-    """What is known of the steps, for people."""
+    """Yield the report of the steps for people."""
     if r.get("ms_per_output_token") is not None:
         yield f"Time per output token: {r['ms_per_output_token']:.3f} ms"
     yield (
@@ -239,10 +239,9 @@ def _lines(r: dict[str, Any]) -> Iterator[str]:
 
 
 def _check_files(output_json: Path | None, profile: Path | None, workloads: list[Workload]) -> None:
-    """What would be found out only after minutes."""
+    """Raise ValueError for files that could not be written after minutes of measurement."""
     for path in (output_json, profile):
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+        require_folder(path)
     if profile is not None and all(max(w.output_lens) == 1 for w in workloads):
         raise ValueError("--profile traces decode steps, and outputs of 1 token have none; raise --output-len")
 

@@ -1,12 +1,11 @@
-"""The prompts of a load: made-up token ids, or texts from a file. The same seed makes the same prompts."""
+"""The prompts of `lockstep bench serve`: random token ids, or texts from a file. A seed fixes the prompts."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -16,11 +15,12 @@ import numpy as np
 
 from ...runtime.tokenizer import Tokenizer
 from .serve_config import ServeBenchConfig
+from .workload import length_range
 
 log = logging.getLogger(__name__)
-ATTEMPTS = 10  # to make a text that has as many tokens as it should
-# vLLM's bounds of what is taken from ShareGPT, in tokens.
-SHORTEST, LONGEST_PROMPT, LONGEST = 4, 1024, 2048
+ATTEMPTS = 10  # to make a text with the right number of tokens
+# vLLM's bounds of the conversations that it takes from ShareGPT, in tokens.
+MIN_TOKENS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 1024, 2048
 
 
 @dataclass(frozen=True)
@@ -32,104 +32,105 @@ class Prompt:
     output_len: int
 
 
-def needs_tokenizer(load: ServeBenchConfig) -> bool:
-    return load.dataset_name == "sharegpt" or (load.chat and not load.from_file)
+def needs_tokenizer(config: ServeBenchConfig) -> bool:
+    """Return True if `make_prompts` needs a tokenizer."""
+    return config.dataset_name == "sharegpt" or (config.chat and not config.from_file)
 
 
-def make_prompts(load: ServeBenchConfig, tokenizer: Tokenizer | None) -> list[Prompt]:
-    """As many prompts as the load has; `tokenizer` where it needs one. Raises ValueError for a file without prompts."""
-    if load.from_file:
-        assert load.dataset_path is not None
-        draw = random.Random(load.seed)
-        lines = _read(load.dataset_path, as_lines=load.dataset_name == "custom")
-        if load.dataset_name == "custom":
-            found = _custom(lines, load.custom_output_len, draw)
+def make_prompts(config: ServeBenchConfig, tokenizer: Tokenizer | None) -> list[Prompt]:
+    """Return config.num_prompts prompts; raises ValueError for a file without usable prompts."""
+    if config.from_file:
+        assert config.dataset_path is not None
+        generator = random.Random(config.seed)
+        lines = _read(config.dataset_path, as_lines=config.dataset_name == "custom")
+        if config.dataset_name == "custom":
+            prompts = _custom(lines, config.custom_output_len, generator)
         else:
             assert tokenizer is not None
-            found = _sharegpt(lines, tokenizer, load.sharegpt_output_len, load.num_prompts, draw)
-        if not found:
-            raise ValueError(f"{load.dataset_path} has no prompt that --dataset-name {load.dataset_name} can use")
-        return list(islice(cycle(found), load.num_prompts))
-    ids = Ids(load.seed, load.random_vocab_size)
-    made = _random(load, ids) if load.dataset_name == "random" else _prefix_repetition(load, ids)
-    return [Prompt(p, len(p), n) if tokenizer is None else _as_text(p, n, tokenizer, ids) for p, n in made]
+            prompts = _sharegpt(lines, tokenizer, config.sharegpt_output_len, config.num_prompts, generator)
+        if not prompts:
+            raise ValueError(f"{config.dataset_path} has no prompt that --dataset-name {config.dataset_name} can use")
+        return list(islice(cycle(prompts), config.num_prompts))
+    source = RandomTokens(config.seed, config.random_vocab_size)
+    pairs = _random(config, source) if config.dataset_name == "random" else _prefix_repetition(config, source)
+    return [Prompt(p, len(p), n) if tokenizer is None else _as_text(p, n, tokenizer, source) for p, n in pairs]
 
 
-class Ids:
-    """Random token ids, and the lengths of lists of them."""
+class RandomTokens:
+    """A source of random token ids below vocab_size, and of random lengths."""
 
     def __init__(self, seed: int, vocab_size: int) -> None:
-        self.draw, self._vocab_size = np.random.default_rng(seed), vocab_size
+        self.generator, self._vocab_size = np.random.default_rng(seed), vocab_size
 
-    def __call__(self, number: int) -> list[int]:
-        found: list[int] = self.draw.integers(0, self._vocab_size, max(0, number)).tolist()
-        return found
+    def ids(self, count: int) -> list[int]:
+        """Return `count` token ids, none if it is negative."""
+        ids: list[int] = self.generator.integers(0, self._vocab_size, max(0, count)).tolist()
+        return ids
 
-    def lengths(self, middle: int, ratio: float, number: int) -> list[int]:
-        """Uniform in middle * (1 -/+ ratio), rounded outwards, at least 1."""
-        low, high = math.floor(middle * (1 - ratio)), math.ceil(middle * (1 + ratio))
-        found: list[int] = self.draw.integers(max(1, low), high, number, endpoint=True).tolist()
-        return found
-
-
-def _random(load: ServeBenchConfig, ids: Ids) -> list[tuple[list[int], int]]:
-    inputs = ids.lengths(load.random_input_len, load.random_range_ratio, load.num_prompts)
-    outputs = ids.lengths(load.random_output_len, load.random_range_ratio, load.num_prompts)
-    prefix = ids(load.random_prefix_len)
-    return [(prefix + ids(length), output) for length, output in zip(inputs, outputs, strict=True)]
+    def lengths(self, middle: int, ratio: float, count: int) -> list[int]:
+        """Return `count` lengths, uniform in `length_range`."""
+        lengths: list[int] = self.generator.integers(*length_range(middle, ratio), count, endpoint=True).tolist()
+        return lengths
 
 
-def _prefix_repetition(load: ServeBenchConfig, ids: Ids) -> list[tuple[list[int], int]]:
-    """Each prefix is as often used as every other, or once more; in random order."""
-    prefixes = [ids(load.prefix_repetition_prefix_len) for _ in range(load.prefix_repetition_num_prefixes)]
-    order = ids.draw.permutation(load.num_prompts) % len(prefixes)
-    suffix_len, output_len = load.prefix_repetition_suffix_len, load.prefix_repetition_output_len
-    return [(prefixes[i] + ids(suffix_len), output_len) for i in order]
+def _random(config: ServeBenchConfig, source: RandomTokens) -> list[tuple[list[int], int]]:
+    inputs = source.lengths(config.random_input_len, config.random_range_ratio, config.num_prompts)
+    outputs = source.lengths(config.random_output_len, config.random_range_ratio, config.num_prompts)
+    prefix = source.ids(config.random_prefix_len)
+    return [(prefix + source.ids(length), output) for length, output in zip(inputs, outputs, strict=True)]
 
 
-def _as_text(tokens: list[int], output_len: int, tokenizer: Tokenizer, ids: Callable[[int], list[int]]) -> Prompt:
-    """A text that the tokenizer makes as many tokens of: cut, or filled up, until it does."""
+def _prefix_repetition(config: ServeBenchConfig, source: RandomTokens) -> list[tuple[list[int], int]]:
+    """Return prompts in random order that use each prefix equally often, or once more."""
+    prefixes = [source.ids(config.prefix_repetition_prefix_len) for _ in range(config.prefix_repetition_num_prefixes)]
+    order = source.generator.permutation(config.num_prompts) % len(prefixes)
+    suffix_len, output_len = config.prefix_repetition_suffix_len, config.prefix_repetition_output_len
+    return [(prefixes[i] + source.ids(suffix_len), output_len) for i in order]
+
+
+def _as_text(tokens: list[int], output_len: int, tokenizer: Tokenizer, source: RandomTokens) -> Prompt:
+    """Return a text of as many tokens, if some attempts of cutting and filling up find one."""
     length = len(tokens)
     for _ in range(ATTEMPTS):
         text = tokenizer.decode(tokens)
-        found = tokenizer.encode(text)
-        if len(found) == length:
+        encoded = tokenizer.encode(text)
+        if len(encoded) == length:
             break
-        tokens = found[:length] + ids(length - len(found))
-    return Prompt(text, len(found), output_len)
+        tokens = encoded[:length] + source.ids(length - len(encoded))
+    return Prompt(text, len(encoded), output_len)
 
 
-def _custom(lines: Sequence[Any], output_len: int, draw: random.Random) -> list[Prompt]:
+def _custom(lines: Sequence[Any], output_len: int, generator: random.Random) -> list[Prompt]:
     texts = [line["prompt"] for line in lines if isinstance(line, dict) and isinstance(line.get("prompt"), str)]
-    draw.shuffle(texts)
+    generator.shuffle(texts)
     return [Prompt(text, 0, output_len) for text in texts if text]
 
 
 def _sharegpt(
-    conversations: Sequence[Any], tokenizer: Tokenizer, output_len: int | None, number: int, draw: random.Random
+    conversations: Sequence[Any], tokenizer: Tokenizer, output_len: int | None, count: int, generator: random.Random
 ) -> list[Prompt]:
-    """The first two turns of conversations: a prompt and how long its answer was."""
+    """Return up to `count` prompts: the first turn of a conversation, and the length of the second."""
     turns = [c["conversations"] for c in conversations if isinstance(c, dict) and len(c.get("conversations", [])) > 1]
-    draw.shuffle(turns)
-    found: list[Prompt] = []
+    generator.shuffle(turns)
+    prompts: list[Prompt] = []
     for question, answer in ((t[0]["value"], t[1]["value"]) for t in turns):
         prompt_len, answer_len = len(tokenizer.encode(question)), len(tokenizer.encode(answer))
-        wanted = output_len or answer_len
-        long_enough = prompt_len >= SHORTEST and (output_len is not None or answer_len >= SHORTEST)
-        if long_enough and prompt_len <= LONGEST_PROMPT and prompt_len + wanted <= LONGEST:
-            found.append(Prompt(question, prompt_len, wanted))
-        if len(found) == number:
+        max_tokens = output_len or answer_len
+        long_enough = prompt_len >= MIN_TOKENS and (output_len is not None or answer_len >= MIN_TOKENS)
+        if long_enough and prompt_len <= MAX_PROMPT_TOKENS and prompt_len + max_tokens <= MAX_TOKENS:
+            prompts.append(Prompt(question, prompt_len, max_tokens))
+        if len(prompts) == count:
             break
-    return found
+    return prompts
 
 
 def _read(path: Path, *, as_lines: bool) -> list[Any]:
-    """The entries of a JSON list, or of a file with one JSON value in each line."""
+    """Return the entries of a JSON list, or of a file with one JSON value in each line."""
     try:
         text = path.read_text()
-        found = [json.loads(line) for line in text.split("\n") if line.strip()] if as_lines else json.loads(text)
+        entries = [json.loads(line) for line in text.split("\n") if line.strip()] if as_lines else json.loads(text)
     except (OSError, ValueError) as error:
         raise ValueError(f"--dataset-path {path}: {error}") from error
-    if not isinstance(found, list):
-        raise ValueError(f"--dataset-path {path} is no list of conversations; it holds a {type(found).__name__}")
-    return found
+    if not isinstance(entries, list):
+        raise ValueError(f"--dataset-path {path} is no list of conversations; it holds a {type(entries).__name__}")
+    return entries

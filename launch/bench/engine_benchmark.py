@@ -1,12 +1,10 @@
-"""Latency and throughput of an engine without a front end: prompts of random token ids in, token ids out.
+"""Latency and throughput of an engine without a front end: random token ids in, token ids out.
 
-So a folder with a config.json and dummy weights is enough. Steps are traced only after everything has been timed.
+A folder with a config.json is enough, with dummy weights. Steps are traced only after all timing is done.
 """
 
 from __future__ import annotations
 
-import math
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,72 +19,27 @@ from ...runtime.request import Request, SamplingParams
 from ...runtime.stats import EngineStats, Profile
 from ..signals import signals_wait
 from .trace import kernel_times
+from .workload import Workload
 
 POLL_S = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """Requests that are submitted together and run to their full length; n outputs for each prompt."""
-
-    input_lens: Sequence[int]
-    output_lens: Sequence[int]
-    n: int = 1
-    temperature: float = 1.0
-
-    @property
-    def num_requests(self) -> int:
-        return len(self.input_lens) * self.n
-
-    def check(self, max_model_len: int) -> None:
-        """Raises ValueError where a request does not fit into the context."""
-        input_len, output_len = max(zip(self.input_lens, self.output_lens, strict=True), key=sum)
-        if input_len + output_len > max_model_len:
-            raise ValueError(
-                f"an input of {input_len} and an output of {output_len} tokens make {input_len + output_len},"
-                f" but the context is {max_model_len}; shorten them, or raise max_model_len or the KV cache"
-            )
-
-
-def batch(size: int, input_len: int, output_len: int, n: int = 1) -> Workload:
-    """`size` prompts of the same lengths."""
-    return Workload(input_lens=[input_len] * size, output_lens=[output_len] * size, n=n)
-
-
-def uniform(num_prompts: int, input_len: int, output_len: int, random_range_ratio: float, seed: int) -> Workload:
-    """Lengths uniform in length * (1 - ratio) .. length * (1 + ratio), rounded outwards, at least 1."""
-    draw = random.Random(seed)
-
-    def lengths(middle: int) -> list[int]:
-        low, high = middle * (1 - random_range_ratio), middle * (1 + random_range_ratio)
-        return [draw.randint(max(1, math.floor(low)), math.ceil(high)) for _ in range(num_prompts)]
-
-    return Workload(input_lens=lengths(input_len), output_lens=lengths(output_len))
-
-
-def nano() -> Workload:
-    """The benchmark of nano-vllm and mini-sglang: 256 prompts, inputs and outputs of 100 to 1024 tokens."""
-    draw = random.Random(0)
-    inputs, outputs = ([draw.randint(100, 1024) for _ in range(256)] for _ in range(2))
-    return Workload(input_lens=inputs, output_lens=outputs, temperature=0.6)
-
-
 @dataclass(frozen=True)
 class Run:
-    """One or more runs of a workload: seconds of each, and what the engine did in all of them."""
+    """One or more runs of a workload: the seconds of each, and the engine's counters over all of them."""
 
     seconds: list[float]
     stats: EngineStats
 
 
 class EngineBenchmark:
-    """An executor that is ready, for these workloads; ends it when left.
+    """An executor that is ready for these workloads; leaving the context closes it.
 
-    Raises ValueError, if possible before anything is started, for a workload that does not fit into the context.
+    Raises ValueError for a workload that does not fit into the context, if possible before the executor starts.
     """
 
     def __init__(self, config: Config, workloads: Sequence[Workload], seed: int = 0) -> None:
-        with signals_wait():  # torch: seconds that a wrong option need not wait for
+        with signals_wait():  # imports torch, which takes seconds: a wrong option is refused before
             from ...runtime.checkpoint import find_model
             from ..executors import start_executor
 
@@ -95,7 +48,7 @@ class EngineBenchmark:
         for workload in workloads:
             workload.check(config.max_model_len or model.max_position_embeddings)
         self.executor = start_executor(config, model, folder)
-        self._random = np.random.default_rng(seed)
+        self._generator = np.random.default_rng(seed)
         self._next_uid = 0
         try:
             for workload in workloads:  # the KV cache may have limited the context
@@ -113,9 +66,9 @@ class EngineBenchmark:
         self.executor.close()
 
     def run(self, workload: Workload, times: int = 1, bar: tqdm[Any] | None = None) -> Run:
-        """Submit the workload's requests together and wait until all have ended, `times` times, with new prompts each.
+        """Submit the workload's requests together and wait until all have ended; repeat `times` times with new prompts.
 
-        `bar` moves with every request.
+        bar  a progress bar that advances with each request
         """
         before = self.executor.stats
         seconds = []
@@ -133,7 +86,7 @@ class EngineBenchmark:
         return Run(seconds, self.executor.stats.since(before))
 
     def profile(self, workload: Workload, num_steps: int) -> Profile:
-        """Trace the first `num_steps` decode steps of the workload, and end it there."""
+        """Trace the first `num_steps` decode steps of the workload, and cancel the rest."""
         requests = self._requests(workload)
         self.executor.submit(requests)
         self.executor.start_profile(num_steps)
@@ -146,15 +99,15 @@ class EngineBenchmark:
         return profile
 
     def _poll(self) -> set[int]:
-        """The requests that have ended since the last call."""
+        """Return the requests that have ended since the last call."""
         return {finished.uid for output in self.executor.poll(POLL_S) for finished in output.finished}
 
     def _requests(self, workload: Workload) -> list[Request]:
         requests = []
         for input_len, output_len in zip(workload.input_lens, workload.output_lens, strict=True):
-            prompt = self._random.integers(0, self.executor.limits.vocab_size, input_len).astype(np.int32)
+            prompt = self._generator.integers(0, self.executor.limits.vocab_size, input_len).astype(np.int32)
             for _ in range(workload.n):
-                params = SamplingParams(temperature=workload.temperature, max_tokens=output_len, seed=self._next_uid)
+                params = SamplingParams(max_tokens=output_len, seed=self._next_uid, **workload.sampling)  # type: ignore[arg-type]
                 requests.append(Request(self._next_uid, prompt, input_len, params, []))
                 self._next_uid += 1
         return requests
@@ -162,7 +115,7 @@ class EngineBenchmark:
 
 @dataclass(frozen=True)
 class Latency:
-    """Runs of one workload whose requests all have the same lengths, after a warm-up."""
+    """Runs of a workload whose requests all have the same lengths, after a warm-up."""
 
     whole: Run
     first: Run  # with one output token only
@@ -170,7 +123,7 @@ class Latency:
 
     @property
     def ms_per_output_token(self) -> float | None:
-        """(time of all tokens - time of one) / (tokens - 1), of medians; None where there is only one."""
+        """(time of all tokens - time of one) / (tokens - 1), of medians; None for outputs of one token."""
         if self.output_len == 1:
             return None
         whole_s, first_s = (float(np.median(run.seconds)) for run in (self.whole, self.first))
@@ -180,7 +133,7 @@ class Latency:
 def time_latency(
     bench: EngineBenchmark, workload: Workload, *, warmup: int, times: int, bar: tqdm[Any] | None = None
 ) -> Latency:
-    """Run `workload`, and its first tokens alone, `times` times each."""
+    """Run the workload, and its first tokens alone, `times` times each."""
     bench.run(workload, warmup, bar)
     whole = bench.run(workload, times, bar)
     first = bench.run(replace(workload, output_lens=[1] * len(workload.output_lens)), times, bar)
@@ -188,8 +141,8 @@ def time_latency(
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What the engine's counters and a profile say about the steps of a run; a missing number is None."""
+class StepReport:
+    """Counters and times of the steps of a run; a number that cannot be known is None."""
 
     device: str
     num_steps: int
@@ -205,7 +158,7 @@ class Steps:
     commit_us_per_step: float
     wait_us_per_step: float
     ms_per_decode_step: float | None
-    weight_bytes_per_decode_step: int  # these and what follows: of rank 0
+    weight_bytes_per_decode_step: int  # this and the next fields: of rank 0
     kv_bytes_per_decode_step: float | None
     achieved_gb_per_second: float | None  # 10^9 bytes, of weights and KV
     copy_gb_per_second: float
@@ -216,20 +169,20 @@ class Steps:
     kernel_shares: dict[str, float]
 
 
-def describe(run: Run, profile: Profile) -> Steps:
-    """Put a timed run and a profile of the same workload together."""
+def report_steps(run: Run, profile: Profile) -> StepReport:
+    """Return the report of a timed run and a profile of the same workload."""
     stats, seconds = run.stats, sum(run.seconds)
     per_step = 1e6 / stats.steps
     launch_s = 0.0 if profile.device == "cpu" else stats.launch_s
-    decode_s: float | None = None
+    decode_s: float | None = None  # of a decode step
     kv_bytes: float | None = None
-    speed: float | None = None
+    speed: float | None = None  # bytes/s
     if stats.decode_steps:
         decode_s = stats.decode_s / stats.decode_steps
         kv_bytes = stats.decode_kv_tokens / stats.decode_steps * profile.kv_token_bytes
         speed = (profile.weight_bytes + kv_bytes) / decode_s
     kernels = kernel_times(profile.trace)
-    return Steps(
+    return StepReport(
         device=profile.device,
         num_steps=stats.steps,
         prefill_steps=stats.steps - stats.decode_steps,

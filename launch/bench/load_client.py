@@ -1,4 +1,4 @@
-"""Requests to a server, each at its time; what became of each is a Record, never an exception."""
+"""The client of `lockstep bench serve`: sends requests at given times and records the result or error of each."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .serve_config import ServeBenchConfig
 from .serve_metrics import Record
 
 POLL_S = 0.5
-Ask = Callable[[Prompt], Awaitable[Record]]
+Send = Callable[[Prompt], Awaitable[Record]]
 
 
 @dataclass(frozen=True)
 class Target:
-    """A model of a server, and what every request to it has in common."""
+    """A model of a server, and the fields that every request to it has."""
 
     client: httpx.AsyncClient
     path: str
@@ -34,15 +34,16 @@ class Target:
     common: dict[str, Any]
 
     def body(self, prompt: Prompt) -> dict[str, Any]:
+        """Return the body of a request."""
         if self.chat:
             messages = [{"role": "user", "content": prompt.content}]
             return {"messages": messages, "max_completion_tokens": prompt.output_len, **self.common}
         return {"prompt": prompt.content, "max_tokens": prompt.output_len, **self.common}
 
-    async def ask(self, prompt: Prompt) -> Record:
-        """Send a request and follow its stream to the end."""
+    async def send(self, prompt: Prompt) -> Record:
+        """Send a request and read its stream to the end; an error goes into the record."""
         content = msgspec.json.encode(self.body(prompt))
-        follow, events = Following(Record(prompt.num_tokens, started=time.perf_counter())), Events()
+        reader, events = StreamReader(Record(prompt.num_tokens, started=time.perf_counter())), Events()
         try:
             async with self.client.stream("POST", self.path, content=content) as response:
                 if response.status_code != 200:
@@ -50,22 +51,22 @@ class Target:
                 async for piece in response.aiter_bytes():
                     now = time.perf_counter()
                     for chunk in events.push(piece):
-                        follow.add(chunk, now)
-            follow.end()
+                        reader.add(chunk, now)
+            reader.end()
         except (httpx.HTTPError, ValueError) as error:
-            follow.record.error = describe(error)
-        return follow.record
+            reader.record.error = describe(error)
+        return reader.record
 
 
-class Following:
-    """Fills a record with the chunks of a stream."""
+class StreamReader:
+    """Fills a record from the chunks of a stream."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
         self._complete = False
 
     def add(self, chunk: Chunk, now: float) -> None:
-        """A chunk that came at `now`. One that only says who speaks, or only that it is over, brings no token."""
+        """Record a chunk that came at `now`; a chunk with only the role or the finish reason has no token."""
         record = self.record
         for choice in chunk.choices:
             closes = choice.finish_reason is not None and not choice.new_text and bool(record.chunk_times)
@@ -79,29 +80,32 @@ class Following:
             record.output_len = chunk.usage.completion_tokens
 
     def end(self) -> None:
-        """Raises ValueError for a stream that was cut off; without a usage, each chunk counts as a token."""
+        """Complete the record: without a usage, each chunk counts as a token.
+
+        Raises ValueError for a stream that was cut off.
+        """
         if not (self._complete and self.record.chunk_times):
             raise ValueError(f"the stream ended after {len(self.record.chunk_times)} chunks, without a finish reason")
         self.record.output_len = self.record.output_len or len(self.record.chunk_times)
 
 
 @asynccontextmanager
-async def connected(load: ServeBenchConfig, model: str | None) -> AsyncIterator[Target]:
-    """The server, once it answers; raises ValueError when it does not in time."""
-    async with httpx.AsyncClient(**connection(load.url)) as client:
-        if model is None or load.ready_check_timeout_sec:
-            model = await _wait_ready(client, load.ready_check_timeout_sec, model)
+async def connect_to_server(config: ServeBenchConfig, model: str | None) -> AsyncIterator[Target]:
+    """Wait until the server answers and yield its model; raises ValueError if it does not answer in time."""
+    async with httpx.AsyncClient(**connection(config.url)) as client:
+        if model is None or config.ready_check_timeout_sec:
+            model = await _wait_ready(client, config.ready_check_timeout_sec, model)
         common: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}
-        if load.temperature is not None:
-            common["temperature"] = load.temperature
-        if load.ignore_eos or load.dataset_name == "random":
+        if config.temperature is not None:
+            common["temperature"] = config.temperature
+        if config.ignore_eos or config.dataset_name == "random":
             common["ignore_eos"] = True
-        yield Target(client, load.path, load.chat, common)
+        yield Target(client, config.path, config.chat, common)
 
 
 async def _wait_ready(client: httpx.AsyncClient, timeout_s: float, model: str | None) -> str:
-    """Ask for the models until there is an answer; returns the first one, or `model`."""
-    until = time.perf_counter() + timeout_s
+    """Request the list of models until there is an answer; returns the first model, or `model`."""
+    deadline = time.perf_counter() + timeout_s
     while True:
         try:
             response = await client.get("/v1/models")
@@ -111,38 +115,39 @@ async def _wait_ready(client: httpx.AsyncClient, timeout_s: float, model: str | 
             if response.status_code < 500:
                 return model or first_model(response)
             reason = str(refusal(response.status_code, response.content))
-        if time.perf_counter() >= until:
+        if time.perf_counter() >= deadline:
             raise ValueError(f"{client.base_url} does not answer: {reason}; start it, or set --base-url")
         await asyncio.sleep(POLL_S)
 
 
-def arrivals(number: int, rate: float, burstiness: float, seed: int) -> list[float]:
-    """Seconds at which requests are sent, `rate` a second: gaps of a gamma distribution of this shape.
+def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
+    """Return the seconds at which `count` requests are sent, at `rate` a second.
 
-    Scaled so that the last one is sent at number / rate, whatever was drawn, as vLLM does.
+    The gaps have a gamma distribution of shape `burstiness`. They are scaled so that the last request is sent at
+    count / rate, as in vLLM.
     """
     if math.isinf(rate):
-        return [0.0] * number
+        return [0.0] * count
     if math.isinf(burstiness):
-        gaps = np.ones(number)
+        gaps = np.ones(count)
     else:
-        gaps = np.random.default_rng([seed, number]).gamma(burstiness, size=number)
+        gaps = np.random.default_rng([seed, count]).gamma(burstiness, size=count)
     times = np.cumsum(gaps)
-    return (times * (number / rate / times[-1])).tolist() if times[-1] > 0 else [0.0] * number
+    return (times * (count / rate / times[-1])).tolist() if times[-1] > 0 else [0.0] * count
 
 
 async def send_all(
-    prompts: Sequence[Prompt], times: Sequence[float], ask: Ask, max_concurrency: int | None, bar: tqdm[Any]
+    prompts: Sequence[Prompt], times: Sequence[float], send: Send, max_concurrency: int | None, bar: tqdm[Any]
 ) -> list[Record]:
-    """Ask for all prompts, each at its time or, with `max_concurrency`, once it is its turn; records in their order."""
+    """Send each prompt at its time, or later if max_concurrency requests are in flight; returns records in order."""
     started = time.perf_counter()
     gate: AbstractAsyncContextManager[Any] = asyncio.Semaphore(max_concurrency) if max_concurrency else nullcontext()
 
-    async def one(prompt: Prompt, at: float) -> Record:
+    async def send_at(prompt: Prompt, at: float) -> Record:
         await asyncio.sleep(started + at - time.perf_counter())
         async with gate:
-            record = await ask(prompt)
+            record = await send(prompt)
         bar.update()
         return record
 
-    return await asyncio.gather(*(one(prompt, at) for prompt, at in zip(prompts, times, strict=True)))
+    return await asyncio.gather(*(send_at(prompt, at) for prompt, at in zip(prompts, times, strict=True)))

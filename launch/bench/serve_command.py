@@ -1,4 +1,4 @@
-"""`lockstep bench serve`: a load on any OpenAI-compatible server, reported as vLLM does."""
+"""`lockstep bench serve`: requests to any OpenAI-compatible server, reported as in vLLM."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from typer.core import TyperCommand
 
 from ..options import LogLevel, start_logging, with_fields
+from .output_files import require_matplotlib
 from .serve_config import ServeBenchConfig
 from .serve_metrics import Record, details, samples, statistics, summary
 
@@ -32,15 +33,15 @@ SECTIONS = {
 }
 
 
-class ManyValues(TyperCommand):
-    """Takes `--goodput ttft:500 tpot:50` for two values: this command has no arguments that they could be."""
+class MultiValueCommand(TyperCommand):
+    """A command without arguments, whose options take several values: `--goodput ttft:500 tpot:50`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(_repeated(args, ("--goodput", "--metadata"))))
 
 
 def _repeated(args: Sequence[str], options: Sequence[str]) -> Iterator[str]:
-    """The option once more before each of its further values."""
+    """Repeat the option before each of its further values."""
     current, values = "", 0
     for arg in args:
         if arg.startswith("--"):
@@ -65,85 +66,85 @@ def bench_serve(
     stream; TPOT is (E2EL - TTFT) / (output tokens - 1), tokens as the server counts them.
     """
     start_logging(log_level)
-    load = ServeBenchConfig(**options)
-    if load.plot is not None:
-        _require_matplotlib()
-    run = asyncio.run(measure(load, model))
-    result = run.result(load)
-    print("\n".join(block(result, load)))
+    config = ServeBenchConfig(**options)
+    if config.plot is not None:
+        require_matplotlib()
+    run = asyncio.run(measure(config, model))
+    result = run.result(config)
+    print("\n".join(report(result, config)))
     if failed := [record.error for record in run.records if record.error]:
         log.error("%d of %d requests failed; the first one: %s", len(failed), len(run.records), failed[0])
-    if load.save_result:
-        _save(result if load.save_detailed else {k: v for k, v in result.items() if k not in details([])}, load)
-    if load.plot is not None:
-        draw(samples(run.records), load.plot)
+    if config.save_result:
+        _save(result if config.save_detailed else {k: v for k, v in result.items() if k not in details([])}, config)
+    if config.plot is not None:
+        draw(samples(run.records), config.plot)
     if len(failed) == len(run.records):
         raise typer.Exit(1)
 
 
 @dataclass(frozen=True)
-class Run:
-    """What was sent to which model, and what came back."""
+class ServeRun:
+    """The requests of one run and their results."""
 
     model: str
     tokenizer: str | None
     records: list[Record]
     duration: float
 
-    def result(self, load: ServeBenchConfig) -> dict[str, Any]:
-        """vLLM's keys."""
-        found: dict[str, Any] = {
+    def result(self, config: ServeBenchConfig) -> dict[str, Any]:
+        """Return the result under vLLM's keys."""
+        result: dict[str, Any] = {
             "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
-            "backend": load.backend,
-            "label": load.label,
+            "backend": config.backend,
+            "label": config.label,
             "model_id": self.model,
             "tokenizer_id": self.tokenizer,
-            "num_prompts": load.num_prompts,
-            **load.notes,
-            "request_rate": "inf" if math.isinf(load.request_rate) else load.request_rate,
-            "burstiness": "inf" if math.isinf(load.burstiness) else load.burstiness,
-            "max_concurrency": load.max_concurrency,
-            **summary(self.records, self.duration, load.slo),
+            "num_prompts": config.num_prompts,
+            **config.notes,
+            "request_rate": "inf" if math.isinf(config.request_rate) else config.request_rate,
+            "burstiness": "inf" if math.isinf(config.burstiness) else config.burstiness,
+            "max_concurrency": config.max_concurrency,
+            **summary(self.records, self.duration, config.slo),
         }
         seconds = samples(self.records)
-        for name in load.metrics:
-            found |= statistics(name, seconds[name], load.percentiles)
-        return found | details(self.records)
+        for name in config.metrics:
+            result |= statistics(name, seconds[name], config.percentiles)
+        return result | details(self.records)
 
 
-async def measure(load: ServeBenchConfig, model: str | None) -> Run:
+async def measure(config: ServeBenchConfig, model: str | None) -> ServeRun:
     """Make the prompts, wait for the server, warm it up and time the requests."""
     from ...runtime.tokenizer import Tokenizer
     from .datasets import make_prompts, needs_tokenizer
-    from .load_client import arrivals, connected, send_all  # httpx: part of a second that --help need not wait for
+    from .load_client import arrivals, connect_to_server, send_all  # imports httpx, slow for --help
 
-    async with connected(load, model) as target:
+    async with connect_to_server(config, model) as target:
         model = target.common["model"]
-        name = (load.tokenizer or model) if needs_tokenizer(load) else None
+        name = (config.tokenizer or model) if needs_tokenizer(config) else None
         if name is not None:
             log.info("tokenizer: %s", name)
-        prompts = make_prompts(load, Tokenizer(Path(name)) if name is not None else None)
-        if load.ready_check_timeout_sec and (error := (await target.ask(prompts[0])).error):
-            raise ValueError(f"{load.url} does not answer the first request: {error}")
-        with tqdm(total=load.num_warmups, desc="warm-up", unit="request", disable=None, leave=False) as bar:
-            warmups = [prompts[0]] * load.num_warmups
-            await send_all(warmups, [0.0] * load.num_warmups, target.ask, load.max_concurrency, bar)
-        times = arrivals(len(prompts), load.request_rate, load.burstiness, load.seed)
+        prompts = make_prompts(config, Tokenizer(Path(name)) if name is not None else None)
+        if config.ready_check_timeout_sec and (error := (await target.send(prompts[0])).error):
+            raise ValueError(f"{config.url} does not answer the first request: {error}")
+        with tqdm(total=config.num_warmups, desc="warm-up", unit="request", disable=None, leave=False) as bar:
+            warmups = [prompts[0]] * config.num_warmups
+            await send_all(warmups, [0.0] * config.num_warmups, target.send, config.max_concurrency, bar)
+        times = arrivals(len(prompts), config.request_rate, config.burstiness, config.seed)
         with tqdm(total=len(prompts), unit="request", disable=None) as bar:
             started = time.perf_counter()
-            records = await send_all(prompts, times, target.ask, load.max_concurrency, bar)
+            records = await send_all(prompts, times, target.send, config.max_concurrency, bar)
             duration = time.perf_counter() - started
-    return Run(model, name, records, duration)
+    return ServeRun(model, name, records, duration)
 
 
-def block(result: dict[str, Any], load: ServeBenchConfig) -> Iterator[str]:
-    """What vLLM prints, label by label."""
+def report(result: dict[str, Any], config: ServeBenchConfig) -> Iterator[str]:
+    """Yield the lines of the report, with vLLM's labels."""
     yield " Serving Benchmark Result ".center(WIDTH, "=")
     rows = {
         "Successful requests": result["completed"],
         "Failed requests": result["failed"],
-        "Maximum request concurrency": load.max_concurrency,
-        "Request rate configured (RPS)": None if math.isinf(load.request_rate) else load.request_rate,
+        "Maximum request concurrency": config.max_concurrency,
+        "Request rate configured (RPS)": None if math.isinf(config.request_rate) else config.request_rate,
         "Benchmark duration (s)": result["duration"],
         "Total input tokens": result["total_input_tokens"],
         "Total generated tokens": result["total_output_tokens"],
@@ -155,9 +156,9 @@ def block(result: dict[str, Any], load: ServeBenchConfig) -> Iterator[str]:
         "Total token throughput (tok/s)": result["total_token_throughput"],
     }
     yield from (_row(label, value) for label, value in rows.items() if value is not None)
-    for name in load.metrics:
+    for name in config.metrics:
         yield SECTIONS[name].center(WIDTH, "-")
-        for key in ("mean", "median", *(f"p{p:g}" for p in load.percentiles)):
+        for key in ("mean", "median", *(f"p{p:g}" for p in config.percentiles)):
             yield _row(f"{key.capitalize()} {name.upper()} (ms)", result[f"{key}_{name}_ms"])
     yield "=" * WIDTH
 
@@ -167,7 +168,7 @@ def _row(label: str, value: float) -> str:
 
 
 def draw(seconds: dict[str, list[float]], path: Path) -> None:
-    """The share of first tokens and of gaps that took no longer than so many milliseconds."""
+    """Draw the cumulative distributions of TTFT and ITL."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -179,19 +180,14 @@ def draw(seconds: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib, which is not installed; pip install matplotlib") from error
-
-
-def _save(result: dict[str, Any], load: ServeBenchConfig) -> None:
-    concurrency = f"-concurrency{load.max_concurrency}" if load.max_concurrency else ""
+def _save(result: dict[str, Any], config: ServeBenchConfig) -> None:
+    concurrency = f"-concurrency{config.max_concurrency}" if config.max_concurrency else ""
     model = result["model_id"].rstrip("/").split("/")[-1]
-    named = f"{load.label or load.backend}-{load.request_rate}qps{concurrency}-{model}-{result['date']}.json"
-    folder = load.result_dir or Path()
+    default_name = (
+        f"{config.label or config.backend}-{config.request_rate}qps{concurrency}-{model}-{result['date']}.json"
+    )
+    folder = config.result_dir or Path()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (load.result_filename or named)
+    path = folder / (config.result_filename or default_name)
     path.write_text(json.dumps(result) + "\n")
     log.info("results: %s", path)

@@ -1,4 +1,4 @@
-"""Every knob of `lockstep bench serve` in one frozen dataclass, under vLLM's names; the options are made from it."""
+"""The options of `lockstep bench serve` as one frozen dataclass, under vLLM's names."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from ...runtime.config import option
+from .output_files import require_folder
 from .serve_metrics import METRICS
 
 Backend = Literal["openai", "openai-chat"]
 Dataset = Literal["random", "sharegpt", "custom", "prefix_repetition"]
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
-LOWEST = {
+MINIMUM = {
     "num_prompts": 1, "random_input_len": 1, "random_output_len": 1, "random_prefix_len": 0, "random_vocab_size": 1,
     "sharegpt_output_len": 1, "custom_output_len": 1, "prefix_repetition_prefix_len": 0,
     "prefix_repetition_suffix_len": 1, "prefix_repetition_num_prefixes": 1, "prefix_repetition_output_len": 1,
@@ -23,7 +24,7 @@ LOWEST = {
 
 @dataclass(frozen=True, kw_only=True)
 class ServeBenchConfig:
-    """What to send where and what to report; raises ValueError naming the option, its value and the rule."""
+    """The requests, their target and the report; raises ValueError with the option, its value and the rule."""
 
     backend: Backend = option("openai", "what to ask for: openai for completions, openai-chat for chat completions")
     base_url: str | None = option(None, "URL of the server; http://HOST:PORT if not given")
@@ -83,7 +84,7 @@ class ServeBenchConfig:
     plot: Path | None = option(None, "draw the distributions of TTFT and ITL into this PNG; needs matplotlib")
 
     def __post_init__(self) -> None:
-        for name, low in LOWEST.items():
+        for name, low in MINIMUM.items():
             value = getattr(self, name)
             if value is not None and not low <= value < math.inf:
                 raise ValueError(f"{_flag(name)} {value} must be at least {low}")
@@ -102,60 +103,64 @@ class ServeBenchConfig:
         for name in ("save_detailed", "result_dir", "result_filename"):
             if getattr(self, name) and not self.save_result:
                 raise ValueError(f"{_flag(name)} is about the file of results; add --save-result")
-        if self.plot is not None and not self.plot.parent.is_dir():
-            raise ValueError(f"cannot write {self.plot}: there is no folder {self.plot.parent}")
+        require_folder(self.plot)
 
     @property
     def from_file(self) -> bool:
+        """True if the prompts are read from dataset_path."""
         return self.dataset_name in ("sharegpt", "custom")
 
     @property
     def chat(self) -> bool:
+        """True for requests to chat completions."""
         return self.backend == "openai-chat"
 
     @property
     def url(self) -> str:
+        """The URL of the server."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return self.base_url or f"http://{host}:{self.port}"
 
     @property
     def path(self) -> str:
+        """The path of the requests."""
         return self.endpoint or ENDPOINTS[self.backend]
 
     @property
     def metrics(self) -> list[str]:
-        """In the order of METRICS."""
-        asked = self.percentile_metrics.split(",")
-        if unknown := set(asked) - set(METRICS):
+        """The reported metrics, in the order of METRICS."""
+        names = self.percentile_metrics.split(",")
+        if unknown := set(names) - set(METRICS):
             raise ValueError(
                 f"--percentile-metrics has {sorted(unknown)[0]!r}, which is not one of {', '.join(METRICS)}"
             )
-        return [name for name in METRICS if name in asked]
+        return [name for name in METRICS if name in names]
 
     @property
     def percentiles(self) -> list[float]:
+        """The reported percentiles."""
         rule = f"--metric-percentiles {self.metric_percentiles} must be numbers from 0 to 100, as in 50,90,99"
         try:
-            found = [float(p) for p in self.metric_percentiles.split(",")]
+            percentiles = [float(p) for p in self.metric_percentiles.split(",")]
         except ValueError as error:
             raise ValueError(rule) from error
-        if not all(0 <= p <= 100 for p in found):
+        if not all(0 <= p <= 100 for p in percentiles):
             raise ValueError(rule)
-        return found
+        return percentiles
 
     @property
     def slo(self) -> dict[str, float]:
-        """The longest good times of --goodput, in seconds."""
-        found = {}
+        """The service-level objectives of --goodput: the longest good times in seconds."""
+        objectives = {}
         for pair in self.goodput or []:
             name, _, ms = pair.partition(":")
             try:
-                found[name] = float(ms) / 1e3
+                objectives[name] = float(ms) / 1e3
             except ValueError:
-                found[name] = -1.0
-            if name not in ("ttft", "tpot", "e2el") or not found[name] >= 0:
+                objectives[name] = -1.0
+            if name not in ("ttft", "tpot", "e2el") or not objectives[name] >= 0:
                 raise ValueError(f"--goodput {pair} must be ttft:MS, tpot:MS or e2el:MS")
-        return found
+        return objectives
 
     @property
     def notes(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What TTFT, TPOT, ITL and E2EL are: functions of the times at which the chunks of an answer came. vLLM's keys."""
+"""TTFT, TPOT, ITL and E2EL as functions of the times at which the chunks of an answer came, under vLLM's keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METRICS = ("ttft", "tpot", "itl", "e2el")
 
 @dataclass
 class Record:
-    """One request as its client saw it; times in seconds of one clock. A request that failed has an error."""
+    """One request as its client saw it, with times in seconds of one clock; a failed request has an error."""
 
     prompt_len: int
     started: float = 0.0  # when it was sent
@@ -26,27 +26,27 @@ class Record:
 
 
 def ttft(record: Record) -> float:
-    """Time to first token: sent -> first chunk with a token."""
+    """Return the time to first token: sent -> first chunk with a token."""
     return record.chunk_times[0] - record.started
 
 
 def e2el(record: Record) -> float:
-    """End-to-end latency: sent -> last chunk."""
+    """Return the end-to-end latency: sent -> last chunk."""
     return record.ended - record.started
 
 
 def tpot(record: Record) -> float | None:
-    """Time per output token: (E2EL - TTFT) / (output tokens - 1); None where there is only one."""
+    """Return the time per output token: (E2EL - TTFT) / (output tokens - 1); None for one token."""
     return (e2el(record) - ttft(record)) / (record.output_len - 1) if record.output_len > 1 else None
 
 
 def itls(record: Record) -> list[float]:
-    """Inter-token latencies: the gaps between chunks, whatever number of tokens a chunk brings."""
+    """Return the inter-token latencies: the gaps between chunks, each with any number of tokens."""
     return [later - earlier for earlier, later in pairwise(record.chunk_times)]
 
 
 def samples(records: Sequence[Record]) -> dict[str, list[float]]:
-    """Seconds of each metric, of the requests that were answered."""
+    """Return the seconds of each metric, of the requests that were answered."""
     answered = [r for r in records if not r.error]
     return {
         "ttft": [ttft(r) for r in answered],
@@ -57,15 +57,18 @@ def samples(records: Sequence[Record]) -> dict[str, list[float]]:
 
 
 def statistics(name: str, seconds: Sequence[float], percentiles: Sequence[float]) -> dict[str, float]:
-    """Mean, median, standard deviation and percentiles in ms, under vLLM's keys; 0 where nothing was measured."""
+    """Return mean, median, standard deviation and percentiles in ms, under vLLM's keys; 0 without samples."""
     ms = np.array(seconds or [0.0]) * 1e3
-    found = {"mean": np.mean(ms), "median": np.median(ms), "std": np.std(ms)}
-    found |= {f"p{p:g}": np.percentile(ms, p) for p in percentiles}
-    return {f"{key}_{name}_ms": float(value) for key, value in found.items()}
+    values = {"mean": np.mean(ms), "median": np.median(ms), "std": np.std(ms)}
+    values |= {f"p{p:g}": np.percentile(ms, p) for p in percentiles}
+    return {f"{key}_{name}_ms": float(value) for key, value in values.items()}
 
 
 def summary(records: Sequence[Record], duration: float, slo: Mapping[str, float]) -> dict[str, Any]:
-    """Counts and rates over `duration` seconds; `slo` are the longest good times, in seconds."""
+    """Return counts and rates over `duration` seconds.
+
+    slo  the longest good time of each metric, in seconds
+    """
     answered = [r for r in records if not r.error]
     inputs, outputs = sum(r.prompt_len for r in answered), sum(r.output_len for r in answered)
     return {
@@ -84,7 +87,7 @@ def summary(records: Sequence[Record], duration: float, slo: Mapping[str, float]
 
 
 def details(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """One entry for each request in the order of the prompts, zeros for one that failed."""
+    """Return lists with one entry for each request in the order of the prompts; zeros for failed requests."""
     failed = [bool(r.error) for r in records]
     return {
         "input_lens": [r.prompt_len for r in records],
@@ -99,13 +102,13 @@ def details(records: Sequence[Record]) -> dict[str, list[Any]]:
 
 
 def is_good(record: Record, slo: Mapping[str, float]) -> bool:
-    """Whether a request keeps to all of `slo`; an output of one token has a TPOT of 0."""
+    """Return True if a request meets all objectives; an output of one token has a TPOT of 0."""
     times = {"ttft": ttft(record), "tpot": tpot(record) or 0.0, "e2el": e2el(record)}
     return all(times[name] <= longest for name, longest in slo.items())
 
 
 def peak_tokens(answered: Sequence[Record]) -> float:
-    """Most output tokens in one second, counted from the first request on; chunks of an answer share its tokens."""
+    """Return the most output tokens in one second since the first request; chunks share an answer's tokens equally."""
     if not answered:
         return 0.0
     first = min(r.started for r in answered)
@@ -115,6 +118,6 @@ def peak_tokens(answered: Sequence[Record]) -> float:
 
 
 def peak_requests(answered: Sequence[Record]) -> int:
-    """Most requests in flight at once; one that ends when another starts does not overlap it."""
+    """Return the most requests in flight at once; a request that ends when another starts does not overlap it."""
     changes = sorted([(r.started, 1) for r in answered] + [(r.ended, -1) for r in answered])
     return int(np.cumsum([change for _, change in changes]).max()) if changes else 0

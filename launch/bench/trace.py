@@ -1,7 +1,7 @@
-"""What a Chrome trace of torch.profiler says: which class of kernels takes the time, and how much lies between them.
+"""The time of each class of kernels in a Chrome trace of torch.profiler, and the idle time between kernels.
 
-On a GPU the events are kernels, copies and fills. On a CPU they are torch's ops: these nest, and each is charged with
-the time that it does not spend in another one.
+On a GPU the events are kernels, copies and fills. On a CPU they are torch's ops, which nest: each op counts without the
+time of the ops inside it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 HOST_EVENTS = ("cpu_op",)
 OTHER = "other"
-# The first class with a pattern in a kernel's name has it: names of attention kernels also contain those of products
-# (they are made of CUTLASS), and a fused all-reduce is named after its norm as well.
+# The first class whose pattern matches a kernel's name counts: names of attention kernels also contain those of GEMMs
+# (they are made of CUTLASS), and the name of a fused all-reduce also contains its norm.
 CLASSES = {
     "communication": r"nccl|gloo|c10d|all_?reduce|all_?gather",
     "attention": r"attention|flashinfer|Batch(Decode|Prefill)|MergeState|plan_decode|fmha",
@@ -38,50 +38,50 @@ class Event:
     name: str
     start: float
     stop: float
-    own: float  # without the events inside it
+    exclusive: float  # duration without the events inside it
 
 
 @dataclass(frozen=True)
 class KernelTimes:
-    """Where the time of a trace goes."""
+    """The busy and idle time of a trace, and the shares of the classes."""
 
-    busy_us: float  # of the device: time in which at least one kernel runs
+    busy_us: float  # time in which at least one kernel runs
     idle_share: float  # of the time from the start of the first kernel to the end of the last
-    shares: dict[str, float]  # class -> its part of all kernels' time, the largest first
+    shares: dict[str, float]  # class -> its share of all kernels' time, the largest first
 
 
 def kernel_times(trace: bytes) -> KernelTimes | None:
-    """The time of the trace's kernels, or of its ops where there are none; None where there are neither."""
+    """Return the times of the trace's kernels, or of its ops if it has none; None if it has neither."""
     events = read_events(trace) if trace else []
     if not events:
         return None
     busy = union(events)
     span = max(e.stop for e in events) - min(e.start for e in events)
-    total = sum(e.own for e in events)
+    total = sum(e.exclusive for e in events)
     times: dict[str, float] = {}
     for event in events:
         name = classify(event.name)
-        times[name] = times.get(name, 0.0) + event.own
+        times[name] = times.get(name, 0.0) + event.exclusive
     largest_first = sorted(times.items(), key=lambda item: -item[1])
     return KernelTimes(busy, 1 - busy / span, {name: time / total for name, time in largest_first})
 
 
 def classify(name: str) -> str:
-    """The class of a kernel or op, by its name."""
+    """Return the class of a kernel or op, by its name."""
     return next((c for c, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
 
 
 def read_events(trace: bytes) -> list[Event]:
-    """The kernels of a trace or, where there are none, its ops."""
+    """Return the kernels of a trace, or its ops if it has none."""
     raw = json.loads(trace)["traceEvents"]
-    found = [e for e in raw if e.get("cat") in DEVICE_EVENTS]
-    if found:
-        return [Event(e["name"], e["ts"], e["ts"] + e["dur"], e["dur"]) for e in found]
+    kernels = [e for e in raw if e.get("cat") in DEVICE_EVENTS]
+    if kernels:
+        return [Event(e["name"], e["ts"], e["ts"] + e["dur"], e["dur"]) for e in kernels]
     return _nested([e for e in raw if e.get("cat") in HOST_EVENTS])
 
 
 def union(events: Iterable[Event]) -> float:
-    """The time in which at least one of the events is on."""
+    """Return the time in which at least one of the events runs."""
     total, end = 0.0, float("-inf")
     for event in sorted(events, key=lambda e: e.start):
         total += max(0.0, event.stop - max(event.start, end))
@@ -95,17 +95,17 @@ def write_trace(trace: bytes, path: Path) -> None:
 
 
 def _nested(raw: list[dict[str, Any]]) -> list[Event]:
-    """Events of threads, each of which has one event inside another but never across its end."""
+    """Return the events of threads, in which one event lies inside another but never across its end."""
     raw = sorted(raw, key=lambda e: (e["tid"], e["ts"], -e["dur"]))
-    own = [e["dur"] for e in raw]
+    exclusive = [e["dur"] for e in raw]
     open_: list[int] = []
     for i, event in enumerate(raw):
         while open_ and not _is_inside(event, raw[open_[-1]]):
             open_.pop()
         if open_:
-            own[open_[-1]] -= event["dur"]
+            exclusive[open_[-1]] -= event["dur"]
         open_.append(i)
-    return [Event(e["name"], e["ts"], e["ts"] + e["dur"], t) for e, t in zip(raw, own, strict=True)]
+    return [Event(e["name"], e["ts"], e["ts"] + e["dur"], t) for e, t in zip(raw, exclusive, strict=True)]
 
 
 def _is_inside(event: dict[str, Any], outer: dict[str, Any]) -> bool:

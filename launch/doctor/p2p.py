@@ -1,77 +1,71 @@
-"""Whether what one GPU sends to another arrives there, tried in a process of its own.
+"""The peer-to-peer check: copies between each pair of GPUs, made in a child process because a copy can hang.
 
-A copy between GPUs can hang, and a process can be ended where a thread cannot. It imports torch while its parent does.
+The child process imports torch while its parent does.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Literal
 
 from ...runtime.config import Config
+from ..child_process import ChildFailed, ChildProcess, calling
 
 DEADLINE_S = 20.0
-WORDS = 1 << 20  # of a copy
+NUM_ELEMENTS = 1 << 20  # int64, of a copy
 GPU_FILES = "nvidia[0-9]*"  # in /dev
-PROGRAM = "from lockstep.launch.doctor.p2p import try_all; try_all()"
 
-Way = Literal["direct", "staged", "wrong"]  # staged: through the host's memory; wrong: other bits arrive
-Ways = dict[str, Way]  # of each pair, as in "0 to 1"
+PairResult = Literal["direct", "staged", "wrong"]  # staged: through the host's memory; wrong: other bits arrive
+PairResults = dict[str, PairResult]  # by pair, as in "0 to 1"
 
 
 class P2PCheck:
-    """A process that tries all pairs among the first `gpus` GPUs; call `close` in any case."""
+    """A process that copies between all pairs of the first `gpus` GPUs; call `close` in any case."""
 
     def __init__(self, gpus: int) -> None:
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(gpus)], stdout=pipe, stderr=pipe, text=True
-        )
+        self._process = ChildProcess([*calling(copy_between_all), str(gpus)])
 
-    def result(self) -> Ways:
-        """What was found; raises ValueError if the process fails or is silent for DEADLINE_S."""
+    def result(self) -> PairResults:
+        """Return the result of each pair; raises ValueError if the process fails or is silent for DEADLINE_S."""
         try:
-            out, err = self._process.communicate(timeout=DEADLINE_S)
-        except subprocess.TimeoutExpired as error:
+            results: PairResults = self._process.answer(DEADLINE_S)
+        except TimeoutError as error:
             raise ValueError(
                 f"copies between the GPUs hang, nothing after {DEADLINE_S:.0f} s; see dmesg for Xid errors, and try"
                 " NCCL_P2P_DISABLE=1"
             ) from error
-        if self._process.returncode:
-            reason = (err.strip().splitlines() or ["no message"])[-1]
-            raise ValueError(f"the GPUs cannot be used: {reason}; see nvidia-smi and dmesg")
-        found: Ways = json.loads(out)
-        return found
+        except ChildFailed as error:
+            raise ValueError(f"the GPUs cannot be used: {error}; see nvidia-smi and dmesg") from error
+        return results
 
     def close(self) -> None:
-        """End the process; one that is stuck in the driver is not waited for."""
-        self._process.kill()
+        """End the process."""
+        self._process.close()
 
 
-def peer_test(config: Config) -> closing[P2PCheck] | nullcontext[None]:
-    """Started where there are two GPUs that the ranks would use."""
+def start_p2p_check(config: Config) -> closing[P2PCheck] | nullcontext[None]:
+    """Start the check if this machine has two GPUs that the ranks would use."""
     several = config.device != "cpu" and config.tensor_parallel_size * config.gpus_per_rank > 1
     if several and len(list(Path("/dev").glob(GPU_FILES))) > 1:
         return closing(P2PCheck(config.tensor_parallel_size))
     return nullcontext()
 
 
-def try_all() -> None:
-    """The process: print what was found as JSON."""
+def copy_between_all() -> None:
+    """Run in the child process: print the result of each pair as JSON."""
     import torch
 
     gpus = range(min(int(sys.argv[1]), torch.cuda.device_count()))
-    print(json.dumps({f"{i} to {j}": _try(i, j) for i in gpus for j in gpus if i != j}))
+    print(json.dumps({f"{i} to {j}": _copy(i, j) for i in gpus for j in gpus if i != j}))
 
 
-def _try(source: int, target: int) -> Way:
+def _copy(source: int, target: int) -> PairResult:
     import torch
 
-    pattern = torch.randint(-(2**31), 2**31, (WORDS,), generator=torch.Generator().manual_seed(source))
+    pattern = torch.randint(-(2**31), 2**31, (NUM_ELEMENTS,), generator=torch.Generator().manual_seed(source))
     there = pattern.to(f"cuda:{source}").to(f"cuda:{target}")
     back = there.to(f"cuda:{source}")
     if not (torch.equal(there.cpu(), pattern) and torch.equal(back.cpu(), pattern)):

@@ -7,11 +7,9 @@ the memory limit likewise. Neither the event loop nor the ranks see a grammar be
 from __future__ import annotations
 
 import asyncio
-import resource
-import subprocess
-import sys
-import threading
+import logging
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -19,7 +17,9 @@ import msgspec
 from ...runtime.request import RequestRefused
 from ...runtime.sampling.grammar import Vocabulary
 from ...runtime.structured_outputs import StructuredOutputsParams
+from ..child_process import ChildFailed, ChildProcess
 
+log = logging.getLogger(__name__)
 TIME_BOX_S = 2.0
 START_S = 60.0  # Python and the tokenizer, on a busy machine
 MEMORY_BYTES = 4 * 2**30
@@ -32,7 +32,7 @@ class GrammarCheck:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._thread = ThreadPoolExecutor(1, "lockstep-grammars")  # talks to the process, one grammar at a time
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess | None = None
         self._passed: OrderedDict[bytes, None] = OrderedDict()
 
     async def check(self, params: StructuredOutputsParams) -> None:
@@ -52,7 +52,7 @@ class GrammarCheck:
             self._passed.move_to_end(line)
             return None
         error = self._start() if self._process is None else None
-        error = error or self._ask(line + b"\n", TIME_BOX_S, f"structured_outputs={params.kind}")
+        error = error or self._compile(line, params.kind)
         if error is None:
             self._passed[line] = None
             if len(self._passed) > REMEMBERED:
@@ -60,47 +60,33 @@ class GrammarCheck:
         return error
 
     def _start(self) -> str | None:
-        """Why no grammar can be used at all, or None."""
+        """Start the process; return why no grammar can be used at all, or None."""
         vocabulary = self._vocabulary
-        process = self._process = subprocess.Popen(
-            [sys.executable, "-m", "lockstep.runtime.sampling.grammar",
-             str(vocabulary.folder), str(vocabulary.size), *map(str, vocabulary.eos_token_ids)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        resource.prlimit(process.pid, resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
-        return self._ask(b"", START_S, "structured_outputs=... cannot be used: the start of the compiler")
+        module = "lockstep.runtime.sampling.grammar"
+        arguments = ["-m", module, str(vocabulary.folder), str(vocabulary.size), *map(str, vocabulary.eos_token_ids)]
+        process = self._process = ChildProcess(arguments, memory_bytes=MEMORY_BYTES)
+        action = "structured_outputs=... cannot be used: the start of the compiler"
+        return self._answer(lambda: process.answer(START_S), START_S, action)
 
-    def _ask(self, line: bytes, timeout_s: float, what: str) -> str | None:
-        """Send a line and read the answer; the process that takes too long is killed, which ends any wait for it."""
+    def _compile(self, line: bytes, kind: str) -> str | None:
+        """Compile one grammar in the process; return the error, or None."""
         process = self._process
         assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        too_long = threading.Event()
+        return self._answer(lambda: process.request(line, TIME_BOX_S), TIME_BOX_S, f"structured_outputs={kind}")
 
-        def expire() -> None:
-            too_long.set()
-            process.kill()
-
-        timer = threading.Timer(timeout_s, expire)
-        timer.start()
+    def _answer(self, wait: Callable[[], str | None], timeout_s: float, action: str) -> str | None:
+        """Return the answer of the process, or what ended it: then the next grammar starts another one."""
         try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            answer = process.stdout.readline()
-        except OSError:
-            answer = b""
-        finally:
-            timer.cancel()
-        if answer and not too_long.is_set():
-            return msgspec.json.decode(answer, type=str | None)
+            return wait()
+        except TimeoutError:
+            reason = f"{action} takes more than {timeout_s:g} s to compile; give a simpler one"
+        except ChildFailed as error:
+            log.warning("the grammar compiler ended: %s", error)
+            reason = f"{action} ended the compiler, which has {MEMORY_BYTES // 2**30} GiB of memory; give a simpler one"
         self._kill()
-        if too_long.is_set():
-            return f"{what} takes more than {timeout_s:g} s to compile; give a simpler one"
-        return f"{what} ended the compiler, which has {MEMORY_BYTES // 2**30} GiB of memory; give a simpler one"
+        return reason
 
     def _kill(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            process.kill()
-            process.communicate()  # closes the pipes, and leaves no zombie
+            process.close()

@@ -35,7 +35,7 @@ def serve(config: Config, options: ServerConfig, preflight: Preflight | None) ->
     raise_file_limit()
     with bind(options) as listener:  # before the model is loaded: a port in use is reported at once
         if preflight is not None:
-            preflight.judge()
+            preflight.verify()
         engine = AsyncEngine(
             config, max_restarts=options.max_restarts, replicas=options.replicas, max_queued=options.max_queued
         )

@@ -1,4 +1,4 @@
-"""Choosing an algorithm: all ranks have one table, of the slowest of them, and find it again at the next start."""
+"""Auto-tuning: all ranks have one table, of the slowest rank, and read it from the cache at the next start."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from torch.distributed import HashStore
 
 from lockstep.comm import autotune
-from lockstep.comm.autotune import ALGORITHMS, SIZES, Algorithm, Table, autotune_all_reduce
+from lockstep.comm.autotune import ALGORITHMS, SIZES, Algorithm, TimingTable, autotune_all_reduce
 from lockstep.comm.base import Communicator
-from lockstep.comm.rendezvous import exchange
+from lockstep.comm.rendezvous import Rendezvous
 
 from ranks import run_ranks
 
@@ -27,75 +27,73 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[Times]:
-    """What ranks have measured, each something else."""
-    draw, found = random.Random(1), list[Times]()
+    """The times that each rank measures, all different."""
+    generator, times = random.Random(1), list[Times]()
 
     def measure(_: object) -> Times:
-        found.append({name: [draw.uniform(1, 100) for _ in SIZES] for name in ALGORITHMS})
-        return found[-1]
+        times.append({name: [generator.uniform(1, 100) for _ in SIZES] for name in ALGORITHMS})
+        return times[-1]
 
     monkeypatch.setattr(autotune, "_measure", measure)
-    return found
+    return times
 
 
-def meet(places: list[str]) -> list[Table]:
-    """The tables of ranks that start together."""
+def tune(environments: list[str]) -> list[TimingTable]:
+    """The tables of ranks that start together, one environment each."""
     store = HashStore()
 
-    def one(comm: Communicator) -> Table:
-        def say(topic: str, word: str) -> list[str]:
-            return exchange(store, topic, word, comm.rank, comm.size, 10.0)
-
-        return autotune_all_reduce(dict.fromkeys(ALGORITHMS, comm), places[comm.rank], say)
+    def one(comm: Communicator) -> TimingTable:
+        rendezvous = Rendezvous(store, comm.rank, comm.size, 10.0)
+        return autotune_all_reduce(dict.fromkeys(ALGORITHMS, comm), environments[comm.rank], rendezvous)
 
     return run_ranks(SIZE, one)
 
 
-def test_the_slowest_rank_counts_and_all_have_one_table(folder: Path, measured: list[Times]) -> None:
-    tables = meet(["a", "b", "c"])
+def test_table_has_the_times_of_the_slowest_rank(folder: Path, measured: list[Times]) -> None:
+    tables = tune(["a", "b", "c"])
     assert len(measured) == SIZE
     for name in ALGORITHMS:
         assert tables[0].us[name] == [max(times[name][column] for times in measured) for column in range(len(SIZES))]
     assert tables == [tables[0]] * SIZE
-    assert not tables[0].remembered
+    assert not tables[0].cached
 
 
-def test_the_next_start_on_the_same_gpus_measures_nothing(folder: Path, measured: list[Times]) -> None:
-    (first, *_), (again, *others) = meet(["a", "b", "c"]), meet(["a", "b", "c"])
+def test_cached_table_is_used_on_the_same_gpus(folder: Path, measured: list[Times]) -> None:
+    (first, *_), (again, *others) = tune(["a", "b", "c"]), tune(["a", "b", "c"])
     assert len(measured) == SIZE
-    assert again.remembered
-    assert (again.sizes, again.us, again.best()) == (first.sizes, first.us, first.best())
+    assert again.cached
+    assert (again.sizes, again.us, again.thresholds()) == (first.sizes, first.us, first.thresholds())
     assert others == [again] * (SIZE - 1)
-    meet(["a", "b", "another GPU"])
+    tune(["a", "b", "another GPU"])
     assert len(measured) == 2 * SIZE
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2", '{"key": "another", "table": {}}', "\x00\xff"])
-def test_what_cannot_be_read_is_measured_again(content: str, folder: Path, measured: list[Times]) -> None:
-    meet(["a", "b", "c"])
+def test_unreadable_cache_is_measured_again(content: str, folder: Path, measured: list[Times]) -> None:
+    tune(["a", "b", "c"])
     (file,) = folder.iterdir()
     file.write_text(content)
-    assert not meet(["a", "b", "c"])[0].remembered
-    assert meet(["a", "b", "c"])[0].remembered
+    assert not tune(["a", "b", "c"])[0].cached
+    assert tune(["a", "b", "c"])[0].cached
 
 
-def test_a_folder_that_cannot_be_written_costs_a_measurement(
+def test_unwritable_cache_costs_a_measurement(
     tmp_path: Path, measured: list[Times], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "file"
     file.touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     for _ in range(2):
-        assert not meet(["a", "b", "c"])[0].remembered
-    assert "cannot remember who adds up fastest" in caplog.text
+        assert not tune(["a", "b", "c"])[0].cached
+    assert "cannot cache the times of the all-reduce algorithms" in caplog.text
 
 
-def test_the_table_is_for_people() -> None:
-    table = Table([8192, 8 << 20], {"nccl": [20.04, 90.0], "one-shot": [5.0, 120.0], "two-shot": [7.0, 95.0]})
+def test_table_lines_and_thresholds() -> None:
+    table = TimingTable([8192, 8 << 20], {"nccl": [20.04, 90.0], "one-shot": [5.0, 120.0], "two-shot": [7.0, 95.0]})
     assert [line.split() for line in table.lines()] == [
         ["all-reduce", "+", "norm,", "us", "8", "KiB", "8", "MiB"],
         ["nccl", "20.0", "90.0*"],
         ["one-shot", "5.0*", "120.0"],
         ["two-shot", "7.0", "95.0"],
     ]
-    assert table.best() == [(8192, "one-shot")]
+    assert table.thresholds() == [(8192, "one-shot")]

@@ -32,7 +32,7 @@ from lockstep.comm.base import CommError, Communicator
 from lockstep.comm.connect import connect
 from lockstep.comm.nccl import NcclCommunicator
 from lockstep.comm.nccl_library import CommConfig, Nccl, NcclError, UniqueId, open_library
-from lockstep.comm.rendezvous import exchange
+from lockstep.comm.rendezvous import Rendezvous
 from lockstep.runtime.config import Config
 from lockstep.runtime.model.model_config import ModelConfig
 
@@ -95,8 +95,8 @@ def stub(build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterato
     """The stub, with host memory in place of a GPU; nothing may have been done to a communicator after its end."""
     monkeypatch.setattr(nccl, "_stream", lambda device: STREAM)
     monkeypatch.setattr(nccl, "_is_capturing", lambda: False)
-    monkeypatch.setattr(nccl, "_record", lambda device: Reached())
-    monkeypatch.setattr(nccl, "_using", lambda device: torch.inference_mode(False))
+    monkeypatch.setattr(nccl, "record_event", lambda device: Reached())
+    monkeypatch.setattr(nccl, "_on_device", lambda device: torch.inference_mode(False))
     found = Stub(build())
     found.nccl.lib.stub_reset()
     yield found
@@ -109,8 +109,8 @@ def run(stub: Stub, job: Job[T], size: int = 2, timeout_s: float = 20.0) -> list
     store = HashStore()
 
     def rank(number: int) -> T:
-        device = torch.device("cpu")
-        return job(NcclCommunicator(number, size, store=store, nccl=stub.nccl, device=device, timeout_s=timeout_s))
+        rendezvous = Rendezvous(store, number, size, timeout_s)
+        return job(NcclCommunicator(rendezvous, nccl=stub.nccl, device=torch.device("cpu")))
 
     with ThreadPoolExecutor(size) as threads:
         return [future.result(60) for future in [threads.submit(rank, number) for number in range(size)]]
@@ -144,7 +144,6 @@ def collectives(comm: Communicator, device: str = "cpu", shapes: list[tuple[int,
             expect("all_gather", comm.all_gather(mine), every)
             gathered[me].copy_(mine)
             expect("all_gather in place", comm.all_gather(gathered[me], gathered), every)
-            expect("broadcast", comm.broadcast(mine.clone(), size - 1), every[-1])
         for dtype in DTYPES:
             every = torch.stack([small(rank, *shape, dtype=dtype) for rank in range(size)])
             total, mine = every.sum(0).to(dtype), every[me].to(device)
@@ -152,10 +151,6 @@ def collectives(comm: Communicator, device: str = "cpu", shapes: list[tuple[int,
             expect("all_reduce out of place", comm.all_reduce(mine, out), total)
             expect("what was reduced out of place", mine, every[me])
             expect("all_reduce", comm.all_reduce(mine), total)
-            rows = torch.stack([small(rank, size, *shape, dtype=dtype) for rank in range(size)])
-            mine, total = rows[me].to(device), rows.sum(0).to(dtype)[me]
-            expect("reduce_scatter out of place", comm.reduce_scatter(mine, torch.zeros_like(mine[0])), total)
-            expect("reduce_scatter", comm.reduce_scatter(mine), total)
     comm.barrier()
     return wrong
 
@@ -201,7 +196,8 @@ def test_the_installed_library_has_the_functions() -> None:
     if path is None:
         pytest.skip("torch has mapped no libnccl here, and GPU_TEST_LIBNCCL is not set")
     nccl = Nccl(path)
-    nccl.require(*(name for name, (since, _) in loading.NEWER_FUNCTIONS.items() if since <= nccl.version))
+    functions = {**loading.REQUIRED, **loading.OPTIONAL}
+    nccl.require(*(name for name in functions if loading.SINCE.get(name, loading.OLDEST) <= nccl.version))
     assert len(nccl.unique_id()) == 128  # works without a GPU, and by value and pointer as declared
     with pytest.raises(NcclError, match=r"^invalid handle failed: invalid argument"):
         nccl.check(4, "invalid handle")
@@ -219,10 +215,12 @@ def test_fp8_is_added_where_the_library_can(stub: Stub) -> None:
 # --- one library in a process ---------------------------------------------------------------------------------------
 
 
-def test_a_library_without_its_functions_is_refused_by_name(build: Callable[..., Path]) -> None:
-    with pytest.raises(NcclError, match=r"lacks ncclCommSplit; use a libnccl of 2.18 or newer$"):
-        Nccl(str(build("LACKS_SPLIT")))
-    old = Nccl(str(build("LACKS_WINDOWS", "VERSION=22605")))
+def test_library_without_required_functions_is_refused_by_name(build: Callable[..., Path]) -> None:
+    with pytest.raises(NcclError, match=r"lacks ncclCommFinalize; use a libnccl of 2.18 or newer$"):
+        Nccl(str(build("LACKS_FINALIZE")))
+    old = Nccl(str(build("LACKS_WINDOWS", "VERSION=22605")))  # the stub has no ncclSend either
+    with pytest.raises(NcclError, match=r" lacks ncclSend; use 2.18.0 or newer$"):
+        old.require("ncclSend")
     old.require("ncclMemAlloc")
     with pytest.raises(NcclError, match=r"^NCCL 2.26.5 at .* lacks ncclCommWindowRegister; use 2.27.0 or newer$"):
         old.require("ncclMemAlloc", "ncclCommWindowRegister")
@@ -282,8 +280,6 @@ def test_what_nccl_is_given(stub: Stub) -> None:
     def job(comm: NcclCommunicator) -> None:
         comm.all_reduce(torch.ones(3, 5, dtype=torch.bfloat16))
         comm.all_gather(torch.ones(6, dtype=torch.int16))
-        comm.reduce_scatter(torch.ones(2, 7, dtype=torch.int64))
-        comm.broadcast(torch.ones(4, dtype=torch.float8_e5m2), 1)
         comm.close()
 
     run(stub, job)
@@ -292,8 +288,6 @@ def test_what_nccl_is_given(stub: Stub) -> None:
         f"all_reduce 1 1 7 0 {STREAM}",  # the barrier at the start: float32
         f"all_reduce 1 15 9 0 {STREAM}",  # bfloat16, sum
         f"all_gather 1 12 1 {STREAM}",  # bytes
-        f"reduce_scatter 1 7 4 0 {STREAM}",  # int64, of each rank
-        f"broadcast 1 4 1 1 {STREAM}",  # bytes, from rank 1
         "finalize 1",
         "destroy 1",
     ]
@@ -302,25 +296,22 @@ def test_what_nccl_is_given(stub: Stub) -> None:
 def test_nothing_is_sent_of_empty_tensors(stub: Stub) -> None:
     def job(comm: NcclCommunicator) -> list[Tensor]:
         empty = torch.empty(0, 4)
-        found = [comm.all_reduce(empty), comm.all_gather(empty), comm.broadcast(empty)]
-        return [*found, comm.reduce_scatter(torch.empty(2, 0))]
+        return [comm.all_reduce(empty), comm.all_gather(empty)]
 
-    assert [list(x.shape) for x in run(stub, job)[0]] == [[0, 4], [2, 0, 4], [0, 4], [0]]
+    assert [list(x.shape) for x in run(stub, job)[0]] == [[0, 4], [2, 0, 4]]
     assert len([line for line in stub.log if not line.startswith("init")]) == 2  # the barrier at the start
 
 
 REFUSED: dict[str, Callable[[NcclCommunicator], Any]] = {
     r"^all_reduce: x \[5, 3\] with strides \[1, 5\] must be contiguous": lambda c: c.all_reduce(torch.ones(3, 5).t()),
     r"^all_gather: x .* must be contiguous": lambda c: c.all_gather(torch.ones(8)[::2]),
-    r"^broadcast: x .* must be contiguous": lambda c: c.broadcast(torch.ones(8)[::2]),
     r"^all_reduce: x is on meta; this group's tensors are on cpu": lambda c: c.all_reduce(torch.ones(3, device="meta")),
     r"^all_reduce: out \[4\] torch.float32 must be \[3\] torch.float32": lambda c: c.all_reduce(
         torch.ones(3), torch.ones(4)
     ),
     r"^all_gather: out \[3\] .* must be \[2, 3\]": lambda c: c.all_gather(torch.ones(3), torch.ones(3)),
-    r"^reduce_scatter: x \[3, 4\] .* must be \[2, 4\]": lambda c: c.reduce_scatter(torch.ones(3, 4)),
-    r"^reduce_scatter: out \[4\] torch.int64 must be \[4\] torch.float32": lambda c: c.reduce_scatter(
-        torch.ones(2, 4), torch.ones(4, dtype=torch.int64)
+    r"^all_reduce: out \[4\] torch.int64 must be \[4\] torch.float32": lambda c: c.all_reduce(
+        torch.ones(4), torch.ones(4, dtype=torch.int64)
     ),
     r"^NCCL 2.32.3 cannot add torch.bool": lambda c: c.all_reduce(torch.ones(3, dtype=torch.bool)),
 }
@@ -493,8 +484,8 @@ def test_joining_fails_with_ncclss_words(stub: Stub) -> None:
 def test_ranks_that_do_not_come_are_named() -> None:
     store = HashStore()
     store.set("choice/2", "NCCL 2.32.3")
-    with pytest.raises(NcclError, match=r"^rank 1 of 4: no word within 1 s from rank 0, 3$"):
-        exchange(store, "choice", "NCCL 2.32.3", 1, 4, 1.0)
+    with pytest.raises(CommError, match=r"^rank 1 of 4: no message within 1 s from rank 0, 3$"):
+        Rendezvous(store, 1, 4, 1.0).exchange("choice", "NCCL 2.32.3")
 
 
 def test_a_rendezvous_that_is_gone_is_named() -> None:
@@ -502,8 +493,8 @@ def test_a_rendezvous_that_is_gone_is_named() -> None:
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError("connection reset by peer")
 
-    with pytest.raises(NcclError, match=r"^rank 1 of 2: no word .* from rank 0, which serves the rendezvous$"):
-        exchange(Gone(), "choice", "", 1, 2, 1.0)  # type: ignore[arg-type]
+    with pytest.raises(CommError, match=r"^rank 1 of 2: no message .* from rank 0, which serves the rendezvous$"):
+        Rendezvous(Gone(), 1, 2, 1.0).exchange("choice")  # type: ignore[arg-type]
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------
@@ -617,32 +608,25 @@ def gpu_sums(comm: Communicator) -> list[Tensor]:
 def gpu_replay(comm: Communicator) -> bool:
     """A graph with every collective, on a stream of its own, replayed with other contents."""
     size = comm.size
-    x, rows = torch.zeros(4096, device="cuda"), torch.zeros(size, 512, device="cuda", dtype=torch.bfloat16)
+    x = torch.zeros(4096, device="cuda")
 
-    def step() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            comm.all_reduce(x.clone()),
-            comm.all_gather(x),
-            comm.reduce_scatter(rows.clone()),
-            comm.broadcast(x.clone()),
-        )
+    def step() -> tuple[Tensor, Tensor]:
+        return comm.all_reduce(x.clone()), comm.all_gather(x)
 
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        summed, gathered, scattered, sent = step()
+        summed, gathered = step()
     ok = True
     for turn in range(3):
         x.fill_(turn + comm.rank)
-        rows.copy_(torch.arange(size, device="cuda")[:, None].expand_as(rows) + turn)
         graph.replay()
         done = torch.cuda.Event()
         done.record()
         comm.wait(done)  # type: ignore[attr-defined]
-        ok &= bool((summed == size * turn + sum(range(size))).all() and (sent == turn).all())
+        ok &= bool((summed == size * turn + sum(range(size))).all())
         ok &= bool((gathered == torch.arange(size, device="cuda")[:, None] + turn).all())
-        ok &= bool((scattered == size * (comm.rank + turn)).all())
     del graph  # NCCL's end waits for it
     comm.close()
     return ok

@@ -1,20 +1,23 @@
-"""Shared memory between ranks: who writes where, how ranks agree and part, and, on a GPU, all of it with kernels.
+"""Shared memory between ranks: slots, agreement, errors and the end; on a GPU, with the kernels.
 
 Without a GPU the ranks are threads and the memory is the host's. The GPU tests share device 0 as those of test_nccl.py.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -24,11 +27,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed import HashStore
 
-from lockstep.comm import peer_buffers
-from lockstep.comm.autotune import Algorithm, Table
-from lockstep.comm.base import CommError, Communicator
-from lockstep.comm.peer_buffers import Late, NotShared, PeerBuffers, SlotRotation, join
-from lockstep.comm.symmetric import LARGEST, OWN, AllReduce, Policy, SymmetricCommunicator, share_memory
+from lockstep.comm import shared_memory
+from lockstep.comm.all_reduce_policy import SLOT_BYTES, AllReduce, Policy
+from lockstep.comm.autotune import Algorithm, TimingTable
+from lockstep.comm.base import CommError, Communicator, NotShared
+from lockstep.comm.rendezvous import Rendezvous
+from lockstep.comm.shared_memory import share_buffers, share_memory
+from lockstep.comm.slot_rotation import SlotRotation
 from lockstep.kernels import ops
 from lockstep.runtime import config
 from lockstep.runtime.model.linear import RowLinear
@@ -44,8 +49,22 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HOST = "9a1f"
 
 
-class Shared:
-    """The memory of all ranks, as one host sees it, and what they have done to it."""
+def import_without_cupy(name: str) -> Any:
+    """A module of comm that imports kernels/peer_memory.py, also on a machine without CuPy."""
+    stand_in = {} if find_spec("cupy") else {"lockstep.kernels.peer_memory": ModuleType("peer_memory")}
+    sys.modules.update(stand_in)
+    try:
+        return importlib.import_module(f"lockstep.comm.{name}")
+    finally:
+        for added in stand_in:
+            del sys.modules[added]
+
+
+peer_buffers, symmetric = import_without_cupy("peer_buffers"), import_without_cupy("symmetric")
+
+
+class HostMemory:
+    """The memory of all ranks in one process, and a log of the calls."""
 
     def __init__(self, size: int) -> None:
         self.memory: dict[int, Tensor] = {}
@@ -54,11 +73,11 @@ class Shared:
 
 
 class HostPeers:
-    """kernels/peer_memory.py for one rank that is a thread; `faults` are what goes wrong on it."""
+    """A stand-in for kernels/peer_memory.py of one rank, which is a thread; `faults` name its failures."""
 
     KINDS, MAX_RANKS, HEADER_BYTES, TIMEOUT_FIELD = ("barrier",), 8, 4096, 10
 
-    def __init__(self, shared: Shared, rank: int, faults: set[str]) -> None:
+    def __init__(self, shared: HostMemory, rank: int, faults: set[str]) -> None:
         self.shared, self.rank, self.faults = shared, rank, faults
 
     def Group(self, table: Tensor, size: int, blocks: int) -> SimpleNamespace:  # a class of that name
@@ -118,50 +137,62 @@ class HostPeers:
         self.shared.here.wait(20)
 
 
+class PeersOfThread(threading.local):
+    """The HostPeers of the calling thread, in place of the module."""
+
+    peers: HostPeers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.peers, name)
+
+
+Share = Callable[..., tuple[list[Any], HostMemory]]
+
+
 @pytest.fixture
-def agree(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Any], Shared]]:
-    """What `join`, or `then(arena)` after it, gives or raises on each rank, of which some have faults."""
+def share(monkeypatch: pytest.MonkeyPatch) -> Share:
+    """Returns the result or error of `share_buffers`, or of `then(its buffers)`, on each rank, some with faults."""
+    here = PeersOfThread()
+
+    def host() -> str:
+        if "no cupy" in here.peers.faults:
+            raise ImportError("No module named 'cupy'")
+        return HOST + "0" * ("elsewhere" in here.peers.faults)
+
+    monkeypatch.setattr(peer_buffers, "peer_memory", here)
+    monkeypatch.setattr(symmetric, "peer_memory", here)
+    monkeypatch.setattr(shared_memory, "_host", host)
 
     def run(
-        size: int, faults: dict[int, set[str]], then: Callable[[PeerBuffers], Any] = lambda arena: arena
-    ) -> tuple[list[Any], Shared]:
-        shared, store, here = Shared(size), HashStore(), threading.local()
-
-        def peers() -> HostPeers:
-            if "no cupy" in here.peers.faults:
-                raise ImportError("No module named 'cupy'")
-            return here.peers  # type: ignore[no-any-return]
-
-        def boot_id() -> str:
-            return HOST + ("0" if "elsewhere" in here.peers.faults else "\n")
-
-        monkeypatch.setattr(peer_buffers, "_peers", peers)
-        monkeypatch.setattr(peer_buffers, "BOOT_ID", SimpleNamespace(read_text=boot_id))
+        size: int, faults: dict[int, set[str]], then: Callable[[Any], Any] = lambda buffers: buffers
+    ) -> tuple[list[Any], HostMemory]:
+        memory, store = HostMemory(size), HashStore()
 
         def rank(number: int) -> Any:
-            here.peers = HostPeers(shared, number, faults.get(number, set()))
-            options: dict[str, Any] = {"device": CPU, "slot_bytes": 8192, "shares_device": True, "timeout_s": 2.0}
+            here.peers = HostPeers(memory, number, faults.get(number, set()))
+            options: dict[str, Any] = {"device": CPU, "slot_bytes": 8192, "shares_device": True}
             try:
                 if "absent" in here.peers.faults:
                     return None
-                return then(join(store, number, size, **options))
+                rendezvous = Rendezvous(store, number, size, 2.0)
+                return then(share_buffers(Recorder(number, size), rendezvous, **options)._buffers)  # type: ignore[arg-type]
             except RuntimeError as error:
                 return error
 
         with ThreadPoolExecutor(size) as threads:
-            return list(threads.map(rank, range(size))), shared
+            return list(threads.map(rank, range(size))), memory
 
     return run
 
 
-# --- who may write where ----------------------------------------------------------------------------------------------
+# --- slots and policies -----------------------------------------------------------------------------------------------
 
 
 def slots_of(turns: SlotRotation, graph: int, length: int) -> list[int]:
     return [turns.take(graph) for _ in range(length)]
 
 
-def test_nobody_writes_into_a_slot_that_may_still_be_read() -> None:
+def test_slot_that_may_still_be_read_is_not_written() -> None:
     """Any graphs and eager calls in any order: a slot that is not waited for is never that of the collective before."""
     numbers, turns = itertools.count(1), SlotRotation()
     graphs = [slots_of(turns, next(numbers), length) for length in range(1, 6)]
@@ -173,7 +204,7 @@ def test_nobody_writes_into_a_slot_that_may_still_be_read() -> None:
     assert graphs[4] == [0, 1, 2, 1, 2]
 
 
-def test_a_look_takes_no_slot() -> None:
+def test_peek_takes_no_slot() -> None:
     turns = SlotRotation()
     for graph in (0, 4, 4, 4, 0, 5, 5, 0):
         assert turns.peek(graph) == turns.peek(graph) == turns.take(graph)
@@ -196,25 +227,28 @@ def test_constants_are_those_of_the_kernels() -> None:
 
 
 @given(st.lists(st.tuples(*[st.floats(1, 1e4)] * 3), min_size=1, max_size=8))
-def test_a_policy_takes_the_fastest_at_the_next_size_that_was_timed(times: list[tuple[float, float, float]]) -> None:
+def test_policy_takes_the_fastest_at_the_next_size_that_was_timed(times: list[tuple[float, float, float]]) -> None:
     sizes = [64 << (2 * n) for n in range(len(times))]
     names: tuple[Algorithm, ...] = ("nccl", "one-shot", "two-shot")
-    policy = Policy(tuple(Table(sizes, dict(zip(names, map(list, zip(*times, strict=True)), strict=True))).best()))
+    table = TimingTable(sizes, dict(zip(names, map(list, zip(*times, strict=True)), strict=True)))
+    policy = Policy(tuple(table.thresholds()))
     for nbytes in {size + step for size in (1, *sizes) for step in (-1, 0, 1)}:
         column = next((n for n, size in enumerate(sizes) if nbytes <= size), None)
         fastest = "nccl" if column is None else names[times[column].index(min(times[column]))]
-        assert policy.algorithm(nbytes) == fastest
+        assert policy.algorithm(nbytes, torch.bfloat16) == ("nccl" if nbytes == 0 else fastest)
 
 
-def test_a_forced_algorithm_serves_what_fits_into_a_slot() -> None:
-    for name in OWN:
-        policy = Policy.only(name)
-        assert {policy.algorithm(n) for n in (1, 4096, LARGEST)} == {name}
-        assert policy.algorithm(LARGEST + 1) == "nccl"
-    assert LARGEST % 16 == 0
+def test_policy_of_one_algorithm_serves_what_fits_into_a_slot() -> None:
+    algorithms: tuple[Algorithm, ...] = ("one-shot", "two-shot")
+    for algorithm in algorithms:
+        policy = Policy.only(algorithm)
+        assert {policy.algorithm(n, torch.float32) for n in (1, 4096, SLOT_BYTES)} == {algorithm}
+        assert policy.algorithm(SLOT_BYTES + 1, torch.float32) == "nccl"
+        assert policy.algorithm(4096, torch.int64) == "nccl"
+    assert SLOT_BYTES % 16 == 0
 
 
-def test_rows_of_more_than_a_slot_go_in_slices_where_no_one_else_may_add_up() -> None:
+def test_policy_slices_rows_of_more_than_a_slot() -> None:
     policy = Policy.only("one-shot", 64, slices=True)
     x = torch.arange(30.0).view(10, 3)  # 12 bytes a row: five rows a slice
     assert [len(part) for part in policy.sliced(x)] == [5, 5]
@@ -225,38 +259,41 @@ def test_rows_of_more_than_a_slot_go_in_slices_where_no_one_else_may_add_up() ->
     assert str(policy) == "one-shot up to 0 KiB, and in slices beyond"
 
 
-def test_the_option_has_the_choices_of_the_policy() -> None:
+def test_config_option_has_the_choices_of_the_policy() -> None:
     assert get_args(AllReduce) == get_args(config.AllReduce)
     with pytest.raises(ValueError, match=r"^all_reduce='ring' is not one of auto, nccl, one-shot, two-shot$"):
         config.Config(all_reduce="ring")  # type: ignore[arg-type]
 
 
-# --- joining and parting ----------------------------------------------------------------------------------------------
+# --- setup and end ----------------------------------------------------------------------------------------------------
 
 
-def test_ranks_share_their_memory_and_part(agree: Callable[..., Any]) -> None:
-    def visit(arena: PeerBuffers) -> tuple[int, Tensor]:
-        x = arena.buffer((4, 8), torch.bfloat16)
-        x.fill_(arena.rank)
-        found = arena._group.blocks, arena.all_gather(x)
-        arena.close()
-        return found
+def test_ranks_share_their_memory_and_free_it(share: Share) -> None:
+    def gather(buffers: Any) -> tuple[int, Tensor]:
+        x = buffers.input((4, 8), torch.bfloat16)
+        x.fill_(buffers.rank)
+        comm = symmetric.SymmetricCommunicator(Recorder(buffers.rank, buffers.size), buffers, Policy(()), CPU)
+        result = buffers.group.blocks, comm.all_gather(x)
+        buffers.close()
+        return result
 
-    found, shared = agree(3, {}, visit)
-    for blocks, gathered in found:
+    results, memory = share(3, {}, gather)
+    for blocks, gathered in results:
         assert blocks == 34  # the least that a rank offered
         assert torch.equal(gathered[:, 0, 0].int(), torch.arange(3, dtype=torch.int32))
-    assert shared.log == ["map"] * 6 + ["unmap"] * 6 + ["free"] * 3
-    assert not shared.memory
+    assert memory.log == ["map"] * 6 + ["unmap"] * 6 + ["free"] * 3
+    assert not memory.memory
 
 
-def test_slots_lie_apart(agree: Callable[..., Any]) -> None:
-    arena = agree(2, {})[0][0]
-    views = [arena._slot(slot, (8192,), torch.uint8) for slot in range(3)]
-    starts = [view.data_ptr() - arena._bytes.data_ptr() for view in views]
-    assert starts == [4096, 4096 + 8192, 4096 + 2 * 8192]
-    assert len(arena._bytes) % peer_buffers.GRANULE == 0
-    assert arena._bytes.data_ptr() == arena._own
+def test_slots_do_not_overlap(share: Share) -> None:
+    def starts(buffers: Any) -> tuple[list[int], int]:
+        views = [buffers._view(slot, (8192,), torch.uint8) for slot in range(3)]
+        assert buffers._bytes.data_ptr() == buffers._address
+        return [view.data_ptr() - buffers._address for view in views], len(buffers._bytes)
+
+    offsets, nbytes = share(2, {}, starts)[0][0]
+    assert offsets == [4096, 4096 + 8192, 4096 + 2 * 8192]
+    assert nbytes % peer_buffers.GRANULE == 0
 
 
 REFUSALS = {
@@ -270,156 +307,176 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("fault", REFUSALS)
-def test_what_one_rank_cannot_do_none_does(fault: str, agree: Callable[..., Any]) -> None:
-    found, shared = agree(3, {1: {fault}})
-    assert {str(error) for error in found} == {REFUSALS[fault]}
-    assert all(isinstance(error, NotShared) for error in found)
-    assert shared.log.count("map") == shared.log.count("unmap")
-    assert len(shared.memory) == (2 if fault == "mirror" else 0)  # the mirror's copies are the test's own
+def test_failure_of_one_rank_refuses_shared_memory_on_all(fault: str, share: Share) -> None:
+    errors, memory = share(3, {1: {fault}})
+    assert {str(error) for error in errors} == {REFUSALS[fault]}
+    assert all(isinstance(error, NotShared) for error in errors)
+    assert memory.log.count("map") == memory.log.count("unmap")
+    assert len(memory.memory) == (2 if fault == "mirror" else 0)  # the mirror's copies belong to the test
 
 
-def test_a_wish_for_no_peer_memory_is_respected(agree: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_p2p_disable_is_respected(share: Share, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
-    found, _ = agree(2, {})
-    assert {str(error) for error in found} == {"rank 0: NCCL_P2P_DISABLE is set; rank 1: NCCL_P2P_DISABLE is set"}
+    errors, _ = share(2, {})
+    assert {str(error) for error in errors} == {"rank 0: NCCL_P2P_DISABLE is set; rank 1: NCCL_P2P_DISABLE is set"}
 
 
-def test_a_rank_that_does_not_come_is_named(agree: Callable[..., Any]) -> None:
-    found, _ = agree(3, {1: {"absent"}})
-    assert isinstance(found[0], CommError)
-    assert str(found[0]) == "rank 0 of 3: no word within 2 s from rank 1"
+def test_host_is_the_boot_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_memory, "BOOT_ID", SimpleNamespace(read_text=lambda: f"{HOST}\n"))
+    assert shared_memory._host() == HOST
+
+
+def test_absent_rank_is_named(share: Share) -> None:
+    errors, _ = share(3, {1: {"absent"}})
+    assert isinstance(errors[0], CommError)
+    assert str(errors[0]) == "rank 0 of 3: no message within 2 s from rank 1"
 
 
 def test_memory_that_a_peer_may_still_use_is_not_freed(
-    agree: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    share: Share, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(peer_buffers, "CLOSE_S", 0.3)
-    _, shared = agree(2, {}, lambda arena: arena.close() if arena.rank == 0 else None)
-    assert "free" not in shared.log
-    assert len(shared.memory) == 2
-    assert "left to the end of the process: rank 0 of 2: no word within 0 s from rank 1" in caplog.text
+    _, memory = share(2, {}, lambda buffers: buffers.close() if buffers.rank == 0 else None)
+    assert "free" not in memory.log
+    assert len(memory.memory) == 2
+    assert "left to the end of the process: rank 0 of 2: no message within 0 s from rank 1" in caplog.text
 
 
 # --- one rank of the group --------------------------------------------------------------------------------------------
 
 
 class Recorder(Communicator):
-    """Stands for NCCL: says what was asked of it."""
+    """A stand-in for NCCL that records its calls."""
 
-    rank, size, description, capturable = 0, 2, "NCCL", True
+    description, capturable = "NCCL", True
 
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def _note(self, name: str, x: Tensor) -> Tensor:
-        self.asked.append(name)
-        return x
+    def __init__(self, rank: int = 0, size: int = 2) -> None:
+        self.rank, self.size = rank, size
+        self.calls: list[str] = []
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        return self._note("all_reduce", x)
+        self.calls.append("all_reduce")
+        return x
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return self._note("all_gather", x)
-
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        return self._note("reduce_scatter", x)
-
-    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
-        return self._note("broadcast", x)
+        self.calls.append("all_gather")
+        return x
 
     def barrier(self) -> None:
-        self.asked.append("barrier")
+        self.calls.append("barrier")
 
     def wait(self, done: Any) -> None:
         while not done.query():
             time.sleep(0.001)
 
     def abort(self) -> None:
-        self.asked.append("abort")
+        self.calls.append("abort")
 
 
-class RecordingArena:
-    """Stands for PeerBuffers: notes what was asked of it, and for whom it waited in vain."""
+class RecordingBuffers:
+    """A stand-in for PeerBuffers that records its calls, and reports a timeout if it is given one."""
 
-    patience_s = 1.8
+    timeout_s, group = 1.8, None
 
     def __init__(self) -> None:
-        self.asked: list[str] = []
-        self.lost: Late | None = None
+        self.calls: list[str] = []
+        self.lost: Any = None
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def note(*_: Any, two_shot: bool = False, **__: Any) -> str:
-            self.asked.append(name + (" two-shot" if two_shot else ""))
-            return name
+    def input(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        self.calls.append("input")
+        return torch.empty(shape, dtype=dtype)
 
-        return note
+    def take_slot(self) -> int:
+        return 0
 
-    def late(self) -> Late | None:
+    def timeout(self) -> Any:
         return self.lost
 
-    def fits_norm(self, columns: int, dtype: torch.dtype) -> bool:
-        return columns < 4096
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+
+Rank = tuple[Any, RecordingBuffers, Recorder]
 
 
 @pytest.fixture
-def rank() -> tuple[SymmetricCommunicator, RecordingArena, Recorder]:
-    nccl, arena = Recorder(), RecordingArena()
-    comm = SymmetricCommunicator(nccl, arena, Policy(((1024, "one-shot"), (4096, "two-shot")), 2048), CPU)  # type: ignore[arg-type]
-    return comm, arena, nccl
+def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
+    """A SymmetricCommunicator over stand-ins; launches of kernels are recorded with the calls of the buffers."""
+    nccl, buffers = Recorder(), RecordingBuffers()
+
+    def recorded(name: str) -> Callable[..., None]:
+        def launch(*_: Any, two_shot: bool = False) -> None:
+            buffers.calls.append(name + (" two-shot" if two_shot else ""))
+
+        return launch
+
+    names = ("one_shot_all_reduce", "two_shot_all_reduce", "all_gather", "all_reduce_add_rms_norm")
+    kernels = {name: recorded(name) for name in names}
+    peers = SimpleNamespace(fits_norm=lambda columns, dtype: columns < 4096, **kernels)
+    monkeypatch.setattr(symmetric, "peer_memory", peers)
+    policy = Policy(((1024, "one-shot"), (4096, "two-shot")), 2048)
+    return symmetric.SymmetricCommunicator(nccl, buffers, policy, CPU), buffers, nccl
 
 
-Rank = tuple[SymmetricCommunicator, RecordingArena, Recorder]
+def test_size_and_dtype_choose_the_algorithm(rank: Rank) -> None:
+    comm, buffers, nccl = rank
 
-
-def test_size_and_dtype_choose_who_works(rank: Rank) -> None:
-    comm, arena, nccl = rank
-
-    def asked(call: Callable[[], Any]) -> str:
-        arena.asked.clear()
-        nccl.asked.clear()
+    def calls_of(call: Callable[[], Any]) -> str:
+        buffers.calls.clear()
+        nccl.calls.clear()
         call()
-        return ", ".join([*arena.asked, *(f"nccl {name}" for name in nccl.asked)])
+        return ", ".join([*buffers.calls, *(f"nccl {name}" for name in nccl.calls)])
 
     def bf16(n: int) -> Tensor:
         return torch.ones(n, dtype=torch.bfloat16)
 
-    assert asked(lambda: comm.all_reduce(bf16(512))) == "all_reduce"
-    assert asked(lambda: comm.all_reduce(bf16(513))) == "all_reduce two-shot"
-    assert asked(lambda: comm.all_reduce(bf16(2049))) == "nccl all_reduce"
-    assert asked(lambda: comm.all_reduce(bf16(0))) == "nccl all_reduce"
-    assert asked(lambda: comm.all_reduce(torch.ones(4, dtype=torch.int64))) == "nccl all_reduce"
-    assert asked(lambda: comm.all_gather(torch.ones(4, dtype=torch.int64))) == "all_gather"
-    assert asked(lambda: comm.all_gather(bf16(1025))) == "nccl all_gather"
-    assert asked(lambda: comm.reduce_scatter(bf16(2048).view(2, 1024))) == "reduce_scatter"
-    assert asked(lambda: comm.reduce_scatter(bf16(4096).view(2, 2048))) == "nccl reduce_scatter"
-    assert asked(lambda: comm.broadcast(bf16(1))) == "nccl broadcast"
-    assert asked(lambda: comm.buffer(2, 256, torch.bfloat16)) == "buffer"
-    assert asked(lambda: comm.buffer(2, 2048, torch.bfloat16)) == ""
+    assert calls_of(lambda: comm.all_reduce(bf16(512))) == "one_shot_all_reduce"
+    assert calls_of(lambda: comm.all_reduce(bf16(513))) == "two_shot_all_reduce"
+    assert calls_of(lambda: comm.all_reduce(bf16(2049))) == "nccl all_reduce"
+    assert calls_of(lambda: comm.all_reduce(bf16(0))) == "nccl all_reduce"
+    assert calls_of(lambda: comm.all_reduce(torch.ones(4, dtype=torch.int64))) == "nccl all_reduce"
+    assert calls_of(lambda: comm.all_gather(torch.ones(4, dtype=torch.int64))) == "all_gather"
+    assert calls_of(lambda: comm.all_gather(bf16(1025))) == "nccl all_gather"
+    assert calls_of(lambda: comm.buffer(2, 256, torch.bfloat16)) == "input"
+    assert calls_of(lambda: comm.buffer(2, 2048, torch.bfloat16)) == ""
     assert comm.buffer(0, 256, torch.bfloat16) is None
 
 
-def test_the_norm_is_fused_where_a_row_fits(rank: Rank) -> None:
-    comm, arena, nccl = rank
+def test_norm_is_fused_if_a_row_fits(rank: Rank) -> None:
+    comm, buffers, nccl = rank
 
     def complete(rows: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         torch.manual_seed(0)
         x, residual, weight = torch.randn(rows, size), torch.randn(rows, size), torch.randn(size)
         expected = residual.clone()
         norm = ops.add_rms_norm(x, expected, weight, 1e-5)
-        found = comm.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
-        return found, norm, residual - expected
+        result = comm.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
+        return result, norm, residual - expected
 
     complete(2, 64)
     complete(8, 64)
-    assert arena.asked == ["all_reduce_add_rms_norm", "all_reduce_add_rms_norm two-shot"]
-    found, norm, difference = complete(1, 4096)  # NCCL's stand-in returns x itself: the sum of one rank
-    assert nccl.asked == ["all_reduce"]
-    assert torch.equal(found, norm)
+    assert buffers.calls == ["all_reduce_add_rms_norm", "all_reduce_add_rms_norm two-shot"]
+    result, norm, difference = complete(1, 4096)  # NCCL's stand-in returns x itself: the sum of one rank
+    assert nccl.calls == ["all_reduce"]
+    assert torch.equal(result, norm)
     assert not difference.any()
 
 
-def test_a_rank_that_does_not_come_ends_the_group(rank: Rank) -> None:
-    comm, arena, nccl = rank
+def test_misaligned_residual_is_updated_in_place(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    comm, _, _ = rank
+
+    def fill(out: Tensor, x: Tensor, residual: Tensor, *_: Any, **__: Any) -> None:
+        assert x.data_ptr() % 16 == residual.data_ptr() % 16 == 0
+        residual.fill_(3.0)
+
+    monkeypatch.setattr(symmetric.peer_memory, "all_reduce_add_rms_norm", fill)
+    residual = torch.zeros(17)[1:].view(2, 8)
+    comm.all_reduce_add_rms_norm(torch.zeros(17)[1:].view(2, 8), residual, torch.ones(8), 1e-5)
+    assert (residual == 3.0).all()
+
+
+def test_rank_that_does_not_come_ends_the_group(rank: Rank) -> None:
+    comm, buffers, nccl = rank
 
     class Ready:
         def query(self) -> bool:
@@ -427,52 +484,54 @@ def test_a_rank_that_does_not_come_ends_the_group(rank: Rank) -> None:
 
     comm.wait(Ready())
     comm.wait(Ready())
-    arena.lost = Late([1, 3], "all_gather", 77)
+    buffers.lost = peer_buffers.PeerTimeout([1, 3], "all_gather", 77)
     message = "rank 0 of 2: all_gather in step 3 has waited 1.8 s for rank 1, 3, which is gone or silent (round 77)"
     assert error_of(lambda: comm.wait(Ready())) == message
-    assert "stop" in arena.asked
-    assert "abort" in nccl.asked
+    assert "stop" in buffers.calls
+    assert "abort" in nccl.calls
     assert error_of(lambda: comm.all_reduce(torch.ones(4))) == message
 
 
-def test_a_device_that_hangs_is_watched(rank: Rank) -> None:
-    comm, arena, _ = rank
+def test_device_that_hangs_is_checked_during_the_wait(rank: Rank) -> None:
+    comm, buffers, _ = rank
 
     class Never:
         def query(self) -> bool:
-            arena.lost = Late([1], "all_reduce", 5)
+            buffers.lost = peer_buffers.PeerTimeout([1], "all_reduce", 5)
             return False
 
     assert "for rank 1, which is gone or silent" in error_of(lambda: comm.wait(Never()))
 
 
-def test_an_aborted_group_says_so(rank: Rank) -> None:
-    comm, arena, _ = rank
+def test_aborted_group_raises_on_every_call(rank: Rank) -> None:
+    comm, buffers, _ = rank
     comm.abort()
-    assert arena.asked == ["stop"]
-    for call in (lambda: comm.all_reduce(torch.ones(4)), comm.barrier, lambda: comm.broadcast(torch.ones(1))):
+    assert buffers.calls == ["stop"]
+    for call in (lambda: comm.all_reduce(torch.ones(4)), comm.barrier, lambda: comm.all_gather(torch.ones(1))):
         assert error_of(call) == "rank 0 of 2: the group has ended"
 
 
-def test_nccl_alone_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> PeerBuffers:
+def test_nccl_alone_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise NotShared("rank 1: NCCL_P2P_DISABLE is set")
 
-    monkeypatch.setattr("lockstep.comm.symmetric.join", refuse)
-    options: dict[str, Any] = {"store": HashStore(), "device": CPU, "shares_device": False, "timeout_s": 1.0}
-    nccl = Recorder()
-    assert share_memory(nccl, "auto", **options) is nccl  # type: ignore[arg-type]
+    monkeypatch.setattr(shared_memory, "share_buffers", refuse)
+    rendezvous, options = Rendezvous(HashStore(), 0, 2, 1.0), {"device": CPU, "shares_device": False}
+    nccl: Any = Recorder()
+    assert share_memory(nccl, "auto", rendezvous, **options) is nccl  # type: ignore[arg-type]
     assert nccl.description == "NCCL; no shared memory: rank 1: NCCL_P2P_DISABLE is set"
-    untouched = Recorder()
-    assert share_memory(untouched, "nccl", **options) is untouched  # type: ignore[arg-type]
+    with pytest.raises(CommError, match=r"^batch-invariant sums need memory that all ranks map: rank 1: NCCL_P2P"):
+        share_memory(nccl, "auto", rendezvous, batch_invariant=True, **options)  # type: ignore[arg-type]
+    untouched: Any = Recorder()
+    assert share_memory(untouched, "nccl", rendezvous, **options) is untouched  # type: ignore[arg-type]
     assert untouched.description == "NCCL"
 
 
-# --- products that write where they are told --------------------------------------------------------------------------
+# --- GEMMs that write into a buffer -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_a_product_writes_where_it_is_told(with_bias: bool) -> None:
+def test_linear_writes_into_out(with_bias: bool) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(3, 8), torch.randn(5, 8), torch.randn(5) if with_bias else None
     out = torch.full((3, 5), float("nan"))
@@ -489,12 +548,12 @@ def test_a_product_writes_where_it_is_told(with_bias: bool) -> None:
         (torch.empty(3, 5), {"add_to": torch.empty(3, 5)}),
     ],
 )
-def test_a_place_that_does_not_fit_is_refused(out: Tensor, options: dict[str, Tensor]) -> None:
+def test_linear_refuses_an_out_that_does_not_fit(out: Tensor, options: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"must be \[3, 5\] torch.float32, contiguous, not gated, and alone"):
         ops.linear(torch.ones(3, 8), torch.ones(5, 8), out=out, **options)
 
 
-def test_a_row_parallel_layer_writes_into_the_communicators_buffer() -> None:
+def test_row_linear_writes_into_the_buffer_of_the_communicator() -> None:
     class Buffered(Recorder):
         def buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
             self.place = torch.empty(rows, columns, dtype=dtype)
@@ -523,9 +582,9 @@ def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
     return size, {**on_gpus(size, gpus), "all_reduce": "auto"}
 
 
-def part(rank: int, *shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+def part(rank: int, *shape: int, dtype: torch.dtype) -> Tensor:
     """Random numbers of a rank, the same wherever they are made."""
-    generator = torch.Generator("cuda").manual_seed(1000 * seed + rank + 31 * sum(shape))
+    generator = torch.Generator("cuda").manual_seed(rank + 31 * sum(shape))
     return torch.randn(shape, generator=generator, device="cuda").to(dtype)
 
 
@@ -543,8 +602,8 @@ def reached(comm: Communicator) -> None:
     comm.wait(done)
 
 
-def connected(comm: Communicator) -> SymmetricCommunicator:
-    assert isinstance(comm, SymmetricCommunicator), comm.description
+def connected(comm: Communicator) -> Any:
+    assert isinstance(comm, symmetric.SymmetricCommunicator), comm.description
     return comm
 
 
@@ -561,7 +620,7 @@ def gpu_collectives(comm: Communicator) -> list[str]:
 
     for dtype, numel in itertools.product(FLOATS, SIZES):
         every = [part(rank, numel, dtype=dtype) for rank in range(size)]
-        small = comm._algorithm(numel * dtype.itemsize, dtype) != "nccl"
+        small = comm._policy.algorithm(numel * dtype.itemsize, dtype) != "nccl"
         total = in_order(every)
         expect("all_reduce", comm.all_reduce(every[me].clone()), total, small)
         buffer = comm.buffer(1, numel, dtype)
@@ -572,9 +631,6 @@ def gpu_collectives(comm: Communicator) -> list[str]:
             expect("all_reduce, misaligned on some", comm.all_reduce(odd), total)
             expect("all_gather, misaligned on some", comm.all_gather(odd), torch.stack(every))
         expect("all_gather", comm.all_gather(every[me]), torch.stack(every))
-        rows = [part(rank, size, numel // size, dtype=dtype, seed=1) for rank in range(size)]
-        exact = comm._algorithm(rows[me].nbytes, dtype) != "nccl"
-        expect("reduce_scatter", comm.reduce_scatter(rows[me].clone()), in_order(rows)[me], exact)
     comm.barrier()
     comm.close()
     return wrong
@@ -664,8 +720,7 @@ def gpu_graphs(comm: Communicator) -> int:
 
 
 def gpu_loses(comm: Communicator, when: str, how: str, in_graph: bool) -> tuple[list[str], float, float]:
-    arena = connected(comm)._arena
-    return lose_last_rank(comm, when, how, in_graph, lambda: arena.set_patience(1.5))
+    return lose_last_rank(comm, when, how, in_graph, lambda: connected(comm).set_timeout(1.5))
 
 
 @pytest.mark.gpu

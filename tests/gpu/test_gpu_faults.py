@@ -14,10 +14,10 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from lockstep.comm.all_reduce_policy import AllReduce
 from lockstep.comm.base import CommError, Communicator
 from lockstep.comm.connect import connect
 from lockstep.comm.rendezvous import open_rendezvous
-from lockstep.comm.symmetric import AllReduce
 
 from rank_processes import on_gpus, run_processes
 
@@ -92,7 +92,7 @@ def is_left(comm: Communicator) -> tuple[str, float]:
 def test_a_peer_that_never_joins_is_named() -> None:
     store = open_rendezvous("127.0.0.1", 3.0)
     started = time.monotonic()
-    with pytest.raises(CommError, match=r"^rank 0 of 2: no word within 3 s from rank 1$"):
+    with pytest.raises(CommError, match=r"^rank 0 of 2: no message within 3 s from rank 1$"):
         connect(0, 2, store=store, own_ip="127.0.0.1", device=torch.device("cuda", 0), timeout_s=3.0)
     assert time.monotonic() - started < 5
 

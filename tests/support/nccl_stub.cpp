@@ -114,10 +114,10 @@ int enqueue(Comm* comm, const std::string& call, const void* send, size_t bytes,
   return InProgress;
 }
 
-void sum(std::map<int, Offer>& offers, size_t from, size_t count, int type, void* out) {
+void sum(std::map<int, Offer>& offers, size_t count, int type, void* out) {
   for (size_t i = 0; i < count; i++) {
     double total = 0;
-    for (auto& [rank, offer] : offers) total += read(offer.data.data() + (from + i) * width(type), type);
+    for (auto& [rank, offer] : offers) total += read(offer.data.data() + i * width(type), type);
     write(static_cast<char*>(out) + i * width(type), type, total);
   }
 }
@@ -164,11 +164,6 @@ int ncclCommInitRankConfig(Comm** out, int size, UniqueId id, int rank, Config* 
   return InProgress;
 }
 
-int ncclCommInitRank(Comm**, int, UniqueId, int) { return InvalidUsage; }
-#ifndef LACKS_SPLIT
-int ncclCommSplit(Comm*, int, int, Comm**, Config*) { return InvalidUsage; }
-#endif
-
 int ncclCommGetAsyncError(Comm* comm, int* code) {
   Lock lock(mutex);
   if (comm->ended) note("misuse", comm->rank, "async_error");
@@ -177,6 +172,7 @@ int ncclCommGetAsyncError(Comm* comm, int* code) {
   return Success;
 }
 
+#ifndef LACKS_FINALIZE
 int ncclCommFinalize(Comm* comm) {
   Lock lock(mutex);
   note("finalize", comm->rank);
@@ -184,6 +180,7 @@ int ncclCommFinalize(Comm* comm) {
   comm->pending = [=]() mutable { return --polls == 0 && (comm->finalized = true); };
   return InProgress;
 }
+#endif
 
 int ncclCommDestroy(Comm* comm) {
   Lock lock(mutex);
@@ -202,7 +199,7 @@ int ncclCommAbort(Comm* comm) {
 int ncclAllReduce(const void* send, void* recv, size_t count, int type, int op, Comm* comm, void* stream) {
   Lock lock(mutex);
   note("all_reduce", comm->rank, count, type, op, uintptr_t(stream));
-  return enqueue(comm, "all_reduce", send, count * width(type), [=](auto& offers) { sum(offers, 0, count, type, recv); });
+  return enqueue(comm, "all_reduce", send, count * width(type), [=](auto& offers) { sum(offers, count, type, recv); });
 }
 
 int ncclAllGather(const void* send, void* recv, size_t count, int type, Comm* comm, void* stream) {
@@ -214,29 +211,8 @@ int ncclAllGather(const void* send, void* recv, size_t count, int type, Comm* co
   });
 }
 
-int ncclReduceScatter(const void* send, void* recv, size_t count, int type, int op, Comm* comm, void* stream) {
-  Lock lock(mutex);
-  note("reduce_scatter", comm->rank, count, type, op, uintptr_t(stream));
-  return enqueue(comm, "reduce_scatter", send, comm->group->size * count * width(type),
-                 [=](auto& offers) { sum(offers, comm->rank * count, count, type, recv); });
-}
-
-int ncclBroadcast(const void* send, void* recv, size_t count, int type, int root, Comm* comm, void* stream) {
-  Lock lock(mutex);
-  note("broadcast", comm->rank, count, type, root, uintptr_t(stream));
-  return enqueue(comm, "broadcast", send, count * width(type),
-                 [=](auto& offers) { memcpy(recv, offers[root].data.data(), count * width(type)); });
-}
-
-int ncclReduce(const void*, void*, size_t, int, int, int, Comm*, void*) { return InvalidUsage; }
-int ncclSend(const void*, size_t, int, int, Comm*, void*) { return InvalidUsage; }
-int ncclRecv(void*, size_t, int, int, Comm*, void*) { return InvalidUsage; }
-int ncclGroupStart() { return Success; }
-int ncclGroupEnd() { return Success; }
 int ncclMemAlloc(void** out, size_t bytes) { *out = malloc(bytes); return Success; }
 int ncclMemFree(void* memory) { free(memory); return Success; }
-int ncclCommRegister(Comm*, void*, size_t, void**) { return InvalidUsage; }
-int ncclCommDeregister(Comm*, void*) { return InvalidUsage; }
 #ifndef LACKS_WINDOWS
 int ncclCommWindowRegister(Comm*, void*, size_t, void**, int) { return InvalidUsage; }
 int ncclCommWindowDeregister(Comm*, void*) { return InvalidUsage; }

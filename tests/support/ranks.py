@@ -48,12 +48,6 @@ class ThreadRank(Communicator):
     def all_gather(self, x: Tensor) -> Tensor:
         return self._exchange("all_gather", x, torch.stack)
 
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        return self._exchange("reduce_scatter", x, lambda xs: _sum([other[self.rank] for other in xs]), consumes=True)
-
-    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
-        return x.copy_(self._exchange(f"broadcast from {root}", x, lambda xs: xs[root].clone()))
-
     def barrier(self) -> None:
         self._exchange("barrier", torch.empty(0), lambda xs: xs[self.rank])
 

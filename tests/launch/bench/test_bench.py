@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
-from lockstep.launch.bench.engine_benchmark import nano, uniform
 from lockstep.launch.bench.trace import Event, classify, kernel_times, read_events, union
+from lockstep.launch.bench.workload import nano, uniform
 from lockstep.launch.cli.main import app
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.engine import Engine
@@ -64,7 +64,7 @@ def weight_bytes() -> int:
     return sum(sizes.values())
 
 
-def test_latency_counts_what_was_asked_for(tmp_path: Path) -> None:
+def test_latency_counts_every_step_and_token(tmp_path: Path) -> None:
     results, trace = tmp_path / "results.json", tmp_path / "trace.json.gz"
     lengths = [f"--input-len={INPUT}", f"--output-len={OUTPUT}", f"--num-iters={ITERS}", "--num-iters-warmup=1"]
     files = [f"--output-json={results}", f"--profile={trace}", "--profile-steps=3"]
@@ -99,7 +99,7 @@ def test_latency_counts_what_was_asked_for(tmp_path: Path) -> None:
     assert f"99% percentile latency: {found[1]['percentiles']['99']} seconds\n" in ended.stdout
 
 
-def test_throughput_counts_what_was_asked_for(tmp_path: Path) -> None:
+def test_throughput_counts_every_request_and_token(tmp_path: Path) -> None:
     """More requests than slots, prompts in chunks, and a model of which there is only the description."""
     results, trace, model = tmp_path / "results.json", tmp_path / "trace.json", tmp_path / "model"
     model.mkdir()
@@ -124,7 +124,7 @@ def test_throughput_counts_what_was_asked_for(tmp_path: Path) -> None:
     assert line + f"{found['output_tokens_per_second']:.2f} output tokens/s\n" in ended.stdout
 
 
-def test_two_ranks_over_ray_count_the_same(ray_cluster: dict[str, str], tmp_path: Path) -> None:
+def test_latency_of_two_ranks_counts_the_same(ray_cluster: dict[str, str], tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     lengths = ["--input-len=16", f"--output-len={OUTPUT}", "--batch-size=2", "--num-iters=2", "--num-iters-warmup=0"]
     ended = bench("latency", "--tp=2", *FLAGS, *lengths, "--profile-steps=3", f"--output-json={results}")
@@ -138,14 +138,14 @@ def test_two_ranks_over_ray_count_the_same(ray_cluster: dict[str, str], tmp_path
     assert weight_bytes() / 2 <= found["weight_bytes_per_decode_step"] < weight_bytes() * 0.6
 
 
-def test_nano_is_the_benchmark_of_the_small_runtimes() -> None:
+def test_nano_is_the_workload_of_nano_vllm() -> None:
     random.seed(0)
     inputs = [random.randint(100, 1024) for _ in range(256)]
     outputs = [random.randint(100, 1024) for _ in range(256)]
-    assert (nano().input_lens, nano().output_lens, nano().temperature) == (inputs, outputs, 0.6)
+    assert (nano().input_lens, nano().output_lens, nano().sampling) == (inputs, outputs, {"temperature": 0.6})
 
 
-def test_lengths_are_uniform_around_the_middle() -> None:
+def test_uniform_lengths() -> None:
     found = uniform(4000, 10, 3, 0.25, 0)
     assert set(found.input_lens) == set(range(7, 14))  # 7.5 to 12.5, rounded outwards
     assert set(found.output_lens) == {2, 3, 4}
@@ -170,7 +170,7 @@ def test_lengths_are_uniform_around_the_middle() -> None:
         (["latency", "--max-num-seqs=0"], "max_num_seqs=0 must be an integer >= 1"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str) -> None:
+def test_impossible_options_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CliRunner().invoke(app, ["bench", *arguments, "--device=cpu"], catch_exceptions=False)
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_measured_is_refused(arguments: list[str], message: str) 
         (["throughput", "--random-range-ratio=1.5"], "'--random-range-ratio'"),
     ],
 )
-def test_a_flag_that_cannot_be_read_names_itself(arguments: list[str], message: str) -> None:
+def test_unreadable_flag_is_named(arguments: list[str], message: str) -> None:
     ended = bench(*arguments)
     assert ended.exit_code == 2
     assert message in ended.stderr
@@ -212,7 +212,7 @@ def run_locally(
 
 
 @pytest.mark.parametrize(("asked", "traced"), [(2, 2), (100, 7)])
-def test_a_profile_changes_nothing_and_comes_once(asked: int, traced: int) -> None:
+def test_profile_changes_no_token_and_comes_once(asked: int, traced: int) -> None:
     """Three prompts of 50 tokens take three steps of 64 tokens; the last one then decodes its other seven tokens."""
     plain, none, quiet = run_locally(None)
     tokens, profiles, executor = run_locally(asked)
@@ -242,7 +242,7 @@ def test_preempted_requests_are_counted_again(overlap: bool) -> None:
     assert stats.decode_s > 0
 
 
-def test_a_profile_of_an_idle_engine_is_empty() -> None:
+def test_profile_of_an_idle_engine_is_empty() -> None:
     tokens, profiles, _ = run_locally(5, late=True)
     assert tokens == {}
     assert [(p.num_steps, p.trace) for p in profiles] == [(0, b"")]
@@ -281,7 +281,7 @@ KERNELS = {
 
 
 @pytest.mark.parametrize(("name", "expected"), KERNELS.items())
-def test_the_class_of_a_kernel(name: str, expected: str) -> None:
+def test_classify_kernels(name: str, expected: str) -> None:
     assert classify(name) == expected
 
 
@@ -324,7 +324,7 @@ def test_busy_and_idle_time_of_kernels(events: list[tuple[str, str, int, int, in
 
 
 @given(st.data())
-def test_an_op_is_charged_without_those_inside_it(data: st.DataObject) -> None:
+def test_op_counts_without_the_ops_inside_it(data: st.DataObject) -> None:
     """Against a line of microseconds for each thread on which the innermost op is the last to paint itself."""
     events: list[tuple[str, str, int, int, int]] = []
     owner = np.full((2, 100), -1)
@@ -340,10 +340,10 @@ def test_an_op_is_charged_without_those_inside_it(data: st.DataObject) -> None:
 
     for tid in range(2):
         nest(tid, 0, 100, 0)
-    own = {event.name: event.own for event in read_events(as_trace(data.draw(st.permutations(events))))}
-    assert own == {f"op {i}": (owner == i).sum() for i in range(len(events))}
+    exclusive = {event.name: event.exclusive for event in read_events(as_trace(data.draw(st.permutations(events))))}
+    assert exclusive == {f"op {i}": (owner == i).sum() for i in range(len(events))}
 
 
-def test_the_union_of_intervals_that_touch_overlap_and_hide() -> None:
+def test_union_of_intervals_that_touch_overlap_and_hide() -> None:
     spans = [(0, 2), (2, 3), (10, 20), (12, 15), (19, 21)]
     assert union(Event("", start, stop, stop - start) for start, stop in spans) == 3 + 11

@@ -13,9 +13,9 @@ from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from lockstep.comm.base import Communicator
-from lockstep.launch.bench.comm_actor import CommBenchActor, CommBenchSpec, CommTiming, Row
-from lockstep.launch.bench.comm_algorithms import Completion, Plain
-from lockstep.launch.bench.comm_command import _bytes
+from lockstep.launch.bench.comm_actor import CommBenchActor, CommBenchSpec, CommTiming, SizeTimings
+from lockstep.launch.bench.comm_algorithms import AllReduceAndNorm, CommunicatorAllReduce
+from lockstep.launch.bench.comm_command import parse_bytes
 from lockstep.launch.bench.comm_report import Block, lines
 from lockstep.launch.cli.main import app
 from lockstep.runtime.config import Config
@@ -62,7 +62,7 @@ def test_two_ranks_over_gloo(ray_cluster: dict[str, str], tmp_path: Path) -> Non
     assert files[1].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_what_cannot_run_here_says_why_and_the_object_is_all_that_is_printed(ray_cluster: dict[str, str]) -> None:
+def test_refused_algorithms_have_a_reason_and_json_is_all_that_is_printed(ray_cluster: dict[str, str]) -> None:
     names = ("one-shot", "nccl", "nccl window", "flashinfer", "torch symmetric one-shot")
     result = bench("--tp=2", "-e1K", "--json", "--dtype=float32", *(f"--algorithm={name}" for name in (*names, "gloo")))
     assert result.exit_code == 0, result.output
@@ -86,12 +86,6 @@ class Wrong(Communicator):
     def all_gather(self, x: Tensor) -> Tensor:
         return self.real.all_gather(x)
 
-    def reduce_scatter(self, x: Tensor) -> Tensor:
-        return self.real.reduce_scatter(x)
-
-    def broadcast(self, x: Tensor, root: int = 0) -> Tensor:
-        return self.real.broadcast(x, root)
-
     def barrier(self) -> None:
         self.real.barrier()
 
@@ -99,12 +93,13 @@ class Wrong(Communicator):
 @pytest.mark.parametrize("errors", [0, 5])
 def test_wrong_elements_are_counted(errors: int) -> None:
     def rank(comm: Communicator) -> list[int]:
-        prober = CommBenchActor(comm.rank, comm.size, Config(device="cpu", tensor_parallel_size=3), {})
+        actor = CommBenchActor(comm.rank, comm.size, Config(device="cpu", tensor_parallel_size=3), {})
         wrong = Wrong(comm, errors)
-        prober._comm, prober._device, prober.spec, prober.dtype = wrong, CPU, spec(), torch.float32
-        plain, completed = Plain("plain", wrong, CPU), Completion("completed", wrong, CPU, 128)
-        prober._algorithms = {a.name: a for a in (plain, completed)}
-        rows = [row for name in prober._algorithms for row in prober.measure(name, "eager")]
+        actor._comm, actor._device, actor.spec, actor.dtype = wrong, CPU, spec(), torch.float32
+        plain = CommunicatorAllReduce("plain", wrong, CPU)
+        completed = AllReduceAndNorm("completed", wrong, CPU, 128)
+        actor._algorithms = {a.name: a for a in (plain, completed)}
+        rows = [row for name in actor._algorithms for row in actor.measure(name, "eager")]
         return [row.in_place.wrong for row in rows if row.in_place]
 
     for plain_16, plain_1024, completed_16, completed_1024 in run_ranks(3, rank):
@@ -113,8 +108,8 @@ def test_wrong_elements_are_counted(errors: int) -> None:
         assert (completed_16 == 0) == (completed_1024 == 0) == (errors == 0)
 
 
-def test_a_block_has_the_slowest_rank_and_all_that_is_wrong() -> None:
-    ranks = [[Row(1000, 250, None, CommTiming(us, wrong))] for us, wrong in ((4.0, 1), (5.0, 2))]
+def test_block_has_the_slowest_rank_and_all_wrong_elements() -> None:
+    ranks = [[SizeTimings(1000, 250, None, CommTiming(us, wrong))] for us, wrong in ((4.0, 1), (5.0, 2))]
     block = Block.merged("nccl", "graph", spec(), ranks, 2)
     (line,) = block.lines
     assert line.in_place is not None
@@ -127,7 +122,7 @@ def test_a_block_has_the_slowest_rank_and_all_that_is_wrong() -> None:
 
 @pytest.mark.parametrize(("text", "number"), [("8", 8), ("4K", 4096), ("2m", 2 << 20), ("1G", 1 << 30)])
 def test_sizes(text: str, number: int) -> None:
-    assert _bytes("min_bytes", text) == number
+    assert parse_bytes("min_bytes", text) == number
 
 
 @pytest.mark.parametrize(
@@ -143,7 +138,7 @@ def test_sizes(text: str, number: int) -> None:
         (["--tp=2", "--nccl-library=/opt/libnccl.so.2"], "nccl_library is for ranks on GPUs"),
     ],
 )
-def test_nonsense_is_refused_before_anything_starts(arguments: list[str], message: str) -> None:
+def test_invalid_options_are_refused_before_the_start(arguments: list[str], message: str) -> None:
     result = bench(*arguments)
     assert isinstance(result.exception, ValueError)
     assert message in str(result.exception)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from lockstep.launch.bench import load_client
 from lockstep.launch.bench.datasets import Prompt, make_prompts
-from lockstep.launch.bench.load_client import Following, arrivals, send_all
+from lockstep.launch.bench.load_client import StreamReader, arrivals, send_all
 from lockstep.launch.bench.serve_config import ServeBenchConfig
 from lockstep.launch.bench.serve_metrics import (
     Record,
@@ -107,7 +107,7 @@ def test_statistics_worked_out_by_hand() -> None:
         ({"e2el": 9, "tpot": 0.2}, False),
     ],
 )
-def test_a_good_request_keeps_to_every_objective(slo: dict[str, float], good: bool) -> None:
+def test_good_request_meets_every_objective(slo: dict[str, float], good: bool) -> None:
     assert is_good(BY_HAND, slo) == good
 
 
@@ -115,7 +115,7 @@ GAPS = st.lists(st.integers(0, 12), min_size=1, max_size=6)
 
 
 @given(st.lists(st.tuples(st.integers(0, 20), GAPS), min_size=1, max_size=8))
-def test_peaks_are_those_of_brute_force(drawn: list[tuple[int, list[int]]]) -> None:
+def test_peaks_equal_brute_force(drawn: list[tuple[int, list[int]]]) -> None:
     """Times in quarters of a second, which floats hold exactly; two tokens a chunk."""
     records = []
     for start, gaps in drawn:
@@ -137,24 +137,24 @@ def test_chunks_become_a_record() -> None:
         (5.0, event(choices=[{"delta": {}, "finish_reason": "stop"}])),
         (6.0, event(choices=[], usage={"prompt_tokens": 9, "completion_tokens": 4}) + b"data: [DONE]\n\n"),
     ]
-    follow, events = Following(Record(0, started=0.5)), Events()
+    reader, events = StreamReader(Record(0, started=0.5)), Events()
     for now, piece in pieces:
         for chunk in events.push(piece):
-            follow.add(chunk, now)
-    follow.end()
-    assert follow.record == Record(9, 0.5, [2.0, 3.0, 4.0], 5.0, 4, "In the beginning")
+            reader.add(chunk, now)
+    reader.end()
+    assert reader.record == Record(9, 0.5, [2.0, 3.0, 4.0], 5.0, 4, "In the beginning")
 
 
-def test_an_only_chunk_counts_and_a_missing_usage_is_made_up_for() -> None:
-    follow = Following(Record(3))
+def test_single_chunk_without_usage_counts_as_a_token() -> None:
+    reader = StreamReader(Record(3))
     for chunk in Events().push(event(choices=[{"text": "", "finish_reason": "stop"}])):
-        follow.add(chunk, 1.0)
-    follow.end()
-    assert (follow.record.chunk_times, follow.record.output_len, follow.record.prompt_len) == ([1.0], 1, 3)
+        reader.add(chunk, 1.0)
+    reader.end()
+    assert (reader.record.chunk_times, reader.record.output_len, reader.record.prompt_len) == ([1.0], 1, 3)
 
 
 @given(st.lists(st.text(min_size=1), max_size=5), st.lists(st.integers(1, 30), min_size=1, max_size=40))
-def test_events_are_found_however_they_are_cut(texts: list[str], cuts: list[int]) -> None:
+def test_events_survive_any_cut(texts: list[str], cuts: list[int]) -> None:
     """Line and paragraph separators, which JSON need not escape, are part of a text."""
     texts = [*texts, "a\N{LINE SEPARATOR}b\x85"]
     body = b": a comment\n\n" + b"".join(event(choices=[{"text": text}]) for text in texts) + b"data: [DONE]\n\n"
@@ -179,7 +179,7 @@ def test_arrivals_are_a_poisson_process() -> None:
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
-def test_burstiness_is_the_shape_of_the_gaps(burstiness: float) -> None:
+def test_arrivals_have_gaps_of_the_burstiness(burstiness: float) -> None:
     gaps = np.diff([0, *arrivals(20000, 5.0, burstiness, 0)])
     assert gaps.min() >= 0
     assert gaps.var() / gaps.mean() ** 2 == pytest.approx(1 / burstiness, rel=0.1)
@@ -235,7 +235,7 @@ def test_requests_start_in_order_and_within_the_cap(loop: VirtualLoop, cap: int 
 # -- prompts
 
 
-def test_random_prompts_have_the_lengths_that_were_asked_for() -> None:
+def test_random_prompts_have_the_requested_lengths() -> None:
     load = ServeBenchConfig(
         num_prompts=3000, random_input_len=10, random_output_len=3, random_range_ratio=0.25, random_prefix_len=4,
         random_vocab_size=50,
@@ -249,7 +249,7 @@ def test_random_prompts_have_the_lengths_that_were_asked_for() -> None:
     assert all(len(p.content) == p.num_tokens for p in found)
 
 
-def test_prefixes_are_used_in_turn() -> None:
+def test_prefix_repetition_uses_prefixes_equally() -> None:
     load = ServeBenchConfig(
         dataset_name="prefix_repetition", num_prompts=11, prefix_repetition_num_prefixes=3,
         prefix_repetition_prefix_len=8, prefix_repetition_suffix_len=5, prefix_repetition_output_len=9,
@@ -261,7 +261,7 @@ def test_prefixes_are_used_in_turn() -> None:
     assert {(p.num_tokens, p.output_len) for p in found} == {(13, 9)}
 
 
-def test_made_up_chats_are_texts_of_those_lengths() -> None:
+def test_random_chats_are_texts_of_the_requested_lengths() -> None:
     tokenizer = Tokenizer(Path(DEMO_MODEL))
     load = ServeBenchConfig(backend="openai-chat", num_prompts=40, random_input_len=30, random_range_ratio=0.5)
     found, ids = make_prompts(load, tokenizer), make_prompts(load, None)
@@ -271,7 +271,7 @@ def test_made_up_chats_are_texts_of_those_lengths() -> None:
     assert np.abs(off).max() <= 4
 
 
-def test_prompts_of_files(tmp_path: Path) -> None:
+def test_prompts_from_files(tmp_path: Path) -> None:
     tokenizer = Tokenizer(Path(DEMO_MODEL))
     path = tmp_path / "file"
     talks = [
@@ -295,7 +295,7 @@ def test_prompts_of_files(tmp_path: Path) -> None:
 # -- the command
 
 
-def test_a_run_against_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_against_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     goals = ["--goodput", "ttft:10000", "e2el:0", "--metadata", "gpu=none", "tp=2"]
     with stub_server(completion) as stub:
@@ -338,7 +338,7 @@ def test_a_run_against_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
 
 
-def test_requests_come_in_the_order_of_the_prompts_and_the_results_too(tmp_path: Path) -> None:
+def test_requests_and_results_are_in_the_order_of_the_prompts(tmp_path: Path) -> None:
     flags = ["--num-prompts=8", "--max-concurrency=1", "--random-output-len=5", "--random-range-ratio=0.8", "--seed=5"]
     with stub_server(completion) as stub:
         ended = serve(stub, *flags, "--save-result", f"--result-dir={tmp_path}", "--result-filename=a.json")
@@ -352,7 +352,7 @@ def test_requests_come_in_the_order_of_the_prompts_and_the_results_too(tmp_path:
     assert found["request_rate"] == "inf"
 
 
-def test_chats(tmp_path: Path) -> None:
+def test_run_with_chat_requests(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "in the beginning"}\n')
     with stub_server(conversation) as stub:
@@ -403,14 +403,14 @@ def test_failures_are_counted_and_the_first_is_shown(tmp_path: Path, caplog: pyt
     assert "6 of 8 requests failed; the first one: HTTP 429: too busy" in caplog.text
 
 
-def test_nothing_but_failures_is_a_failure() -> None:
+def test_run_with_only_failures_exits_with_1() -> None:
     with stub_server(lambda number, body: refuse(500, "down")) as stub:
         ended = serve(stub, "--num-prompts=3", "--ready-check-timeout-sec=0")
     assert ended.exit_code == 1
     assert re.search(r"^Failed requests: +3 ", ended.stdout, re.M)
 
 
-def test_a_server_that_refuses_the_first_request_ends_the_run() -> None:
+def test_refused_first_request_ends_the_run() -> None:
     with stub_server(lambda number, body: refuse(400, "no such model")) as stub:
         ended = serve(stub)
     assert isinstance(ended.exception, ValueError)
@@ -437,14 +437,12 @@ def test_a_server_that_refuses_the_first_request_ends_the_run() -> None:
         (["--port=9", "--ready-check-timeout-sec=0"], r"http://127.0.0.1:9 does not answer: .*; start it, or set"),
     ],
 )
-def test_what_cannot_be_run_is_refused(arguments: list[str], message: str) -> None:
+def test_invalid_options_are_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CliRunner().invoke(app, ["bench", "serve", *arguments], catch_exceptions=False)
 
 
-def test_a_plot_without_matplotlib_is_refused_before_anything_is_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plot_without_matplotlib_is_refused_before_any_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with stub_server(completion) as stub:
         ended = serve(stub, f"--plot={tmp_path / 'a.png'}")
@@ -452,7 +450,7 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_sent(
     assert stub.bodies == []
 
 
-def test_a_plot(tmp_path: Path) -> None:
+def test_plot_is_a_png(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with stub_server(completion) as stub:
         ended = serve(stub, "--num-prompts=4", "--random-output-len=3", f"--plot={tmp_path / 'a.png'}")

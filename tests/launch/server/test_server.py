@@ -1021,7 +1021,7 @@ def test_a_compiler_that_hangs_or_dies_costs_one_request(
     assert ("takes more than 0.2 s" if fault == "slow" else "4 GiB of memory") in error_of(answer)["message"]
     monkeypatch.undo()
     assert real.post("/v1/completions", body).json()["choices"][0]["text"] == "a" * len(fault)
-    wait_until(lambda: compiler.returncode is not None)
+    wait_until(lambda: compiler._process.poll() is not None)
 
 
 def test_the_real_service_frees_what_a_client_leaves(real: Running) -> None:

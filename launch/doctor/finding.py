@@ -1,0 +1,58 @@
+"""The result of a check, and the run of a check that turns every error into a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ...comm.error_text import first_line
+from ...runtime.checkpoint import NotFetched
+from ..errors import PlacementError, RankFailed
+
+Status = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of one check; `remedy` is the way out if something is wrong."""
+
+    name: str
+    status: Status
+    finding: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status:<4}  {self.name}: {self.finding}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+def ok(finding: str) -> Finding:
+    """Return a finding without a problem; `run_check` adds the name, as in `warn` and `fail`."""
+    return Finding("", "ok", finding)
+
+
+def warn(finding: str, remedy: str) -> Finding:
+    """Return a finding that does not keep the ranks from starting."""
+    return Finding("", "warn", finding, remedy)
+
+
+def fail(finding: str, remedy: str) -> Finding:
+    """Return a finding that keeps the ranks from starting."""
+    return Finding("", "fail", finding, remedy)
+
+
+def run_check(name: str, check: Callable[[], Finding]) -> Finding:
+    """Return the check's finding under its name; an error is a failure.
+
+    Messages of lockstep's errors have the form `values, rule; way out`, and are split into finding and remedy.
+    """
+    try:
+        return replace(check(), name=name)
+    except NotFetched as error:
+        finding, _, remedy = str(error).partition("; ")
+        return Finding(name, "warn", finding, f"{remedy}, or wait while it is fetched at the start")
+    except (ValueError, PlacementError, RankFailed) as error:
+        finding, _, remedy = first_line(error).partition("; ")
+        return Finding(name, "fail", finding, remedy)
+    except Exception as error:  # noqa: BLE001 - the other checks must run, and the crash of this one is a finding
+        return Finding(name, "fail", f"the check crashed: {type(error).__name__}: {first_line(error)}", "report it")

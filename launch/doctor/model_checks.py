@@ -1,0 +1,96 @@
+"""Checks of the model: tensor-parallel size, checkpoint, tokenizer and memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tokenizers
+
+from ...comm.error_text import first_line
+from ...runtime.config import Config
+from ...runtime.memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, plan_weights, size
+from ...runtime.model.safetensors_files import check_files
+from ...runtime.tokenizer import Tokenizer
+from .finding import Finding, fail, ok, warn
+from .planned_start import PlannedStart
+
+
+def check_tensor_parallel(start: PlannedStart) -> Finding:
+    """Check that the model can be split over the ranks."""
+    model, ranks = start.model, start.config.tensor_parallel_size
+    model.check_tensor_parallel(ranks)
+    return ok(f"{ranks} of the possible {', '.join(map(str, model.tensor_parallel_sizes()))}")
+
+
+def check_checkpoint(start: PlannedStart) -> Finding:
+    """Check the headers of the checkpoint's files."""
+    if start.config.load_format == "dummy":
+        return ok("skipped: load_format is dummy")
+    files = check_files(start.folder)
+    return ok(f"{len(files)} safetensors, {size(sum(file.stat().st_size for file in files))}, headers readable")
+
+
+def check_tokenizer(start: PlannedStart) -> Finding:
+    """Check that the tokenizer can be loaded.
+
+    A tokenizer.json is read by the tokenizers library: transformers, which only wraps it, takes two seconds.
+    """
+    path = start.folder / "tokenizer.json"
+    if not path.is_file():
+        try:
+            Tokenizer(start.folder)
+        except ValueError as error:
+            return fail(first_line(error), "fetch the checkpoint's tokenizer files")
+        return ok("no tokenizer.json, so transformers converts what there is at every start")
+    try:
+        settings = start.folder / "tokenizer_config.json"
+        if settings.is_file():
+            json.loads(settings.read_text())
+        vocab_size = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size()
+    except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception
+        return fail(f"{path} cannot be read ({first_line(error)})", "fetch the file again")
+    return ok(f"tokenizer.json, {vocab_size:,} tokens")
+
+
+def check_memory(start: PlannedStart) -> Finding:
+    """Check that weights and KV cache fit into the memory of a rank."""
+    model, config = start.model, start.config
+    resolved = config.resolved(model, cuda=start.gpus > 0)
+    plan = plan_weights(resolved, model)
+    if start.gpus:
+        from ...runtime.memory import gpu  # imports torch
+
+        plans = [gpu.plan_on_gpu(plan, resolved, device) for device in gpu.devices(start.gpus)]
+        plan = min(plans, key=lambda plan: plan.room or 0)
+    if resolved.device == "cuda" and plan.total is None:
+        return warn(f"{size(plan.weights)} of weights on each rank, and no GPU here to hold them", "see devices")
+    return memory_finding(config, resolved, plan, _available_host_memory())
+
+
+def memory_finding(config: Config, resolved: Config, plan: MemoryPlan, host: int) -> Finding:
+    """Return the finding for the plan of the rank with the least room.
+
+    host  available bytes of the host, for ranks on CPUs
+    """
+    check_weights(plan)
+    plan = plan.with_pages(resolved)
+    check_kv_cache(config, plan)
+    assert resolved.max_model_len is not None
+    context = plan.longest_context(resolved.max_model_len)
+    reserve = "" if plan.total is None else ", less what graphs and activations will take"
+    text = (
+        f"each rank on {plan.place}: {size(plan.weights)} of weights, {size(plan.kv_cache)} of KV cache for"
+        f" {plan.tokens:,} tokens{reserve}, longest context {context:,}"
+    )
+    needed = (plan.weights + plan.kv_cache) * resolved.tensor_parallel_size
+    if plan.total is None and needed > host:
+        return warn(f"{text}; in all {size(needed)}, and {size(host)} are available", "lower --kv-cache-memory")
+    if context < resolved.max_model_len:
+        return warn(f"{text} of the model's {resolved.max_model_len:,}", "give the KV cache more room")
+    return ok(text)
+
+
+def _available_host_memory() -> int:
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 2**10

@@ -1,0 +1,79 @@
+"""Child processes that answer in JSON: several requests, deadlines, failures and the end."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from contextlib import closing
+
+import pytest
+
+from lockstep.launch.child_process import ChildFailed, ChildProcess, calling
+
+from waiting import wait_until
+
+DOUBLE = "import json, sys\nfor line in sys.stdin: print(json.dumps(2 * json.loads(line)), flush=True)"
+
+
+def print_ready() -> None:
+    print('"ready"')
+
+
+def test_requests_are_answered_in_turn() -> None:
+    with closing(ChildProcess(["-c", DOUBLE])) as child:
+        assert [child.request(line, 20) for line in (b"7", b'"ab"', b"[1]")] == [14, "abab", [1, 1]]
+        long = "x" * 500_000
+        assert child.request(f'"{long}"'.encode(), 20) == 2 * long
+
+
+def test_calling_runs_a_function_of_a_module() -> None:
+    arguments = calling(print_ready)
+    assert arguments == ["-c", "from test_child_process import print_ready as main; main()"]
+    program = "import json, sys; print(json.dumps(sys.argv[1:]))"
+    with closing(ChildProcess(["-c", program, "a", "2"])) as child:
+        assert child.answer(20) == ["a", "2"]
+
+
+def test_failed_process_gives_the_last_line_of_stderr() -> None:
+    with closing(ChildProcess(["-c", "1 / 0"])) as child:
+        with pytest.raises(ChildFailed, match=r"^ZeroDivisionError: division by zero$"):
+            child.answer(20)
+        with pytest.raises(ChildFailed, match=r"^ZeroDivisionError"):
+            child.request(b"1", 20)
+
+
+def test_process_that_exits_silently_has_no_message() -> None:
+    with closing(ChildProcess(["-c", "pass"])) as child, pytest.raises(ChildFailed, match=r"^no message$"):
+        child.answer(20)
+
+
+def test_silent_process_ends_the_wait_at_the_deadline() -> None:
+    with closing(ChildProcess(["-c", "import time; time.sleep(60)"])) as child:
+        started = time.monotonic()
+        with pytest.raises(TimeoutError):
+            child.answer(0.2)
+        with pytest.raises(TimeoutError):  # more than the socket's buffer holds
+            child.request(b"1" * 10_000_000, 0.2)
+        assert time.monotonic() - started < 10
+
+
+def test_memory_limit_ends_the_process() -> None:
+    program = "import sys; sys.stdin.readline(); bytearray(2**30)"
+    child = ChildProcess(["-c", program], memory_bytes=2**28)
+    with closing(child), pytest.raises(ChildFailed, match="MemoryError"):
+        child.request(b"1", 20)
+
+
+def test_close_ends_all_that_the_process_started() -> None:
+    child = ChildProcess(["-c", "import subprocess; subprocess.run(['sleep', '600'])"])
+    wait_until(lambda: len(session_members(child.pid)) == 2)
+    child.close()
+    child.close()
+    wait_until(lambda: not session_members(child.pid))
+
+
+def session_members(session: int) -> list[str]:
+    listing = subprocess.run(
+        ["ps", "-o", "pid=,stat=", "--no-headers", "-s", str(session)], capture_output=True, text=True
+    )
+    return [line for line in listing.stdout.splitlines() if "Z" not in line]
