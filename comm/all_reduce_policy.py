@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .autotune import SIZES, Algorithm, size_text
+from .all_reduce_choice import Algorithm
+from .autotune import SIZES
+from .format_bytes import format_bytes
 
-AllReduce = Literal["auto", "nccl", "one-shot", "two-shot"]
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by the kernels over peer buffers
 GATHER_BYTES = 1 << 20  # of each rank, up to which an all-gather goes through peer buffers
 SLOT_BYTES = SIZES[-1]  # the largest message in a peer buffer
@@ -42,7 +42,7 @@ class Policy:
         return list(x.split(self.steps[-1][0] // (x.nbytes // len(x))))
 
     def __str__(self) -> str:
-        steps = [f"{algorithm} up to {size_text(largest)}" for largest, algorithm in self.steps]
+        steps = [f"{algorithm} up to {format_bytes(largest)}" for largest, algorithm in self.steps]
         if self.slices:
             return f"{steps[-1]}, and in slices beyond"
         return ", ".join(steps) + (" and NCCL beyond" if steps else "NCCL for sums")

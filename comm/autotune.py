@@ -16,18 +16,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ..kernels.native import cache_dir
+from .all_reduce_choice import Algorithm
 from .base import Communicator
+from .format_bytes import format_bytes
 from .rendezvous import Rendezvous
 from .timing import graph_us
 
 log = logging.getLogger(__name__)
-Algorithm = Literal["nccl", "one-shot", "two-shot"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 COLUMNS = 4096  # of the residual stream, bfloat16
 SIZES = [8192 << shift for shift in range(0, 11, 2)]  # bytes: 8 KiB to 8 MiB
@@ -58,7 +59,7 @@ class TimingTable:
         """Return the table for people; the fastest algorithm of each size has a star."""
         least = [min(column) for column in zip(*self.us.values(), strict=True)]
         head = f"all-reduce + norm, us{', of an earlier start' if self.cached else ''}"
-        rows = [f"{head:<42}" + "".join(f"{size_text(nbytes):>9}" for nbytes in self.sizes)]
+        rows = [f"{head:<42}" + "".join(f"{format_bytes(nbytes):>9}" for nbytes in self.sizes)]
         for name, values in self.us.items():
             cells = (f"{us:.1f}{'*' if us == best else ' '}" for us, best in zip(values, least, strict=True))
             rows.append(f"  {name:<40}" + "".join(f"{cell:>9}" for cell in cells))
@@ -131,8 +132,3 @@ def _save(file: Path, key: str, table: TimingTable) -> None:
         os.replace(scratch.name, file)
     except OSError as error:
         log.warning("cannot cache the times of the all-reduce algorithms: %s", error)
-
-
-def size_text(nbytes: int) -> str:
-    """Return a size for people: 8 KiB, 2 MiB."""
-    return f"{nbytes >> 20} MiB" if nbytes >= 1 << 20 else f"{nbytes >> 10} KiB"

@@ -7,7 +7,7 @@ import os
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
-from .all_reduce_policy import AllReduce
+from .all_reduce_choice import AllReduce
 from .base import CommError, Communicator, SingleRank
 from .gloo import GlooCommunicator
 from .nccl import NcclCommunicator

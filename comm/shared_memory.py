@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .all_reduce_policy import SLOT_BYTES, AllReduce, Policy
-from .autotune import Algorithm, autotune_all_reduce
+from .all_reduce_choice import Algorithm, AllReduce
+from .all_reduce_policy import SLOT_BYTES, Policy
+from .autotune import autotune_all_reduce
 from .base import CommError, Communicator, NotShared
 from .error_text import first_line
 from .nccl import NcclCommunicator

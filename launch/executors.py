@@ -36,10 +36,10 @@ def start_executor(config: Config, model: ModelConfig, folder: Path, connection:
     with signals_wait():
         from .cluster.ray_executor import RayExecutor
 
-    return RayExecutor(config, model, folder, connection)
+    return RayExecutor(config, model, connection)
 
 
-def start_replicas(config: Config, folder: Path, connection: Connection, replicas: int, max_queued: int) -> Executor:
+def start_replicas(config: Config, connection: Connection, replicas: int, max_queued: int) -> Executor:
     """Several groups of ranks behind one Executor; raises ValueError where Ray Serve is not installed."""
     try:
         from .replicas.replica_executor import ReplicaExecutor
@@ -47,7 +47,7 @@ def start_replicas(config: Config, folder: Path, connection: Connection, replica
         raise ValueError(
             f"replicas={replicas} needs Ray Serve, and {error.name} is missing; pip install 'lockstep[serve]'"
         ) from error
-    return ReplicaExecutor(config, folder, connection, replicas, max_queued)
+    return ReplicaExecutor(config, connection, replicas, max_queued)
 
 
 def _in_process(config: Config) -> bool:

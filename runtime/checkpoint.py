@@ -1,4 +1,4 @@
-"""From what the user calls a model to a folder on this host."""
+"""The checkpoint of a model: from a folder or hub id to a folder on this host."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .model.model_config import ModelConfig
 from .model.safetensors_files import check_files
 
 log = logging.getLogger(__name__)
-NEEDED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+FILE_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
 class NotFetched(ValueError):
@@ -18,9 +18,9 @@ class NotFetched(ValueError):
 
 
 def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = True) -> Path:
-    """The folder named `model`, or the local copy of the hub model of that id, downloaded if need be and `fetch`.
+    """Return the folder `model`, or the local copy of the hub model of that id, downloaded if `fetch` is set.
 
-    Raises ValueError, in one line, where there is neither: NotFetched where only `fetch` is missing.
+    Raises ValueError, in one line, if there is neither; NotFetched if a download would help.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -35,7 +35,9 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=NEEDED, local_files_only=not fetch))
+        return Path(
+            snapshot_download(model, revision=revision, allow_patterns=FILE_PATTERNS, local_files_only=not fetch)
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if not fetch:
             kind = ValueError if constants.HF_HUB_OFFLINE else NotFetched
@@ -45,10 +47,10 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
 
 
 def find_model(config: Config) -> tuple[Path, ModelConfig]:
-    """The checkpoint's folder and its description; raises ValueError for what no rank could load."""
+    """Return the checkpoint's folder and its ModelConfig; raises ValueError if no rank could load it."""
     folder = checkpoint_folder(config.model, config.revision)
     model = ModelConfig.from_folder(folder)
     model.check_tensor_parallel(config.tensor_parallel_size)
     if config.load_format != "dummy":
-        check_files(folder)  # before ranks are started for them
+        check_files(folder)  # before any rank is started
     return folder, model

@@ -1,7 +1,7 @@
-"""Every knob of the runtime in one frozen dataclass; the command line is generated from its fields.
+"""The options of the runtime in one frozen dataclass; the command line is generated from its fields.
 
-A field's docstring is its help text and says its unit. "auto" and None are resolved once, into a new Config
-(`resolved`), never by writing to a frozen one. There are no environment variables of our own.
+The help text of a field says its unit. "auto" and None are resolved once, into a new Config (`resolved`), never by
+writing to a frozen one. lockstep reads no environment variables for options.
 """
 
 from __future__ import annotations
@@ -9,31 +9,40 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args, get_type_hints
+
+from ..comm.all_reduce_choice import AllReduce
 
 if TYPE_CHECKING:  # `lockstep --help` needs no torch
     import torch
-
-    from .model.model_config import ModelConfig
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 KVLayout = Literal["layer-first", "page-first"]
 LoadFormat = Literal["auto", "dummy"]
 AttentionChoice = Literal["auto", "flashinfer", "torch"]
-AllReduce = Literal["auto", "nccl", "one-shot", "two-shot"]
 
 DEMO_MODEL = str(Path(__file__).parent.parent / "launch" / "demo")
 
 
+class ModelDefaults(Protocol):
+    """The facts of a checkpoint that resolve a Config."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def max_position_embeddings(self) -> int: ...
+
+
 def option(default: Any, help: str, *flags: str) -> Any:
-    """A Config field with its help text; `flags` are spellings beside the one made from the field's name."""
+    """Return a Config field with its help text; `flags` are further spellings beside the field's name."""
     return field(default=default, metadata={"help": help, "flags": flags})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How to load a model and run it; raises ValueError naming the field, the value and what is allowed."""
+    """The options to load a model and run it; raises ValueError naming the field, the value and the rule."""
 
     model: str = option(
         DEMO_MODEL, "folder of a Hugging Face checkpoint, or a hub id; the bundled demo model if not given"
@@ -70,20 +79,20 @@ class Config:
     )
     all_reduce: AllReduce = option(
         "auto",
-        "who adds up over the ranks on GPUs: NCCL, our one-shot or two-shot kernels over shared memory, or for each"
-        " size whoever was fastest when the ranks tried",
+        "all-reduce between GPUs: NCCL, our one-shot or two-shot kernels over shared memory, or auto, the fastest of"
+        " them for each size as measured at start-up",
     )
     startup_timeout: float = option(600.0, "seconds within which the ranks must be placed, loaded and connected")
     wait_for_resources: float | None = option(
         None,
         "seconds to wait for CPUs or GPUs of the Ray cluster, also of nodes that have yet to join it; if not given, 60"
-        " for those that others hold and none for nodes",
+        " for those in use by others and none for nodes",
         "--wait-for-gpus",
     )
     deterministic: bool = option(
         False,
-        "on GPUs, in bfloat16 and float16: the same request has the same bits in any batch, in chunks or whole, after"
-        " any preemption and failure; slower",
+        "on GPUs, in bfloat16 and float16: bitwise identical output of a request in any batch, in chunks or whole, and"
+        " after any preemption or failure; slower",
     )
     step_timeout: float = option(120.0, "seconds that one step may take before the group is declared stuck")
 
@@ -137,25 +146,25 @@ class Config:
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Config:
-        """A Config from keyword arguments; an unknown one is refused with the names there are."""
+        """Return a Config from keyword arguments; raises ValueError for an unknown one, with the known names."""
         known = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise ValueError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
         return cls(**options)
 
-    def resolved(self, model: ModelConfig, *, cuda: bool) -> Config:
-        """This Config with device, dtype and max_model_len decided; `cuda` says whether the ranks will have GPUs."""
-        found = self.placed(cuda=cuda)
-        if found.device == "cpu" and self.attention_backend == "flashinfer":
+    def resolved(self, model: ModelDefaults, *, cuda: bool) -> Config:
+        """Return this Config with device, dtype and max_model_len decided; `cuda`: the ranks will have GPUs."""
+        config = self.placed(cuda=cuda)
+        if config.device == "cpu" and self.attention_backend == "flashinfer":
             raise ValueError("attention_backend='flashinfer' needs a GPU; use auto or torch on a CPU")
         dtype = self.dtype
         if dtype == "auto":
             # float32 on a CPU: exact equality between TP sizes and batches, and no slow emulated bfloat16.
-            dtype = "float32" if found.device == "cpu" else model.dtype  # type: ignore[assignment]
-        if self.deterministic and (found.device == "cpu" or dtype == "float32"):
+            dtype = "float32" if config.device == "cpu" else cast(DType, model.dtype)
+        if self.deterministic and (config.device == "cpu" or dtype == "float32"):
             raise ValueError(
-                f"deterministic=True is for bfloat16 and float16 on GPUs, not {dtype} on {found.device}: leave it out;"
+                f"deterministic=True is for bfloat16 and float16 on GPUs, not {dtype} on {config.device}: leave it out;"
                 " what float32 rounds is too little to change a token"
             )
         limit = model.max_position_embeddings
@@ -164,18 +173,23 @@ class Config:
                 f"max_model_len={self.max_model_len} is beyond the {limit} positions that the model was made for;"
                 f" use at most {limit}"
             )
-        return dataclasses.replace(found, dtype=dtype, max_model_len=self.max_model_len or limit)
+        return dataclasses.replace(config, dtype=dtype, max_model_len=self.max_model_len or limit)
 
     def placed(self, *, cuda: bool) -> Config:
-        """This Config with the device decided, which is all that a group without a model needs."""
+        """Return this Config with the device decided: a group without a model needs no more."""
         device: Device = self.device if self.device != "auto" else ("cuda" if cuda else "cpu")
         if device == "cpu" and self.nccl_library is not None:
             raise ValueError("nccl_library is for ranks on GPUs; leave it out on a CPU")
         return dataclasses.replace(self, device=device)
 
+    def with_absolute_model(self) -> Config:
+        """Return this Config for a process with another working folder, where a relative path names another folder."""
+        folder = Path(self.model).expanduser()
+        return dataclasses.replace(self, model=str(folder.resolve())) if folder.is_dir() else self
+
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of weights and activations; only of a resolved Config."""
+        """The dtype of weights and activations; the Config must be resolved."""
         import torch
 
         dtype = getattr(torch, self.dtype)

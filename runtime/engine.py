@@ -1,7 +1,7 @@
-"""The leader's loop body: schedule a step, tell the followers, launch it, take in what came.
+"""The leader's loop body: schedule a step, publish its plan, launch it, commit the results of a finished one.
 
-With overlap, a step is scheduled and launched while the one before still runs: its inputs are read on the device from
-where the sampler leaves them, and the host learns the tokens one step later.
+With overlap, a step is scheduled and launched while the one before still runs. Its inputs are read on the device from
+the slot tables, where the sampler writes its tokens, and the host learns the tokens one step later.
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from dataclasses import dataclass
 from .plan import Finished, StepOutput, StepPlan
 from .request import Request
 from .runner.profiler import Profiler
-from .runner.runner import Runner, Sampled
+from .runner.readback import PendingStep
+from .runner.runner import Runner
 from .scheduler.scheduler import Scheduled, Scheduler
 from .stats import EngineStats, Profile
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A step on its way."""
+    """A step that has been launched and not committed."""
 
     scheduled: Scheduled
-    wait: Callable[[], Sampled]
-    started: float  # of time.perf_counter
+    pending: PendingStep
+    started: float  # in seconds, of time.perf_counter
 
 
 class Engine:
-    """One group of ranks, seen from rank 0; `publish` sends each plan to the followers before it runs here."""
+    """One group of ranks, run from rank 0; `publish` sends each plan to the followers before it runs here."""
 
     def __init__(
         self, scheduler: Scheduler, runner: Runner, publish: Callable[[StepPlan], None], *, overlap: bool = False
@@ -39,47 +40,47 @@ class Engine:
         self._overlap = overlap
         self.stats = EngineStats()
         self._running: Launched | None = None
-        self._last_end = 0.0  # of a step, of time.perf_counter
-        self._ended: list[Finished] = []  # outside of a step: refused or cancelled
+        self._last_end = 0.0  # end of the last step, of time.perf_counter
+        self._finished: list[Finished] = []  # refused or cancelled since the last step
         self._profiler: Profiler | None = None
         self._profile: Profile | None = None
 
     def add(self, requests: Sequence[Request]) -> None:
-        """Queue requests; one that can never run ends at once with the reason, and hurts nobody else."""
+        """Queue requests; one that can never run ends with the next step, with reason "abort" and the rule."""
         for request in requests:
             try:
                 self.scheduler.add(request)
             except ValueError as error:
-                self._ended.append(Finished(request.uid, "abort", error=str(error)))
+                self._finished.append(Finished(request.uid, "abort", error=str(error)))
 
     def cancel(self, uids: Sequence[int]) -> None:
         """End these requests with reason "abort", unless they have ended."""
         for uid in uids:
             finished = self.scheduler.cancel(uid)
             if finished is not None:
-                self._ended.append(finished)
+                self._finished.append(finished)
 
     @property
     def has_work(self) -> bool:
-        busy = self.scheduler.has_work or self._running is not None or bool(self._ended)
+        busy = self.scheduler.has_work or self._running is not None or bool(self._finished)
         return busy or self._profiler is not None
 
     def step(self) -> StepOutput:
-        """Launch a step, if there is anything to compute, and take in a finished one: its tokens, and who ended."""
+        """Launch a step, if there is anything to compute, and return the output of a finished one."""
         before, self._running = self._running, self._launch()
         if not self._overlap:
             before, self._running = self._running, None
-        output = self._finish(before) if before is not None else StepOutput([], [], [])
-        output.finished.extend(self._ended)
-        self._ended.clear()
+        output = self._commit(before) if before is not None else StepOutput()
+        output.finished.extend(self._finished)
+        self._finished.clear()
         return output
 
     def start_profile(self, num_steps: int) -> None:
-        """Trace up to `num_steps` decode steps, from the next one on; `take_profile` has them when they are over."""
-        self._profiler = Profiler(self.runner, num_steps)
+        """Trace up to `num_steps` decode steps, from the next one on, for `take_profile`."""
+        self._profiler = Profiler(self.runner.memory, num_steps)
 
     def take_profile(self) -> Profile | None:
-        """A profile that is complete and has not been taken."""
+        """Return a complete profile, once."""
         profile, self._profile = self._profile, None
         return profile
 
@@ -94,20 +95,21 @@ class Engine:
             return None
         self._publish(scheduled.plan)
         published = time.perf_counter()
-        wait = self.runner.launch(scheduled.plan)
+        pending = self.runner.launch(scheduled.plan)
         self.stats.schedule_s += published - started
         self.stats.launch_s += time.perf_counter() - published
-        return Launched(scheduled, wait, started)
+        return Launched(scheduled, pending, started)
 
-    def _finish(self, step: Launched) -> StepOutput:
-        asked = time.perf_counter()
-        sampled = step.wait()
-        came = time.perf_counter()
-        output = self.scheduler.commit(step.scheduled, sampled.tokens, sampled.logprobs, sampled.failed)
-        output.prompts.update({step.scheduled.explained[row]: found for row, found in sampled.prompts.items()})
+    def _commit(self, step: Launched) -> StepOutput:
+        waiting = time.perf_counter()
+        sampled = step.pending.wait()
+        arrived = time.perf_counter()
+        output = self.scheduler.commit(step.scheduled, sampled.tokens, logprobs=sampled.logprobs, failed=sampled.failed)
+        for row, logprobs in sampled.prompt_logprobs.items():
+            output.prompt_logprobs[step.scheduled.prompt_logprobs[row]] = logprobs
         ended = time.perf_counter()
-        self.stats.wait_s += came - asked
-        self.stats.commit_s += ended - came
+        self.stats.wait_s += arrived - waiting
+        self.stats.commit_s += ended - arrived
         self._count(step.scheduled.plan, len(output.tokens), ended - max(step.started, self._last_end))
         self._last_end = ended
         return output
@@ -123,5 +125,4 @@ class Engine:
             stats.decode_s += seconds
             stats.decode_kv_tokens += int(plan.starts.sum()) + len(plan.starts)
         else:
-            decoding = plan.counts[: len(plan.counts) - len(plan.admitted)] == 1
-            stats.prompt_tokens += int(plan.counts.sum() - decoding.sum())
+            stats.prompt_tokens += int(plan.counts.sum()) - plan.num_decoding

@@ -46,7 +46,7 @@ class Executor(Protocol):
     """Takes requests, gives what the steps produced; `limits` are what every request must keep to."""
 
     limits: Limits
-    startup: dict[str, float]  # what Phases.record returned
+    startup: dict[str, float]  # what StartupTimer.record returned
 
     @property
     def stats(self) -> EngineStats:
@@ -88,10 +88,10 @@ class LocalExecutor:
             )
         phases = StartupTimer()
         resolved = config.resolved(model, cuda=torch.cuda.is_available())
-        runner = load_rank(resolved, model, folder, SingleRank(), phases)
-        self.memory = runner.plan_memory()
+        loaded = load_rank(resolved, model, folder, SingleRank(), phases)
+        self.memory = loaded.plan_memory()
         self.limits = plan_limits(config, resolved, model, self.memory)
-        runner.allocate(self.limits)
+        runner = loaded.allocate(self.limits)
         self.locations = [RankLocation(0, socket.gethostname(), os.getpid())]
         self.startup = phases.record()
         log.info(summary(self.startup))

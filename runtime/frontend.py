@@ -264,8 +264,8 @@ class Frontend:
         changed = {}
         finished = {f.uid: f for f in output.finished}
         stopped = []
-        self._count_cached(output.cached)
-        for uid, found in output.prompts.items():
+        self._count_cached(output.cached_tokens)
+        for uid, found in output.prompt_logprobs.items():
             if uid in self._live:
                 self._live[uid].owner.explain(found, self.tokenizer)
         if output.free_pages is not None:

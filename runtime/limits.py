@@ -1,4 +1,4 @@
-"""The limits that every request must keep to: context, sequences, KV pages, vocabulary."""
+"""The limits of an engine: context, sequences, KV pages, vocabulary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .request import Request
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What fits: fixed when the engine starts, known to the front end, which refuses what can never run."""
+    """Limits that are fixed when the engine starts. The front end refuses requests that can never run."""
 
     max_model_len: int
     max_num_seqs: int
@@ -24,8 +24,12 @@ class Limits:
         """The longest prompt plus output of one request, in tokens."""
         return min(self.max_model_len, self.num_pages * self.page_size)
 
+    def pages_for(self, num_tokens: int) -> int:
+        """Return the number of pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)
+
     def check(self, request: Request) -> None:
-        """Raises ValueError, naming the numbers and the way out, for a request that can never run."""
+        """Raise ValueError, with the values and the rule, for a request that can never run."""
         if len(request.tokens) == 0:
             raise ValueError("the prompt is empty; give a text or at least one token id")
         if len(request.tokens) >= self.max_length:
@@ -37,6 +41,6 @@ class Limits:
             )
         lowest, highest = int(request.tokens.min()), int(request.tokens.max())
         if lowest < 0 or highest >= self.vocab_size:
-            wrong = lowest if lowest < 0 else highest
-            raise ValueError(f"token id {wrong} in the prompt; the model has ids 0 to {self.vocab_size - 1}")
+            invalid = lowest if lowest < 0 else highest
+            raise ValueError(f"token id {invalid} in the prompt; the model has ids 0 to {self.vocab_size - 1}")
         request.params.check_vocabulary(self.vocab_size)

@@ -13,7 +13,7 @@ from .stats import EngineStats, Profile
 
 
 class Report(msgspec.Struct, frozen=True):
-    """What the leader sends after a step: its output, the counters by then, and a profile that is complete."""
+    """The leader's message after a step: its output, the counters, and a profile if one is complete."""
 
     output: StepOutput
     stats: EngineStats
@@ -21,10 +21,14 @@ class Report(msgspec.Struct, frozen=True):
 
 
 class Admit(msgspec.Struct, frozen=True, tag=True):
+    """Queue requests."""
+
     requests: list[Request]
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End requests early."""
+
     uids: list[int]
 
 
@@ -35,7 +39,7 @@ class StartProfile(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """Followers and leader leave their loops."""
+    """End the loops of followers and leader."""
 
 
 Command = Admit | Cancel | StartProfile | Stop
@@ -49,7 +53,7 @@ def _array_to_bytes(value: Any) -> Any:
 
 def _bytes_to_array(kind: type, value: Any) -> Any:
     if kind is np.ndarray:
-        return np.frombuffer(value, dtype=np.int32).copy()  # the message's own memory is read-only
+        return np.frombuffer(value, dtype=np.int32).copy()  # the message's memory is read-only
     raise TypeError(f"{kind.__name__} does not travel between ranks")
 
 

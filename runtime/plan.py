@@ -1,9 +1,9 @@
-"""What travels between the front end, the leader and the followers: msgpack structs, never pickle.
+"""One step on its way through the ranks: its plan, and its output. msgpack structs, never pickle.
 
     front end --Request, cancel--> leader --StepPlan--> followers
     front end <------Report------- leader
 
-A StepPlan is the whole truth about a step: a rank that executes the same plans in the same order holds the same state.
+A StepPlan describes a step completely: ranks that execute the same plans in the same order hold the same state.
 Arrays are int32 and travel as their bytes.
 """
 
@@ -19,8 +19,8 @@ from .request import SamplingParams
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-class Admission(msgspec.Struct, frozen=True):
-    """A request takes a slot: its tokens so far and how to sample the next ones."""
+class Admission(msgspec.Struct, frozen=True, kw_only=True):
+    """A request that takes a slot: its tokens so far, and how to sample the next ones."""
 
     slot: int
     tokens: np.ndarray  # [L] int32
@@ -29,32 +29,25 @@ class Admission(msgspec.Struct, frozen=True):
     stop_ids: list[int]
 
 
-class StepPlan(msgspec.Struct, frozen=True, tag=True):
-    """One step: B rows, each a run of tokens of one slot; those at the end of their request sample the next token."""
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One step of B rows, each a run of tokens of one slot. A row that reaches the end of its request samples.
+
+    The first `num_decoding` rows decode: they compute one token each and sample the next. None of them reads keys that
+    this step stores. An admitted row never counts as decoding: another row of the step may compute its prefix.
+    """
 
     step: int
     admitted: list[Admission]
     slots: np.ndarray  # [B] int32
     starts: np.ndarray  # [B] int32: position of the first token computed
     counts: np.ndarray  # [B] int32: tokens computed, >= 1
+    num_decoding: int
     sampled_rows: np.ndarray  # [S] int32: rows whose last token has no successor yet
-    page_writes: (
-        np.ndarray
-    )  # [W * 3] int32, triples (slot, index, page): page_table[slot, index] = page, before the step
-
-    @property
-    def num_decoding(self) -> int:
-        """How many rows come first that have one token and were there before: none of them reads what this step stores.
-
-        Not so an admitted row, of whatever length: the prefix that it shares may be another row's in this very step.
-        """
-        longer = np.flatnonzero(self.counts[: len(self.counts) - len(self.admitted)] > 1)
-        return int(longer[0]) if len(longer) else len(self.counts) - len(self.admitted)
+    page_writes: np.ndarray  # [W * 3] int32: (slot, index, page) sets page_table[slot, index] = page before the step
 
     @property
     def is_decode_only(self) -> bool:
-        """Whether all rows are decoding requests: else the last row is new, or a chunk of a prompt."""
-        return self.num_decoding == len(self.counts)
+        return self.num_decoding == len(self.slots)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -67,28 +60,28 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True):
-    """What the model thinks of a prompt's tokens from position `start` on, each after those before it."""
+    """Log-probabilities of a prompt's tokens from position `start` on."""
 
     start: int
     logprobs: list[TokenLogprobs]
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """A request ended; exactly one per request."""
+    """The end of a request; exactly one per request."""
 
     uid: int
     reason: FinishReason
     stop_id: int | None = None  # the token id that ended it, for reason "stop"
-    error: str | None = None  # why: the engine refused it ("abort"), or its grammar could not go on ("error")
+    error: str | None = None  # why the engine refused it ("abort"), or why its grammar failed ("error")
 
 
-class StepOutput(msgspec.Struct, frozen=True):
-    """What one step produced: token tokens[i] for request uids[i], and who ended with it."""
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of one step: token tokens[i] for request uids[i], and the requests that ended with it."""
 
-    uids: list[int]
-    tokens: list[int]
-    finished: list[Finished]
-    logprobs: dict[int, TokenLogprobs] = {}
-    cached: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
-    prompts: dict[int, PromptLogprobs] = {}  # uid -> a chunk of its prompt, if its log-probabilities are wanted
-    free_pages: int | None = None  # that requests could have after this step, cached ones that nobody uses included
+    uids: list[int] = []
+    tokens: list[int] = []
+    finished: list[Finished] = []
+    logprobs: dict[int, TokenLogprobs] = {}  # by uid
+    cached_tokens: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
+    prompt_logprobs: dict[int, PromptLogprobs] = {}  # uid -> a chunk of its prompt
+    free_pages: int | None = None  # pages available to requests after this step, unused cached ones included

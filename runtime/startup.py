@@ -1,47 +1,206 @@
-"""Start-up of a rank: load its weights, then derive the limits from the memory of all ranks."""
+"""Start-up of one rank: load its weights, measure its memory, allocate the KV cache, capture CUDA graphs."""
 
 from __future__ import annotations
 
+import gc
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..comm.base import Communicator
 from .config import Config
 from .limits import Limits
-from .memory.memory_plan import MemoryPlan, check_kv_cache
+from .memory.gpu import GpuMemory, Phase, named_out_of_memory, other_processes, plan_on_gpu, read_gpu
+from .memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, loading_speed, plan_weights
+from .model.attention.backend import AttentionShape
+from .model.attention.select_backend import select_backend
+from .model.decoder import Decoder
+from .model.kv_pool import KVPool
 from .model.model_config import ModelConfig
+from .model.weights import fill_dummy, load_weights
+from .plan import Admission, StepPlan
+from .request import SamplingParams
+from .runner.graphs import DecodeGraphs
+from .runner.rank_memory import RankMemory
+from .runner.readback import PinnedReadback
 from .runner.runner import Runner
+from .runner.slot_tables import SlotTables
+from .sampling.grammar import Vocabulary
+from .sampling.grammar_state import GrammarStates
+from .sampling.sampler import Sampler
 from .startup_timer import StartupTimer
 
 log = logging.getLogger(__name__)
+MAX_GRAPH_ROWS = 256  # larger decode steps run long enough to hide their launches
+
+
+class LoadedRank:
+    """A rank with its weights loaded. Call `plan_memory`, then `allocate` once to get its Runner.
+
+    `config` is resolved, and `folder` holds the checkpoint. `timer` is given the duration of each phase. Raises
+    ValueError if the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: ModelConfig,
+        folder: Path,
+        comm: Communicator,
+        device: torch.device,
+        timer: StartupTimer | None = None,
+    ) -> None:
+        self.config, self.model, self.comm, self.device = config, model, comm, device
+        self._timer = timer or StartupTimer()
+        plan = plan_weights(config, model)
+        self._plan = plan_on_gpu(plan, config, device) if device.type == "cuda" else plan
+        check_weights(self._plan)
+        self._rehearsed: torch.cuda.CUDAGraph | None = None  # keeps the memory pool of the rehearsal's graphs
+        with self._phase("weights"):
+            self._decoder = self._load(folder)
+        self._vocabulary = Vocabulary(folder, model.vocab_size, model.eos_token_ids)
+        log.info("weights: %s", loading_speed(self._plan.weights, self._timer.seconds["weights"]))
+
+    def plan_memory(self) -> MemoryPlan:
+        """Return this rank's memory plan, with the pages that `config` names or that there is room for.
+
+        A group uses the smallest number of pages of its ranks. `plan_limits` refuses a plan that does not fit.
+        """
+        if self.device.type == "cuda":
+            with self._phase("rehearsal"):
+                self._plan = self._rehearse()
+                gc.collect()  # a reference cycle would keep the rehearsal's memory beside the final one
+        self._plan = self._plan.with_pages(self.config)
+        return self._plan
+
+    def allocate(self, limits: Limits) -> Runner:
+        """Allocate the KV cache and the state of every slot, and capture the graphs."""
+        announce = self.comm.rank == 0
+        with self._phase("KV cache"):
+            memory = self._allocate_memory(limits.num_pages, limits.max_length, announce=announce)
+        with self._phase("graphs"):
+            graphs = self._capture(memory, announce=announce)
+        gc.collect()
+        gc.freeze()  # torch leaves so many objects behind that a full collection would stop a step for 50 ms
+        return Runner(memory, graphs, overlaps=self.config.overlap_scheduling and self.device.type == "cuda")
+
+    def _load(self, folder: Path) -> Decoder:
+        config = self.config
+        assert config.max_model_len is not None
+        decoder = Decoder(
+            self.model,
+            self.comm,
+            dtype=config.torch_dtype,
+            device=self.device,
+            max_positions=config.max_model_len,
+            batch_invariant=config.deterministic,
+        )
+        if config.load_format == "dummy":
+            fill_dummy(decoder.weights())
+        else:
+            load_weights(decoder.weights(), folder)
+        return decoder
+
+    @torch.inference_mode()
+    def _allocate_memory(self, num_pages: int, max_length: int, *, announce: bool) -> RankMemory:
+        config, device = self.config, self.device
+        kv_shape = self._decoder.kv_shape(config.page_size, config.torch_dtype)
+        shape = AttentionShape(
+            num_heads=self.model.num_heads // self.comm.size,
+            num_kv_heads=kv_shape.num_kv_heads,
+            head_dim=self.model.head_dim,
+            page_size=config.page_size,
+            dtype=config.torch_dtype,
+        )
+        return RankMemory(
+            decoder=self._decoder,
+            tables=SlotTables(config.max_num_seqs, max_length, config.page_size, device),
+            pool=KVPool(kv_shape, num_pages, device, config.kv_layout),
+            sampler=Sampler(config.max_num_seqs, device),
+            grammars=GrammarStates(self._vocabulary, config.max_num_seqs),
+            readback=PinnedReadback(config.max_num_seqs, self.comm, device),
+            attention=select_backend(config, self.model, shape, device, self._timer, announce=announce),
+        )
+
+    @torch.inference_mode()
+    def _capture(self, memory: RankMemory, *, announce: bool) -> DecodeGraphs | None:
+        """Capture the decode steps; return None if that is not possible or not wanted."""
+        if not memory.attention.capturable:
+            return None
+        reason = self._eager_reason()
+        if reason is not None:
+            if announce:
+                log.info("decode without CUDA graphs: %s", reason)
+            return None
+        max_rows = min(self.config.max_num_seqs, MAX_GRAPH_ROWS)
+        graphs = DecodeGraphs(memory, max_rows, reuse=self._rehearsed, show_progress=announce)
+        self._rehearsed = graphs.largest
+        return graphs
+
+    def _eager_reason(self) -> str | None:
+        if self.config.enforce_eager:
+            return "enforce_eager is set"
+        return None if self.comm.capturable else f"{self.comm.description} cannot be captured"
+
+    def _rehearse(self) -> MemoryPlan:
+        """Run the largest step and capture the graphs once, to measure the memory that they need beside the KV cache.
+
+        torch's allocator keeps that memory for the real ones. Graphs know the KV cache by its address, so they are
+        captured again once it is allocated.
+        """
+        assert self.config.max_model_len is not None
+        memory = self._allocate_memory(1, self.config.max_model_len, announce=False)
+        Runner(memory).launch(largest_step(self.config)).wait()
+        workspaces = self._read_gpu().used - self._plan.at_start - self._plan.weights
+        gc.collect()  # each capture does so, too: memory left by the largest step would hide that of the graphs
+        torch.cuda.empty_cache()
+        before = self._read_gpu()
+        graphs = self._capture(memory, announce=False)
+        torch.cuda.synchronize(self.device)
+        return replace(
+            self._plan,
+            workspaces=max(0, workspaces),
+            graphs=max(0, self._read_gpu().used - before.used),
+            num_graphs=graphs.num_graphs if graphs else 0,
+            graph_rows=graphs.max_rows if graphs else 0,
+            other_processes=other_processes(self.device),
+        )
+
+    @contextmanager
+    def _phase(self, name: Phase) -> Iterator[None]:
+        """Time a phase of the start-up, and name it in the error if the GPU runs out of memory in it."""
+        with self._timer(name), named_out_of_memory(name, self._plan, self.device):
+            yield
+
+    def _read_gpu(self) -> GpuMemory:
+        return read_gpu(self.device, self.config.gpus_per_rank)
 
 
 def load_rank(
-    config: Config, model: ModelConfig, folder: Path, comm: Communicator, phases: StartupTimer | None = None
-) -> Runner:
-    """This process's rank with its weights loaded; `config` is resolved. Raises ValueError for what does not fit.
-
-    What the start takes is added to `phases`.
-    """
+    config: Config, model: ModelConfig, folder: Path, comm: Communicator, timer: StartupTimer | None = None
+) -> LoadedRank:
+    """Load this process's rank; see LoadedRank. Raises ValueError if its device is not there."""
     if config.device == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(
                 "device='cuda', but torch sees no GPU here; use device='cpu' or install a CUDA build of torch"
             )
         torch.cuda.set_device(0)  # Ray shows each actor its own GPU only
-    return Runner(config, model, folder, comm, torch.device(config.device), phases)
+    return LoadedRank(config, model, folder, comm, torch.device(config.device), timer)
 
 
-def plan_limits(asked: Config, config: Config, model: ModelConfig, memory: MemoryPlan) -> Limits:
-    """What the group can hold with the memory of its tightest rank; logs it.
+def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: MemoryPlan) -> Limits:
+    """Return, and log, the limits of a group whose tightest rank has `memory`.
 
-    `asked` is the user's Config, `config` the resolved one. Raises ValueError where pages, GiB or a context that was
-    asked for do not fit; a context that was not is limited to what does.
+    `requested` is the user's Config, `config` the resolved one. Raises ValueError if pages, GiB or a context that the
+    user asked for do not fit. Without such a request the context is limited to what fits.
     """
-    check_kv_cache(asked, memory)
+    check_kv_cache(requested, memory)
     assert config.max_model_len is not None
     limits = Limits(
         max_model_len=config.max_model_len,
@@ -60,3 +219,30 @@ def plan_limits(asked: Config, config: Config, model: ModelConfig, memory: Memor
     log.info("%s", memory.table(limits.max_model_len))
     log.info("KV cache: %d pages of %d tokens, %s", memory.num_pages, memory.page_size, config.kv_layout)
     return limits
+
+
+def largest_step(config: Config) -> StepPlan:
+    """Return a step of as many tokens as `config`, which is resolved, allows, of as few requests as possible.
+
+    Every page is page 0: the step computes nonsense of the right size.
+    """
+    assert config.max_model_len is not None
+    budget, counts = config.max_num_batched_tokens, list[int]()
+    while budget > 0 and len(counts) < config.max_num_seqs:
+        counts.append(min(budget, config.max_model_len - 1))  # the sampled token needs a place, too
+        budget -= counts[-1]
+    rows, empty = np.arange(len(counts), dtype=np.int32), np.zeros(0, np.int32)
+    params = SamplingParams(seed=0, max_tokens=1)
+    return StepPlan(
+        step=0,
+        admitted=[
+            Admission(slot=slot, tokens=empty, num_prompt_tokens=0, params=params, stop_ids=[])
+            for slot in range(len(counts))
+        ],
+        slots=rows,
+        starts=np.zeros_like(rows),
+        counts=np.array(counts, np.int32),
+        num_decoding=0,
+        sampled_rows=rows,
+        page_writes=empty,
+    )

@@ -1,40 +1,43 @@
-"""What an engine tells of itself: counters that only grow, and a profile for who asks for one.
+"""Counters of an engine, which only grow, and its profile.
 
-A measurement is the difference of two readings of the counters; whoever exports metrics can show them as they are.
+A measurement is the difference of two readings of the counters; metrics export them unchanged.
 """
 
 from __future__ import annotations
+
+from operator import add, sub
 
 import msgspec
 
 
 class EngineStats(msgspec.Struct):
-    """What rank 0's engine has done since it started, step by step; a step counts when its tokens have come."""
+    """Counters of rank 0's engine since it started. A step counts once its tokens are on the host."""
 
     steps: int = 0
     decode_steps: int = 0  # steps of decoding requests only
-    prompt_tokens: int = 0  # computed: not those found in the prefix cache, but again those of preempted requests
+    prompt_tokens: int = 0  # computed: without prefix cache hits, but with those of preempted requests again
     output_tokens: int = 0
     decode_kv_tokens: int = 0  # tokens whose keys and values the decode steps read, sliding windows not considered
     preemptions: int = 0
-    schedule_s: float = 0.0  # deciding on steps, and telling the followers
-    launch_s: float = 0.0  # on a CPU, the computation
-    wait_s: float = 0.0  # for sampled tokens
-    commit_s: float = 0.0  # taking the tokens in
+    schedule_s: float = 0.0  # schedule steps and publish their plans
+    launch_s: float = 0.0  # launch steps; on a CPU, compute them
+    wait_s: float = 0.0  # wait for sampled tokens
+    commit_s: float = 0.0  # commit the tokens
     decode_s: float = 0.0  # length of the decode steps: from the start, or the end of the step before if that is later
 
-    def since(self, before: EngineStats) -> EngineStats:
-        """What was added after the reading `before`."""
-        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(before), strict=True)
-        return EngineStats(*(now - then for now, then in pairs))
+    def __add__(self, other: EngineStats) -> EngineStats:
+        return EngineStats(*map(add, msgspec.structs.astuple(self), msgspec.structs.astuple(other)))
+
+    def __sub__(self, other: EngineStats) -> EngineStats:
+        return EngineStats(*map(sub, msgspec.structs.astuple(self), msgspec.structs.astuple(other)))
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """A trace of some decode steps on rank 0, and what they are to be held against."""
+    """A trace of some decode steps on rank 0, and the figures to compare it with."""
 
     num_steps: int
     trace: bytes  # a Chrome trace, JSON; empty if there were no decode steps
     device: str
-    weight_bytes: int  # read by each decode step: all weights but an embedding that is read by rows (all experts, too)
+    weight_bytes: int  # read by each decode step: all weights (all experts, too), less an embedding read by rows
     kv_token_bytes: int  # keys and values of one token, over all layers
     copy_bytes_per_s: float  # read and written by a large copy on this device

@@ -83,7 +83,7 @@ class EngineBenchmark:
                 if bar is not None:
                     bar.update(len(ended))
             seconds.append(time.perf_counter() - started)
-        return Run(seconds, self.executor.stats.since(before))
+        return Run(seconds, self.executor.stats - before)
 
     def profile(self, workload: Workload, num_steps: int) -> Profile:
         """Trace the first `num_steps` decode steps of the workload, and cancel the rest."""

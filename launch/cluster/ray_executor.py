@@ -11,8 +11,6 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
-from pathlib import Path
 
 import ray
 from ray.util.placement_group import remove_placement_group
@@ -47,7 +45,7 @@ class RayExecutor:
     Without a connection it makes its own, and sees to its own end when the process exits.
     """
 
-    def __init__(self, config: Config, model: ModelConfig, folder: Path, connection: Connection | None = None) -> None:
+    def __init__(self, config: Config, model: ModelConfig, connection: Connection | None = None) -> None:
         model.check_tensor_parallel(config.tensor_parallel_size)
         self._patience_s = config.step_timeout + GRACE_S
         self._live: set[int] = set()  # the requests that have not ended
@@ -59,7 +57,7 @@ class RayExecutor:
         with Undo() as stack:
             with self._phases("Ray"):
                 used = connection or stack.enter_context(closing(Connection(config)))
-            self._start(config, model, folder, stack, used)
+            self._start(config, model, stack, used)
             self._open = stack.pop_all()
         if connection is None:
             atexit.register(self.close)  # before Ray's own exit, which would pull the ranks from under the watcher
@@ -110,16 +108,14 @@ class RayExecutor:
     def locations(self) -> list[RankLocation]:
         return [RankLocation(e.rank, e.host, e.pid) for e in self._ranks.endpoints]
 
-    def _start(self, asked: Config, model: ModelConfig, folder: Path, stack: Undo, connection: Connection) -> None:
+    def _start(self, asked: Config, model: ModelConfig, stack: Undo, connection: Connection) -> None:
         """Bring up the ranks; every step leaves on `stack` what undoes it."""
         if not ray.is_initialized():  # the next call would start Ray anew, in its own way
             raise PlacementError("Ray was shut down in this process; connect to it again")
         if asked.device == "auto" and asked.wait_for_resources is not None and not connection.has_gpus:
             raise ValueError("device='auto' is open while nodes with GPUs may still join; give --device cuda or cpu")
-        config = asked.resolved(model, cuda=connection.has_gpus)
+        config = asked.resolved(model, cuda=connection.has_gpus).with_absolute_model()
         self._bell, ip = connection.bell, connection.ip
-        if Path(asked.model).expanduser().is_dir():  # a relative path means another folder in the actors
-            config = replace(config, model=str(folder.resolve()))
         with self._phases("placement"):
             group = place(config, connection.leaving, again=connection.has_started)
         stack.callback(while_connected, remove_placement_group, group)
@@ -138,7 +134,7 @@ class RayExecutor:
         log.info("communication: %s", loaded[0].communication)
         self.memory = tightest([report.memory for report in loaded])
         self.limits = plan_limits(asked, config, model, self.memory)
-        self._phases.take_in(ranks.call("allocate", deadline, self.limits))
+        self._phases.add_slowest(ranks.call("allocate", deadline, self.limits))
         ranks.run()
         connection.has_started = True
         self._commands = PushSocket(ranks.endpoints[0].inbox)

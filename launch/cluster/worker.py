@@ -43,17 +43,17 @@ class Worker(RankActor):
         model = ModelConfig.from_folder(folder)
         with self._phases("connecting"):
             comm = self.connect(endpoints[0])
-        self._runner = load_rank(self.config, model, Path(folder), comm, self._phases)
+        self._loaded = load_rank(self.config, model, Path(folder), comm, self._phases)
         if self.rank == 0:
             self._outputs = PushSocket(output)
             self._followers = [PushSocket(e.inbox) for e in endpoints[1:]]
-        memory, seconds = self._runner.plan_memory(), self._phases.seconds["weights"]
-        return Loaded(memory, seconds, str(self._runner.device), comm.description)
+        memory, seconds = self._loaded.plan_memory(), self._phases.seconds["weights"]
+        return Loaded(memory, seconds, str(self._loaded.device), comm.description)
 
     def allocate(self, limits: Limits) -> dict[str, float]:
         """Take the memory for the KV cache, the same number of pages on all ranks; the seconds of each phase so far."""
         self._limits = limits
-        self._runner.allocate(limits)
+        self._runner = self._loaded.allocate(limits)
         return self._phases.seconds
 
     def run(self) -> None:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -121,9 +120,7 @@ def addresses_finding(addresses: Sequence[str]) -> Finding:
 
 def _examine_nodes(config: Config, examine: Examine, by_ip: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return a call on each node by its address; calls that have not ended after NODE_S are cancelled."""
-    folder = Path(config.model).expanduser()
-    if folder.is_dir():  # a relative path is another folder on the node
-        config = replace(config, model=str(folder.resolve()))
+    config = config.with_absolute_model()
     task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_examine_node)  # a new process, which sees the GPUs
     pinned = {ip: NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for ip, node in by_ip.items()}
     calls = {ip: task.options(scheduling_strategy=node).remote(config, examine, ip) for ip, node in pinned.items()}

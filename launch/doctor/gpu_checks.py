@@ -9,8 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from ...runtime.config import Config
-from ...runtime.memory.gpu_processes import WORTH_NAMING, Process
-from ...runtime.memory.memory_plan import size
+from ...runtime.memory.gpu_processes import Process
 from ..cluster.resources import bundle, fitting
 from .finding import Finding, fail, ok, warn
 from .p2p import PairResults
@@ -102,12 +101,14 @@ def check_gpu_processes(start: PlannedStart) -> Finding:
 def gpu_processes_finding(gpus: Sequence[Sequence[Process] | None], own_pid: int) -> Finding:
     """Return the finding for the processes on each GPU, None if they cannot be listed."""
     if all(processes is None for processes in gpus):
-        return warn("neither NVML nor nvidia-smi says who uses the GPUs", "see that nvidia-smi runs here")
+        return warn(
+            "NVML does not list the processes on the GPUs", "install nvidia-ml-py, and see that nvidia-smi runs here"
+        )
     others = [
-        f"GPU {n}: pid {process.pid} with {'an unknown amount' if process.used is None else size(process.used)}"
+        f"GPU {n}: {process}"
         for n, processes in enumerate(gpus)
         for process in processes or ()
-        if process.pid != own_pid and (process.used is None or process.used > WORTH_NAMING)
+        if process.pid != own_pid and process.is_large
     ]
     if others:
         return warn(", ".join(others), "end them, or lower gpu_memory_utilization to what they leave")

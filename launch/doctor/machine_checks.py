@@ -16,7 +16,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from ...runtime.memory.memory_plan import size
+from ...comm.format_bytes import format_bytes
 from ..cluster.network import is_own, own_addresses
 from ..cluster.resources import LOCAL_OBJECT_STORE_BYTES
 from .finding import Finding, fail, ok, warn
@@ -112,7 +112,9 @@ def check_shared_memory(start: PlannedStart) -> Finding:
 
 def shared_memory_finding(free: int, ray: int, nccl: int) -> Finding:
     """Return the finding for free bytes, and the bytes that a Ray cluster started here and NCCL take."""
-    text = f"{size(free)} free in /dev/shm, {size(ray)} for Ray and {size(nccl)} for NCCL needed"
+    text = (
+        f"{format_bytes(free)} free in /dev/shm, {format_bytes(ray)} for Ray and {format_bytes(nccl)} for NCCL needed"
+    )
     remedy = "free some, or give the container more (docker run --shm-size=2g)"
     if free < nccl:
         return fail(text, remedy)

@@ -8,8 +8,9 @@ from pathlib import Path
 import tokenizers
 
 from ...comm.error_text import first_line
+from ...comm.format_bytes import format_bytes
 from ...runtime.config import Config
-from ...runtime.memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, plan_weights, size
+from ...runtime.memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, plan_weights
 from ...runtime.model.safetensors_files import check_files
 from ...runtime.tokenizer import Tokenizer
 from .finding import Finding, fail, ok, warn
@@ -28,7 +29,7 @@ def check_checkpoint(start: PlannedStart) -> Finding:
     if start.config.load_format == "dummy":
         return ok("skipped: load_format is dummy")
     files = check_files(start.folder)
-    return ok(f"{len(files)} safetensors, {size(sum(file.stat().st_size for file in files))}, headers readable")
+    return ok(f"{len(files)} safetensors, {format_bytes(sum(file.stat().st_size for file in files))}, headers readable")
 
 
 def check_tokenizer(start: PlannedStart) -> Finding:
@@ -64,7 +65,9 @@ def check_memory(start: PlannedStart) -> Finding:
         plans = [gpu.plan_on_gpu(plan, resolved, device) for device in gpu.devices(start.gpus)]
         plan = min(plans, key=lambda plan: plan.room or 0)
     if resolved.device == "cuda" and plan.total is None:
-        return warn(f"{size(plan.weights)} of weights on each rank, and no GPU here to hold them", "see devices")
+        return warn(
+            f"{format_bytes(plan.weights)} of weights on each rank, and no GPU here to hold them", "see devices"
+        )
     return memory_finding(config, resolved, plan, _available_host_memory())
 
 
@@ -80,12 +83,14 @@ def memory_finding(config: Config, resolved: Config, plan: MemoryPlan, host: int
     context = plan.longest_context(resolved.max_model_len)
     reserve = "" if plan.total is None else ", less what graphs and activations will take"
     text = (
-        f"each rank on {plan.place}: {size(plan.weights)} of weights, {size(plan.kv_cache)} of KV cache for"
-        f" {plan.tokens:,} tokens{reserve}, longest context {context:,}"
+        f"each rank on {plan.place}: {format_bytes(plan.weights)} of weights, {format_bytes(plan.kv_cache)} of KV cache"
+        f" for {plan.tokens:,} tokens{reserve}, longest context {context:,}"
     )
     needed = (plan.weights + plan.kv_cache) * resolved.tensor_parallel_size
     if plan.total is None and needed > host:
-        return warn(f"{text}; in all {size(needed)}, and {size(host)} are available", "lower --kv-cache-memory")
+        return warn(
+            f"{text}; in all {format_bytes(needed)}, and {format_bytes(host)} are available", "lower --kv-cache-memory"
+        )
     if context < resolved.max_model_len:
         return warn(f"{text} of the model's {resolved.max_model_len:,}", "give the KV cache more room")
     return ok(text)

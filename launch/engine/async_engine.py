@@ -224,7 +224,7 @@ class AsyncEngine:
             free_pages=total if free is None else free,
             prefix_hits=self._frontend.num_cached_tokens,
             prefix_queries=self._frontend.num_looked_up,
-            engine=_sum(self._before, self._frontend.executor.stats),
+            engine=self._before + self._frontend.executor.stats,
             restarts=self._health.restarts,
             ranks=[RankStatus(r.rank, r.host, r.pid, state) for r in self._frontend.executor.locations],
         )
@@ -431,7 +431,7 @@ class AsyncEngine:
     def _start_executor(self) -> Executor:
         if self._replicas > 1:
             assert self._connection is not None
-            return start_replicas(self.config, self._folder, self._connection, self._replicas, self._max_queued)
+            return start_replicas(self.config, self._connection, self._replicas, self._max_queued)
         return start_executor(self.config, self._model, self._folder, self._connection)
 
     def _fail(self, reason: str) -> None:
@@ -447,7 +447,7 @@ class AsyncEngine:
         """Take the executor, to close it; what comes from now on stays in the ledger."""
         executor = self._frontend.executor
         self._frontend.executor = NullExecutor(executor)
-        self._before = _sum(self._before, executor.stats)
+        self._before += executor.stats
         return executor
 
     def _end_ranks(self, executor: Executor) -> None:
@@ -473,8 +473,3 @@ class AsyncEngine:
 def _put(batch: list[tuple[OutputQueue, Event | EngineFailed]]) -> None:
     for listener, event in batch:
         listener.put(event)
-
-
-def _sum(some: EngineStats, more: EngineStats) -> EngineStats:
-    pairs = zip(msgspec.structs.astuple(some), msgspec.structs.astuple(more), strict=True)
-    return EngineStats(*(a + b for a, b in pairs))

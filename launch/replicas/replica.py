@@ -45,10 +45,10 @@ class Replica:
         os.environ.update(front.environment)
         context = serve.get_replica_context()
         self._name, self._app = context.replica_id.unique_id, context.app_name
-        folder, model = find_model(config)
+        _, model = find_model(config)
         self._connection = Connection(config)
         self._connection.ip = front.ip
-        self._executor = RayExecutor(config, model, folder, self._connection)
+        self._executor = RayExecutor(config, model, self._connection)
         self._outbox = PushSocket(front.inbox)
         self._commands: deque[Callable[[], None]] = deque()
         self._ends: dict[int, asyncio.Future[None]] = {}  # of the calls, by the request's uid

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -53,9 +52,8 @@ POLL_S = 0.2
 class ReplicaExecutor:
     """`replicas` groups of `config.tensor_parallel_size` ranks; ready when the constructor returns."""
 
-    def __init__(self, config: Config, folder: Path, connection: Connection, replicas: int, max_queued: int) -> None:
-        if Path(config.model).expanduser().is_dir():  # a relative path means another folder in the replicas
-            config = replace(config, model=str(folder.resolve()))
+    def __init__(self, config: Config, connection: Connection, replicas: int, max_queued: int) -> None:
+        config = config.with_absolute_model()
         self._config, self._connection, self._replicas = config, connection, replicas
         self._name = f"lockstep-{uuid.uuid4().hex[:8]}"
         self._numbers = itertools.count()
@@ -82,8 +80,7 @@ class ReplicaExecutor:
 
     @property
     def stats(self) -> EngineStats:
-        rows = [msgspec.structs.astuple(stats) for stats in self._stats.values()]
-        return EngineStats(*(sum(column) for column in zip(*rows, strict=True)))
+        return sum(self._stats.values(), EngineStats())
 
     @property
     def locations(self) -> list[RankLocation]:
@@ -117,7 +114,7 @@ class ReplicaExecutor:
         refused = [Finished(uid, "abort", error=why) for uid, why, lost in known if not lost]
         if refused:
             self._over.extendleft(entry for entry in over if entry[2])
-            return [StepOutput([], [], refused)]
+            return [StepOutput(finished=refused)]
         if known:
             raise RequestsLost([uid for uid, _, _ in known], known[0][1])
         return []
@@ -228,13 +225,13 @@ class ReplicaExecutor:
             tokens=[token for _, token in pairs],
             finished=[msgspec.structs.replace(f, uid=own[f.uid]) for f in output.finished if f.uid in own],
             logprobs={own[a]: value for a, value in output.logprobs.items() if a in own},
-            cached={own[a]: value for a, value in output.cached.items() if a in own},
-            prompts={own[a]: value for a, value in output.prompts.items() if a in own},
+            cached_tokens={own[a]: value for a, value in output.cached_tokens.items() if a in own},
+            prompt_logprobs={own[a]: value for a, value in output.prompt_logprobs.items() if a in own},
             free_pages=self._num_free_pages(),
         )
         for finished in found.finished:
             self._forget(finished.uid)
-        return found if found.uids or found.finished or found.cached or found.prompts else None
+        return found if found.uids or found.finished or found.cached_tokens or found.prompt_logprobs else None
 
     def _num_free_pages(self) -> int:
         """Of all replicas; those that have not made a step yet have all of theirs."""

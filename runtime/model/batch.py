@@ -12,21 +12,21 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """B rows (one request each) with T tokens in all, row after row; decode rows have one token, prefill rows more.
+    """B rows (one request each) of T tokens in total, row after row. Decode rows have one token, prefill rows more.
 
-    Lengths and pages are on the host, where attention plans are made; what kernels index with is on the device, the
-    pages once more with it.
+    Lengths and pages are on the host, for the plans of attention backends. Indices and a copy of the pages are on the
+    device, for kernels.
     """
 
     token_ids: Tensor  # [T] int32, on the device
-    positions: Tensor  # [T] int32, on the device: the place of each token in its request
-    kv_slots: Tensor  # [T] int32, on the device: page * page_size + offset, where its K and V go; negative: nowhere
-    owners: Tensor  # [T] int32, on the device: the row of `pages` that has the pages of each token's row
-    pages: Tensor  # [R, P] int32, on the device: pages in order; beyond a row's length anything
-    page_table: np.ndarray  # [B, P] int32, on the host: the pages of each row in order; beyond its length anything
+    positions: Tensor  # [T] int32, on the device: position of each token in its request
+    kv_slots: Tensor  # [T] int32, on the device: page * page_size + offset, slot of its K and V; negative: not stored
+    owners: Tensor  # [T] int32, on the device: row of `pages` with the pages of each token
+    pages: Tensor  # [R, P] int32, on the device: pages in order; undefined beyond a row's length
+    page_table: np.ndarray  # [B, P] int32, on the host: pages of each row, undefined beyond its length
     query_starts: np.ndarray  # [B + 1] int32, on the host: row b has tokens query_starts[b]:query_starts[b + 1]
     kv_lengths: np.ndarray  # [B] int32, on the host: keys that the last token of the row sees, itself included
-    num_decoding: int  # rows that come first, of one token each, and read nothing that another row stores in this step
+    num_decoding: int  # the first rows, of one token each: they read no keys that another row stores in this step
 
     @property
     def num_rows(self) -> int:
@@ -34,16 +34,16 @@ class Batch:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A copy of `array` on the device, for which the host does not wait."""
+    """Copy `array` to the device; the host does not wait."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     if device.type == "cpu":
         return tensor
-    # Pinned: from other memory the copy would wait for the steps before it. torch reuses the buffer when it is done.
+    # Pinned: a copy from other memory would wait for the steps before it. torch reuses the buffer after the copy.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_device_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Copies of one-dimensional arrays, those of wider numbers first so that all are aligned, by one transfer."""
-    whole = to_device(np.concatenate([array.view(np.uint8) for array in arrays]), device)
-    parts = whole.split([array.nbytes for array in arrays])
+    """Copy one-dimensional arrays in one transfer; wider types must come first, so that all are aligned."""
+    packed = to_device(np.concatenate([array.view(np.uint8) for array in arrays]), device)
+    parts = packed.split([array.nbytes for array in arrays])
     return [part.view(torch.from_numpy(array).dtype) for part, array in zip(parts, arrays, strict=True)]

@@ -1,4 +1,4 @@
-"""The one decoder, of which all supported families are rows in a table.
+"""The decoder of all supported model families, which differ by a row of ARCHITECTURES.
 
 residual = embedding of the tokens
 each layer:  residual += attention(norm(residual))
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ...comm.base import Communicator
-from .attention.attention import Attention, AttentionBackend
+from ...kernels.arguments import KVCache
+from .attention.attention_layer import Attention
+from .attention.backend import AttentionBackend
 from .batch import Batch
 from .embedding import Embedding, Head, vocabulary_shard
 from .kv_pool import KVPool, KVShape
@@ -29,7 +31,7 @@ HEAD = "lm_head.weight"
 
 
 class DecoderLayer:
-    """Attention and MLP, each after its norm."""
+    """Attention and an MLP or experts, each after its norm."""
 
     def __init__(self, weights: Weights, comm: Communicator, config: ModelConfig, layer: int) -> None:
         name = f"model.layers.{layer}"
@@ -48,18 +50,18 @@ class DecoderLayer:
         residual: Residual,
         batch: Batch,
         cos_sin: Tensor,
-        cache: tuple[Tensor, Tensor],
+        cache: KVCache,
         backend: AttentionBackend,
     ) -> None:
-        """Adds to `residual`; keys and values of the batch go into `cache`, this layer's (K, V)."""
+        """Add the layer to `residual`; store keys and values of the batch in `cache`."""
         self.attention(self.attention_norm(residual), residual, batch, cos_sin, cache, backend)
         self.mlp(self.mlp_norm(residual), residual)
 
 
 class Decoder:
-    """One rank's share of a model, for positions below `max_positions`; the weights are zero until they are filled.
+    """One rank's shard of a model, for positions below `max_positions`; the weights are zero until they are loaded.
 
-    If batch_invariant, products give a token the same bits in any batch.
+    If batch_invariant, GEMMs give a token bitwise identical results in any batch.
     """
 
     def __init__(
@@ -89,11 +91,11 @@ class Decoder:
         self.cos_sin = config.rope.table(config.head_dim, max_positions).to(device)
 
     def weights(self) -> list[Weight]:
-        """Every weight of this rank with what fills it, for `load_weights` or `fill_dummy`."""
+        """Return every weight of this rank with its source, for `load_weights` or `fill_dummy`."""
         return self._weights
 
     def kv_shape(self, page_size: int, dtype: torch.dtype) -> KVShape:
-        """This rank's share of the KV cache."""
+        """Return the shape of this rank's KV cache."""
         config = self.config
         return KVShape(
             num_layers=config.num_layers,
@@ -104,17 +106,17 @@ class Decoder:
         )
 
     def forward(self, batch: Batch, pool: KVPool, attention: AttentionBackend) -> Residual:
-        """The residual stream [T, D] of the batch after the last layer; `attention` has been planned for this batch.
+        """Return the residual stream [T, D] after the last layer; store keys and values of the T tokens in `pool`.
 
-        Keys and values of the T tokens are written into `pool`.
+        `attention` has been planned for this batch.
         """
         residual = self.embedding(batch.token_ids)
         for n, layer in enumerate(self.layers):
-            layer(residual, batch, self.cos_sin, (pool.k(n), pool.v(n)), attention)
+            layer(residual, batch, self.cos_sin, pool.layer(n), attention)
         return residual
 
     def logits(self, residual: Residual, rows: Tensor | None = None) -> Logits:
-        """The logits of `rows` [S] of the stream; of all if not given."""
+        """Return the logits of `rows` [S] of the residual stream, or of all its rows."""
         hidden = self.norm(residual)
         if rows is not None:
             hidden = replace(hidden, x=hidden.x[rows])

@@ -1,7 +1,7 @@
-"""The vocabulary, cut over the ranks by rows: lookup at the bottom, logits at the top.
+"""Embedding and output head, whose vocabulary is divided over the ranks by rows.
 
-The vocabulary is padded to a multiple of the number of ranks, so that all shards have one size. Padding is zero in the
-weight and left out of the logits.
+The vocabulary is padded to a multiple of the number of ranks, so that all shards have one size. Padding rows are zero
+in the weight, and their logits are ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .weights import Piece, Weights
 def vocabulary_shard(
     weights: Weights, comm: Communicator, name: str, vocab_size: int, hidden_size: int, *, ignored: tuple[str, ...] = ()
 ) -> Tensor:
-    """The rank's rows [V, D] of a [vocab_size, D] weight; V = vocab_size / ranks, rounded up."""
+    """Add the rank's rows [V, D] of a [vocab_size, D] weight to `weights`; V = vocab_size / ranks, rounded up."""
     num_rows = -(-vocab_size // comm.size)
     first = min(comm.rank * num_rows, vocab_size)
     stop = min(first + num_rows, vocab_size)
@@ -27,7 +27,7 @@ def vocabulary_shard(
 
 
 class Embedding:
-    """Token ids to hidden states."""
+    """The lookup of token ids."""
 
     def __init__(self, comm: Communicator, weight: Tensor) -> None:
         self.comm = comm
@@ -35,12 +35,12 @@ class Embedding:
         self.first_row = comm.rank * len(weight)
 
     def __call__(self, token_ids: Tensor) -> Residual:
-        """token_ids [T] -> the residual stream [T, D]: the sum of what each rank has of the lookup."""
+        """Return the residual stream [T, D] of token_ids [T]: the sum of the ranks' partial lookups."""
         return Residual(self.comm.all_reduce(ops.gather_rows(self.weight, token_ids, first_row=self.first_row)))
 
 
 class Head:
-    """Hidden states to the logits of the rank's share of the vocabulary."""
+    """The projection of hidden states to the logits of the rank's vocabulary shard."""
 
     def __init__(self, comm: Communicator, weight: Tensor, vocab_size: int, *, batch_invariant: bool = False) -> None:
         self.comm = comm
@@ -49,7 +49,7 @@ class Head:
         self.batch_invariant = batch_invariant
 
     def __call__(self, hidden: Normed) -> Logits:
-        """Of rows [S, D], in their dtype."""
+        """Return the logits of rows [S, D], in their dtype."""
         shard = ops.linear(
             hidden.x, self.weight, norm=hidden.weight, eps=hidden.eps, batch_invariant=self.batch_invariant
         )

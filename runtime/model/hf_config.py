@@ -1,6 +1,6 @@
-"""Typed access to one JSON object of a checkpoint; every error names the file, the field, its value and the rule.
+"""Typed access to one JSON object of a checkpoint. Every error names the file, the field, its value and the rule.
 
-A field that is null counts as absent, as it does for transformers.
+A field that is null counts as absent, as it does in transformers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class HFConfigReader:
-    """The fields of `values`, which came from `source` (a name for messages)."""
+    """Typed access to the fields of `values`; `source` names them in messages."""
 
     def __init__(self, values: Mapping[str, Any], source: str = "config.json") -> None:
         self.values = values
@@ -20,7 +20,7 @@ class HFConfigReader:
 
     @classmethod
     def from_file(cls, path: Path) -> HFConfigReader:
-        """Raises ValueError if the file is not one JSON object."""
+        """Read a file; raises ValueError if it is not one JSON object."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -33,43 +33,45 @@ class HFConfigReader:
         return self.values.get(name) is not None
 
     def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """The integer `name`; without a default it must be there."""
+        """Return the integer `name`, which must exist unless there is a default."""
         value = self._value(name, default)
         self._check(name, _is_integer(value) and value >= minimum, f"an integer of at least {minimum}")
         return int(value)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """The positive number `name`; without a default it must be there."""
+        """Return the positive number `name`, which must exist unless there is a default."""
         value = self._value(name, default)
         self._check(name, _is_integer(value) or isinstance(value, float), "a number above 0")
         self._check(name, value > 0, "a number above 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
+        """Return the boolean `name`."""
         value = self._value(name, default)
         self._check(name, isinstance(value, bool), "true or false")
         return bool(value)
 
     def text(self, name: str, default: str | None = None) -> str:
+        """Return the string `name`, which must exist unless there is a default."""
         value = self._value(name, default)
         self._check(name, isinstance(value, str), "a string")
         return str(value)
 
     def texts(self, name: str) -> list[str]:
-        """A list of strings; empty if absent."""
+        """Return the list of strings `name`; empty if absent."""
         value = self._value(name, [])
         self._check(name, isinstance(value, list) and all(isinstance(x, str) for x in value), "a list of strings")
         return list(value)
 
     def integers(self, name: str) -> list[int]:
-        """A list of integers of at least 0, or a single one; empty if absent."""
+        """Return the integers `name`, a list or a single one, each at least 0; empty if absent."""
         value = self._value(name, [])
-        listed = value if isinstance(value, list) else [value]
-        self._check(name, all(_is_integer(x) and x >= 0 for x in listed), "an integer or a list of integers")
-        return listed
+        integers = value if isinstance(value, list) else [value]
+        self._check(name, all(_is_integer(x) and x >= 0 for x in integers), "an integer or a list of integers")
+        return integers
 
     def nested(self, name: str) -> HFConfigReader:
-        """The object `name`; empty if absent."""
+        """Return the object `name`; empty if absent."""
         value = self._value(name, {})
         self._check(name, isinstance(value, dict), "an object")
         return HFConfigReader(value, f"{self.source}: {name}")

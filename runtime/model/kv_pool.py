@@ -1,10 +1,10 @@
-"""The K/V memory of one rank, and the two orders in which its pages can lie.
+"""One rank's KV memory, in one of two layouts.
 
-Both layouts are the same five indices with other strides; what reads or writes a layer gets a view
-[pages, page_size, Hkv, E] and never sees which one it is:
+Both layouts have the same five indices with different strides. Readers and writers get a view of a layer,
+[pages, page_size, Hkv, E], and need not know the layout:
 
-    layer-first  [layers, 2, pages, page_size, Hkv, E]   one layer is contiguous: short strides for attention
-    page-first   [pages, layers, 2, page_size, Hkv, E]   one page is contiguous over all layers: moved as one block
+    layer-first  [layers, 2, pages, page_size, Hkv, E]   a layer is contiguous: short strides for attention
+    page-first   [pages, layers, 2, page_size, Hkv, E]   a page is contiguous over all layers: moved as one block
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.arguments import KVCache
 from ..config import KVLayout
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVShape:
-    """What one rank's share of the cache looks like, but for the number of pages."""
+    """The shape of one rank's KV cache, except for the number of pages."""
 
     num_layers: int
     page_size: int
@@ -46,20 +47,15 @@ class KVPool:
         outer = (shape.num_layers, 2, num_pages) if layout == "layer-first" else (num_pages, shape.num_layers, 2)
         self._memory = _zeros((*outer, *page), shape.dtype, device)
 
-    def k(self, layer: int) -> Tensor:
-        """The keys of one layer, a view [pages, page_size, Hkv, E]."""
-        return self._view(layer, 0)
-
-    def v(self, layer: int) -> Tensor:
-        """The values of one layer, a view [pages, page_size, Hkv, E]."""
-        return self._view(layer, 1)
-
-    def _view(self, layer: int, which: int) -> Tensor:
-        return self._memory[layer, which] if self.layout == "layer-first" else self._memory[:, layer, which]
+    def layer(self, layer: int) -> KVCache:
+        """Return views [pages, page_size, Hkv, E] of the keys and values of one layer."""
+        if self.layout == "layer-first":
+            return KVCache(self._memory[layer, 0], self._memory[layer, 1])
+        return KVCache(self._memory[:, layer, 0], self._memory[:, layer, 1])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.zeros, but on a host the memory is not touched: pages that are never used cost neither time nor RAM."""
+    """Return torch.zeros; on a CPU the memory is not touched, so that unused pages cost neither time nor RAM."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -1,8 +1,8 @@
-"""Linear layers cut over the ranks, in Megatron's order: first by output rows, then by input columns.
+"""Tensor-parallel linear layers in Megatron's order: first divided by output rows, then by input columns.
 
-Between the two nothing is exchanged: each rank computes whole heads, or its own intermediate features. The second
-layer adds to the residual stream: at once where the rank is alone, else as a partial sum, which the next norm
-completes. Shapes: T tokens, D hidden, I intermediate features.
+The ranks exchange nothing between the two: each computes whole heads, or its intermediate features. The second layer
+adds to the residual stream. A single rank adds at once; several leave partial sums, which the next norm reduces.
+Shapes: T tokens, D hidden, I intermediate features.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from .norm import Normed, Residual
 from .weights import ALL, Piece, Weights
 
 
-def share(size: int, comm: Communicator) -> slice:
-    """The rank's share of `size` features, all shares being equal."""
-    assert size % comm.size == 0, "check_tensor_parallel has refused such a size"
-    each = size // comm.size
-    return slice(comm.rank * each, (comm.rank + 1) * each)
+def shard_of(size: int, comm: Communicator) -> slice:
+    """Return the rank's slice of `size` features; all slices are equal."""
+    assert size % comm.size == 0, "check_tensor_parallel refuses such a size"
+    width = size // comm.size
+    return slice(comm.rank * width, (comm.rank + 1) * width)
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One [features, D] projection of the checkpoint and the rows of it that the rank computes."""
+    """One [features, D] projection of the checkpoint, and the rows that the rank computes."""
 
     name: str
     features: int
@@ -39,7 +39,7 @@ class Projection:
 
 
 class ColumnLinear:
-    """Several projections of the same input in one product: the rank's rows of each, one below the other."""
+    """Several projections of the same input in one GEMM: the rank's rows of each, concatenated."""
 
     def __init__(self, weights: Weights, projections: Sequence[Projection], in_features: int, *, bias: bool) -> None:
         self.batch_invariant = weights.batch_invariant
@@ -55,7 +55,7 @@ class ColumnLinear:
         self.bias = weights.add((total,), vector) if bias else None
 
     def __call__(self, normed: Normed, *, gated: bool = False) -> Tensor:
-        """Rows [T, D], the same on each rank -> [T, the rank's rows], or `silu(first half) * second half` if gated."""
+        """Return [T, the rank's rows] of rows [T, D], or `silu(first half) * second half` if gated."""
         return ops.linear(
             normed.x,
             self.weight,
@@ -68,12 +68,12 @@ class ColumnLinear:
 
 
 class RowLinear:
-    """The rank's columns of one projection, whose result goes into the residual stream."""
+    """The rank's columns of one projection that adds to the residual stream."""
 
     def __init__(
         self, weights: Weights, comm: Communicator, name: str, out_features: int, in_features: int, *, bias: bool
     ) -> None:
-        columns = share(in_features, comm)
+        columns = shard_of(in_features, comm)
         piece = Piece(f"{name}.weight", (out_features, in_features), (ALL, columns))
         self.weight = weights.add((out_features, in_features // comm.size), [piece])
         self.bias = weights.add((out_features,), [Piece(f"{name}.bias", (out_features,))]) if bias else None
@@ -82,7 +82,7 @@ class RowLinear:
         self.adds_bias = comm.rank == 0  # once in the sum
 
     def __call__(self, x: Tensor, residual: Residual) -> None:
-        """x [T, the rank's columns]; the product with it is added to `residual`."""
+        """Add the projection of x [T, the rank's columns] to `residual`."""
         bias = self.bias if self.adds_bias else None
         if self.comm.size == 1:
             ops.linear(x, self.weight, bias, add_to=residual.total, batch_invariant=self.batch_invariant)
@@ -92,16 +92,16 @@ class RowLinear:
 
 
 class MLP:
-    """`down(silu(gate(x)) * up(x))`, each rank with its share of the intermediate features."""
+    """`down(silu(gate(x)) * up(x))`, divided over the ranks by intermediate features."""
 
     def __init__(
         self, weights: Weights, comm: Communicator, name: str, hidden_size: int, intermediate_size: int, *, bias: bool
     ) -> None:
-        rows = share(intermediate_size, comm)
+        rows = shard_of(intermediate_size, comm)
         gate_up = [Projection(f"{name}.{part}_proj", intermediate_size, rows) for part in ("gate", "up")]
         self.gate_up = ColumnLinear(weights, gate_up, hidden_size, bias=bias)
         self.down = RowLinear(weights, comm, f"{name}.down_proj", hidden_size, intermediate_size, bias=bias)
 
     def __call__(self, normed: Normed, residual: Residual) -> None:
-        """Rows [T, D]; the result is added to `residual`."""
+        """Add the MLP of rows [T, D] to `residual`."""
         self.down(self.gate_up(normed, gated=True), residual)

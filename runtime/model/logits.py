@@ -1,7 +1,7 @@
-"""The logits of some rows, cut over the ranks by tokens as the vocabulary is.
+"""Logits of some rows, divided over the ranks by tokens like the vocabulary.
 
-To choose a token, ranks exchange contenders: a score and a token in one integer, 8 bytes a row instead of a vocabulary.
-Who needs every logit, for penalties, log-probabilities or a grammar, asks for the whole.
+To sample a token, ranks exchange candidates: a score and a token packed into one int64, 8 bytes a row instead of a
+vocabulary. Penalties, log-probabilities and grammars need every logit and gather them.
 """
 
 from __future__ import annotations
@@ -16,20 +16,11 @@ from ...kernels import ops
 
 @dataclass(frozen=True)
 class Logits:
-    """`shard` [S, v] has the rank's tokens from rank * v on; of the last ones there may be none in the vocabulary."""
+    """One rank's logits: `shard` [S, v] has the tokens from rank * v on, the last ranks' with vocabulary padding."""
 
     comm: Communicator
     shard: Tensor
     vocab_size: int
-
-    @property
-    def _own(self) -> Tensor:
-        """Those of tokens that there are."""
-        return self.shard[:, : max(0, self.vocab_size - self._first)]
-
-    @property
-    def _first(self) -> int:
-        return self.comm.rank * self.shard.shape[1]
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -37,27 +28,35 @@ class Logits:
     def __getitem__(self, rows: slice | Tensor) -> Logits:
         return Logits(self.comm, self.shard[rows], self.vocab_size)
 
-    def whole(self) -> Tensor:
-        """[S, vocab_size], the same on every rank."""
+    def gather(self) -> Tensor:
+        """Return all logits [S, vocab_size], the same on every rank."""
         shards = self.comm.all_gather(self.shard)  # [ranks, S, v]
         return shards.transpose(0, 1).flatten(1)[:, : self.vocab_size]
 
     def replicated(self) -> Logits:
-        """The whole in float32, for a rank to do with as it pleases."""
-        return Logits(SingleRank(), self.whole().float(), self.vocab_size)
+        """Return a float32 copy of all logits, which the rank may change."""
+        return Logits(SingleRank(), self.gather().float(), self.vocab_size)
 
-    def race(self, temperature: Tensor, keys: Tensor) -> Tensor:
-        """A token for each row, [S] int32, as `ops.gumbel_argmax` samples it; the same on every rank."""
-        contenders = ops.gumbel_argmax(self._own, temperature, keys, first_token=self._first)
-        return ops.merge_candidates(self.comm.all_gather(contenders))
+    def gumbel_argmax(self, temperature: Tensor, keys: Tensor) -> Tensor:
+        """Sample a token for each row as `ops.gumbel_argmax` does; returns [S] int32, the same on every rank."""
+        candidates = ops.gumbel_argmax(self._unpadded, temperature, keys, first_token=self._first_token)
+        return ops.merge_candidates(self.comm.all_gather(candidates))
 
-    def best(self, count: int) -> Tensor:
-        """The contenders of the greatest `count` of each row, or of as many as there are, descending.
+    def topk_candidates(self, count: int) -> Tensor:
+        """Return the `count` greatest of each row, or all tokens if there are fewer, in descending order.
 
-        [S, C] int64 as `ops.topk_candidates` has them, equal logits by token; the same on every rank.
+        [S, C] int64 as packed by `ops.topk_candidates`, equal logits in the order of tokens; the same on every rank.
         """
-        contenders = self.comm.all_gather(
-            ops.topk_candidates(self._own, count, first_token=self._first)
-        )  # [ranks, S, count]
-        several = contenders.transpose(0, 1).flatten(1)
-        return (several if len(contenders) == 1 else ops.topk_candidates(several, count))[:, : self.vocab_size]
+        best_of_shard = ops.topk_candidates(self._unpadded, count, first_token=self._first_token)
+        candidates = self.comm.all_gather(best_of_shard)  # [ranks, S, count]
+        merged = candidates.transpose(0, 1).flatten(1)
+        return (merged if len(candidates) == 1 else ops.topk_candidates(merged, count))[:, : self.vocab_size]
+
+    @property
+    def _unpadded(self) -> Tensor:
+        """This rank's logits without vocabulary padding."""
+        return self.shard[:, : max(0, self.vocab_size - self._first_token)]
+
+    @property
+    def _first_token(self) -> int:
+        return self.comm.rank * self.shard.shape[1]

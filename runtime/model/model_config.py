@@ -1,6 +1,6 @@
-"""What the decoder needs to know about a model, read from the config.json of its checkpoint.
+"""The description of a model, read from the config.json of its checkpoint.
 
-Both dialects are understood: `torch_dtype`, `rope_theta` and `rope_scaling` of transformers 4, `dtype` and
+Both formats are supported: `torch_dtype`, `rope_theta` and `rope_scaling` of transformers 4, `dtype` and
 `rope_parameters` of transformers 5. To add a model, add its row to ARCHITECTURES.
 """
 
@@ -19,13 +19,13 @@ Windows = Literal["never", "always", "flagged", "flagged, upper layers"]
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How a family differs from the plain decoder."""
+    """The differences of a model family from the plain decoder."""
 
-    qkv_bias: bool = False  # q, k and v have a bias, whatever config.json says
-    bias_flags: bool = False  # attention_bias (q, k, v, o) and mlp_bias of config.json count
+    qkv_bias: bool = False  # q, k and v have a bias, regardless of config.json
+    bias_flags: bool = False  # attention_bias (q, k, v, o) and mlp_bias of config.json apply
     qk_norm: bool = False  # RMSNorm of each query and key head
     experts: bool = False  # a mixture of experts in place of some MLPs
-    windows: Windows = "never"  # sliding_window of config.json counts; "flagged": if use_sliding_window is set
+    windows: Windows = "never"  # sliding_window of config.json applies; "flagged": if use_sliding_window is set
 
 
 ARCHITECTURES = {
@@ -36,12 +36,12 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": Architecture(bias_flags=True, qk_norm=True, experts=True, windows="flagged"),
 }
 
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of a number
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # itemsize in bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """The mixture of experts of those layers that have one."""
+    """The mixture of experts of the layers in `layers`."""
 
     num_experts: int
     num_per_token: int
@@ -52,7 +52,7 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One model, whole: nothing here depends on the rank."""
+    """One whole model, independent of ranks."""
 
     architecture: str
     vocab_size: int
@@ -77,9 +77,9 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
-        """From the config.json of a checkpoint, and the end tokens of its generation_config.json if there is one.
+        """Read the config.json of a checkpoint, and the end tokens of its generation_config.json if there is one.
 
-        Raises ValueError, in one line, for whatever is missing, ill-formed or not supported.
+        Raises ValueError, in one line, for a field that is missing, ill-formed or not supported.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -92,7 +92,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-        """From the contents of config.json and generation_config.json."""
+        """Read the contents of config.json and generation_config.json."""
         fields = HFConfigReader(hf)
         name, architecture = _architecture(fields)
         _refuse_unsupported(fields)
@@ -129,20 +129,20 @@ class ModelConfig:
         return config
 
     def window(self, layer: int) -> int | None:
-        """How many keys a query of this layer sees, itself included; None for all."""
+        """Return the number of keys that a query of this layer sees, its own included; None for all."""
         return self.windows[layer]
 
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and layer in self.experts.layers
 
     def kv_heads_of_rank(self, rank: int, size: int) -> range:
-        """The key heads that the query heads of this rank use; with more ranks than key heads, ranks share one."""
+        """Return the key heads of this rank's query heads; with more ranks than key heads, ranks share one."""
         count = max(self.num_kv_heads // size, 1)
         first = rank * self.num_kv_heads // size
         return range(first, first + count)
 
     def check_tensor_parallel(self, size: int) -> None:
-        """Raises ValueError, with the sizes that are possible, if the model cannot be split over `size` ranks."""
+        """Raise ValueError, with the possible sizes, if the model cannot be split over `size` ranks."""
         problems = self._unsplittable(size)
         if problems:
             raise ValueError(
@@ -151,11 +151,11 @@ class ModelConfig:
             )
 
     def tensor_parallel_sizes(self) -> list[int]:
-        """The numbers of ranks, up to 64, over which the model can be split."""
+        """Return the numbers of ranks, up to 64, over which the model can be split."""
         return [n for n in range(1, min(self.num_heads, 64) + 1) if not self._unsplittable(n)]
 
     def _unsplittable(self, size: int) -> list[str]:
-        """What of the model `size` ranks cannot share evenly. Key heads may also be replicated, evenly."""
+        """Return the parts that `size` ranks cannot share evenly. Key heads may be replicated evenly instead."""
         problems = []
         if self.num_heads % size:
             problems.append(f"{self.num_heads} attention heads")
@@ -165,7 +165,7 @@ class ModelConfig:
         return problems + [f"{features} intermediate features" for features in uneven]
 
     def _intermediate_sizes(self) -> set[int]:
-        """Of the layers there are; the MLP's size does not count where every layer has experts."""
+        """Return the sizes in use: without the MLP's if every layer has experts."""
         return {
             self.experts.intermediate_size if self.experts and self.has_experts(layer) else self.intermediate_size
             for layer in range(self.num_layers)
@@ -216,9 +216,9 @@ def _eos_token_ids(*sources: HFConfigReader) -> tuple[int, ...]:
 
 
 def _windows(fields: HFConfigReader, rule: Windows, num_layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer; absence means transformers' default of 4096, only null means none."""
-    flagged = rule == "always" or (rule != "never" and fields.flag("use_sliding_window", False))
-    if not flagged or fields.values.get("sliding_window", 4096) is None:
+    """Return the sliding window of each layer. An absent field means transformers' default of 4096, null means none."""
+    enabled = rule == "always" or (rule != "never" and fields.flag("use_sliding_window", False))
+    if not enabled or fields.values.get("sliding_window", 4096) is None:
         return (None,) * num_layers
     window = fields.integer("sliding_window", 4096)
     if rule != "flagged, upper layers":
@@ -232,7 +232,7 @@ def _windows(fields: HFConfigReader, rule: Windows, num_layers: int) -> tuple[in
         raise ValueError(
             f"config.json: layer_types has {len(sliding)} entries; it must have one for each of the {num_layers} layers"
         )
-    return tuple(window if slides else None for slides in sliding)
+    return tuple(window if is_sliding else None for is_sliding in sliding)
 
 
 def _experts(fields: HFConfigReader, num_layers: int) -> Experts:

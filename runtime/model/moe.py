@@ -1,8 +1,8 @@
-"""Mixture of experts: a router picks a few experts for each token, and their outputs are mixed.
+"""Mixture of experts: a router selects a few experts for each token and mixes their outputs.
 
-Every rank holds its share of the intermediate features of *every* expert, so the block is cut like an MLP: all ranks
-route alike (the router is replicated and its input has the same bits everywhere) and the output is a partial sum.
-Shapes: N experts, K chosen per token, I the rank's intermediate features.
+Every rank holds its shard of the intermediate features of *every* expert, as of an MLP. All ranks route alike, because
+the router is replicated and its input is bitwise identical on all of them. The output is a partial sum.
+Shapes: N experts, K selected per token, I the rank's intermediate features.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
-from .linear import share
+from .linear import shard_of
 from .model_config import Experts
 from .norm import Normed, Residual
 from .weights import ALL, Piece, Weights
 
 
 class MoE:
-    """`sum over the chosen experts of score * expert(x)`."""
+    """`sum of score * expert(x)` over the selected experts."""
 
     def __init__(self, weights: Weights, comm: Communicator, name: str, hidden_size: int, experts: Experts) -> None:
         self.experts = experts
         self.batch_invariant = weights.batch_invariant
         n, full, hidden = experts.num_experts, experts.intermediate_size, hidden_size
-        rows = share(full, comm)
+        rows = shard_of(full, comm)
         size = full // comm.size
         gate_up, down = [], []
         for expert in range(n):
@@ -39,17 +39,17 @@ class MoE:
         self.down = weights.add((n, hidden, size), down)
 
     def __call__(self, normed: Normed, residual: Residual) -> None:
-        """Rows [T, D]; the result is left in `residual` to be added by the next norm."""
+        """Leave the experts' sum for rows [T, D] in `residual`; the next norm adds it."""
         x = normed.tensor()
-        scores, chosen = self._route(x)
-        residual.partial = ops.experts(x, chosen, scores, self.gate_up, self.down)
+        scores, selected = self._route(x)
+        residual.partial = ops.experts(x, selected, scores, self.gate_up, self.down)
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The scores [T, K] float32 and the numbers [T, K] int64 of each token's experts."""
+        """Return the scores [T, K] float32 and the indices [T, K] int64 of each token's experts."""
         probabilities = ops.linear(x, self.router, batch_invariant=self.batch_invariant).softmax(
             -1, dtype=torch.float32
         )
-        scores, chosen = probabilities.topk(self.experts.num_per_token, dim=-1)
+        scores, selected = probabilities.topk(self.experts.num_per_token, dim=-1)
         if self.experts.normalized:
             scores = scores / scores.sum(-1, keepdim=True)
-        return scores, chosen
+        return scores, selected

@@ -1,7 +1,7 @@
-"""RMSNorm, the residual stream, and the place where tensor parallelism adds up.
+"""RMSNorm and the residual stream: the one place where tensor parallelism reduces.
 
-The layers before a norm add to the residual stream. One rank alone does so within its product, and leaves the norm to
-the product that follows; of several, each has a partial sum, which the norm completes.
+The layers before a norm add to the residual stream. A single rank adds within its GEMM, and leaves the norm to the
+GEMM that follows. Of several ranks each has a partial sum, which the norm reduces over the ranks.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from .weights import Piece, Weights
 
 
 def norm_weight(weights: Weights, name: str, size: int) -> Tensor:
-    """The weight [size] of a norm, the same on each rank."""
+    """Add the weight [size] of a norm to `weights`; it is the same on each rank."""
     return weights.add((size,), [Piece(name, (size,))], is_norm=True)
 
 
 @dataclass
 class Residual:
-    """The residual stream [T, D] of one step, updated in place, and what is still to be added to it."""
+    """The residual stream [T, D] of one step, updated in place, and the partial sum that is not added yet."""
 
     total: Tensor
-    partial: Tensor | None = None  # [T, D]; summed over the ranks it is the last layer's result
+    partial: Tensor | None = None  # [T, D]; its sum over the ranks is the last layer's result
 
 
 @dataclass(frozen=True)
 class Normed:
-    """Rows [T, D] that are to be normalized by whoever reads them; without a weight they are already."""
+    """Rows [T, D] that their reader normalizes; without a weight they are normalized already."""
 
     x: Tensor
     weight: Tensor | None = None
     eps: float = 0.0
 
     def tensor(self) -> Tensor:
-        """The normalized rows, for a reader that is not a product."""
+        """Return the normalized rows, for a reader that is not a GEMM."""
         return self.x if self.weight is None else ops.rms_norm(self.x, self.weight, self.eps)
 
 
 class RMSNorm:
-    """Completes the residual stream, and normalizes that."""
+    """The norm that completes the residual stream."""
 
     def __init__(self, weights: Weights, comm: Communicator, name: str, size: int, eps: float) -> None:
         self.weight = norm_weight(weights, f"{name}.weight", size)
@@ -50,7 +50,7 @@ class RMSNorm:
         self.comm = comm
 
     def __call__(self, residual: Residual) -> Normed:
-        """The norm of the stream, in which nothing is left to add."""
+        """Add the partial sum, reduced over the ranks, to the stream; return the norm of the stream."""
         partial, residual.partial = residual.partial, None
         if partial is None:
             return Normed(residual.total, self.weight, self.eps)

@@ -1,9 +1,9 @@
-"""Rotary positions: from the checkpoint's parameters to one table of cosines and sines.
+"""Rotary position embedding: one table of cosines and sines from the checkpoint's parameters.
 
 Sources: RoFormer (Su et al. 2021) for the default, position interpolation (Chen et al. 2023) for linear, YaRN
 (Peng et al. 2023) for yarn, the Llama 3.1 release for llama3. The names and defaults of the parameters are those of
-transformers. YaRN's attention factor is multiplied into the table, so attention itself knows nothing of it. Who only
-reads a config needs no torch: what computes imports it.
+transformers. YaRN's attention factor is multiplied into the table, so that attention need not know it. Reading a config
+needs no torch: only the functions that compute import it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """How the angle of a position is made; fields beyond `theta` are only read by the types that have them."""
+    """The parameters of the angles; each type reads only its fields."""
 
     type: str = "default"
     theta: float = 10000.0
@@ -37,34 +37,34 @@ class Rope:
 
     @classmethod
     def from_hf(cls, hf: HFConfigReader) -> Rope:
-        """From config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4)."""
-        given = hf.nested("rope_scaling" if "rope_scaling" in hf else "rope_parameters")
-        kind = given.text("rope_type", given.text("type", "default"))
+        """Read config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4)."""
+        scaling = hf.nested("rope_scaling" if "rope_scaling" in hf else "rope_parameters")
+        kind = scaling.text("rope_type", scaling.text("type", "default"))
         if kind not in ROPE_TYPES:
             raise ValueError(f"rope type {kind!r} is not supported; the supported ones are {', '.join(ROPE_TYPES)}")
-        if given.number("partial_rotary_factor", hf.number("partial_rotary_factor", 1.0)) != 1.0:
+        if scaling.number("partial_rotary_factor", hf.number("partial_rotary_factor", 1.0)) != 1.0:
             raise ValueError(f"{hf.source}: partial_rotary_factor is not supported; every dimension must be rotated")
-        theta = given.number("rope_theta", hf.number("rope_theta", 10000.0))
+        theta = scaling.number("rope_theta", hf.number("rope_theta", 10000.0))
         if kind == "default":
             return cls(theta=theta)
         if kind == "linear":
-            return cls(type=kind, theta=theta, factor=given.number("factor"))
+            return cls(type=kind, theta=theta, factor=scaling.number("factor"))
         positions = hf.integer("max_position_embeddings")
-        original = given.integer("original_max_position_embeddings", positions)
+        original = scaling.integer("original_max_position_embeddings", positions)
         scaled: dict[str, Any] = {
             "type": kind,
             "theta": theta,
             "original_positions": hf.integer("original_max_position_embeddings", original),
         }
-        return cls(**scaled, **(_llama3(given) if kind == "llama3" else _yarn(given, positions / original)))
+        return cls(**scaled, **(_llama3(scaling) if kind == "llama3" else _yarn(scaling, positions / original)))
 
     @property
     def extended_positions(self) -> int:
-        """How far YaRN stretches the original positions, which config.json often leaves to the reader; else 0."""
+        """The number of positions after YaRN's scaling, which config.json often omits; 0 for other types."""
         return int(self.original_positions * self.factor) if self.type == "yarn" else 0
 
     def inverse_frequencies(self, head_dim: int) -> Tensor:
-        """Radians per position of each pair of dimensions, [E / 2] float32."""
+        """Return the radians per position of each pair of dimensions, [E / 2] float32."""
         import torch
 
         pairs = torch.arange(head_dim // 2).float()
@@ -78,53 +78,53 @@ class Rope:
         return plain
 
     def table(self, head_dim: int, num_positions: int) -> Tensor:
-        """[num_positions, E] float32: cosines in the first half of a row, sines in the second."""
+        """Return [num_positions, E] float32: cosines in the first half of a row, sines in the second."""
         import torch
 
         angles = torch.outer(torch.arange(num_positions).float(), self.inverse_frequencies(head_dim))
         return torch.cat((angles.cos(), angles.sin()), dim=-1) * self.attention_factor
 
     def _blend(self, plain: Tensor, kept: Tensor) -> Tensor:
-        """`kept` of the plain frequency and the rest of the interpolated one, per pair."""
+        """Mix the plain frequency, with weight `kept`, and the interpolated one, per pair."""
         return plain * kept + plain / self.factor * (1 - kept)
 
     def _llama3_kept(self, plain: Tensor) -> Tensor:
-        """0 for wavelengths above original / low_freq_factor, 1 below original / high_freq_factor, linear in turns."""
+        """Return 1 for wavelengths below original / high_freq_factor, 0 above original / low_freq_factor."""
         turns = self.original_positions * plain / (2 * math.pi)
         return ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
 
     def _yarn_kept(self, pairs: Tensor, head_dim: int) -> Tensor:
-        """1 up to the pair that makes beta_fast turns, 0 from the one that makes beta_slow, linear in between."""
+        """Return 1 up to the pair that makes beta_fast turns, 0 from that with beta_slow turns, else linear."""
         low, high = (self._pair_with_turns(turns, head_dim) for turns in (self.beta_fast, self.beta_slow))
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
-        width = high - low or 0.001  # no division by zero when both bounds fall on one pair
+        width = high - low or 0.001  # no division by zero when both bounds are one pair
         return 1 - ((pairs - low) / width).clamp(0, 1)
 
     def _pair_with_turns(self, turns: float, head_dim: int) -> float:
-        """The (fractional) pair whose angle makes `turns` full turns within the original positions."""
+        """Return the (fractional) pair that makes `turns` full turns within the original positions."""
         return head_dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
 
-def _llama3(given: HFConfigReader) -> dict[str, float]:
-    return {name: given.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+def _llama3(scaling: HFConfigReader) -> dict[str, float]:
+    return {name: scaling.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
 
 
-def _yarn(given: HFConfigReader, default_factor: float) -> dict[str, Any]:
-    factor = given.number("factor", default_factor)
+def _yarn(scaling: HFConfigReader, default_factor: float) -> dict[str, Any]:
+    factor = scaling.number("factor", default_factor)
     attention_factor = _mscale(factor, 1.0)
-    if "mscale" in given and "mscale_all_dim" in given:
-        attention_factor = _mscale(factor, given.number("mscale")) / _mscale(factor, given.number("mscale_all_dim"))
+    if "mscale" in scaling and "mscale_all_dim" in scaling:
+        attention_factor = _mscale(factor, scaling.number("mscale")) / _mscale(factor, scaling.number("mscale_all_dim"))
     return {
         "factor": factor,
-        "attention_factor": given.number("attention_factor", attention_factor),
-        "beta_fast": given.number("beta_fast", 32.0),
-        "beta_slow": given.number("beta_slow", 1.0),
-        "truncate": given.flag("truncate", True),
+        "attention_factor": scaling.number("attention_factor", attention_factor),
+        "beta_fast": scaling.number("beta_fast", 32.0),
+        "beta_slow": scaling.number("beta_slow", 1.0),
+        "truncate": scaling.flag("truncate", True),
     }
 
 
 def _mscale(factor: float, weight: float) -> float:
-    """YaRN's temperature for a context grown by `factor`."""
+    """Return YaRN's temperature for a context extended by `factor`."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,7 +1,7 @@
-"""Weights that say how they are sharded, and a loader that needs to know nothing else.
+"""Weights that declare their shards, and a generic loader.
 
-A layer asks `Weights` for a tensor of its rank's size and declares, piece by piece, which part of which checkpoint
-tensor goes where in it. The loader reads exactly those parts: a rank never holds, nor reads, what belongs to another.
+A layer adds a tensor of its rank's size to `Weights` and declares, piece by piece, the parts of checkpoint tensors that
+fill it. The loader reads exactly those parts: a rank neither reads nor holds the shards of others.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .safetensors_files import checkpoint_files, listed, open_file
+from .safetensors_files import checkpoint_files, format_names, open_file
 
 ALL = slice(None)
 
 
 class CheckpointMismatch(ValueError):
-    """The tensors of the checkpoint are not those that the config describes."""
+    """The tensors of the checkpoint differ from those that the config describes."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """`weight[into] = checkpoint[name][read]`."""
+    """A part of a checkpoint tensor: `weight[into] = checkpoint[name][read]`."""
 
     name: str
     shape: tuple[int, ...]  # of the whole tensor in the checkpoint
@@ -37,18 +37,18 @@ class Piece:
 
 @dataclass(frozen=True)
 class Weight:
-    """One rank's tensor and what fills it."""
+    """One rank's tensor and the pieces that fill it."""
 
     tensor: Tensor
     pieces: tuple[Piece, ...]
     is_norm: bool = False
-    ignored: tuple[str, ...] = ()  # checkpoint tensors that say the same again
+    ignored: tuple[str, ...] = ()  # checkpoint tensors that repeat this one
 
 
 class Weights(list[Weight]):
     """The weights of one rank, in the order in which its layers made them.
 
-    batch_invariant  for the layers that own them: whether a product has the same bits in any batch
+    batch_invariant  for their layers: the GEMMs give bitwise identical results in any batch
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device, *, batch_invariant: bool = False) -> None:
@@ -60,7 +60,7 @@ class Weights(list[Weight]):
     def add(
         self, shape: Sequence[int], pieces: Iterable[Piece], *, is_norm: bool = False, ignored: tuple[str, ...] = ()
     ) -> Tensor:
-        """A new tensor of this shape, zero until it is loaded (what no piece fills stays zero)."""
+        """Return a new tensor of this shape; it is zero, and parts that no piece fills stay zero."""
         tensor = torch.zeros(*shape, dtype=self.dtype, device=self.device)
         self.append(Weight(tensor, tuple(pieces), is_norm, ignored))
         return tensor
@@ -84,9 +84,9 @@ def load_weights(weights: Sequence[Weight], folder: str | Path) -> None:
 
 
 def fill_dummy(weights: Sequence[Weight]) -> None:
-    """Random numbers instead of a checkpoint: normal with deviation 0.02, ones for norms.
+    """Fill the weights with random numbers: normal with deviation 0.02, ones for norms.
 
-    The seed is what a piece reads: ranks get different shards, and equal values where a tensor is replicated.
+    The seed is hashed from the part that a piece reads: shards differ, and replicated tensors are equal on all ranks.
     """
     for weight in weights:
         for piece in weight.pieces:
@@ -96,22 +96,22 @@ def fill_dummy(weights: Sequence[Weight]) -> None:
             part.fill_(1.0) if weight.is_norm else part.normal_(0.0, 0.02, generator=generator)
 
 
-def _check(weights: Sequence[Weight], found: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+def _check(weights: Sequence[Weight], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     expected = {piece.name: piece.shape for weight in weights for piece in weight.pieces}
     ignored = {name for weight in weights for name in weight.ignored}
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected | dict.fromkeys(ignored) and not _is_buffer(name)]
+    missing = [name for name in expected if name not in shapes]
+    unexpected = [name for name in shapes if name not in expected | dict.fromkeys(ignored) and not _is_buffer(name)]
     misshapen = [
-        f"{name} {list(found[name])} instead of {list(shape)}"
+        f"{name} {list(shapes[name])} instead of {list(shape)}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in shapes and shapes[name] != shape
     ]
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
-    problems = [f"{len(names)} {kind}: {listed(names)}" for kind, names in kinds.items() if names]
+    problems = [f"{len(names)} {kind}: {format_names(names)}" for kind, names in kinds.items() if names]
     if problems:
         raise CheckpointMismatch(f"{folder} does not fit its config.json, {'; '.join(problems)}; use matching files")
 
 
 def _is_buffer(name: str) -> bool:
-    """Old checkpoints carry the rotary frequencies, which the config determines."""
+    """Return True for the rotary frequencies in old checkpoints, which the config determines."""
     return name.endswith("rotary_emb.inv_freq")

@@ -1,4 +1,4 @@
-"""A trace of decode steps, made on request by rank 0; outside of them nothing is traced."""
+"""A trace of decode steps on rank 0, made on request."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.profiler import ProfilerActivity
 
 from ..plan import StepPlan
 from ..stats import Profile
-from .runner import Runner
+from .rank_memory import RankMemory
 
 
 class Profiler:
-    """Traces the next decode steps that follow each other, at most `num_steps`."""
+    """Traces the next uninterrupted run of decode steps, at most `num_steps`."""
 
-    def __init__(self, runner: Runner, num_steps: int) -> None:
-        self._runner = runner
+    def __init__(self, memory: RankMemory, num_steps: int) -> None:
+        self._memory = memory
         self._num_steps = num_steps
         self._num_traced = 0
         self._trace: torch.profiler.profile | None = None
 
     def before_launch(self, plan: StepPlan | None) -> Profile | None:
-        """To be called with each plan before it is launched, with None where there is none; the profile at the end."""
+        """Start or end the trace before `plan`, or None, is launched; return the profile once it is complete."""
         if plan is not None and plan.is_decode_only and self._num_traced < self._num_steps:
             self._trace = self._trace or self._start()
             self._num_traced += 1
@@ -34,15 +34,15 @@ class Profiler:
         return self._finish()
 
     def _start(self) -> torch.profiler.profile:
-        _synchronize(self._runner.device)  # the step before is not to be in the trace
+        _synchronize(self._memory.device)  # so that the trace does not contain the step before
         # On a GPU its kernels only: recording torch's ops as well would slow down the host, and leave gaps.
-        cuda = self._runner.device.type == "cuda"
+        cuda = self._memory.device.type == "cuda"
         trace = torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
         trace.start()
         return trace
 
     def _finish(self) -> Profile:
-        device, decoder, kv = self._runner.device, self._runner.decoder, self._runner.pool.shape
+        device, decoder, kv = self._memory.device, self._memory.decoder, self._memory.pool.shape
         trace = b"" if self._trace is None else _stop(self._trace, device)
         weight_bytes = sum(w.tensor.nbytes for w in decoder.weights())
         if not decoder.config.tie_word_embeddings:
@@ -58,9 +58,9 @@ class Profiler:
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
-    """Bytes read and written per second by copies on `device` of 1 GiB on a GPU, 256 MiB on a CPU; the best of three.
+    """Measure the bytes read and written per second by copies on `device`, the best of three.
 
-    Where the memory is nearly full, of a quarter of what is free.
+    Copies have 1 GiB on a GPU, or a quarter of its free memory if that is less, and 256 MiB on a CPU.
     """
     size, copies = 2**28, 1
     if device.type == "cuda":

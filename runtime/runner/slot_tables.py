@@ -1,4 +1,4 @@
-"""One step as tensors: what the decoder and the attention backend read, and how it is made from a plan."""
+"""One step as tensors: the inputs of the decoder and the attention backend, made from a plan."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..plan import StepPlan
 
 @dataclass(frozen=True, kw_only=True)
 class HostBatch:
-    """The metadata of a step, all of it on the host; per token [T] or per row [B], int32."""
+    """The metadata of a step on the host, int32, per token [T] or per row [B]."""
 
-    slots: np.ndarray  # [T]: whose token
+    slots: np.ndarray  # [T]: the slot of each token
     positions: np.ndarray  # [T]
     kv_slots: np.ndarray  # [T]
     page_table: np.ndarray  # [B, P]
@@ -27,30 +27,30 @@ class HostBatch:
 
 
 class SlotTables:
-    """What a rank knows of its slots from the plans: their tokens, on the device, and their pages, on both sides.
+    """The tokens and pages of a rank's slots: tokens on the device, pages on the host and on the device.
 
     The pages on the device follow the steps: those of a step's rows are written before its layers run.
     """
 
     def __init__(self, num_slots: int, max_length: int, page_size: int, device: torch.device) -> None:
         self.page_size = page_size
-        self.spare_slot = num_slots  # takes what the padding of a graph writes
+        self.spare_slot = num_slots  # receives the writes of padding rows
         self.tokens = torch.zeros(num_slots + 1, max_length, dtype=torch.int32, device=device)
         self.pages = np.zeros((num_slots, -(-max_length // page_size)), np.int32)
         self.device_pages = torch.zeros(num_slots + 1, self.pages.shape[1], dtype=torch.int32, device=device)
 
-    def take_in(self, plan: StepPlan) -> None:
-        """Bring the slots up to date: the tokens of new requests, and new pages."""
+    def update(self, plan: StepPlan) -> None:
+        """Store the tokens of admitted requests, and the plan's page writes."""
         for admission in plan.admitted:
             tokens = torch.from_numpy(admission.tokens).to(self.tokens.device, non_blocking=True)
             self.tokens[admission.slot, : len(tokens)] = tokens
         slot, index, page = plan.page_writes.reshape(-1, 3).T
         self.pages[slot, index] = page
 
-    def describe(self, plan: StepPlan) -> HostBatch:
-        """The plan's rows, token by token."""
+    def host_batch(self, plan: StepPlan) -> HostBatch:
+        """Return the plan's rows, token by token."""
         ends = np.cumsum(plan.counts, dtype=np.int32)
-        if ends[-1] == len(ends):  # only decode rows: a token each
+        if plan.is_decode_only:  # one token each
             slots, positions = plan.slots, plan.starts
         else:
             slots = np.repeat(plan.slots, plan.counts)
@@ -69,17 +69,17 @@ class SlotTables:
         )
 
     def batch(self, plan: StepPlan, host: HostBatch) -> Batch:
-        """The step on the device."""
+        """Return the step on the device, and write its rows' pages there."""
         packed = self._to_device(np.stack((host.slots, host.positions, host.kv_slots)))
-        owners = self._to_device(plan.slots).long()
-        self.device_pages[owners, : host.page_table.shape[1]] = self._to_device(host.page_table)
+        rows = self._to_device(plan.slots).long()
+        self.device_pages[rows, : host.page_table.shape[1]] = self._to_device(host.page_table)
         slots, positions, kv_slots = packed.unbind(0)
         return self._batch(self.tokens[slots.long(), positions.long()], slots, positions, kv_slots, host)
 
     def decode_batch(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
-        """A step of one token a row from what is on the device alone, each [B] int32; can be captured in a graph."""
-        where = slots, positions, kv_slots
-        return self._batch(ops.begin_decode_(self.tokens, self.device_pages, *where, self.page_size), *where, host)
+        """Return a step of one token per row from device memory alone, each [B] int32; can be captured in a graph."""
+        tokens = ops.begin_decode_(self.tokens, self.device_pages, slots, positions, kv_slots, self.page_size)
+        return self._batch(tokens, slots, positions, kv_slots, host)
 
     def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         """Write sampled tokens after `positions` of `slots`, all [S] int32: inputs of the next step."""

@@ -1,8 +1,8 @@
-"""Schemas, regexes, choices and grammars as llguidance's matchers: which tokens may come next.
+"""Schemas, regexes, choices and grammars as llguidance matchers, which tell the tokens that may come next.
 
-What a matcher may cost is limited by counts of work, not by time: all ranks then refuse the same grammars at the same
-token, whatever else their hosts do. `python -m` this module is the process in which a server tries what its clients
-send: it answers a line of JSON for each, and may be killed at any time.
+The cost of a matcher is limited by counts of operations, not by time: all ranks then refuse the same grammars at the
+same token, whatever the load of their hosts. `python -m` this module is the process in which a server tries grammars of
+its clients. It answers each with a line of JSON, and may be killed at any time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from llguidance import gbnf_to_lark
 
 from ..structured_outputs import StructuredOutputsParams
 
-# Two blanks, or a new line with its indentation: a model that has lost its way would otherwise write blanks for ever.
+# Two blanks, or a new line with its indentation: without a limit a confused model writes blanks for ever.
 WHITESPACE = r"([ \t]{1,2}|\n[ \t]{0,64})"
-# The lexer's work to begin with also bounds a mask: that of (a{1000}){1000} over 128k tokens takes 25 ms at this limit
-# and 1.7 s at llguidance's own of a million. An enum of 3,000 strings needs more than 30,000.
+# The lexer's initial fuel also bounds the time of a mask. That of (a{1000}){1000} over 128k tokens takes 25 ms at this
+# limit, and 1.7 s at llguidance's default of a million. An enum of 3,000 strings needs more than 30,000.
 LIMITS = llguidance.LLParserLimits(initial_lexer_fuel=50_000, verbose_errors=False)
-LONGEST_REASON = 300  # characters
+MAX_REASON = 300  # characters
 
 
 class GrammarError(ValueError):
@@ -33,20 +33,20 @@ class GrammarError(ValueError):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Where a model's tokens are written down: tokenizer.json in `folder`, and what its config says of them."""
+    """A model's tokens, for grammars: its tokenizer.json in `folder`, and the facts of its config."""
 
     folder: Path
-    size: int  # of the logits, which may be more than there are tokens
+    size: int  # of the logits, which may exceed the number of tokens
     eos_token_ids: tuple[int, ...]
 
     def matcher(self, params: StructuredOutputsParams) -> llguidance.LLMatcher:
-        """At the beginning of an output; raises GrammarError."""
-        return _compiled(self, params.kind, params.text, params.disable_any_whitespace).deep_copy()
+        """Return a matcher at the beginning of an output; raises GrammarError."""
+        return _compile(self, params.kind, params.text, params.disable_any_whitespace).deep_copy()
 
 
 @lru_cache(maxsize=2)
-def load_tokens(vocabulary: Vocabulary) -> llguidance.LLTokenizer:
-    """The tokens as bytes, 1 s for 128k of them; raises GrammarError where they cannot be had."""
+def load_tokenizer(vocabulary: Vocabulary) -> llguidance.LLTokenizer:
+    """Load the tokens as bytes, 1 s for 128k of them; raises GrammarError if that is not possible."""
     path = vocabulary.folder / "tokenizer.json"
     if not path.is_file():
         raise GrammarError(f"structured_outputs=... needs the tokenizer in {path}, which is not there")
@@ -55,25 +55,25 @@ def load_tokens(vocabulary: Vocabulary) -> llguidance.LLTokenizer:
     try:
         return llguidance.LLTokenizer(str(path), n_vocab=vocabulary.size, eos_token=list(vocabulary.eos_token_ids))
     except ValueError as error:
-        raise GrammarError(f"structured_outputs=... cannot use {path}: {_short(str(error))}") from error
+        raise GrammarError(f"structured_outputs=... cannot use {path}: {_one_line(str(error))}") from error
 
 
 @lru_cache(maxsize=64)
-def _compiled(vocabulary: Vocabulary, kind: str, text: str, compact: bool) -> llguidance.LLMatcher:
-    """A matcher that is copied and never moved: each request starts from the same state, with the same work to do."""
+def _compile(vocabulary: Vocabulary, kind: str, text: str, compact: bool) -> llguidance.LLMatcher:
+    """Return a matcher to copy, which is never advanced: each request starts from the same state, at the same cost."""
     try:
-        grammar = _in_llguidance(kind, text, compact)
+        grammar = _to_llguidance(kind, text, compact)
     except (ValueError, LookupError, RecursionError, gbnf_to_lark.GbnfToLarkError) as error:
-        raise GrammarError(f"structured_outputs={kind} cannot be used: {_short(str(error))}") from error
-    matcher = llguidance.LLMatcher(load_tokens(vocabulary), grammar, limits=LIMITS, log_level=0)
-    warnings = "; ".join(matcher.get_grammar_warnings())  # that something is ignored
+        raise GrammarError(f"structured_outputs={kind} cannot be used: {_one_line(str(error))}") from error
+    matcher = llguidance.LLMatcher(load_tokenizer(vocabulary), grammar, limits=LIMITS, log_level=0)
+    warnings = "; ".join(matcher.get_grammar_warnings())  # parts of the grammar that would be ignored
     if matcher.is_error() or warnings:
-        trouble = why_not(matcher) if matcher.is_error() else _short(warnings)
-        raise GrammarError(f"structured_outputs={kind} cannot be used: {trouble}")
+        reason = failure_reason(matcher) if matcher.is_error() else _one_line(warnings)
+        raise GrammarError(f"structured_outputs={kind} cannot be used: {reason}")
     return matcher
 
 
-def _in_llguidance(kind: str, text: str, compact: bool) -> str:
+def _to_llguidance(kind: str, text: str, compact: bool) -> str:
     if kind in ("json", "json_object"):
         schema = json.loads(text)
         if not isinstance(schema, dict):
@@ -89,36 +89,36 @@ def _in_llguidance(kind: str, text: str, compact: bool) -> str:
 
 
 def try_out(vocabulary: Vocabulary, params: StructuredOutputsParams) -> None:
-    """Compile and take the first step, as a rank would; raises GrammarError."""
+    """Compile a grammar and compute its first mask, as a rank would; raises GrammarError."""
     matcher = vocabulary.matcher(params)
     matcher.compute_bitmask()
     if matcher.is_error():
-        raise GrammarError(f"structured_outputs={params.kind} cannot be used: {why_not(matcher)}")
+        raise GrammarError(f"structured_outputs={params.kind} cannot be used: {failure_reason(matcher)}")
 
 
-def why_not(matcher: llguidance.LLMatcher) -> str:
-    """What stops a matcher, in one line: which limit it was, or that nothing can come next."""
+def failure_reason(matcher: llguidance.LLMatcher) -> str:
+    """Return, in one line, why a matcher stopped: the limit, or that no token can come next."""
     error = matcher.get_error()
     if not error or error.startswith("NoExtension"):
         return "no token of this model's vocabulary can come next"
-    return _short(error)
+    return _one_line(error)
 
 
-def _short(reason: str) -> str:
-    """In one line; what a long one has to say comes after the pattern."""
+def _one_line(reason: str) -> str:
+    """Return a reason as one line; a long one starts at its error, which follows the pattern."""
     line = " ".join(reason.replace("<non-verbose/>", "").split())
-    if len(line) > LONGEST_REASON:
+    if len(line) > MAX_REASON:
         line = line[max(0, line.rfind("error: ")) :]
-    return line if len(line) <= LONGEST_REASON else line[: LONGEST_REASON - 3] + "..."
+    return line if len(line) <= MAX_REASON else line[: MAX_REASON - 3] + "..."
 
 
 def main() -> None:
-    """Arguments: folder, size, EOS ids. A line of StructuredOutputsParams in, a line with null or the error out."""
+    """Answer each line of StructuredOutputsParams on stdin with null or the error. Arguments: folder, size, EOS ids."""
     folder, size, *eos = sys.argv[1:]
     vocabulary = Vocabulary(Path(folder), int(size), tuple(map(int, eos)))
     answer: str | None = None
     try:
-        load_tokens(vocabulary)
+        load_tokenizer(vocabulary)
     except GrammarError as error:
         answer = str(error)
     print(json.dumps(answer), flush=True)  # ready

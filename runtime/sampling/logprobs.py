@@ -1,23 +1,56 @@
-"""How likely the model finds its prompts: log-probabilities of the prompt tokens that a step computes.
+"""Log-probabilities of sampled tokens and of prompt tokens.
 
-The logits of a whole prompt would be gigabytes (8,192 x 150,000 float32: 5 GB), so they are made, and gathered from
-the ranks, some rows at a time. All ranks take part; only rank 0 brings anything to its host.
+The logits of a whole prompt would be gigabytes (8,192 x 150,000 float32: 5 GB). They are therefore computed, and
+gathered from the ranks, for some rows at a time. All ranks take part; only rank 0 copies results to its host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..model.batch import to_device
 from ..model.decoder import Decoder
 from ..model.norm import Residual
-from ..plan import PromptLogprobs, StepPlan, TokenLogprobs
-from ..runner.slot_tables import HostBatch
+from ..plan import StepPlan, TokenLogprobs
 
 ROWS_AT_ONCE = 64  # 40 MB of float32 logits for a vocabulary of 150,000
+# Of n tokens: log-probability [n], rank [n], ids [n, W] and log-probabilities [n, W] of the most likely tokens.
+DeviceLogprobs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class PendingLogprobs:
+    """Log-probabilities of N tokens, which the device may still be computing."""
+
+    rows: np.ndarray  # [N] int64: the row of each token
+    widths: np.ndarray  # [N] int32: most likely tokens to report for each
+    chunks: list[DeviceLogprobs]
+
+    def wait(self) -> list[tuple[int, TokenLogprobs]]:
+        """Return each token's row and log-probabilities; waits for the device."""
+        entries = [entry for chunk in self.chunks for entry in zip(*(t.tolist() for t in chunk), strict=True)]
+        return [
+            (row, TokenLogprobs(logprob, rank, ids[:width], top[:width]))
+            for row, width, (logprob, rank, ids, top) in zip(
+                self.rows.tolist(), self.widths.tolist(), entries, strict=True
+            )
+        ]
+
+
+def sampled_logprobs(logits: Tensor, tokens: Tensor, widths: np.ndarray) -> PendingLogprobs:
+    """Return the log-probabilities of sampled tokens.
+
+    logits  [S, V] float32, as the model computed them
+    tokens  [S] int32
+    widths  [S] int32: most likely tokens to report; negative for rows without log-probabilities, not all of them
+    """
+    rows = np.flatnonzero(widths >= 0)
+    index = torch.from_numpy(rows).to(logits.device)
+    return PendingLogprobs(rows, widths[rows], [_device_logprobs(logits[index], tokens[index], int(widths.max()))])
 
 
 def prompt_logprobs(
@@ -25,54 +58,36 @@ def prompt_logprobs(
     residual: Residual,
     tokens: Tensor,
     plan: StepPlan,
-    host: HostBatch,
+    query_starts: np.ndarray,
     widths: np.ndarray,
-    ends: np.ndarray,
-) -> Callable[[], dict[int, PromptLogprobs]]:
-    """The log-probability of each token that follows one computed in this step, by row of the plan.
+    prompt_lengths: np.ndarray,
+) -> PendingLogprobs | None:
+    """Return the log-probability of each prompt token that follows one computed in this step; None if none is wanted.
 
-    residual  of the step, [T, D]
-    tokens    [slots, L] int32, on the device: what each slot holds
-    widths    [B]  candidates wanted besides the token itself; negative: the row wants none of this
-    ends      [B]  length of each row's prompt
-    The returned function waits for the device; only one rank need call it.
+    residual        the step's residual stream [T, D]
+    tokens          [slots, L] int32 on the device: the tokens of each slot
+    query_starts    [B + 1] int32: first token of each row in `residual`
+    widths          [B] int32: most likely tokens to report; negative for rows without log-probabilities
+    prompt_lengths  [B] int32
     """
-    numbers = np.where(widths >= 0, np.clip(ends - 1 - plan.starts, 0, plan.counts), 0)
-    rows = np.repeat(np.arange(len(numbers)), numbers)
-    offsets = np.arange(len(rows)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-    index = host.query_starts[rows] + offsets
-    following = plan.starts[rows] + offsets + 1
-    width = int(widths.max())
-    pieces = []
+    counts = np.where(widths >= 0, np.clip(prompt_lengths - 1 - plan.starts, 0, plan.counts), 0)
+    if not counts.any():
+        return None
+    rows = np.repeat(np.arange(len(counts)), counts)
+    offsets = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    indices = query_starts[rows] + offsets, plan.slots[rows], plan.starts[rows] + offsets + 1
+    chunks = []
     for start in range(0, len(rows), ROWS_AT_ONCE):
-        piece = slice(start, start + ROWS_AT_ONCE)
-        where = (to_device(a[piece].astype(np.int64), tokens.device) for a in (index, plan.slots[rows], following))
-        at, slots, positions = where
-        pieces.append(_described(decoder.logits(residual, at).whole().float(), tokens[slots, positions], width))
-
-    def collect() -> dict[int, PromptLogprobs]:
-        found = {b: PromptLogprobs(int(plan.starts[b]) + 1, []) for b in np.flatnonzero(numbers).tolist()}
-        entries = (entry for piece in pieces for entry in _entries(*piece))
-        for row, (own, rank, ids, top) in zip(rows.tolist(), entries, strict=True):
-            wanted = int(widths[row])
-            found[row].logprobs.append(TokenLogprobs(own, rank, ids[:wanted], top[:wanted]))
-        return found
-
-    return collect
+        chunk = slice(start, start + ROWS_AT_ONCE)
+        hidden, slots, positions = (to_device(index[chunk].astype(np.int64), tokens.device) for index in indices)
+        logits = decoder.logits(residual, hidden).gather().float()
+        chunks.append(_device_logprobs(logits, tokens[slots, positions], int(widths.max())))
+    return PendingLogprobs(rows, widths[rows], chunks)
 
 
-Described = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _described(logits: Tensor, tokens: Tensor, width: int) -> Described:
-    """Of each row's token: its log-probability and rank, and the ids and log-probabilities of the likeliest ones."""
+def _device_logprobs(logits: Tensor, tokens: Tensor, width: int) -> DeviceLogprobs:
+    """logits [n, V] float32, tokens [n]."""
     logprobs = logits.log_softmax(-1)
-    own = logprobs.gather(1, tokens[:, None].long())
+    chosen = logprobs.gather(1, tokens[:, None].long())
     top, ids = logprobs.topk(min(width, logits.shape[1]), dim=-1)
-    return own[:, 0], (logprobs > own).sum(-1) + 1, ids, top
-
-
-def _entries(
-    own: Tensor, ranks: Tensor, ids: Tensor, top: Tensor
-) -> Iterator[tuple[float, int, list[int], list[float]]]:
-    return zip(own.tolist(), ranks.tolist(), ids.tolist(), top.tolist(), strict=True)
+    return chosen[:, 0], (logprobs > chosen).sum(-1) + 1, ids, top

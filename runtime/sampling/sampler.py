@@ -1,14 +1,14 @@
-"""From logits to tokens, the same on every rank: a function of the logits, the request and the position only.
+"""From logits to tokens, identically on every rank: a function of the logits, the request and the position only.
 
-A random sample is `ops.gumbel_argmax`: the token v with the least E(v) / p(v), E(v) being exponential noise hashed
-from the request's seed, the position and v. So neither the batch, nor the row, nor earlier samples have any influence,
-and a rank samples from its part of the vocabulary. Top-k needs no more than each rank's best tokens.
+Sampling uses the Gumbel-max trick (`ops.gumbel_argmax`) with noise hashed from the request's seed, the position and
+the token. Neither the batch, nor the row, nor earlier samples have any influence. Each rank finds the maximum over its
+part of the vocabulary, and the ranks exchange candidates. Top-k needs only each rank's most likely tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from enum import IntEnum
 from functools import partial
 
 import numpy as np
@@ -18,201 +18,227 @@ from torch import Tensor
 from ...kernels import ops
 from ..model.batch import to_device, to_device_together
 from ..model.logits import Logits
-from ..plan import Admission, TokenLogprobs
+from ..plan import Admission
 from ..request import SamplingParams
 
-RACE, FEW, NUCLEUS, SORTED = range(4)  # ways to draw; from NUCLEUS on the whole vocabulary is needed
-CANDIDATES = 64  # of a row, where top-k keeps no more; one number, so that sums have the same bits in any batch
-PENALIZED = 32  # rows at once
+MAX_CANDIDATES = 64  # per row, where top-k keeps no more; one size, so that sums are bitwise equal in any batch
+PENALIZED_ROWS = 32  # at once
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
 
-@dataclass(frozen=True)
-class SlotState:
-    """What sampling needs to know of the request in a slot."""
+class Method(IntEnum):
+    """How a row is sampled."""
 
-    params: SamplingParams
+    GUMBEL_MAX = 0  # among all tokens; greedy at temperature 0
+    CANDIDATES = 1  # among the top k tokens, k <= MAX_CANDIDATES
+    TOP_P = 2  # top-p and min-p over the whole vocabulary
+    SORT = 3  # top-k above MAX_CANDIDATES, over the sorted vocabulary
+
+    @classmethod
+    def of(cls, p: SamplingParams) -> Method:
+        """Return the cheapest method that gives the distribution of `p`."""
+        if p.temperature == 0 or (p.top_k <= 0 and p.top_p == 1 and p.min_p == 0):
+            return cls.GUMBEL_MAX
+        if p.top_k <= 0:
+            return cls.TOP_P
+        return cls.CANDIDATES if p.top_k <= MAX_CANDIDATES else cls.SORT
+
+
+# Sampling parameters of a slot, or of a row of a batch. The first five are those that kernels read.
+PARAMS = np.dtype(
+    [
+        ("key", np.int64),  # hash of the seed; in a row, of seed and position
+        ("top_k", np.int64),  # 0 for all tokens, also where the method is GUMBEL_MAX
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("repetition_penalty", np.float32),
+        ("presence_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("logprobs", np.int32),  # -1 for none, as below
+        ("prompt_logprobs", np.int32),
+        ("num_prompt_tokens", np.int32),
+        ("method", np.int8),
+        ("is_penalized", np.bool_),
+        ("is_edited", np.bool_),  # logits are changed before sampling
+        ("needs_gather", np.bool_),  # the logits of the whole vocabulary are needed
+    ]
+)
+GREEDY = np.zeros((), PARAMS)  # parameters of an empty slot and of padding
+GREEDY["top_p"], GREEDY["logprobs"], GREEDY["prompt_logprobs"] = 1, -1, -1
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """The parameters that kernels read, [S] each on the device; the fields of PARAMS with these names."""
+
+    key: Tensor  # int64
+    top_k: Tensor  # int64
+    temperature: Tensor  # float32
+    top_p: Tensor  # float32
+    min_p: Tensor  # float32
+
+    @classmethod
+    def from_host(cls, params: np.ndarray, device: torch.device) -> RowParams:
+        """Copy `params` [S] PARAMS to the device."""
+        return cls(*to_device_together([np.ascontiguousarray(params[name]) for name in ROW_PARAMS], device))
+
+    def __getitem__(self, rows: Tensor) -> RowParams:
+        return RowParams(*(getattr(self, name)[rows] for name in ROW_PARAMS))
+
+
+ROW_PARAMS = tuple(field.name for field in fields(RowParams))
+
+
+@dataclass(frozen=True)
+class Edits:
+    """Changes of one request's logits that the arrays of all slots do not hold."""
+
     stop_ids: Tensor  # [n] int64, on the device
-    biased: Tensor  # [n] int64: the tokens of logit_bias
+    first_stop: int  # position from which stop ids may be sampled
+    biased_ids: Tensor  # [n] int64
     biases: Tensor  # [n] float32
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """What each row's draw depends on besides its logits, [S] on the device."""
-
-    keys: Tensor  # int64: hashes of seed and position
-    top_k: Tensor  # int64, 0 for all: also of who is greedy
-    temperature: Tensor  # float32, as the rest
-    top_p: Tensor
-    min_p: Tensor
-
-    def __getitem__(self, rows: Tensor) -> Bounds:
-        return Bounds(self.keys[rows], self.top_k[rows], self.temperature[rows], self.top_p[rows], self.min_p[rows])
-
-
 class Sampler:
-    """The sampling parameters of every slot, in arrays for what all rows have and in SlotState for the rest."""
+    """The sampling parameters of every slot, and the sampling of rows with them."""
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
         self.device = device
-        self.slots: list[SlotState | None] = [None] * max_num_seqs
-        self.temperature = np.zeros(max_num_seqs, np.float32)
-        self.top_p, self.min_p = np.ones(max_num_seqs, np.float32), np.zeros(max_num_seqs, np.float32)
-        self.top_k = np.zeros(max_num_seqs, np.int64)
-        self.seed = np.zeros(max_num_seqs, np.uint64)
-        self.way = np.full(max_num_seqs, RACE, np.int8)
-        self.edited = np.zeros(max_num_seqs, bool)  # logits are changed before sampling
-        self.repetition, self.presence, self.frequency = (np.zeros(max_num_seqs, np.float32) for _ in range(3))
-        self.penalized = np.zeros(max_num_seqs, bool)
-        self.logprobs = np.full(max_num_seqs, -1, np.int32)
-        self.prompt_logprobs = np.full(max_num_seqs, -1, np.int32)
-        self.num_prompt_tokens = np.zeros(max_num_seqs, np.int32)
+        self.params = np.full(max_num_seqs, GREEDY)  # by slot
+        self._edits: list[Edits | None] = [None] * max_num_seqs
 
     def admit(self, admission: Admission) -> None:
-        """Take over the parameters of a request that has been given a slot; params.seed must be set."""
-        slot, p = admission.slot, admission.params
+        """Store the parameters of a request that takes a slot; params.seed must be set."""
+        p, row = admission.params, np.zeros((), PARAMS)
         assert p.seed is not None, "the front end draws a seed for each request"
-        ids = partial(torch.tensor, dtype=torch.int64, device=self.device)
-        biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.device)
-        self.slots[slot] = SlotState(p, ids(admission.stop_ids), ids(list(p.logit_bias)), biases)
-        self.temperature[slot], self.top_p[slot], self.min_p[slot] = p.temperature, p.top_p, p.min_p
-        self.way[slot] = way = _way(p)
-        self.top_k[slot], self.seed[slot] = 0 if way == RACE else max(p.top_k, 0), p.seed % 2**64
-        self.repetition[slot] = p.repetition_penalty
-        self.presence[slot], self.frequency[slot] = p.presence_penalty, p.frequency_penalty
+        method = Method.of(p)
+        row["key"] = _mix(np.array([p.seed % 2**64], np.uint64)).view(np.int64)[0]
+        row["top_k"] = 0 if method is Method.GUMBEL_MAX else max(p.top_k, 0)
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            row[name] = getattr(p, name)
+        row["logprobs"] = -1 if p.logprobs is None else p.logprobs
+        row["prompt_logprobs"] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
+        row["num_prompt_tokens"] = admission.num_prompt_tokens
+        row["method"] = method
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        guided = p.structured_outputs is not None  # its logits come masked
-        self.penalized[slot] = penalized
-        self.edited[slot] = guided or penalized or bool(p.logit_bias) or p.min_tokens > 0
-        self.logprobs[slot] = -1 if p.logprobs is None else p.logprobs
-        self.prompt_logprobs[slot] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
-        self.num_prompt_tokens[slot] = admission.num_prompt_tokens
+        masked = p.structured_outputs is not None  # by its grammar
+        edited = masked or penalized or bool(p.logit_bias) or p.min_tokens > 0
+        row["is_penalized"], row["is_edited"] = penalized, edited
+        row["needs_gather"] = edited or method >= Method.TOP_P or p.logprobs is not None
+        self.params[admission.slot] = row
+        self._edits[admission.slot] = self._edits_of(admission) if edited else None
+
+    def rows(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """Return the parameters [S] PARAMS of rows whose new tokens take `positions` in `slots`, both [S] int32."""
+        params: np.ndarray = self.params.take(slots)  # 2 us for 256 rows; indexing takes 24
+        key = params["key"].view(np.uint64)
+        params["key"] = _mix(key + GOLDEN * positions.astype(np.uint64)).view(np.int64)
+        return params
 
     def sample(self, logits: Logits, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
-        """One token per row; [S] int32, the same on every rank.
+        """Return one token per row, [S] int32, the same on every rank.
 
-        logits     of S rows; replicated if these requests need all, and then they may be written to
-        slots      [S]    int32, on the host: the request of each row
-        positions  [S]    int32, on the host: the place that the new token will take
-        tokens     [slots, L] int32: what each slot holds so far, for the penalties
+        logits     of S rows; if any row needs_gather they are replicated, and are changed in place
+        slots      [S] int32 on the host
+        positions  [S] int32 on the host: the place that the new token takes
+        tokens     [slots, L] int32: the tokens of each slot, for the penalties
         """
-        penalized = np.flatnonzero(self.penalized[slots])
-        for first in range(0, len(penalized), PENALIZED):
-            self._penalize(logits.shard, penalized[first : first + PENALIZED], slots, positions, tokens)
-        for row in np.flatnonzero(self.edited[slots]).tolist():
+        params = self.rows(slots, positions)
+        penalized = np.flatnonzero(params["is_penalized"])
+        for start in range(0, len(penalized), PENALIZED_ROWS):
+            self._penalize(logits.shard, penalized[start : start + PENALIZED_ROWS], params, slots, positions, tokens)
+        for row in np.flatnonzero(params["is_edited"]).tolist():
             self._edit(logits.shard[row], int(slots[row]), int(positions[row]))
-        bounds = Bounds(*to_device_together(self.bounds(slots, positions), self.device))
-        ways = self.way[slots]
-        chosen = torch.empty(len(slots), dtype=torch.int32, device=self.device)
-        for way, draw in enumerate((race, draw_among_few, _nucleus, _sorted)):
-            rows = np.flatnonzero(ways == way)
-            if len(rows) == len(slots):
-                return draw(logits, bounds)
+        on_device = RowParams.from_host(params, self.device)
+        sampled = torch.empty(len(params), dtype=torch.int32, device=self.device)
+        for method, sample in METHODS.items():
+            rows = np.flatnonzero(params["method"] == method.value)
+            if len(rows) == len(params):
+                return sample(logits, on_device)
             if len(rows):
                 index = to_device(rows, self.device)
-                chosen[index] = draw(logits[index], bounds[index])
-        return chosen
+                sampled[index] = sample(logits[index], on_device[index])
+        return sampled
 
-    def bounds(self, slots: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The fields of Bounds [S], on the host."""
-        keys = _mix(_mix(self.seed[slots]) + GOLDEN * positions.astype(np.uint64)).view(np.int64)
-        return keys, self.top_k[slots], self.temperature[slots], self.top_p[slots], self.min_p[slots]
+    def _edits_of(self, admission: Admission) -> Edits:
+        p = admission.params
+        ids = partial(torch.tensor, dtype=torch.int64, device=self.device)
+        # A grammar's mask excludes stop ids before min_tokens by itself.
+        first_stop = 0 if p.structured_outputs is not None else admission.num_prompt_tokens + p.min_tokens
+        biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.device)
+        return Edits(ids(admission.stop_ids), first_stop, ids(list(p.logit_bias)), biases)
 
-    def draws_among_few(self, slots: np.ndarray) -> bool:
-        """Whether any of these requests draws among the greatest logits only."""
-        return bool((self.way[slots] == FEW).any())
-
-    def needs_all(self, slots: np.ndarray) -> bool:
-        """Whether any of these requests needs the logits of the whole vocabulary."""
-        return bool((self.edited[slots] | (self.way[slots] >= NUCLEUS) | (self.logprobs[slots] >= 0)).any())
-
-    def top_logprobs(self, logits: Tensor, chosen: Tensor, slots: np.ndarray) -> Callable[[], dict[int, TokenLogprobs]]:
-        """Log-probabilities for the rows whose requests ask for them (one at least), by row.
-
-        logits  [S, V] as the model gave them. The returned function waits for the device.
-        """
-        rows, widths = np.flatnonzero(self.logprobs[slots] >= 0), self.logprobs[slots]
-        index = torch.from_numpy(rows).to(self.device)
-        logprobs = logits[index].log_softmax(-1)
-        own = logprobs.gather(1, chosen[index, None].long())
-        ranks = (logprobs > own).sum(-1) + 1
-        top, ids = logprobs.topk(min(int(self.logprobs[slots].max()), logits.shape[1]), dim=-1)
-
-        def collect() -> dict[int, TokenLogprobs]:
-            table = zip(rows.tolist(), own[:, 0].tolist(), ranks.tolist(), ids.tolist(), top.tolist(), strict=True)
-            return {row: TokenLogprobs(t, r, i[: widths[row]], p[: widths[row]]) for row, t, r, i, p in table}
-
-        return collect
+    def _edit(self, logits: Tensor, slot: int, position: int) -> None:
+        """Apply logit_bias and min_tokens to one row [V], in place."""
+        edits = self._edits[slot]
+        assert edits is not None
+        if len(edits.biased_ids):
+            logits[edits.biased_ids] += edits.biases
+        if position < edits.first_stop:
+            logits[edits.stop_ids] = -torch.inf
 
     def _penalize(
-        self, logits: Tensor, rows: np.ndarray, slots: np.ndarray, positions: np.ndarray, tokens: Tensor
+        self,
+        logits: Tensor,
+        rows: np.ndarray,
+        params: np.ndarray,
+        slots: np.ndarray,
+        positions: np.ndarray,
+        tokens: Tensor,
     ) -> None:
-        """Repetition counts prompt and output (Keskar et al., 2019), presence and frequency the output (OpenAI).
+        """Apply the penalties of `rows` to logits [S, V], in place.
 
-        Changes these rows of logits [S, V]; takes 8 bytes a row and token of the vocabulary for a while.
+        Repetition counts prompt and output (Keskar et al., 2019), presence and frequency the output only (OpenAI).
+        Takes 8 bytes for each row and token of the vocabulary while it runs.
         """
-        own, length = slots[rows], int(positions[rows].max())
-        of_rows = (
-            rows,
-            own.astype(np.int64),
-            positions[rows].astype(np.int64),
-            self.num_prompt_tokens[own].astype(np.int64),
-        )
-        penalties = self.repetition[own], self.presence[own], self.frequency[own]
-        index, which, ends, prompts, *given = to_device_together((*of_rows, *penalties), self.device)
-        repetition, presence, frequency = (penalty[:, None] for penalty in given)
+        columns = [
+            *(a.astype(np.int64) for a in (rows, slots[rows], positions[rows], params["num_prompt_tokens"][rows])),
+            *(params[f"{name}_penalty"][rows] for name in ("repetition", "presence", "frequency")),
+        ]
+        index, owners, ends, prompts, *penalties = to_device_together(columns, self.device)
+        repetition, presence, frequency = (penalty[:, None] for penalty in penalties)
+        length = int(positions[rows].max())
         place = torch.arange(length, device=self.device)
-        there = place < ends[:, None]
-        held = tokens[which, :length].long() * there  # the rest may be a previous owner's
+        exists = place < ends[:, None]
+        ids = tokens[owners, :length].long() * exists  # the rest may be an earlier request's
         values = logits[index]
-        seen = torch.zeros_like(values).scatter_add_(1, held, there.float()) > 0
-        counts = torch.zeros_like(values).scatter_add_(1, held, (there & (place >= prompts[:, None])).float())
+        seen = torch.zeros_like(values).scatter_add_(1, ids, exists.float()) > 0
+        counts = torch.zeros_like(values).scatter_add_(1, ids, (exists & (place >= prompts[:, None])).float())
         values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
         logits[index] = values - (frequency * counts + presence * (counts > 0))
 
-    def _edit(self, logits: Tensor, slot: int, position: int) -> None:
-        """Logit bias and min_tokens on one row [V], in place."""
-        state = self.slots[slot]
-        assert state is not None
-        if len(state.biased):
-            logits[state.biased] += state.biases
-        may_stop = position >= self.num_prompt_tokens[slot] + state.params.min_tokens
-        if not may_stop and state.params.structured_outputs is None:  # else runtime/guide.py has seen to it
-            logits[state.stop_ids] = -torch.inf
+
+def sample_gumbel_max(logits: Logits, p: RowParams) -> Tensor:
+    """Sample among all tokens, [S] int32; greedily where the temperature is 0."""
+    return logits.gumbel_argmax(p.temperature, p.key)
 
 
-def race(logits: Logits, bounds: Bounds) -> Tensor:
-    return logits.race(bounds.temperature, bounds.keys)
+def sample_candidates(logits: Logits, p: RowParams) -> Tensor:
+    """Sample with a top-k of at most MAX_CANDIDATES, [S] int32: the ranks exchange candidates instead of logits."""
+    return ops.sample_topk(logits.topk_candidates(MAX_CANDIDATES), p.temperature, p.top_k, p.top_p, p.min_p, p.key)
 
 
-def draw_among_few(logits: Logits, b: Bounds) -> Tensor:
-    """Of top-k that keeps at most CANDIDATES of a row: they are exchanged instead of the logits."""
-    return ops.sample_topk(logits.best(CANDIDATES), b.temperature, b.top_k, b.top_p, b.min_p, b.keys)
+def _sample_top_p(logits: Logits, p: RowParams) -> Tensor:
+    return ops.sample_top_p(logits.shard, p.temperature, p.top_p, p.min_p, p.key)
 
 
-def _nucleus(logits: Logits, b: Bounds) -> Tensor:
-    """Of top-p and min-p among the whole vocabulary."""
-    return ops.sample_top_p(logits.shard, b.temperature, b.top_p, b.min_p, b.keys)
+def _sample_sorted(logits: Logits, p: RowParams) -> Tensor:
+    ordered, ids = (logits.shard / p.temperature[:, None]).sort(dim=-1, descending=True, stable=True)
+    kept = ops.mask_top_k_top_p(ordered, p.top_k, p.top_p, p.min_p)
+    return ops.merge_candidates(ops.gumbel_argmax(kept, torch.ones_like(p.temperature), p.key, tokens=ids.int())[None])
 
 
-def _sorted(logits: Logits, b: Bounds) -> Tensor:
-    """Of top-k that keeps more than CANDIDATES."""
-    ordered, ids = (logits.shard / b.temperature[:, None]).sort(dim=-1, descending=True, stable=True)
-    kept = ops.mask_top_k_top_p(ordered, b.top_k, b.top_p, b.min_p)
-    return ops.merge_candidates(ops.gumbel_argmax(kept, torch.ones_like(b.temperature), b.keys, tokens=ids.int())[None])
-
-
-def _way(p: SamplingParams) -> int:
-    if p.temperature == 0 or (p.top_k <= 0 and p.top_p == 1 and p.min_p == 0):
-        return RACE
-    if p.top_k <= 0:
-        return NUCLEUS
-    return FEW if p.top_k <= CANDIDATES else SORTED
+METHODS = {
+    Method.GUMBEL_MAX: sample_gumbel_max,
+    Method.CANDIDATES: sample_candidates,
+    Method.TOP_P: _sample_top_p,
+    Method.SORT: _sample_sorted,
+}
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 on uint64, as in `race`."""
+    """Return the finalizer of SplitMix64 of x, uint64, as `ops.gumbel_argmax` computes it."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = x ^ (x >> np.uint64(31))

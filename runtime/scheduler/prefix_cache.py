@@ -1,8 +1,8 @@
-"""Which token sequences are cached, as a tree over whole pages.
+"""The prefix cache: a radix tree of the cached token sequences, over whole pages.
 
-A node holds a run of tokens (a multiple of the page size) and the pages with their KV; a path from the root spells a
-cached sequence. A request locks the node at the end of what it shares; what nobody locks can be evicted, leaves first,
-least recently used first. The idea of a radix tree over the KV cache is SGLang's (Zheng et al., 2023, 2312.07104).
+A node holds a run of tokens (a multiple of the page size) and the pages with their KV. A path from the root is a cached
+sequence. A request locks the node at the end of its shared prefix. Unlocked nodes can be evicted, leaves first, least
+recently used first. A radix tree over the KV cache is SGLang's idea (Zheng et al., 2023, 2312.07104).
 
     root - [system prompt] -+- [question A] - [answer A]
                             +- [question B]
@@ -20,7 +20,7 @@ NO_PAGES = np.empty(0, dtype=np.int32)
 
 
 class Node:
-    """A run of whole pages below `parent`; `locks` counts the requests that use it or something below it."""
+    """A run of whole pages below `parent`; `locks` counts the requests that use it or a node below it."""
 
     __slots__ = ("children", "last_used", "locks", "pages", "parent", "tokens")
 
@@ -28,47 +28,47 @@ class Node:
         self.tokens = tokens  # [n * page_size] int32
         self.pages = pages  # [n] int32
         self.parent = parent
-        self.children: dict[bytes, Node] = {}  # by the bytes of their first page of tokens
+        self.children: dict[bytes, Node] = {}  # keyed by the bytes of their first page of tokens
         self.locks = 0
         self.last_used = 0
 
 
 class RadixCache:
-    """The tree, and the pages it owns."""
+    """The tree and the pages that it owns."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.root = Node(NO_PAGES, NO_PAGES, None)
         self.num_pages = 0  # owned by the tree
-        self.num_evictable = 0  # of these, in nodes that nobody locks
+        self.num_evictable = 0  # of these, in unlocked nodes
         self._clock = 0  # logical time: eviction order must not depend on a wall clock
         # Heap of (last used, tie break, node); entries may be out of date.
         self._leaves: list[tuple[int, int, Node]] = []
-        self._pushes = 0
-        self._leaves_kept = 0  # length of the heap after its last clean-up
+        self._num_pushes = 0
+        self._num_leaves_kept = 0  # length of the heap after its last clean-up
 
     def match(self, tokens: np.ndarray, start: Node | None = None) -> tuple[Node, np.ndarray]:
-        """The longest cached prefix of `tokens` below `start` (the root), in whole pages.
+        """Find the longest cached prefix of `tokens` below `start` (default: the root), in whole pages.
 
-        Returns its last node and its pages [n] int32, n * page_size <= len(tokens). Splits a node that matches in
-        part, so that the returned node ends exactly there. Lock it before anything else is inserted or evicted.
+        Returns its last node and its pages [n] int32, n * page_size <= len(tokens). A node that matches in part is
+        split, so that the returned node ends exactly there. Lock it before the next insertion or eviction.
         """
-        node, found = start or self.root, []
+        node, matched = start or self.root, []
         self._clock += 1
         while (child := node.children.get(self._key(tokens))) is not None:
             n = ops.common_prefix_length(child.tokens, tokens) // self.page_size
             node = child if n == len(child.pages) else self._split(child, n)
             self._touch(node)
-            found.append(node.pages)
+            matched.append(node.pages)
             if node is not child:
                 break
             tokens = tokens[n * self.page_size :]
-        return node, np.concatenate(found) if found else NO_PAGES
+        return node, np.concatenate(matched) if matched else NO_PAGES
 
     def insert(self, tokens: np.ndarray, pages: np.ndarray, start: Node | None = None) -> tuple[Node, int]:
-        """Add the sequence `tokens` (whole pages) below `start`; returns its last node and how many pages were there.
+        """Add the sequence `tokens` (whole pages) below `start`; return its last node and n, its pages already cached.
 
-        The tree owns pages[that number:] from now on; the ones before are duplicates that stay the caller's.
+        The tree owns pages[n:] from now on. pages[:n] are duplicates and still belong to the caller.
         """
         node, present = self.match(tokens, start)
         n = len(present)
@@ -83,7 +83,7 @@ class RadixCache:
         return leaf, n
 
     def lock(self, node: Node) -> None:
-        """Keep `node` and its ancestors from being evicted, until `unlock`."""
+        """Protect `node` and its ancestors from eviction until `unlock`."""
         up: Node | None = node
         while up is not None:
             if up.locks == 0:
@@ -92,7 +92,7 @@ class RadixCache:
             up = up.parent
 
     def unlock(self, node: Node) -> None:
-        """Take one lock of `node` and its ancestors back; they count as used now."""
+        """Remove one lock of `node` and its ancestors, and mark them as just used."""
         self._clock += 1
         up: Node | None = node
         while up is not None:
@@ -104,7 +104,7 @@ class RadixCache:
             up = up.parent
 
     def evict(self, num_pages: int) -> np.ndarray:
-        """Drop the least recently used `num_pages` pages, the end of a sequence before its beginning; returns them."""
+        """Remove and return the `num_pages` least recently used pages, the end of a sequence before its beginning."""
         assert num_pages <= self.num_evictable, "evicting more than is evictable"
         freed: list[np.ndarray] = []
         while num_pages > 0:
@@ -136,16 +136,16 @@ class RadixCache:
             self._push_if_evictable(parent)
 
     def _split(self, node: Node, n: int) -> Node:
-        """Cut `node` after n pages. The new node is the upper part: who locked `node` still holds all of its path.
+        """Split `node` after n pages and return the new, upper part; a lock of `node` still protects its whole path.
 
-        Both parts copy: views would keep the whole array alive for as long as either of them.
+        Both parts copy: a view would keep the whole array alive.
         """
-        cut = n * self.page_size
-        upper = Node(node.tokens[:cut].copy(), node.pages[:n].copy(), node.parent)
+        end = n * self.page_size
+        upper = Node(node.tokens[:end].copy(), node.pages[:n].copy(), node.parent)
         upper.locks, upper.last_used = node.locks, node.last_used
         assert node.parent is not None
         node.parent.children[self._key(upper.tokens)] = upper
-        node.tokens, node.pages, node.parent = node.tokens[cut:].copy(), node.pages[n:].copy(), upper
+        node.tokens, node.pages, node.parent = node.tokens[end:].copy(), node.pages[n:].copy(), upper
         upper.children[self._key(node.tokens)] = node
         return upper
 
@@ -155,20 +155,20 @@ class RadixCache:
 
     def _push_if_evictable(self, node: Node) -> None:
         if self._is_evictable(node):
-            self._pushes += 1
-            heapq.heappush(self._leaves, (node.last_used, self._pushes, node))
-            if len(self._leaves) > 2 * self._leaves_kept + 1024:
+            self._num_pushes += 1
+            heapq.heappush(self._leaves, (node.last_used, self._num_pushes, node))
+            if len(self._leaves) > 2 * self._num_leaves_kept + 1024:
                 self._drop_stale_entries()
 
     def _drop_stale_entries(self) -> None:
-        """Each use of a leaf leaves its old entry behind; a server that never evicts would collect them for ever."""
+        """Remove outdated entries: each use of a leaf leaves one, and without eviction they would accumulate."""
         self._leaves = [e for e in self._leaves if e[2].last_used == e[0] and self._is_evictable(e[2])]
         heapq.heapify(self._leaves)
-        self._leaves_kept = len(self._leaves)
+        self._num_leaves_kept = len(self._leaves)
 
     def _is_evictable(self, node: Node) -> bool:
         return node.locks == 0 and not node.children and node.parent is not None
 
     def _key(self, tokens: np.ndarray) -> bytes:
-        """What a child is found by; a run shorter than a page gives a key that no child has."""
+        """Return the key of the child for `tokens`; a run shorter than a page gives a key that no child has."""
         return tokens[: self.page_size].tobytes()

@@ -74,7 +74,7 @@ class Free:
                 del self._live[uid]
                 ended.append(Finished(uid, "length", None))
         self._ended = []
-        return [StepOutput(uids, tokens, ended, {}, cached)]
+        return [StepOutput(uids=uids, tokens=tokens, finished=ended, cached_tokens=cached)]
 
     def wait(self, wakeup: Any) -> None:
         wakeup.wait()

@@ -54,10 +54,10 @@ def time_ops(rows: int, vocab: int) -> None:
     each = partial(torch.full, (rows,), device="cuda")
     temperature, top_k, top_p, min_p = each(0.6), each(20), each(0.9), each(0.0)
     keys = torch.arange(rows, device="cuda")
-    few, whole = of_all.best(64), logits.float()
+    few, whole = of_all.topk_candidates(64), logits.float()
     calls = {
-        "race, winners": lambda: of_all.race(temperature, keys),
-        "best 64": lambda: of_all.best(64),
+        "race, winners": lambda: of_all.gumbel_argmax(temperature, keys),
+        "best 64": lambda: of_all.topk_candidates(64),
         "sample_topk": lambda: ops.sample_topk(few, temperature, top_k, top_p, min_p, keys),
         "sample_top_p": lambda: ops.sample_top_p(whole, temperature, top_p, min_p, keys),
         "torch topk 64": lambda: logits.topk(64),

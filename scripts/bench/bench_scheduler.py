@@ -2,9 +2,9 @@
 
     python scripts/bench/bench_scheduler.py
 
-All requests decode at a context of about 1000 tokens with prefix caching on, in a steady state. The rank's
-part is what it makes of a plan before the model runs (runtime/batch.py). Times are microseconds per step, the
-median and the 99th percentile over `STEPS` steps, of the best of `ROUNDS` rounds. Last line: JSON.
+All requests decode at a context of about 1000 tokens with prefix caching on, in a steady state. The phase "batch" turns
+a plan into the batch's metadata (runtime/runner/slot_tables.py). Times are microseconds per step, the median and the
+99th percentile over `STEPS` steps, of the best of `ROUNDS` rounds. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Bench:
             tokens = np.append(common, rng.integers(VOCAB, size=CONTEXT - STEPS // 2 - 200)).astype(np.int32)
             params = SamplingParams(max_tokens=4096, seed=uid)
             self.scheduler.add(Request(uid, tokens, len(tokens), params, [VOCAB - 1]))
-        while self.scheduler.waiting or (self.scheduler.length > self.scheduler.computed + 1).any():
+        while self.scheduler.waiting or (self.scheduler.slots.length > self.scheduler.slots.computed + 1).any():
             self.step()
 
     def step(self) -> tuple[float, ...]:
@@ -60,8 +60,8 @@ class Bench:
         scheduled = self.scheduler.schedule()
         assert scheduled is not None
         clock.append(time.perf_counter())
-        self.tables.take_in(scheduled.plan)
-        self.tables.batch(self.tables.describe(scheduled.plan))
+        self.tables.update(scheduled.plan)
+        self.tables.batch(scheduled.plan, self.tables.host_batch(scheduled.plan))
         clock.append(time.perf_counter())
         tokens = np.zeros(len(scheduled.plan.sampled_rows), np.int32)
         self.scheduler.commit(scheduled, tokens)

@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from lockstep.comm import shared_memory
-from lockstep.comm.all_reduce_policy import SLOT_BYTES, AllReduce, Policy
+from lockstep.comm.all_reduce_choice import AllReduce
+from lockstep.comm.all_reduce_policy import SLOT_BYTES, Policy
 from lockstep.comm.autotune import Algorithm, TimingTable
 from lockstep.comm.base import CommError, Communicator, NotShared
 from lockstep.comm.rendezvous import Rendezvous
@@ -256,7 +257,7 @@ def test_policy_slices_rows_of_more_than_a_slot() -> None:
     assert policy.sliced(x)[0].data_ptr() == x.data_ptr(), "views, of a residual that is updated in place"
     assert len(policy.sliced(x[:5])) == 1
     assert len(Policy.only("one-shot", 64).sliced(x)) == 1
-    assert str(policy) == "one-shot up to 0 KiB, and in slices beyond"
+    assert str(policy) == "one-shot up to 0.1 KiB, and in slices beyond"
 
 
 def test_config_option_has_the_choices_of_the_policy() -> None:

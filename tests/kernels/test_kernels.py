@@ -84,7 +84,7 @@ def test_rotate_and_store_equals_transformers(
     norm = QKNorm(*(torch.rand(head_dim, device=device).to(dtype) + 0.5 if normed else None for _ in range(2)), 1e-6)
     shape = KVShape(num_layers=2, page_size=4, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     pool = KVPool(shape, 9, torch.device(device), layout)  # type: ignore[arg-type]
-    rotated = ops.rotate_and_store_(qkv, norm, Rope(positions.int(), cos_sin), KVCache(pool.k(1), pool.v(1)), slots)
+    rotated = ops.rotate_and_store_(qkv, norm, Rope(positions.int(), cos_sin), pool.layer(1), slots)
 
     q, k, _ = qkv.double().unflatten(-1, (-1, head_dim)).split([heads, kv_heads, kv_heads], dim=1)
     if norm.q is not None and norm.k is not None:
@@ -98,7 +98,7 @@ def test_rotate_and_store_equals_transformers(
         x[0].transpose(0, 1) for x in apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
     )
     assert_close(rotated, q)
-    stored_k, stored_v = (x.reshape(-1, kv_heads, head_dim) for x in (pool.k(1), pool.v(1)))
+    stored_k, stored_v = (x.reshape(-1, kv_heads, head_dim) for x in pool.layer(1))
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:
             assert_close(stored_k[slot], k[token])
@@ -106,8 +106,8 @@ def test_rotate_and_store_equals_transformers(
     untouched = [n for n in range(36) if n not in slots.tolist()]
     assert not stored_k[untouched].any()
     assert not stored_v[untouched].any()
-    assert not pool.k(0).any()
-    assert not pool.v(0).any()
+    assert not pool.layer(0).k.any()
+    assert not pool.layer(0).v.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -129,10 +129,10 @@ def test_store_kv_writes_exactly_the_given_slots(device: str, layout: str, page_
     for row, slot in enumerate(slots.tolist()):
         if slot >= 0:
             expected["k"][slot], expected["v"][slot] = k[row].cpu(), v[row].cpu()
-    ops.store_kv_(k, v, KVCache(pool.k(1), pool.v(1)), slots)
-    assert torch.equal(pool.k(1).reshape(-1, 2, 8).cpu(), expected["k"])
-    assert torch.equal(pool.v(1).reshape(-1, 2, 8).cpu(), expected["v"])
-    for untouched in (pool.k(0), pool.v(0), pool.k(2), pool.v(2)):
+    ops.store_kv_(k, v, pool.layer(1), slots)
+    assert torch.equal(pool.layer(1).k.reshape(-1, 2, 8).cpu(), expected["k"])
+    assert torch.equal(pool.layer(1).v.reshape(-1, 2, 8).cpu(), expected["v"])
+    for untouched in (pool.layer(0).k, pool.layer(0).v, pool.layer(2).k, pool.layer(2).v):
         assert not untouched.any()
 
 

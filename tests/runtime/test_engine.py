@@ -63,7 +63,7 @@ SPLIT = "Qwen3ForCausalLM"  # the family that is split over ranks daily: fewer K
         for tp in (1, 2, 4)
     ],
 )
-def test_64_tokens_of_16_requests_are_those_of_transformers(tmp_path: Path, architecture: str, tp: int) -> None:
+def test_tokens_match_transformers(tmp_path: Path, architecture: str, tp: int) -> None:
     tiny_checkpoint(tmp_path, architecture)
     found = run_engine(tmp_path, [request(i, p, max_tokens=64) for i, p in enumerate(prompts())], tp=tp)
     wanted = tokens_of_transformers(architecture)
@@ -110,7 +110,7 @@ ARRANGEMENTS = {
 
 
 @pytest.mark.parametrize("options", list(ARRANGEMENTS.values()), ids=list(ARRANGEMENTS))
-def test_the_same_tokens_in_any_arrangement(llama_folder: Path, baseline: Results, options: dict[str, object]) -> None:
+def test_tokens_are_independent_of_batching(llama_folder: Path, baseline: Results, options: dict[str, object]) -> None:
     if "num_pages" in options:
         options = {"max_model_len": 32 * 4, **options}
     found = run_engine(llama_folder, mixed(), **options)  # type: ignore[arg-type]
@@ -120,12 +120,12 @@ def test_the_same_tokens_in_any_arrangement(llama_folder: Path, baseline: Result
         assert found.preemptions > 0, "meant to run out of pages"
 
 
-def test_the_same_tokens_alone(llama_folder: Path, baseline: Results) -> None:
+def test_tokens_of_a_request_alone_are_the_same(llama_folder: Path, baseline: Results) -> None:
     for r in mixed():
         assert run_engine(llama_folder, [r]).tokens[r.uid] == baseline.tokens[r.uid]
 
 
-def test_the_same_tokens_when_requests_come_and_go(llama_folder: Path, baseline: Results) -> None:
+def test_tokens_are_the_same_when_requests_come_and_go(llama_folder: Path, baseline: Results) -> None:
     """Requests arrive one per step, between others that are cancelled in every phase."""
     arriving, noise = mixed(), [request(100 + i, p, max_tokens=50) for i, p in enumerate(prompts())]
 
@@ -144,14 +144,14 @@ def test_the_same_tokens_when_requests_come_and_go(llama_folder: Path, baseline:
     assert len(cancelled) >= 10
 
 
-def test_a_prefix_is_computed_once_even_within_one_step(llama_folder: Path) -> None:
+def test_prefix_is_computed_once_within_one_step(llama_folder: Path) -> None:
     prompt = prompts()[9]  # 64 tokens, pages of 4
     found = run_engine(llama_folder, [request(i, prompt) for i in range(4)])
     assert found.cached == {0: 0, 1: 60, 2: 60, 3: 60}
     assert len({tuple(t) for t in found.tokens.values()}) == 1
 
 
-def test_a_finished_answer_is_a_cached_prefix(llama_folder: Path) -> None:
+def test_finished_output_is_a_cached_prefix(llama_folder: Path) -> None:
     prompt = prompts()[8]
     first = run_engine(llama_folder, [request(0, prompt)]).tokens[0]
     longer = prompt + first + [7, 8, 9]
@@ -179,7 +179,7 @@ def test_stop_ids_and_min_tokens(llama_folder: Path) -> None:
     assert len(later.tokens[0]) > first + 3
 
 
-def test_logprobs_are_those_of_transformers(tmp_path: Path) -> None:
+def test_logprobs_match_transformers(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path, "Qwen3ForCausalLM")
     prompt = prompts()[6]
     found = run_engine(tmp_path, [request(0, prompt, logprobs=3, temperature=1.0, presence_penalty=1.0)], tp=2)
@@ -195,7 +195,7 @@ def test_logprobs_are_those_of_transformers(tmp_path: Path) -> None:
         assert got.top == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
-def test_a_request_that_cannot_run_ends_alone(llama_folder: Path) -> None:
+def test_request_that_cannot_run_ends_alone(llama_folder: Path) -> None:
     bad = [request(1, []), request(2, [131]), request(3, [-1]), request(4, [3] * 300)]
     found = run_engine(llama_folder, [request(0, prompts()[0]), *bad, request(5, prompts()[1])])
     assert found.finished[0].reason == found.finished[5].reason == "length"
@@ -208,7 +208,7 @@ def test_a_request_that_cannot_run_ends_alone(llama_folder: Path) -> None:
     assert "300 tokens" in str(errors[4])
 
 
-def test_context_ends_the_output(llama_folder: Path) -> None:
+def test_output_ends_at_the_context_length(llama_folder: Path) -> None:
     found = run_engine(llama_folder, [request(0, [5] * 250, max_tokens=100)])
     assert len(found.tokens[0]) == 6
     assert found.finished[0].reason == "length"
@@ -216,7 +216,7 @@ def test_context_ends_the_output(llama_folder: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tp", [1, 2])
-def test_the_same_tokens_on_a_gpu(llama_folder: Path, baseline: Results, tp: int) -> None:
+def test_tokens_on_gpu_match_cpu(llama_folder: Path, baseline: Results, tp: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     found = run_engine(llama_folder, mixed(), device="cuda", dtype="float32", tp=tp)
     assert found.tokens == baseline.tokens
@@ -251,7 +251,7 @@ def router_margins(model: PreTrainedModel) -> list[torch.Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", list(ON_GPU.values()), ids=list(ON_GPU))
 @pytest.mark.parametrize("architecture", list(FAMILIES))
-def test_bfloat16_on_a_gpu_stays_close_to_transformers(
+def test_bfloat16_on_gpu_is_close_to_transformers(
     tmp_path: Path, architecture: str, options: dict[str, object]
 ) -> None:
     """Tokens may differ where two are nearly equal: compare the log-probabilities of those that were chosen.
@@ -278,7 +278,7 @@ def test_bfloat16_on_a_gpu_stays_close_to_transformers(
 
 
 @pytest.mark.gpu
-def test_a_key_is_stored_before_another_request_reads_it(tmp_path: Path) -> None:
+def test_keys_are_stored_before_another_request_reads_them(tmp_path: Path) -> None:
     """Each prompt is the one before and a token: all come in one step, where each reads what those before it store."""
     model = tiny_checkpoint(tmp_path, "LlamaForCausalLM", head_dim=64, hidden_size=256)
     longest = prompts()[9][:24]
@@ -298,7 +298,7 @@ DRAWS = [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.9, "top_k":
 @pytest.mark.parametrize("logprobs", [3, None], ids=["with logprobs", "drawn in the graph"])
 @pytest.mark.parametrize("rows", [1, 2, 8, 24])
 @pytest.mark.parametrize("architecture", list(FAMILIES))
-def test_a_graph_is_eager_bit_for_bit(tmp_path: Path, architecture: str, rows: int, logprobs: int | None) -> None:
+def test_graphs_are_bitwise_equal_to_eager(tmp_path: Path, architecture: str, rows: int, logprobs: int | None) -> None:
     tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
     found = []
     for enforce_eager in (False, True):
@@ -316,7 +316,7 @@ def test_a_graph_is_eager_bit_for_bit(tmp_path: Path, architecture: str, rows: i
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("architecture", list(FAMILIES))
-def test_deterministic_bfloat16_has_the_same_bits_in_any_arrangement(tmp_path: Path, architecture: str) -> None:
+def test_deterministic_bfloat16_is_batch_invariant(tmp_path: Path, architecture: str) -> None:
     tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
     options = {"device": "cuda", "dtype": "bfloat16", "deterministic": True}
     requests = [replace(r, params=replace(r.params, logprobs=2)) for r in mixed()]

@@ -93,7 +93,7 @@ class Scripted:
                 if self.live[uid] == len(self.tokens):
                     finished.append(Finished(uid, "length"))
                     del self.live[uid]
-            outputs.append(StepOutput(uids, tokens, finished))
+            outputs.append(StepOutput(uids=uids, tokens=tokens, finished=finished))
         return outputs
 
     def close(self) -> None:

@@ -24,16 +24,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.comm.base import SingleRank
+from lockstep.runtime import startup
 from lockstep.runtime.config import Config
 from lockstep.runtime.executor import LocalExecutor
 from lockstep.runtime.memory import gpu as gpu_module
-from lockstep.runtime.memory import gpu_processes as neighbours_module
-from lockstep.runtime.memory.gpu import Reading, named_out_of_memory, why_out_of_memory
-from lockstep.runtime.memory.gpu_processes import Process, described, parse, processes_on
+from lockstep.runtime.memory.gpu import GpuMemory, named_out_of_memory, out_of_memory_message
+from lockstep.runtime.memory.gpu_processes import Process, describe_others, processes_on
 from lockstep.runtime.memory.memory_plan import GIB, MemoryPlan, check_kv_cache, check_weights, tightest
 from lockstep.runtime.model.model_config import ModelConfig
-from lockstep.runtime.runner import runner as runner_module
-from lockstep.runtime.startup import load_rank, plan_limits
+from lockstep.runtime.startup import LoadedRank, load_rank, plan_limits
 from lockstep.runtime.startup_timer import StartupTimer, summary
 
 from checkpoints import tiny_checkpoint
@@ -41,11 +40,6 @@ from engines import request
 
 MIB = 2**20
 UUID = "8a1f0c5e-3b1d-4c3a-9f55-0d2e6a7b9c10"
-SMI_ROWS = f"""4711, 1024, GPU-{UUID}
-4712, 99, GPU-{UUID}
-815, 20480, GPU-11111111-2222-3333-4444-555555555555
-4713, [N/A], GPU-{UUID}
-"""
 
 # An H200 of 140 GiB: 0.5 GiB in use, 15 of weights, 0.5 of graphs, 2 of workspaces; pages of 16 tokens take 2 MiB.
 H200 = MemoryPlan(
@@ -78,7 +72,7 @@ def refusal(plan: MemoryPlan, **asked: Any) -> str:
 # -- arithmetic
 
 
-def test_the_kv_cache_gets_what_is_left_of_the_share() -> None:
+def test_kv_cache_gets_the_rest_of_the_share() -> None:
     plan = planned(H200)
     assert plan.room == 108 * GIB  # 0.9 * 140 - 18
     assert plan.num_pages == 55_296  # 108 GiB of 2 MiB
@@ -89,19 +83,19 @@ def test_the_kv_cache_gets_what_is_left_of_the_share() -> None:
     assert plan.longest_context(10**6) == 884_736
 
 
-def test_the_table() -> None:
+def test_memory_table() -> None:
     assert planned(H200).table(131_072).splitlines() == [
         "memory of GPU 0 (NVIDIA H200, 140.00 GiB), gpu_memory_utilization=0.9",
         "  in use at start   0.50 GiB   CUDA context, communication",
         "  weights          15.00 GiB",
         "  CUDA graphs       0.50 GiB   41 captured, up to 256 rows",
         "  workspaces        2.00 GiB   activations, tables, kernels, libraries",
-        "  KV cache        108.00 GiB   884,736 tokens of 128.0 KiB: 6.8 contexts of 131,072",
+        "  KV cache        108.00 GiB   884,736 tokens of 128 KiB: 6.8 contexts of 131,072",
         "  free             14.00 GiB",
     ]
 
 
-def test_ranks_that_share_a_gpu_keep_to_their_share() -> None:
+def test_shared_gpu_limits_each_rank_to_its_share() -> None:
     plan = planned(replace(H200, at_start=0, gpus_per_rank=0.5))
     assert plan.room == 45.5 * GIB  # 0.9 * 70 - 17.5
     assert plan.num_pages == 23_296
@@ -109,7 +103,7 @@ def test_ranks_that_share_a_gpu_keep_to_their_share() -> None:
     assert "left to others   77.00 GiB" in plan.table(131_072)
 
 
-def test_a_host_is_not_measured() -> None:
+def test_cpu_memory_is_not_measured() -> None:
     host = MemoryPlan(place="the CPU", weights=5 * MIB, page_bytes=80 * 2**10, page_size=16)
     plan = planned(host, max_model_len=2048)
     assert plan.num_pages == 13_107  # 1 GiB; 256 requests of 128 pages would be more
@@ -117,8 +111,8 @@ def test_a_host_is_not_measured() -> None:
     assert planned(host, max_model_len=2**20).num_pages == 2**16, "one whole context, whatever it takes"
     assert plan.table(2048).splitlines() == [
         "memory of the CPU",
-        "  weights            5.0 MiB",
-        "  KV cache          1.00 GiB   209,712 tokens of 5.0 KiB: 102.4 contexts of 2,048",
+        "  weights              5 MiB",
+        "  KV cache          1.00 GiB   209,712 tokens of 5 KiB: 102.4 contexts of 2,048",
     ]
 
 
@@ -147,7 +141,7 @@ gpu_plans = st.builds(
 
 
 @given(gpu_plans)
-def test_the_cache_never_exceeds_the_share_and_wastes_less_than_a_page(plan: MemoryPlan) -> None:
+def test_kv_cache_never_exceeds_the_share_and_wastes_less_than_a_page(plan: MemoryPlan) -> None:
     assert plan.total is not None
     plan = planned(plan)
     rest = plan.at_start + plan.weights + plan.graphs + plan.workspaces
@@ -157,13 +151,13 @@ def test_the_cache_never_exceeds_the_share_and_wastes_less_than_a_page(plan: Mem
 
 
 @given(gpu_plans, st.integers(1, 100))
-def test_more_utilization_never_gives_fewer_pages(plan: MemoryPlan, other: int) -> None:
+def test_num_pages_grows_with_utilization(plan: MemoryPlan, other: int) -> None:
     low, high = sorted([plan.utilization, other / 100])
     assert planned(replace(plan, utilization=low)).num_pages <= planned(replace(plan, utilization=high)).num_pages
 
 
 @given(gpu_plans.filter(lambda plan: planned(plan).num_pages > 0))
-def test_the_parts_of_the_table_make_the_whole_gpu(plan: MemoryPlan) -> None:
+def test_memory_table_sums_to_the_whole_gpu(plan: MemoryPlan) -> None:
     units = {"GiB": GIB, "MiB": MIB, "KiB": 2**10}
     rows = [re.match(r"  [a-zA-Z ]+?  +(-?[\d.]+) (.iB)", line) for line in planned(plan).table(4096).splitlines()[1:]]
     assert len(rows) >= 3
@@ -171,7 +165,7 @@ def test_the_parts_of_the_table_make_the_whole_gpu(plan: MemoryPlan) -> None:
     assert printed == pytest.approx(plan.total, abs=len(rows) * 0.0051 * GIB)
 
 
-def test_the_rank_with_the_least_room_limits_the_group(caplog: pytest.LogCaptureFixture) -> None:
+def test_tightest_rank_limits_the_group(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lockstep")
     plans = [planned(replace(H200, workspaces=n * GIB)) for n in (2, 3, 1)]
     least = tightest(plans)
@@ -188,10 +182,12 @@ def test_the_rank_with_the_least_room_limits_the_group(caplog: pytest.LogCapture
 # -- what does not fit
 
 
-def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
+def test_weights_that_do_not_fit_are_refused() -> None:
     check_weights(replace(H200, graphs=0, workspaces=0))
     with pytest.raises(ValueError) as caught:
-        check_weights(replace(H200, weights=130 * GIB, graphs=0, workspaces=0, neighbours="; also on this GPU: pid 7"))
+        check_weights(
+            replace(H200, weights=130 * GIB, graphs=0, workspaces=0, other_processes="; also on this GPU: pid 7")
+        )
     assert str(caught.value) == (
         "the weights need 130.00 GiB, and GPU 0 (NVIDIA H200, 140.00 GiB) has 125.50 GiB for them with"
         " gpu_memory_utilization=0.9 and 0.50 GiB in use; raise gpu_memory_utilization to 0.94; also on this GPU: pid 7"
@@ -200,7 +196,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
         check_weights(replace(H200, weights=150 * GIB))
 
 
-def test_no_room_for_the_cache_is_refused_with_the_parts() -> None:
+def test_kv_cache_without_room_is_refused() -> None:
     assert refusal(replace(H200, weights=110 * GIB, workspaces=16 * GIB)) == (
         "no room for the KV cache: 110.00 GiB of weights, 0.50 GiB of CUDA graphs, 16.00 GiB of workspaces and"
         " 0.50 GiB in use before make 127.00 GiB, and gpu_memory_utilization=0.9 allows 126.00 GiB of"
@@ -239,18 +235,18 @@ def test_no_room_for_the_cache_is_refused_with_the_parts() -> None:
         ),
         (
             {"kv_cache_memory": 0.001},
-            "kv_cache_memory=0.001 holds 0 pages of 16 tokens, 2.0 MiB each, and a request needs 2 tokens; raise"
+            "kv_cache_memory=0.001 holds 0 pages of 16 tokens, 2 MiB each, and a request needs 2 tokens; raise"
             " kv_cache_memory to 0.002",
         ),
     ],
 )
-def test_what_was_asked_for_and_does_not_fit(asked: dict[str, Any], message: str) -> None:
+def test_requested_size_that_does_not_fit_is_refused(asked: dict[str, Any], message: str) -> None:
     assert refusal(H200, **asked) == message
-    assert refusal(replace(H200, neighbours="; others"), **asked).removesuffix("; others") == message
+    assert refusal(replace(H200, other_processes="; others"), **asked).removesuffix("; others") == message
 
 
 @given(gpu_plans, st.sampled_from(["num_pages", "kv_cache_memory", "max_model_len"]), st.floats(0.5, 1.5))
-def test_what_a_refusal_advises_is_accepted(plan: MemoryPlan, flag: str, factor: float) -> None:
+def test_remedy_of_a_refusal_is_accepted(plan: MemoryPlan, flag: str, factor: float) -> None:
     fitting = planned(plan)
     sizes = {
         "num_pages": int(fitting.num_pages * factor) + 1,
@@ -287,33 +283,33 @@ TORCH_ERROR = (
 )
 
 
-def test_running_out_of_memory_names_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 140 * GIB))
-    monkeypatch.setattr(gpu_module, "neighbours", lambda device: "; also on this GPU: pid 7 with 3.00 GiB")
+    monkeypatch.setattr(gpu_module, "other_processes", lambda device: "; also on this GPU: pid 7 with 3.00 GiB")
     with pytest.raises(ValueError) as caught, named_out_of_memory("rehearsal", H200, torch.device("cuda")):
         raise torch.OutOfMemoryError(TORCH_ERROR)
     assert str(caught.value) == (
         "rehearsal: GPU 0 (NVIDIA H200, 140.00 GiB) ran out of memory, 2.50 GiB needed and 1.00 GiB free; lower"
         " max_num_batched_tokens, max_num_seqs or max_model_len; also on this GPU: pid 7 with 3.00 GiB"
     )
-    assert "enforce_eager" in why_out_of_memory("graphs", "GPU 0", "no such text", 0, "")
+    assert "enforce_eager" in out_of_memory_message("graphs", "GPU 0", "no such text", 0, "")
     with pytest.raises(KeyError), named_out_of_memory("graphs", H200, torch.device("cuda")):
         raise KeyError("another error is let through")
 
 
-def test_weights_are_refused_before_any_is_allocated(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_refused_before_allocation(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse_to_load(*arguments: Any) -> None:
         raise AssertionError("loaded in spite of it")
 
-    monkeypatch.setattr(runner_module, "load_weights", refuse_to_load)
-    monkeypatch.setattr(gpu_module, "read_gpu", lambda device, share: Reading(100 * 2**10, 0))
-    monkeypatch.setattr(gpu_module, "gpu_name", lambda device: "GPU 0 (tiny, 100.0 KiB)")
-    monkeypatch.setattr(gpu_module, "neighbours", lambda device: "")
+    monkeypatch.setattr(startup, "load_weights", refuse_to_load)
+    monkeypatch.setattr(gpu_module, "read_gpu", lambda device, share: GpuMemory(100 * 2**10, 0))
+    monkeypatch.setattr(gpu_module, "gpu_name", lambda device: "GPU 0 (tiny, 100 KiB)")
+    monkeypatch.setattr(gpu_module, "other_processes", lambda device: "")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     model = ModelConfig.from_folder(llama_folder)
     config = Config(model=str(llama_folder)).resolved(model, cuda=True)
-    with pytest.raises(ValueError, match=r"the weights need .* GPU 0 \(tiny, 100.0 KiB\) has 90.0 KiB for them"):
-        runner_module.Runner(config, model, llama_folder, SingleRank(), torch.device("cuda"))
+    with pytest.raises(ValueError, match=r"the weights need .* GPU 0 \(tiny, 100 KiB\) has 90 KiB for them"):
+        LoadedRank(config, model, llama_folder, SingleRank(), torch.device("cuda"))
 
 
 # -- the plan of a rank
@@ -321,21 +317,21 @@ def test_weights_are_refused_before_any_is_allocated(llama_folder: Path, monkeyp
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM"])
 @pytest.mark.parametrize("layout", ["layer-first", "page-first"])
-def test_the_plan_is_what_a_rank_then_allocates(tmp_path: Path, architecture: str, layout: str) -> None:
+def test_memory_plan_equals_allocation(tmp_path: Path, architecture: str, layout: str) -> None:
     tiny_checkpoint(tmp_path, architecture)
     asked = Config(model=str(tmp_path), device="cpu", num_pages=7, kv_layout=layout)  # type: ignore[arg-type]
     model = ModelConfig.from_folder(tmp_path)
     config = asked.resolved(model, cuda=False)
-    runner = load_rank(config, model, tmp_path, SingleRank())
-    plan = runner.plan_memory()
-    runner.allocate(plan_limits(asked, config, model, plan))
-    assert plan.weights == sum(w.tensor.nbytes for w in runner.decoder.weights())
-    cache = [tensor for layer in range(model.num_layers) for tensor in (runner.pool.k(layer), runner.pool.v(layer))]
+    loaded = load_rank(config, model, tmp_path, SingleRank())
+    plan = loaded.plan_memory()
+    memory = loaded.allocate(plan_limits(asked, config, model, plan)).memory
+    assert plan.weights == sum(w.tensor.nbytes for w in memory.decoder.weights())
+    cache = [tensor for layer in range(model.num_layers) for tensor in memory.pool.layer(layer)]
     assert plan.kv_cache == sum(tensor.numel() * tensor.element_size() for tensor in cache)
     assert plan.tokens == cache[0].shape[0] * cache[0].shape[1] == 7 * 16
 
 
-def test_a_start_says_what_it_took(llama_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_startup_logs_memory_and_durations(llama_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lockstep")
     model = ModelConfig.from_folder(llama_folder)
     executor = LocalExecutor(Config(model=str(llama_folder), device="cpu", num_pages=64), model, llama_folder)
@@ -359,7 +355,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     monkeypatch.undo()
 
 
-def test_phases_count_once_and_add_up(clock: list[float]) -> None:
+def test_startup_timer_counts_nested_phases_once(clock: list[float]) -> None:
     phases = StartupTimer()
     with phases("weights"):
         clock[0] += 2.0
@@ -375,7 +371,7 @@ def test_phases_count_once_and_add_up(clock: list[float]) -> None:
     assert summary(phases.record()) == "ready in 7.2 s: weights 2.5, imports 3.0, rehearsal 0.8"
 
 
-def test_a_phase_that_fails_is_timed(clock: list[float]) -> None:
+def test_startup_timer_counts_a_failed_phase(clock: list[float]) -> None:
     phases = StartupTimer()
 
     def failing() -> None:
@@ -388,11 +384,11 @@ def test_a_phase_that_fails_is_timed(clock: list[float]) -> None:
     assert phases.seconds == {"weights": 2.0}
 
 
-def test_the_slowest_rank_counts(clock: list[float]) -> None:
+def test_startup_timer_adds_the_slowest_rank(clock: list[float]) -> None:
     phases = StartupTimer()
     with phases("actors"):
         clock[0] += 1.0
-    phases.take_in([{"weights": 2.0, "graphs": 0.01}, {"weights": 3.0}])
+    phases.add_slowest([{"weights": 2.0, "graphs": 0.01}, {"weights": 3.0}])
     clock[0] += 4.0
     assert phases.record() == {"ready": 5.0, "actors": 1.0, "weights": 3.0, "graphs": 0.01}
     assert summary(phases.record()) == "ready in 5.0 s: actors 1.0, weights 3.0"
@@ -402,38 +398,7 @@ def test_the_slowest_rank_counts(clock: list[float]) -> None:
 # -- who else is on the GPU
 
 
-def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Nothing but this nvidia-smi on PATH, and no pynvml."""
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    monkeypatch.setenv("PATH", str(folder))
-    tool = folder / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\n{script}\n")
-    tool.chmod(0o755)
-
-
-def test_nvidia_smi_is_asked_for_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = "--query-compute-apps=pid,used_memory,gpu_uuid --format=csv,noheader,nounits"
-    fake_nvidia_smi(tmp_path, monkeypatch, f'[ "$*" = "{wanted}" ] || exit 9\necho "{SMI_ROWS}"')
-    found = [Process(4711, GIB), Process(4712, 99 * MIB), Process(4713, None)]
-    assert processes_on(UUID) == found
-    assert processes_on(f"GPU-{UUID.upper()}") == found
-    assert processes_on("none-of-these") == []
-
-
-@pytest.mark.parametrize(
-    "script", ["exit 9", "echo 'Failed to initialize NVML'", "exec /bin/sleep 600"], ids=["fails", "chatter", "hangs"]
-)
-def test_an_nvidia_smi_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    monkeypatch.setattr(neighbours_module, "DEADLINE_S", 0.3)
-    fake_nvidia_smi(tmp_path, monkeypatch, script)
-    started = time.perf_counter()
-    assert processes_on(UUID) is None
-    assert time.perf_counter() - started < 300
-    (tmp_path / "nvidia-smi").unlink()
-    assert processes_on(UUID) is None
-
-
-def test_pynvml_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_processes_are_listed_by_pynvml(monkeypatch: pytest.MonkeyPatch) -> None:
     class NVMLError(Exception):
         pass
 
@@ -450,8 +415,10 @@ def test_pynvml_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) 
         nvmlDeviceGetComputeRunningProcesses=lambda of: found if of == "handle" else [],
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    assert processes_on(UUID) == [Process(4711, GIB), Process(4713, None)]
+    assert processes_on(UUID) == processes_on(f"GPU-{UUID.upper()}") == [Process(4711, GIB), Process(4713, None)]
     assert processes_on("another") is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert processes_on(UUID) is None
 
 
 @pytest.mark.parametrize(
@@ -462,7 +429,7 @@ def test_pynvml_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) 
         ([Process(1, 50 * GIB)], ""),
         ([Process(1, 50 * GIB), Process(4712, 100 * MIB)], ""),
         (
-            [Process(1, 50 * GIB), *parse(SMI_ROWS, UUID)],
+            [Process(1, 50 * GIB), Process(4711, GIB), Process(4712, 99 * MIB), Process(4713, None)],
             "; also on this GPU: pid 4711 with 1.00 GiB, pid 4713 with an unknown amount",
         ),
         (
@@ -471,8 +438,8 @@ def test_pynvml_is_asked_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) 
         ),
     ],
 )
-def test_other_processes_are_named_from_100_mib_on(found: list[Process] | None, text: str) -> None:
-    assert described(found, own_pid=1) == text
+def test_other_processes_are_named_above_100_mib(found: list[Process] | None, text: str) -> None:
+    assert describe_others(found, own_pid=1) == text
 
 
 # -- on a GPU
@@ -494,7 +461,7 @@ def on_gpu(folder: Path, **options: Any) -> LocalExecutor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [{"kv_cache_memory": 2.0}, {"gpu_memory_utilization": 0.5}, {"num_pages": 2000}])
-def test_the_plan_is_what_the_gpu_shows(bfloat16_folder: Path, options: dict[str, Any]) -> None:
+def test_memory_plan_matches_the_gpu(bfloat16_folder: Path, options: dict[str, Any]) -> None:
     torch.cuda.empty_cache()
     free_before, total = torch.cuda.mem_get_info()
     executor = on_gpu(bfloat16_folder, **options)
@@ -528,13 +495,13 @@ def test_the_plan_is_what_the_gpu_shows(bfloat16_folder: Path, options: dict[str
         ),
     ],
 )
-def test_what_does_not_fit_on_a_gpu(bfloat16_folder: Path, options: dict[str, Any], message: str) -> None:
+def test_gpu_refuses_what_does_not_fit(bfloat16_folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         on_gpu(bfloat16_folder, **options)
 
 
 @pytest.mark.gpu
-def test_running_out_on_a_gpu_names_the_phase(bfloat16_folder: Path) -> None:
+def test_gpu_out_of_memory_names_the_phase(bfloat16_folder: Path) -> None:
     """The rehearsal needs 128 MiB for FlashInfer alone; torch may have 64."""
     torch.cuda.empty_cache()
     allowed = torch.cuda.memory_reserved() + 64 * MIB
@@ -552,7 +519,7 @@ HOLD = (
 
 
 @pytest.mark.gpu
-def test_another_process_is_named_by_its_pid(bfloat16_folder: Path) -> None:
+def test_gpu_error_names_another_process(bfloat16_folder: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lockstep.runtime.config import Config
 from lockstep.runtime.memory.memory_plan import plan_weights
-from lockstep.runtime.memory.parameter_count import kv_of_token, weights_of_rank
+from lockstep.runtime.memory.parameter_count import kv_elements_per_token, parameters_of_rank
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.model_config import ARCHITECTURES, DTYPES, ModelConfig
 
@@ -53,19 +53,19 @@ def sketch(model: ModelConfig, rank: int, size: int, dtype: torch.dtype) -> Deco
 
 
 @given(configs(), st.data())
-def test_the_count_is_what_every_rank_allocates(hf: Configs, data: st.DataObject) -> None:
+def test_parameter_count_equals_allocation_of_every_rank(hf: Configs, data: st.DataObject) -> None:
     model = ModelConfig.from_hf(hf)
     size = data.draw(st.sampled_from(model.tensor_parallel_sizes()), "size")
     rank = data.draw(st.integers(0, size - 1), "rank")
     decoder = sketch(model, rank, size, torch.float32)
-    assert weights_of_rank(model, size) == sum(weight.tensor.numel() for weight in decoder.weights())
+    assert parameters_of_rank(model, size) == sum(weight.tensor.numel() for weight in decoder.weights())
     page_size = 16
-    assert kv_of_token(model, size) * page_size * 4 == decoder.kv_shape(page_size, torch.float32).page_bytes
+    assert kv_elements_per_token(model, size) * page_size * 4 == decoder.kv_shape(page_size, torch.float32).page_bytes
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 2])
-def test_the_plan_is_in_bytes_of_the_dtype_that_the_ranks_use(dtype: Any, size: int) -> None:
+def test_memory_plan_uses_the_itemsize_of_the_resolved_dtype(dtype: Any, size: int) -> None:
     asked = Config(dtype=dtype, tensor_parallel_size=size, page_size=8)
     model = ModelConfig.from_folder(asked.model)
     config = asked.resolved(model, cuda=False)
@@ -74,7 +74,7 @@ def test_the_plan_is_in_bytes_of_the_dtype_that_the_ranks_use(dtype: Any, size: 
     assert plan.page_bytes == decoder.kv_shape(8, config.torch_dtype).page_bytes
 
 
-def test_a_split_that_is_not_possible_has_no_plan() -> None:
+def test_memory_plan_refuses_an_impossible_split() -> None:
     config = Config(tensor_parallel_size=3)
     model = ModelConfig.from_folder(config.model)
     with pytest.raises(ValueError, match=r"4 attention heads, .* over 3 ranks"):

@@ -206,7 +206,7 @@ class RadixMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 16])
-def test_tree_equals_brute_force(page_size: int) -> None:
+def test_tree_matches_brute_force(page_size: int) -> None:
     machine = type("Machine", (RadixMachine,), {"page_size": page_size})
     run_state_machine_as_test(machine, settings=SETTINGS)
 
@@ -237,12 +237,12 @@ def wide_tree(num_leaves: int) -> RadixCache:
     return cache
 
 
-def test_cost_of_evicting_does_not_depend_on_the_size_of_the_tree() -> None:
+def test_eviction_cost_is_independent_of_tree_size() -> None:
     small, large = wide_tree(200), wide_tree(6400)
     assert lines_run(lambda: large.evict(100)) <= 1.1 * lines_run(lambda: small.evict(100))
 
 
-def test_stale_entries_cost_a_constant_per_use() -> None:
+def test_stale_heap_entries_cost_a_constant_per_use() -> None:
     """Uses leave stale entries behind: to meet them must cost at most in proportion to the uses."""
     cache = wide_tree(1000)
     uses = 5000
@@ -251,7 +251,7 @@ def test_stale_entries_cost_a_constant_per_use() -> None:
     assert cost <= 60 * (uses + 1500)
 
 
-def test_a_server_that_never_evicts_does_not_collect_stale_entries() -> None:
+def test_stale_heap_entries_do_not_accumulate_without_eviction() -> None:
     cache = wide_tree(100)
     tokens = np.array([0, 5, 5], np.int32)
     for _ in range(20_000):
@@ -261,7 +261,7 @@ def test_a_server_that_never_evicts_does_not_collect_stale_entries() -> None:
     assert len(cache._leaves) <= 2 * 100 + 1024
 
 
-def test_an_evicted_node_is_not_evicted_again() -> None:
+def test_evicted_node_is_not_evicted_again() -> None:
     """The second insert uses the first leaf, then makes it an inner node that becomes a leaf again later."""
     cache = RadixCache(page_size=1)
     for number, tokens in enumerate(([1], [1, 2], [3])):
@@ -269,7 +269,7 @@ def test_an_evicted_node_is_not_evicted_again() -> None:
     assert cache.evict(3).tolist() == [1, 0, 2]
 
 
-def test_allocated_pages_stay_the_same_when_others_are_released() -> None:
+def test_allocated_pages_do_not_change_when_others_are_released() -> None:
     pool = PagePool(num_pages=4, page_size=1)
     first, second = pool.allocate(2), pool.allocate(2)
     before = second.tolist()
@@ -277,7 +277,7 @@ def test_allocated_pages_stay_the_same_when_others_are_released() -> None:
     assert second.tolist() == before
 
 
-def test_unlocking_counts_as_use() -> None:
+def test_unlock_counts_as_use() -> None:
     cache = RadixCache(page_size=1)
     first, _ = cache.insert(np.array([1], np.int32), np.array([1], np.int32))
     cache.lock(first)
@@ -286,7 +286,7 @@ def test_unlocking_counts_as_use() -> None:
     assert cache.evict(2).tolist() == [2, 1]
 
 
-def test_parts_of_a_split_node_do_not_keep_the_whole_alive() -> None:
+def test_split_node_does_not_keep_its_old_arrays_alive() -> None:
     cache = RadixCache(page_size=1)
     cache.insert(np.arange(10_000, dtype=np.int32), np.arange(10_000, dtype=np.int32))
     cache.match(np.arange(5, dtype=np.int32))
@@ -297,7 +297,7 @@ def test_parts_of_a_split_node_do_not_keep_the_whole_alive() -> None:
     assert kept.pages.base is None
 
 
-def test_a_deep_path_is_evicted_from_its_end() -> None:
+def test_deep_path_is_evicted_from_its_end() -> None:
     cache = RadixCache(page_size=2)
     node = cache.root
     for turn in range(50):
@@ -308,7 +308,7 @@ def test_a_deep_path_is_evicted_from_its_end() -> None:
     assert [int(cache.evict(1)[0]) for _ in range(50)] == list(range(49, -1, -1))
 
 
-def test_pool_takes_free_pages_first_then_cached_ones_never_locked_ones() -> None:
+def test_pool_allocates_free_pages_then_cached_never_locked() -> None:
     pool = PagePool(num_pages=8, page_size=1)
     mine = pool.allocate(6)
     node, _ = pool.tree.insert(np.array([1, 2, 3], np.int32), mine[:3])

@@ -75,11 +75,11 @@ def check_all(found: Results, wanted: dict[int, dict[int, torch.Tensor]]) -> Non
         assert found.prompts.get(r.uid, {}).keys() == wanted.get(r.uid, {}).keys()
 
 
-def test_as_transformers_says(baseline: Results, wanted: dict[int, dict[int, torch.Tensor]]) -> None:
+def test_prompt_logprobs_match_transformers(baseline: Results, wanted: dict[int, dict[int, torch.Tensor]]) -> None:
     check_all(baseline, wanted)
 
 
-def test_nobodys_tokens_change(llama_folder: Path, baseline: Results) -> None:
+def test_prompt_logprobs_do_not_change_tokens(llama_folder: Path, baseline: Results) -> None:
     assert run_engine(llama_folder, asked(width=None)).tokens == baseline.tokens
 
 
@@ -101,7 +101,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
-def test_the_same_in_any_arrangement(
+def test_prompt_logprobs_are_independent_of_batching(
     llama_folder: Path,
     baseline: Results,
     wanted: dict[int, dict[int, torch.Tensor]],
@@ -114,7 +114,7 @@ def test_the_same_in_any_arrangement(
     check_all(found, wanted)
 
 
-def test_offline() -> None:
+def test_prompt_logprobs_of_llm_generate() -> None:
     """As a user gets them: the text of each candidate, nothing for the first token, and once for all outputs."""
     with LLM(device="cpu", num_pages=64) as llm:
         params = SamplingParams(n=2, seed=1, max_tokens=4, prompt_logprobs=2)
@@ -133,13 +133,13 @@ def test_offline() -> None:
 
 
 @pytest.mark.parametrize("number", [-1, 21, 1.5, True])
-def test_bad_numbers_are_refused(number: Any) -> None:
+def test_prompt_logprobs_refuses_invalid_values(number: Any) -> None:
     with pytest.raises(ValueError, match="prompt_logprobs="):
         SamplingParams(prompt_logprobs=number)
 
 
 @pytest.mark.gpu
-def test_the_same_on_a_gpu(llama_folder: Path, baseline: Results) -> None:
+def test_prompt_logprobs_on_gpu_match_cpu(llama_folder: Path, baseline: Results) -> None:
     found = run_engine(llama_folder, asked(), device="cuda", dtype="float32")
     for uid, entries in baseline.prompts.items():
         assert found.prompts[uid].keys() == entries.keys()

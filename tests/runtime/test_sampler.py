@@ -32,7 +32,15 @@ VOCAB = 50
 def sampler(*params: SamplingParams, prompt: int = 4, stop_ids: tuple[int, ...] = (), device: str = "cpu") -> Sampler:
     found = Sampler(len(params), torch.device(device))
     for slot, p in enumerate(params):
-        found.admit(Admission(slot, np.zeros(prompt, np.int32), prompt, p, list(stop_ids)))
+        found.admit(
+            Admission(
+                slot=slot,
+                tokens=np.zeros(prompt, np.int32),
+                num_prompt_tokens=prompt,
+                params=p,
+                stop_ids=list(stop_ids),
+            )
+        )
     return found
 
 
@@ -62,9 +70,7 @@ def logits() -> torch.Tensor:
 @pytest.mark.parametrize(
     "given", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.8, "min_p": 0.05}]
 )
-def test_frequencies_are_the_probabilities_of_transformers(
-    logits: torch.Tensor, given: dict[str, Any], device: str
-) -> None:
+def test_sampler_frequencies_match_transformers(logits: torch.Tensor, given: dict[str, Any], device: str) -> None:
     warpers = LogitsProcessorList([TemperatureLogitsWarper(0.8)])
     if "min_p" in given:
         warpers.append(MinPLogitsWarper(given["min_p"]))
@@ -79,7 +85,7 @@ def test_frequencies_are_the_probabilities_of_transformers(
     assert ((found - wanted).abs() <= 4 * (wanted * (1 - wanted) / 4000).sqrt() + 1e-9).all()
 
 
-def test_a_draw_depends_on_seed_and_position_only(logits: torch.Tensor) -> None:
+def test_sample_depends_on_seed_and_position_only(logits: torch.Tensor) -> None:
     rows = torch.stack([logits, logits.roll(1), logits * 0.5, logits])
     params = [SamplingParams(temperature=1.0, seed=s, top_k=k) for s, k in ((1, 0), (2, 7), (1, 3), (5, 0))]
     positions = np.array([6, 9, 6, 30], np.int32)
@@ -110,9 +116,7 @@ FEW = [p for p in MIXED if p.repetition_penalty == 1 and (p.temperature == 0 or 
 @pytest.mark.parametrize("vocab", [VOCAB, 61, 501])
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("params", [MIXED, FEW], ids=["mixed", "few"])
-def test_ranks_with_a_part_of_the_vocabulary_choose_what_one_with_all_of_it_does(
-    params: list[SamplingParams], size: int, vocab: int
-) -> None:
+def test_vocabulary_shards_sample_the_tokens_of_one_rank(params: list[SamplingParams], size: int, vocab: int) -> None:
     """Coarse logits, so that many are equal; 61 and 501 leave padding on the last rank."""
     torch.manual_seed(vocab)
     rows = (torch.randn(len(params), vocab) * 8).round() / 4
@@ -130,33 +134,33 @@ def test_ranks_with_a_part_of_the_vocabulary_choose_what_one_with_all_of_it_does
         s, found = sampler(*params), []
         for position in range(10, 20):
             logits = Logits(comm, shard, vocab)
-            logits = logits.replicated() if s.needs_all(slots) else logits
+            logits = logits.replicated() if s.params["needs_gather"][slots].any() else logits
             found.append(s.sample(logits, slots, np.full(len(params), position, np.int32), tokens).tolist())
         return found
 
     wanted = [one(position) for position in range(10, 20)]
-    assert not sampler(*FEW).needs_all(np.arange(len(FEW)))
+    assert not sampler(*FEW).params["needs_gather"].any()
     assert run_ranks(size, each) == [wanted] * size
 
 
-def test_candidates_are_as_good_as_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_give_the_tokens_of_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     """Top-k among the best of a row, against top-k among all of it."""
     params = [SamplingParams(temperature=1.1, seed=seed, top_k=k) for seed, k in enumerate((1, 2, 5, 33, 64))]
     torch.manual_seed(5)
     rows = (torch.randn(len(params), 3000) * 8).round() / 4
     slots, tokens = np.arange(len(params), dtype=np.int32), torch.zeros(len(params), 1, dtype=torch.int32)
     found = []
-    for candidates in (module.CANDIDATES, 0):
-        monkeypatch.setattr(module, "CANDIDATES", candidates)
+    for candidates in (module.MAX_CANDIDATES, 0):
+        monkeypatch.setattr(module, "MAX_CANDIDATES", candidates)
         s = sampler(*params)
-        assert s.needs_all(slots) == (candidates == 0)
+        assert s.params["needs_gather"].all() == (candidates == 0)
         positions = [np.full(len(params), p, np.int32) for p in range(50)]
         found.append([s.sample(whole(rows), slots, where, tokens).tolist() for where in positions])
     assert found[0] == found[1]
     assert len({tuple(step) for step in found[0]}) > 40
 
 
-def test_seeds_and_positions_are_independent(logits: torch.Tensor) -> None:
+def test_noise_is_independent_over_seeds_and_positions(logits: torch.Tensor) -> None:
     flat = torch.zeros(1, 1000)
     tokens = torch.zeros(1, 1, dtype=torch.int32)
     drawn = {}
@@ -173,7 +177,7 @@ def test_seeds_and_positions_are_independent(logits: torch.Tensor) -> None:
             assert seed == other or max(shifted) < 5
 
 
-def test_greedy_and_random_rows_share_a_batch(logits: torch.Tensor) -> None:
+def test_batch_of_greedy_and_random_rows(logits: torch.Tensor) -> None:
     s = sampler(SamplingParams(temperature=0, seed=1), SamplingParams(temperature=2.0, seed=1))
     found = {
         tuple(
@@ -204,7 +208,7 @@ def test_penalties(logits: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_penalties_of_many_rows(device: str) -> None:
+def test_penalties_of_many_rows_match_a_loop(device: str) -> None:
     """Against loops over tokens; more rows than are penalized at once, slots in another order than rows."""
     random = np.random.default_rng(5)
     count, vocab, length, prompt = 45, 30, 40, 6
@@ -240,7 +244,7 @@ def test_penalties_of_many_rows(device: str) -> None:
         torch.testing.assert_close(row, wanted)
 
 
-def test_bias_and_min_tokens(logits: torch.Tensor) -> None:
+def test_logit_bias_and_min_tokens(logits: torch.Tensor) -> None:
     p = SamplingParams(temperature=0, seed=0, logit_bias={7: 100.0, 8: 80.0}, min_tokens=2)
     s = sampler(p, prompt=4, stop_ids=(7,))
     tokens = torch.zeros(1, 10, dtype=torch.int32)
@@ -250,11 +254,11 @@ def test_bias_and_min_tokens(logits: torch.Tensor) -> None:
     assert found == [8, 8, 7], "the stop id must not come before two tokens"
 
 
-def test_top_p_keeps_at_least_the_likeliest(logits: torch.Tensor) -> None:
+def test_top_p_keeps_the_most_likely_token(logits: torch.Tensor) -> None:
     assert draw(SamplingParams(temperature=1.0, top_p=1e-6, seed=4), logits, 50)[logits.argmax()] == 1
 
 
-def test_flat_distributions_have_no_favourites() -> None:
+def test_uniform_distribution_is_sampled_uniformly() -> None:
     found = draw(SamplingParams(temperature=1.0, seed=9), torch.zeros(10), 20_000)
     assert (found - 0.1).abs().max() < 0.01
 
@@ -292,6 +296,6 @@ def test_tiny_temperature_is_nearly_greedy(logits: torch.Tensor) -> None:
         ({"stop_token_ids": ["x"]}, "stop_token_ids='x' must be integers"),
     ],
 )
-def test_impossible_values_are_refused_with_the_rule(given: dict[str, Any], message: str) -> None:
+def test_sampling_params_refuse_invalid_values(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingParams(**given)

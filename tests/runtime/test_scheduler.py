@@ -165,24 +165,24 @@ class Simulation:
 
     def schedule(self) -> bool:
         """Schedule a step and run it, its results kept back; False if there was nothing to compute."""
-        s = self.scheduler
-        tickets, before = s.ticket.copy(), s.computed.copy()
+        s = self.scheduler.slots
+        admission_ids, before = s.admission_id.copy(), s.computed.copy()
         decoding = [
-            slot for slot in s.order if s.length[slot] == s.computed[slot] + 1 and s.length[slot] < s.limit[slot]
+            slot for slot in s.running if s.length[slot] == s.computed[slot] + 1 and s.length[slot] < s.limit[slot]
         ]
-        prompts = [slot for slot in s.order if s.length[slot] > s.computed[slot] + 1]
-        scheduled = s.schedule()
+        prompts = [slot for slot in s.running if s.length[slot] > s.computed[slot] + 1]
+        scheduled = self.scheduler.schedule()
         if scheduled is None:
-            assert self.in_flight or not s.has_work
+            assert self.in_flight or not self.scheduler.has_work
             return False
         plan = scheduled.plan
         assert int(plan.counts.sum()) <= self.limits.max_num_batched_tokens
-        older = s.order[:-1]
+        older = s.running[:-1]
         assert (s.length[older] - s.computed[older] <= 1).all()  # one prompt in progress at a time: the newest
         for slot in decoding + prompts[:1]:
-            preempted = s.ticket[slot] != tickets[slot]
+            preempted = s.admission_id[slot] != admission_ids[slot]
             assert preempted or (slot in plan.slots and s.computed[slot] > before[slot])
-            assert not preempted or slot != s.order[0]
+            assert not preempted or slot != s.running[0]
         for admission in plan.admitted:
             entry = self.ledger[self.uid_in(admission.slot)]
             if entry.first_start is None:
@@ -193,7 +193,7 @@ class Simulation:
         return True
 
     def uid_in(self, slot: int) -> int:
-        request = self.scheduler.requests[slot]
+        request = self.scheduler.slots.requests[slot]
         assert request is not None
         return request.uid
 
@@ -206,7 +206,7 @@ class Simulation:
             self.ledger[uid].tokens.append(token)
         for finished in output.finished:
             self.ledger[finished.uid].finished.append(finished)
-        for uid, cached in output.cached.items():
+        for uid, cached in output.cached_tokens.items():
             self.ledger[uid].cached.append(cached)
 
     def advance(self) -> None:
@@ -255,14 +255,14 @@ class Simulation:
             self.check_content(child, end)
 
     def check(self) -> None:
-        s, nodes = self.scheduler, self.nodes()
-        owned = s.pages.free_pages().tolist() + [page for node in nodes for page in node.pages.tolist()]
+        s, pages, nodes = self.scheduler.slots, self.scheduler.pages, self.nodes()
+        owned = pages.free_pages().tolist() + [page for node in nodes for page in node.pages.tolist()]
         locks: Counter[int] = Counter()
-        for slot in s.order.tolist():
-            shared, held = s.page_table[slot, : s.num_pages[slot]], int(s.num_shared[slot])
+        for slot in s.running.tolist():
+            shared, held = s.page_table[slot, : s.num_pages[slot]], int(s.num_shared_pages[slot])
             owned += shared[held:].tolist()
             path: list[int] = []
-            up: Node | None = s.nodes[slot]
+            up: Node | None = s.prefix_nodes[slot]
             while up is not None:
                 locks[id(up)] += 1
                 path[:0] = up.pages.tolist()
@@ -270,12 +270,15 @@ class Simulation:
             assert path == shared[:held].tolist()
         assert sorted(owned) == list(range(self.limits.num_pages))
         assert all(node.locks == locks[id(node)] for node in nodes)
-        assert s.pages.tree.num_evictable == sum(len(node.pages) for node in nodes if not locks[id(node)])
-        self.check_content(s.pages.tree.root, 0)
-        running, waiting = [self.uid_in(slot) for slot in s.order], [request.uid for request in s.waiting]
+        assert pages.tree.num_evictable == sum(len(node.pages) for node in nodes if not locks[id(node)])
+        self.check_content(pages.tree.root, 0)
+        running, waiting = (
+            [self.uid_in(slot) for slot in s.running],
+            [request.uid for request in self.scheduler.waiting],
+        )
         assert running + waiting == sorted(running + waiting)  # in order of arrival, through preemptions too
         assert self.admitted == sorted(self.admitted)
-        assert s._preempted <= set(waiting)  # nothing is remembered of those who ended
+        assert self.scheduler._preempted <= set(waiting)  # nothing is remembered of those who ended
         assert sorted(running + waiting) == [uid for uid, entry in self.ledger.items() if not entry.finished]
 
 
@@ -369,7 +372,7 @@ def limits(
     )
 
 
-def test_random_operations_in_small_worlds() -> None:
+def test_scheduler_random_operations_with_few_pages() -> None:
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(stateful_step_count=30),
@@ -379,7 +382,7 @@ def test_random_operations_in_small_worlds() -> None:
 @pytest.mark.parametrize("caching", [True, False], ids=["caching", "no-caching"])
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("page_size", [1, 3, 16])
-def test_random_operations_under_pressure(page_size: int, depth: int, caching: bool) -> None:
+def test_scheduler_random_operations_with_full_cache(page_size: int, depth: int, caching: bool) -> None:
     """Longer lives: hundreds of requests in a cache that is always full."""
     total: Counter[str] = Counter()
     for seed in range(8):
@@ -444,7 +447,7 @@ def computed_tokens(simulation: Simulation) -> int:
     return total
 
 
-def test_equal_prompts_of_one_step_are_computed_once() -> None:
+def test_prefix_of_equal_prompts_in_one_step_is_computed_once() -> None:
     simulation = Simulation(limits(max_num_batched_tokens=200, page_size=16, num_pages=20), depth=1)
     for _ in range(4):
         simulation.add(FAMILY[:50], max_tokens=1)
@@ -453,7 +456,7 @@ def test_equal_prompts_of_one_step_are_computed_once() -> None:
 
 
 @pytest.mark.parametrize("budget", [20, 37, 50, 64])
-def test_a_prefix_that_arrives_in_chunks_is_computed_once(budget: int) -> None:
+def test_prefix_in_chunks_is_computed_once(budget: int) -> None:
     """Each request adds its own page to a system prompt longer than the budget; nobody computes that a second time."""
     world = limits(max_model_len=200, max_num_batched_tokens=budget, page_size=16, num_pages=100)
     simulation = Simulation(world, depth=1)
@@ -462,7 +465,7 @@ def test_a_prefix_that_arrives_in_chunks_is_computed_once(budget: int) -> None:
     assert computed_tokens(simulation) == 160 + 4 * 16
 
 
-def test_cached_tokens_take_no_budget() -> None:
+def test_budget_excludes_cached_tokens() -> None:
     simulation = Simulation(limits(max_model_len=200, max_num_batched_tokens=16, page_size=1, num_pages=400), depth=1)
     simulation.add(FAMILY[:180], max_tokens=1)
     simulation.add(FAMILY[:181], max_tokens=1)
@@ -470,7 +473,7 @@ def test_cached_tokens_take_no_budget() -> None:
     assert simulation.num_steps <= 180 // 16 + 2
 
 
-def test_cancelling_what_does_not_fit_lets_the_next_one_in() -> None:
+def test_admission_continues_after_blocked_request_is_cancelled() -> None:
     simulation = Simulation(limits(num_pages=50), depth=1)
     simulation.add([0] * 30, max_tokens=9)
     large, small = simulation.add([1] * 40), simulation.add([2] * 5)
@@ -482,7 +485,7 @@ def test_cancelling_what_does_not_fit_lets_the_next_one_in() -> None:
     simulation.finish()
 
 
-def test_who_is_admitted_leaves_a_page_for_those_who_run() -> None:
+def test_admission_leaves_a_page_for_each_running_request() -> None:
     simulation = Simulation(limits(num_pages=20), depth=1)
     simulation.add([0] * 10, max_tokens=5)
     simulation.add([1] * 10, max_tokens=5)
@@ -490,7 +493,7 @@ def test_who_is_admitted_leaves_a_page_for_those_who_run() -> None:
     assert simulation.scheduler.num_preemptions == 0
 
 
-def test_a_blocked_request_costs_nothing_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocked_request_is_not_matched_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     simulation = Simulation(limits(num_pages=50), depth=1)
     tree, lookups = simulation.scheduler.pages.tree, []
     monkeypatch.setattr(tree, "match", lambda *arguments: lookups.append(1) or RadixCache.match(tree, *arguments))
@@ -515,14 +518,14 @@ def test_a_blocked_request_costs_nothing_while_it_waits(monkeypatch: pytest.Monk
         ([0, -1], 8, "token id -1 in the prompt; the model has ids 0 to 6"),
     ],
 )
-def test_what_can_never_run_is_refused(prompt: list[int], num_pages: int, message: str) -> None:
+def test_request_that_can_never_run_is_refused(prompt: list[int], num_pages: int, message: str) -> None:
     simulation = Simulation(limits(num_pages=num_pages, page_size=16), depth=1)
     with pytest.raises(ValueError, match=message):
         simulation.add(prompt)
     assert not simulation.scheduler.has_work
 
 
-def test_the_longest_request_that_is_accepted_ends_with_the_whole_cache() -> None:
+def test_longest_request_fills_the_whole_cache() -> None:
     simulation = Simulation(limits(max_model_len=48, num_pages=3, page_size=16), depth=2)
     simulation.add([0] * 47, max_tokens=500)
     simulation.add([1], max_tokens=500)

@@ -24,7 +24,7 @@ from lockstep import LLM, SamplingParams, StructuredOutputsParams
 from lockstep.runtime.engine import Engine
 from lockstep.runtime.request import Request
 from lockstep.runtime.sampling.grammar import GrammarError, Vocabulary, try_out
-from lockstep.runtime.sampling.grammar_state import forbid_
+from lockstep.runtime.sampling.grammar_state import mask_tokens_
 
 from checkpoints import tiny_checkpoint
 from engines import Results, request, run_engine
@@ -113,7 +113,7 @@ def by_brute_force(folder: Path, prompt: list[int], pattern: str, n: int, steps:
 
 
 @pytest.mark.parametrize("pattern", [PATTERN, r"(a|ab|abc)+1{0,2}[^b-z]", r"[^a-c]{5}|c{3,}\d\d"])
-def test_greedy_is_the_masked_argmax_of_transformers(folder: Path, pattern: str) -> None:
+def test_grammar_greedy_tokens_match_masked_transformers(folder: Path, pattern: str) -> None:
     asked = prompts(4)
     found = run_engine(folder, [guided(i, p, regex=pattern, max_tokens=24) for i, p in enumerate(asked)])
     allowed: list[int] = []
@@ -122,7 +122,7 @@ def test_greedy_is_the_masked_argmax_of_transformers(folder: Path, pattern: str)
     assert min(allowed) < 5 or max(allowed) > 20, "the pattern leaves nothing to choose"
 
 
-def test_greedy_choices(folder: Path) -> None:
+def test_grammar_choice_is_the_most_likely(folder: Path) -> None:
     pattern = "|".join(map(re.escape, ["a", "ab", "b, c", "1 1"]))
     for i, prompt in enumerate(prompts(4)):
         (found,) = run_engine(folder, [guided(i, prompt, choice=["a", "ab", "b, c", "1 1"])]).tokens.values()
@@ -149,7 +149,7 @@ def baseline(folder: Path) -> Results:
     return run_engine(folder, kinds(), max_model_len=160)
 
 
-def test_what_ends_matches(baseline: Results) -> None:
+def test_grammar_output_matches_when_finished(baseline: Results) -> None:
     checks: list[Callable[[str], object]] = [
         lambda text: jsonschema.validate(json.loads(text), SCHEMA),
         lambda text: re.fullmatch(PATTERN, text) or pytest.fail(text),
@@ -166,7 +166,7 @@ def test_what_ends_matches(baseline: Results) -> None:
     assert min(ended) >= 2, f"too few came to an end: {ended}"
 
 
-def test_the_others_have_the_tokens_they_would_have_had(folder: Path, baseline: Results) -> None:
+def test_grammar_does_not_change_other_requests(folder: Path, baseline: Results) -> None:
     free = [r for r in kinds() if r.params.structured_outputs is None]
     alone = run_engine(folder, free, max_model_len=160)
     assert alone.tokens == {r.uid: baseline.tokens[r.uid] for r in free}
@@ -184,7 +184,7 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
-def test_the_same_tokens_in_any_arrangement(folder: Path, baseline: Results, options: dict[str, Any]) -> None:
+def test_grammar_tokens_are_independent_of_batching(folder: Path, baseline: Results, options: dict[str, Any]) -> None:
     found = run_engine(folder, kinds(), max_model_len=160, **options)
     assert found.tokens == baseline.tokens
     assert found.finished == baseline.finished
@@ -193,7 +193,7 @@ def test_the_same_tokens_in_any_arrangement(folder: Path, baseline: Results, opt
 
 
 @pytest.mark.gpu
-def test_the_same_tokens_with_graphs_and_overlap_on_a_gpu(folder: Path, baseline: Results) -> None:
+def test_grammar_tokens_with_graphs_and_overlap_on_gpu(folder: Path, baseline: Results) -> None:
     """float32 on both sides: CUDA graphs sample inside, and constrained rows again outside of them."""
     options: dict[str, Any] = {"device": "cuda", "dtype": "float32", "max_model_len": 160}
     graphs = run_engine(folder, kinds(), **options)
@@ -207,7 +207,7 @@ def test_the_same_tokens_with_graphs_and_overlap_on_a_gpu(folder: Path, baseline
             assert graphs.tokens[r.uid] == baseline.tokens[r.uid]
 
 
-def test_admitted_again_after_any_token(folder: Path, baseline: Results) -> None:
+def test_grammar_continues_after_readmission_at_any_token(folder: Path, baseline: Results) -> None:
     """As after the death of a rank: with what has been produced, by an engine that knows nothing of it."""
     for cut in (1, 3, 8):
         again = []
@@ -221,7 +221,7 @@ def test_admitted_again_after_any_token(folder: Path, baseline: Results) -> None
         assert found.tokens == {r.uid: baseline.tokens[r.uid][cut:] for r in again}
 
 
-def test_min_tokens_gives_way_to_the_end_of_the_grammar(folder: Path) -> None:
+def test_grammar_end_overrides_min_tokens(folder: Path) -> None:
     (prompt,) = prompts(1)
     asked = [
         guided(0, prompt, regex="a{2,9}", min_tokens=9, logit_bias={EOS: 100.0}),
@@ -233,14 +233,14 @@ def test_min_tokens_gives_way_to_the_end_of_the_grammar(folder: Path) -> None:
     assert [found.finished[uid].reason for uid in (0, 1)] == ["stop", "stop"]
 
 
-def test_stop_ids_of_the_request_end_it_where_the_grammar_may_end(folder: Path) -> None:
+def test_grammar_allows_stop_ids_where_it_may_end(folder: Path) -> None:
     (prompt,) = prompts(1)
     found = run_engine(folder, [guided(0, prompt, regex="[bc]{3}x*", stop_ids=(1, EOS), logit_bias={1: 100.0})])
     assert found.tokens[0][-1] == 1
     assert re.fullmatch("[bc]{3}", text_of(found.tokens[0][:-1]))
 
 
-def test_a_grammar_that_cannot_go_on_ends_its_request_alone(folder: Path) -> None:
+def test_grammar_without_continuation_ends_its_request_alone(folder: Path) -> None:
     """The vocabulary has no byte beyond ASCII: after the a's this pattern has no way on."""
     asked = prompts(3)
     free = [request(1, asked[1], [EOS], temperature=1), guided(2, asked[2], regex=PATTERN, temperature=1)]
@@ -252,7 +252,7 @@ def test_a_grammar_that_cannot_go_on_ends_its_request_alone(folder: Path) -> Non
         assert {uid: found.tokens[uid] for uid in (1, 2)} == wanted.tokens
 
 
-def test_a_grammar_that_is_wrong_reaches_no_step(folder: Path) -> None:
+def test_invalid_grammar_is_refused_before_any_step(folder: Path) -> None:
     """The front end refuses it; should it arrive all the same, it ends alone."""
     (prompt,) = prompts(1)
     found = run_engine(folder, [guided(0, prompt, regex="("), request(1, prompt)])
@@ -260,7 +260,7 @@ def test_a_grammar_that_is_wrong_reaches_no_step(folder: Path) -> None:
     assert len(found.tokens[1]) == 16
 
 
-def test_cancelled_in_the_middle_of_a_step(folder: Path, baseline: Results) -> None:
+def test_grammar_request_cancelled_during_a_step(folder: Path, baseline: Results) -> None:
     """Slots change hands while tokens are on their way."""
     noise = [guided(100 + i, p, regex="[a-c]{50}", temperature=1) for i, p in enumerate(prompts(20))]
 
@@ -273,7 +273,7 @@ def test_cancelled_in_the_middle_of_a_step(folder: Path, baseline: Results) -> N
     assert {uid: t for uid, t in found.tokens.items() if uid < 100} == baseline.tokens
 
 
-def test_masks_on_the_device_are_those_of_the_host() -> None:
+def test_mask_tokens_equals_bitmask() -> None:
     rng = np.random.default_rng(3)
     for vocab in (31, 32, 131):
         logits, rows = torch.randn(5, vocab), torch.tensor([3, 0])
@@ -283,7 +283,7 @@ def test_masks_on_the_device_are_those_of_the_host() -> None:
             for v in range(vocab):
                 if not int(mask[v // 32]) >> v % 32 & 1:
                     wanted[row, v] = -torch.inf
-        forbid_(logits, rows, torch.from_numpy(words))
+        mask_tokens_(logits, rows, torch.from_numpy(words))
         assert torch.equal(logits, wanted)
 
 
@@ -327,7 +327,7 @@ def test_hostile_grammars_are_refused_or_harmless(folder: Path, asked: dict[str,
         ({"json": {"a": {1, 2}}}, "not JSON"),
     ],
 )
-def test_what_makes_no_sense_is_refused_at_once(asked: dict[str, Any], message: str) -> None:
+def test_structured_outputs_params_refuse_invalid_values(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StructuredOutputsParams(**asked)
 
@@ -345,13 +345,13 @@ def test_what_makes_no_sense_is_refused_at_once(asked: dict[str, Any], message: 
         ({"json": {"$ref": "https://example.com/schema"}}, "does not fetch"),
     ],
 )
-def test_what_cannot_be_kept_to_is_refused_before_it_starts(asked: dict[str, Any], message: str) -> None:
+def test_unusable_grammars_are_refused_before_they_start(asked: dict[str, Any], message: str) -> None:
     params = SamplingParams(structured_outputs=StructuredOutputsParams(**asked))
     with LLM(device="cpu", num_pages=64) as llm, pytest.raises(ValueError, match=message):
         llm.generate("a", params, use_tqdm=False)
 
 
-def test_random_seeds_of_the_demo_model_keep_to_the_schema() -> None:
+def test_demo_model_follows_the_schema_with_any_seed() -> None:
     """A real tokenizer, with bytes that are no character by themselves."""
     schema = {
         "type": "object",

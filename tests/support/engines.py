@@ -44,13 +44,13 @@ class Results:
             self.tokens.setdefault(uid, []).append(token)
         for uid, logprobs in output.logprobs.items():
             self.logprobs.setdefault(uid, []).append(logprobs)
-        for uid, chunk in output.prompts.items():
+        for uid, chunk in output.prompt_logprobs.items():
             found = dict(enumerate(chunk.logprobs, start=chunk.start))
             self.prompts[uid] = found | self.prompts.get(uid, {})  # the first word counts, as in the front end
         for finished in output.finished:
             assert finished.uid not in self.finished, "a request ended twice"
             self.finished[finished.uid] = finished
-        for uid, cached in output.cached.items():
+        for uid, cached in output.cached_tokens.items():
             self.cached.setdefault(uid, cached)
 
 
@@ -80,9 +80,9 @@ def run_engine(
 
     @torch.inference_mode()
     def rank(comm: Communicator) -> Results | None:
-        runner = load_rank(config, model, folder, comm)
-        limits = plan_limits(asked, config, model, runner.plan_memory())
-        runner.allocate(limits)
+        loaded = load_rank(config, model, folder, comm)
+        limits = plan_limits(asked, config, model, loaded.plan_memory())
+        runner = loaded.allocate(limits)
         if comm.rank > 0:
             while not isinstance(plan := decode_plan(wires[comm.rank].get(timeout=60)), Stop):
                 runner.launch(plan)

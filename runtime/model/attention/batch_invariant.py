@@ -1,8 +1,8 @@
-"""Attention on a GPU that gives a token the same bits in any batch and chunk: our decode kernel for every token.
+"""Batch-invariant attention on a GPU: a token's result is bitwise identical in any batch and chunk.
 
-A prompt's tokens are decode rows of their own, after the keys of all have been stored, and the keys of a row are
-divided by their places alone. That reads the keys once for each token of a prompt, where FlashInfer's prefill reads
-them once for many.
+The decode kernel computes every token. Each token of a prompt is one decode row, after the keys of all tokens have
+been stored, and the keys of a row are divided by their positions alone. The keys are therefore read once for each
+token of a prompt, where FlashInfer's prefill reads them once for many.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from torch import Tensor
 from ....kernels import ops
 from ....kernels.arguments import MAX_CHUNKS, KVCache, Pages, Rope
 from ..batch import Batch
-from .attention import AttentionShape, Heads, prepare
+from .backend import AttentionShape, Heads, rotate_and_store
 
-ROWS = 256  # of one launch: what it needs for partial results grows with them
+MAX_ROWS = 256  # per launch: the memory for partial results grows with them
 MIN_CHUNK = 512  # keys
 
 
 class BatchInvariantAttention:
-    """The AttentionBackend; `windows` are those that the model's layers have, `max_length` the longest row's keys."""
+    """The AttentionBackend for layers with one of `windows` and rows of up to `max_length` keys."""
+
+    capturable = True
 
     def __init__(self, shape: AttentionShape, scale: float, windows: Collection[int | None], max_length: int) -> None:
         self._kv_heads = shape.num_kv_heads
@@ -34,7 +36,7 @@ class BatchInvariantAttention:
         self._batch = batch
         tokens = len(batch.positions)
         self._stores_first = batch.num_decoding < batch.num_rows
-        self._slices = [slice(first, min(first + ROWS, tokens)) for first in range(0, tokens, ROWS)]
+        self._slices = [slice(first, min(first + MAX_ROWS, tokens)) for first in range(0, tokens, MAX_ROWS)]
         self._partitions = {
             window: [
                 ops.partition_keys(batch.positions[rows], self._kv_heads, window, self._kv_chunk)
@@ -43,16 +45,16 @@ class BatchInvariantAttention:
             for window in self._windows
         }
 
-    def run(self, qkv: Tensor, heads: Heads, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None) -> Tensor:
         batch = self._batch
         if self._stores_first:
-            prepare(qkv, heads, batch, k_cache, v_cache)
+            rotate_and_store(qkv, heads, batch, cache)
         outputs = [
             ops.decode_attention(
                 qkv[rows],
                 heads.norm,
                 Rope(batch.positions[rows], heads.cos_sin),
-                KVCache(k_cache, v_cache),
+                cache,
                 batch.kv_slots[rows],
                 Pages(batch.pages, batch.owners[rows]),
                 partition,

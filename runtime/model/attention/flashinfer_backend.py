@@ -1,8 +1,8 @@
-"""Attention on a GPU: FlashInfer's paged prefill, our own decode. The one module that imports FlashInfer (5 s).
+"""Attention on a GPU: FlashInfer's paged prefill and our decode kernel. The only module that imports FlashInfer (5 s).
 
-Rows that decode go through `ops.decode_attention`, which needs nothing from the host, and then the others through
-FlashInfer's prefill kernels, for which a plan is made on the host, once a step for all layers with a window. There a
-row of one token would take as much as one of 128.
+Decoding rows go first, through `ops.decode_attention`, which needs nothing from the host. The other rows go through
+FlashInfer's prefill kernels, where a row of one token would take as long as one of 128. Their plan is made on the host
+once per step and window.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from torch import Tensor
 from ....kernels import ops
 from ....kernels.arguments import KVCache, Pages, Rope
 from ..batch import Batch, to_device
-from .attention import AttentionShape, Heads, prepare
+from .backend import AttentionShape, Heads, rotate_and_store
 
-WORKSPACE_BYTES = 128 * 2**20  # FlashInfer's own recommendation; partial results of split keys live there
+WORKSPACE_BYTES = 128 * 2**20  # FlashInfer's recommendation; holds partial results of split keys
 
 
 class FlashInferAttention:
-    """The AttentionBackend; `windows` are those that the model's layers have."""
+    """The AttentionBackend for layers with one of `windows`."""
+
+    capturable = True
 
     def __init__(
         self, shape: AttentionShape, scale: float, windows: Collection[int | None], device: torch.device
@@ -32,7 +34,7 @@ class FlashInferAttention:
         self.shape = shape
         self._scale = scale
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        # FA3 where its kernels win: a head size of 128 (584 us against 904 for 2 x 4096 tokens on an H200).
+        # FA3 is faster for a head size of 128 only: 584 us against 904 for 2 x 4096 tokens on an H200.
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         backend = "fa3" if hopper and shape.head_dim == 128 else "fa2"
         self._prefill = {w: flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, backend=backend) for w in windows}
@@ -45,7 +47,7 @@ class FlashInferAttention:
         if batch.num_decoding < batch.num_rows:
             self._plan_prefill(batch)
 
-    def run(self, qkv: Tensor, heads: Heads, k_cache: Tensor, v_cache: Tensor, window: int | None) -> Tensor:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None) -> Tensor:
         batch, n = self._batch, self._batch.num_decoding
         decoded = None
         if n:
@@ -53,7 +55,7 @@ class FlashInferAttention:
                 qkv[:n],
                 heads.norm,
                 Rope(batch.positions[:n], heads.cos_sin),
-                KVCache(k_cache, v_cache),
+                cache,
                 batch.kv_slots[:n],
                 Pages(batch.pages, batch.owners[:n]),
                 self._partitions[window],
@@ -61,9 +63,9 @@ class FlashInferAttention:
             )
             if n == batch.num_rows:
                 return decoded
-        q = prepare(qkv, heads, batch, k_cache, v_cache, slice(n, None))
+        q = rotate_and_store(qkv, heads, batch, cache, slice(n, None))
         out = q.new_empty(len(qkv), *q.shape[1:])
-        self._prefill[window].run(q, (k_cache, v_cache), out=out[n:])
+        self._prefill[window].run(q, cache, out=out[n:])
         if decoded is not None:
             out[:n] = decoded.view_as(out[:n])
         return out.flatten(1)
@@ -78,7 +80,7 @@ class FlashInferAttention:
         pages = to_device(batch.page_table[rows][used], batch.positions.device)
         last_lengths = (kv_lengths - (counts - 1) * self.shape.page_size).astype(np.int32)
         queries, indptr, last = (torch.from_numpy(a) for a in (query_starts, starts, last_lengths))
-        self._planned.synchronize()  # a plan is copied from one pinned buffer, which the next must not overwrite before
+        self._planned.synchronize()  # wait for the copy of the last plan: all plans use one pinned buffer
         for window, wrapper in self._prefill.items():
             wrapper.plan(queries, indptr, pages, last, *self._heads(), causal=True, **self._types(window))
         self._planned.record()
@@ -88,6 +90,6 @@ class FlashInferAttention:
         return s.num_heads, s.num_kv_heads, s.head_dim, s.page_size
 
     def _types(self, window: int | None) -> dict[str, Any]:
-        left = -1 if window is None else window - 1  # FlashInfer does not count the query's own key
+        left = -1 if window is None else window - 1  # FlashInfer does not count the query's key
         dtype = self.shape.dtype
         return {"q_data_type": dtype, "kv_data_type": dtype, "sm_scale": self._scale, "window_left": left}

@@ -35,7 +35,7 @@ from lockstep.launch.cluster.worker import Worker
 from lockstep.launch.engine import async_engine
 from lockstep.launch.engine.async_engine import AsyncEngine, OutputQueue
 from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine
-from lockstep.runtime import executor
+from lockstep.runtime import startup
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor, RankLocation, Wakeup
 from lockstep.runtime.frontend import Frontend, Generation, Output
@@ -192,7 +192,7 @@ class Scripted:
             time.sleep(self.step_s)
         if self.steps_left < 0 or any(self.deadly.get(r.params.seed) == at for r, at in self.live.values()):  # type: ignore[arg-type]
             raise self.error
-        output, self.aborted = StepOutput([], [], self.aborted), []
+        output, self.aborted = StepOutput(finished=self.aborted), []
         for uid, turn in list(self.live.items()):
             output.uids.append(uid)
             output.tokens.append(self.token(*turn))
@@ -640,16 +640,15 @@ def test_an_exception_in_a_step_in_this_process(
 def test_the_memory_of_a_failed_runner_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU there is no room for a second one."""
     runners: list[weakref.ref[Runner]] = []
-    load = executor.load_rank
 
-    def noted(*arguments: Any) -> Runner:
+    def tracked(*arguments: Any, **options: Any) -> Runner:
         gc.collect()
-        assert not any(there() for there in runners)
-        runner = load(*arguments)
+        assert not any(runner() for runner in runners)
+        runner = Runner(*arguments, **options)
         runners.append(weakref.ref(runner))
         return runner
 
-    monkeypatch.setattr(executor, "load_rank", noted)
+    monkeypatch.setattr(startup, "Runner", tracked)
     logging.disable()  # pytest keeps what is logged, with all that the traceback refers to
 
     async def main() -> None:

@@ -14,14 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lockstep.comm.base import CommError, Communicator
-from lockstep.kernels.arguments import QKNorm
+from lockstep.kernels.arguments import KVCache, QKNorm
 from lockstep.runtime.model.attention import batch_invariant
-from lockstep.runtime.model.attention.attention import AttentionShape, Heads, TorchAttention
+from lockstep.runtime.model.attention.backend import AttentionShape, Heads
 from lockstep.runtime.model.attention.batch_invariant import BatchInvariantAttention
+from lockstep.runtime.model.attention.torch_attention import TorchAttention
 from lockstep.runtime.model.batch import Batch
 from lockstep.runtime.model.embedding import Embedding, Head, vocabulary_shard
 from lockstep.runtime.model.hf_config import HFConfigReader
-from lockstep.runtime.model.linear import MLP, ColumnLinear, Projection, RowLinear, share
+from lockstep.runtime.model.linear import MLP, ColumnLinear, Projection, RowLinear, shard_of
 from lockstep.runtime.model.model_config import Experts
 from lockstep.runtime.model.moe import MoE
 from lockstep.runtime.model.norm import Normed, Residual, RMSNorm
@@ -56,7 +57,7 @@ def _added(layer: MLP | MoE, x: Tensor) -> Tensor:
 
 
 @SIZES
-def test_mlp_shards_add_up(size: int, tmp_path: Path) -> None:
+def test_mlp_shards_sum_to_the_layer(size: int, tmp_path: Path) -> None:
     saved = {f"mlp.{part}_proj.weight": _random(FF, D) + n for n, part in enumerate(("gate", "up"))}
     saved |= {f"mlp.{part}_proj.bias": _random(FF) + n for n, part in enumerate(("gate", "up"))}
     saved |= {"mlp.down_proj.weight": _random(D, FF), "mlp.down_proj.bias": _random(D)}
@@ -76,7 +77,7 @@ def test_mlp_shards_add_up(size: int, tmp_path: Path) -> None:
 
 
 @SIZES
-def test_moe_shards_add_up(size: int, tmp_path: Path) -> None:
+def test_moe_shards_sum_to_the_layer(size: int, tmp_path: Path) -> None:
     experts = Experts(num_experts=5, num_per_token=2, intermediate_size=FF, normalized=True, layers=frozenset([0]))
     saved = {"moe.gate.weight": _random(5, D)}
     for n in range(5):
@@ -103,7 +104,7 @@ def test_moe_shards_add_up(size: int, tmp_path: Path) -> None:
 
 @SIZES
 @pytest.mark.parametrize("vocab", [131, 128, 5])  # 5 over 4 ranks: one rank has padding only
-def test_vocabulary_shards_are_the_whole_vocabulary(size: int, vocab: int, tmp_path: Path) -> None:
+def test_vocabulary_shards_equal_the_whole_vocabulary(size: int, vocab: int, tmp_path: Path) -> None:
     saved = {"embed": _random(vocab, D)}
     save_file(saved, tmp_path / "model.safetensors")
     tokens = torch.cat((torch.arange(vocab), torch.tensor([vocab - 1, 0]))).int()
@@ -112,7 +113,7 @@ def test_vocabulary_shards_are_the_whole_vocabulary(size: int, vocab: int, tmp_p
     def run(comm: Communicator) -> tuple[Tensor, Tensor]:
         rows = _loaded(lambda weights: vocabulary_shard(weights, comm, "embed", vocab, D), tmp_path)
         assert len(rows) == -(-vocab // size)
-        return Embedding(comm, rows)(tokens).total, Head(comm, rows, vocab)(Normed(hidden)).whole()
+        return Embedding(comm, rows)(tokens).total, Head(comm, rows, vocab)(Normed(hidden)).gather()
 
     for embedded, logits in run_ranks(size, run):
         assert torch.equal(embedded, saved["embed"][tokens.long()])
@@ -120,7 +121,7 @@ def test_vocabulary_shards_are_the_whole_vocabulary(size: int, vocab: int, tmp_p
 
 
 @SIZES
-def test_norm_completes_partial_sums(size: int, tmp_path: Path) -> None:
+def test_norm_reduces_partial_sums(size: int, tmp_path: Path) -> None:
     save_file({"norm.weight": _random(D)}, tmp_path / "model.safetensors")
     first, second = _random(size, T, D), _random(size, T, D) * 2 + 1
 
@@ -144,14 +145,14 @@ def test_norm_completes_partial_sums(size: int, tmp_path: Path) -> None:
 
 
 @SIZES
-def test_column_then_row_is_two_linears(size: int, tmp_path: Path) -> None:
+def test_column_then_row_equals_two_linears(size: int, tmp_path: Path) -> None:
     saved = {"a.weight": _random(FF, D), "a.bias": _random(FF), "b.weight": _random(D, FF), "b.bias": _random(D)}
     save_file(saved, tmp_path / "model.safetensors")
     x = _random(T, D)
 
     def run(comm: Communicator) -> Tensor:
         def build(weights: Weights) -> tuple[ColumnLinear, RowLinear]:
-            column = ColumnLinear(weights, [Projection("a", FF, share(FF, comm))], D, bias=True)
+            column = ColumnLinear(weights, [Projection("a", FF, shard_of(FF, comm))], D, bias=True)
             return column, RowLinear(weights, comm, "b", D, FF, bias=True)
 
         column, row = _loaded(build, tmp_path)
@@ -167,7 +168,7 @@ def test_column_then_row_is_two_linears(size: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("window", [None, 1, 5])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_torch_attention_is_attention(window: int | None, kv_heads: int) -> None:
+def test_torch_attention_matches_definition(window: int | None, kv_heads: int) -> None:
     heads, size, page_size, scale = 4, 8, 4, 0.3
     counts, lengths = [1, 6, 1, 1, 3], [1, 6, 17, 8, 11]  # decode and prefill rows, with and without a past
     tables = torch.full((5, 6), 10**6, dtype=torch.int32)
@@ -186,7 +187,7 @@ def test_torch_attention_is_attention(window: int | None, kv_heads: int) -> None
     )  # fmt: skip
     attention = TorchAttention(scale)
     attention.plan(batch)
-    found = attention.run(qkv, unrotated, k_cache, v_cache, window).unflatten(1, (heads, size))
+    found = attention.run(qkv, unrotated, KVCache(k_cache, v_cache), window).unflatten(1, (heads, size))
     for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         for n in range(count):
             position = length - count + n
@@ -223,7 +224,7 @@ def _batch(
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_decoding", [0, 1, 4, 7])
 @pytest.mark.parametrize("size", [64, 128])
-def test_flashinfer_attention_is_attention(size: int, num_decoding: int) -> None:
+def test_flashinfer_attention_matches_torch(size: int, num_decoding: int) -> None:
     """Decode rows first; of the others one reads what row 0 stores in this step, decoding or not."""
     from lockstep.runtime.model.attention.flashinfer_backend import FlashInferAttention
 
@@ -240,7 +241,7 @@ def test_flashinfer_attention_is_attention(size: int, num_decoding: int) -> None
     expected = [cache.clone() for cache in caches]
     definition = TorchAttention(scale)
     definition.plan(_batch(counts, lengths, pages, page_size, num_decoding))
-    wanted = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table), *expected, None)
+    wanted = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table), KVCache(*expected), None)
     shape = AttentionShape(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.bfloat16
     )
@@ -248,15 +249,15 @@ def test_flashinfer_attention_is_attention(size: int, num_decoding: int) -> None
     attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, gpu))
     caches = [cache.to(gpu) for cache in caches]
     on_gpu = Heads(QKNorm(*(norm.to(gpu) for norm in norms), 1e-6), table.to(gpu))
-    found = attention.run(qkv.to(gpu), on_gpu, *caches, None)
+    found = attention.run(qkv.to(gpu), on_gpu, KVCache(*caches), None)
     for one, other in zip((found, *caches), (wanted, *expected), strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=4e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_invariant_attention_is_attention(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_invariant_attention_matches_torch(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts whole and from the middle beside decode rows, one of which reads what another row stores in this step."""
-    monkeypatch.setattr(batch_invariant, "ROWS", 4)
+    monkeypatch.setattr(batch_invariant, "MAX_ROWS", 4)
     heads, kv_heads, size, page_size, scale = 4, 2, 8, 4, 0.3
     counts, lengths = [6, 1, 5, 1], [6, 17, 11, 7]
     pages = torch.randperm(40, dtype=torch.int32).view(4, 10)
@@ -270,7 +271,7 @@ def test_invariant_attention_is_attention(window: int | None, monkeypatch: pytes
     for attention in (TorchAttention(scale), BatchInvariantAttention(shape, scale, {window}, 20)):
         caches = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]
         attention.plan(batch)
-        found.append((attention.run(qkv, table, *caches, window), *caches))
+        found.append((attention.run(qkv, table, KVCache(*caches), window), *caches))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -303,7 +304,7 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_rope_table_is_that_of_transformers(name: str) -> None:
+def test_rope_table_matches_transformers(name: str) -> None:
     parameters = {**ROPES[name], "rope_theta": 50000.0}
     shape = {"head_dim": 64, "max_position_embeddings": 2048}
     model = tiny_model("LlamaForCausalLM", rope_parameters=dict(parameters), num_hidden_layers=1, **shape)
@@ -315,7 +316,7 @@ def test_rope_table_is_that_of_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("fail", [0, 2])
-def test_the_first_error_of_a_rank_is_raised(fail: int) -> None:
+def test_run_ranks_raises_the_first_error(fail: int) -> None:
     def run(comm: Communicator) -> None:
         if comm.rank == fail:
             raise KeyError("mine")
@@ -325,6 +326,6 @@ def test_the_first_error_of_a_rank_is_raised(fail: int) -> None:
         run_ranks(3, run)
 
 
-def test_ranks_that_disagree_are_an_error() -> None:
+def test_run_ranks_refuses_different_collectives() -> None:
     with pytest.raises(CommError, match="disagree"):
         run_ranks(2, lambda comm: comm.all_reduce(torch.zeros(comm.rank + 1)))

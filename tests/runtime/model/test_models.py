@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lockstep.comm.base import Communicator
-from lockstep.runtime.model.attention.attention import TorchAttention
+from lockstep.runtime.model.attention.torch_attention import TorchAttention
 from lockstep.runtime.model.batch import Batch
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.kv_pool import KVLayout, KVPool
@@ -123,7 +123,7 @@ def _logits(
     for step in steps:
         batch = _batch(step, tables, page_size)
         attention.plan(batch)
-        logits = decoder.logits(decoder.forward(batch, pool, attention)).whole()
+        logits = decoder.logits(decoder.forward(batch, pool, attention)).gather()
         for (n, _, _), part in zip(step, logits.split(np.diff(batch.query_starts).tolist()), strict=True):
             parts[n].append(part)
     return [torch.cat(part) for part in parts]
@@ -147,7 +147,7 @@ def _assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES, indirect=True)
-def test_logits_are_those_of_transformers(case: tuple[Path, list[Tensor]], size: int) -> None:
+def test_logits_match_transformers(case: tuple[Path, list[Tensor]], size: int) -> None:
     folder, expected = case
     for whole in run_ranks(size, lambda comm: _logits(comm, folder, _whole())):
         _assert_close(whole, expected)
@@ -157,7 +157,7 @@ def test_logits_are_those_of_transformers(case: tuple[Path, list[Tensor]], size:
 
 @pytest.mark.parametrize("case", ["Qwen3"], indirect=True)
 @pytest.mark.parametrize("steps", [_whole, _chunked])
-def test_pages_and_layouts_change_no_bit(case: tuple[Path, list[Tensor]], steps: Any) -> None:
+def test_pages_and_layouts_give_bitwise_equal_logits(case: tuple[Path, list[Tensor]], steps: Any) -> None:
     folder, _ = case
     reference = run_ranks(2, lambda comm: _logits(comm, folder, steps()))[0]
     page_first = run_ranks(2, lambda comm: _logits(comm, folder, steps(), layout="page-first"))[0]
@@ -167,7 +167,7 @@ def test_pages_and_layouts_change_no_bit(case: tuple[Path, list[Tensor]], steps:
 
 
 @pytest.mark.parametrize("case", CASES, indirect=True)
-def test_both_dialects_of_config_json_say_the_same(case: tuple[Path, list[Tensor]], tmp_path: Path) -> None:
+def test_both_formats_of_config_json_give_one_config(case: tuple[Path, list[Tensor]], tmp_path: Path) -> None:
     folder, _ = case
     shutil.copy(folder / "config.json", tmp_path)
     shutil.copy(folder / "generation_config.json", tmp_path)
@@ -178,7 +178,7 @@ def test_both_dialects_of_config_json_say_the_same(case: tuple[Path, list[Tensor
     assert ModelConfig.from_folder(tmp_path) == ModelConfig.from_folder(folder)
 
 
-def test_every_architecture_is_compared() -> None:
+def test_every_architecture_is_tested() -> None:
     assert set(FAMILIES) == set(ARCHITECTURES)
 
 
@@ -188,7 +188,7 @@ HF: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_defaults_of_a_sparse_config() -> None:
+def test_defaults_of_a_minimal_config() -> None:
     config = ModelConfig.from_hf(HF)
     assert (config.head_dim, config.norm_eps, config.rope.theta) == (2, 1e-6, 10000.0)
     assert (config.dtype, config.eos_token_ids, config.windows) == ("bfloat16", (), (None, None))
@@ -198,18 +198,18 @@ def test_defaults_of_a_sparse_config() -> None:
     ("in_config", "in_generation", "expected"),
     [(2, None, (2,)), (2, [9, 2, 5], (2, 5, 9)), ([7, 3], 4, (3, 4, 7)), (None, 8, (8,)), (0, None, (0,))],
 )
-def test_end_tokens_are_those_of_both_files(in_config: Any, in_generation: Any, expected: tuple[int, ...]) -> None:
+def test_eos_token_ids_of_both_files_are_merged(in_config: Any, in_generation: Any, expected: tuple[int, ...]) -> None:
     generation = {"eos_token_id": in_generation}
     assert ModelConfig.from_hf({**HF, "eos_token_id": in_config}, generation).eos_token_ids == expected
 
 
-def test_mistral_has_a_window_unless_it_is_null() -> None:
+def test_mistral_window_unless_null() -> None:
     mistral = {**HF, "architectures": ["MistralForCausalLM"]}
     assert ModelConfig.from_hf(mistral).window(0) == 4096  # as transformers
     assert ModelConfig.from_hf({**mistral, "sliding_window": None}).window(0) is None
 
 
-def test_upper_layers_have_the_window_where_layer_types_are_not_given() -> None:
+def test_window_of_upper_layers_without_layer_types() -> None:
     qwen = {**HF, **SLIDING, "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 4, "max_window_layers": 1}
     assert ModelConfig.from_hf(qwen).windows == (None, WINDOW, WINDOW, WINDOW)
     assert ModelConfig.from_hf({**qwen, "max_window_layers": 0}).windows == (WINDOW,) * 4
@@ -254,13 +254,13 @@ def test_yarn_extends_the_positions() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_a_config_lacks_is_named_in_one_line(changes: dict[str, Any], message: str) -> None:
+def test_invalid_config_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         ModelConfig.from_hf({**HF, **changes})
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+def test_folder_without_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         ModelConfig.from_folder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no config\.json, so it is not a model"):
@@ -287,13 +287,13 @@ def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
         ({"intermediate_size": 44}, 8, "44 intermediate features cannot be split over 8 ranks; use T=1, 2, 4"),
     ],
 )  # fmt: skip
-def test_sizes_that_cannot_be_split_name_those_that_can(changes: dict[str, Any], size: int, message: str) -> None:
+def test_tensor_parallel_error_names_possible_sizes(changes: dict[str, Any], size: int, message: str) -> None:
     with pytest.raises(ValueError) as error:
         ModelConfig.from_hf({**HF, **changes}).check_tensor_parallel(size)
     assert str(error.value) == message.replace("T=", "tensor_parallel_size=")
 
 
-def test_kv_heads_are_split_or_replicated() -> None:
+def test_kv_heads_of_rank_are_split_or_replicated() -> None:
     config = ModelConfig.from_hf(HF)  # 32 heads, 8 kv heads
     for size in (1, 2, 4, 8, 16, 32):
         config.check_tensor_parallel(size)

@@ -95,7 +95,7 @@ _safe_open = files_module.safe_open
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_a_rank_reads_its_slices_and_nothing_more(
+def test_load_reads_only_the_slices_of_the_rank(
     architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_checkpoint(tmp_path, architecture)
@@ -114,7 +114,7 @@ def test_a_rank_reads_its_slices_and_nothing_more(
         assert total[name] == copies * tensor.numel(), name  # 2 kv heads over 4 ranks: each is on two
 
 
-def test_shards_with_an_index_and_without(checkpoint: Path, tmp_path: Path) -> None:
+def test_load_with_and_without_index(checkpoint: Path, tmp_path: Path) -> None:
     whole = _decoder(checkpoint)
     load_weights(whole.weights(), checkpoint)
     tiny_checkpoint(tmp_path / "once", "LlamaForCausalLM").save_pretrained(tmp_path, max_shard_size="20KB")
@@ -129,7 +129,7 @@ def test_shards_with_an_index_and_without(checkpoint: Path, tmp_path: Path) -> N
         assert torch.equal(expected, b)
 
 
-def test_a_file_that_the_index_names_is_missing(tmp_path: Path) -> None:
+def test_load_names_a_missing_file_of_the_index(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "once", "LlamaForCausalLM").save_pretrained(tmp_path, max_shard_size="20KB")
     lost = sorted(tmp_path.glob("*.safetensors"))[1]
     lost.unlink()
@@ -137,14 +137,14 @@ def test_a_file_that_the_index_names_is_missing(tmp_path: Path) -> None:
         load_weights(_decoder(tmp_path).weights(), tmp_path)
 
 
-def test_values_are_cast(checkpoint: Path) -> None:
+def test_load_casts_values(checkpoint: Path) -> None:
     exact, rounded = _decoder(checkpoint), _decoder(checkpoint, dtype=torch.bfloat16)
     load_weights(exact.weights(), checkpoint)
     load_weights(rounded.weights(), checkpoint)
     assert all(torch.equal(a.bfloat16(), b) for a, b in zip(_tensors(exact), _tensors(rounded), strict=True))
 
 
-def test_every_tensor_that_does_not_fit_is_named(copy: Path) -> None:
+def test_load_names_every_mismatched_tensor(copy: Path) -> None:
     _change(
         copy,
         {
@@ -163,13 +163,13 @@ def test_every_tensor_that_does_not_fit_is_named(copy: Path) -> None:
     assert "\n" not in message
 
 
-def test_long_lists_are_cut(copy: Path) -> None:
+def test_load_shortens_long_lists(copy: Path) -> None:
     _change(copy, {f"extra.{n}": torch.zeros(1) for n in range(20)})
     with pytest.raises(CheckpointMismatch, match=r"20 unexpected: (extra\.\d+, ){7}extra\.\d+ and 12 more"):
         load_weights(_decoder(copy).weights(), copy)
 
 
-def test_what_says_nothing_new_is_ignored(tmp_path: Path) -> None:
+def test_load_ignores_redundant_tensors(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, "LlamaForCausalLM", tie_word_embeddings=True)
     decoder = _decoder(tmp_path)
     assert decoder.head.weight is decoder.embedding.weight
@@ -182,7 +182,7 @@ def test_what_says_nothing_new_is_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
-def test_a_damaged_file_is_named(copy: Path, damage: str) -> None:
+def test_load_names_a_damaged_file(copy: Path, damage: str) -> None:
     path = copy / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes({"truncated": whole[: len(whole) // 2], "garbage": b"<html>" * 1000, "empty": b""}[damage])
@@ -193,7 +193,7 @@ def test_a_damaged_file_is_named(copy: Path, damage: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_without_safetensors(copy: Path) -> None:
+def test_load_without_safetensors_is_refused(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no \*\.safetensors \(no weights at all\)"):
         load_weights(_decoder(copy).weights(), copy)
@@ -219,7 +219,7 @@ def test_dummy_weights(checkpoint: Path) -> None:
     assert bool((ranks[3].embedding.weight[32:] == 0).all())  # padding: 131 rows in 4 shards of 33
 
 
-def test_pieces_go_where_they_say(tmp_path: Path) -> None:
+def test_pieces_fill_their_part_of_the_weight(tmp_path: Path) -> None:
     save_file({"a": torch.arange(12.0).view(3, 4), "b": torch.arange(4.0)}, tmp_path / "x.safetensors")
     weights = Weights(torch.float32, CPU)
     pieces = [

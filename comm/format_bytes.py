@@ -1,0 +1,11 @@
+"""Numbers of bytes as text."""
+
+from __future__ import annotations
+
+
+def format_bytes(count: int) -> str:
+    """Return `14.96 GiB`, `7.4 MiB`, `8 KiB`."""
+    if abs(count) >= 0.1 * 2**30:
+        return f"{count / 2**30:.2f} GiB"
+    value, unit = (count / 2**20, "MiB") if abs(count) >= 2**20 else (count / 2**10, "KiB")
+    return f"{value:.1f}".removesuffix(".0") + f" {unit}"

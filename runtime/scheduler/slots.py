@@ -1,0 +1,107 @@
+"""State of the running requests, in NumPy arrays indexed by slot.
+
+A decode step costs the same few array operations for one request as for hundreds. Only requests that begin, end or
+fill a page are handled one at a time.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..limits import Limits
+from ..request import Request
+from .prefix_cache import NO_PAGES, Node
+
+NO_SLOTS = np.empty(0, dtype=np.int32)
+
+
+class Slots:
+    """`limits.max_num_seqs` slots, each free or held by one request."""
+
+    def __init__(self, limits: Limits, root: Node) -> None:
+        n, self._page_size = limits.max_num_seqs, limits.page_size
+        self.running = NO_SLOTS  # [R] int32: the slots in use, in order of arrival
+        self.requests: list[Request | None] = [None] * n
+        self.prefix_nodes: list[Node] = [root] * n  # locked end of the prefix that the slot shares with the tree
+        self.tokens = np.zeros((n, limits.max_length), np.int32)
+        self.page_table = np.zeros((n, limits.pages_for(limits.max_length)), np.int32)
+        self.uid = np.zeros(n, np.int64)
+        self.admission_id = np.full(n, -1, np.int64)  # unique per admission; -1 in a free slot
+        # Lengths in tokens. computed: KV scheduled; known: ids on the host; length: known plus those being sampled.
+        self.computed, self.known, self.length, self.limit = (np.zeros(n, np.int32) for _ in range(4))
+        self.min_length = np.zeros(n, np.int32)  # up to this length no stop id ends the request
+        self.num_pages = np.zeros(n, np.int32)  # entries of the page table in use
+        self.num_shared_pages = np.zeros(n, np.int32)  # the first of these, which the tree owns
+        self.stop_ids = np.full((n, 1), -1, np.int32)  # padded with -1
+        self._free = list(range(n - 1, -1, -1))
+        self._num_admissions = 0
+        self._page_writes: list[np.ndarray] = []  # [n, 3] int32 each: (slot, index, page)
+
+    @property
+    def has_free(self) -> bool:
+        return bool(self._free)
+
+    def acquire(self, request: Request, node: Node, pages: np.ndarray, limit: int) -> int:
+        """Return a slot that `request` now holds.
+
+        node   end of the request's cached prefix, locked
+        pages  [n] int32: the prefix's pages, which the tree keeps
+        limit  longest prompt plus output, in tokens
+        """
+        slot, num_tokens = self._free.pop(), len(request.tokens)
+        self.running = np.append(self.running, np.int32(slot))
+        self.requests[slot] = request
+        self.prefix_nodes[slot] = node
+        self.uid[slot] = request.uid
+        self.admission_id[slot] = self._num_admissions
+        self._num_admissions += 1
+        self.tokens[slot, :num_tokens] = request.tokens
+        self.known[slot] = self.length[slot] = num_tokens
+        self.computed[slot] = len(pages) * self._page_size
+        self.limit[slot] = limit
+        # A grammar that has nothing to add ends before min_tokens; until then its mask excludes stop ids.
+        min_tokens = 0 if request.params.structured_outputs is not None else request.params.min_tokens
+        self.min_length[slot] = request.num_prompt_tokens + min_tokens
+        self._set_stop_ids(slot, request.stop_ids)
+        self.num_pages[slot] = 0
+        self.append_pages(slot, pages)
+        self.num_shared_pages[slot] = len(pages)
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Free the slot; its pages are the caller's to release."""
+        self.requests[slot] = None
+        self.admission_id[slot] = -1
+        self.running = self.running[self.running != slot]
+        self._free.append(slot)
+
+    def append_pages(self, slot: int, pages: np.ndarray) -> None:
+        """Add `pages` [n] int32 to the end of one slot's page table."""
+        start = int(self.num_pages[slot])
+        indices = np.arange(start, start + len(pages), dtype=np.int32)
+        self.page_table[slot, indices] = pages
+        self.num_pages[slot] += len(pages)
+        self._record_writes(np.full(len(pages), slot, np.int32), indices, pages)
+
+    def append_page_each(self, slots: np.ndarray, pages: np.ndarray) -> None:
+        """Add pages[i] to the page table of slots[i]; `slots` [n] int32 are distinct."""
+        indices = self.num_pages[slots]
+        self.page_table[slots, indices] = pages
+        self.num_pages[slots] += 1
+        self._record_writes(slots, indices, pages)
+
+    def take_page_writes(self) -> np.ndarray:
+        """Return the changes of the page table since the last call, as StepPlan.page_writes."""
+        writes, self._page_writes = self._page_writes, []
+        return np.concatenate(writes).ravel() if writes else NO_PAGES
+
+    def _record_writes(self, slots: np.ndarray, indices: np.ndarray, pages: np.ndarray) -> None:
+        if len(pages):
+            self._page_writes.append(np.stack((slots, indices, pages), axis=1).astype(np.int32))
+
+    def _set_stop_ids(self, slot: int, ids: list[int]) -> None:
+        missing = len(ids) - self.stop_ids.shape[1]
+        if missing > 0:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)), constant_values=-1)
+        self.stop_ids[slot] = -1
+        self.stop_ids[slot, : len(ids)] = ids
