@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 
 from lockstep import LLM, Config, SamplingParams
-from lockstep.runtime.outputs import Delta
+from lockstep.runtime.outputs import RequestOutput
 
 
 def main() -> None:
@@ -29,9 +29,10 @@ def main() -> None:
 
         # A stream yields new text as soon as it is final, then the whole result.
         for event in llm.stream("The LORD is my", params):
-            if isinstance(event, Delta):
+            if isinstance(event, RequestOutput):
+                print(f"\n{len(event.outputs[0].token_ids)} tokens")
+            else:
                 print(event.text, end="", flush=True)
-        print()
 
         # A conversation goes through the model's chat template.
         answer = llm.chat([{"role": "user", "content": "And God said unto Noah,"}], params, use_tqdm=False)[0]

@@ -1,7 +1,7 @@
 """The leader's loop body: schedule a step, publish its plan, launch it, commit the results of a finished one.
 
-With overlap, a step is scheduled and launched while the one before still runs. Its inputs are read on the device from
-the slot tables, where the sampler writes its tokens, and the host learns the tokens one step later.
+With overlap, a step is scheduled and launched while the one before still runs. It reads its inputs on the device, from
+the slot tables where the sampler writes its tokens. The host gets the tokens one step later.
 """
 
 from __future__ import annotations

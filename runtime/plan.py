@@ -42,7 +42,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     starts: np.ndarray  # [B] int32: position of the first token computed
     counts: np.ndarray  # [B] int32: tokens computed, >= 1
     num_decoding: int
-    sampled_rows: np.ndarray  # [S] int32: rows whose last token has no successor yet
+    sampled_rows: np.ndarray  # [S] int32: rows at the end of their request, which sample
     page_writes: np.ndarray  # [W * 3] int32: (slot, index, page) sets page_table[slot, index] = page before the step
 
     @property

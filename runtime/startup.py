@@ -195,7 +195,7 @@ def load_rank(
 
 
 def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: MemoryPlan) -> Limits:
-    """Return, and log, the limits of a group whose tightest rank has `memory`.
+    """Return, and log, the limits of a group; `memory` is the plan of its tightest rank.
 
     `requested` is the user's Config, `config` the resolved one. Raises ValueError if pages, GiB or a context that the
     user asked for do not fit. Without such a request the context is limited to what fits.

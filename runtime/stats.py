@@ -17,7 +17,7 @@ class EngineStats(msgspec.Struct):
     decode_steps: int = 0  # steps of decoding requests only
     prompt_tokens: int = 0  # computed: without prefix cache hits, but with those of preempted requests again
     output_tokens: int = 0
-    decode_kv_tokens: int = 0  # tokens whose keys and values the decode steps read, sliding windows not considered
+    decode_kv_tokens: int = 0  # tokens of keys and values read by decode steps, regardless of sliding windows
     preemptions: int = 0
     schedule_s: float = 0.0  # schedule steps and publish their plans
     launch_s: float = 0.0  # launch steps; on a CPU, compute them

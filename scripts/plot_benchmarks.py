@@ -71,7 +71,7 @@ def draw(output: Path) -> None:
 
     matplotlib.rcParams.update({"svg.hashsalt": "lockstep", "font.size": 9, "axes.spines.top": False,
                                 "axes.spines.right": False})  # fmt: skip
-    figure, axes = plt.subplots(2, 2, figsize=(9.6, 5.4), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9.6, 4.3), layout="constrained")
     for row, (title, figures) in zip(
         axes, (("one H200", one_gpu()), ("Llama-3.1 on H200s", tensor_parallel())), strict=True
     ):

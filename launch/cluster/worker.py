@@ -54,6 +54,7 @@ class Worker(RankActor):
         """Take the memory for the KV cache, the same number of pages on all ranks; the seconds of each phase so far."""
         self._limits = limits
         self._runner = self._loaded.allocate(limits)
+        del self._loaded  # it holds a graph, and NCCL waits for graphs when it ends
         return self._phases.seconds
 
     def run(self) -> None:

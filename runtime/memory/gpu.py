@@ -95,7 +95,7 @@ def named_out_of_memory(phase: Phase, plan: MemoryPlan, device: torch.device) ->
 
 
 def out_of_memory_message(phase: Phase, place: str, error: str, free: int, others: str) -> str:
-    """Return one line from torch's many; `free` bytes are left, `others` is what `other_processes` returned."""
+    """Return one line from torch's many; `free` bytes are left, `others` is the result of `other_processes`."""
     needed = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
     amount = needed[1] if needed else "more memory"
     return (

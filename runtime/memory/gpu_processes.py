@@ -1,6 +1,6 @@
 """Processes that hold memory on a GPU: for the errors that say why something does not fit.
 
-NVML knows every GPU of the host, whatever CUDA_VISIBLE_DEVICES hides. A GPU is therefore named by its UUID.
+NVML lists every GPU of the host, regardless of CUDA_VISIBLE_DEVICES. A GPU is therefore named by its UUID.
 """
 
 from __future__ import annotations

@@ -46,12 +46,7 @@ class DecoderLayer:
             self.mlp = MLP(weights, comm, f"{name}.mlp", hidden, config.intermediate_size, bias=config.mlp_bias)
 
     def __call__(
-        self,
-        residual: Residual,
-        batch: Batch,
-        cos_sin: Tensor,
-        cache: KVCache,
-        backend: AttentionBackend,
+        self, residual: Residual, batch: Batch, cos_sin: Tensor, cache: KVCache, backend: AttentionBackend
     ) -> None:
         """Add the layer to `residual`; store keys and values of the batch in `cache`."""
         self.attention(self.attention_norm(residual), residual, batch, cos_sin, cache, backend)

@@ -1,4 +1,4 @@
-"""Embedding and output head, whose vocabulary is divided over the ranks by rows.
+"""Embedding and output head, with the vocabulary divided over the ranks by rows.
 
 The vocabulary is padded to a multiple of the number of ranks, so that all shards have one size. Padding rows are zero
 in the weight, and their logits are ignored.

@@ -31,7 +31,7 @@ class Rope:
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn: dimensions that turn more often than this within original_positions are kept
-    beta_slow: float = 1.0  # yarn: those that turn less often are interpolated by the whole factor
+    beta_slow: float = 1.0  # yarn: dimensions that turn less often are interpolated by the whole factor
     truncate: bool = True  # yarn: round the bounds between the two to whole dimensions
     attention_factor: float = 1.0  # yarn: cosines and sines are multiplied by it
 

@@ -22,7 +22,7 @@ ALL = slice(None)
 
 
 class CheckpointMismatch(ValueError):
-    """The tensors of the checkpoint differ from those that the config describes."""
+    """The tensors of the checkpoint do not match its config."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ class Weights(list[Weight]):
 def load_weights(weights: Sequence[Weight], folder: str | Path) -> None:
     """Fill the weights from the safetensors files of `folder`, reading only the slices they declare.
 
-    Raises CheckpointMismatch naming the tensors that are missing, unexpected or of another shape, and ValueError for
-    a folder without safetensors or a file that cannot be read.
+    Raises CheckpointMismatch naming the tensors that are missing, unexpected or of another shape. Raises ValueError
+    for a folder without safetensors or a file that cannot be read.
     """
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}

@@ -74,7 +74,7 @@ class Captured:
 class DecodeGraphs:
     """The graphs of one rank for up to `max_rows` rows: a step from the slots' last tokens to their next ones.
 
-    `reuse` is a graph whose memory pool is used again; it and its siblings must not be replayed any more.
+    They use the memory pool of `reuse` again: that graph and its siblings must not be replayed any more.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ def graph_sizes(max_rows: int) -> list[int]:
 
 
 def _decode_rows(count: int) -> HostBatch:
-    """Return the metadata of `count` decoding rows whose slots and positions are known on the device only."""
+    """Return the metadata of `count` decoding rows; their slots and positions are on the device only."""
     zeros = np.zeros(count, np.int32)
     return HostBatch(
         slots=zeros,

@@ -1,7 +1,7 @@
 """Schemas, regexes, choices and grammars as llguidance matchers, which tell the tokens that may come next.
 
 The cost of a matcher is limited by counts of operations, not by time: all ranks then refuse the same grammars at the
-same token, whatever the load of their hosts. `python -m` this module is the process in which a server tries grammars of
+same token, on busy hosts too. `python -m` this module is the process in which a server tries grammars of
 its clients. It answers each with a line of JSON, and may be killed at any time.
 """
 

@@ -110,7 +110,7 @@ class GrammarStates:
     def mask(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> dict[int, str]:
         """Set the logits [S, V] of excluded tokens to -inf, in place.
 
-        Returns the rows of `slots` [S] whose grammar cannot continue, each with the reason.
+        Returns the reason for each row of `slots` [S] with a grammar that cannot continue.
         """
         failed: dict[int, str] = {}
         rows = np.flatnonzero(self.active[slots])

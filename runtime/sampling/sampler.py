@@ -44,7 +44,7 @@ class Method(IntEnum):
         return cls.CANDIDATES if p.top_k <= MAX_CANDIDATES else cls.SORT
 
 
-# Sampling parameters of a slot, or of a row of a batch. The first five are those that kernels read.
+# Sampling parameters of a slot, or of a row of a batch. Kernels read the first five.
 PARAMS = np.dtype(
     [
         ("key", np.int64),  # hash of the seed; in a row, of seed and position
@@ -130,7 +130,7 @@ class Sampler:
         self._edits[admission.slot] = self._edits_of(admission) if edited else None
 
     def rows(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Return the parameters [S] PARAMS of rows whose new tokens take `positions` in `slots`, both [S] int32."""
+        """Return the parameters [S] PARAMS of rows with new tokens at `positions` of `slots`, both [S] int32."""
         params: np.ndarray = self.params.take(slots)  # 2 us for 256 rows; indexing takes 24
         key = params["key"].view(np.uint64)
         params["key"] = _mix(key + GOLDEN * positions.astype(np.uint64)).view(np.int64)

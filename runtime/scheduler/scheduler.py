@@ -39,7 +39,7 @@ class RunningRows(NamedTuple):
 
     decoding: np.ndarray  # [D] int32: slots that compute one token and sample the next
     full: np.ndarray  # [F] int32: those of `decoding` that need a page
-    chunk: PromptChunk | None  # of the one request whose prompt is in progress
+    chunk: PromptChunk | None  # of the one prompt in progress
     num_chunk_pages: int  # pages that the chunk needs
 
     @property
@@ -53,7 +53,7 @@ class Scheduled:
 
     plan: StepPlan
     slots: np.ndarray  # [S] int32: of the sampled rows
-    admission_ids: np.ndarray  # [S] int64: tell whether a slot has changed hands since
+    admission_ids: np.ndarray  # [S] int64: they differ from the slots' once another request has the slot
     prompt_logprobs: dict[int, int]  # row of the plan -> uid, for requests with SamplingParams.prompt_logprobs
 
 
@@ -138,13 +138,13 @@ class Scheduler:
             finished.append(Finished(uids[i], reason, int(tokens[i]) if stopped[i] else None))
             self._release(int(slots[i]))
         cached_tokens, self._cached_tokens = self._cached_tokens, {}
+        if logprobs:
+            logprobs = {uids[i]: logprobs[row] for i, row in enumerate(live.tolist()) if row in logprobs}
         return StepOutput(
             uids=uids,
             tokens=tokens.tolist(),
             finished=finished,
-            logprobs={uids[i]: logprobs[row] for i, row in enumerate(live.tolist()) if row in logprobs}
-            if logprobs
-            else {},
+            logprobs=logprobs or {},
             cached_tokens=cached_tokens,
             free_pages=self.pages.num_available,
         )
@@ -165,20 +165,20 @@ class Scheduler:
         pending = np.where(lengths < s.limit[running], lengths - s.computed[running], 0)
         decoding = running[pending == 1]
         full = decoding[s.computed[decoding] >= s.num_pages[decoding] * self.limits.page_size]
-        # At most one prompt is in progress: it took all that was left of the budget, so no other was admitted.
-        for i in np.flatnonzero(pending > 1).tolist():
-            slot = int(running[i])
-            num_tokens = min(int(pending[i]), self.limits.max_num_batched_tokens - len(decoding))
-            chunk = PromptChunk(slot, num_tokens)
-            return RunningRows(decoding, full, chunk, self._num_missing_pages(chunk))
-        return RunningRows(decoding, full, None, 0)
+        prompts = np.flatnonzero(pending > 1)
+        if len(prompts) == 0:
+            return RunningRows(decoding, full, None, 0)
+        (i,) = prompts.tolist()  # a prompt in progress used up the budget of its step, so no other was admitted
+        num_tokens = min(int(pending[i]), self.limits.max_num_batched_tokens - len(decoding))
+        chunk = PromptChunk(int(running[i]), num_tokens)
+        return RunningRows(decoding, full, chunk, self._num_missing_pages(chunk))
 
     def _num_missing_pages(self, chunk: PromptChunk) -> int:
         end = int(self.slots.computed[chunk.slot]) + chunk.num_tokens
         return max(0, self.limits.pages_for(end) - int(self.slots.num_pages[chunk.slot]))
 
     def _extend_prompt(self, chunk: PromptChunk) -> None:
-        """Allocate the pages of a chunk, and share those that it completes."""
+        """Allocate the pages of a chunk, and share the pages that it completes."""
         self.slots.append_pages(chunk.slot, self.pages.allocate(self._num_missing_pages(chunk)))
         self._share(chunk.slot, int(self.slots.computed[chunk.slot]) + chunk.num_tokens)
 
@@ -228,12 +228,12 @@ class Scheduler:
         return admitted
 
     def _fits(self, num_tokens: int, num_cached_pages: int) -> bool:
-        """Whether there is room for a whole prompt, and one more page for every running request."""
+        """Return True if a whole prompt fits, with one more page for every running request."""
         needed = self.limits.pages_for(num_tokens) - num_cached_pages
         return needed + len(self.slots.running) <= self.pages.num_available
 
     def _occupy(self, request: Request, node: Node, pages: np.ndarray) -> int:
-        """Return a slot for a request whose cached prefix ends at `node`, locked, and lies in `pages`."""
+        """Return a slot for a request; its cached prefix ends at `node`, locked, and lies in `pages`."""
         slot = self.slots.acquire(request, node, pages, min(request.max_length, self.limits.max_length))
         if request.params.prompt_logprobs is not None:
             self._prompt_logprobs.add(slot)

@@ -137,6 +137,21 @@ def test_the_routes_of_the_serving_page_are_those_of_the_server() -> None:
     assert listed >= set(re.findall(r'"(/(?:v1/)?[a-z_/]+)"', source)) - {"/stats"}
 
 
+def test_architecture_names_every_room() -> None:
+    page = (ROOT / "docs/architecture.md").read_text()
+    listed = set(re.findall(r"^\| `([\w/]+)` \|", page, re.M)) - {"kernels/csrc"}
+    folders = {path.parent for name in ("kernels", "comm", "runtime", "launch") for path in (ROOT / name).rglob("*.py")}
+    assert listed == {folder.relative_to(ROOT).as_posix() for folder in folders}
+
+
+def test_contributing_names_every_marker() -> None:
+    listed = re.search(r"^markers = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    assert listed is not None
+    markers = set(re.findall(r'^    "(\w+)', listed[1], re.M)) - {"xdist_group"}
+    page = (ROOT / "docs/contributing.md").read_text()
+    assert not {marker for marker in markers if f"`{marker}`" not in page}
+
+
 def test_every_result_is_in_the_index() -> None:
     index = (ROOT / "docs/benchmarks.md").read_text()
     for page in PAGES:

@@ -1,4 +1,4 @@
-"""The whole engine against transformers, and against itself in every other arrangement of the same work.
+"""The whole engine against transformers, and against itself with other batches, chunks, ranks and layouts.
 
 float32 on a CPU, token for token. The checkpoints are random with a wide initialization: with transformers' default
 they repeat one token, and a broken cache would pass.
@@ -27,8 +27,8 @@ LENGTHS = (1, 3, 4, 5, 15, 16, 17, 31, 40, 64, 7, 22)
 def prompts() -> list[list[int]]:
     """16 prompts of mixed lengths, some equal, some with a common beginning."""
     rng = np.random.default_rng(7)
-    found = [rng.integers(3, 131, n).tolist() for n in LENGTHS]
-    return [*found, found[9], found[9][:33] + found[0], found[8][:16] + found[7], found[5]]
+    actual = [rng.integers(3, 131, n).tolist() for n in LENGTHS]
+    return [*actual, actual[9], actual[9][:33] + actual[0], actual[8][:16] + actual[7], actual[5]]
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], n: int) -> list[int]:
@@ -65,11 +65,13 @@ SPLIT = "Qwen3ForCausalLM"  # the family that is split over ranks daily: fewer K
 )
 def test_tokens_match_transformers(tmp_path: Path, architecture: str, tp: int) -> None:
     tiny_checkpoint(tmp_path, architecture)
-    found = run_engine(tmp_path, [request(i, p, max_tokens=64) for i, p in enumerate(prompts())], tp=tp)
-    wanted = tokens_of_transformers(architecture)
+    actual = run_engine(tmp_path, [request(i, p, max_tokens=64) for i, p in enumerate(prompts())], tp=tp)
+    expected = tokens_of_transformers(architecture)
     for i, prompt in enumerate(prompts()):
-        assert found.tokens[i] == wanted[i], f"prompt {i} of {len(prompt)} tokens"
-    assert max(len(set(tokens)) for tokens in wanted) > 8, "the checkpoint repeats itself and would hide a broken cache"
+        assert actual.tokens[i] == expected[i], f"prompt {i} of {len(prompt)} tokens"
+    assert max(len(set(tokens)) for tokens in expected) > 8, (
+        "the checkpoint repeats itself and would hide a broken cache"
+    )
 
 
 def mixed() -> list[Request]:
@@ -113,11 +115,11 @@ ARRANGEMENTS = {
 def test_tokens_are_independent_of_batching(llama_folder: Path, baseline: Results, options: dict[str, object]) -> None:
     if "num_pages" in options:
         options = {"max_model_len": 32 * 4, **options}
-    found = run_engine(llama_folder, mixed(), **options)  # type: ignore[arg-type]
-    assert found.tokens == baseline.tokens
-    assert found.finished == baseline.finished
+    actual = run_engine(llama_folder, mixed(), **options)  # type: ignore[arg-type]
+    assert actual.tokens == baseline.tokens
+    assert actual.finished == baseline.finished
     if "num_pages" in options:
-        assert found.preemptions > 0, "meant to run out of pages"
+        assert actual.preemptions > 0, "meant to run out of pages"
 
 
 def test_tokens_of_a_request_alone_are_the_same(llama_folder: Path, baseline: Results) -> None:
@@ -136,19 +138,19 @@ def test_tokens_are_the_same_when_requests_come_and_go(llama_folder: Path, basel
             if step % 5 == 0:
                 engine.cancel([100 + step])
 
-    found = run_engine(
+    actual = run_engine(
         llama_folder, arriving[:1], between=between, num_pages=64, max_num_batched_tokens=48, max_model_len=128
     )
-    assert {uid: found.tokens[uid] for uid in baseline.tokens} == baseline.tokens
-    cancelled = [f for uid, f in found.finished.items() if uid >= 100 and f.reason == "abort"]
+    assert {uid: actual.tokens[uid] for uid in baseline.tokens} == baseline.tokens
+    cancelled = [f for uid, f in actual.finished.items() if uid >= 100 and f.reason == "abort"]
     assert len(cancelled) >= 10
 
 
 def test_prefix_is_computed_once_within_one_step(llama_folder: Path) -> None:
     prompt = prompts()[9]  # 64 tokens, pages of 4
-    found = run_engine(llama_folder, [request(i, prompt) for i in range(4)])
-    assert found.cached == {0: 0, 1: 60, 2: 60, 3: 60}
-    assert len({tuple(t) for t in found.tokens.values()}) == 1
+    actual = run_engine(llama_folder, [request(i, prompt) for i in range(4)])
+    assert actual.cached == {0: 0, 1: 60, 2: 60, 3: 60}
+    assert len({tuple(t) for t in actual.tokens.values()}) == 1
 
 
 def test_finished_output_is_a_cached_prefix(llama_folder: Path) -> None:
@@ -182,25 +184,25 @@ def test_stop_ids_and_min_tokens(llama_folder: Path) -> None:
 def test_logprobs_match_transformers(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path, "Qwen3ForCausalLM")
     prompt = prompts()[6]
-    found = run_engine(tmp_path, [request(0, prompt, logprobs=3, temperature=1.0, presence_penalty=1.0)], tp=2)
-    tokens = found.tokens[0]
+    actual = run_engine(tmp_path, [request(0, prompt, logprobs=3, temperature=1.0, presence_penalty=1.0)], tp=2)
+    tokens = actual.tokens[0]
     with torch.inference_mode():
         logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-    wanted = logits.log_softmax(-1)
-    for i, (token, got) in enumerate(zip(tokens, found.logprobs[0], strict=True)):
-        assert got.token == pytest.approx(float(wanted[i, token]), abs=1e-4)
-        assert got.rank == int((wanted[i] > wanted[i, token]).sum()) + 1
-        top = wanted[i].topk(3)
+    expected = logits.log_softmax(-1)
+    for i, (token, got) in enumerate(zip(tokens, actual.logprobs[0], strict=True)):
+        assert got.token == pytest.approx(float(expected[i, token]), abs=1e-4)
+        assert got.rank == int((expected[i] > expected[i, token]).sum()) + 1
+        top = expected[i].topk(3)
         assert got.top_ids == top.indices.tolist()
         assert got.top == pytest.approx(top.values.tolist(), abs=1e-4)
 
 
 def test_request_that_cannot_run_ends_alone(llama_folder: Path) -> None:
     bad = [request(1, []), request(2, [131]), request(3, [-1]), request(4, [3] * 300)]
-    found = run_engine(llama_folder, [request(0, prompts()[0]), *bad, request(5, prompts()[1])])
-    assert found.finished[0].reason == found.finished[5].reason == "length"
-    errors = {uid: found.finished[uid].error for uid in (1, 2, 3, 4)}
-    assert all(found.finished[uid].reason == "abort" for uid in errors)
+    actual = run_engine(llama_folder, [request(0, prompts()[0]), *bad, request(5, prompts()[1])])
+    assert actual.finished[0].reason == actual.finished[5].reason == "length"
+    errors = {uid: actual.finished[uid].error for uid in (1, 2, 3, 4)}
+    assert all(actual.finished[uid].reason == "abort" for uid in errors)
     assert "empty" in str(errors[1])
     assert "131" in str(errors[2])
     assert "0 to 130" in str(errors[2])
@@ -209,17 +211,17 @@ def test_request_that_cannot_run_ends_alone(llama_folder: Path) -> None:
 
 
 def test_output_ends_at_the_context_length(llama_folder: Path) -> None:
-    found = run_engine(llama_folder, [request(0, [5] * 250, max_tokens=100)])
-    assert len(found.tokens[0]) == 6
-    assert found.finished[0].reason == "length"
+    actual = run_engine(llama_folder, [request(0, [5] * 250, max_tokens=100)])
+    assert len(actual.tokens[0]) == 6
+    assert actual.finished[0].reason == "length"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tp", [1, 2])
 def test_tokens_on_gpu_match_cpu(llama_folder: Path, baseline: Results, tp: int) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    found = run_engine(llama_folder, mixed(), device="cuda", dtype="float32", tp=tp)
-    assert found.tokens == baseline.tokens
+    actual = run_engine(llama_folder, mixed(), device="cuda", dtype="float32", tp=tp)
+    assert actual.tokens == baseline.tokens
 
 
 ON_GPU = {
@@ -261,20 +263,22 @@ def test_bfloat16_on_gpu_is_close_to_transformers(
     model = tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
     margins = router_margins(model)
     requests = [request(i, p, logprobs=1, temperature=i % 2) for i, p in enumerate(prompts())]
-    found = run_engine(tmp_path, requests, device="cuda", dtype="bfloat16", **options)  # type: ignore[arg-type]
+    actual = run_engine(tmp_path, requests, device="cuda", dtype="bfloat16", **options)  # type: ignore[arg-type]
     compared = 0
     for i, prompt in enumerate(prompts()):
         part = slice(len(prompt) - 1, -1)
         margins.clear()
         with torch.inference_mode():
-            wanted = model(torch.tensor([prompt + found.tokens[i]])).logits[0, part].log_softmax(-1)
-        unsure = torch.stack(margins)[:, part].amin(0) < 0.05 if margins else torch.zeros(len(wanted), dtype=torch.bool)
+            expected = model(torch.tensor([prompt + actual.tokens[i]])).logits[0, part].log_softmax(-1)
+        unsure = (
+            torch.stack(margins)[:, part].amin(0) < 0.05 if margins else torch.zeros(len(expected), dtype=torch.bool)
+        )
         compared += int((~unsure).sum())
-        for n, (token, got) in enumerate(zip(found.tokens[i], found.logprobs[i], strict=True)):
+        for n, (token, got) in enumerate(zip(actual.tokens[i], actual.logprobs[i], strict=True)):
             if unsure[n]:
                 continue
-            assert got.token == pytest.approx(float(wanted[n, token]), abs=0.3), f"prompt {i}, token {n}"
-    assert compared > 0.8 * sum(map(len, found.tokens.values()))
+            assert got.token == pytest.approx(float(expected[n, token]), abs=0.3), f"prompt {i}, token {n}"
+    assert compared > 0.8 * sum(map(len, actual.tokens.values()))
 
 
 @pytest.mark.gpu
@@ -283,12 +287,12 @@ def test_keys_are_stored_before_another_request_reads_them(tmp_path: Path) -> No
     model = tiny_checkpoint(tmp_path, "LlamaForCausalLM", head_dim=64, hidden_size=256)
     longest = prompts()[9][:24]
     requests = [request(n, longest[:n], logprobs=1, max_tokens=1) for n in range(4, len(longest))]
-    found = run_engine(tmp_path, requests, device="cuda", dtype="bfloat16", page_size=1)
-    assert list(found.cached.values()) == [0, *range(4, len(longest) - 1)]
+    actual = run_engine(tmp_path, requests, device="cuda", dtype="bfloat16", page_size=1)
+    assert list(actual.cached.values()) == [0, *range(4, len(longest) - 1)]
     with torch.inference_mode():
-        wanted = model(torch.tensor([longest])).logits[0].log_softmax(-1)
-    for n, (got,) in found.logprobs.items():
-        assert got.token == pytest.approx(float(wanted[n - 1, found.tokens[n][0]]), abs=0.3), f"prompt of {n} tokens"
+        expected = model(torch.tensor([longest])).logits[0].log_softmax(-1)
+    for n, (got,) in actual.logprobs.items():
+        assert got.token == pytest.approx(float(expected[n - 1, actual.tokens[n][0]]), abs=0.3), f"prompt of {n} tokens"
 
 
 DRAWS = [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.01}]
@@ -300,7 +304,7 @@ DRAWS = [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0.9, "top_k":
 @pytest.mark.parametrize("architecture", list(FAMILIES))
 def test_graphs_are_bitwise_equal_to_eager(tmp_path: Path, architecture: str, rows: int, logprobs: int | None) -> None:
     tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
-    found = []
+    actual = []
     for enforce_eager in (False, True):
         # As many requests as a graph has rows, all of one length: nothing is padded.
         kinds = [DRAWS[(i + rows) % len(DRAWS)] for i in range(rows)]
@@ -308,8 +312,8 @@ def test_graphs_are_bitwise_equal_to_eager(tmp_path: Path, architecture: str, ro
             request(i, [7 * i + j for j in range(9)], logprobs=logprobs, **kind) for i, kind in enumerate(kinds)
         ]
         options = {"device": "cuda", "dtype": "bfloat16", "enforce_eager": enforce_eager}
-        found.append(run_engine(tmp_path, requests, **options))  # type: ignore[arg-type]
-    graphs, eager = found
+        actual.append(run_engine(tmp_path, requests, **options))  # type: ignore[arg-type]
+    graphs, eager = actual
     assert graphs.tokens == eager.tokens
     assert graphs.logprobs == eager.logprobs
 
@@ -329,12 +333,12 @@ def test_deterministic_bfloat16_is_batch_invariant(tmp_path: Path, architecture:
         if "tp" in more or "overlap" in more:
             continue
         few = {"max_model_len": 32 * 4} if "num_pages" in more else {}
-        found = run(requests, **more, **few)
-        assert (found.tokens, found.logprobs) == (together.tokens, together.logprobs), name
-        assert found.preemptions > 0 or not few
+        actual = run(requests, **more, **few)
+        assert (actual.tokens, actual.logprobs) == (together.tokens, together.logprobs), name
+        assert actual.preemptions > 0 or not few
     eager = run(requests, enforce_eager=True, overlap_scheduling=False)
     assert (eager.tokens, eager.logprobs) == (together.tokens, together.logprobs)
     for alone in requests:
-        found = run([alone])
-        assert found.tokens[alone.uid] == together.tokens[alone.uid]
-        assert found.logprobs[alone.uid] == together.logprobs[alone.uid]
+        actual = run([alone])
+        assert actual.tokens[alone.uid] == together.tokens[alone.uid]
+        assert actual.logprobs[alone.uid] == together.logprobs[alone.uid]

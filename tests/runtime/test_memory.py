@@ -1,6 +1,6 @@
-"""The memory plan against numbers worked out by hand, and what it promises: what it advises works, and no less would.
+"""The memory plan against figures computed by hand; its remedies work, and smaller ones would not.
 
-On a GPU, the plan against what the driver itself says is free.
+On a GPU, the plan against the free memory that the driver reports.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def planned(plan: MemoryPlan, **options: Any) -> MemoryPlan:
     return plan.with_pages(Config(**{"max_model_len": 131072, **options}))
 
 
-def refusal(plan: MemoryPlan, **asked: Any) -> str:
+def refusal(plan: MemoryPlan, **requested: Any) -> str:
     with pytest.raises(ValueError) as caught:
-        check_kv_cache(Config(**asked), planned(plan, **asked))
+        check_kv_cache(Config(**requested), planned(plan, **requested))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -172,8 +172,10 @@ def test_tightest_rank_limits_the_group(caplog: pytest.LogCaptureFixture) -> Non
     assert (least.num_pages, least.workspaces) == (54_784, 3 * GIB)
     assert least.place == "rank 1, GPU 0 (NVIDIA H200, 140.00 GiB)"
     assert "rank 1 limits the group: room for 54784 pages, others have up to 55808" in caplog.text
-    asked = [planned(replace(H200, workspaces=n * GIB), num_pages=10) for n in (2, 3, 1)]
-    assert tightest(asked).place.startswith("rank 1"), "also where pages were asked for: it is the first to refuse them"
+    requested = [planned(replace(H200, workspaces=n * GIB), num_pages=10) for n in (2, 3, 1)]
+    assert tightest(requested).place.startswith("rank 1"), (
+        "also where pages were asked for: it is the first to refuse them"
+    )
     caplog.clear()
     assert tightest(plans[:1] * 2).num_pages == 55_296
     assert "limits" not in caplog.text
@@ -210,7 +212,7 @@ def test_kv_cache_without_room_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("requested", "message"),
     [
         (
             {"num_pages": 60_000},
@@ -240,9 +242,9 @@ def test_kv_cache_without_room_is_refused() -> None:
         ),
     ],
 )
-def test_requested_size_that_does_not_fit_is_refused(asked: dict[str, Any], message: str) -> None:
-    assert refusal(H200, **asked) == message
-    assert refusal(replace(H200, other_processes="; others"), **asked).removesuffix("; others") == message
+def test_requested_size_that_does_not_fit_is_refused(requested: dict[str, Any], message: str) -> None:
+    assert refusal(H200, **requested) == message
+    assert refusal(replace(H200, other_processes="; others"), **requested).removesuffix("; others") == message
 
 
 @given(gpu_plans, st.sampled_from(["num_pages", "kv_cache_memory", "max_model_len"]), st.floats(0.5, 1.5))
@@ -319,12 +321,12 @@ def test_weights_are_refused_before_allocation(llama_folder: Path, monkeypatch: 
 @pytest.mark.parametrize("layout", ["layer-first", "page-first"])
 def test_memory_plan_equals_allocation(tmp_path: Path, architecture: str, layout: str) -> None:
     tiny_checkpoint(tmp_path, architecture)
-    asked = Config(model=str(tmp_path), device="cpu", num_pages=7, kv_layout=layout)  # type: ignore[arg-type]
+    requested = Config(model=str(tmp_path), device="cpu", num_pages=7, kv_layout=layout)  # type: ignore[arg-type]
     model = ModelConfig.from_folder(tmp_path)
-    config = asked.resolved(model, cuda=False)
+    config = requested.resolved(model, cuda=False)
     loaded = load_rank(config, model, tmp_path, SingleRank())
     plan = loaded.plan_memory()
-    memory = loaded.allocate(plan_limits(asked, config, model, plan)).memory
+    memory = loaded.allocate(plan_limits(requested, config, model, plan)).memory
     assert plan.weights == sum(w.tensor.nbytes for w in memory.decoder.weights())
     cache = [tensor for layer in range(model.num_layers) for tensor in memory.pool.layer(layer)]
     assert plan.kv_cache == sum(tensor.numel() * tensor.element_size() for tensor in cache)
@@ -407,12 +409,15 @@ def test_gpu_processes_are_listed_by_pynvml(monkeypatch: pytest.MonkeyPatch) -> 
             raise NVMLError
         return "handle"
 
-    found = [types.SimpleNamespace(pid=4711, usedGpuMemory=GIB), types.SimpleNamespace(pid=4713, usedGpuMemory=None)]
+    processes = [
+        types.SimpleNamespace(pid=4711, usedGpuMemory=GIB),
+        types.SimpleNamespace(pid=4713, usedGpuMemory=None),
+    ]
     nvml = types.SimpleNamespace(
         NVMLError=NVMLError,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=handle,
-        nvmlDeviceGetComputeRunningProcesses=lambda of: found if of == "handle" else [],
+        nvmlDeviceGetComputeRunningProcesses=lambda of: processes if of == "handle" else [],
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert processes_on(UUID) == processes_on(f"GPU-{UUID.upper()}") == [Process(4711, GIB), Process(4713, None)]
@@ -422,7 +427,7 @@ def test_gpu_processes_are_listed_by_pynvml(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("found", "text"),
+    ("processes", "text"),
     [
         (None, "; the processes on this GPU could not be listed"),
         ([], "; the processes on this GPU could not be listed"),
@@ -438,8 +443,8 @@ def test_gpu_processes_are_listed_by_pynvml(monkeypatch: pytest.MonkeyPatch) -> 
         ),
     ],
 )
-def test_other_processes_are_named_above_100_mib(found: list[Process] | None, text: str) -> None:
-    assert describe_others(found, own_pid=1) == text
+def test_other_processes_are_named_above_100_mib(processes: list[Process] | None, text: str) -> None:
+    assert describe_others(processes, own_pid=1) == text
 
 
 # -- on a GPU
@@ -524,9 +529,9 @@ def test_gpu_error_names_another_process(bfloat16_folder: Path) -> None:
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        found = processes_on(str(torch.cuda.get_device_properties(0).uuid))
-        if found is None or os.getpid() not in {process.pid for process in found}:
-            pytest.skip(f"the driver does not list this container's processes: {found}")
+        processes = processes_on(str(torch.cuda.get_device_properties(0).uuid))
+        if processes is None or os.getpid() not in {process.pid for process in processes}:
+            pytest.skip(f"the driver does not list this container's processes: {processes}")
         with pytest.raises(ValueError, match=rf"also on this GPU: .*pid {other.pid} with [12]\.\d\d GiB"):
             on_gpu(bfloat16_folder, kv_cache_memory=10**4)
     finally:

@@ -1,4 +1,4 @@
-"""What a rank holds by the config alone is what the Decoder of that rank allocates."""
+"""The parameter count from the config against the allocation of each rank's Decoder."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_parameter_count_equals_allocation_of_every_rank(hf: Configs, data: st.D
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 2])
 def test_memory_plan_uses_the_itemsize_of_the_resolved_dtype(dtype: Any, size: int) -> None:
-    asked = Config(dtype=dtype, tensor_parallel_size=size, page_size=8)
-    model = ModelConfig.from_folder(asked.model)
-    config = asked.resolved(model, cuda=False)
+    requested = Config(dtype=dtype, tensor_parallel_size=size, page_size=8)
+    model = ModelConfig.from_folder(requested.model)
+    config = requested.resolved(model, cuda=False)
     decoder, plan = sketch(model, 0, size, config.torch_dtype), plan_weights(config, model)
     assert plan.weights == sum(weight.tensor.nbytes for weight in decoder.weights())
     assert plan.page_bytes == decoder.kv_shape(8, config.torch_dtype).page_bytes

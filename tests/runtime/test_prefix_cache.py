@@ -65,9 +65,9 @@ class Model:
         self.used.update(dict.fromkeys(prefixes, self.clock))
 
     def match(self, tokens: Prefix, start: Prefix = ()) -> list[int]:
-        found = [p for p in self.prefixes(tokens) if len(p) > len(start) and p in self.pages]
-        self.touch(found)
-        return [self.pages[p] for p in found]
+        actual = [p for p in self.prefixes(tokens) if len(p) > len(start) and p in self.pages]
+        self.touch(actual)
+        return [self.pages[p] for p in actual]
 
     def insert(self, tokens: Prefix, pages: list[int], start: Prefix = ()) -> int:
         present = len(self.match(tokens, start))

@@ -1,4 +1,4 @@
-"""The sampler against distributions computed by hand, and its contract: a draw depends on (seed, position) only."""
+"""The sampler against known distributions, and its contract: a sample depends on (seed, position) only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lockstep.comm.base import Communicator, SingleRank
 from lockstep.runtime.model.logits import Logits
 from lockstep.runtime.plan import Admission
 from lockstep.runtime.request import SamplingParams
-from lockstep.runtime.sampling import sampler as module
+from lockstep.runtime.sampling import sampler as sampler_module
 from lockstep.runtime.sampling.sampler import Sampler
 
 from ranks import run_ranks
@@ -30,9 +30,9 @@ VOCAB = 50
 
 
 def sampler(*params: SamplingParams, prompt: int = 4, stop_ids: tuple[int, ...] = (), device: str = "cpu") -> Sampler:
-    found = Sampler(len(params), torch.device(device))
+    actual = Sampler(len(params), torch.device(device))
     for slot, p in enumerate(params):
-        found.admit(
+        actual.admit(
             Admission(
                 slot=slot,
                 tokens=np.zeros(prompt, np.int32),
@@ -41,7 +41,7 @@ def sampler(*params: SamplingParams, prompt: int = 4, stop_ids: tuple[int, ...] 
                 stop_ids=list(stop_ids),
             )
         )
-    return found
+    return actual
 
 
 def whole(logits: torch.Tensor) -> Logits:
@@ -53,11 +53,11 @@ def draw(params: SamplingParams, logits: torch.Tensor, positions: int = 4000) ->
     """How often each token comes over many positions, [V]."""
     device = logits.device
     s = sampler(params, device=str(device))
-    where = np.arange(10, 10 + positions, dtype=np.int32)
+    positions_of_rows = np.arange(10, 10 + positions, dtype=np.int32)
     rows = whole(logits.expand(positions, -1))
     tokens = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    found = s.sample(rows, np.zeros(positions, np.int32), where, tokens)
-    return torch.bincount(found, minlength=logits.shape[-1]).cpu() / positions
+    actual = s.sample(rows, np.zeros(positions, np.int32), positions_of_rows, tokens)
+    return torch.bincount(actual, minlength=logits.shape[-1]).cpu() / positions
 
 
 @pytest.fixture
@@ -68,21 +68,21 @@ def logits() -> torch.Tensor:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    "given", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.8, "min_p": 0.05}]
+    "options", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.8, "min_p": 0.05}]
 )
-def test_sampler_frequencies_match_transformers(logits: torch.Tensor, given: dict[str, Any], device: str) -> None:
+def test_sampler_frequencies_match_transformers(logits: torch.Tensor, options: dict[str, Any], device: str) -> None:
     warpers = LogitsProcessorList([TemperatureLogitsWarper(0.8)])
-    if "min_p" in given:
-        warpers.append(MinPLogitsWarper(given["min_p"]))
-    if "top_k" in given:
-        warpers.append(TopKLogitsWarper(given["top_k"]))
-    if "top_p" in given:
-        warpers.append(TopPLogitsWarper(given["top_p"]))
-    wanted = warpers(torch.zeros(1, 1, dtype=torch.long), logits[None].clone()).softmax(-1)[0]  # type: ignore[arg-type]
-    found = draw(SamplingParams(temperature=0.8, seed=11, **given), logits.to(device))
-    assert not found[wanted == 0].any(), "a token that is excluded was drawn"
+    if "min_p" in options:
+        warpers.append(MinPLogitsWarper(options["min_p"]))
+    if "top_k" in options:
+        warpers.append(TopKLogitsWarper(options["top_k"]))
+    if "top_p" in options:
+        warpers.append(TopPLogitsWarper(options["top_p"]))
+    expected = warpers(torch.zeros(1, 1, dtype=torch.long), logits[None].clone()).softmax(-1)[0]  # type: ignore[arg-type]
+    actual = draw(SamplingParams(temperature=0.8, seed=11, **options), logits.to(device))
+    assert not actual[expected == 0].any(), "a token that is excluded was drawn"
     # 4 standard deviations of a frequency over 4000 draws
-    assert ((found - wanted).abs() <= 4 * (wanted * (1 - wanted) / 4000).sqrt() + 1e-9).all()
+    assert ((actual - expected).abs() <= 4 * (expected * (1 - expected) / 4000).sqrt() + 1e-9).all()
 
 
 def test_sample_depends_on_seed_and_position_only(logits: torch.Tensor) -> None:
@@ -124,23 +124,23 @@ def test_vocabulary_shards_sample_the_tokens_of_one_rank(params: list[SamplingPa
     width = -(-vocab // size)
 
     def one(position: int) -> list[int]:
-        where = np.full(len(params), position, np.int32)
-        return sampler(*params).sample(whole(rows), slots, where, tokens).tolist()
+        positions_of_rows = np.full(len(params), position, np.int32)
+        return sampler(*params).sample(whole(rows), slots, positions_of_rows, tokens).tolist()
 
     def each(comm: Communicator) -> list[list[int]]:
         shard = torch.full((len(params), width), 9.0)  # more than any other: padding must not win
-        own = rows[:, comm.rank * width : (comm.rank + 1) * width]
-        shard[:, : own.shape[1]] = own
-        s, found = sampler(*params), []
+        unpadded = rows[:, comm.rank * width : (comm.rank + 1) * width]
+        shard[:, : unpadded.shape[1]] = unpadded
+        s, actual = sampler(*params), []
         for position in range(10, 20):
             logits = Logits(comm, shard, vocab)
             logits = logits.replicated() if s.params["needs_gather"][slots].any() else logits
-            found.append(s.sample(logits, slots, np.full(len(params), position, np.int32), tokens).tolist())
-        return found
+            actual.append(s.sample(logits, slots, np.full(len(params), position, np.int32), tokens).tolist())
+        return actual
 
-    wanted = [one(position) for position in range(10, 20)]
+    expected = [one(position) for position in range(10, 20)]
     assert not sampler(*FEW).params["needs_gather"].any()
-    assert run_ranks(size, each) == [wanted] * size
+    assert run_ranks(size, each) == [expected] * size
 
 
 def test_candidates_give_the_tokens_of_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,15 +149,17 @@ def test_candidates_give_the_tokens_of_the_whole_vocabulary(monkeypatch: pytest.
     torch.manual_seed(5)
     rows = (torch.randn(len(params), 3000) * 8).round() / 4
     slots, tokens = np.arange(len(params), dtype=np.int32), torch.zeros(len(params), 1, dtype=torch.int32)
-    found = []
-    for candidates in (module.MAX_CANDIDATES, 0):
-        monkeypatch.setattr(module, "MAX_CANDIDATES", candidates)
+    actual = []
+    for candidates in (sampler_module.MAX_CANDIDATES, 0):
+        monkeypatch.setattr(sampler_module, "MAX_CANDIDATES", candidates)
         s = sampler(*params)
         assert s.params["needs_gather"].all() == (candidates == 0)
         positions = [np.full(len(params), p, np.int32) for p in range(50)]
-        found.append([s.sample(whole(rows), slots, where, tokens).tolist() for where in positions])
-    assert found[0] == found[1]
-    assert len({tuple(step) for step in found[0]}) > 40
+        actual.append(
+            [s.sample(whole(rows), slots, positions_of_rows, tokens).tolist() for positions_of_rows in positions]
+        )
+    assert actual[0] == actual[1]
+    assert len({tuple(step) for step in actual[0]}) > 40
 
 
 def test_noise_is_independent_over_seeds_and_positions(logits: torch.Tensor) -> None:
@@ -169,17 +171,17 @@ def test_noise_is_independent_over_seeds_and_positions(logits: torch.Tensor) -> 
         drawn[seed] = [
             s.sample(whole(flat), np.zeros(1, np.int32), np.array([p], np.int32), tokens).item() for p in range(60)
         ]
-    every = [t for found in drawn.values() for t in found]
+    every = [t for actual in drawn.values() for t in actual]
     assert len(set(every)) > 280  # 360 draws of 1000: about 302 distinct if independent
-    for seed, found in drawn.items():
+    for seed, actual in drawn.items():
         for other, others in drawn.items():
-            shifted = [sum(a == b for a, b in zip(found, others[d:], strict=False)) for d in range(4)]
+            shifted = [sum(a == b for a, b in zip(actual, others[d:], strict=False)) for d in range(4)]
             assert seed == other or max(shifted) < 5
 
 
 def test_batch_of_greedy_and_random_rows(logits: torch.Tensor) -> None:
     s = sampler(SamplingParams(temperature=0, seed=1), SamplingParams(temperature=2.0, seed=1))
-    found = {
+    actual = {
         tuple(
             s.sample(
                 whole(logits.expand(2, -1)),
@@ -190,8 +192,8 @@ def test_batch_of_greedy_and_random_rows(logits: torch.Tensor) -> None:
         )
         for p in range(30)
     }
-    assert {greedy for greedy, _ in found} == {int(logits.argmax())}
-    assert len({random for _, random in found}) > 5
+    assert {greedy for greedy, _ in actual} == {int(logits.argmax())}
+    assert len({random for _, random in actual}) > 5
 
 
 def test_penalties(logits: torch.Tensor) -> None:
@@ -201,10 +203,10 @@ def test_penalties(logits: torch.Tensor) -> None:
     row = whole(logits[None])
     sampler(p, prompt=len(prompt)).sample(row, np.zeros(1, np.int32), np.array([7], np.int32), tokens)
     seen = torch.tensor([prompt + output])
-    wanted = RepetitionPenaltyLogitsProcessor(1.5)(seen, logits[None].clone())[0]  # type: ignore[arg-type]
-    wanted[8] -= 0.7 + 0.3
-    wanted[9] -= 0.7 + 0.3 * 3
-    torch.testing.assert_close(row.shard[0], wanted)
+    expected = RepetitionPenaltyLogitsProcessor(1.5)(seen, logits[None].clone())[0]  # type: ignore[arg-type]
+    expected[8] -= 0.7 + 0.3
+    expected[9] -= 0.7 + 0.3 * 3
+    torch.testing.assert_close(row.shard[0], expected)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -230,28 +232,28 @@ def test_penalties_of_many_rows_match_a_loop(device: str) -> None:
         random.integers(prompt, length, count).astype(np.int32),
     )
     tokens, rows = random.integers(0, vocab, (count, length)).astype(np.int32), torch.randn(count, vocab)
-    found = whole(rows.to(device))
-    sampler(*params, prompt=prompt, device=device).sample(found, slots, positions, torch.from_numpy(tokens).to(device))
-    for row, slot, position in zip(found.shard.cpu(), slots, positions, strict=True):
+    actual = whole(rows.to(device))
+    sampler(*params, prompt=prompt, device=device).sample(actual, slots, positions, torch.from_numpy(tokens).to(device))
+    for row, slot, position in zip(actual.shard.cpu(), slots, positions, strict=True):
         p, said = params[slot], tokens[slot, prompt:position].tolist()
-        wanted = rows[next(i for i in range(count) if slots[i] == slot)].clone()
+        expected = rows[next(i for i in range(count) if slots[i] == slot)].clone()
         for token in set(tokens[slot, :position].tolist()):
-            wanted[token] *= 1 / p.repetition_penalty if wanted[token] > 0 else p.repetition_penalty
+            expected[token] *= 1 / p.repetition_penalty if expected[token] > 0 else p.repetition_penalty
         for token in set(said):
-            wanted[token] -= p.presence_penalty + p.frequency_penalty * said.count(token)
+            expected[token] -= p.presence_penalty + p.frequency_penalty * said.count(token)
         for token, bias in p.logit_bias.items():
-            wanted[token] += bias
-        torch.testing.assert_close(row, wanted)
+            expected[token] += bias
+        torch.testing.assert_close(row, expected)
 
 
 def test_logit_bias_and_min_tokens(logits: torch.Tensor) -> None:
     p = SamplingParams(temperature=0, seed=0, logit_bias={7: 100.0, 8: 80.0}, min_tokens=2)
     s = sampler(p, prompt=4, stop_ids=(7,))
     tokens = torch.zeros(1, 10, dtype=torch.int32)
-    found = [
+    actual = [
         s.sample(whole(logits[None]), np.zeros(1, np.int32), np.array([n], np.int32), tokens).item() for n in (4, 5, 6)
     ]
-    assert found == [8, 8, 7], "the stop id must not come before two tokens"
+    assert actual == [8, 8, 7], "the stop id must not come before two tokens"
 
 
 def test_top_p_keeps_the_most_likely_token(logits: torch.Tensor) -> None:
@@ -259,8 +261,8 @@ def test_top_p_keeps_the_most_likely_token(logits: torch.Tensor) -> None:
 
 
 def test_uniform_distribution_is_sampled_uniformly() -> None:
-    found = draw(SamplingParams(temperature=1.0, seed=9), torch.zeros(10), 20_000)
-    assert (found - 0.1).abs().max() < 0.01
+    actual = draw(SamplingParams(temperature=1.0, seed=9), torch.zeros(10), 20_000)
+    assert (actual - 0.1).abs().max() < 0.01
 
 
 def test_tiny_temperature_is_nearly_greedy(logits: torch.Tensor) -> None:
@@ -268,7 +270,7 @@ def test_tiny_temperature_is_nearly_greedy(logits: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         ({"temperature": -0.1}, "temperature=-0.1 must be between 0 and 2"),
         ({"temperature": float("nan")}, "temperature=nan"),
@@ -296,6 +298,6 @@ def test_tiny_temperature_is_nearly_greedy(logits: torch.Tensor) -> None:
         ({"stop_token_ids": ["x"]}, "stop_token_ids='x' must be integers"),
     ],
 )
-def test_sampling_params_refuse_invalid_values(given: dict[str, Any], message: str) -> None:
+def test_sampling_params_refuse_invalid_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        SamplingParams(**given)
+        SamplingParams(**options)

@@ -1,9 +1,9 @@
 """The scheduler against a simulated rank, under random operations.
 
-The rank sees StepPlans only. It keeps, for every place in the KV cache, a hash of the whole token prefix that was last
-written there; a row may compute only if every earlier position finds its own prefix in the place that its page table
-names. So sharing, eviction, preemption and cancellation are proven on content, not on bookkeeping. The token it
-samples is a hash of (seed, position, prefix), so that a request has one right output, whatever runs beside it.
+The rank sees StepPlans only. For every place in the KV cache it keeps a hash of the whole token prefix that was last
+written there. A row may compute only if each earlier position has the row's prefix in the place that its page table
+names. Sharing, eviction, preemption and cancellation are thus tested on content. The sampled token is a hash of (seed,
+position, prefix), so that a request has one correct output in any batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MASK = 2**62 - 1
 
 
 def extend(prefix: int, token: int) -> int:
-    """The hash of a prefix and one token more."""
+    """Return the hash of a prefix extended by one token."""
     x = (prefix ^ (token + 1)) * 0x9E3779B97F4A7C15
     return (x ^ x >> 29) & MASK
 
@@ -46,7 +46,7 @@ def sample(seed: int, position: int, prefix: int) -> int:
 
 
 def alone(request: Request, limits: Limits) -> tuple[list[int], str, int | None]:
-    """What `request` gives when nothing else runs: tokens, finish reason, stop id."""
+    """Return the output of `request` when nothing else runs: tokens, finish reason, stop id."""
     tokens, prefix = request.tokens.tolist(), 0
     for token in tokens:
         prefix = extend(prefix, token)
@@ -62,7 +62,7 @@ def alone(request: Request, limits: Limits) -> tuple[list[int], str, int | None]
 
 
 class Rank:
-    """What a follower holds: fed by plans, in order, and by nothing else."""
+    """A simulated follower, whose state follows from the plans alone."""
 
     def __init__(self, limits: Limits) -> None:
         self.size = limits.page_size
@@ -74,7 +74,7 @@ class Rank:
         self.step = 0
 
     def execute(self, plan: StepPlan) -> np.ndarray:
-        """The sampled tokens [S] int32; fails where a row would read KV that is not its own prefix's."""
+        """Return the sampled tokens [S] int32; fail if a row would read KV of another prefix."""
         assert plan.step == self.step
         self.step += 1
         for admission in plan.admitted:
@@ -89,7 +89,7 @@ class Rank:
         assert len({slot for slot, _, _ in rows}) == len(rows)
         decoding, longer = rows[: plan.num_decoding], rows[plan.num_decoding :]
         assert plan.is_decode_only == (not longer)
-        for slot, start, count in decoding:  # each in its own time, so all read before any writes
+        for slot, start, count in decoding:  # in any order, so all read before any writes
             assert count == 1
             self.read(slot, start)
         for slot, start, count in rows:  # and then all others write before any of them reads
@@ -124,7 +124,7 @@ class Rank:
 
 @dataclass
 class Ledger:
-    """What the front end knows of one request."""
+    """The front end's record of one request."""
 
     request: Request
     tokens: list[int] = field(default_factory=list)
@@ -134,7 +134,7 @@ class Ledger:
 
 
 class Simulation:
-    """Front end, scheduler and rank; after each operation everything that must hold is checked."""
+    """Front end, scheduler and rank; `check` tests all invariants."""
 
     def __init__(self, limits: Limits, depth: int) -> None:
         self.limits, self.depth = limits, depth
@@ -164,7 +164,7 @@ class Simulation:
             entry.finished.append(finished)
 
     def schedule(self) -> bool:
-        """Schedule a step and run it, its results kept back; False if there was nothing to compute."""
+        """Schedule a step and run it without committing its results; return False if there was nothing to compute."""
         s = self.scheduler.slots
         admission_ids, before = s.admission_id.copy(), s.computed.copy()
         decoding = [
@@ -198,7 +198,7 @@ class Simulation:
         return request.uid
 
     def commit(self) -> None:
-        """Take in the results of the oldest step in flight."""
+        """Commit the results of the oldest step in flight."""
         output = self.scheduler.commit(*self.in_flight.popleft())
         assert len(set(output.uids)) == len(output.uids)
         for uid, token in zip(output.uids, output.tokens, strict=True):
@@ -210,12 +210,12 @@ class Simulation:
             self.ledger[uid].cached.append(cached)
 
     def advance(self) -> None:
-        """What an engine does next: fill the pipeline, else take in its oldest results."""
+        """Do the next step of an engine: fill the pipeline, else commit the oldest results."""
         if (len(self.in_flight) == self.depth or not self.schedule()) and self.in_flight:
             self.commit()
 
     def finish(self) -> None:
-        """Run everything to its end, and check what was delivered."""
+        """Run all requests to their end, and check their outputs."""
         lengths = [len(e.request.tokens) + len(alone(e.request, self.limits)[0]) for e in self.ledger.values()]
         while self.scheduler.has_work or self.in_flight:
             self.advance()
@@ -246,12 +246,12 @@ class Simulation:
         return nodes
 
     def check_content(self, node: Node, prefix: int) -> None:
-        """Every place in the tree below `node` holds the KV of the path that leads there."""
+        """Check that every page below `node` holds the KV of its path in the tree."""
         for child in node.children.values():
             end, content = prefix, self.rank.content[child.pages].ravel().tolist()
-            for token, found in zip(child.tokens.tolist(), content, strict=True):
+            for token, actual in zip(child.tokens.tolist(), content, strict=True):
                 end = extend(end, token)
-                assert found == end
+                assert actual == end
             self.check_content(child, end)
 
     def check(self) -> None:
@@ -278,12 +278,12 @@ class Simulation:
         )
         assert running + waiting == sorted(running + waiting)  # in order of arrival, through preemptions too
         assert self.admitted == sorted(self.admitted)
-        assert self.scheduler._preempted <= set(waiting)  # nothing is remembered of those who ended
+        assert self.scheduler._preempted <= set(waiting)  # ended requests are forgotten
         assert sorted(running + waiting) == [uid for uid, entry in self.ledger.items() if not entry.finished]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Small worlds, so that what fails shrinks to a few operations."""
+    """Few slots and pages, so that a failure shrinks to a few operations."""
 
     @initialize(
         page_size=st.sampled_from([1, 3, 16]),
@@ -307,27 +307,27 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         common=st.integers(0, 30),
-        own=st.lists(st.integers(0, VOCAB - 1), max_size=3),
+        suffix=st.lists(st.integers(0, VOCAB - 1), max_size=3),
         max_tokens=st.integers(1, 12),
         min_tokens=st.integers(0, 4),
         stop_ids=st.lists(st.integers(0, VOCAB - 1), max_size=3),
     )
-    def add(self, common: int, own: list[int], max_tokens: int, min_tokens: int, stop_ids: list[int]) -> None:
-        prompt = (FAMILY[:common] + own)[: self.simulation.limits.max_length - 1] or [0]
+    def add(self, common: int, suffix: list[int], max_tokens: int, min_tokens: int, stop_ids: list[int]) -> None:
+        prompt = (FAMILY[:common] + suffix)[: self.simulation.limits.max_length - 1] or [0]
         self.simulation.add(prompt, max_tokens=max_tokens, min_tokens=min_tokens, stop_ids=stop_ids)
 
     @precondition(lambda self: self.simulation.ledger)
-    @rule(which=st.integers(0, 99), own=st.lists(st.integers(0, VOCAB - 1), max_size=3))
-    def ask_again(self, which: int, own: list[int]) -> None:
+    @rule(number=st.integers(0, 99), suffix=st.lists(st.integers(0, VOCAB - 1), max_size=3))
+    def ask_again(self, number: int, suffix: list[int]) -> None:
         """A conversation's next turn: a prompt and its output are the new prompt."""
-        entry = self.simulation.ledger[which % len(self.simulation.ledger)]
-        prompt = entry.request.tokens.tolist() + entry.tokens + own
+        entry = self.simulation.ledger[number % len(self.simulation.ledger)]
+        prompt = entry.request.tokens.tolist() + entry.tokens + suffix
         self.simulation.add(prompt[: self.simulation.limits.max_length - 1], max_tokens=3)
 
     @precondition(lambda self: self.simulation.ledger)
-    @rule(which=st.integers(0, 99))
-    def cancel(self, which: int) -> None:
-        self.simulation.cancel(which % len(self.simulation.ledger))
+    @rule(number=st.integers(0, 99))
+    def cancel(self, number: int) -> None:
+        self.simulation.cancel(number % len(self.simulation.ledger))
 
     @rule(times=st.integers(1, 6))
     def advance(self, times: int) -> None:
@@ -383,7 +383,7 @@ def test_scheduler_random_operations_with_few_pages() -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 def test_scheduler_random_operations_with_full_cache(page_size: int, depth: int, caching: bool) -> None:
-    """Longer lives: hundreds of requests in a cache that is always full."""
+    """Hundreds of requests in a cache that is always full."""
     total: Counter[str] = Counter()
     for seed in range(8):
         rng = random.Random(f"{seed} {page_size} {depth} {caching}")
@@ -457,11 +457,11 @@ def test_prefix_of_equal_prompts_in_one_step_is_computed_once() -> None:
 
 @pytest.mark.parametrize("budget", [20, 37, 50, 64])
 def test_prefix_in_chunks_is_computed_once(budget: int) -> None:
-    """Each request adds its own page to a system prompt longer than the budget; nobody computes that a second time."""
+    """Each request adds a page to a system prompt longer than the budget, which is computed once."""
     world = limits(max_model_len=200, max_num_batched_tokens=budget, page_size=16, num_pages=100)
     simulation = Simulation(world, depth=1)
-    for own in range(4):
-        simulation.add(FAMILY[:160] + [own] * 16, max_tokens=1)
+    for suffix in range(4):
+        simulation.add(FAMILY[:160] + [suffix] * 16, max_tokens=1)
     assert computed_tokens(simulation) == 160 + 4 * 16
 
 

@@ -1,4 +1,4 @@
-"""Constrained outputs, against brute force: transformers' logits with every token tried against the pattern by itself.
+"""Constrained outputs against brute force: transformers' logits, with every token tried against the pattern.
 
 The vocabulary is ASCII in one and two characters, made so that most texts can be spelled in several ways. `regex`
 says by partial matching whether a text may still become a match: it shares nothing with llguidance.
@@ -74,12 +74,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def guided(
-    uid: int, prompt: list[int], *, max_tokens: int = 90, stop_ids: tuple[int, ...] = (EOS,), **asked: Any
+def constrained(
+    uid: int, prompt: list[int], *, max_tokens: int = 90, stop_ids: tuple[int, ...] = (EOS,), **options: Any
 ) -> Request:
     kinds = ("json", "regex", "choice", "grammar", "json_object", "disable_any_whitespace")
-    structured = StructuredOutputsParams(**{k: v for k, v in asked.items() if k in kinds})
-    rest = {k: v for k, v in asked.items() if k not in kinds}
+    structured = StructuredOutputsParams(**{k: v for k, v in options.items() if k in kinds})
+    rest = {k: v for k, v in options.items() if k not in kinds}
     return request(uid, prompt, stop_ids, max_tokens=max_tokens, structured_outputs=structured, **rest)
 
 
@@ -114,19 +114,19 @@ def by_brute_force(folder: Path, prompt: list[int], pattern: str, n: int, steps:
 
 @pytest.mark.parametrize("pattern", [PATTERN, r"(a|ab|abc)+1{0,2}[^b-z]", r"[^a-c]{5}|c{3,}\d\d"])
 def test_grammar_greedy_tokens_match_masked_transformers(folder: Path, pattern: str) -> None:
-    asked = prompts(4)
-    found = run_engine(folder, [guided(i, p, regex=pattern, max_tokens=24) for i, p in enumerate(asked)])
+    options = prompts(4)
+    actual = run_engine(folder, [constrained(i, p, regex=pattern, max_tokens=24) for i, p in enumerate(options)])
     allowed: list[int] = []
-    for i, prompt in enumerate(asked):
-        assert found.tokens[i] == by_brute_force(folder, prompt, pattern, 24, allowed)
+    for i, prompt in enumerate(options):
+        assert actual.tokens[i] == by_brute_force(folder, prompt, pattern, 24, allowed)
     assert min(allowed) < 5 or max(allowed) > 20, "the pattern leaves nothing to choose"
 
 
 def test_grammar_choice_is_the_most_likely(folder: Path) -> None:
     pattern = "|".join(map(re.escape, ["a", "ab", "b, c", "1 1"]))
     for i, prompt in enumerate(prompts(4)):
-        (found,) = run_engine(folder, [guided(i, prompt, choice=["a", "ab", "b, c", "1 1"])]).tokens.values()
-        assert found == by_brute_force(folder, prompt, pattern, 90)
+        (actual,) = run_engine(folder, [constrained(i, prompt, choice=["a", "ab", "b, c", "1 1"])]).tokens.values()
+        assert actual == by_brute_force(folder, prompt, pattern, 90)
 
 
 def kinds() -> list[Request]:
@@ -139,9 +139,9 @@ def kinds() -> list[Request]:
     structures: list[dict[str, Any]] = [
         {"json": SCHEMA}, {"regex": PATTERN}, {"choice": CHOICES}, {"grammar": 'root ::= "a" ("b" | "1 ")+ "c"'},
     ]  # fmt: skip
-    asked = prompts(24)
-    found = [guided(i, p, **sampling[i % 5], **structures[i % 4]) for i, p in enumerate(asked[:20])]
-    return found + [request(20 + i, p, [EOS], max_tokens=30, **sampling[i]) for i, p in enumerate(asked[20:])]
+    options = prompts(24)
+    actual = [constrained(i, p, **sampling[i % 5], **structures[i % 4]) for i, p in enumerate(options[:20])]
+    return actual + [request(20 + i, p, [EOS], max_tokens=30, **sampling[i]) for i, p in enumerate(options[20:])]
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +185,11 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", ARRANGEMENTS.values(), ids=ARRANGEMENTS)
 def test_grammar_tokens_are_independent_of_batching(folder: Path, baseline: Results, options: dict[str, Any]) -> None:
-    found = run_engine(folder, kinds(), max_model_len=160, **options)
-    assert found.tokens == baseline.tokens
-    assert found.finished == baseline.finished
+    actual = run_engine(folder, kinds(), max_model_len=160, **options)
+    assert actual.tokens == baseline.tokens
+    assert actual.finished == baseline.finished
     if "num_pages" in options:
-        assert found.preemptions > 0, "meant to run out of pages"
+        assert actual.preemptions > 0, "meant to run out of pages"
 
 
 @pytest.mark.gpu
@@ -217,60 +217,60 @@ def test_grammar_continues_after_readmission_at_any_token(folder: Path, baseline
                 tokens = np.concatenate((r.tokens, np.array(produced, np.int32)))
                 again.append(Request(r.uid, tokens, r.num_prompt_tokens, r.params, r.stop_ids))
         assert len(again) > 6
-        found = run_engine(folder, again, max_model_len=160)
-        assert found.tokens == {r.uid: baseline.tokens[r.uid][cut:] for r in again}
+        actual = run_engine(folder, again, max_model_len=160)
+        assert actual.tokens == {r.uid: baseline.tokens[r.uid][cut:] for r in again}
 
 
 def test_grammar_end_overrides_min_tokens(folder: Path) -> None:
     (prompt,) = prompts(1)
-    asked = [
-        guided(0, prompt, regex="a{2,9}", min_tokens=9, logit_bias={EOS: 100.0}),
-        guided(1, prompt, choice=["abc"], min_tokens=50),
+    options = [
+        constrained(0, prompt, regex="a{2,9}", min_tokens=9, logit_bias={EOS: 100.0}),
+        constrained(1, prompt, choice=["abc"], min_tokens=50),
     ]
-    found = run_engine(folder, asked)
-    assert text_of(found.tokens[0]) == "a" * 9, "as long as it may, because it must have 9 tokens"
-    assert text_of(found.tokens[1]) == "abc"
-    assert [found.finished[uid].reason for uid in (0, 1)] == ["stop", "stop"]
+    actual = run_engine(folder, options)
+    assert text_of(actual.tokens[0]) == "a" * 9, "as long as it may, because it must have 9 tokens"
+    assert text_of(actual.tokens[1]) == "abc"
+    assert [actual.finished[uid].reason for uid in (0, 1)] == ["stop", "stop"]
 
 
 def test_grammar_allows_stop_ids_where_it_may_end(folder: Path) -> None:
     (prompt,) = prompts(1)
-    found = run_engine(folder, [guided(0, prompt, regex="[bc]{3}x*", stop_ids=(1, EOS), logit_bias={1: 100.0})])
-    assert found.tokens[0][-1] == 1
-    assert re.fullmatch("[bc]{3}", text_of(found.tokens[0][:-1]))
+    actual = run_engine(folder, [constrained(0, prompt, regex="[bc]{3}x*", stop_ids=(1, EOS), logit_bias={1: 100.0})])
+    assert actual.tokens[0][-1] == 1
+    assert re.fullmatch("[bc]{3}", text_of(actual.tokens[0][:-1]))
 
 
 def test_grammar_without_continuation_ends_its_request_alone(folder: Path) -> None:
     """The vocabulary has no byte beyond ASCII: after the a's this pattern has no way on."""
-    asked = prompts(3)
-    free = [request(1, asked[1], [EOS], temperature=1), guided(2, asked[2], regex=PATTERN, temperature=1)]
-    wanted = run_engine(folder, free)
+    options = prompts(3)
+    free = [request(1, options[1], [EOS], temperature=1), constrained(2, options[2], regex=PATTERN, temperature=1)]
+    expected = run_engine(folder, free)
     for tp, overlap in ((1, False), (2, True)):
-        found = run_engine(folder, [guided(0, asked[0], regex="aa\u00e9"), *free], tp=tp, overlap=overlap)
-        assert found.finished[0].reason == "error"
-        assert "no token of this model's vocabulary" in (found.finished[0].error or "")
-        assert {uid: found.tokens[uid] for uid in (1, 2)} == wanted.tokens
+        actual = run_engine(folder, [constrained(0, options[0], regex="aa\u00e9"), *free], tp=tp, overlap=overlap)
+        assert actual.finished[0].reason == "error"
+        assert "no token of this model's vocabulary" in (actual.finished[0].error or "")
+        assert {uid: actual.tokens[uid] for uid in (1, 2)} == expected.tokens
 
 
 def test_invalid_grammar_is_refused_before_any_step(folder: Path) -> None:
     """The front end refuses it; should it arrive all the same, it ends alone."""
     (prompt,) = prompts(1)
-    found = run_engine(folder, [guided(0, prompt, regex="("), request(1, prompt)])
-    assert found.finished[0].reason == "error"
-    assert len(found.tokens[1]) == 16
+    actual = run_engine(folder, [constrained(0, prompt, regex="("), request(1, prompt)])
+    assert actual.finished[0].reason == "error"
+    assert len(actual.tokens[1]) == 16
 
 
 def test_grammar_request_cancelled_during_a_step(folder: Path, baseline: Results) -> None:
     """Slots change hands while tokens are on their way."""
-    noise = [guided(100 + i, p, regex="[a-c]{50}", temperature=1) for i, p in enumerate(prompts(20))]
+    noise = [constrained(100 + i, p, regex="[a-c]{50}", temperature=1) for i, p in enumerate(prompts(20))]
 
     def between(step: int, engine: Engine) -> None:
         if step < 20:
             engine.add([noise[step]])
             engine.cancel([100 + step - 2])
 
-    found = run_engine(folder, kinds(), max_model_len=160, max_num_seqs=8, overlap=True, between=between)
-    assert {uid: t for uid, t in found.tokens.items() if uid < 100} == baseline.tokens
+    actual = run_engine(folder, kinds(), max_model_len=160, max_num_seqs=8, overlap=True, between=between)
+    assert {uid: t for uid, t in actual.tokens.items() if uid < 100} == baseline.tokens
 
 
 def test_mask_tokens_equals_bitmask() -> None:
@@ -278,13 +278,13 @@ def test_mask_tokens_equals_bitmask() -> None:
     for vocab in (31, 32, 131):
         logits, rows = torch.randn(5, vocab), torch.tensor([3, 0])
         words = rng.integers(-(2**31), 2**31, (2, -(-vocab // 32)), dtype=np.int64).astype(np.int32)
-        wanted = logits.clone()
+        expected = logits.clone()
         for row, mask in zip(rows.tolist(), words, strict=True):
             for v in range(vocab):
                 if not int(mask[v // 32]) >> v % 32 & 1:
-                    wanted[row, v] = -torch.inf
+                    expected[row, v] = -torch.inf
         mask_tokens_(logits, rows, torch.from_numpy(words))
-        assert torch.equal(logits, wanted)
+        assert torch.equal(logits, expected)
 
 
 HOSTILE = [
@@ -297,13 +297,13 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("asked", HOSTILE, ids=lambda a: str(a)[:40])
-def test_hostile_grammars_are_refused_or_harmless(folder: Path, asked: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", HOSTILE, ids=lambda a: str(a)[:40])
+def test_hostile_grammars_are_refused_or_harmless(folder: Path, options: dict[str, Any]) -> None:
     """Nothing but a GrammarError, whatever comes; how long it takes is limited by counts, in a server by killing."""
     model = Vocabulary(folder, 131, (EOS,))
     refusal = None
     try:
-        try_out(model, StructuredOutputsParams(**asked))
+        try_out(model, StructuredOutputsParams(**options))
     except GrammarError as error:
         refusal = str(error)
     if refusal is not None:
@@ -311,12 +311,12 @@ def test_hostile_grammars_are_refused_or_harmless(folder: Path, asked: dict[str,
         assert len(refusal) < 400
         assert "\n" not in refusal
     else:
-        found = run_engine(folder, [guided(0, prompts(1)[0], **asked, max_tokens=8), request(1, [5, 6])])
-        assert len(found.tokens[1]) == 16
+        actual = run_engine(folder, [constrained(0, prompts(1)[0], **options, max_tokens=8), request(1, [5, 6])])
+        assert len(actual.tokens[1]) == 16
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("options", "message"),
     [
         ({}, "has nothing; give exactly one of"),
         ({"regex": "a", "choice": ["a"]}, "has regex and choice"),
@@ -327,13 +327,13 @@ def test_hostile_grammars_are_refused_or_harmless(folder: Path, asked: dict[str,
         ({"json": {"a": {1, 2}}}, "not JSON"),
     ],
 )
-def test_structured_outputs_params_refuse_invalid_values(asked: dict[str, Any], message: str) -> None:
+def test_structured_outputs_params_refuse_invalid_values(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        StructuredOutputsParams(**asked)
+        StructuredOutputsParams(**options)
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("options", "message"),
     [
         ({"regex": "("}, "unclosed group"),
         ({"regex": "a(?=b)"}, "look-ahead"),
@@ -345,8 +345,8 @@ def test_structured_outputs_params_refuse_invalid_values(asked: dict[str, Any], 
         ({"json": {"$ref": "https://example.com/schema"}}, "does not fetch"),
     ],
 )
-def test_unusable_grammars_are_refused_before_they_start(asked: dict[str, Any], message: str) -> None:
-    params = SamplingParams(structured_outputs=StructuredOutputsParams(**asked))
+def test_unusable_grammars_are_refused_before_they_start(options: dict[str, Any], message: str) -> None:
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(**options))
     with LLM(device="cpu", num_pages=64) as llm, pytest.raises(ValueError, match=message):
         llm.generate("a", params, use_tqdm=False)
 

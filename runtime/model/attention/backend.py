@@ -1,4 +1,4 @@
-"""The protocol of attention backends, and what they share.
+"""The protocol of attention backends, and their common parts.
 
 Shapes: T tokens, H query heads and Hkv key heads of this rank, E head size.
 """

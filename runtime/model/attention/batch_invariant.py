@@ -1,8 +1,8 @@
 """Batch-invariant attention on a GPU: a token's result is bitwise identical in any batch and chunk.
 
-The decode kernel computes every token. Each token of a prompt is one decode row, after the keys of all tokens have
-been stored, and the keys of a row are divided by their positions alone. The keys are therefore read once for each
-token of a prompt, where FlashInfer's prefill reads them once for many.
+The decode kernel computes every token: each token of a prompt is one decode row, after the keys of all tokens have
+been stored. The keys of a row are divided by their positions alone. They are read once for each token of a prompt,
+where FlashInfer's prefill reads them once for many.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class FlashInferAttention:
                 return decoded
         q = rotate_and_store(qkv, heads, batch, cache, slice(n, None))
         out = q.new_empty(len(qkv), *q.shape[1:])
-        self._prefill[window].run(q, cache, out=out[n:])
+        self._prefill[window].run(q, (cache.k, cache.v), out=out[n:])
         if decoded is not None:
             out[:n] = decoded.view_as(out[:n])
         return out.flatten(1)

@@ -132,6 +132,7 @@ async def stream(url: str, prompt: str, got: list[str]) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.serial
 def test_both_replicas_serve_with_the_tokens_of_one_rank(server: Server, undisturbed: list[str]) -> None:
     assert len(server.ranks()) == 2
     got: list[list[str]] = [[] for _ in PROMPTS]
@@ -145,6 +146,7 @@ def test_both_replicas_serve_with_the_tokens_of_one_rank(server: Server, undistu
 
 
 @pytest.mark.process
+@pytest.mark.serial
 def test_a_prompt_goes_where_its_prefix_is(server: Server) -> None:
     """Each of several long prefixes comes again and again, and is computed once."""
     stories = [f"{name} " * 40 for name in ("Moses", "Aaron", "David", "Esther")]
@@ -159,6 +161,7 @@ def test_a_prompt_goes_where_its_prefix_is(server: Server) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.serial
 def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
     body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": 4}
     with server.http.stream("POST", "/v1/completions", json=body) as response:
@@ -172,6 +175,7 @@ def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.serial
 def test_more_than_the_queue_holds_is_refused(server: Server) -> None:
     at_once = 2 * SMALL["max_num_seqs"]
     body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": at_once}
@@ -188,6 +192,7 @@ def test_more_than_the_queue_holds_is_refused(server: Server) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.serial
 @pytest.mark.parametrize("victim", [pytest.param("ranks", marks=pytest.mark.nightly), "replica"])
 def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(
     server: Server, undisturbed: list[str], victim: str
@@ -215,6 +220,7 @@ def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(
 
 @pytest.mark.nightly
 @pytest.mark.process
+@pytest.mark.serial
 def test_nothing_outlives_a_front_end_that_was_killed(tmp_path: Path) -> None:
     started = Server(tmp_path / "log")
     try:

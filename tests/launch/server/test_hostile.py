@@ -181,6 +181,7 @@ def script(name: str, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.process
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("streams", "seconds", "requests"), [(12, 1, 4), pytest.param(24, 3, 8, marks=pytest.mark.soak)]
 )
@@ -192,6 +193,7 @@ def test_streams_under_load_are_what_they_are_alone(streams: int, seconds: int, 
 
 
 @pytest.mark.process
+@pytest.mark.serial
 def test_bad_requests_and_bad_clients() -> None:
     found = script("soak_nonsense.py", "--requests=650", "--clients=66", "--", *FLAGS)
     assert sum(found["statuses"].values()) == 650
@@ -200,11 +202,13 @@ def test_bad_requests_and_bad_clients() -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.serial
 def test_starts_and_ends_leave_nothing() -> None:
     assert script("soak_starts.py", "--times=3", "--patience=15", "--", "--tp=2", *FLAGS)["ends"] == 3
 
 
 @pytest.mark.process
+@pytest.mark.serial
 @pytest.mark.parametrize("phase", ["ranks load", *(pytest.param(p, marks=pytest.mark.soak) for p in PHASES)])
 def test_signals_at_start_up_leave_nothing(phase: str) -> None:
     found = script(
@@ -214,6 +218,7 @@ def test_signals_at_start_up_leave_nothing(phase: str) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.serial
 @pytest.mark.parametrize(
     ("number", "times"),
     [

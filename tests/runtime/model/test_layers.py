@@ -1,4 +1,4 @@
-"""Layers one by one: n shards add up to the plain formula, attention over pages is attention, rope is transformers'."""
+"""Layers: n shards sum to the plain formula, attention over pages equals attention, RoPE equals transformers'."""
 
 from __future__ import annotations
 
@@ -162,8 +162,8 @@ def test_column_then_row_equals_two_linears(size: int, tmp_path: Path) -> None:
 
     before = _random(T, D)
     expected = before + F.linear(F.linear(x, saved["a.weight"], saved["a.bias"]), saved["b.weight"], saved["b.bias"])
-    for found in run_ranks(size, run):
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    for actual in run_ranks(size, run):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5])
@@ -173,8 +173,8 @@ def test_torch_attention_matches_definition(window: int | None, kv_heads: int) -
     counts, lengths = [1, 6, 1, 1, 3], [1, 6, 17, 8, 11]  # decode and prefill rows, with and without a past
     tables = torch.full((5, 6), 10**6, dtype=torch.int32)
     pages = torch.randperm(20, generator=torch.Generator().manual_seed(3)).split([1, 2, 5, 2, 3, 7])
-    for row, own in zip(tables, pages, strict=False):
-        row[: len(own)] = own
+    for row, row_pages in zip(tables, pages, strict=False):
+        row[: len(row_pages)] = row_pages
     k_cache, v_cache = _random(20, page_size, kv_heads, size), _random(20, page_size, kv_heads, size) ** 2
     # Slots of -1 store nothing and positions of 0 rotate by nothing: the cache already holds all keys.
     qkv, nowhere = _random(sum(counts), (heads + 2 * kv_heads) * size), torch.full((sum(counts),), -1)
@@ -187,7 +187,7 @@ def test_torch_attention_matches_definition(window: int | None, kv_heads: int) -
     )  # fmt: skip
     attention = TorchAttention(scale)
     attention.plan(batch)
-    found = attention.run(qkv, unrotated, KVCache(k_cache, v_cache), window).unflatten(1, (heads, size))
+    actual = attention.run(qkv, unrotated, KVCache(k_cache, v_cache), window).unflatten(1, (heads, size))
     for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         for n in range(count):
             position = length - count + n
@@ -198,7 +198,7 @@ def test_torch_attention_matches_definition(window: int | None, kv_heads: int) -
                 keys, values = (torch.stack([cache[p, o, kv_head] for p, o in where]) for cache in (k_cache, v_cache))
                 query = q[starts[row] + n, head]
                 expected = torch.softmax(keys @ query * scale, dim=0) @ values
-                torch.testing.assert_close(found[starts[row] + n, head], expected, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(actual[starts[row] + n, head], expected, atol=1e-5, rtol=1e-5)
 
 
 def _batch(
@@ -238,10 +238,10 @@ def test_flashinfer_attention_matches_torch(size: int, num_decoding: int) -> Non
     qkv = _random(sum(counts), (heads + 2 * kv_heads) * size).bfloat16()
     norms = [_random(size).bfloat16() + n for n in range(2)]
     table, caches = _random(300, size), [_random(140, page_size, kv_heads, size).bfloat16() + n for n in range(2)]
-    expected = [cache.clone() for cache in caches]
+    expected_caches = [cache.clone() for cache in caches]
     definition = TorchAttention(scale)
     definition.plan(_batch(counts, lengths, pages, page_size, num_decoding))
-    wanted = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table), KVCache(*expected), None)
+    expected = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table), KVCache(*expected_caches), None)
     shape = AttentionShape(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.bfloat16
     )
@@ -249,8 +249,8 @@ def test_flashinfer_attention_matches_torch(size: int, num_decoding: int) -> Non
     attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, gpu))
     caches = [cache.to(gpu) for cache in caches]
     on_gpu = Heads(QKNorm(*(norm.to(gpu) for norm in norms), 1e-6), table.to(gpu))
-    found = attention.run(qkv.to(gpu), on_gpu, KVCache(*caches), None)
-    for one, other in zip((found, *caches), (wanted, *expected), strict=True):
+    actual = attention.run(qkv.to(gpu), on_gpu, KVCache(*caches), None)
+    for one, other in zip((actual, *caches), (expected, *expected_caches), strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=4e-2, rtol=2e-2)
 
 
@@ -264,15 +264,15 @@ def test_batch_invariant_attention_matches_torch(window: int | None, monkeypatch
     pages[3, 0] = pages[0, 0]  # a prefix that row 0 computes
     batch = _batch(counts, lengths, pages, page_size, num_decoding=0)
     qkv, table = _random(sum(counts), (heads + 2 * kv_heads) * size), Heads(QKNorm(None, None, 0.0), _random(20, size))
-    found = []
+    actual = []
     shape = AttentionShape(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.float32
     )
     for attention in (TorchAttention(scale), BatchInvariantAttention(shape, scale, {window}, 20)):
         caches = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]
         attention.plan(batch)
-        found.append((attention.run(qkv, table, KVCache(*caches), window), *caches))
-    for one, other in zip(*found, strict=True):
+        actual.append((attention.run(qkv, table, KVCache(*caches), window), *caches))
+    for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 

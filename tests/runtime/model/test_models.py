@@ -1,4 +1,4 @@
-"""Whole models against transformers, on tiny random checkpoints of every family; and what their config.json says."""
+"""Whole models of every family against transformers, on tiny random checkpoints; ModelConfig from config.json."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def _tables(page_size: int) -> tuple[Tensor, int]:
     counts = [-(-length // page_size) for length in LENGTHS]
     pages = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(2)).split(counts)
     tables = torch.full((len(LENGTHS), max(counts) + 1), 10**9)
-    for row, own in zip(tables, pages, strict=True):
-        row[: len(own)] = own
+    for row, row_pages in zip(tables, pages, strict=True):
+        row[: len(row_pages)] = row_pages
     return tables, sum(counts)
 
 
@@ -139,9 +139,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return folder, [model(prompt[None]).logits[0] for prompt in _prompts()]
 
 
-def _assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+def _assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
     assert max(e.abs().max() for e in expected) > 0.5  # else the tolerance would say nothing
-    for f, e in zip(found, expected, strict=True):
+    for f, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(f, e, atol=TOLERANCE, rtol=0)
 
 

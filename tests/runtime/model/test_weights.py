@@ -1,4 +1,4 @@
-"""The loader: each rank reads its slices and nothing more, and what does not fit is named."""
+"""The loader: each rank reads only its slices, and errors name the mismatched tensors."""
 
 from __future__ import annotations
 
