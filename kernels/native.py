@@ -44,7 +44,18 @@ def prefix_compare() -> Callable[[np.ndarray, np.ndarray], int] | None:
 
 def source_text(name: str) -> str:
     """Return a source of csrc/ with its headers in place of their includes, so that caches see changes of headers."""
-    return re.sub(r'#include "(\w+\.cuh)"\n', lambda m: source_text(m[1]), (SOURCES / name).read_text())
+    included: set[str] = set()
+
+    def include(header: re.Match[str]) -> str:
+        if header[1] in included:
+            return ""
+        included.add(header[1])
+        return expand(header[1])
+
+    def expand(name: str) -> str:
+        return re.sub(r'#include "(\w+\.cuh)"\n', include, (SOURCES / name).read_text())
+
+    return expand(name)
 
 
 def build_library(name: str, text: str, flags: tuple[str, ...] = FLAGS) -> Path:

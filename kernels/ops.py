@@ -6,10 +6,10 @@ Every op exists three times under one name and one signature, which a test compa
     reference.py  its definition in plain torch, for tensors on a CPU
     cuda/         its kernels, for tensors on a GPU
 
-`@op` makes the public function from the check: it checks, then calls the implementation for the device of the first
-argument. A trailing underscore means that an argument is updated in place. Argument errors are ValueErrors that name
-the tensor and the rule. Shapes: T tokens, B rows with one token each, S sampled rows, D hidden size, H query heads, Hkv
-key heads, E head size, I intermediate size, V rows of a vocabulary shard.
+`@op` makes the public function from the check, and names the module of cuda/. A trailing underscore means that an
+argument is updated in place. Argument errors are ValueErrors that name the tensor and the rule. Shapes: T tokens, B rows
+with one token each, S sampled rows, D hidden size, H query heads, Hkv key heads, E head size, I intermediate size, V
+rows of a vocabulary shard.
 """
 
 # mypy: disable-error-code="return"
@@ -17,6 +17,7 @@ key heads, E head size, I intermediate size, V rows of a vocabulary shard.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar, cast
@@ -32,20 +33,27 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def op(check: Callable[P, R]) -> Callable[P, R]:
-    """Return an op that runs `check`, then the implementation of that name for the device of the first argument."""
-    name = check.__name__
-    definition = getattr(reference, name)
+def op(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make an op of its check: check, then call the implementation of that name for the first argument's device.
 
-    @functools.wraps(check)
-    def run(*args: Any, **options: Any) -> Any:
-        check(*args, **options)
-        return (getattr(_cuda(), name) if args[0].is_cuda else definition)(*args, **options)
+    module  of cuda/, which launches the kernels
+    """
 
-    return cast(Callable[P, R], run)
+    def decorate(check: Callable[P, R]) -> Callable[P, R]:
+        name = check.__name__
+        on_cpu, on_gpu = getattr(reference, name), functools.cache(lambda: getattr(_cuda(module), name))
+
+        @functools.wraps(check)
+        def run(*args: Any, **options: Any) -> Any:
+            check(*args, **options)
+            return (on_gpu() if args[0].is_cuda else on_cpu)(*args, **options)
+
+        return cast(Callable[P, R], run)
+
+    return decorate
 
 
-@op
+@op("table_lookup")
 def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
     """Return `out[t] = weight[ids[t] - first_row]`, or zero where that row is not in `weight`: [T, D].
 
@@ -57,7 +65,7 @@ def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
     _require(ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64), "ids", ids, "must be [T], int32 or int64")
 
 
-@op
+@op("elementwise")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, computed in float32, in x's dtype.
 
@@ -66,7 +74,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     _require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
 
 
-@op
+@op("elementwise")
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Compute `residual += x`; return the RMSNorm of that sum (unrounded, float32) in x's dtype: [T, D].
 
@@ -77,7 +85,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     _require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
 
 
-@op
+@op("gemm")
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -117,7 +125,7 @@ def linear(
         _require(whole and half, "weight", weight, "must have rows of whole, aligned 16-byte vectors of 16-bit floats")
 
 
-@op
+@op("paged_attention")
 def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slots: Tensor) -> Tensor:
     """Norm and rotate q and k, store k and v in the cache, and return q: [T, H, E].
 
@@ -136,7 +144,7 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slo
         _require(tensor.shape == qkv.shape[:1], name, tensor, f"must be [{len(qkv)}], one per row of qkv")
 
 
-@op
+@op("paged_attention")
 def partition_keys(positions: Tensor, kv_heads: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
     """Return how `decode_attention` divides its keys among the thread blocks of a GPU, for all layers of a step.
 
@@ -147,7 +155,7 @@ def partition_keys(positions: Tensor, kv_heads: int, window: int | None, kv_chun
     _require(positions.dim() == 1 and positions.dtype == torch.int32, "positions", positions, "must be [B] int32")
 
 
-@op
+@op("paged_attention")
 def decode_attention(
     qkv: Tensor,
     norm: QKNorm,
@@ -175,13 +183,13 @@ def decode_attention(
         _require(fits, name, tensor, f"must be [{len(qkv)}] int32")
 
 
-@op
+@op("elementwise")
 def silu_and_mul(x: Tensor) -> Tensor:
     """Return `silu(x[:, :I]) * x[:, I:]`, computed in float32; x [T, 2 I] -> [T, I] in x's dtype."""
     _require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
 
 
-@op
+@op("paged_attention")
 def store_kv_(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
     """Write the keys and values of T tokens into their slots: `cache[slot // page_size, slot % page_size] = row`.
 
@@ -197,7 +205,7 @@ def store_kv_(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
     _require(slots.shape == k.shape[:1], "slots", slots, f"must be [{len(k)}], one per row of k")
 
 
-@op
+@op("experts")
 def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Return `out[t] = sum over k of scores[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`, [T, D].
 
@@ -226,7 +234,7 @@ def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down
         _require(whole or not tensor.is_cuda, name, tensor, "must have rows of whole, aligned 16-byte vectors on a GPU")
 
 
-@op
+@op("token_sampling")
 def gumbel_argmax(
     logits: Tensor, temperature: Tensor, keys: Tensor, *, first_token: int = 0, tokens: Tensor | None = None
 ) -> Tensor:
@@ -251,14 +259,14 @@ def gumbel_argmax(
         _require(fits, "tokens", tokens, f"must be {list(logits.shape)} int32, contiguous")
 
 
-@op
+@op("token_sampling")
 def merge_candidates(candidates: Tensor) -> Tensor:
     """Return the token [S] int32 of the greatest of each column of candidates [n, S] int64, from `gumbel_argmax`."""
     fits = candidates.dim() == 2 and candidates.dtype == torch.int64
     _require(fits, "candidates", candidates, "must be [n, S] int64")
 
 
-@op
+@op("token_sampling")
 def topk_candidates(logits: Tensor, count: int, *, first_token: int = 0) -> Tensor:
     """Return the `count` greatest of each row as candidates, [S, count] int64, descending; count <= 128.
 
@@ -270,7 +278,7 @@ def topk_candidates(logits: Tensor, count: int, *, first_token: int = 0) -> Tens
         _check_logits(logits)
 
 
-@op
+@op("token_sampling")
 def sample_topk(
     candidates: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor
 ) -> Tensor:
@@ -286,7 +294,7 @@ def sample_topk(
     _check_rows(len(candidates), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, keys=keys)
 
 
-@op
+@op("token_sampling")
 def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tensor, keys: Tensor) -> Tensor:
     """Return a token per row, [S] int32, by Gumbel-max among the tokens that min-p, then top-p keep of the whole row.
 
@@ -297,7 +305,7 @@ def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tens
     _check_rows(len(logits), temperature=temperature, top_p=top_p, min_p=min_p, keys=keys)
 
 
-@op
+@op("token_sampling")
 def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     """Return `ordered` with -inf for what is excluded by min-p, then by top-k, then by top-p of the rest.
 
@@ -308,7 +316,7 @@ def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
     _check_rows(len(ordered), top_k=top_k, top_p=top_p, min_p=min_p)
 
 
-@op
+@op("table_lookup")
 def begin_decode_(
     tokens: Tensor, pages: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, page_size: int
 ) -> Tensor:
@@ -322,7 +330,7 @@ def begin_decode_(
         _require(tensor.shape == slots.shape and tensor.dtype == torch.int32, name, tensor, "must be [B] int32")
 
 
-@op
+@op("table_lookup")
 def append_tokens_(tokens: Tensor, slots: Tensor, positions: Tensor, new_tokens: Tensor) -> None:
     """Set `tokens[slots, positions + 1] = new_tokens`; tokens [R, L], updated in place, others [B], all int32."""
     for name, tensor in (("slots", slots), ("positions", positions), ("new_tokens", new_tokens)):
@@ -347,16 +355,14 @@ def _check_rows(rows: int, **parameters: Tensor) -> None:
         _require(fits, name, tensor, f"must be [{rows}] {dtype}")
 
 
-@functools.cache
-def _cuda() -> ModuleType:
+def _cuda(module: str) -> ModuleType:
     try:
-        from .cuda import implementations  # imports CuPy, which only machines with a GPU have
+        return importlib.import_module(f".cuda.{module}", __package__)  # needs CuPy, only on machines with a GPU
     except ImportError as error:
         raise RuntimeError(
             f"tensors on a GPU need CuPy, which does not import here ({error});"
             " install lockstep[cuda12] or lockstep[cuda13]"
         ) from error
-    return implementations
 
 
 def _require(holds: bool, name: str, tensor: Tensor, rule: str) -> None:

@@ -153,13 +153,10 @@ def signatures(path: Path) -> dict[str, str]:
 def test_ops_have_a_definition_and_a_kernel_of_the_same_signature() -> None:
     ops = {name: s for name, s in signatures(ROOT / "kernels/ops.py").items() if name != "op"}
     assert ops == signatures(ROOT / "kernels/reference.py")
-    functions = [signatures(path) for path in (ROOT / "kernels/cuda").glob("*.py")]
-    kernels = {name: s for module in functions for name, s in module.items() if name in ops}
+    named = re.findall(r'@op\("(\w+)"\)\ndef (\w+)', (ROOT / "kernels/ops.py").read_text())
+    kernels = {name: signatures(ROOT / f"kernels/cuda/{module}.py").get(name) for module, name in named}
     assert kernels == {name: s for name, s in ops.items() if "Tensor" in s}
     assert len(kernels) >= 6
-    listed = re.search(r"__all__ = \[(.*?)\]", (ROOT / "kernels/cuda/implementations.py").read_text(), re.DOTALL)
-    assert listed
-    assert set(re.findall(r'"(\w+)"', listed[1])) == set(kernels)
 
 
 def test_pyproject_lists_every_package() -> None:

@@ -1,18 +1,20 @@
-// decode_attention: all that happens between the QKV projection and the output projection for one new token a row.
+// decode_attention: norm and rotation of q and k, the store of k and v, and attention over pages, for one new token per row.
 //
-// Norm and rotation of q and k, the store of k and v, and attention over the pages, in one kernel. The keys of all rows, row by
-// row, are cut into equal parts; a block has a part of one key head, with its query heads, and goes through it split by split: the
-// keys of one row. Of a row that was cut, the block that ends last merges the splits, in their order. split_keys says where the
-// parts begin, once a step for all layers. Neighbours have the heads of one part, so that a page is read by all of them at about the
-// same time.
+// partition_keys divides the keys of all rows into parts, once per step for all layers. A block has one part of one key head, with
+// the query heads of that key head. It goes through its part row by row: a KeyRange is the keys of one row in a part. Of the blocks
+// of a row, the last to finish merges their partial results, in the order of the parts: rounding does not depend on timing.
+// Adjacent blocks have the heads of one part, so that they read a page at about the same time.
 //
-// Both products run on tensor cores, straight from registers (see product.cu for the trick with the order of the columns): lane
-// (g, t) = (lane / 4, lane % 4) loads elements 8 t .. 8 t + 7 of every 32 of keys g and g + 8. Scores come out as [keys, heads];
-// movmatrix turns them and the values into what the second product, [elements, keys] x [keys, heads], wants.
+// Both products run on tensor cores, straight from registers (see skinny_gemm.cu for the order of the columns). Lane
+// (g, t) = (lane / 4, lane % 4) loads elements 8 t .. 8 t + 7 of every 32 elements of keys g and g + 8. The first product is
+// [keys, elements] x [elements, heads]; movmatrix transposes its result and the values for the second,
+// [elements, keys] x [keys, heads].
+#include "async_copy.cuh"
 #include "heads.cuh"
+#include "partition.cuh"
 
-constexpr int TILE = 16;   // keys that a warp takes at once
-constexpr int GROUP = 8;   // query heads of one key head, at most
+constexpr int TILE = 16;      // keys of a warp at once
+constexpr int MAX_GROUP = 8;  // query heads of one key head
 
 __device__ __forceinline__ unsigned transpose(unsigned x) {
     unsigned y;
@@ -20,274 +22,371 @@ __device__ __forceinline__ unsigned transpose(unsigned x) {
     return y;
 }
 
-// Copy 16 bytes to shared memory without waiting for them.
-__device__ __forceinline__ void copy_later(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));
-}
-
-// How many keys in the cache a row sees.
-__device__ __forceinline__ int seen(int position, int window) { return window > 0 ? min(position, window - 1) : position; }
-
-// work: the number of parts; the units of all rows, a unit being so many keys; for each row the units of those before it, and of
-// all; for each part the row where it begins. A row has a unit at least. As many parts as rows, or more of `least` units or
-// more, but `most` at most; where there are no more units than that, and one is enough, each is a part. One block.
+// One block.
 extern "C" __global__ void __launch_bounds__(1024) partition_keys(
-    int* __restrict__ work, const int* __restrict__ positions, int rows, int window, int unit, int least, int most) {
-    __shared__ int totals[32];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    int* starts = work + 2;
-    int total = 0;
-    for (int first = 0; first < rows; first += blockDim.x) {
-        const int row = first + threadIdx.x;
-        const int units = row < rows ? max(1, (seen(positions[row], window) + unit - 1) / unit) : 0;
-        int before = units;  // inclusive prefix sum over the warp
-        for (int i = 1; i < 32; i <<= 1) {
-            const int other = __shfl_up_sync(0xffffffffu, before, i);
-            if (lane >= i) before += other;
-        }
-        if (lane == 31) totals[warp] = before;
-        __syncthreads();
-        before += total - units;
-        for (int w = 0; w < blockDim.x / 32; ++w) {
-            if (w < warp) before += totals[w];
-            total += totals[w];
-        }
-        if (row < rows) starts[row] = before;
-        __syncthreads();
-    }
-    const int parts = min(most, min(total, max(rows, total / least)));
-    if (threadIdx.x == 0) starts[rows] = total, work[0] = parts, work[1] = total;
+    int* __restrict__ data, const int* __restrict__ positions, int rows, int window, int kv_chunk, int min_chunks, int max_parts) {
+    const Partition<int> partition{data, rows};
+    const int total = scan_chunks(partition.starts(), positions, rows, window, kv_chunk);
+    const int parts = min(max_parts, min(total, max(rows, total / min_chunks)));
+    if (threadIdx.x == 0) partition.starts()[rows] = total, partition.num_parts() = parts, partition.num_chunks() = total;
     __syncthreads();
-    for (int part = threadIdx.x; part < parts; part += blockDim.x) {
-        const int begin = (int)((long long)part * total / parts);
-        int low = 0, high = rows;  // starts[low] <= begin < starts[high]
-        while (high - low > 1) {
-            const int middle = (low + high) / 2;
-            (starts[middle] <= begin ? low : high) = middle;
-        }
-        starts[rows + 1 + part] = low;
-    }
+    for (int part = threadIdx.x; part < parts; part += blockDim.x)
+        partition.first_row(part) = row_of(partition.starts(), rows, (int)((long long)part * total / parts));
 }
 
-// The keys of one row in a part. Units: the first in the sequence of all; from, to and how many of this row.
-struct Split {
-    int row, begin, end, position, unit, from, to, units;
-    const int* pages;
+// A warp's running softmax over its keys: acc = sum of 2^(score - max_score) * value, weight_sum = sum of 2^(score - max_score).
+// acc[2 j + o][i] is element 32 j + 8 (g / 2) + 4 o + 2 (i / 2) + g % 2 of head 2 t + i % 2; [i] of the others is head 2 t + i.
+template <int HEAD_DIM> struct SoftmaxState {
+    float acc[HEAD_DIM / 16][4] = {}, max_score[2] = {-infinity(), -infinity()}, weight_sum[2] = {};
+
+    // Turn the scores of a tile into weights; rescale[i] is the factor for earlier sums of head 2 t + i.
+    // s[i] is of key g = token and head 2 t + i, s[2 + i] of key g + 8.
+    __device__ __forceinline__ void update(float (&s)[4], float (&rescale)[2], float scale, int token, int end) {
+        #pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            s[i] = token < end ? s[i] * scale : -infinity();
+            s[2 + i] = token + 8 < end ? s[2 + i] * scale : -infinity();
+            float high = fmaxf(s[i], s[2 + i]);
+            #pragma unroll
+            for (int n = 4; n < 32; n <<= 1) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, n));
+            high = fmaxf(high, max_score[i]);
+            rescale[i] = exp2f(max_score[i] - high);
+            max_score[i] = high;
+            s[i] = exp2f(s[i] - high);
+            s[2 + i] = exp2f(s[2 + i] - high);
+            weight_sum[i] = weight_sum[i] * rescale[i] + s[i] + s[2 + i];
+        }
+    }
 };
 
-template <typename T, int E, int WARPS>
+template <typename T, int HEAD_DIM, int WARPS> struct DecodeShared {
+    // Two stages: of this range and of the next.
+    alignas(16) T projected[2][MAX_GROUP + 2][HEAD_DIM];  // q's heads, then k, then v
+    alignas(16) T query[MAX_GROUP][HEAD_DIM + 32];
+    alignas(16) T key[HEAD_DIM];
+    alignas(16) T norms[2][HEAD_DIM];
+    alignas(16) float angles[2][HEAD_DIM];  // cosines, then sines
+    // The results of the warps, then of the new token.
+    float acc[WARPS][MAX_GROUP][HEAD_DIM + 17];  // 17: no two lanes on one bank
+    float max_score[WARPS + 1][MAX_GROUP], weight_sum[WARPS + 1][MAX_GROUP];
+};
+
+// One block of the kernel: its arguments, its place, and its steps.
+template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
+    static constexpr int THREADS = 32 * WARPS, BLOCKS = HEAD_DIM / 32;
+    static constexpr int PARTIAL = HEAD_DIM + 2;  // floats of a head's partial result: acc, max_score, weight_sum
+
+    const T *qkv, *q_norm, *k_norm;
+    float eps;
+    const int* positions;
+    const float* cos_sin;
+    int table_rows;
+    T *k_cache, *v_cache;
+    long long page_stride, slot_stride;
+    const int* slots;
+    int num_slots;
+    const int* page_table;
+    long long page_table_stride;
+    const int* owners;
+    int page_size;
+    Partition<const int> partition;
+    int window, kv_chunk;
+    float* partial;
+    unsigned* counters;
+    float scale;
+    int heads, kv_heads, group;
+
+    DecodeShared<T, HEAD_DIM, WARPS>& s;
+    int part, head, num_parts, num_chunks, stop;  // stop: the chunk after those of this part
+
+    // A warp's tile of 16 keys and values in registers: elements 32 j + 8 t .. + 7 of key g in [j][0], of key g + 8 in [j][1].
+    // While the warp computes with a tile, it replaces each register by that of the next tile.
+    struct Tile {
+        uint4 k[BLOCKS][2], v[BLOCKS][2];
+        long long first = 0, second = 0;  // the offsets of both keys in the cache
+    };
+
+    __device__ __forceinline__ KeyRange range_at(int chunk, int row) const {
+        if (chunk >= stop) return KeyRange{0, 0, 0, 0, chunk, 0, 0, 0, page_table};
+        const int* starts = partition.starts();
+        const int row_chunks = starts[row + 1] - starts[row], from = chunk - starts[row], to = min(row_chunks, from + stop - chunk);
+        const int position = positions[row], first = position - num_visible_keys(position, window);
+        const int begin = min(position, first + from * kv_chunk), end = min(position, first + to * kv_chunk);
+        return KeyRange{row, begin, end, position, chunk, from, to, row_chunks, page_table + owners[row] * page_table_stride};
+    }
+
+    __device__ __forceinline__ KeyRange range_after(const KeyRange& range) const {
+        return range_at(range.chunk + range.to - range.from, range.row + range.has_new_token());
+    }
+
+    __device__ __forceinline__ bool is_rotated(const KeyRange& range) const {
+        return range.position >= 0 && range.position < table_rows;
+    }
+
+    __device__ __forceinline__ void load_angles(const KeyRange& range, int stage) const {
+        for (int i = threadIdx.x; i < HEAD_DIM / 4 && is_rotated(range); i += THREADS)
+            copy_async(&s.angles[stage][4 * i], cos_sin + (long long)range.position * HEAD_DIM + 4 * i);
+    }
+
+    __device__ __forceinline__ void load_heads(const KeyRange& range, int stage) const {
+        constexpr int VECTORS = HEAD_DIM / 8;
+        const T* from = qkv + (long long)range.row * (heads + 2 * kv_heads) * HEAD_DIM;
+        for (int i = threadIdx.x; i < (group + 2) * VECTORS; i += THREADS) {
+            const int h = i / VECTORS, place = h < group ? head * group + h : heads + (h - group) * kv_heads + head;
+            copy_async(&s.projected[stage][h][i % VECTORS * 8], from + place * HEAD_DIM + i % VECTORS * 8);
+        }
+    }
+
+    // Load the weights of the norms, and zero the queries of heads that the group does not have.
+    __device__ __forceinline__ void load_norms() const {
+        for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
+            s.norms[0][i] = q_norm ? q_norm[i] : T();
+            s.norms[1][i] = k_norm ? k_norm[i] : T();
+        }
+        for (int i = group * (HEAD_DIM + 32) + threadIdx.x; i < MAX_GROUP * (HEAD_DIM + 32); i += THREADS) s.query[0][i] = T();
+    }
+
+    // Norm and rotate the query heads, a warp for each, and the new key if it is in this range.
+    __device__ __forceinline__ void prepare_heads(const KeyRange& range, int stage) const {
+        constexpr int PAIRS = HEAD_DIM / 64;
+        const float* angles = is_rotated(range) ? s.angles[stage] : nullptr;
+        for (int h = warp_id(); h < group; h += WARPS)
+            prepare_head<PAIRS, PAIRS>(s.query[h], s.projected[stage][h], q_norm ? s.norms[0] : nullptr, eps, angles, HEAD_DIM);
+        if (range.has_new_token() && warp_id() == WARPS - 1)
+            prepare_head<PAIRS, PAIRS>(s.key, s.projected[stage][group], k_norm ? s.norms[1] : nullptr, eps, angles, HEAD_DIM);
+    }
+
+    __device__ __forceinline__ void store_new_token(int row, const T* value) const {
+        const int slot = slots[row];
+        const long long at = slot / page_size * page_stride + slot % page_size * slot_stride + head * HEAD_DIM;
+        for (int i = threadIdx.x; i < HEAD_DIM && slot >= 0 && slot < num_slots; i += THREADS)
+            k_cache[at + i] = s.key[i], v_cache[at + i] = value[i];
+    }
+
+    // The key g of a warp's first tile in a range.
+    __device__ __forceinline__ int first_token(const KeyRange& range) const { return range.begin + warp_id() * TILE + group_id(); }
+
+    __device__ __forceinline__ long long offset(const KeyRange& range, int token) const {
+        token = min(token, range.end - 1);
+        const long long slot = range.pages[token / page_size] * page_stride + token % page_size * slot_stride;
+        return slot + head * HEAD_DIM + thread_in_group() * 8;
+    }
+
+    // Point to the tile whose key g is `token`; return whether it has any key of the range.
+    __device__ __forceinline__ bool seek(Tile& tile, const KeyRange& range, int token) const {
+        const bool any = token - group_id() < range.end;
+        if (any) tile.first = offset(range, token), tile.second = offset(range, token + 8);
+        return any;
+    }
+
+    __device__ __forceinline__ void load_keys(Tile& tile, int j) const {
+        tile.k[j][0] = stream(k_cache + tile.first + 32 * j), tile.k[j][1] = stream(k_cache + tile.second + 32 * j);
+    }
+
+    __device__ __forceinline__ void load_values(Tile& tile, int j) const {
+        tile.v[j][0] = stream(v_cache + tile.first + 32 * j), tile.v[j][1] = stream(v_cache + tile.second + 32 * j);
+    }
+
+    __device__ __forceinline__ void load_first_tile(Tile& tile, const KeyRange& range) const {
+        if (!seek(tile, range, first_token(range))) return;
+        #pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) load_keys(tile, j);
+        #pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) load_values(tile, j);
+    }
+
+    // Attend to the tile in registers, whose key g is `token`; load the next one in its place.
+    __device__ __forceinline__ void attend_tile(
+        SoftmaxState<HEAD_DIM>& state, Tile& tile, const uint4 (&q)[BLOCKS], int token, int end, bool load_next) const {
+        auto &k = tile.k, &v = tile.v;
+        float s[4] = {}, rescale[2];
+        #pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) {  // s = k q^T
+            multiply(s, k[j][0].x, k[j][1].x, k[j][0].y, k[j][1].y, q[j].x, q[j].y, T());
+            multiply(s, k[j][0].z, k[j][1].z, k[j][0].w, k[j][1].w, q[j].z, q[j].w, T());
+            if (load_next) load_keys(tile, j);
+        }
+        state.update(s, rescale, scale, token, end);
+        const unsigned low = transpose(pack<T>(s[0], s[1])), high = transpose(pack<T>(s[2], s[3]));
+        #pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) {  // acc = acc * rescale + v^T s
+            float (&even)[4] = state.acc[2 * j], (&odd)[4] = state.acc[2 * j + 1];
+            #pragma unroll
+            for (int i = 0; i < 4; ++i) even[i] *= rescale[i % 2], odd[i] *= rescale[i % 2];
+            multiply(even, transpose(v[j][0].x), transpose(v[j][0].y), transpose(v[j][1].x), transpose(v[j][1].y), low, high, T());
+            multiply(odd, transpose(v[j][0].z), transpose(v[j][0].w), transpose(v[j][1].z), transpose(v[j][1].w), low, high, T());
+            if (load_next) load_values(tile, j);
+        }
+    }
+
+    // Attend to the cached keys of a range, each warp to every WARPS-th tile; leave the first tile of `next` loading.
+    __device__ __forceinline__ void attend_range(
+        SoftmaxState<HEAD_DIM>& state, Tile& tile, const KeyRange& range, const KeyRange& next) const {
+        uint4 q[BLOCKS];
+        #pragma unroll
+        for (int j = 0; j < BLOCKS; ++j)
+            q[j] = *reinterpret_cast<const uint4*>(&s.query[group_id()][32 * j + 8 * thread_in_group()]);
+        int token = first_token(range);
+        bool more = token - group_id() < range.end;
+        if (!more) load_first_tile(tile, next);  // this warp has no tile here
+        for (; more; token += WARPS * TILE) {
+            more = seek(tile, range, token + WARPS * TILE);
+            const bool load_next = more || seek(tile, next, first_token(next));
+            attend_tile(state, tile, q, token, range.end, load_next);
+        }
+    }
+
+    __device__ __forceinline__ void write_state(SoftmaxState<HEAD_DIM>& state) const {
+        const int warp = warp_id(), g = group_id(), t = thread_in_group();
+        #pragma unroll
+        for (int n = 0; n < HEAD_DIM / 16; ++n)
+            #pragma unroll
+            for (int i = 0; i < 4; ++i)
+                s.acc[warp][2 * t + i % 2][32 * (n / 2) + 8 * (g / 2) + 4 * (n % 2) + 2 * (i / 2) + g % 2] = state.acc[n][i];
+        #pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            #pragma unroll
+            for (int n = 4; n < 32; n <<= 1) state.weight_sum[i] += __shfl_xor_sync(0xffffffffu, state.weight_sum[i], n);
+            if (g == 0) s.max_score[warp][2 * t + i] = state.max_score[i], s.weight_sum[warp][2 * t + i] = state.weight_sum[i];
+        }
+    }
+
+    // The new token is one more result, of one key: its score is the maximum, its weight 1.
+    __device__ __forceinline__ void attend_new_token(bool has_new_token) const {
+        for (int h = warp_id(); h < group; h += WARPS) {
+            float dot = 0.f;
+            for (int i = lane_id(); i < HEAD_DIM && has_new_token; i += 32) dot += to_float(s.query[h][i]) * to_float(s.key[i]);
+            dot = warp_sum(dot);
+            if (lane_id() > 0) continue;
+            s.max_score[WARPS][h] = has_new_token ? dot * scale : -infinity();
+            s.weight_sum[WARPS][h] = has_new_token ? 1.f : 0.f;
+        }
+    }
+
+    __device__ __forceinline__ int first_chunk(int part) const { return (int)((long long)part * num_chunks / num_parts); }
+
+    // The part that has a chunk.
+    __device__ __forceinline__ int part_of(int chunk) const { return (int)(((chunk + 1ll) * num_parts - 1) / num_chunks); }
+
+    // The partial results of a row's part, for each head of the group. A part has two places: for a row that began in an earlier
+    // part, and for a row that begins in this one.
+    __device__ __forceinline__ float* partial_result(int part, int first_part) const {
+        return partial + (2ll * (part * kv_heads + head) + (part == first_part)) * (group * PARTIAL);
+    }
+
+    // Merge the results of the warps and the new token: into `out` if the range is the whole row, else into the partial result.
+    __device__ __forceinline__ void merge_warps(T* out, const KeyRange& range, int first_part, const T* value) const {
+        const bool whole = range.is_whole_row();
+        for (int h = warp_id(); h < group; h += WARPS) {
+            float max_score = s.max_score[WARPS][h], weight_sum = 0.f, acc[BLOCKS] = {};
+            #pragma unroll
+            for (int w = 0; w < WARPS; ++w) max_score = fmaxf(max_score, s.max_score[w][h]);
+            #pragma unroll
+            for (int w = 0; w <= WARPS; ++w) {
+                const float weight = exp2f(s.max_score[w][h] - max_score);
+                weight_sum += weight * s.weight_sum[w][h];
+                #pragma unroll
+                for (int j = 0; j < BLOCKS; ++j) {
+                    if (w < WARPS) acc[j] += weight * s.acc[w][h][lane_id() + 32 * j];
+                    else if (range.has_new_token()) acc[j] += weight * to_float(value[lane_id() + 32 * j]);
+                }
+            }
+            float* mine = partial_result(part, first_part) + h * PARTIAL;
+            #pragma unroll
+            for (int j = 0; j < BLOCKS; ++j) {
+                if (whole) out[h * HEAD_DIM + lane_id() + 32 * j] = from_float<T>(acc[j] / weight_sum);
+                else mine[lane_id() + 32 * j] = acc[j];
+            }
+            if (!whole && lane_id() == 0) mine[HEAD_DIM] = max_score, mine[HEAD_DIM + 1] = weight_sum;
+        }
+    }
+
+    // Count the parts of a row that are done; return on all threads whether this block's part was the last.
+    __device__ __forceinline__ bool is_last_block(int row, int row_parts) const {
+        __threadfence();
+        __syncthreads();
+        bool is_last = false;
+        if (threadIdx.x == 0) {
+            unsigned* counter = counters + row * kv_heads + head;
+            is_last = atomicAdd(counter, 1u) == row_parts - 1;
+            if (is_last) *counter = 0;  // for the next layer
+        }
+        return __syncthreads_or(is_last);
+    }
+
+    // Merge the partial results of a row, in the order of its parts.
+    __device__ __forceinline__ void merge_partials(T* out, int first_part, int last_part) const {
+        __threadfence();
+        for (int h = warp_id(); h < group; h += WARPS) {
+            float max_score = -infinity(), weight_sum = 0.f, acc[BLOCKS] = {};
+            #pragma unroll 8
+            for (int p = first_part; p <= last_part; ++p) {
+                const float* from = partial_result(p, first_part) + h * PARTIAL;
+                const float other = __ldcg(from + HEAD_DIM), high = fmaxf(max_score, other);
+                const float rescale = exp2f(max_score - high), weight = exp2f(other - high);
+                weight_sum = weight_sum * rescale + weight * __ldcg(from + HEAD_DIM + 1);
+                #pragma unroll
+                for (int j = 0; j < BLOCKS; ++j) acc[j] = acc[j] * rescale + weight * __ldcg(from + lane_id() + 32 * j);
+                max_score = high;
+            }
+            #pragma unroll
+            for (int j = 0; j < BLOCKS; ++j) out[h * HEAD_DIM + lane_id() + 32 * j] = from_float<T>(acc[j] / weight_sum);
+        }
+    }
+};
+
+// Grid: max_parts * kv_heads blocks.
+template <typename T, int HEAD_DIM, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attention(
     T* __restrict__ out, const T* qkv, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows,
     T* k_cache, T* v_cache, long long page_stride, long long slot_stride, const int* __restrict__ slots, int num_slots,
-    const int* __restrict__ pages, long long pages_stride, const int* __restrict__ owners, int page_size,
-    const int* __restrict__ work, int rows, int window, int unit, float* partial, unsigned* arrived, float scale, int heads, int kv_heads) {
-    constexpr int BLOCKS = E / 32, VECTORS = E / 8;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, group = heads / kv_heads;
-    // As projected, of this split and the next: q's heads, then k, then v; and the angles.
-    __shared__ alignas(16) T raw[2][GROUP + 2][E], query[GROUP][E + 32], key[E], norms[2][E];
-    __shared__ alignas(16) float angles[2][E];
-    __shared__ float outs[WARPS][GROUP][E + 17], most[WARPS + 1][GROUP], sums[WARPS + 1][GROUP];  // 17: no two lanes on one bank
-    __shared__ bool merges;
+    const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ owners, int page_size,
+    const int* __restrict__ partition, int rows, int window, int kv_chunk, float* partial, unsigned* counters,
+    float scale, int heads, int kv_heads) {
+    __shared__ DecodeShared<T, HEAD_DIM, WARPS> shared;
     launch_next();
+    DecodeBlock<T, HEAD_DIM, WARPS> block{
+        qkv, q_norm, k_norm, eps, positions, cos_sin, table_rows, k_cache, v_cache, page_stride, slot_stride, slots, num_slots,
+        page_table, page_table_stride, owners, page_size, {partition, rows}, window, kv_chunk, partial, counters,
+        scale, heads, kv_heads, heads / kv_heads, shared};
+    block.part = blockIdx.x / kv_heads, block.head = blockIdx.x % kv_heads;
+    block.num_parts = block.partition.num_parts(), block.num_chunks = block.partition.num_chunks();
+    if (block.part >= block.num_parts) return;
+    block.stop = block.first_chunk(block.part + 1);
 
-    const int parts = work[0], total = work[1], part = blockIdx.x / kv_heads, head = blockIdx.x % kv_heads;
-    const int* starts = work + 2;
-    if (part >= parts) return;
-    const int stop = (int)((part + 1ll) * total / parts);
-    auto find = [&](int at, int row) {
-        if (at >= stop) return Split{0, 0, 0, 0, at, 0, 0, 0, pages};
-        const int units = starts[row + 1] - starts[row], from = at - starts[row], to = min(units, from + stop - at);
-        const int position = positions[row], first = position - seen(position, window);
-        return Split{
-            row, min(position, first + from * unit), min(position, first + to * unit), position, at, from, to, units,
-            pages + owners[row] * pages_stride};
-    };
-    auto after = [&](const Split& split) {
-        return find(split.unit + split.to - split.from, split.row + (split.to == split.units));
-    };
-    auto offset = [&](const Split& split, int token) {
-        token = min(token, split.end - 1);
-        return split.pages[token / page_size] * page_stride + token % page_size * slot_stride + head * E + t * 8;
-    };
-    uint4 k[BLOCKS][2], v[BLOCKS][2];  // of keys g and g + 8 of a tile; always of the tile to come
-    long long first = 0, second = 0;   // where they are
-    auto aim = [&](const Split& split, int token) {
-        const bool any = token - g < split.end;
-        if (any) first = offset(split, token), second = offset(split, token + 8);
-        return any;
-    };
-    auto fetch = [&](const Split& split) {
-        if (!aim(split, split.begin + warp * TILE + g)) return;
-        #pragma unroll
-        for (int j = 0; j < BLOCKS; ++j) k[j][0] = stream(k_cache + first + 32 * j), k[j][1] = stream(k_cache + second + 32 * j);
-        #pragma unroll
-        for (int j = 0; j < BLOCKS; ++j) v[j][0] = stream(v_cache + first + 32 * j), v[j][1] = stream(v_cache + second + 32 * j);
-    };
-    auto is_rotated = [&](const Split& split) { return split.position >= 0 && split.position < table_rows; };
-    auto bring_angles = [&](const Split& split, int turn) {
-        for (int i = threadIdx.x; i < E / 4 && is_rotated(split); i += 32 * WARPS)
-            copy_later(&angles[turn][4 * i], cos_sin + (long long)split.position * E + 4 * i);
-    };
-    auto bring_heads = [&](const Split& split, int turn) {
-        const T* from = qkv + (long long)split.row * (heads + 2 * kv_heads) * E;
-        for (int i = threadIdx.x; i < (group + 2) * VECTORS; i += 32 * WARPS) {
-            const int h = i / VECTORS, place = h < group ? head * group + h : heads + (h - group) * kv_heads + head;
-            copy_later(&raw[turn][h][i % VECTORS * 8], from + place * E + i % VECTORS * 8);
-        }
-    };
-
-    Split now = find((int)((long long)part * total / parts), starts[rows + 1 + part]);
-    fetch(now);
-    bring_angles(now, 0);
-    for (int i = threadIdx.x; i < E; i += 32 * WARPS) {
-        norms[0][i] = q_norm ? q_norm[i] : T();
-        norms[1][i] = k_norm ? k_norm[i] : T();
-    }
-    for (int i = group * (E + 32) + threadIdx.x; i < GROUP * (E + 32); i += 32 * WARPS) query[0][i] = T();
+    KeyRange range = block.range_at(block.first_chunk(block.part), block.partition.first_row(block.part));
+    typename DecodeBlock<T, HEAD_DIM, WARPS>::Tile tile;
+    block.load_first_tile(tile, range);
+    block.load_angles(range, 0);
+    block.load_norms();
     wait_for_previous();
-    bring_heads(now, 0);
-    for (int turn = 0; now.unit < stop; turn ^= 1) {
-        asm volatile("cp.async.wait_all;" ::: "memory");
+    block.load_heads(range, 0);
+    for (int stage = 0; range.chunk < block.stop; stage ^= 1) {
+        wait_all_copies();
         __syncthreads();
-        const Split next = after(now);
-        const int row = now.row;
-        const bool newest = now.to == now.units;  // this split also has the new token
-        const float* rotation = is_rotated(now) ? angles[turn] : nullptr;
-        for (int h = warp; h < group; h += WARPS) prepare_head<E / 64, E / 64>(query[h], raw[turn][h], q_norm ? norms[0] : nullptr, eps, rotation, E);
-        if (newest && warp == WARPS - 1) prepare_head<E / 64, E / 64>(key, raw[turn][group], k_norm ? norms[1] : nullptr, eps, rotation, E);
-        const T* value = raw[turn][group + 1];
+        const KeyRange next = block.range_after(range);
+        const T* value = shared.projected[stage][block.group + 1];
+        block.prepare_heads(range, stage);
         __syncthreads();
-        if (next.unit < stop) {
-            bring_angles(next, turn ^ 1);
-            bring_heads(next, turn ^ 1);
+        if (next.chunk < block.stop) {
+            block.load_angles(next, stage ^ 1);
+            block.load_heads(next, stage ^ 1);
         }
-        if (newest) {
-            const int slot = slots[row];
-            const long long at = slot / page_size * page_stride + slot % page_size * slot_stride + head * E;
-            for (int i = threadIdx.x; i < E && slot >= 0 && slot < num_slots; i += 32 * WARPS) k_cache[at + i] = key[i], v_cache[at + i] = value[i];
-        }
-        uint4 q[BLOCKS];
-        #pragma unroll
-        for (int j = 0; j < BLOCKS; ++j) q[j] = *reinterpret_cast<const uint4*>(&query[g][32 * j + 8 * t]);
+        if (range.has_new_token()) block.store_new_token(range.row, value);
 
-        float acc[2 * BLOCKS][4] = {}, top[2] = {-infinity(), -infinity()}, sum[2] = {};  // top and sum: of heads 2 t and 2 t + 1
-        int token = now.begin + warp * TILE + g;
-        bool more = token - g < now.end;
-        if (!more) fetch(next);  // nothing for this warp here
-        for (; more; token += WARPS * TILE) {
-            more = aim(now, token + WARPS * TILE);
-            const bool any = more || aim(next, next.begin + warp * TILE + g);
-            float s[4] = {};
-            #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) {
-                multiply(s, k[j][0].x, k[j][1].x, k[j][0].y, k[j][1].y, q[j].x, q[j].y, T());
-                multiply(s, k[j][0].z, k[j][1].z, k[j][0].w, k[j][1].w, q[j].z, q[j].w, T());
-                if (any) k[j][0] = stream(k_cache + first + 32 * j), k[j][1] = stream(k_cache + second + 32 * j);
-            }
-            float shrink[2];
-            #pragma unroll
-            for (int i = 0; i < 2; ++i) {  // s[i]: key g, head 2 t + i; s[2 + i]: key g + 8
-                s[i] = token < now.end ? s[i] * scale : -infinity();
-                s[2 + i] = token + 8 < now.end ? s[2 + i] * scale : -infinity();
-                float high = fmaxf(s[i], s[2 + i]);
-                #pragma unroll
-                for (int n = 4; n < 32; n <<= 1) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, n));
-                high = fmaxf(high, top[i]);
-                shrink[i] = exp2f(top[i] - high);
-                top[i] = high;
-                s[i] = exp2f(s[i] - high);
-                s[2 + i] = exp2f(s[2 + i] - high);
-                sum[i] = sum[i] * shrink[i] + s[i] + s[2 + i];
-            }
-            const unsigned low = transpose(pack<T>(s[0], s[1])), high = transpose(pack<T>(s[2], s[3]));
-            #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) {
-                float (&even)[4] = acc[2 * j], (&odd)[4] = acc[2 * j + 1];
-                #pragma unroll
-                for (int i = 0; i < 4; ++i) even[i] *= shrink[i % 2], odd[i] *= shrink[i % 2];
-                multiply(even, transpose(v[j][0].x), transpose(v[j][0].y), transpose(v[j][1].x), transpose(v[j][1].y), low, high, T());
-                multiply(odd, transpose(v[j][0].z), transpose(v[j][0].w), transpose(v[j][1].z), transpose(v[j][1].w), low, high, T());
-                if (any) v[j][0] = stream(v_cache + first + 32 * j), v[j][1] = stream(v_cache + second + 32 * j);
-            }
-        }
-
-        // acc[2 j + o][i] is element 32 j + 8 (g / 2) + 4 o + 2 (i / 2) + g % 2 of head 2 t + i % 2.
-        #pragma unroll
-        for (int n = 0; n < 2 * BLOCKS; ++n)
-            #pragma unroll
-            for (int i = 0; i < 4; ++i) outs[warp][2 * t + i % 2][32 * (n / 2) + 8 * (g / 2) + 4 * (n % 2) + 2 * (i / 2) + g % 2] = acc[n][i];
-        #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            #pragma unroll
-            for (int n = 4; n < 32; n <<= 1) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], n);
-            if (g == 0) most[warp][2 * t + i] = top[i], sums[warp][2 * t + i] = sum[i];
-        }
-        for (int h = warp; h < group; h += WARPS) {  // the new token is one more partial result, of one key
-            float dot = 0.f;
-            for (int i = lane; i < E && newest; i += 32) dot += to_float(query[h][i]) * to_float(key[i]);
-            dot = warp_sum(dot);
-            if (lane == 0) most[WARPS][h] = newest ? dot * scale : -infinity(), sums[WARPS][h] = newest ? 1.f : 0.f;
-        }
+        SoftmaxState<HEAD_DIM> state;
+        block.attend_range(state, tile, range, next);
+        block.write_state(state);
+        block.attend_new_token(range.has_new_token());
         __syncthreads();
-        // A split of several has a place in `partial`: that of its part's first, or of its last where the row begins in the part. E
-        // sums, the greatest score and the sum of weights of each head.
-        const int step = group * (E + 2), first_unit = now.unit - now.from;
-        const bool whole = now.to - now.from == now.units;
-        auto part_of = [&](int at) { return (int)(((at + 1ll) * parts - 1) / total); };
-        const int lowest = whole ? part : part_of(first_unit), highest = whole ? part : part_of(first_unit + now.units - 1);
-        auto place_of = [&](int p) { return partial + (2ll * (p * kv_heads + head) + (p == lowest)) * step; };
-        T* result = out + ((long long)row * heads + head * group) * E;
-        for (int h = warp; h < group; h += WARPS) {
-            float high = most[WARPS][h], weight_sum = 0.f, mixed[BLOCKS] = {};
-            #pragma unroll
-            for (int w = 0; w < WARPS; ++w) high = fmaxf(high, most[w][h]);
-            #pragma unroll
-            for (int w = 0; w <= WARPS; ++w) {
-                const float weight = exp2f(most[w][h] - high);
-                weight_sum += weight * sums[w][h];
-                #pragma unroll
-                for (int j = 0; j < BLOCKS; ++j) {
-                    if (w < WARPS) mixed[j] += weight * outs[w][h][lane + 32 * j];
-                    else if (newest) mixed[j] += weight * to_float(value[lane + 32 * j]);
-                }
-            }
-            float* mine = place_of(part) + h * (E + 2);
-            #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) {
-                if (whole) result[h * E + lane + 32 * j] = from_float<T>(mixed[j] / weight_sum);
-                else mine[lane + 32 * j] = mixed[j];
-            }
-            if (!whole && lane == 0) mine[E] = high, mine[E + 1] = weight_sum;
-        }
-        if (!whole) {
-            __threadfence();
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                unsigned* counter = arrived + row * kv_heads + head;
-                merges = atomicAdd(counter, 1u) == highest - lowest;
-                if (merges) *counter = 0;  // for the next layer
-            }
-            __syncthreads();
-            if (merges) {
-                __threadfence();
-                for (int h = warp; h < group; h += WARPS) {
-                    float high = -infinity(), weight_sum = 0.f, mixed[BLOCKS] = {};
-                    #pragma unroll 8
-                    for (int p = lowest; p <= highest; ++p) {
-                        const float* from = place_of(p) + h * (E + 2);
-                        const float there = __ldcg(from + E), both = fmaxf(high, there);
-                        const float kept = exp2f(high - both), weight = exp2f(there - both);
-                        weight_sum = weight_sum * kept + weight * __ldcg(from + E + 1);
-                        #pragma unroll
-                        for (int j = 0; j < BLOCKS; ++j) mixed[j] = mixed[j] * kept + weight * __ldcg(from + lane + 32 * j);
-                        high = both;
-                    }
-                    #pragma unroll
-                    for (int j = 0; j < BLOCKS; ++j) result[h * E + lane + 32 * j] = from_float<T>(mixed[j] / weight_sum);
-                }
-            }
-        }
-        now = next;
+        const int first_chunk = range.chunk - range.from;
+        const int first_part = range.is_whole_row() ? block.part : block.part_of(first_chunk);
+        const int last_part = range.is_whole_row() ? block.part : block.part_of(first_chunk + range.row_chunks - 1);
+        T* result = out + ((long long)range.row * heads + block.head * block.group) * HEAD_DIM;
+        block.merge_warps(result, range, first_part, value);
+        if (!range.is_whole_row() && block.is_last_block(range.row, last_part - first_part + 1))
+            block.merge_partials(result, first_part, last_part);
+        range = next;
     }
 }

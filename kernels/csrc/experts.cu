@@ -1,5 +1,6 @@
 // A mixture of experts without the host: the pairs (token, choice) are grouped by expert, two products run over the groups, and
 // the choices of each token are summed. Pair p is choice p % K of token p / K. No grid depends on what was chosen.
+#include "async_copy.cuh"
 #include "common.cuh"
 
 constexpr int DEPTH = 64;  // elements of a row in one stage: 128 bytes, eight chunks of 16
@@ -33,14 +34,6 @@ __global__ void __launch_bounds__(1024) group_pairs(
     for (int p = threadIdx.x; p < pairs; p += blockDim.x)
         if (exists(chosen[p], experts)) order[atomicAdd(next + chosen[p], 1)] = p;
 }
-
-// Copy 16 bytes to shared memory in the background, or write zeros there without reading.
-__device__ __forceinline__ void copy_async(unsigned to, const void* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Wait until at most N of this thread's committed groups are under way.
-template <int N> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // Four matrices of 8 x 8; lanes 8 i to 8 i + 7 give the rows of matrix i, of which lane l gets elements 2 (l % 4) and + 1 of row l / 4.
 __device__ __forceinline__ void load_matrices(unsigned (&to)[4], unsigned row) {

@@ -34,7 +34,8 @@ VECTOR_BYTES = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel must ask for more
 NULL = np.int64(0)
 
-Launch = Callable[..., None]
+Argument = Tensor | np.int64 | np.int32 | np.float32
+Launch = Callable[..., None]  # of grid, threads and Arguments
 
 
 def c_name(tensor: Tensor) -> str:
@@ -42,7 +43,7 @@ def c_name(tensor: Tensor) -> str:
     return C_NAMES[tensor.dtype]
 
 
-def optional(tensor: Tensor | None) -> Tensor | np.int64:
+def optional(tensor: Tensor | None) -> Argument:
     """Return the tensor as a kernel argument, or a null pointer."""
     return NULL if tensor is None else tensor
 
@@ -100,7 +101,7 @@ class _Stream:
 
 
 def _plain_launch(function: Any, shared_bytes: int) -> Launch:
-    def launch(grid: tuple[int, int], threads: int, *arguments: Any) -> None:
+    def launch(grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
         stream = _Stream(torch.cuda.current_stream().cuda_stream)
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
         function(grid, (threads,), values, shared_mem=shared_bytes, stream=stream)
@@ -111,7 +112,7 @@ def _plain_launch(function: Any, shared_bytes: int) -> Launch:
 def _early_launch(function: Any, name: str, shared_bytes: int) -> Launch:
     """Return a programmatic dependent launch, which CuPy does not offer."""
 
-    def launch(grid: tuple[int, int], threads: int, *arguments: Any) -> None:
+    def launch(grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import MAX_CHUNKS, KeyPartition, KVCache, Pages, QKNorm, Rope
-from .kernel_launch import c_name, kernel, num_multiprocessors, num_threads, optional, vector_width
+from .kernel_launch import Argument, c_name, kernel, num_multiprocessors, num_threads, optional, vector_width
 
 LOG2_E = 1.4426950408889634
 STORE_THREADS = 128
@@ -26,38 +26,26 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slo
     if pairs is None:
         raise ValueError(f"heads of {head_dim} elements are too long to rotate; at most 512")
     moved = [qkv, q, cache.k, cache.v]
-    page_stride, slot_stride = cache.k.stride(0), cache.k.stride(1)
+    strides = head_dim // 2, cache.k.stride(0), cache.k.stride(1)
     v = next(
         v
         for v in (4, 2, 1)  # adjacent elements of a lane, as in decode.cu, so that both kernels give the same bits
         if pairs % v == 0
-        and all(s % v == 0 for s in (head_dim // 2, page_stride, slot_stride))
+        and all(s % v == 0 for s in strides)
         and all(t.data_ptr() % (v * t.element_size()) == 0 for t in moved)
     )
     launch = kernel("attention.cu", f"rotate_and_store<{c_name(qkv)}, {c_name(cache.k)}, {pairs}, {v}>", early=True)
-    launch(
-        (tokens, 1),
-        STORE_THREADS,
-        q,
-        qkv,
-        optional(norm.q),
-        optional(norm.k),
-        np.float32(norm.eps),
-        rope.positions.int(),
-        rope.cos_sin,
-        np.int32(len(rope.cos_sin)),
-        cache.k,
-        cache.v,
-        np.int64(page_stride),
-        np.int64(slot_stride),
-        slots.int(),
-        np.int32(page_size),
-        np.int32(pages * page_size),
-        np.int32(heads),
-        np.int32(kv_heads),
-        np.int32(head_dim),
-    )
+    heads_and_slots = _head_arguments(norm, Rope(rope.positions.int(), rope.cos_sin), cache, slots.int())
+    shape = page_size, pages * page_size, heads, kv_heads, head_dim
+    launch((tokens, 1), STORE_THREADS, q, qkv, *heads_and_slots, *map(np.int32, shape))
     return q
+
+
+def _head_arguments(norm: QKNorm, rope: Rope, cache: KVCache, slots: Tensor) -> tuple[Argument, ...]:
+    """Return what both kernels take to norm, rotate and store heads."""
+    norms = optional(norm.q), optional(norm.k), np.float32(norm.eps)
+    strides = np.int64(cache.k.stride(0)), np.int64(cache.k.stride(1))
+    return *norms, rope.positions, rope.cos_sin, np.int32(len(rope.cos_sin)), *cache, *strides, slots
 
 
 def store_kv_(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
@@ -143,31 +131,18 @@ def decode_attention(
     # With kv_chunk the previous kernel may have stored keys that this one reads: all keys of a prefill come first.
     early = partition.kv_chunk is None
     launch = kernel("decode.cu", f"decode_attention<{c_name(qkv)}, {head_dim}, {layout.warps}>", early=early)
+    page_table = pages.table, np.int64(pages.table.stride(0)), pages.owners, np.int32(page_size)
+    sizes = np.int32(rows), np.int32(partition.window or 0), np.int32(layout.kv_chunk)
     launch(
         (layout.max_parts * kv_heads, 1),
         32 * layout.warps,
         out,
         qkv,
-        optional(norm.q),
-        optional(norm.k),
-        np.float32(norm.eps),
-        rope.positions,
-        rope.cos_sin,
-        np.int32(len(rope.cos_sin)),
-        cache.k,
-        cache.v,
-        np.int64(cache.k.stride(0)),
-        np.int64(cache.k.stride(1)),
-        slots,
+        *_head_arguments(norm, rope, cache, slots),
         np.int32(num_pages * page_size),
-        pages.table,
-        np.int64(pages.table.stride(0)),
-        pages.owners,
-        np.int32(page_size),
+        *page_table,
         partition.table,
-        np.int32(rows),
-        np.int32(partition.window or 0),
-        np.int32(layout.kv_chunk),
+        *sizes,
         partial,
         partition.table[layout.counters :],
         np.float32(scale * LOG2_E),

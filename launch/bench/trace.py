@@ -21,9 +21,9 @@ OTHER = "other"
 # (they are made of CUTLASS), and the name of a fused all-reduce also contains its norm.
 CLASSES = {
     "communication": r"nccl|gloo|c10d|all_?reduce|all_?gather",
-    "attention": r"attention|flashinfer|Batch(Decode|Prefill)|MergeState|plan_decode|fmha",
-    "sampling": r"\brace\b|argmax|topk|multinomial|sort",
-    "product": r"product|matvec|gemm|gemv|nvjet|cutlass|splitK|aten::(addmm|mm|bmm|linear|matmul)$",
+    "attention": r"attention|flashinfer|Batch(Decode|Prefill)|MergeState|partition_keys|fmha",
+    "sampling": r"argmax|topk|top_p|candidates|multinomial|sort",
+    "product": r"gemm|gemv|nvjet|cutlass|splitK|aten::(addmm|mm|bmm|linear|matmul)$",
     "norm": r"norm|aten::(mean|rsqrt)$",
     "copy": r"mem(cpy|set)|copy|gather_rows|store_kv|aten::(cat|clone|fill_|_?index\w*)$",
     "elementwise": r"elementwise|silu|rotate|aten::(__\w+__|bitwise_\w+|floor_divide|remainder|where|any|sum|[lg][et])$"

@@ -1,10 +1,10 @@
-"""What the server itself takes for a token: `lockstep serve` over ranks that cost nothing.
+"""The cost of a token in the server: `lockstep serve` over an executor that computes nothing.
 
     python scripts/bench/bench_frontend.py --streams 64 256 --tokens 400 --step-ms 10
 
-Every --step-ms each live request has its next token, or later if the front end is not done with those before. Clients
-are one process that only counts. One line of JSON for each number of streams: tokens and chunks a second, and
-microseconds of the server's processor time for a token.
+Each live request gets its next token every --step-ms, or later if the front end has not finished the tokens before.
+One process is all clients, and only counts. Prints a line of JSON for each number of streams: tokens and chunks per
+second, and microseconds of the server's processor time per token.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "soak"))
 from server_process import ServerProcess, cpu_seconds
 
 TEXT = "And it came to pass in those days, that the king of Babylon said unto all the people of the land: Behold. "
-STEP = "BENCH_STEP_S"  # of the environment of the process that serves
+STEP_VARIABLE = "BENCH_STEP_S"  # in the environment of the server
 
 
-class Free:
-    """An Executor whose steps are a text's tokens, one after the other, whatever was asked."""
+class TextExecutor:
+    """An Executor that answers every request with the tokens of TEXT."""
 
     def __init__(self, config: Any, model: Any, folder: Path, connection: Any = None) -> None:
         from lockstep.runtime.limits import Limits
@@ -45,9 +46,9 @@ class Free:
         self.locations: list[Any] = []
         self.stats = EngineStats()
         self._ids = Tokenizer(folder).encode(TEXT)
-        self._live: dict[int, list[int]] = {}  # tokens produced and wanted
+        self._live: dict[int, list[int]] = {}  # uid -> tokens produced, tokens requested
         self._ended: list[Any] = []
-        self._step_s, self._due = float(os.environ[STEP]), 0.0
+        self._step_s, self._due = float(os.environ[STEP_VARIABLE]), 0.0
 
     def submit(self, requests: Sequence[Any]) -> None:
         self._live |= {request.uid: [0, request.params.max_tokens] for request in requests}
@@ -90,12 +91,12 @@ def serve() -> None:
     from lockstep.launch.cli import main
     from lockstep.launch.engine import async_engine
 
-    async_engine.start_executor = Free  # type: ignore[assignment]
+    async_engine.start_executor = TextExecutor  # type: ignore[assignment]
     main.main()
 
 
 async def stream(port: int, tokens: int) -> int:
-    """The chunks of one answer."""
+    """Return the number of chunks of one answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps({"prompt": "In the", "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True})
     head = ["POST /v1/completions HTTP/1.1", "host: x", "connection: close", "content-type: application/json"]
@@ -110,9 +111,9 @@ async def stream(port: int, tokens: int) -> int:
 
 async def measure(server: ServerProcess, port: int, streams: int, tokens: int) -> dict[str, float]:
     pid = server.process.pid
-    cpu, began = cpu_seconds(pid), time.perf_counter()
+    cpu, started = cpu_seconds(pid), time.perf_counter()
     chunks = sum(await asyncio.gather(*(stream(port, tokens) for _ in range(streams))))
-    seconds, total = time.perf_counter() - began, streams * tokens
+    seconds, total = time.perf_counter() - started, streams * tokens
     return {
         "streams": streams,
         "tokens_per_s": round(total / seconds),
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--step-ms", type=float, default=10.0)
     options = parser.parse_args()
-    server = ServerProcess("--device=cpu", program=[__file__], **{STEP: str(options.step_ms / 1000)})
+    server = ServerProcess("--device=cpu", program=[__file__], **{STEP_VARIABLE: str(options.step_ms / 1000)})
     try:
         port = int(server.url().rpartition(":")[2])
         asyncio.run(stream(port, 10))

@@ -1,4 +1,4 @@
-"""What a decode step costs the host, without a model: schedule, the batch's metadata, commit.
+"""The cost of a decode step on the host, without a model: schedule, the batch's metadata, commit.
 
     python scripts/bench/bench_scheduler.py
 
@@ -38,24 +38,24 @@ def limits(num_requests: int, page_size: int) -> Limits:
     )
 
 
-class Bench:
-    """`num_requests` requests of equal length that share a prefix of 200 tokens, decoding for ever."""
+class SchedulerBenchmark:
+    """`num_requests` requests of equal length that share a prefix of 200 tokens and decode without end."""
 
     def __init__(self, num_requests: int, page_size: int) -> None:
         self.limits = limits(num_requests, page_size)
         self.scheduler = Scheduler(self.limits)
         self.tables = SlotTables(num_requests, self.limits.max_length, page_size, torch.device("cpu"))
-        rng = np.random.default_rng(0)
-        common = rng.integers(VOCAB, size=200)
+        generator = np.random.default_rng(0)
+        common = generator.integers(VOCAB, size=200)
         for uid in range(num_requests):
-            tokens = np.append(common, rng.integers(VOCAB, size=CONTEXT - STEPS // 2 - 200)).astype(np.int32)
+            tokens = np.append(common, generator.integers(VOCAB, size=CONTEXT - STEPS // 2 - 200)).astype(np.int32)
             params = SamplingParams(max_tokens=4096, seed=uid)
             self.scheduler.add(Request(uid, tokens, len(tokens), params, [VOCAB - 1]))
         while self.scheduler.waiting or (self.scheduler.slots.length > self.scheduler.slots.computed + 1).any():
             self.step()
 
     def step(self) -> tuple[float, ...]:
-        """One step; microseconds of each phase."""
+        """Run one step and return the microseconds of each phase."""
         clock = [time.perf_counter()]
         scheduled = self.scheduler.schedule()
         assert scheduled is not None
@@ -76,8 +76,8 @@ class Bench:
 
 
 def best(num_requests: int, page_size: int) -> dict[str, float]:
-    """The round with the least median: other load on the machine only adds."""
-    rounds = [Bench(num_requests, page_size).measure() for _ in range(ROUNDS)]
+    """Return the round with the least median, because other load on the machine only adds time."""
+    rounds = [SchedulerBenchmark(num_requests, page_size).measure() for _ in range(ROUNDS)]
     return {"requests": num_requests, "page_size": page_size, **min(rounds, key=lambda r: r["median"])}
 
 

@@ -153,7 +153,7 @@ def test_sampling(rows: int, vocab: int, dtype: torch.dtype) -> None:
 FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
     "skinny_gemm.cu": ("__syncthreads();\n        for (int i", "for (int i", lambda: test_linear(8, 24, 1024, BF16)),
     "decode.cu": (
-        'asm volatile("cp.async.wait_all;" ::: "memory");',
+        "wait_all_copies();",
         "",
         lambda: test_decode_attention(*DECODED[1], None),
     ),

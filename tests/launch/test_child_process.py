@@ -28,7 +28,8 @@ def test_requests_are_answered_in_turn() -> None:
 
 def test_calling_runs_a_function_of_a_module() -> None:
     arguments = calling(print_ready)
-    assert arguments == ["-c", f"from {print_ready.__module__} import print_ready as main; main()"]
+    module = print_ready.__module__
+    assert arguments == ["-c", f"from {module} import print_ready as main; main()"]
     program = "import json, sys; print(json.dumps(sys.argv[1:]))"
     with closing(ChildProcess(["-c", program, "a", "2"])) as child:
         assert child.answer(20) == ["a", "2"]

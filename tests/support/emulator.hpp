@@ -178,6 +178,16 @@ inline const char* launch(int width, int height, int threads, int shared_bytes, 
 }  // namespace emulator
 
 inline void __syncthreads() { emulator::meet(emulator::block); }
+inline int __syncthreads_or(int predicate) {
+    static int any = 0;
+    any |= predicate;
+    emulator::meet(emulator::block);
+    const int result = any;
+    emulator::meet(emulator::block);  // all have read
+    any = 0;
+    emulator::meet(emulator::block);  // all have reset it: the next call may set it
+    return result;
+}
 inline void __syncwarp() { emulator::meet(emulator::warps[emulator::current / 32].meeting); }
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulator::exchange(x)[threadIdx.x % 32 ^ mask]; }
 template <typename T> T __shfl_up_sync(unsigned, T x, int by) { return emulator::exchange(x)[max(0, threadIdx.x % 32 - by)]; }
@@ -188,7 +198,7 @@ inline uint4 stream(const void* from) { return *(const uint4*)from; }
 inline void copy_async(unsigned to, const void* from, bool inside = true) {
     emulator::fibers[emulator::current].groups.back().push_back({emulator::shared + (int)to, from, inside});
 }
-inline void copy_later(void* to, const void* from) { copy_async(__cvta_generic_to_shared(to), from); }
+inline void copy_async(void* to, const void* from) { copy_async(__cvta_generic_to_shared(to), from); }
 inline void commit_copies() { emulator::fibers[emulator::current].groups.emplace_back(); }
 template <int N> void wait_copies() { emulator::wait_for_copies(N); }
 inline void wait_all_copies() { commit_copies(), emulator::wait_for_copies(0); }

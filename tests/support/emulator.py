@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,13 +30,13 @@ PACKAGE = "lockstep.kernels.emulated"
 FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-w")
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 * 1024
-IN_ASSEMBLY = "multiply|stream|transpose|copy_later|copy_async|commit_copies|wait_copies|load_matrices"
+IN_ASSEMBLY = "multiply|stream|transpose|copy_async|commit_copies|wait_copies|wait_all_copies|load_matrices"
 Launch = Callable[..., None]
 
 
 @functools.cache
-def emulated() -> ModuleType:
-    """Return the implementations of the ops, imported once more beside those for GPUs."""
+def emulated() -> SimpleNamespace:
+    """Return the modules of kernels/cuda/ in one namespace, imported once more beside those for GPUs."""
     folder = Path(ops.__file__).with_name("cuda")
     stubs = {name: ModuleType(name) for name in ("cupy", "cuda", "cuda.bindings", "cuda.bindings.driver")}
     stubs["cuda.bindings"].driver = stubs["cuda.bindings.driver"]  # type: ignore[attr-defined]
@@ -51,7 +51,9 @@ def emulated() -> ModuleType:
         for name, substitute in substitutes.items():
             assert hasattr(launches, name)
             setattr(launches, name, substitute)
-        return importlib.import_module(f"{PACKAGE}.implementations")
+        names = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+        modules = [importlib.import_module(f"{PACKAGE}.{name}") for name in names]
+    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
 
 
 def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False) -> Launch:
@@ -104,7 +106,6 @@ def in_cpp(text: str) -> str:
     text = re.sub(
         rf"(template <int N> )?__device__ __forceinline__ [\w ]+ ({IN_ASSEMBLY})\(.*?\n?}}\n", "", text, flags=re.DOTALL
     )
-    text = text.replace('asm volatile("cp.async.wait_all;" ::: "memory");', "wait_all_copies();")
     text = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];", r"\1* \2 = (\1*)emulator::shared;", text
     )

@@ -1,0 +1,70 @@
+// The division of a step's keys among thread blocks.
+#pragma once
+#include "common.cuh"
+
+// The keys in the cache that a row attends to; its new key comes on top.
+__device__ __forceinline__ int num_visible_keys(int position, int window) {
+    return window > 0 ? min(position, window - 1) : position;
+}
+
+// The tensor that partition_keys writes; its Python twin is PartitionLayout in paged_attention.py. A chunk is kv_chunk keys of one
+// row; the last chunk of a row may have fewer, and a row has at least one chunk. A part is a run of chunks:
+//   num_parts = min(max_parts, num_chunks, max(rows, num_chunks / min_chunks)); part p starts at chunk p * num_chunks / num_parts.
+template <typename Int> struct Partition {
+    Int* data;  // num_parts, num_chunks, starts [rows + 1], first_rows [max_parts], counters [rows, kv_heads]
+    int rows;
+
+    __device__ __forceinline__ Int& num_parts() const { return data[0]; }
+    __device__ __forceinline__ Int& num_chunks() const { return data[1]; }
+    __device__ __forceinline__ Int* starts() const { return data + 2; }  // the first chunk of each row, then num_chunks
+    __device__ __forceinline__ Int& first_row(int part) const { return starts()[rows + 1 + part]; }  // the row of its first chunk
+};
+
+// Write the first chunk of each row; return the number of chunks.
+__device__ __forceinline__ int scan_chunks(int* starts, const int* __restrict__ positions, int rows, int window, int kv_chunk) {
+    __shared__ int warp_totals[32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    int total = 0;
+    for (int first = 0; first < rows; first += blockDim.x) {
+        const int row = first + threadIdx.x;
+        const int chunks = row < rows ? max(1, (num_visible_keys(positions[row], window) + kv_chunk - 1) / kv_chunk) : 0;
+        int before = chunks;  // inclusive prefix sum over the warp
+        for (int i = 1; i < 32; i <<= 1) {
+            const int other = __shfl_up_sync(0xffffffffu, before, i);
+            if (lane >= i) before += other;
+        }
+        if (lane == 31) warp_totals[warp] = before;
+        __syncthreads();
+        before += total - chunks;
+        for (int w = 0; w < blockDim.x / 32; ++w) {
+            if (w < warp) before += warp_totals[w];
+            total += warp_totals[w];
+        }
+        if (row < rows) starts[row] = before;
+        __syncthreads();
+    }
+    return total;
+}
+
+// The row that has a chunk: starts[row] <= chunk < starts[row + 1].
+__device__ __forceinline__ int row_of(const int* starts, int rows, int chunk) {
+    int low = 0, high = rows;
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        (starts[middle] <= chunk ? low : high) = middle;
+    }
+    return low;
+}
+
+// The keys of one row in a part.
+struct KeyRange {
+    int row, begin, end;  // the keys [begin, end) of the row
+    int position;         // of the row's new token
+    int chunk;            // the first, in the sequence of all chunks
+    int from, to;         // the chunks [from, to) of the row
+    int row_chunks;
+    const int* pages;
+
+    __device__ __forceinline__ bool has_new_token() const { return to == row_chunks; }
+    __device__ __forceinline__ bool is_whole_row() const { return to - from == row_chunks; }
+};
