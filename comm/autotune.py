@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -29,7 +28,6 @@ from .rendezvous import Rendezvous
 from .timing import graph_us
 
 log = logging.getLogger(__name__)
-ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 COLUMNS = 4096  # of the residual stream, bfloat16
 SIZES = [8192 << shift for shift in range(0, 11, 2)]  # bytes: 8 KiB to 8 MiB
 GRAPH_LENGTH, REPLAYS = 10, 3

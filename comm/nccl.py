@@ -16,7 +16,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -157,7 +156,7 @@ class NcclCommunicator(Communicator):
         identity = self._nccl.unique_id().hex() if self.rank == 0 else ""
         identity = rendezvous.exchange("nccl", identity)[0]
         comm, config = ctypes.c_void_p(), CommConfig.nonblocking(self._max_blocks)
-        with _on_device(self._device):
+        with torch.cuda.device(self._device):
             code = self._nccl.lib.ncclCommInitRankConfig(
                 ctypes.byref(comm), self.size, UniqueId.from_buffer_copy(bytes.fromhex(identity)), self.rank, config
             )
@@ -170,14 +169,14 @@ class NcclCommunicator(Communicator):
         """Queue `function(x, out, *arguments)` on the current stream, unless x is empty, and return out [*shape]."""
         self._require(operation, "x", x, x.shape, x)
         self._require(operation, "out", out, shape, x)
-        stream = _stream(self._device)
+        stream = torch.cuda.current_stream(self._device).cuda_stream
         if x.numel() > 0:
             self._run(operation, lambda comm: function(x.data_ptr(), out.data_ptr(), *arguments, comm, stream))
         return out
 
     def _run(self, operation: str, call: Callable[[int], int]) -> None:
         self._operation = operation
-        if _is_capturing():
+        if torch.cuda.is_current_stream_capturing():
             self._captured_operation = operation
         self._finish(operation, self._call(operation, call), self._timeout_s)
 
@@ -251,15 +250,3 @@ def record_event(device: torch.device) -> DeviceEvent:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event
-
-
-def _on_device(device: torch.device) -> AbstractContextManager[None]:
-    return torch.cuda.device(device)
-
-
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-def _is_capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()

@@ -29,20 +29,14 @@ FP8_SINCE = 22400
 SHARED_GPU_SINCE = 23000  # several ranks on one GPU, with NCCL_MULTI_RANK_GPU_ENABLE=1
 UNDEFINED = -(2**31)  # NCCL_CONFIG_UNDEF_INT
 
-REDUCTION_TYPES: dict[torch.dtype, int] = {
-    torch.int8: 0,
-    torch.uint8: UINT8,
-    torch.int32: 2,
-    torch.uint32: 3,
-    torch.int64: 4,
-    torch.uint64: 5,
-    torch.float16: 6,
-    torch.float32: 7,
-    torch.float64: 8,
-    torch.bfloat16: 9,
-    torch.float8_e4m3fn: 10,
-    torch.float8_e5m2: 11,
-}
+# ncclDataType_t of each dtype, which counts from 0 in this order
+REDUCTION_TYPES = {
+    dtype: code
+    for code, dtype in enumerate((
+        torch.int8, torch.uint8, torch.int32, torch.uint32, torch.int64, torch.uint64, torch.float16, torch.float32,
+        torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+    ))
+}  # fmt: skip
 
 
 class NcclError(CommError):
@@ -59,24 +53,12 @@ class CommConfig(ctypes.Structure):
     """ncclConfig_t of 2.28. Newer libraries fill in the fields appended since, older ones ignore those they lack."""
 
     _fields_ = [
-        ("size", c_size_t),
-        ("magic", c_uint),
-        ("version", c_uint),
-        ("blocking", c_int),
-        ("cga_cluster_size", c_int),
-        ("min_ctas", c_int),
-        ("max_ctas", c_int),
-        ("net_name", c_char_p),
-        ("split_share", c_int),
-        ("traffic_class", c_int),
-        ("comm_name", c_char_p),
-        ("collnet_enable", c_int),
-        ("cta_policy", c_int),
-        ("shrink_share", c_int),
-        ("nvls_ctas", c_int),
-        ("channels_per_net_peer", c_int),
+        ("size", c_size_t), ("magic", c_uint), ("version", c_uint), ("blocking", c_int), ("cga_cluster_size", c_int),
+        ("min_ctas", c_int), ("max_ctas", c_int), ("net_name", c_char_p), ("split_share", c_int),
+        ("traffic_class", c_int), ("comm_name", c_char_p), ("collnet_enable", c_int), ("cta_policy", c_int),
+        ("shrink_share", c_int), ("nvls_ctas", c_int), ("channels_per_net_peer", c_int),
         ("nvlink_centric_sched", c_int),
-    ]
+    ]  # fmt: skip
 
     @classmethod
     def nonblocking(cls, max_ctas: int | None = None) -> CommConfig:
@@ -126,13 +108,9 @@ OPTIONAL: dict[str, list[Any]] = {
 }
 OLDEST = 21800  # the version that has all functions without an entry here
 SINCE = {
-    "ncclMemAlloc": 21900,
-    "ncclMemFree": 21900,
-    "ncclCommRegister": 21900,
-    "ncclCommDeregister": 21900,
-    "ncclCommWindowRegister": 22700,
-    "ncclCommWindowDeregister": 22700,
-}
+    "ncclMemAlloc": 21900, "ncclMemFree": 21900, "ncclCommRegister": 21900, "ncclCommDeregister": 21900,
+    "ncclCommWindowRegister": 22700, "ncclCommWindowDeregister": 22700,
+}  # fmt: skip
 
 
 class Nccl:
@@ -210,7 +188,7 @@ def open_library(path: str | None) -> Nccl:
         return next(iter(_opened.values()))
     real = os.path.realpath(path or _torch_library())
     if _opened and real not in _opened:
-        raise NcclError(f"this process uses {next(iter(_opened))} already; {real} needs a process of its own")
+        raise NcclError(f"this process uses {next(iter(_opened))} already; {real} needs another process")
     if real not in _opened:
         _opened[real] = Nccl(real)
     return _opened[real]

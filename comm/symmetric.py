@@ -105,18 +105,9 @@ class SymmetricCommunicator(Communicator):
     def _reduce_add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, two_shot: bool
     ) -> Tensor:
-        out, total = torch.empty_like(x), _aligned(residual)
-        peer_memory.all_reduce_add_rms_norm(
-            out,
-            _aligned(x),
-            total,
-            _aligned(weight),
-            eps,
-            self._buffers.group,
-            self._buffers.take_slot(),
-            "all_reduce_add_rms_norm",
-            two_shot=two_shot,
-        )
+        out, total, operation = torch.empty_like(x), _aligned(residual), "all_reduce_add_rms_norm"
+        x, weight, group, slot = _aligned(x), _aligned(weight), self._buffers.group, self._buffers.take_slot()
+        peer_memory.all_reduce_add_rms_norm(out, x, total, weight, eps, group, slot, operation, two_shot=two_shot)
         if total is not residual:
             residual.copy_(total)
         return out

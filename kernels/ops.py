@@ -7,9 +7,9 @@ Every op exists three times under one name and one signature, which a test compa
     cuda/         its kernels, for tensors on a GPU
 
 `@op` makes the public function from the check, and names the module of cuda/. A trailing underscore means that an
-argument is updated in place. Argument errors are ValueErrors that name the tensor and the rule. Shapes: T tokens, B rows
-with one token each, S sampled rows, D hidden size, H query heads, Hkv key heads, E head size, I intermediate size, V
-rows of a vocabulary shard.
+argument is updated in place. Argument errors are ValueErrors that name the tensor and the rule. Shapes: T tokens, B
+rows with one token each, S sampled rows, D hidden size, H query heads, Hkv key heads, E head size, I intermediate
+size, V rows of a vocabulary shard.
 """
 
 # mypy: disable-error-code="return"

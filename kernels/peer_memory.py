@@ -33,13 +33,13 @@ class Group:
     blocks: int  # at most, of each launch
 
 
-def table(arenas: list[int], words: Tensor, *, timeout_ns: int, slot_bytes: int, rank: int, alone: bool) -> list[int]:
+def table(buffers: list[int], words: Tensor, *, timeout_ns: int, slot_bytes: int, rank: int, alone: bool) -> list[int]:
     """Return the fields of struct Group.
 
     words  host_words(MAX_RANKS + 1): for each rank where this one waited for it until the timeout, then `stop`
     """
     missing, stop = words.data_ptr(), words[MAX_RANKS:].data_ptr()
-    return [*arenas, *[0] * (MAX_RANKS - len(arenas)), missing, stop, timeout_ns, slot_bytes, rank, int(alone)]
+    return [*buffers, *[0] * (MAX_RANKS - len(buffers)), missing, stop, timeout_ns, slot_bytes, rank, int(alone)]
 
 
 def allocate(nbytes: int, device: int) -> tuple[int, Tensor]:

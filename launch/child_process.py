@@ -27,8 +27,9 @@ class ChildFailed(RuntimeError):
 
 
 class ChildProcess:
-    """One Python process, in its own session, with a socket as its stdin and stdout.
+    """One Python process, with a socket as its stdin and stdout.
 
+    It has its own session: Ctrl-C does not reach it, and `close` also ends the processes that it has started.
     arguments     the command line after `python`, see `calling`
     memory_bytes  limit of the process's data segment; no limit if None
     """
@@ -36,21 +37,14 @@ class ChildProcess:
     def __init__(self, arguments: Sequence[str], *, memory_bytes: int | None = None) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self._socket, child_end = socket.socketpair()
-        with child_end:  # a session: Ctrl-C does not reach the child, and `close` ends all that the child has started
+        with child_end:
+            command, stream = [sys.executable, *arguments], child_end.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, *arguments],
-                stdin=child_end.fileno(),
-                stdout=child_end.fileno(),
-                stderr=self._stderr,
-                start_new_session=True,
+                command, stdin=stream, stdout=stream, stderr=self._stderr, start_new_session=True
             )
+        self.pid = self._process.pid  # also that of its session and group
         if memory_bytes is not None:
-            resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-
-    @property
-    def pid(self) -> int:
-        """The process id, which is also that of its session and group."""
-        return self._process.pid
+            resource.prlimit(self.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
 
     def request(self, line: bytes, timeout_s: float) -> Any:
         """Send a line of JSON and return the answer, as `answer` does."""
@@ -64,13 +58,17 @@ class ChildProcess:
 
         Raises TimeoutError if the process is silent for timeout_s, and ChildFailed if it ends.
         """
-        self._socket.settimeout(timeout_s)
         line = bytearray()
-        while not line.endswith(b"\n"):
-            piece = self._receive()
-            if not piece:
-                raise ChildFailed(self._last_error())
-            line += piece
+        try:
+            self._socket.settimeout(timeout_s)
+            while not line.endswith(b"\n") and (piece := self._socket.recv(1 << 16)):
+                line += piece
+        except TimeoutError:
+            raise
+        except OSError:  # closed by another thread, or by the process before it read a request
+            line.clear()
+        if not line.endswith(b"\n"):
+            raise ChildFailed(self._last_error())
         return msgspec.json.decode(line)
 
     def close(self) -> None:
@@ -78,27 +76,18 @@ class ChildProcess:
         if self._socket.fileno() == -1:
             return
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(EXIT_S)
         self._socket.close()
         self._stderr.close()
 
-    def _receive(self) -> bytes:
-        try:
-            return self._socket.recv(1 << 16)
-        except TimeoutError:
-            raise
-        except OSError:  # closed here or by the process
-            return b""
-
     def _last_error(self) -> str:
-        try:
+        with suppress(ValueError):  # closed by another thread
             self._stderr.seek(-min(STDERR_BYTES, self._stderr.seek(0, os.SEEK_END)), os.SEEK_END)
             lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-        except ValueError:  # closed by another thread
-            lines = []
-        return (lines or ["no message"])[-1]
+            return lines[-1] if lines else "no message"
+        return "it was closed"
 
 
 def calling(function: Callable[[], None]) -> list[str]:

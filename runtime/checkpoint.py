@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from ..comm.error_text import first_line
 from .config import Config
 from .model.model_config import ModelConfig
 from .model.safetensors_files import check_files
@@ -42,8 +43,9 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
         if not fetch:
             kind = ValueError if constants.HF_HUB_OFFLINE else NotFetched
             raise kind(f"{model} is no folder here and not downloaded yet; hf download {model}") from error
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{model} is no folder here and could not be fetched from the hub: {reason}") from error
+        raise ValueError(
+            f"{model} is no folder here and could not be fetched from the hub: {first_line(error)}"
+        ) from error
 
 
 def find_model(config: Config) -> tuple[Path, ModelConfig]:

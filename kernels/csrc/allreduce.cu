@@ -1,69 +1,69 @@
-// Collectives between the GPUs of one host, over memory of each rank that all others have mapped.
+// Collectives between the GPUs of one host, over memory of each rank that all other ranks have mapped.
 //
-// A rank puts its input into a slot of its own arena, unless a product has written it there; tells the same block of every
-// peer; waits until these have told it; and reads their slots. Sums go in rank order and in float32: the same bits on all ranks.
-// What is told is a round, which each block counts on the device: it only grows, so that a graph can be replayed. Block b reads
-// nothing but what the peers' blocks b have offered: which part that is depends on sizes and grid, which are equal on all ranks.
-// Why nobody writes into a slot that a slow peer still reads: comm/symmetric.py.
+// A rank publishes its input in a slot of its own buffer, unless a GEMM has written it there. It signals the same block of every
+// peer, waits for their signals, and reads their slots. Sums are in rank order and in float32: all ranks get the same bits. A signal
+// is the number of a round, which each block counts on the device; it only grows, so that a graph can be replayed. Block b reads
+// only what blocks b of the peers have published: the shares depend on sizes and grid, which are equal on all ranks.
+// comm/peer_buffers.py proves that no rank writes into a slot that a slow peer still reads.
 //
-// A wait ends at a deadline, or when the host says so. This rank has garbage then, and never tells the peers again that it has
-// come: they give up as well. The host finds in `missing` who did not come.
+// A wait ends at a timeout, or when the host sets `stop`. The rank then has garbage, and never signals its peers again: they time
+// out as well. The host finds the missing ranks in `missing`.
 #include "common.cuh"
 
 constexpr int RANKS = 8, BLOCKS = 64;  // at most
 constexpr int HEADER_BYTES = 4096;     // before the first slot
-constexpr int UNIT = 16;               // elements: the part of a block is a multiple of it, whatever the size of its vectors
-constexpr int LOOK = 256;              // turns of a waiting loop between two looks at the clock and at the host's word
+constexpr int UNIT = 16;               // elements: the share of a block is a multiple of it, for any vector width
+constexpr int POLLS = 256;             // of a signal, between two looks at the clock and at `stop`
 
-struct Header {                      // at the start of an arena, zero at first
-    unsigned flags[BLOCKS][RANKS];   // the round to which a block of each peer has come; the peers write it
-    unsigned rounds[BLOCKS], ended;  // this rank's own: its rounds, and whether it has given up
+struct Header {                              // at the start of a buffer, zero at first
+    unsigned signals[BLOCKS][RANKS];         // the round that a block of each peer has reached; written by the peers
+    unsigned rounds[BLOCKS], has_timed_out;  // of this rank's blocks
 };
 
-struct Group {  // one rank's view, which does not change
-    char* arenas[RANKS];
-    unsigned long long* missing;  // on the host, for each rank: (kind, round) in which it was waited for in vain
-    const unsigned* stop;         // on the host: not zero if nobody shall wait any more
-    long long patience_ns, slot_bytes, rank, alone;  // alone on its GPU: the next kernel may take the rest of it early
+struct Group {  // one rank's view, constant
+    char* buffers[RANKS];
+    unsigned long long* missing;  // on the host: for each rank (kind << 32 | round) of the wait that timed out
+    const unsigned* stop;         // on the host: not zero ends all waits
+    long long timeout_ns, slot_bytes, rank, alone;  // alone on its GPU: the next kernel may take the rest of it early
 };
 
-// What passes between ranks: never from L1, which does not see what others write.
-__device__ __forceinline__ void tell(unsigned* flag, unsigned round) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(flag), "r"(round) : "memory");
+// Between ranks. Loads never come from L1, which does not see the writes of peers.
+__device__ __forceinline__ void store_release(unsigned* flag, unsigned value) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(flag), "r"(value) : "memory");
 }
 
-__device__ __forceinline__ unsigned told(const unsigned* flag) {
-    unsigned round;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(round) : "l"(flag) : "memory");
-    return round;
-}
-
-__device__ __forceinline__ unsigned look(const unsigned* word) {
+__device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {
     unsigned value;
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
     return value;
 }
 
-__device__ __forceinline__ void report(unsigned long long* word, unsigned long long value) {
+__device__ __forceinline__ void store_relaxed(unsigned long long* word, unsigned long long value) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(word), "l"(value) : "memory");
 }
 
-__device__ __forceinline__ void pull(unsigned char& v, const void* from) {
+__device__ __forceinline__ void load_relaxed(unsigned char& v, const void* from) {
     unsigned wide;
     asm volatile("ld.relaxed.sys.global.u8 %0, [%1];" : "=r"(wide) : "l"(from) : "memory");
     v = wide;
 }
 
-__device__ __forceinline__ void pull(unsigned short& v, const void* from) {
+__device__ __forceinline__ void load_relaxed(unsigned short& v, const void* from) {
     asm volatile("ld.relaxed.sys.global.u16 %0, [%1];" : "=h"(v) : "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void pull(unsigned& v, const void* from) {
+__device__ __forceinline__ void load_relaxed(unsigned& v, const void* from) {
     asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
 }
 
-__device__ __forceinline__ void pull(uint4& v, const void* from) {
+__device__ __forceinline__ void load_relaxed(uint4& v, const void* from) {
     asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+}
+
+__device__ __forceinline__ unsigned load_relaxed(const unsigned* word) {
+    unsigned value;
+    load_relaxed(value, word);
+    return value;
 }
 
 __device__ __forceinline__ long long now_ns() {
@@ -78,9 +78,9 @@ template <> struct Word<2> { typedef unsigned short type; };
 template <> struct Word<4> { typedef unsigned type; };
 template <> struct Word<16> { typedef uint4 type; };
 
-template <typename T, int V> __device__ __forceinline__ Vec<T, V> vector_at(const T* from) {
+template <typename T, int V> __device__ __forceinline__ Vec<T, V> load_from_peer(const T* from) {
     typename Word<sizeof(T) * V>::type word;
-    pull(word, from);
+    load_relaxed(word, from);
     return *reinterpret_cast<Vec<T, V>*>(&word);
 }
 
@@ -88,96 +88,98 @@ template <typename T, int V> __device__ __forceinline__ void copy(T* to, const T
     *reinterpret_cast<Vec<T, V>*>(to) = *reinterpret_cast<const Vec<T, V>*>(from);
 }
 
-// f(i) for this block's vectors of a chunk of `whole` elements, of which `length` are there.
-template <int V, typename F> __device__ __forceinline__ void share(long long whole, long long length, F f) {
-    const unsigned units = (whole + UNIT - 1) / UNIT, part = (units + gridDim.x - 1) / gridDim.x;
-    const long long first = (long long)blockIdx.x * part * UNIT, stop = min(min(whole, length), first + (long long)part * UNIT);
+// f(i) for the vectors of this block's share of `count` elements, of which only `length` exist.
+template <int V, typename F> __device__ __forceinline__ void for_each_vector(long long count, long long length, F f) {
+    const unsigned units = (count + UNIT - 1) / UNIT, share = (units + gridDim.x - 1) / gridDim.x;
+    const long long first = (long long)blockIdx.x * share * UNIT, stop = min(min(count, length), first + (long long)share * UNIT);
     for (long long i = first + threadIdx.x * V; i < stop; i += blockDim.x * V) f(i);
 }
 
-// One block's side of a collective. Slot 0 is left only when all peers have read it.
-template <typename T, int V, int N> struct Meeting {
+// One block's part in a collective of N ranks: publish, arrive_and_wait, read the slots, release.
+template <typename T, int V, int N> struct Collective {
     const Group& group;
     Header* header;
     T* slots[N];  // of all ranks
     unsigned round;
     int rank, slot, kind;
-    bool ended;
+    bool timed_out;
 
-    __device__ __forceinline__ Meeting(const Group* group, int slot, int kind) : group(*group), slot(slot), kind(kind) {
+    __device__ __forceinline__ Collective(const Group* group, int slot, int kind) : group(*group), slot(slot), kind(kind) {
         if (group->alone) launch_next();
         rank = group->rank;
-        header = reinterpret_cast<Header*>(group->arenas[rank]);
+        header = reinterpret_cast<Header*>(group->buffers[rank]);
         #pragma unroll
         for (int p = 0; p < N; ++p) slots[p] = slot_of(p);
         wait_for_previous();
-        round = look(&header->rounds[blockIdx.x]);
-        ended = look(&header->ended);
+        round = load_relaxed(&header->rounds[blockIdx.x]);
+        timed_out = load_relaxed(&header->has_timed_out);
     }
 
     __device__ __forceinline__ T* slot_of(int peer) const {
-        return reinterpret_cast<T*>(group.arenas[peer] + HEADER_BYTES + slot * group.slot_bytes);
+        return reinterpret_cast<T*>(group.buffers[peer] + HEADER_BYTES + slot * group.slot_bytes);
     }
 
-    __device__ __forceinline__ T* own() const { return slot_of(rank); }
+    __device__ __forceinline__ T* own_slot() const { return slot_of(rank); }
 
-    // Every peer's block comes here; what it wrote before can be read after.
-    __device__ __forceinline__ void meet() {
+    // Copy x, chunks of `chunk` elements, into this rank's slot: each block the shares that it reads of its peers.
+    __device__ __forceinline__ void publish(const T* x, long long total, long long chunk) {
+        T* to = own_slot();
+        if (x == to) return;
+        for (long long start = 0; start < total; start += chunk)
+            for_each_vector<V>(chunk, total - start, [&](long long i) { copy<T, V>(to + start + i, x + start + i); });
+    }
+
+    // A barrier of the blocks of all ranks. What a peer wrote before is visible after.
+    __device__ __forceinline__ void arrive_and_wait() {
         __syncthreads();
         ++round;
         const int peer = threadIdx.x;
-        bool vain = false;
-        if (peer < N && peer != rank && !ended) {
-            tell(&reinterpret_cast<Header*>(group.arenas[peer])->flags[blockIdx.x][rank], round);
-            vain = !wait_for(peer);
+        bool failed = false;
+        if (peer < N && peer != rank && !timed_out) {
+            store_release(&reinterpret_cast<Header*>(group.buffers[peer])->signals[blockIdx.x][rank], round);
+            failed = !wait_for(peer);
         }
-        ended |= __syncthreads_or(vain);
+        timed_out |= __syncthreads_or(failed);
     }
 
     __device__ __forceinline__ bool wait_for(int peer) {
-        const unsigned* flag = &header->flags[blockIdx.x][peer];
-        long long since = 0;
-        for (unsigned turn = 1; (int)(told(flag) - round) < 0; ++turn) {
-            if (turn % LOOK) continue;
+        const unsigned* signal = &header->signals[blockIdx.x][peer];
+        long long start = 0;
+        for (unsigned polls = 1; (int)(load_acquire(signal) - round) < 0; ++polls) {
+            if (polls % POLLS) continue;
             const long long now = now_ns();
-            if (since == 0) since = now;
-            const bool stopped = look(group.stop);
-            if (!stopped && now - since < group.patience_ns) continue;
-            if (!stopped) report(group.missing + peer, (unsigned long long)kind << 32 | round);
-            header->ended = 1;
+            if (start == 0) start = now;
+            const bool stopped = load_relaxed(group.stop);
+            if (!stopped && now - start < group.timeout_ns) continue;
+            if (!stopped) store_relaxed(group.missing + peer, (unsigned long long)kind << 32 | round);
+            header->has_timed_out = 1;
             return false;
         }
         return true;
     }
 
-    __device__ __forceinline__ void leave() {
-        if (slot == 0) meet();
+    // Slot 0 is released only when all peers have read it.
+    __device__ __forceinline__ void release() {
+        if (slot == 0) arrive_and_wait();
         if (threadIdx.x == 0) header->rounds[blockIdx.x] = round;
     }
 
-    // Put x, which consists of chunks of `each` elements, into this rank's slot; each block those parts that it will read of a peer.
-    __device__ __forceinline__ void offer(const T* x, long long total, long long each) {
-        T* to = own();
-        if (x == to) return;
-        for (long long start = 0; start < total; start += each)
-            share<V>(each, total - start, [&](long long i) { copy<T, V>(to + start + i, x + start + i); });
-    }
-
-    __device__ __forceinline__ void add_up(float (&sum)[V], long long at) const {
-        Vec<T, V> parts[N];
+    // sum = the sum over the ranks of the vector at this place of the slots.
+    __device__ __forceinline__ void load_sum(float (&sum)[V], long long at) const {
+        Vec<T, V> values[N];
         #pragma unroll
-        for (int p = 0; p < N; ++p) parts[p] = vector_at<T, V>(slots[p] + at);
+        for (int p = 0; p < N; ++p) values[p] = load_from_peer<T, V>(slots[p] + at);
         #pragma unroll
         for (int j = 0; j < V; ++j) {
-            sum[j] = to_float(parts[0].at[j]);
+            sum[j] = to_float(values[0].at[j]);
             #pragma unroll
-            for (int p = 1; p < N; ++p) sum[j] += to_float(parts[p].at[j]);
+            for (int p = 1; p < N; ++p) sum[j] += to_float(values[p].at[j]);
         }
     }
 
     __device__ __forceinline__ void store_sum(T* to, long long at) const {
         float sum[V];
-        add_up(sum, at);
+        load_sum(sum, at);
         Vec<T, V> result;
         #pragma unroll
         for (int j = 0; j < V; ++j) result.at[j] = from_float<T>(sum[j]);
@@ -185,77 +187,76 @@ template <typename T, int V, int N> struct Meeting {
     }
 };
 
-// out = the sum of x over the ranks; of its chunk `rank` only, where x [total] has more than one chunk of `each` elements.
+// out = sum of x over the ranks; every rank reads all slots.
 template <typename T, int V, int N>
 __global__ void __launch_bounds__(512, 1) one_shot_all_reduce(
-    T* out, const T* x, long long total, long long each, const Group* group, int slot, int kind) {
-    Meeting<T, V, N> meeting(group, slot, kind);
-    meeting.offer(x, total, each);
-    meeting.meet();
-    const long long start = each < total ? meeting.rank * each : 0;
-    share<V>(each, each, [&](long long i) { meeting.store_sum(out + i, start + i); });
-    meeting.leave();
+    T* out, const T* x, long long total, const Group* group, int slot, int kind) {
+    Collective<T, V, N> collective(group, slot, kind);
+    collective.publish(x, total, total);
+    collective.arrive_and_wait();
+    for_each_vector<V>(total, total, [&](long long i) { collective.store_sum(out + i, i); });
+    collective.release();
 }
 
-// The same sum in two steps: each rank adds up its chunk, in the place of its own, and reads the others' when they have done.
+// The same sum in two steps: each rank sums its chunk in its own slot, then reads the chunks of the others.
 template <typename T, int V, int N>
 __global__ void __launch_bounds__(512, 1) two_shot_all_reduce(
-    T* out, const T* x, long long total, long long each, const Group* group, int slot, int kind) {
-    Meeting<T, V, N> meeting(group, slot, kind);
-    meeting.offer(x, total, each);
-    meeting.meet();
-    const long long start = meeting.rank * each;
-    T* own = meeting.own() + start;
-    share<V>(each, total - start, [&](long long i) { meeting.store_sum(own + i, start + i); });
-    meeting.meet();
-    share<V>(each, each, [&](long long i) {
-        Vec<T, V> parts[N];
+    T* out, const T* x, long long total, long long chunk, const Group* group, int slot, int kind) {
+    Collective<T, V, N> collective(group, slot, kind);
+    collective.publish(x, total, chunk);
+    collective.arrive_and_wait();
+    const long long start = collective.rank * chunk;
+    T* own = collective.own_slot() + start;
+    for_each_vector<V>(chunk, total - start, [&](long long i) { collective.store_sum(own + i, start + i); });
+    collective.arrive_and_wait();
+    for_each_vector<V>(chunk, chunk, [&](long long i) {
+        Vec<T, V> sums[N];
         #pragma unroll
         for (int p = 0; p < N; ++p)
-            if (p * each + i < total) parts[p] = vector_at<T, V>(meeting.slots[p] + p * each + i);
+            if (p * chunk + i < total) sums[p] = load_from_peer<T, V>(collective.slots[p] + p * chunk + i);
         #pragma unroll
         for (int p = 0; p < N; ++p)
-            if (p * each + i < total) *reinterpret_cast<Vec<T, V>*>(out + p * each + i) = parts[p];
+            if (p * chunk + i < total) *reinterpret_cast<Vec<T, V>*>(out + p * chunk + i) = sums[p];
     });
-    meeting.leave();
+    collective.release();
 }
 
-// out [N, total] = x of every rank; as bytes. Without any it is a barrier.
+// out [N, total] = x of every rank, as bytes. With total = 0 it is a barrier.
 template <int V, int N>
 __global__ void __launch_bounds__(512, 1) all_gather(
     unsigned char* out, const unsigned char* x, long long total, const Group* group, int slot, int kind) {
-    Meeting<unsigned char, V, N> meeting(group, slot, kind);
-    meeting.offer(x, total, total);
-    meeting.meet();
-    share<V>(total, total, [&](long long i) {
-        Vec<unsigned char, V> parts[N];
+    Collective<unsigned char, V, N> collective(group, slot, kind);
+    collective.publish(x, total, total);
+    collective.arrive_and_wait();
+    for_each_vector<V>(total, total, [&](long long i) {
+        Vec<unsigned char, V> values[N];
         #pragma unroll
-        for (int p = 0; p < N; ++p) parts[p] = vector_at<unsigned char, V>(meeting.slots[p] + i);
+        for (int p = 0; p < N; ++p) values[p] = load_from_peer<unsigned char, V>(collective.slots[p] + i);
         #pragma unroll
-        for (int p = 0; p < N; ++p) *reinterpret_cast<Vec<unsigned char, V>*>(out + p * total + i) = parts[p];
+        for (int p = 0; p < N; ++p) *reinterpret_cast<Vec<unsigned char, V>*>(out + p * total + i) = values[p];
     });
-    meeting.leave();
+    collective.release();
 }
 
-// residual += sum of x over the ranks, out = RMSNorm of the unrounded residual; a block takes whole rows, R vectors of one a thread.
-// In two steps, a rank adds up its columns of every row; this sum is rounded, as that of reduce_and_gather.
-template <typename T, int V, int N, int R, bool TWO_STEPS>
+// residual += sum of x over the ranks, out = RMSNorm of the unrounded residual. A block has whole rows, a thread R vectors of a row.
+// With TWO_SHOT each rank sums its columns of every row; that sum is rounded, as in two_shot_all_reduce.
+template <typename T, int V, int N, int R, bool TWO_SHOT>
 __global__ void __launch_bounds__(512, 1) all_reduce_add_rms_norm(
     T* out, const T* x, T* residual, const T* __restrict__ weight, float eps, int rows, int size,
     const Group* group, int slot, int kind) {
-    Meeting<T, V, N> meeting(group, slot, kind);
-    T* own = meeting.own();
-    auto for_rows = [&](int first, int stop, auto f) {  // the vectors of columns [first, stop) in the rows of this block
+    Collective<T, V, N> collective(group, slot, kind);
+    T* own = collective.own_slot();
+    auto for_each_row_vector = [&](int first, int stop, auto f) {  // of columns [first, stop) in the rows of this block
         for (int row = blockIdx.x; row < rows; row += gridDim.x)
             for (int i = first + threadIdx.x * V; i < stop; i += blockDim.x * V) f((long long)row * size + i);
     };
-    if (x != own) for_rows(0, size, [&](long long at) { copy<T, V>(own + at, x + at); });
-    meeting.meet();
-    const int each = (size + N * UNIT - 1) / (N * UNIT) * UNIT;  // columns of a rank
-    if (TWO_STEPS) {
-        const int first = meeting.rank * each;
-        for_rows(first, min(size, first + each), [&](long long at) { meeting.store_sum(own + at, at); });
-        meeting.meet();
+    if (x != own) for_each_row_vector(0, size, [&](long long at) { copy<T, V>(own + at, x + at); });
+    collective.arrive_and_wait();
+    const int chunk = (size + N * UNIT - 1) / (N * UNIT) * UNIT;  // columns of a rank
+    if (TWO_SHOT) {
+        const int first = collective.rank * chunk;
+        for_each_row_vector(first, min(size, first + chunk), [&](long long at) { collective.store_sum(own + at, at); });
+        collective.arrive_and_wait();
     }
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
         float value[R][V], squares = 0.f;
@@ -265,12 +266,12 @@ __global__ void __launch_bounds__(512, 1) all_reduce_add_rms_norm(
             if (i >= size) break;
             const long long at = (long long)row * size + i;
             Vec<T, V> total = *reinterpret_cast<const Vec<T, V>*>(residual + at);
-            if (TWO_STEPS) {
-                const Vec<T, V> sum = vector_at<T, V>(meeting.slot_of(i / each) + at);
+            if (TWO_SHOT) {
+                const Vec<T, V> sum = load_from_peer<T, V>(collective.slot_of(i / chunk) + at);
                 #pragma unroll
                 for (int j = 0; j < V; ++j) value[r][j] = to_float(sum.at[j]);
             } else {
-                meeting.add_up(value[r], at);
+                collective.load_sum(value[r], at);
             }
             #pragma unroll
             for (int j = 0; j < V; ++j) {
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(512, 1) all_reduce_add_rms_norm(
             for (int j = 0; j < V; ++j) result.at[j] = from_float<T>(value[r][j] * scale * to_float(w.at[j]));
             *reinterpret_cast<Vec<T, V>*>(out + (long long)row * size + i) = result;
         }
-        __syncthreads();  // before the next row: block_sum has one place for its parts
+        __syncthreads();  // before the next row: block_sum has one buffer
     }
-    meeting.leave();
+    collective.release();
 }

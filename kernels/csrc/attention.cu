@@ -1,16 +1,16 @@
-// rotate_and_store: all that happens to q, k and v between their projection and attention.
+// rotate_and_store: norm and rotation of q and k, and the store of k and v, between their projection and attention.
 #include "heads.cuh"
 
-constexpr int WARPS = 4;  // of a block, which has a token
+constexpr int WARPS = 4;  // per block; a block has one token
 
-// P: pairs of elements that a lane holds, V of them neighbours. Heads of a token: q's, then k's, then v's.
+// P: pairs of elements in a lane, V of them adjacent. Heads of a token: q's, then k's, then v's.
 template <typename T, typename C, int P, int V>
 __global__ void __launch_bounds__(32 * WARPS, 8) rotate_and_store(
     T* __restrict__ q_out, const T* __restrict__ qkv, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows,
     C* __restrict__ k_cache, C* __restrict__ v_cache, long long page_stride, long long slot_stride,
     const int* __restrict__ slots, int page_size, int num_slots, int heads, int kv_heads, int head_dim) {
-    constexpr int AT_ONCE = P < 4 ? 4 : P < 8 ? 2 : 1;  // heads of a warp that are on their way together
+    constexpr int AT_ONCE = P < 4 ? 4 : P < 8 ? 2 : 1;  // heads of a warp that load together
     launch_next();
     wait_for_previous();
     const long long token = blockIdx.x;

@@ -1,4 +1,4 @@
-// What the kernels share: vectors of up to 16 bytes, float conversion, reductions over a block.
+// Shared by all kernels: vectors of up to 16 bytes, float conversion, reductions over a block.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -8,7 +8,7 @@ typedef __nv_bfloat16 bf16;
 typedef __half f16;
 typedef __nv_fp8_e4m3 fp8;  // stored only
 
-// V elements that are loaded and stored at once; 16 bytes where shapes and addresses allow, one element otherwise.
+// V elements that are loaded and stored at once: 16 bytes if shapes and addresses allow, else one element.
 template <typename T, int V> struct alignas(sizeof(T) * V) Vec { T at[V]; };
 
 __device__ __forceinline__ float to_float(float x) { return x; }
@@ -38,8 +38,8 @@ __device__ __forceinline__ float block_sum(float x) {
     return warp_sum(threadIdx.x % 32 < warps ? partial[threadIdx.x % 32] : 0.f);
 }
 
-// Programmatic dependent launch (sm_90 and later): a kernel launched so may start while the one before it still runs. It reads
-// what no kernel writes, weights above all, and then waits for the one before to end and its writes to be seen.
+// Programmatic dependent launch (sm_90 and later): a kernel launched early may start while the previous kernel still runs. It reads
+// only memory that no kernel writes, such as weights, before it waits for the previous kernel to end and its writes to be visible.
 __device__ __forceinline__ void launch_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

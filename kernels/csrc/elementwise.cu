@@ -1,7 +1,8 @@
-// What happens to a row of hidden states between two matrix products: norm with residual, SiLU * up.
+// Rows of hidden states between two GEMMs: RMSNorm with residual, SiLU * up.
 #include "common.cuh"
 
-// One block a row of `size` elements, N vectors a thread, held in registers. With a residual: residual += x, norm of the unrounded sum.
+// One block per row of `size` elements, N vectors per thread in registers. With a residual: residual += x, norm of the unrounded
+// sum.
 template <typename T, int V, int N>
 __global__ void __launch_bounds__(256) rms_norm(
     T* __restrict__ out, const T* __restrict__ x, T* __restrict__ residual, const T* __restrict__ weight, int size, float eps) {

@@ -1,25 +1,25 @@
-// A mixture of experts without the host: the pairs (token, choice) are grouped by expert, two products run over the groups, and
-// the choices of each token are summed. Pair p is choice p % K of token p / K. No grid depends on what was chosen.
+// A mixture of experts without the host: group the pairs (token, choice) by expert, run two GEMMs over the groups, and sum the
+// choices of each token. Pair p is choice p % K of token p / K. No grid depends on the routing.
 #include "async_copy.cuh"
 #include "common.cuh"
 
-constexpr int DEPTH = 64;  // elements of a row in one stage: 128 bytes, eight chunks of 16
+constexpr int DEPTH = 64;  // elements of a row in one stage: 128 bytes, eight chunks of 16 bytes
 
 __device__ __forceinline__ bool exists(long long expert, int experts) { return (unsigned long long)expert < (unsigned)experts; }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 
-// One block. order = the pairs by expert; tiles[i] = (expert, its first place in `order`, rows), with 0 rows where there is no i-th tile.
-// Within an expert the atomics decide the order: no result depends on the place of its row.
+// One block. order = the pairs by expert; tiles[i] = (expert, first index in `order`, rows, 0), with 0 rows for unused tiles.
+// Within an expert the atomics decide the order, on which no result depends.
 template <int ROWS>
 __global__ void __launch_bounds__(1024) group_pairs(
-    int4* __restrict__ tiles, int* __restrict__ order, const long long* __restrict__ chosen, int pairs, int experts, int num_tiles) {
-    extern __shared__ int count[];  // [experts] pairs, then [experts] next places, apart by whole vectors: reads come as such
+    int4* __restrict__ tiles, int* __restrict__ order, const long long* __restrict__ expert_ids, int pairs, int experts, int num_tiles) {
+    extern __shared__ int count[];  // pairs [experts], then next index [experts], at a multiple of 16 bytes for vector loads
     int* next = count + (experts + 3) / 4 * 4;
     for (int e = threadIdx.x; e < experts; e += blockDim.x) count[e] = 0;
     for (int i = threadIdx.x; i < num_tiles; i += blockDim.x) tiles[i] = make_int4(0, 0, 0, 0);
     __syncthreads();
     for (int p = threadIdx.x; p < pairs; p += blockDim.x)
-        if (exists(chosen[p], experts)) atomicAdd(count + chosen[p], 1);
+        if (exists(expert_ids[p], experts)) atomicAdd(count + expert_ids[p], 1);
     __syncthreads();
     for (int e = threadIdx.x; e < experts; e += blockDim.x) {
         int first = 0, tile = 0;
@@ -32,16 +32,17 @@ __global__ void __launch_bounds__(1024) group_pairs(
     }
     __syncthreads();
     for (int p = threadIdx.x; p < pairs; p += blockDim.x)
-        if (exists(chosen[p], experts)) order[atomicAdd(next + chosen[p], 1)] = p;
+        if (exists(expert_ids[p], experts)) order[atomicAdd(next + expert_ids[p], 1)] = p;
 }
 
-// Four matrices of 8 x 8; lanes 8 i to 8 i + 7 give the rows of matrix i, of which lane l gets elements 2 (l % 4) and + 1 of row l / 4.
+// Load four matrices of 8 x 8. Lanes 8 i .. 8 i + 7 have the addresses of the rows of matrix i; lane l gets the elements 2 (l % 4)
+// and 2 (l % 4) + 1 of row l / 4 of each.
 __device__ __forceinline__ void load_matrices(unsigned (&to)[4], unsigned row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
 }
 
-// sum[16 x 8] += a[16 x 16] b[16 x 8] in float32: lane l holds columns 2 (l % 4) and + 1 of rows l / 4 and l / 4 + 8.
+// sum[16 x 8] += a[16 x 16] b[16 x 8] in float32. Lane l holds columns 2 (l % 4) and 2 (l % 4) + 1 of rows l / 4 and l / 4 + 8.
 #define MULTIPLY_ADD(T, NAME) \
     __device__ __forceinline__ void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T) { \
         asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
@@ -50,20 +51,21 @@ __device__ __forceinline__ void load_matrices(unsigned (&to)[4], unsigned row) {
 MULTIPLY_ADD(bf16, "bf16")
 MULTIPLY_ADD(f16, "f16")
 
-// Where a chunk of a row lies in a stage: the exclusive or spreads equal chunks of eight rows, which are read at once, over all banks.
-__device__ __forceinline__ int place(int row, int chunk) { return row * 2 * DEPTH + (chunk ^ row % 8) * 16; }
+// The offset of a chunk of a row in a stage. The exclusive or spreads equal chunks of eight rows, which are read at once, over all
+// banks.
+__device__ __forceinline__ int swizzle(int row, int chunk) { return row * 2 * DEPTH + (chunk ^ row % 8) * 16; }
 
-// out[p] = weights[expert of p] x[p / pairs_per_row] for the pairs of a tile and a part of the columns; GATED: column c is
-// silu(gate) * up of the rows c and columns + c of the weights. A block has WARPS_M x WARPS_N warps, each of them M x N tiles of
-// 16 rows by 16 weight rows. Every shape adds the same products of 16 in the same order: neither it nor other rows change a row's bits.
-// Without tiles and an order there is one expert, and the pairs come as they are.
+// out[p] = weights[expert of p] x[p / pairs_per_row] for the pairs of a tile and a part of the columns. GATED: column c is
+// silu(gate) * up of the rows c and columns + c of the weights. A block has WARPS_M x WARPS_N warps, a warp M x N tiles of 16 rows by
+// 16 weight rows. Every shape adds the same products of 16 in the same order: a row has the same bits in any shape and batch.
+// Without `tiles` and `order` there is one expert that has all pairs in order.
 template <typename T, int WARPS_M, int WARPS_N, int M, int N, int STAGES, bool GATED>
 __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     T* __restrict__ out, const T* __restrict__ x, const T* __restrict__ weights, const int4* __restrict__ tiles,
     const int* __restrict__ order, int pairs_per_row, int num_pairs, int width, int columns) {
-    constexpr int STEP = 4 * WARPS_M * WARPS_N;  // rows that the block copies at once: eight threads a row
+    constexpr int STEP = 4 * WARPS_M * WARPS_N;  // rows that the block copies at once: eight threads per row
     constexpr int ROWS = 16 * M * WARPS_M, WEIGHT_ROWS = 16 * N * WARPS_N, PART = GATED ? WEIGHT_ROWS / 2 : WEIGHT_ROWS;
-    extern __shared__ __align__(128) char stages[];  // of each: the rows of x, then those of the weights
+    extern __shared__ __align__(128) char stages[];  // each: rows of x, then rows of the weights
     const int parts = (columns + PART - 1) / PART, first_column = blockIdx.x % parts * PART;
     const int number = blockIdx.x / parts;
     const int4 tile = tiles ? tiles[number] : make_int4(0, number * ROWS, min(ROWS, num_pairs - number * ROWS), 0);
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     }
     #pragma unroll
     for (int i = 0; i < WEIGHT_ROWS / STEP; ++i) {
-        // Gate and up alternate by eight rows, so that one thread sums both of a column.
+        // Gate and up alternate every eight rows, so that one thread has both sums of a column.
         const int row = copied_row + i * STEP, column = min(first_column + (GATED ? row / 16 * 8 + row % 8 : row), columns - 1);
         const long long matrix = GATED ? expert * 2ll + row / 8 % 2 : expert;
         weight_rows[i] = weights + (matrix * columns + column) * width;
@@ -91,10 +93,10 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
         const int k = step * DEPTH + chunk * 8, at = min(k, width - 8);
         #pragma unroll
         for (int i = 0; i < ROWS / STEP; ++i)
-            copy_async(stage + place(copied_row + i * STEP, chunk), x_rows[i] + at, k < width && copied_row + i * STEP < rows);
+            copy_async(stage + swizzle(copied_row + i * STEP, chunk), x_rows[i] + at, k < width && copied_row + i * STEP < rows);
         #pragma unroll
         for (int i = 0; i < WEIGHT_ROWS / STEP; ++i)
-            copy_async(stage + place(ROWS + copied_row + i * STEP, chunk), weight_rows[i] + at, k < width);
+            copy_async(stage + swizzle(ROWS + copied_row + i * STEP, chunk), weight_rows[i] + at, k < width);
     };
 
     const int steps = (width + DEPTH - 1) / DEPTH;
@@ -107,19 +109,19 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     const int first_row = warp / WARPS_N * 16 * M, first_weight_row = warp % WARPS_N * 16 * N;
     float sums[M][N][2][4] = {};
     for (int step = 0; step < steps; ++step) {
-        wait_copies<STAGES - 2>();  // this thread's copies of this step are done; with the barrier, everyone's,
-        __syncthreads();            // and everyone has left the stage that the next copies overwrite
+        wait_copies<STAGES - 2>();  // this thread's copies of this step are done; after the barrier, those of all threads,
+        __syncthreads();            // and all threads have left the stage that the next copies overwrite
         if (step + STAGES - 1 < steps) load(step + STAGES - 1);
-        commit_copies();  // an empty group, too: the wait counts them
+        commit_copies();  // also an empty group: the wait counts groups
         const unsigned stage = memory + step % STAGES * (ROWS + WEIGHT_ROWS) * 2 * DEPTH;
         #pragma unroll
         for (int k = 0; k < DEPTH / 8; k += 2) {
-            unsigned a[M][4], b[N][4];  // a: the quarters of a tile, down first; b: two tiles of 8 rows, each its halves along k
+            unsigned a[M][4], b[N][4];  // a: the quarters of a tile, down first; b: two tiles of 8 rows, two halves along k each
             #pragma unroll
-            for (int m = 0; m < M; ++m) load_matrices(a[m], stage + place(first_row + 16 * m + lane % 16, k + lane / 16));
+            for (int m = 0; m < M; ++m) load_matrices(a[m], stage + swizzle(first_row + 16 * m + lane % 16, k + lane / 16));
             #pragma unroll
             for (int n = 0; n < N; ++n)
-                load_matrices(b[n], stage + place(ROWS + first_weight_row + 16 * n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
+                load_matrices(b[n], stage + swizzle(ROWS + first_weight_row + 16 * n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
             #pragma unroll
             for (int m = 0; m < M; ++m)
                 #pragma unroll
@@ -151,15 +153,15 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     }
 }
 
-// The same product in float32, which tensor cores would round: one warp for each pair and column, which reads its weights for itself.
+// The same GEMM in float32, which tensor cores would round: one warp for each pair and column.
 template <bool GATED>
 __global__ void __launch_bounds__(256) float32_gemm(
-    float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weights, const long long* __restrict__ chosen,
+    float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weights, const long long* __restrict__ expert_ids,
     int pairs, int pairs_per_row, int experts, int width, int columns) {
     const long long at = blockIdx.x * 8ll + threadIdx.x / 32, pair = at / columns;
     const int column = at % columns, lane = threadIdx.x % 32;
-    if (pair >= pairs || !exists(chosen[pair], experts)) return;
-    const float* row = weights + (chosen[pair] * (GATED ? 2 : 1) * columns + column) * width;
+    if (pair >= pairs || !exists(expert_ids[pair], experts)) return;
+    const float* row = weights + (expert_ids[pair] * (GATED ? 2 : 1) * columns + column) * width;
     x += pair / pairs_per_row * width;
     float first = 0.f, second = 0.f;
     for (int i = lane; i < width; i += 32) {
@@ -171,17 +173,17 @@ __global__ void __launch_bounds__(256) float32_gemm(
     if (lane == 0) out[at] = first;
 }
 
-// out[t] = sum over k of scores[t, k] * mixed[t K + k] in float32, in the order of k; grid (T, parts of a row).
+// out[t] = sum over k of scores[t, k] * expert_out[t K + k] in float32, in the order of k; grid (T, parts of a row).
 template <typename T, int V>
 __global__ void __launch_bounds__(256) weighted_sum(
-    T* __restrict__ out, const T* __restrict__ mixed, const float* __restrict__ scores, const long long* __restrict__ chosen,
+    T* __restrict__ out, const T* __restrict__ expert_out, const float* __restrict__ scores, const long long* __restrict__ expert_ids,
     int choices, int experts, int size) {
     const long long first = (long long)blockIdx.x * choices;
     for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * V; i < size; i += gridDim.y * blockDim.x * V) {
         float sum[V] = {};
         for (long long pair = first; pair < first + choices; ++pair) {
-            if (!exists(chosen[pair], experts)) continue;  // nothing was written there
-            const Vec<T, V> in = *reinterpret_cast<const Vec<T, V>*>(mixed + pair * size + i);
+            if (!exists(expert_ids[pair], experts)) continue;  // expert_out has nothing here
+            const Vec<T, V> in = *reinterpret_cast<const Vec<T, V>*>(expert_out + pair * size + i);
             #pragma unroll
             for (int j = 0; j < V; ++j) sum[j] += scores[pair] * to_float(in.at[j]);
         }

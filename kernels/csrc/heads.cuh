@@ -1,8 +1,8 @@
-// One head of q, k or v between its projection and attention, the same for all kernels, bit for bit.
+// One head of q, k or v between its projection and attention; all kernels get the same bits.
 #pragma once
 #include "tensor.cuh"
 
-// A warp has a head: lane l holds P pairs (x[i], x[size / 2 + i]), for V neighbours i from V l on, V (l + 32) on, and so on.
+// A warp has one head. Lane l holds P pairs (x[i], x[size / 2 + i]), for V adjacent i from V l, then from V (l + 32), and so on.
 template <int P> struct Pairs { float first[P], second[P]; };
 
 template <int V> __device__ __forceinline__ int pair_at(int p) { return (threadIdx.x % 32 + p / V * 32) * V; }
@@ -22,7 +22,8 @@ __device__ __forceinline__ Pairs<P> load_head(const T* from, int size) {
     return x;
 }
 
-// Norm over the head, if it has a weight; rotation by `angles` (cosines, then sines), if there are any; rounding.
+// Norm over the head if `norm` is not null, rotation by `angles` (cosines, then sines) if not null, then rounding:
+// (a, b) -> (a cos - b sin, b cos + a sin) for each pair.
 template <int P, int V, typename T, typename C>
 __device__ __forceinline__ void finish_head(C* to, const Pairs<P>& x, const T* norm, float eps, const float* angles, int size) {
     const int half = size / 2;

@@ -1,7 +1,7 @@
-// store_kv: the keys and values of T tokens into their pages, in one launch. The layout of the cache is two strides.
+// store_kv: write the keys and values of T tokens into their pages, in one launch. The layout of the cache is two strides.
 #include "common.cuh"
 
-// Grid (T, 2): y = 0 copies a key row, y = 1 a value row, so both are in flight at once. Strides in elements.
+// Grid (T, 2): y = 0 copies a row of keys, y = 1 a row of values, so that both are in flight at once. Strides in elements.
 template <typename T, typename C, int V>
 __global__ void __launch_bounds__(256) store_kv(
     const T* __restrict__ k, const T* __restrict__ v, long long k_stride, long long v_stride,

@@ -1,4 +1,4 @@
-// Tensor cores: c += a b for a [16, 16] by rows, b [16, 8] by columns, and c [16, 8] float, spread over a warp.
+// Tensor cores: c += a b for a [16, 16] by rows, b [16, 8] by columns, and c [16, 8] float, distributed over a warp.
 #pragma once
 #include "common.cuh"
 
@@ -17,7 +17,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// What is read once need not stay in L1. volatile keeps such loads where they are written: before the wait.
+// Load data that is read once, and need not stay in L1. volatile keeps the load where it is written: before the wait.
 __device__ __forceinline__ uint4 stream(const void* from) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));

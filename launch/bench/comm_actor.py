@@ -27,7 +27,6 @@ from .comm_algorithms import (
     EPS,
     AllReduceAlgorithm,
     AllReduceAndNorm,
-    BufferAllReduce,
     CommunicatorAllReduce,
     NcclWindowAllReduce,
     TimedCall,
@@ -178,7 +177,7 @@ class CommBenchActor(RankActor):
         symmetric = self._symmetric_for(shots, nccl)
         if fused:
             return AllReduceAndNorm(name, symmetric, device, columns, has_buffers=True)
-        return BufferAllReduce(name, symmetric, device)
+        return CommunicatorAllReduce(name, symmetric, device, has_buffers=True)
 
     def _required(self, name: str) -> Communicator:
         if (name == "nccl") != isinstance(self._comm, NcclCommunicator):
@@ -192,12 +191,9 @@ class CommBenchActor(RankActor):
         largest = max(self.spec.sizes)
         if self._symmetric is None:
             try:
+                slot_bytes, shares_device = -(-largest // 16) * 16, self.config.gpus_per_rank < 1
                 self._symmetric = share_buffers(
-                    nccl,
-                    self._rendezvous,
-                    device=self._device,
-                    slot_bytes=-(-largest // 16) * 16,
-                    shares_device=self.config.gpus_per_rank < 1,
+                    nccl, self._rendezvous, device=self._device, slot_bytes=slot_bytes, shares_device=shares_device
                 )
             except NotShared as reason:
                 raise Unavailable(str(reason)) from reason

@@ -54,32 +54,29 @@ class AllReduceAlgorithm(ABC):
 
 
 class CommunicatorAllReduce(AllReduceAlgorithm):
-    """`all_reduce` of any communicator."""
+    """`all_reduce` of a communicator.
 
-    def __init__(self, name: str, comm: Communicator, device: torch.device) -> None:
-        self.name, self.comm, self.device = name, comm, device
+    has_buffers  the communicator is meant for its buffers: sizes without one are left out
+    """
+
+    def __init__(self, name: str, comm: Communicator, device: torch.device, *, has_buffers: bool = False) -> None:
+        self.name, self.comm, self.device, self.has_buffers = name, comm, device, has_buffers
         self.capturable = comm.capturable
 
     def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
-        x = torch.zeros(count, dtype=dtype, device=self.device)
-        comm = self.comm
+        comm, x = self.comm, torch.zeros(count, dtype=dtype, device=self.device)
+        if self.has_buffers:
+            return self._prepare_buffer(x, in_place=in_place)
         if in_place:
             return on_values(x, lambda: comm.all_reduce(x))
         if isinstance(comm, NcclCommunicator):
             return on_values(x, lambda: comm.all_reduce(x, torch.empty_like(x)))
         return None
 
-
-class BufferAllReduce(AllReduceAlgorithm):
-    """`all_reduce` of a communicator with buffers; sizes without a buffer are left out."""
-
-    def __init__(self, name: str, comm: Communicator, device: torch.device) -> None:
-        self.name, self.comm, self.device = name, comm, device
-
-    def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
+    def _prepare_buffer(self, ordinary: Tensor, *, in_place: bool) -> TimedCall | None:
+        count, dtype = len(ordinary), ordinary.dtype
         if self.comm.buffer(1, count, dtype) is None:
             return None
-        ordinary = torch.zeros(count, dtype=dtype, device=self.device)
 
         def call(values: Tensor | None) -> list[Tensor]:
             x = self.comm.buffer(1, count, dtype) if in_place else ordinary
@@ -92,10 +89,7 @@ class BufferAllReduce(AllReduceAlgorithm):
 
 
 class AllReduceAndNorm(AllReduceAlgorithm):
-    """`all_reduce_add_rms_norm` of rows of `columns`: one kernel, or an all-reduce and a norm.
-
-    has_buffers  the communicator is meant for its buffers: sizes without one are left out
-    """
+    """`all_reduce_add_rms_norm` of rows of `columns`: one kernel with buffers, else an all-reduce and a norm."""
 
     fused = True
 

@@ -34,17 +34,19 @@ def bench_comm(
     *,
     min_bytes: Annotated[str, typer.Option("--min-bytes", "-b", help="Smallest size, as 8, 4K or 1M.")] = "1K",
     max_bytes: Annotated[str, typer.Option("--max-bytes", "-e", help="Largest size.")] = "16M",
-    step_factor: Annotated[int, typer.Option("--step-factor", "-f", min=2, help="From a size to the next.")] = 2,
+    step_factor: Annotated[int, typer.Option("--step-factor", "-f", min=2, help="Factor from a size to the next.")] = 2,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}.")] = "bfloat16",
     hidden_size: Annotated[
-        int, typer.Option(min=1, help="Columns of the rows that all-reduce + residual + RMSNorm works on.")
+        int, typer.Option(min=1, help="Columns of the rows of all-reduce + residual + RMSNorm.")
     ] = 4096,
     algorithm: Annotated[
-        list[str] | None, typer.Option(help="Only this one; repeat for several. All that run here if not given.")
+        list[str] | None, typer.Option(help="Algorithm to measure; repeat for several. All that can run if not given.")
     ] = None,
-    iters: Annotated[int, typer.Option("--iters", "-n", min=1, help="Collectives to time, one after the other.")] = 20,
-    warmup_iters: Annotated[int, typer.Option("--warmup-iters", "-w", min=0, help="Before those.")] = 5,
-    graph_length: Annotated[int, typer.Option(min=1, help="Collectives of a CUDA graph.")] = 64,
+    iters: Annotated[int, typer.Option("--iters", "-n", min=1, help="Collectives to time, one after another.")] = 20,
+    warmup_iters: Annotated[
+        int, typer.Option("--warmup-iters", "-w", min=0, help="Warm-up collectives before them.")
+    ] = 5,
+    graph_length: Annotated[int, typer.Option(min=1, help="Collectives in a CUDA graph.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the tables.")] = False,
     output_json: Annotated[Path | None, typer.Option(help="Write that object to this file.")] = None,
     plot: Annotated[
@@ -69,14 +71,9 @@ def bench_comm(
         from .comm_actor import CommBenchSpec
 
     spec = CommBenchSpec(
-        sizes=sizes,
-        dtype=dtype,
-        hidden_size=hidden_size,
-        algorithms=algorithm or [],
-        warmup=warmup_iters,
-        times=iters,
-        graph_length=graph_length,
-    )
+        sizes=sizes, dtype=dtype, hidden_size=hidden_size, algorithms=algorithm or [], warmup=warmup_iters,
+        times=iters, graph_length=graph_length,
+    )  # fmt: skip
     stdout = sys.stdout
     with redirect_stdout(sys.stderr):
         report = _run(config, spec, None if as_json else stdout)
@@ -159,7 +156,7 @@ def parse_bytes(name: str, text: str) -> int:
 def _check(config: Config, algorithms: list[str]) -> None:
     """Raise ValueError for options that would otherwise fail only when the ranks run."""
     if config.tensor_parallel_size < 2:
-        raise ValueError("one rank has nobody to communicate with; give --tp 2 or more")
+        raise ValueError("one rank has no peer to communicate with; give --tp 2 or more")
     config.placed(cuda=True)  # raises ValueError if an option does not fit config.device
     if algorithms:
         from .comm_actor import NAMES

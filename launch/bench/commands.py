@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +20,6 @@ from .engine_benchmark import (
     EngineBenchmark,
     Latency,
     Run,
-    StepReport,
     report_steps,
     time_latency,
 )
@@ -59,8 +57,8 @@ def bench_latency(
         list[int] | None, typer.Option(min=1, help=f"Prompts at once, {BATCH_SIZE} if not given; repeat for several.")
     ] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Outputs for each prompt.")] = 1,
-    num_iters_warmup: Annotated[int, typer.Option(min=0, help="Runs before those that count.")] = 10,
-    num_iters: Annotated[int, typer.Option(min=1, help="Runs to time, and then as many of one token only.")] = 30,
+    num_iters_warmup: Annotated[int, typer.Option(min=0, help="Warm-up runs, which are not counted.")] = 10,
+    num_iters: Annotated[int, typer.Option(min=1, help="Runs to time, and then as many with one output token.")] = 30,
     output_json: OutputJson = None,
     profile: TraceFile = None,
     profile_steps: TraceSteps = 32,
@@ -82,7 +80,7 @@ def bench_latency(
         for size, workload, latency in zip(sizes, workloads, latencies, strict=True):
             steps = _profile_steps(bench, workload, latency.whole, profile_steps, _numbered(profile, size, len(sizes)))
             shape = {"batch_size": size, "input_len": input_len, "output_len": output_len, "n": n}
-            results.append(latency_result(latency) | shape | _environment(bench) | asdict(steps))
+            results.append(latency_result(latency) | shape | _environment(bench) | steps)
     for result in results:
         _print_latency(result)
     _write_json(output_json, results[0] if len(results) == 1 else results)
@@ -94,15 +92,15 @@ def bench_throughput(
     config: dict[str, Any],
     *,
     dataset_name: Annotated[
-        Literal["random"], typer.Option(help="Where lengths come from: each uniform in len * (1 -/+ ratio), as vLLM's.")
+        Literal["random"], typer.Option(help="Source of the lengths: each uniform in len * (1 -/+ ratio), as in vLLM.")
     ] = "random",
     num_prompts: Annotated[int | None, typer.Option(min=1, help="Requests, 1000 if not given.")] = None,
     input_len: Annotated[int | None, typer.Option(min=1, help="Tokens of a prompt, 1024 if not given.")] = None,
     output_len: Annotated[int | None, typer.Option(min=1, help="Tokens of an output, 128 if not given.")] = None,
     random_range_ratio: Annotated[
-        float | None, typer.Option(min=0, max=1, help="How far lengths are from those, 0 if not given.")
+        float | None, typer.Option(min=0, max=1, help="Ratio of the range of lengths, 0 if not given.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of lengths and prompts, 0 if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of lengths and prompts, 0 if not given.")] = None,
     preset: Annotated[
         Literal["nano"] | None,
         typer.Option(help="nano: 256 prompts, inputs and outputs of 100 to 1024 tokens, temperature 0.6."),
@@ -112,7 +110,7 @@ def bench_throughput(
     profile_steps: TraceSteps = 32,
     log_level: LogLevel = "info",
 ) -> None:
-    """Submit requests all at once and time them until the last one has ended; none stops early."""
+    """Submit all requests at once and time them until the last one has ended; none stops early."""
     start_logging(log_level)
     flags = {
         "num_prompts": num_prompts, "input_len": input_len, "output_len": output_len,
@@ -128,7 +126,7 @@ def bench_throughput(
             run = bench.run(workload, bar=bar)
         steps = _profile_steps(bench, workload, run, profile_steps, profile)
         shape = {"preset": preset} if preset is not None else {"dataset_name": dataset_name, **lengths}
-        result = throughput_result(workload, run) | shape | _environment(bench) | asdict(steps)
+        result = throughput_result(workload, run) | shape | _environment(bench) | steps
     _print_throughput(result)
     _write_json(output_json, result)
 
@@ -161,13 +159,13 @@ def throughput_result(workload: Workload, run: Run) -> dict[str, Any]:
 def _preset(flags: dict[str, Any]) -> Workload:
     for name, value in flags.items():
         if value != NANO.get(name):
-            raise ValueError(f"--preset nano has lengths and seed of its own; drop --{name.replace('_', '-')} {value}")
+            raise ValueError(f"--preset nano fixes lengths and seed; drop --{name.replace('_', '-')} {value}")
     return nano()
 
 
 def _profile_steps(
     bench: EngineBenchmark, workload: Workload, run: Run, num_steps: int, path: Path | None
-) -> StepReport:
+) -> dict[str, Any]:
     """Profile the workload, write the trace to `path` if it is not None, and report the steps of the run."""
     profile = bench.profile(workload, num_steps)
     if path is not None:

@@ -140,70 +140,43 @@ def time_latency(
     return Latency(whole, first, workload.output_lens[0])
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """Counters and times of the steps of a run; a number that cannot be known is None."""
+def report_steps(run: Run, profile: Profile) -> dict[str, Any]:
+    """Return counters and times of the steps of a timed run, with a profile of the same workload.
 
-    device: str
-    num_steps: int
-    prefill_steps: int
-    decode_steps: int
-    preemptions: int
-    prompt_tokens: int  # computed
-    output_tokens: int
-    output_tokens_per_second: float
-    host_us_per_step: float  # schedule, commit and, on a GPU, launch
-    schedule_us_per_step: float
-    launch_us_per_step: float
-    commit_us_per_step: float
-    wait_us_per_step: float
-    ms_per_decode_step: float | None
-    weight_bytes_per_decode_step: int  # this and the next fields: of rank 0
-    kv_bytes_per_decode_step: float | None
-    achieved_gb_per_second: float | None  # 10^9 bytes, of weights and KV
-    copy_gb_per_second: float
-    share_of_copy: float | None
-    profiled_steps: int
-    busy_ms_per_decode_step: float | None  # in the profile
-    idle_share: float | None
-    kernel_shares: dict[str, float]
-
-
-def report_steps(run: Run, profile: Profile) -> StepReport:
-    """Return the report of a timed run and a profile of the same workload."""
+    Numbers that cannot be known are None. Bytes, bandwidth and profile are those of rank 0.
+    """
     stats, seconds = run.stats, sum(run.seconds)
-    per_step = 1e6 / stats.steps
+    us_per_step = 1e6 / stats.steps
     launch_s = 0.0 if profile.device == "cpu" else stats.launch_s
-    decode_s: float | None = None  # of a decode step
-    kv_bytes: float | None = None
-    speed: float | None = None  # bytes/s
+    decode_s = kv_bytes = bytes_per_s = None  # of a decode step
     if stats.decode_steps:
         decode_s = stats.decode_s / stats.decode_steps
         kv_bytes = stats.decode_kv_tokens / stats.decode_steps * profile.kv_token_bytes
-        speed = (profile.weight_bytes + kv_bytes) / decode_s
+        bytes_per_s = (profile.weight_bytes + kv_bytes) / decode_s
     kernels = kernel_times(profile.trace)
-    return StepReport(
-        device=profile.device,
-        num_steps=stats.steps,
-        prefill_steps=stats.steps - stats.decode_steps,
-        decode_steps=stats.decode_steps,
-        preemptions=stats.preemptions,
-        prompt_tokens=stats.prompt_tokens,
-        output_tokens=stats.output_tokens,
-        output_tokens_per_second=stats.output_tokens / seconds,
-        host_us_per_step=(stats.schedule_s + launch_s + stats.commit_s) * per_step,
-        schedule_us_per_step=stats.schedule_s * per_step,
-        launch_us_per_step=stats.launch_s * per_step,
-        commit_us_per_step=stats.commit_s * per_step,
-        wait_us_per_step=stats.wait_s * per_step,
-        ms_per_decode_step=None if decode_s is None else decode_s * 1e3,
-        weight_bytes_per_decode_step=profile.weight_bytes,
-        kv_bytes_per_decode_step=kv_bytes,
-        achieved_gb_per_second=None if speed is None else speed / 1e9,
-        copy_gb_per_second=profile.copy_bytes_per_s / 1e9,
-        share_of_copy=None if speed is None else speed / profile.copy_bytes_per_s,
-        profiled_steps=profile.num_steps,
-        busy_ms_per_decode_step=kernels.busy_us / 1e3 / profile.num_steps if kernels else None,
-        idle_share=kernels.idle_share if kernels else None,
-        kernel_shares=kernels.shares if kernels else {},
-    )
+    return {
+        "device": profile.device,
+        "num_steps": stats.steps,
+        "prefill_steps": stats.steps - stats.decode_steps,
+        "decode_steps": stats.decode_steps,
+        "preemptions": stats.preemptions,
+        "prompt_tokens": stats.prompt_tokens,  # computed
+        "output_tokens": stats.output_tokens,
+        "output_tokens_per_second": stats.output_tokens / seconds,
+        # schedule, commit and, on a GPU, launch
+        "host_us_per_step": (stats.schedule_s + launch_s + stats.commit_s) * us_per_step,
+        "schedule_us_per_step": stats.schedule_s * us_per_step,
+        "launch_us_per_step": stats.launch_s * us_per_step,
+        "commit_us_per_step": stats.commit_s * us_per_step,
+        "wait_us_per_step": stats.wait_s * us_per_step,
+        "ms_per_decode_step": None if decode_s is None else decode_s * 1e3,
+        "weight_bytes_per_decode_step": profile.weight_bytes,
+        "kv_bytes_per_decode_step": kv_bytes,
+        "achieved_gb_per_second": None if bytes_per_s is None else bytes_per_s / 1e9,
+        "copy_gb_per_second": profile.copy_bytes_per_s / 1e9,
+        "share_of_copy": None if bytes_per_s is None else bytes_per_s / profile.copy_bytes_per_s,
+        "profiled_steps": profile.num_steps,
+        "busy_ms_per_decode_step": kernels.busy_us / 1e3 / profile.num_steps if kernels else None,
+        "idle_share": kernels.idle_share if kernels else None,
+        "kernel_shares": kernels.shares if kernels else {},
+    }

@@ -26,61 +26,67 @@ MINIMUM = {
 class ServeBenchConfig:
     """The requests, their target and the report; raises ValueError with the option, its value and the rule."""
 
-    backend: Backend = option("openai", "what to ask for: openai for completions, openai-chat for chat completions")
+    backend: Backend = option("openai", "API of the requests: openai for completions, openai-chat for chat completions")
     base_url: str | None = option(None, "URL of the server; http://HOST:PORT if not given")
     host: str = option("127.0.0.1", "host of the server")
     port: int = option(8000, "port of the server")
-    endpoint: str | None = option(None, "path to post to; that of the backend if not given")
+    endpoint: str | None = option(None, "path of the requests; the backend's if not given")
     tokenizer: str | None = option(
         None,
-        "folder or hub id of the tokenizer, the model's if not given; needed by sharegpt and by made-up chats only:"
-        " made-up completions are lists of token ids",
+        "folder or hub id of the tokenizer, the model's if not given; only sharegpt and random chats need it:"
+        " random completions are lists of token ids",
     )
     dataset_name: Dataset = option(
-        "random", "where prompts come from; random and prefix_repetition are made up, the others are read"
+        "random", "source of the prompts; random and prefix_repetition are generated, the others are read from a file"
     )
     dataset_path: Path | None = option(
-        None, "the file to read: ShareGPT's JSON; for custom a .jsonl with a prompt in each line, sent as it is"
+        None, "file to read: ShareGPT's JSON; for custom a .jsonl with a prompt in each line, sent unchanged"
     )
     num_prompts: int = option(1000, "requests; a file with fewer prompts is repeated")
-    random_input_len: int = option(1024, "for random: tokens of a prompt without the prefix, the middle of the range")
-    random_output_len: int = option(128, "for random: tokens of an output, the middle of the range")
+    random_input_len: int = option(1024, "for random: middle of the range of a prompt's tokens, without the prefix")
+    random_output_len: int = option(128, "for random: middle of the range of an output's tokens")
     random_range_ratio: float = option(
         0.0, "for random: both lengths are uniform in len * (1 -/+ ratio), rounded outwards, as vLLM's (not SGLang's)"
     )
-    random_prefix_len: int = option(0, "for random: tokens before every prompt, the same for all")
-    random_vocab_size: int = option(1000, "made-up prompts are token ids below this; every model must have them")
+    random_prefix_len: int = option(0, "for random: tokens of a prefix that all prompts share")
+    random_vocab_size: int = option(1000, "generated prompts have token ids below this; the model must have them")
     sharegpt_output_len: int | None = option(
-        None, "for sharegpt: tokens of an output; those of the answer if not given"
+        None, "for sharegpt: tokens of an output; the answer's number if not given"
     )
-    custom_output_len: int = option(256, "for custom: most tokens of an output")
+    custom_output_len: int = option(256, "for custom: maximum tokens of an output")
     prefix_repetition_prefix_len: int = option(256, "for prefix_repetition: tokens of each prefix")
     prefix_repetition_suffix_len: int = option(
-        256, "for prefix_repetition: tokens after it, different for every prompt"
+        256, "for prefix_repetition: tokens after the prefix, different for every prompt"
     )
-    prefix_repetition_num_prefixes: int = option(10, "for prefix_repetition: prefixes, used by the prompts in turn")
-    prefix_repetition_output_len: int = option(128, "for prefix_repetition: most tokens of an output")
-    request_rate: float = option(math.inf, "requests a second; inf sends all at once")
+    prefix_repetition_num_prefixes: int = option(
+        10, "for prefix_repetition: number of prefixes, which the prompts use equally often"
+    )
+    prefix_repetition_output_len: int = option(128, "for prefix_repetition: maximum tokens of an output")
+    request_rate: float = option(math.inf, "requests per second; inf sends all at once")
     burstiness: float = option(
-        1.0, "shape of the gamma distribution of the gaps: 1 is a Poisson process, less is burstier, inf is even"
+        1.0, "shape of the gamma distribution of the gaps: 1 is a Poisson process, less is burstier, inf is regular"
     )
-    max_concurrency: int | None = option(None, "most requests in flight; the others wait, and their clock does not run")
-    num_warmups: int = option(0, "requests before those that count, all like the first one")
-    ignore_eos: bool = option(False, "go on to the output length whatever is sampled; random always does")
-    temperature: float | None = option(None, "of every request; the server's default if not given")
-    percentile_metrics: str = option("ttft,tpot,itl", f"which to report, of {','.join(METRICS)}")
+    max_concurrency: int | None = option(
+        None, "maximum requests in flight; the others wait, and their time is not counted"
+    )
+    num_warmups: int = option(0, "warm-up requests, all equal to the first one, which are not counted")
+    ignore_eos: bool = option(False, "generate the full output length; random always does")
+    temperature: float | None = option(None, "temperature of every request; the server's default if not given")
+    percentile_metrics: str = option("ttft,tpot,itl", f"metrics to report, of {','.join(METRICS)}")
     metric_percentiles: str = option("99", "percentiles to report, separated by commas")
     goodput: list[str] | None = option(
-        None, "count requests that keep to ttft:MS, tpot:MS and e2el:MS; several may follow"
+        None, "count requests that meet ttft:MS, tpot:MS and e2el:MS; several may follow"
     )
-    label: str | None = option(None, "name of this run, in the results and their file's name")
-    seed: int = option(0, "of lengths, prompts and arrivals")
+    label: str | None = option(None, "name of this run, in the results and in the name of their file")
+    seed: int = option(0, "seed of lengths, prompts and arrivals")
     save_result: bool = option(False, "write the results as JSON")
-    save_detailed: bool = option(False, "with the times, texts and errors of every request")
-    result_dir: Path | None = option(None, "folder for the results; made if it is not there")
+    save_detailed: bool = option(False, "add the times, texts and errors of every request to the results")
+    result_dir: Path | None = option(None, "folder for the results; created if it does not exist")
     result_filename: str | None = option(None, "name of the file; made of label, rate, model and date if not given")
     metadata: list[str] | None = option(None, "KEY=VALUE for the results; several may follow")
-    ready_check_timeout_sec: int = option(600, "seconds to wait for the server, and then for one request; 0 does not")
+    ready_check_timeout_sec: int = option(
+        600, "seconds to wait for the server, before a first request that must succeed; 0 skips both"
+    )
     plot: Path | None = option(None, "draw the distributions of TTFT and ITL into this PNG; needs matplotlib")
 
     def __post_init__(self) -> None:

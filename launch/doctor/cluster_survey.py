@@ -61,10 +61,7 @@ def survey(config: Config, examine: Examine) -> Iterator[Finding]:
 
 
 def candidates(config: Config, resources: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """Return the nodes that a rank may run on, or all nodes if there is none.
-
-    A head node without GPUs needs no checkpoint.
-    """
+    """Return the nodes that a rank may run on, or all if there is none: a head without GPUs needs no checkpoint."""
     rank_resources = bundle(config, cuda=uses_gpus(config, resources))
     return [ip for ip, amounts in resources.items() if fitting(amounts, rank_resources)] or list(resources)
 
@@ -107,11 +104,8 @@ def _connect(config: Config) -> Finding:
 
 
 def addresses_finding(addresses: Sequence[str]) -> Finding:
-    """Return the finding for the nodes' addresses.
-
-    Ray takes the loopback address if it finds no route out, and then no other node can join.
-    """
-    if addresses == [LOOPBACK]:
+    """Return the finding for the nodes' addresses."""
+    if addresses == [LOOPBACK]:  # Ray takes it if it finds no route out, and then no other node can join
         return warn(
             f"the only node calls itself {LOOPBACK}", "ray start --head --node-ip-address=ITS_IP lets others join"
         )

@@ -42,11 +42,7 @@ def diagnose(config: Config) -> Iterator[Finding]:
 
 
 def examine(config: Config, ip: str, *, alone: bool) -> Iterator[Finding]:
-    """Yield the findings of this machine.
-
-    ip     address of this machine for the other ranks
-    alone  all ranks would run here
-    """
+    """Yield the findings of this machine, which other ranks reach at `ip`; `alone`: all ranks would run here."""
     with start_p2p_check(config) as p2p:
         start = PlannedStart(config, ip, starts_ray=alone and config.tensor_parallel_size > 1, p2p=p2p)
         for name, check in {**(LOCAL_CHECKS if alone else {}), **CHECKS}.items():

@@ -54,11 +54,7 @@ def cuda_of_torch() -> str | None:
 def packages_finding(
     required: Sequence[Requirement], installed: Mapping[str, str], cuda: str | None, *, driver: bool, extra: str
 ) -> Finding:
-    """Return the finding for installed versions by name.
-
-    driver  the machine has an NVIDIA driver
-    extra   the extra of lockstep for this CUDA
-    """
+    """Return the finding for installed versions by name; `driver`: the machine has an NVIDIA driver."""
     wrong = [
         f"{line.name}{line.specifier} ({'not there' if (version := installed.get(line.name)) is None else version})"
         for line in required
@@ -91,11 +87,7 @@ def check_interface(start: PlannedStart) -> Finding:
 
 
 def interface_finding(ip: str, can_bind: bool, addresses: Mapping[str, str]) -> Finding:
-    """Return the finding for an address.
-
-    can_bind   a socket can be bound to it
-    addresses  the first IPv4 address of each network interface
-    """
+    """Return the finding for an address; `addresses` has the first IPv4 address of each network interface."""
     if not can_bind:
         listed = ", ".join(f"{name} {address}" for name, address in addresses.items())
         return fail(f"{ip} is no address of this machine ({listed})", "ray start --node-ip-address=ONE_OF_THESE")

@@ -33,10 +33,7 @@ def check_checkpoint(start: PlannedStart) -> Finding:
 
 
 def check_tokenizer(start: PlannedStart) -> Finding:
-    """Check that the tokenizer can be loaded.
-
-    A tokenizer.json is read by the tokenizers library: transformers, which only wraps it, takes two seconds.
-    """
+    """Check that the tokenizer can be loaded."""
     path = start.folder / "tokenizer.json"
     if not path.is_file():
         try:
@@ -48,6 +45,7 @@ def check_tokenizer(start: PlannedStart) -> Finding:
         settings = start.folder / "tokenizer_config.json"
         if settings.is_file():
             json.loads(settings.read_text())
+        # transformers, which only wraps this class, takes two seconds
         vocab_size = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size()
     except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception
         return fail(f"{path} cannot be read ({first_line(error)})", "fetch the file again")
@@ -72,10 +70,7 @@ def check_memory(start: PlannedStart) -> Finding:
 
 
 def memory_finding(config: Config, resolved: Config, plan: MemoryPlan, host: int) -> Finding:
-    """Return the finding for the plan of the rank with the least room.
-
-    host  available bytes of the host, for ranks on CPUs
-    """
+    """Return the finding for the plan of the rank with the least room; `host`: available bytes for ranks on CPUs."""
     check_weights(plan)
     plan = plan.with_pages(resolved)
     check_kv_cache(config, plan)

@@ -19,6 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lockstep.launch.cli import main as command_line
+from lockstep.launch.engine import async_engine
+from lockstep.runtime.limits import Limits
+from lockstep.runtime.plan import Finished, StepOutput
+from lockstep.runtime.stats import EngineStats
+from lockstep.runtime.tokenizer import Tokenizer
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "soak"))
 from server_process import ServerProcess, cpu_seconds
 
@@ -30,18 +37,10 @@ class TextExecutor:
     """An Executor that answers every request with the tokens of TEXT."""
 
     def __init__(self, config: Any, model: Any, folder: Path, connection: Any = None) -> None:
-        from lockstep.runtime.limits import Limits
-        from lockstep.runtime.stats import EngineStats
-        from lockstep.runtime.tokenizer import Tokenizer
-
         self.limits = Limits(
-            max_model_len=4096,
-            max_num_seqs=1024,
-            max_num_batched_tokens=8192,
-            num_pages=1 << 20,
-            page_size=16,
+            max_model_len=4096, max_num_seqs=1024, max_num_batched_tokens=8192, num_pages=1 << 20, page_size=16,
             vocab_size=model.vocab_size,
-        )
+        )  # fmt: skip
         self.startup: dict[str, float] = {}
         self.locations: list[Any] = []
         self.stats = EngineStats()
@@ -54,13 +53,9 @@ class TextExecutor:
         self._live |= {request.uid: [0, request.params.max_tokens] for request in requests}
 
     def cancel(self, uids: Sequence[int]) -> None:
-        from lockstep.runtime.plan import Finished
-
         self._ended += [Finished(uid, "abort", None) for uid in uids if self._live.pop(uid, None)]
 
     def poll(self, timeout_s: float) -> list[Any]:
-        from lockstep.runtime.plan import Finished, StepOutput
-
         if not self._live and not self._ended:
             time.sleep(min(timeout_s, 0.001))
             return []
@@ -88,11 +83,8 @@ class TextExecutor:
 
 
 def serve() -> None:
-    from lockstep.launch.cli import main
-    from lockstep.launch.engine import async_engine
-
     async_engine.start_executor = TextExecutor  # type: ignore[assignment]
-    main.main()
+    command_line.main()
 
 
 async def stream(port: int, tokens: int) -> int:

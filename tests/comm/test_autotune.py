@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from torch.distributed import HashStore
 
 from lockstep.comm import autotune
-from lockstep.comm.autotune import ALGORITHMS, SIZES, Algorithm, TimingTable, autotune_all_reduce
+from lockstep.comm.autotune import SIZES, Algorithm, TimingTable, autotune_all_reduce
 from lockstep.comm.base import Communicator
 from lockstep.comm.rendezvous import Rendezvous
 
 from ranks import run_ranks
 
 SIZE = 3
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 Times = dict[Algorithm, list[float]]
 
 

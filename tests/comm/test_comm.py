@@ -1,4 +1,4 @@
-"""Every Communicator against torch on random data: the single rank, gloo between processes, and what failures say."""
+"""Every Communicator against torch on random data: the single rank, gloo between processes, and their errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64]
 
 
 def everything(comm: Communicator) -> dict[str, Any]:
-    """All collectives on random data, next to what they must give."""
+    """Run all collectives on random data; returns whether each result is exact, by name."""
     found: dict[str, Any] = {}
     for dtype in DTYPES:
         for shape in [(0,), (1,), (3, 5), (4, 257), (8, 1024)]:
@@ -44,7 +44,7 @@ def everything(comm: Communicator) -> dict[str, Any]:
 
 
 def fused_norm(comm: Communicator) -> torch.Tensor:
-    """The completion of a partial sum; returns norm and residual."""
+    """Run all-reduce + residual + RMSNorm; returns norm and residual."""
     torch.manual_seed(comm.rank)
     x, residual = torch.randn(5, 64), torch.ones(5, 64)
     out = comm.all_reduce_add_rms_norm(x, residual, torch.full((64,), 2.0), 1e-5)
@@ -52,7 +52,7 @@ def fused_norm(comm: Communicator) -> torch.Tensor:
 
 
 def same_bits(comm: Communicator) -> list[bytes]:
-    """The bytes of float sums, whose order of addition matters."""
+    """Return the bytes of float sums, which depend on the order of addition."""
     torch.manual_seed(comm.rank)
     return [comm.all_reduce(torch.randn(n)).numpy().tobytes() for n in (1, 7, 1000, 100_003)]
 
@@ -70,7 +70,7 @@ def many_with_a_laggard(comm: Communicator) -> bool:
 
 
 def dies(comm: Communicator) -> tuple[str, float]:
-    """Rank 1 kills itself; what rank 0 is told, and after how long."""
+    """Kill rank 1; returns the error of rank 0, and the seconds until it came."""
     if comm.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.perf_counter()

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,7 +60,7 @@ class NeverReached:
 
 
 class Stub:
-    """A compiled stub: its library as lockstep sees it, and the strings by which a test pulls it."""
+    """A compiled stub: its library, its settings and its log."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -77,7 +78,7 @@ class Stub:
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Compiles the stub with these macros; once for each set."""
+    """Return a function that compiles the stub with some macros, once for each set."""
     folder, built = tmp_path_factory.mktemp("nccl"), {}
 
     def compiled(*macros: str) -> Path:
@@ -92,11 +93,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture
 def stub(build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
-    """The stub, with host memory in place of a GPU; nothing may have been done to a communicator after its end."""
-    monkeypatch.setattr(nccl, "_stream", lambda device: STREAM)
-    monkeypatch.setattr(nccl, "_is_capturing", lambda: False)
+    """The stub, with host memory in place of a GPU; fails if a communicator is used after its end."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=STREAM))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(nccl, "record_event", lambda device: Reached())
-    monkeypatch.setattr(nccl, "_on_device", lambda device: torch.inference_mode(False))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     found = Stub(build())
     found.nccl.lib.stub_reset()
     yield found
@@ -105,7 +106,7 @@ def stub(build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def run(stub: Stub, job: Job[T], size: int = 2, timeout_s: float = 20.0) -> list[T]:
-    """`job(communicator)` of `size` ranks, each a thread; raises what the lowest failing rank raised."""
+    """Return `job(communicator)` of `size` ranks, each a thread; raises the error of the lowest failing rank."""
     store = HashStore()
 
     def rank(number: int) -> T:
@@ -117,19 +118,19 @@ def run(stub: Stub, job: Job[T], size: int = 2, timeout_s: float = 20.0) -> list
 
 
 def small(rank: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Whole numbers from 0 to 7: sums are exact in every dtype and in any order."""
+    """Return integers from 0 to 7, whose sums are exact in every dtype and in any order."""
     return torch.randint(0, 8, shape, generator=torch.Generator().manual_seed(rank + 31 * sum(shape))).to(dtype)
 
 
 def same(found: Tensor, expected: Tensor) -> bool:
-    """Bit for bit: fp8 has no comparison of its own."""
+    """Compare bit by bit, because fp8 has no comparison."""
     return found.shape == expected.shape and torch.equal(
         found.cpu().contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
     )
 
 
 def collectives(comm: Communicator, device: str = "cpu", shapes: list[tuple[int, ...]] = SHAPES) -> list[str]:
-    """All collectives in place and out of place next to what torch says; the names of those that differ."""
+    """Run all collectives in place and out of place; returns the names of those that differ from torch."""
     assert isinstance(comm, NcclCommunicator)
     me, size, wrong = comm.rank, comm.size, []
 
@@ -191,7 +192,7 @@ def test_codes_are_those_of_the_header() -> None:
     }
 
 
-def test_the_installed_library_has_the_functions() -> None:
+def test_installed_library_has_the_functions() -> None:
     path = os.environ.get("GPU_TEST_LIBNCCL") or next(iter(loading.mapped_libraries()), None)
     if path is None:
         pytest.skip("torch has mapped no libnccl here, and GPU_TEST_LIBNCCL is not set")
@@ -203,7 +204,7 @@ def test_the_installed_library_has_the_functions() -> None:
         nccl.check(4, "invalid handle")
 
 
-def test_fp8_is_added_where_the_library_can(stub: Stub) -> None:
+def test_fp8_is_added_if_the_library_can(stub: Stub) -> None:
     assert stub.nccl.reduction_type(torch.float8_e5m2) == 11
     stub.nccl.version = 22304
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
@@ -226,15 +227,13 @@ def test_library_without_required_functions_is_refused_by_name(build: Callable[.
         old.require("ncclMemAlloc", "ncclCommWindowRegister")
 
 
-def test_a_path_without_a_library_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_is_named_by_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_opened", {})
     with pytest.raises(NcclError, match=r"cannot be loaded: /nowhere/libnccl.so.2: .*nccl_library"):
         open_library("/nowhere/libnccl.so.2")
 
 
-def test_a_process_uses_one_library(
-    build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_process_uses_one_library(build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(loading, "_opened", {})
     monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
     first, other = build(), build("VERSION=22809")
@@ -244,19 +243,19 @@ def test_a_process_uses_one_library(
     assert open_library(str(link)) is open_library(None) is opened
     assert os.environ["NCCL_NVLS_ENABLE"] == "0"
     assert str(first) in loading.mapped_libraries()
-    with pytest.raises(NcclError, match=rf"uses {first} already; {other} needs a process of its own"):
+    with pytest.raises(NcclError, match=rf"uses {first} already; {other} needs another process"):
         open_library(str(other))
 
 
-def test_a_wish_for_multicast_is_respected(build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvls_enable_of_the_user_is_kept(build: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "_opened", {})
     monkeypatch.setenv("NCCL_NVLS_ENABLE", "1")
     open_library(str(build()))
     assert os.environ["NCCL_NVLS_ENABLE"] == "1"
 
 
-def test_torchs_own_library_is_the_default_and_another_does_not_call_into_it(build: Callable[..., Path]) -> None:
-    """In a process of its own, where one stub takes the part of torch's libnccl, in the global scope."""
+def test_library_of_torch_is_the_default_and_no_other_calls_into_it(build: Callable[..., Path]) -> None:
+    """In another process, one stub takes the place of torch's libnccl, in the global scope."""
     torchs, named = build("VERSION=22809"), build()
     code = f"""
 import ctypes
@@ -276,7 +275,7 @@ def test_collectives_against_torch(stub: Stub, size: int) -> None:
     assert run(stub, collectives, size) == [[]] * size
 
 
-def test_what_nccl_is_given(stub: Stub) -> None:
+def test_arguments_of_nccl(stub: Stub) -> None:
     def job(comm: NcclCommunicator) -> None:
         comm.all_reduce(torch.ones(3, 5, dtype=torch.bfloat16))
         comm.all_gather(torch.ones(6, dtype=torch.int16))
@@ -293,7 +292,7 @@ def test_what_nccl_is_given(stub: Stub) -> None:
     ]
 
 
-def test_nothing_is_sent_of_empty_tensors(stub: Stub) -> None:
+def test_empty_tensors_are_not_sent(stub: Stub) -> None:
     def job(comm: NcclCommunicator) -> list[Tensor]:
         empty = torch.empty(0, 4)
         return [comm.all_reduce(empty), comm.all_gather(empty)]
@@ -317,7 +316,7 @@ REFUSED: dict[str, Callable[[NcclCommunicator], Any]] = {
 }
 
 
-def test_tensors_that_do_not_fit_are_refused_by_name(stub: Stub) -> None:
+def test_unfit_tensors_are_refused_by_name(stub: Stub) -> None:
     def job(comm: NcclCommunicator) -> None:
         for message, call in REFUSED.items():
             with pytest.raises(ValueError, match=message):
@@ -329,7 +328,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(stub: Stub) -> None:
 # --- failures and ends ----------------------------------------------------------------------------------------------
 
 
-def test_an_error_has_ncclss_words_and_ends_the_group(stub: Stub) -> None:
+def test_error_has_the_text_of_nccl_and_ends_the_group(stub: Stub) -> None:
     here = threading.Barrier(2)
 
     def job(comm: NcclCommunicator) -> list[str]:
@@ -346,13 +345,13 @@ def test_an_error_has_ncclss_words_and_ends_the_group(stub: Stub) -> None:
     assert stub.log.count("abort 0") == 1
 
 
-def test_an_error_survives_the_way_to_the_driver() -> None:
+def test_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(NcclError("rank 0 of 2: all_reduce failed")))
     assert isinstance(error, CommError)
     assert str(error) == "rank 0 of 2: all_reduce failed"
 
 
-def test_an_error_that_comes_later_is_found(stub: Stub) -> None:
+def test_asynchronous_error_ends_the_wait(stub: Stub) -> None:
     here = threading.Barrier(2)
 
     def job(comm: NcclCommunicator) -> str:
@@ -368,7 +367,7 @@ def test_an_error_that_comes_later_is_found(stub: Stub) -> None:
     assert "abort 0" in stub.log
 
 
-def test_a_silent_peer_ends_the_collective_at_its_deadline(stub: Stub) -> None:
+def test_collective_with_a_silent_peer_ends_at_its_deadline(stub: Stub) -> None:
     def job(comm: NcclCommunicator) -> tuple[str, float]:
         started = time.monotonic()
         return error_of(lambda: comm.all_reduce(torch.ones(3))) if comm.rank == 0 else "", time.monotonic() - started
@@ -379,7 +378,7 @@ def test_a_silent_peer_ends_the_collective_at_its_deadline(stub: Stub) -> None:
     assert "abort 0" in stub.log
 
 
-def test_a_device_that_waits_for_a_dead_peer_ends_at_the_deadline(stub: Stub) -> None:
+def test_device_wait_for_a_dead_peer_ends_at_the_deadline(stub: Stub) -> None:
     def job(comm: NcclCommunicator) -> list[str]:
         comm.all_gather(torch.ones(3))
         comm.wait(Reached())
@@ -390,12 +389,12 @@ def test_a_device_that_waits_for_a_dead_peer_ends_at_the_deadline(stub: Stub) ->
         assert found[1] == f"rank {rank} of 2: all_reduce failed: the group has ended"
 
 
-def test_a_device_that_waits_in_a_graph_says_so(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_wait_in_a_graph_is_named(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     def job(comm: NcclCommunicator) -> str:
-        monkeypatch.setattr(nccl, "_is_capturing", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         comm.all_reduce(torch.ones(3))
         here.wait()
-        monkeypatch.setattr(nccl, "_is_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         here.wait()
         comm.barrier()
         return error_of(lambda: comm.wait(NeverReached()))
@@ -422,7 +421,7 @@ def test_abort_from_another_thread_ends_a_collective(stub: Stub) -> None:
     assert stub.log.count("abort 0") == 1
 
 
-def test_what_an_abort_leaves_on_the_device_is_no_result(stub: Stub) -> None:
+def test_results_after_an_abort_are_invalid(stub: Stub) -> None:
     class ReachedByAbort:
         def query(self) -> bool:
             return "abort 0" in stub.log
@@ -450,7 +449,7 @@ def test_close_finalizes_before_it_destroys_and_may_come_twice(stub: Stub) -> No
         ]
 
 
-def test_close_does_not_wait_for_ever(
+def test_close_keeps_its_deadline(
     stub: Stub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(nccl, "CLOSE_S", 0.2)
@@ -475,20 +474,20 @@ def test_joining_keeps_its_deadline(stub: Stub) -> None:
     assert {"abort 0", "abort 1"} <= set(stub.log)
 
 
-def test_joining_fails_with_ncclss_words(stub: Stub) -> None:
+def test_joining_fails_with_the_text_of_nccl(stub: Stub) -> None:
     stub.set(fail=2)
     with pytest.raises(NcclError, match=r"^rank 0 of 2: joining failed: unhandled system error \(socket closed"):
         run(stub, lambda comm: None)
 
 
-def test_ranks_that_do_not_come_are_named() -> None:
+def test_silent_ranks_are_named() -> None:
     store = HashStore()
     store.set("choice/2", "NCCL 2.32.3")
     with pytest.raises(CommError, match=r"^rank 1 of 4: no message within 1 s from rank 0, 3$"):
         Rendezvous(store, 1, 4, 1.0).exchange("choice", "NCCL 2.32.3")
 
 
-def test_a_rendezvous_that_is_gone_is_named() -> None:
+def test_lost_rendezvous_is_named() -> None:
     class Gone:
         def __getattr__(self, name: str) -> Any:
             raise RuntimeError("connection reset by peer")
@@ -503,7 +502,7 @@ def test_a_rendezvous_that_is_gone_is_named() -> None:
 def connect_all(
     monkeypatch: pytest.MonkeyPatch, stub: Stub, versions: list[int], *, shares_device: bool
 ) -> list[Communicator | CommError]:
-    """What `connect` gives or raises on each rank, whose libraries have these versions."""
+    """Return the result or error of `connect` on each rank, with a library of the given version."""
     libraries = []
     for version in versions:
         nccl = Nccl(stub.path)
@@ -531,7 +530,7 @@ def connect_all(
         return list(threads.map(rank, range(len(versions))))
 
 
-def test_different_versions_are_refused_on_every_rank(monkeypatch: pytest.MonkeyPatch, stub: Stub) -> None:
+def test_unequal_versions_are_refused_on_every_rank(monkeypatch: pytest.MonkeyPatch, stub: Stub) -> None:
     for found in connect_all(monkeypatch, stub, [22809, 23203, 22809], shares_device=False):
         assert isinstance(found, NcclError)
         assert "rank 0 has NCCL 2.28.9, rank 1 has NCCL 2.32.3, rank 2 has NCCL 2.28.9" in str(found)
@@ -544,7 +543,7 @@ def test_different_versions_are_refused_on_every_rank(monkeypatch: pytest.Monkey
         (23203, "0", "the ranks share a GPU, which NCCL 2.32.3 allows with NCCL_MULTI_RANK_GPU_ENABLE=1 only"),
     ],
 )
-def test_ranks_that_share_a_gpu_use_gloo_and_say_why(
+def test_ranks_that_share_a_gpu_fall_back_to_gloo_with_a_reason(
     monkeypatch: pytest.MonkeyPatch, stub: Stub, version: int, enabled: str, why: str
 ) -> None:
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", enabled)
@@ -554,7 +553,7 @@ def test_ranks_that_share_a_gpu_use_gloo_and_say_why(
         assert not found.capturable
 
 
-def test_ranks_that_share_a_gpu_use_nccl_where_it_can(monkeypatch: pytest.MonkeyPatch, stub: Stub) -> None:
+def test_ranks_that_share_a_gpu_use_nccl_if_it_can(monkeypatch: pytest.MonkeyPatch, stub: Stub) -> None:
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
     zeros = torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda n, device: zeros(n))  # there is no GPU here
@@ -567,7 +566,7 @@ def test_ranks_that_share_a_gpu_use_nccl_where_it_can(monkeypatch: pytest.Monkey
     assert limits == ["33"] * 2  # two ranks leave half of the GPU free
 
 
-def test_the_option_is_a_path_for_ranks_on_gpus() -> None:
+def test_nccl_library_option_is_a_path_for_gpus() -> None:
     with pytest.raises(ValueError, match=r"^nccl_library='lib/libnccl.so.2' must be an absolute path"):
         Config(nccl_library="lib/libnccl.so.2")
     config = Config(nccl_library="/opt/libnccl.so.2")
@@ -584,7 +583,7 @@ GPU_SHAPES: list[tuple[int, ...]] = [(0,), (1,), (7,), (4096,), (1 << 20,)]
 
 @pytest.fixture(params=[(2, 2), (4, 4), (2, 1), (4, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
 def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
-    """(ranks, how to connect them): as processes on so many GPUs."""
+    """The number of ranks, which are processes on one or more GPUs, and the options of `connect`."""
     size, gpus = request.param
     return size, on_gpus(size, gpus)
 
@@ -597,7 +596,7 @@ def gpu_collectives(comm: Communicator) -> list[str]:
 
 
 def gpu_sums(comm: Communicator) -> list[Tensor]:
-    """Sums of random floats, in whose order of addition the bits lie."""
+    """Return sums of random floats, whose bits depend on the order of addition."""
     torch.manual_seed(comm.rank)
     parts = [torch.randn(n).to(dtype) for n in (1, 7, 4096, 1 << 20) for dtype in (torch.float32, torch.bfloat16)]
     found = [comm.all_reduce(part.cuda()).cpu() for part in parts]
@@ -606,7 +605,7 @@ def gpu_sums(comm: Communicator) -> list[Tensor]:
 
 
 def gpu_replay(comm: Communicator) -> bool:
-    """A graph with every collective, on a stream of its own, replayed with other contents."""
+    """Replay a graph with every collective on changing data; returns whether all results are right."""
     size = comm.size
     x = torch.zeros(4096, device="cuda")
 
@@ -644,7 +643,7 @@ def test_gpu_collectives_against_torch(shared: tuple[int, dict[str, Any]]) -> No
 
 
 @pytest.mark.gpu
-def test_gpu_sums_have_the_same_bits_on_every_rank(shared: tuple[int, dict[str, Any]]) -> None:
+def test_gpu_sums_are_bitwise_identical_on_all_ranks(shared: tuple[int, dict[str, Any]]) -> None:
     size, options = shared
     first, *others = run_processes(size, gpu_sums, timeout_s=60, **options)
     for other in others:
@@ -669,7 +668,7 @@ def test_gpu_collectives_in_a_graph(shared: tuple[int, dict[str, Any]]) -> None:
 @pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 @pytest.mark.parametrize("when", ["before", "during", "after"])
-def test_gpu_survivors_of_a_lost_rank_are_told(
+def test_gpu_survivors_of_a_lost_rank_raise(
     when: str, how: str, in_graph: bool, shared: tuple[int, dict[str, Any]]
 ) -> None:
     size, options = shared

@@ -128,7 +128,7 @@ class HostPeers:
         return [*arenas, *[0] * (14 - len(arenas))]
 
     def all_gather(self, out: Tensor, x: Tensor, group: Any, slot: int, kind: str) -> None:
-        """What the kernel does, with a barrier of threads for the flags."""
+        """Do as the kernel, with a barrier of threads in place of the flags."""
         start, memory = self.HEADER_BYTES, self.shared.memory
         memory[self.arenas[self.rank]][start : start + len(x)] = x
         if "deaf" in self.faults:
@@ -194,7 +194,7 @@ def slots_of(turns: SlotRotation, graph: int, length: int) -> list[int]:
 
 
 def test_slot_that_may_still_be_read_is_not_written() -> None:
-    """Any graphs and eager calls in any order: a slot that is not waited for is never that of the collective before."""
+    """In any order of graphs and eager calls, slots 1 and 2 are never used twice in a row."""
     numbers, turns = itertools.count(1), SlotRotation()
     graphs = [slots_of(turns, next(numbers), length) for length in range(1, 6)]
     eager = [slots_of(turns, 0, length) for length in (1, 2)]
@@ -476,7 +476,7 @@ def test_misaligned_residual_is_updated_in_place(rank: Rank, monkeypatch: pytest
     assert (residual == 3.0).all()
 
 
-def test_rank_that_does_not_come_ends_the_group(rank: Rank) -> None:
+def test_peer_timeout_ends_the_group(rank: Rank) -> None:
     comm, buffers, nccl = rank
 
     class Ready:
@@ -578,19 +578,19 @@ NORMS = [(1, 64), (1, 8192), (3, 1000), (40, 4096), (256, 5120), (5, 501)]
 
 @pytest.fixture(params=[(2, 2), (4, 4), (2, 1), (4, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
 def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
-    """(ranks, how to connect them): as processes on so many GPUs."""
+    """The number of ranks, which are processes on one or more GPUs, and the options of `connect`."""
     size, gpus = request.param
     return size, {**on_gpus(size, gpus), "all_reduce": "auto"}
 
 
 def part(rank: int, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Random numbers of a rank, the same wherever they are made."""
+    """Return random numbers of a rank, equal on every rank that makes them."""
     generator = torch.Generator("cuda").manual_seed(rank + 31 * sum(shape))
     return torch.randn(shape, generator=generator, device="cuda").to(dtype)
 
 
 def in_order(parts: list[Tensor]) -> Tensor:
-    """Their sum in float32 and in rank order, rounded once."""
+    """Return their sum in float32 and in rank order, rounded once."""
     total = parts[0].float()
     for other in parts[1:]:
         total = total + other.float()
@@ -609,7 +609,7 @@ def connected(comm: Communicator) -> Any:
 
 
 def gpu_collectives(comm: Communicator) -> list[str]:
-    """All collectives next to torch, bit for bit where they do not go to NCCL; the names of those that differ."""
+    """Compare all collectives with torch, bit by bit unless NCCL serves them; returns the names of those that differ."""
     comm, wrong = connected(comm), []
     me, size = comm.rank, comm.size
 
@@ -638,7 +638,7 @@ def gpu_collectives(comm: Communicator) -> list[str]:
 
 
 def gpu_norms(comm: Communicator) -> tuple[list[str], list[Tensor]]:
-    """The fused completion next to float32 in torch; what differs, and the results themselves."""
+    """Compare all-reduce + residual + RMSNorm with float32 in torch; returns the differences and the results."""
     comm = connected(comm)
     me, size, wrong, results = comm.rank, comm.size, [], []
     for dtype, (rows, columns), buffered in itertools.product(FLOATS, NORMS, (False, True)):
@@ -660,7 +660,7 @@ def gpu_norms(comm: Communicator) -> tuple[list[str], list[Tensor]]:
 
 
 def gpu_many(comm: Communicator) -> int:
-    """10,000 all-reduces, a rank lagging now and then; how many were wrong."""
+    """Run 10,000 all-reduces with a rank that is slow at times; returns how many were wrong."""
     comm = connected(comm)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
     for turn in range(10_000):
@@ -677,7 +677,7 @@ def gpu_many(comm: Communicator) -> int:
 
 
 def gpu_graphs(comm: Communicator) -> int:
-    """Graphs of 1 to 5 collectives, whose inputs are products in buffers, mixed with eager calls; the errors."""
+    """Mix graphs of 1 to 5 collectives on GEMMs in buffers with eager calls; returns how many were wrong."""
     comm = connected(comm)
     step, wrong = torch.zeros((), device="cuda"), torch.zeros((), dtype=torch.int64, device="cuda")
     columns, ones = 1024, torch.ones(8, 8, device="cuda", dtype=torch.bfloat16)
@@ -733,7 +733,7 @@ def test_gpu_collectives_against_torch(algorithm: str, shared: tuple[int, dict[s
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("algorithm", ["one-shot", "two-shot"])
-def test_gpu_norms_against_torch_with_the_same_bits_everywhere(
+def test_gpu_norms_against_torch_are_bitwise_identical_on_all_ranks(
     algorithm: str, shared: tuple[int, dict[str, Any]]
 ) -> None:
     size, options = shared
@@ -745,7 +745,7 @@ def test_gpu_norms_against_torch_with_the_same_bits_everywhere(
 
 
 @pytest.mark.gpu
-def test_gpu_many_with_a_rank_that_lags(shared: tuple[int, dict[str, Any]]) -> None:
+def test_gpu_many_all_reduces_with_a_slow_rank(shared: tuple[int, dict[str, Any]]) -> None:
     size, options = shared
     assert run_processes(size, gpu_many, timeout_s=60, **options) == [0] * size
 

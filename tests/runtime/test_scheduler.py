@@ -101,6 +101,7 @@ class Rank:
             self.read(slot, start + count)
         at_end = [row for row, (slot, start, count) in enumerate(rows) if start + count == self.length[slot]]
         assert plan.sampled_rows.tolist() == at_end
+        assert at_end[: plan.num_decoding] == list(range(plan.num_decoding))  # every decoding row samples
         return np.array([self.sample(rows[row][0]) for row in at_end], np.int32)
 
     def read(self, slot: int, length: int) -> None:

@@ -1,4 +1,4 @@
-"""`lockstep bench`: what it counts is what was asked for, and what it reads off a trace is what brute force finds."""
+"""`lockstep bench`: counts of requests and tokens, and times from a trace against brute force."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def kv_token_bytes(ranks: int) -> int:
 
 
 def weight_bytes() -> int:
-    """Bytes of the checkpoint's weights in float32, without an embedding that is no head."""
+    """Return the bytes of the checkpoint's weights in float32, without an embedding that is no head."""
     with safe_open(Path(DEMO_MODEL) / "model.safetensors", "np") as file:
         sizes = {name: int(np.prod(file.get_slice(name).get_shape())) * FLOAT32 for name in file.keys()}  # noqa: SIM118
     if not described()["tie_word_embeddings"]:
@@ -100,7 +100,7 @@ def test_latency_counts_every_step_and_token(tmp_path: Path) -> None:
 
 
 def test_throughput_counts_every_request_and_token(tmp_path: Path) -> None:
-    """More requests than slots, prompts in chunks, and a model of which there is only the description."""
+    """More requests than slots, prompts in chunks, and a model that is only a config.json."""
     results, trace, model = tmp_path / "results.json", tmp_path / "trace.json", tmp_path / "model"
     model.mkdir()
     shutil.copy(Path(DEMO_MODEL) / "config.json", model)
@@ -193,7 +193,7 @@ def test_unreadable_flag_is_named(arguments: list[str], message: str) -> None:
 def run_locally(
     num_steps: int | None, *, late: bool = False
 ) -> tuple[dict[int, list[int]], list[Profile], LocalExecutor]:
-    """The tokens of three requests (of none, if `late`), and the profiles that came if one was asked for."""
+    """Return the tokens of three requests (of none, if `late`), the profiles of num_steps, and the executor."""
     folder = Path(DEMO_MODEL)
     executor = LocalExecutor(Config(**OPTIONS), ModelConfig.from_folder(folder), folder)
     tokens: dict[int, list[int]] = {}
@@ -227,7 +227,7 @@ def test_profile_changes_no_token_and_comes_once(asked: int, traced: int) -> Non
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["in turn", "overlap"])
 def test_preempted_requests_are_counted_again(overlap: bool) -> None:
-    """Four requests grow to 16 pages each, of 40 that there are."""
+    """Four requests grow to 16 pages each, and there are 40 pages."""
     engines: list[Engine] = []
     requests = [request(uid, [uid + 1] * 24, max_tokens=40) for uid in range(4)]
     found = run_engine(
@@ -290,7 +290,7 @@ def test_classify_kernels(name: str, expected: str) -> None:
 
 
 def as_trace(events: list[tuple[str, str, int, int, int]]) -> bytes:
-    """Events (category, name, thread, start, duration) as torch writes them, among others that do not count."""
+    """Return a trace of events (category, name, thread, start, duration) among others that do not count."""
     found: list[dict[str, Any]] = [
         {"ph": "X", "cat": cat, "name": name, "tid": tid, "ts": ts, "dur": dur} for cat, name, tid, ts, dur in events
     ]

@@ -1,4 +1,4 @@
-"""`lockstep bench comm`: tables, JSON and plot say the same, wrong results are counted, nonsense is refused."""
+"""`lockstep bench comm`: tables, JSON and plot agree, wrong results are counted, invalid options are refused."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_refused_algorithms_have_a_reason_and_json_is_all_that_is_printed(ray_cl
 
 
 class Wrong(Communicator):
-    """Adds up over threads, and then changes some elements by a few roundings."""
+    """A communicator of threads whose sums have some wrong elements."""
 
     def __init__(self, real: Communicator, errors: int) -> None:
         self.rank, self.size, self.capturable = real.rank, real.size, False
@@ -121,14 +121,14 @@ def test_block_has_the_slowest_rank_and_all_wrong_elements() -> None:
 
 
 @pytest.mark.parametrize(("text", "number"), [("8", 8), ("4K", 4096), ("2m", 2 << 20), ("1G", 1 << 30)])
-def test_sizes(text: str, number: int) -> None:
+def test_parse_bytes(text: str, number: int) -> None:
     assert parse_bytes("min_bytes", text) == number
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "one rank has nobody to communicate with; give --tp 2 or more"),
+        ([], "one rank has no peer to communicate with; give --tp 2 or more"),
         (["--tp=2", "-b4Q"], "min_bytes='4Q' is no number of bytes; write 8, 4K, 1M or 1G"),
         (["--tp=2", "-b2M", "-e1M"], "min_bytes=2M is above max_bytes=1M"),
         (["--tp=2", "-b1"], "min_bytes=1 holds no bfloat16, which has 2 bytes"),

@@ -191,7 +191,7 @@ def test_arrivals_at_the_limits() -> None:
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time is a number that jumps to the next thing to do."""
+    """An event loop whose time jumps to the next timer."""
 
     now = 0.0
 

@@ -117,7 +117,7 @@ def test_json_is_a_list_of_findings(command: Command) -> None:
 
 @needs_no_driver
 @pytest.mark.parametrize("device", ["auto", "cpu"])
-def test_torch_is_not_imported_where_there_is_no_gpu(device: str) -> None:
+def test_torch_is_not_imported_without_a_gpu(device: str) -> None:
     report = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
     program = f"{report}; from lockstep.launch.cli.main import main; main()"
     command = [sys.executable, "-c", program, "doctor", DEMO_MODEL, f"--device={device}", "--tp=2", "--max-num-seqs=8"]
@@ -292,13 +292,13 @@ def test_gpus_needed() -> None:
     ("free", "ray_bytes", "nccl", "status"),
     [(64, 80, 0, "warn"), (80, 80, 0, "ok"), (64, 80, 128, "fail"), (150, 80, 128, "warn"), (208, 80, 128, "ok")],
 )
-def test_shared_memory(free: int, ray_bytes: int, nccl: int, status: str) -> None:
+def test_shared_memory_findings(free: int, ray_bytes: int, nccl: int, status: str) -> None:
     found = shared_memory_finding(free * MIB, ray_bytes * MIB, nccl * MIB)
     assert found.status == status
     assert (found.remedy != "") == (status != "ok")
 
 
-def test_open_files() -> None:
+def test_open_files_findings() -> None:
     assert open_files_finding(1024, 4096, 1024).status == "fail"
     assert open_files_finding(1024, 1024, 256).status == "warn"
     assert "as root" in open_files_finding(1024, 1024, 256).remedy
@@ -316,7 +316,7 @@ def test_gpu_processes_are_listed() -> None:
     assert gpu_processes_finding([None], own_pid=1).status == "warn"
 
 
-def test_memory_on_a_gpu() -> None:
+def test_memory_findings_on_a_gpu() -> None:
     asked = Config(max_model_len=4096)
     fits = memory_finding(asked, asked, H200, host=0)
     assert fits.status == "ok"  # 0.9 * 140 - 16 = 110 GiB of pages of 2 MiB and 16 tokens
@@ -328,7 +328,7 @@ def test_memory_on_a_gpu() -> None:
     assert (refused.status, refused.remedy) == ("fail", "raise gpu_memory_utilization to 0.94")
 
 
-def test_memory_of_a_host_that_is_too_small() -> None:
+def test_memory_finding_of_a_small_host() -> None:
     host = MemoryPlan(place="the CPU", weights=GIB, page_bytes=MIB, page_size=16)
     asked = Config(tensor_parallel_size=2, max_model_len=1024, kv_cache_memory=1.0)
     assert memory_finding(asked, asked, host, host=4 * GIB).status == "ok"
@@ -336,14 +336,14 @@ def test_memory_of_a_host_that_is_too_small() -> None:
     assert (small.status, small.remedy) == ("warn", "lower --kv-cache-memory")
 
 
-def test_libnccl() -> None:
+def test_nccl_findings() -> None:
     one, two = "/a/libnccl.so.2", "/b/libnccl.so.2"
     assert nccl_finding("NCCL 2.28.9", one, [one], named_by_user=False).finding == f"NCCL 2.28.9 from {one}"
     assert nccl_finding("NCCL 2.28.9", one, [one, two], named_by_user=False).status == "warn"
     assert nccl_finding("NCCL 2.32.3", two, [one, two], named_by_user=True).status == "ok"
 
 
-def test_interfaces() -> None:
+def test_interface_findings() -> None:
     addresses = {"lo": "127.0.0.1", "eth0": "10.0.0.5"}
     assert interface_finding("10.0.0.5", True, addresses).finding == "eth0, 10.0.0.5"
     assert interface_finding("10.0.0.6", True, addresses).status == "ok"
