@@ -1,14 +1,14 @@
-"""What ends a run through no fault of the request; apart from Ray, so that the command line can name them at once."""
+"""Errors of the ranks and the engine, in a module without Ray: the command line needs them at once."""
 
 
 class PlacementError(RuntimeError):
-    """There is no place for the ranks: no cluster at the address, or too few resources in it."""
+    """The ranks cannot be placed: there is no cluster at the address, or it has too few resources."""
 
 
 class RankFailed(RuntimeError):
-    """A rank died, raised or hung; the message says which, where and why.
+    """A rank died, raised or hung; the message names the rank, its host and the cause.
 
-    `last_words` are the last lines that the rank has written to its stderr, where they can be read from here.
+    `last_words` are the last lines of the rank's stderr, if they can be read from here.
     """
 
     def __init__(self, reason: str, last_words: str = "") -> None:
@@ -17,15 +17,15 @@ class RankFailed(RuntimeError):
 
 
 class EngineFailed(RuntimeError):
-    """The ranks have failed and will not be started again, or the service has ended; the message says why."""
+    """The engine takes no requests: its ranks have failed for good, or it is closed. The message says why."""
 
 
 class RequestCrashedEngine(EngineFailed):
-    """This request has ended its ranks again and again, and is not tried any more; others go on."""
+    """This request crashed the ranks repeatedly and is in quarantine; other requests continue."""
 
 
 class RequestsLost(RuntimeError):
-    """Some of several replicas failed; these requests, by their uids, are to go on elsewhere."""
+    """A replica failed; the requests with these uids must be submitted to others."""
 
     def __init__(self, uids: list[int], reason: str) -> None:
         super().__init__(reason)

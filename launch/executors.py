@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def connect_ray(config: Config, replicas: int = 1) -> Connection | None:
-    """What executors that are started one after the other share; None where the one rank runs in this process."""
+    """Connect to Ray for executors that are started one after another; return None for a rank in this process."""
     if replicas == 1 and _in_process(config):
         return None
     with signals_wait():  # Ray costs 0.4 s, and one rank does not need it
@@ -29,7 +29,7 @@ def connect_ray(config: Config, replicas: int = 1) -> Connection | None:
 
 
 def start_executor(config: Config, model: ModelConfig, folder: Path, connection: Connection | None = None) -> Executor:
-    """The executor that fits the configuration, ready for requests; it connects to Ray by itself if it must."""
+    """Start the executor that fits the configuration; without a `connection` it connects to Ray if it needs to."""
     if _in_process(config):
         log.info("one rank: running in this process, without Ray")
         return LocalExecutor(config, model, folder)
@@ -40,7 +40,7 @@ def start_executor(config: Config, model: ModelConfig, folder: Path, connection:
 
 
 def start_replicas(config: Config, connection: Connection, replicas: int, max_queued: int) -> Executor:
-    """Several groups of ranks behind one Executor; raises ValueError where Ray Serve is not installed."""
+    """Start several groups of ranks behind one Executor; raises ValueError if Ray Serve is not installed."""
     try:
         from .replicas.replica_executor import ReplicaExecutor
     except ImportError as error:

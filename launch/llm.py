@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..runtime.checkpoint import find_model
 from ..runtime.config import DEMO_MODEL, Config
 from ..runtime.offline import OfflineLLM
 from ..runtime.tokenizer import Tokenizer
 from .executors import start_executor
-
-if TYPE_CHECKING:
-    pass
-
-log = logging.getLogger(__name__)
 
 
 class LLM(OfflineLLM):
@@ -26,6 +20,6 @@ class LLM(OfflineLLM):
 
     def __init__(self, model: str = DEMO_MODEL, **options: Any) -> None:
         self.config = Config.from_options({"model": model, **options})
-        folder, described = find_model(self.config)
+        folder, model_config = find_model(self.config)
         tokenizer = Tokenizer(folder)
-        super().__init__(start_executor(self.config, described, folder), described, folder, tokenizer)
+        super().__init__(start_executor(self.config, model_config, folder), model_config, folder, tokenizer)

@@ -1,4 +1,4 @@
-"""The seam between the front end and the ranks: whoever runs them, in this process or on Ray actors, looks the same."""
+"""The interface between the front end and the ranks, and its implementation for one rank in this process."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Wakeup(Protocol):
 
 
 class Executor(Protocol):
-    """Takes requests, gives what the steps produced; `limits` are what every request must keep to."""
+    """Takes requests and returns the steps' outputs; every request must keep its `limits`."""
 
     limits: Limits
     startup: dict[str, float]  # what StartupTimer.record returned
 
     @property
     def stats(self) -> EngineStats:
-        """The engine's counters as of the last `poll`; the reading does not change."""
+        """The engine's counters at the last `poll`; the object is not updated later."""
 
     @property
     def locations(self) -> Sequence[RankLocation]:
@@ -60,22 +60,22 @@ class Executor(Protocol):
         """Queue requests; returns at once."""
 
     def cancel(self, uids: Sequence[int]) -> None:
-        """End requests early; each still ends with a Finished, reason "abort", unless it had ended before."""
+        """End requests early; each still gets a Finished with reason "abort", unless it has ended already."""
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
-        """What has come since the last call; waits up to timeout_s for something. Raises if the ranks failed."""
+        """Return the outputs since the last call; wait up to timeout_s for the first. Raises if the ranks failed."""
 
     def wait(self, wakeup: Wakeup) -> None:
         """While no request is live: wait until `wakeup` is set, or the ranks need another `poll`."""
 
     def start_profile(self, num_steps: int) -> None:
-        """Trace up to `num_steps` decode steps on rank 0, from the next one on; requests must have been submitted."""
+        """Trace up to `num_steps` decode steps on rank 0, from the next step on; requests must have been submitted."""
 
     def take_profile(self) -> Profile | None:
-        """The profile that was asked for, once, if a `poll` has brought it."""
+        """Return the profile once, after the `poll` that has received it; None otherwise."""
 
     def close(self) -> None:
-        """End the ranks and free what they hold; live requests are dropped."""
+        """End the ranks and free their memory; live requests are dropped."""
 
 
 class LocalExecutor:

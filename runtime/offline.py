@@ -1,4 +1,4 @@
-"""Prompts in, text out, offline; over any Executor."""
+"""The offline API: generate for lists of prompts over any Executor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from .executor import Executor
-from .frontend import Frontend, Generation, Output, Prompt
+from .frontend import Frontend, Prompt
+from .ledger import Generation, Output
 from .model.model_config import ModelConfig
 from .outputs import Event, RequestOutput
 from .request import RequestRefused, SamplingParams
@@ -40,18 +41,18 @@ class OfflineLLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Complete each prompt; results in the order of the prompts.
+        """Complete each prompt and return the results in the order of the prompts.
 
         prompts          a text, a list of token ids, or a list of either
-        sampling_params  for all prompts, or one for each; the model's own recommendation if not given
-        Raises RequestRefused (a ValueError), before anything is started, naming the first prompt that cannot run.
+        sampling_params  for all prompts, or one for each; by default the checkpoint's recommendation
+        Raises RequestRefused (a ValueError) naming the first prompt that cannot run, before any is started.
         """
         generations = self._prepare(_as_list(prompts), sampling_params)
         with tqdm(total=len(generations), desc="generate", unit="prompt", disable=not use_tqdm) as bar:
             for changed in self._run(generations):
                 done = sum(g.finished for g in generations)
                 bar.update(done - bar.n)
-                bar.set_postfix(tokens=sum(len(s.output.token_ids) for s in changed), refresh=False)
+                bar.set_postfix(tokens=sum(output.num_tokens for output in changed), refresh=False)
         return [g.result() for g in generations]
 
     def chat(
@@ -61,7 +62,7 @@ class OfflineLLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or each of a list of them: [{"role": "user", "content": "..."}, ...]."""
+        """Answer a conversation, or each of a list of conversations: [{"role": "user", "content": "..."}, ...]."""
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts = [self.tokenizer.encode_chat(c) for c in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -79,19 +80,19 @@ class OfflineLLM:
         numbers = {g.number: i for i, g in enumerate(generations)}
         reported: set[int] = set()
         for changed in self._run(generations):
-            yield from [output.take_event(numbers[output.owner.number]) for output in changed]
-            for number in {s.owner.number for s in changed} - reported:
+            yield from [output.take_event(numbers[output.generation.number]) for output in changed]
+            for number in {output.generation.number for output in changed} - reported:
                 generation = generations[numbers[number]]
                 if generation.finished:
                     reported.add(number)
                     yield generation.result()
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the checkpoint's generation_config.json recommends."""
+        """Return the recommendation in the checkpoint's generation_config.json."""
         return self._defaults
 
     def close(self) -> None:
-        """End the ranks; nothing of them is left when this returns. Safe to call twice."""
+        """End the ranks; they have ended when this returns. Safe to call twice."""
         self.executor.close()
 
     def __enter__(self: LLMType) -> LLMType:
@@ -110,15 +111,15 @@ class OfflineLLM:
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling params for {len(prompts)} prompts; give one, or one for each")
         generations = []
-        for i, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+        for i, (prompt, prompt_params) in enumerate(zip(prompts, params, strict=True)):
             try:
-                generations.append(self._frontend.prepare(prompt, own))
+                generations.append(self._frontend.prepare(prompt, prompt_params))
             except RequestRefused as error:
                 raise RequestRefused(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from error
         return generations
 
     def _run(self, generations: list[Generation]) -> Iterator[list[Output]]:
-        """Start these and yield what changed, until all have ended; cancels them if the caller leaves early."""
+        """Start these and yield the changed outputs until all have ended; cancel them if the caller leaves early."""
         self._frontend.submit(generations)
         try:
             while not all(g.finished for g in generations):
@@ -129,7 +130,7 @@ class OfflineLLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    """One prompt as a list of one: a text, or a list of token ids."""
+    """Return a list of prompts, of one if `prompts` is a text or a list of token ids."""
     if isinstance(prompts, str):
         return [prompts]
     if len(prompts) > 0 and all(isinstance(p, int) for p in prompts):

@@ -1,4 +1,4 @@
-"""What a user gets back; the names are vLLM's."""
+"""The results of generation for users, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One of the n outputs of a prompt; `token_ids` include the token that ended it, `text` does not."""
+    """One of the n outputs of a prompt; `token_ids` includes the token that ended it, `text` does not."""
 
     index: int
     text: str = ""

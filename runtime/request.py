@@ -1,4 +1,4 @@
-"""What a user asks for: sampling parameters, and a request as it travels to the scheduler."""
+"""Sampling parameters, and requests on their way to the scheduler."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MAX_STOP_STRINGS = 16
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """How to choose tokens and when to stop; the names and defaults are vLLM's.
+    """How to sample tokens and when to stop; the names and defaults are vLLM's.
 
     Raises ValueError naming the parameter, its value and the rule. `seed` fixes the tokens of a request: they depend
-    on (seed, position) only, not on the batch, a preemption or the TP size. Without one a random seed is drawn.
-    With n > 1, output i uses seed + i: the same tokens as n requests with those seeds.
+    on (seed, position) only, not on the batch, a preemption or the TP size. The default is a random seed.
+    With n > 1, output i uses seed + i: its tokens equal those of a request with that seed.
     """
 
     n: int = 1
@@ -82,7 +82,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         return self.temperature == 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError where a token id of these parameters is not one of the model's."""
+        """Raise ValueError if a token id in these parameters is not one of the model's."""
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
             for i in ids:
                 _require(0 <= i < vocab_size, name, i, f"is not a token id; the model has ids 0 to {vocab_size - 1}")
@@ -119,10 +119,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One output to produce: what the scheduler admits. The front end keeps it until the output has ended.
+    """One output to generate, as the scheduler admits it. The front end keeps it until the output has ended.
 
-    `tokens` are the prompt and, for a request that is admitted again, what it has produced; `stop_ids` end the output
-    (EOS ids included unless ignored); params.seed and params.max_tokens are set, n is spent.
+    `tokens` are the prompt and, for a request that is submitted again, its generated tokens. `stop_ids` end the output;
+    they include the EOS ids unless these are ignored. params.seed and params.max_tokens are set, and params.n is 1.
     """
 
     uid: int
@@ -148,4 +148,4 @@ def _require(holds: bool, name: str, value: Any, rule: str) -> None:
 
 
 class RequestRefused(ValueError):
-    """A prompt or its parameters can never run; nothing was started."""
+    """A prompt or its parameters cannot run; nothing was started."""

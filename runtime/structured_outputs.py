@@ -1,6 +1,6 @@
-"""What a constrained output must look like: a part of the sampling parameters, under vLLM's names.
+"""The sampling parameters of constrained outputs, with vLLM's names.
 
-It imports nothing that takes time: the process that only checks grammars (runtime/grammar.py) starts quickly.
+The module imports nothing slow, so that the process that checks grammars (runtime/sampling/grammar.py) starts quickly.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ KINDS = ("json", "regex", "choice", "grammar", "json_object")
 class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Exactly one of `json` (a JSON schema, as text or as a dictionary), `regex`, `choice`, `grammar`, `json_object`.
 
-    The whole output matches it, as Python's `re.fullmatch` would, unless max_tokens or a stop string cuts it short.
+    The whole output matches it (as with Python's `re.fullmatch`), unless max_tokens or a stop string cuts it short.
     grammar  Lark, in llguidance's dialect, or GBNF
     Between the parts of a JSON text there may be two blanks, or a new line and its indentation; with
-    disable_any_whitespace there is nothing.
+    disable_any_whitespace there is no whitespace.
     """
 
     json: str | dict[str, Any] | None = None
@@ -31,13 +31,13 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, forbid_
     disable_any_whitespace: bool = False
 
     def __post_init__(self) -> None:
-        given = [kind for kind in KINDS if getattr(self, kind) not in (None, False)]
-        if len(given) != 1:
-            raise _refused(f"has {' and '.join(given) or 'nothing'}; give exactly one of {', '.join(KINDS)}")
+        kinds = [kind for kind in KINDS if getattr(self, kind) not in (None, False)]
+        if len(kinds) != 1:
+            raise _refused(f"has {' and '.join(kinds) or 'nothing'}; give exactly one of {', '.join(KINDS)}")
         if self.disable_any_whitespace and self.kind not in ("json", "json_object"):
             raise _refused(f"has disable_any_whitespace with {self.kind}; it is for json and json_object")
-        wrong = self.choice is not None and not all(isinstance(c, str) and c for c in self.choice)
-        if wrong or self.choice == []:
+        is_invalid = self.choice is not None and not all(isinstance(c, str) and c for c in self.choice)
+        if is_invalid or self.choice == []:
             raise _refused("has a choice that is not a list of non-empty strings")
         if len(self.text) > MAX_GRAMMAR_CHARS:
             raise _refused(f"has {len(self.text)} characters of {self.kind}; at most {MAX_GRAMMAR_CHARS}")
@@ -48,7 +48,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, forbid_
 
     @property
     def text(self) -> str:
-        """The schema, choices, regex or grammar as text. Raises ValueError where it is no JSON."""
+        """The schema, choices, regex or grammar as text; raises ValueError if it cannot be written as JSON."""
         value = getattr(self, self.kind)
         if self.json_object:
             return '{"type": "object"}'

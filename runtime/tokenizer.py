@@ -1,4 +1,4 @@
-"""Text to token ids and back: the checkpoint's own tokenizer and chat template, and text that grows token by token."""
+"""Text to token ids and back: the checkpoint's tokenizer and chat template, and text that grows token by token."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from .request import SamplingParams
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-LONGEST_PARTIAL = 8  # tokens that may spell one unfinished character; more of them are simply not valid UTF-8
-CONTEXT = 6  # tokens of the prompt that decide how the first tokens of the output are spaced
+LONGEST_PARTIAL = 8  # tokens that may be parts of one character; more of them are invalid UTF-8
+CONTEXT = 6  # tokens of the prompt that determine the spacing of the first output tokens
 
 Message = dict[str, Any]
 
 
 class Tokenizer:
-    """The tokenizer of the checkpoint in `folder`; raises ValueError where there is none that transformers can load."""
+    """The tokenizer of the checkpoint in `folder`; raises ValueError if transformers cannot load it."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer  # costs 1-2 s: only a process that has text to tokenize pays
+        from transformers import AutoTokenizer  # takes 1-2 s: only for processes that tokenize
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
@@ -32,11 +32,11 @@ class Tokenizer:
         self.decode_ids: Callable[..., str] = backend.decode
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, special tokens added as the tokenizer is set up to."""
+        """Return the token ids of a prompt, with the special tokens that the tokenizer adds."""
         return [int(i) for i in self._tokenizer.encode(text)]
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation through the model's chat template, up to where the assistant begins to speak."""
+        """Return the token ids of a conversation in the chat template, up to the assistant's answer."""
         from jinja2.exceptions import TemplateError
 
         if not self._tokenizer.chat_template:
@@ -48,31 +48,31 @@ class Tokenizer:
         return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of these ids alone."""
+        """Return the text of these ids alone."""
         return self.decode_ids(list(ids), skip_special_tokens=skip_special_tokens)
 
 
 class Detokenizer:
-    """The text of one output as its tokens come, never cutting a character in half.
+    """The text of one output as its tokens come, in whole characters.
 
-    Decodes a window twice, without and with the new tokens, and takes the difference: the spacing between tokens then
-    comes out as in the whole (the two-offset method of text-generation-inference).
+    Decodes a window twice, without and with the new tokens, and returns the difference: the spacing between tokens is
+    then the same as in the whole text (the two-offset method of text-generation-inference).
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> None:
         self._decode = tokenizer.decode_ids
         self._skip = skip_special_tokens
         self._ids = [int(i) for i in prompt[-CONTEXT:]]
-        self._window = 0  # start of what is decoded
-        self._done = len(self._ids)  # end of what has been given out
+        self._window = 0  # start of the tokens that are decoded
+        self._done = len(self._ids)  # end of the tokens whose text has been returned
 
     def push(self, token: int) -> str:
-        """The text that became certain with this token; may be empty."""
+        """Return the text that is certain with this token; may be empty."""
         self._ids.append(token)
         return self._take(final=len(self._ids) - self._done > LONGEST_PARTIAL)
 
     def flush(self) -> str:
-        """What is left when no more tokens come; bytes of an unfinished character show as replacement characters."""
+        """Return the rest of the text; bytes of an incomplete character become replacement characters."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> str:
@@ -85,13 +85,13 @@ class Detokenizer:
 
 
 def default_sampling_params(folder: Path) -> SamplingParams:
-    """What the checkpoint's generation_config.json recommends; SamplingParams() where it is silent or absent."""
+    """Return the recommendation in the checkpoint's generation_config.json; the defaults without one."""
     try:
         hints = json.loads((folder / "generation_config.json").read_text())
     except (OSError, ValueError):
         return SamplingParams()
     names = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
-    chosen = {name: hints[name] for name in names if hints.get(name) is not None}
+    params = {name: hints[name] for name in names if hints.get(name) is not None}
     if isinstance(hints.get("max_new_tokens"), int):
-        chosen["max_tokens"] = hints["max_new_tokens"]
-    return SamplingParams(**chosen)
+        params["max_tokens"] = hints["max_new_tokens"]
+    return SamplingParams(**params)

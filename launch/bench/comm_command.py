@@ -105,7 +105,7 @@ def _run(config: Config, spec: Any, out: Any) -> Report:
         )  # the actors add the other algorithms
         group = place(placed, connection.leaving)
         stack.callback(while_connected, remove_placement_group, group)
-        ranks = ActorGroup(placed, group, connection.bell, connection.leaving, CommBenchActor)
+        ranks = ActorGroup(placed, group, connection.wakeup, connection.leaving, CommBenchActor)
         stack.callback(while_connected, ranks.close, 0)
 
         def call(method: str, *arguments: Any) -> list[Any]:

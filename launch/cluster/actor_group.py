@@ -1,7 +1,7 @@
 """The ranks as a group of Ray actors: started together, watched together, and ended together.
 
-Any rank's failure is the group's end, because the others cannot go on without it. Several ranks then fail within
-moments of each other; the group reports the one that the others only followed.
+Any rank's failure ends the group, because the others cannot continue without it. The others fail a moment later; the
+group reports the failure that caused theirs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,27 +23,29 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...comm.base import CommError
+from ...comm.error_text import first_line
 from ...runtime.config import Config
 from ..errors import RankFailed
 from .rank_actor import Endpoint, RankActor
 from .sockets import WakeupEvent
 from .worker import Worker
 
-# What an actor's environment does not have from its node. All else that a rank must know is in Config.
+# Prefixes of variables that are passed on to the ranks. All other settings of a rank are in Config.
 FORWARDED = ("NCCL_", "GLOO_", "OMP_", "HF_", "HUGGING_FACE_", "TORCH_", "CUDA_LAUNCH_")
 WATCH_S = 0.5
-OTHERS_S = 2.0  # after one rank failed, for Ray to report the others
+OTHERS_S = 2.0  # after a rank has failed, for Ray to report the other ranks
 LAST_LINES, LAST_BYTES = 10, 8192  # of a failed rank's stderr
-RAYS_OWN = (":job_id:", ":actor_name:")  # lines that Ray puts there for its own use
+RAY_MARKS = (":job_id:", ":actor_name:")  # lines that Ray writes there
 KILL_S = 5.0  # for Ray to end the processes
+TABLE_HEAD = ("rank", "node", "address", "interface", "GPU", "pid")
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What Ray says of a rank's call that has ended."""
+    """A rank's call that has ended too early, and Ray's report of it."""
 
     rank: int
-    error: RayError | None  # None: it returned, though nobody told it to
+    error: RayError | None  # None: the call returned
 
     @property
     def cause(self) -> BaseException | None:
@@ -51,7 +54,7 @@ class Failure:
 
     @property
     def is_echo(self) -> bool:
-        """Whether another rank's failure may be behind this one: a CommError says that a peer is gone or silent."""
+        """Whether another rank may have caused this failure: a CommError reports a peer that is gone or silent."""
         return isinstance(self.cause, CommError)
 
     @property
@@ -59,26 +62,26 @@ class Failure:
         if self.error is None:
             return "ended by itself"
         if self.cause is not None:
-            return f"failed: {type(self.cause).__name__}: {_first_line(self.cause)}"
+            return f"failed: {type(self.cause).__name__}: {first_line(self.cause)}"
         return f"died: {_reason_of_death(self.error)}"
 
 
 class ActorGroup:
-    """An actor in each bundle of `group`, a Worker if not given; `config` is resolved. Call `close` in any case.
+    """An actor in each bundle of `group`, by default a Worker; `config` is resolved. Call `close` in any case.
 
-    `bell` rings when there is a `failure`; when `leaving` is set, nobody waits for the answer to a call any more.
+    `wakeup` is set when there is a `failure`. When `leaving` is set, `call` gives up.
     """
 
     def __init__(
         self,
         config: Config,
         group: PlacementGroup,
-        bell: WakeupEvent,
+        wakeup: WakeupEvent,
         leaving: threading.Event,
         actor: type[RankActor] | None = None,
     ) -> None:
-        self._bell, self._leaving = bell, leaving
-        self.endpoints: list[Endpoint] = []  # set by whoever called `bind`
+        self._wakeup, self._leaving = wakeup, leaving
+        self.endpoints: list[Endpoint] = []  # set by the caller of `bind`
         self.failure: RankFailed | None = None
         self._group = group
         self._calls: list[Any] = []  # the last one of each rank
@@ -89,18 +92,18 @@ class ActorGroup:
         ]
 
     def call(self, method: str, deadline: float, *arguments: Any) -> list[Any]:
-        """The results of `method` on every rank, in rank order.
+        """Call `method` on every rank and return the results in rank order.
 
-        Raises the first cause if a rank fails: a user's mistake as the ValueError it is, anything else, and an answer
-        that has not come by `deadline` (of time.perf_counter), as RankFailed.
+        If a rank fails, raises its ValueError (a user's mistake), and RankFailed for any other cause. Raises RankFailed
+        if a result has not come by `deadline` (of time.perf_counter).
         """
         self._calls = [getattr(actor, method).remote(*arguments) for actor in self._actors]
         silent = self._calls
         while silent:
             left = deadline - time.perf_counter()
             if left <= 0:
-                who = ", ".join(self._where(self._calls.index(call)) for call in silent)
-                raise RankFailed(f"no answer to {method} from {who} within startup_timeout; raise it, or look there")
+                ranks = ", ".join(self._describe(self._calls.index(call)) for call in silent)
+                raise RankFailed(f"no answer to {method} from {ranks} within startup_timeout; raise it, or look there")
             _, silent = ray.wait(self._calls, num_returns=len(self._calls), timeout=min(WATCH_S, left))
             failures = [failure for failure in self._ended() if failure.error is not None]
             if failures:
@@ -110,22 +113,22 @@ class ActorGroup:
         return list(ray.get(self._calls))
 
     def run(self) -> None:
-        """Let the ranks work, and watch them from a thread of its own."""
+        """Start the ranks' `run`, and a thread that watches it."""
         self._calls = [actor.run.remote() for actor in self._actors]
         self._watcher.start()
 
     def fail(self, reason: str, rank: int | None = None) -> None:
-        """End all ranks for this reason, unless there is one already; of `rank` its last words are kept."""
+        """End all ranks and set `failure`, unless it is set; the last lines of `rank`'s stderr are kept in it."""
         self.failure = self.failure or RankFailed(reason, self._last_words(rank))
-        self._bell.ring()
+        self._wakeup.set()
         for actor in self._actors:
             ray.kill(actor)
 
-    def close(self, patience_s: float) -> None:
-        """End all ranks, those that have not ended by themselves within patience_s by force."""
+    def close(self, timeout_s: float) -> None:
+        """Wait up to timeout_s for the ranks to end, then kill them."""
         self._closing.set()
         if self.failure is None and self._watcher.is_alive():
-            ray.wait(self._calls, num_returns=len(self._calls), timeout=patience_s)
+            ray.wait(self._calls, num_returns=len(self._calls), timeout=timeout_s)
         for actor in self._actors:
             ray.kill(actor)
         if self._calls:
@@ -134,45 +137,45 @@ class ActorGroup:
             self._watcher.join()  # before Ray is shut down under it
 
     def _watch(self) -> None:
-        """Wait for the first rank whose `run` ends, and note why."""
+        """Wait until a rank's `run` ends, and set `failure` to the cause."""
         try:
             while ray.is_initialized() and not self._closing.is_set():
                 done, _ = ray.wait(self._calls, num_returns=1, timeout=WATCH_S)
                 if done and not self._closing.is_set():
                     cause = self._find_cause(self._ended())
-                    suspects = self._suspects() if cause.is_echo else ""
-                    self.fail(f"{self._where(cause.rank)} {cause.reason}{suspects}", cause.rank)
+                    silent_ranks = self._silent_ranks() if cause.is_echo else ""
+                    self.fail(f"{self._describe(cause.rank)} {cause.reason}{silent_ranks}", cause.rank)
                     return
-        finally:  # Ray ends this thread where the user shuts it down
+        finally:  # Ray ends this thread when the user shuts Ray down
             if not self._closing.is_set():
                 self.failure = self.failure or RankFailed("Ray was shut down under the ranks; close the LLM before")
-                self._bell.ring()
+                self._wakeup.set()
 
     def _find_cause(self, failures: list[Failure]) -> Failure:
-        """Of several ranks that failed together, the one that the others followed."""
+        """Return the failure that caused the others."""
         if all(failure.is_echo for failure in failures):
             ray.wait(self._calls, num_returns=len(self._calls), timeout=OTHERS_S)
             failures = self._ended()
         return min(failures, key=lambda failure: failure.is_echo)
 
-    def _suspects(self) -> str:
-        """Whom the ranks that failed may have waited for: those that Ray still takes for alive."""
+    def _silent_ranks(self) -> str:
+        """Return text naming the ranks that the failed ones may have waited for: Ray knows of no failure of theirs."""
         ended = {failure.rank for failure in self._ended()}
-        silent = [self._where(rank) for rank in range(len(self._calls)) if rank not in ended]
+        silent = [self._describe(rank) for rank in range(len(self._calls)) if rank not in ended]
         return f"; no word from {', '.join(silent)}" if silent else ""
 
     def _ended(self) -> list[Failure]:
-        found = ((rank, _outcome(call)) for rank, call in enumerate(self._calls))
-        return [Failure(rank, error) for rank, (ended, error) in found if ended]
+        outcomes = ((rank, _outcome(call)) for rank, call in enumerate(self._calls))
+        return [Failure(rank, error) for rank, (ended, error) in outcomes if ended]
 
     def _raise(self, failure: Failure) -> None:
-        where = self._where(failure.rank)
+        rank = self._describe(failure.rank)
         if isinstance(failure.cause, ValueError):
-            raise ValueError(f"{failure.cause} ({where})") from failure.error
-        raise RankFailed(f"{where} {failure.reason}", self._last_words(failure.rank)) from failure.error
+            raise ValueError(f"{failure.cause} ({rank})") from failure.error
+        raise RankFailed(f"{rank} {failure.reason}", self._last_words(failure.rank)) from failure.error
 
     def _last_words(self, rank: int | None) -> str:
-        """The end of what the rank has written to its stderr, if it runs on this machine and told where that goes."""
+        """Return the last lines of the rank's stderr, if it is a file on this machine."""
         if rank is None or not self.endpoints or self.endpoints[rank].host != socket.gethostname():
             return ""
         path = Path(self.endpoints[rank].stderr)
@@ -181,10 +184,10 @@ class ActorGroup:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - LAST_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
-        return "\n".join([line for line in lines if not line.startswith(RAYS_OWN)][-LAST_LINES:])
+        return "\n".join([line for line in lines if not line.startswith(RAY_MARKS)][-LAST_LINES:])
 
-    def _where(self, rank: int) -> str:
-        """The rank with its place: where it said it is, or where Ray was to start it."""
+    def _describe(self, rank: int) -> str:
+        """Return the rank's number and host: from its endpoint, or else from its bundle's node."""
         if self.endpoints:
             return str(self.endpoints[rank])
         node = placement_group_table(self._group)["bundles_to_node_id"][rank]
@@ -203,12 +206,29 @@ def _start_actor(kind: type[RankActor], rank: int, config: Config, group: Placem
 
 
 def forwarded() -> dict[str, str]:
-    """Of this process's environment, what the ranks get on every node."""
+    """Return the variables of this process's environment that all ranks get."""
     return {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
 
 
+def rank_table(endpoints: Sequence[Endpoint]) -> str:
+    """Return a table of the ranks' places, a line for each, and the names of the variables that they get.
+
+    The values of the variables may be secrets.
+    """
+    rows = [(str(e.rank), e.host, e.ip, e.interface or "?", ",".join(e.gpus) or "none", str(e.pid)) for e in endpoints]
+    widths = [max(map(len, column)) for column in zip(TABLE_HEAD, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (TABLE_HEAD, *rows)
+    ]
+    num_nodes = len({endpoint.host for endpoint in endpoints})
+    title = f"{len(rows)} rank{'s' * (len(rows) > 1)} on {num_nodes} node{'s' * (num_nodes > 1)}"
+    names = ", ".join(sorted(forwarded())) or "nothing"
+    return "\n  ".join([title, *lines, f"environment that they get from here: {names}"])
+
+
 def _outcome(call: Any) -> tuple[bool, RayError | None]:
-    """Whether a call has ended, and the error if with one."""
+    """Return whether a call has ended, and its error, if there is one."""
     try:
         ray.get(call, timeout=0)
     except GetTimeoutError:
@@ -218,23 +238,19 @@ def _outcome(call: Any) -> tuple[bool, RayError | None]:
     return True, None
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-
-
 def _reason_of_death(error: RayError) -> str:
-    """What happened, out of Ray's report: a headline, indented details or a traceback, what happened, and advice.
+    """Return the cause from Ray's report, which consists of a headline, indented details, the cause and advice.
 
-    What happened may go on in indented lines of its own: those at the end.
+    The details may be a traceback. The cause may continue in indented lines at the end of the report.
     """
     lines = [line for line in str(error).splitlines() if line.strip()]
-    more = len(lines) - len(list(itertools.dropwhile(_is_indented, reversed(lines))))
-    details = [number for number, line in enumerate(lines[: len(lines) - more]) if _is_indented(line)]
-    told = lines[details[-1] + 1 :] if details else lines
-    if not told:
+    num_indented = len(lines) - len(list(itertools.dropwhile(_is_indented, reversed(lines))))
+    details = [number for number, line in enumerate(lines[: len(lines) - num_indented]) if _is_indented(line)]
+    cause = lines[details[-1] + 1 :] if details else lines
+    if not cause:
         return type(error).__name__
-    happened = ", ".join(line.strip() for line in (told[0], *told[len(told) - more :]))
-    return re.split(r" Some common causes| There are some potential", happened)[0]
+    text = ", ".join(line.strip() for line in (cause[0], *cause[len(cause) - num_indented :]))
+    return re.split(r" Some common causes| There are some potential", text)[0]
 
 
 def _is_indented(line: str) -> bool:

@@ -16,82 +16,59 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from ...comm.error_text import first_line
 from ...runtime.config import Config
 from ..errors import PlacementError
 from ..signals import Undo, signals_wait
-from .resources import LOCAL_OBJECT_STORE_BYTES
+from .rank_resources import LOCAL_OBJECT_STORE_BYTES
 from .sockets import WakeupEvent
+
+log = logging.getLogger(__name__)
+CONNECT_S = 5.0  # Ray itself tries for two minutes
+REMOVE_S = 5.0  # for the last of Ray's processes to end
+# Settings of a cluster that this process starts. Nothing reads its metrics, and telemetry leaves a thread behind at
+# each shutdown. Ray checks for a lack of memory once a second instead of four times.
+SYSTEM_CONFIG = {"enable_open_telemetry": False, "enable_metrics_collection": False}
+ENVIRONMENT = {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_memory_monitor_refresh_ms": "1000"}
 
 
 class Connection:
-    """This process's connection to Ray, for one executor after the other; `close` ends a cluster of our own.
+    """This process's connection to Ray, for one executor after another; `close` ends a cluster that it started.
 
-    The thread that waits for an executor's output is woken by `bell`, which also rings when a rank fails. A start in
-    progress is given up when `leaving` is set. Whether there are GPUs is found out once: ranks that are started again
-    after a node was lost must not find themselves on a CPU.
+    `wakeup` wakes the thread that waits for an executor's output; it is also set when a rank fails. A start in progress
+    is given up when `leaving` is set. `has_gpus` is determined once: ranks that are started again after the loss of a
+    node must not run on a CPU.
     """
 
     def __init__(self, config: Config, replicas: int = 1) -> None:
-        self.bell = WakeupEvent()
+        self.wakeup = WakeupEvent()
         self.leaving = threading.Event()
         with Undo() as stack:
-            stack.callback(self.bell.close)
-            ours = start_ray(config, stack, replicas)
-            self.ip = "127.0.0.1" if ours else None  # one machine: keep off the network
-            self.has_gpus = has_gpus()
-            self.has_started = False  # ranks, at least once: from then on a node that is missing may come back
+            stack.callback(self.wakeup.close)
+            is_local = start_ray(config, stack, replicas)
+            self.ip = "127.0.0.1" if is_local else None  # the ranks' address; None: the address of each node
+            self.has_gpus = bool(ray.cluster_resources().get("GPU", 0) > 0)
+            self.has_started = False  # ranks, at least once: from then on a missing node may come back
             self._open = stack.pop_all()
 
     def close(self) -> None:
-        """Safe to call twice."""
+        """Disconnect; safe to call twice."""
         self._open.close()
 
 
-log = logging.getLogger(__name__)
-
-REMOVE_S = 5.0  # for the last of Ray's processes to end
-
-CONNECT_S = 5.0  # Ray itself tries for two minutes
-
-# In a cluster of our own nobody reads what Ray gathers, and nothing is to be scaled or shown: without all this an idle
-# server takes half of its CPU time. Telemetry leaves a thread behind at each shutdown.
-QUIET = {"enable_open_telemetry": False, "enable_metrics_collection": False}
-
-# Ray looks for memory that runs short once a second, not four times.
-QUIET_ENVIRONMENT = {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_memory_monitor_refresh_ms": "1000"}
-
-HELPERS = ("monitor", "log_monitor", "dashboard")  # processes that `ray.init` starts and has no option against
-
-
 def start_ray(config: Config, stack: Undo, replicas: int = 1) -> bool:
-    """Connect this process to Ray; True if that started a cluster of our own, which `stack` then ends."""
+    """Connect this process to Ray; return whether that started a local cluster, which `stack` then ends."""
     if ray.is_initialized():
         log.info("using the Ray cluster that this process is connected to")
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Else ray.shutdown resets SIGTERM to its default, below Python: one that comes before our own end is done leaves
-    # the rest behind. Python's faulthandler, which Ray enables, still says where a process has crashed.
+    # Otherwise ray.shutdown resets SIGTERM to its default below Python, and a SIGTERM that comes before our own end is
+    # complete leaves processes behind. Python's faulthandler, which Ray enables, still reports crashes.
     os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
     address = config.ray_address or os.environ.get("RAY_ADDRESS", "local")
     started = time.perf_counter()
     if address == "local":
-        for name, value in QUIET_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        cpus = max(os.cpu_count() or 1, replicas * config.tensor_parallel_size)
-        # Ray's own folder grows with each start; a short name: sockets in it have paths of up to 107 characters.
-        folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR"))
-        stack.callback(_remove, folder)
-        stack.callback(while_connected, ray.shutdown)
-        with signals_wait():  # servers that were started half would stay for a minute
-            _init(
-                address,
-                num_cpus=cpus,
-                include_dashboard=False,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-                _temp_dir=folder,
-                _system_config=QUIET,
-            )
-            _end_helpers()
+        _start_local(stack, num_ranks=replicas * config.tensor_parallel_size)
     else:
         _check_reachable(address)
         _init(address)
@@ -99,32 +76,39 @@ def start_ray(config: Config, stack: Undo, replicas: int = 1) -> bool:
     return address == "local"
 
 
+def while_connected(end: Callable[..., Any], *arguments: Any) -> None:
+    """Call `end`, unless the user has called ray.shutdown(): the call would start Ray again."""
+    if ray.is_initialized():
+        end(*arguments)
+
+
+def _start_local(stack: Undo, num_ranks: int) -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # Ray's default folder grows with each start. The name is short: sockets in it have paths of up to 107 characters.
+    folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR"))
+    stack.callback(_remove, folder)
+    stack.callback(while_connected, ray.shutdown)
+    with signals_wait():  # servers of an interrupted start would stay for a minute
+        _init(
+            "local",
+            num_cpus=max(os.cpu_count() or 1, num_ranks),
+            include_dashboard=False,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            _temp_dir=folder,
+            _system_config=SYSTEM_CONFIG,
+        )
+
+
 def _remove(folder: str) -> None:
-    """Remove a folder that processes may still write to, until they have ended too."""
-    until = time.monotonic() + REMOVE_S
+    """Remove a folder that processes may still write to, once they have ended."""
+    deadline = time.monotonic() + REMOVE_S
     while os.path.exists(folder):
         shutil.rmtree(folder, ignore_errors=True)
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             log.warning("Ray's folder %s cannot be removed", folder)
             return
         time.sleep(0.02)
-
-
-def _end_helpers() -> None:
-    """Those of this process's cluster; a Ray that has other names for them keeps them."""
-    node = getattr(ray._private.worker, "_global_node", None)
-    for name in HELPERS:
-        end = getattr(node, f"kill_{name}", None)
-        if end is None:
-            log.debug("Ray %s has no kill_%s: this helper stays", ray.__version__, name)
-        else:
-            end(check_alive=False)
-
-
-def while_connected(end: Callable[..., Any], *arguments: Any) -> None:
-    """Call `end`, unless the user's own ray.shutdown() came first: the call would start Ray again."""
-    if ray.is_initialized():
-        end(*arguments)
 
 
 def _init(address: str, **options: Any) -> None:
@@ -132,27 +116,21 @@ def _init(address: str, **options: Any) -> None:
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except (RayError, ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise PlacementError(
-            f"no Ray cluster at {address}: {reason}; see that it runs, with the same Ray and Python, and that"
-            " RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are set as they are there"
+            f"no Ray cluster at {address}: {first_line(error)}; see that it runs, with the same Ray and Python, and"
+            " that RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are set as they are there"
         ) from error
     if threading.current_thread() is threading.main_thread():
-        # Ray has set a handler of its own, which exits; its processes end with ours in any case.
+        # Ray has set a handler that exits; its processes end with this one in any case.
         signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _check_reachable(address: str) -> None:
-    """Raises PlacementError within CONNECT_S if nobody listens at host:port."""
+    """Raise PlacementError within CONNECT_S if no server listens at host:port."""
     host, _, port = address.rpartition(":")
     if not port.isdigit():
-        return  # "auto", and what Ray refuses at once
+        return  # "auto", and addresses that Ray refuses at once
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except OSError as error:
         raise PlacementError(f"no Ray cluster at {address}: {error}; see that it runs and is reachable") from error
-
-
-def has_gpus() -> bool:
-    """Whether the cluster that this process is connected to has any GPU."""
-    return bool(ray.cluster_resources().get("GPU", 0) > 0)

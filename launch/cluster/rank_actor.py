@@ -1,6 +1,6 @@
-"""What every process of a group does first: open its ports, say where it is, meet the others.
+"""The base of the Ray actors of a group: open ports, report the endpoint, connect to the other ranks.
 
-The actors that Ray starts are subclasses: Worker (worker.py) runs a model, Prober (prober.py) times collectives.
+Its subclasses are Worker, which runs a model, and CommBenchActor, which times collectives.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from .sockets import Address, PullSocket
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a rank runs and how to reach it."""
+    """A rank's host and process, and its addresses."""
 
     rank: int
     host: str
     ip: str
-    interface: str  # that has this address; empty if none can be told
+    interface: str  # that has this address; empty if unknown
     pid: int
-    gpus: list[str]  # that Ray gave it, by their numbers on the host
-    stderr: str  # the file that it goes to, on that host
+    gpus: list[str]  # assigned by Ray, as numbers on the host
+    stderr: str  # the file of its stderr, on that host
     inbox: Address
-    rendezvous_port: int  # rank 0's; 0 on the others
+    rendezvous_port: int  # of rank 0; 0 on the others
 
     def __str__(self) -> str:
         gpus = "".join(f", GPU {gpu}" for gpu in self.gpus)
@@ -41,23 +41,23 @@ class Endpoint:
 
 
 class RankActor:
-    """One rank; `config` is resolved, `environment` is what the driver passes on of its own (NCCL_*, HF_*, ...)."""
+    """One rank; `config` is resolved, `environment` has the variables that the driver passes on (NCCL_*, HF_*, ...)."""
 
     def __init__(self, rank: int, size: int, config: Config, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         self.rank, self.size, self.config = rank, size, config
         self._store: Store | None = None
         if config.device == "cpu":
-            # Ray sets OMP_NUM_THREADS=1 in its workers: only the driver's own choice counts.
+            # Not from os.environ: Ray sets OMP_NUM_THREADS=1 in its workers.
             cores = len(os.sched_getaffinity(0)) // size
             torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", max(1, cores))))
 
     def bind(self, ip: str | None) -> Endpoint:
-        """Open this rank's ports on `ip`, by default the address by which the cluster knows this node."""
+        """Open this rank's ports on `ip`, by default the node's address in the cluster; return the endpoint."""
         self._ip = ip or ray.util.get_node_ip_address()
         interface = interface_of(self._ip)
         if ip is None and interface:
-            # NCCL would choose by name among all interfaces, and take one that the other nodes cannot reach.
+            # Otherwise NCCL chooses an interface by name, perhaps one that the other nodes cannot reach.
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
         self._inbox = PullSocket(self._ip)
         port = 0
@@ -71,7 +71,7 @@ class RankActor:
         )
 
     def connect(self, leader: Endpoint) -> Communicator:
-        """Meet the others; `leader` is rank 0."""
+        """Connect to the other ranks; `leader` is rank 0's endpoint."""
         if self.size > 1 and self._store is None:
             address = (leader.ip, leader.rendezvous_port)
             self._store = join_rendezvous(address, self.rank, self.config.startup_timeout)

@@ -1,7 +1,7 @@
 """Message sockets between the front end, the leader and the followers: ZeroMQ PUSH to PULL, encrypted with CURVE.
 
-The receiving end binds a free port of its node's address; its address and public key travel through Ray. Only who got
-the key from there can connect, and nothing that arrives is ever unpickled.
+The receiving end binds a free port of its node's address; its address and public key travel through Ray. Only a holder
+of that key can connect, and no message is ever unpickled.
 """
 
 from __future__ import annotations
@@ -17,33 +17,36 @@ import zmq
 
 
 class WakeupEvent:
-    """Wakes the one thread that waits for it, from any other; what rang once stays ringing until it is cleared."""
+    """Wakes the one thread that waits for it, from any other thread; it stays set until it is cleared.
+
+    Unlike a threading.Event it has a file descriptor, so that a thread can wait for it and for a socket at once.
+    """
 
     def __init__(self) -> None:
         self._fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._open = threading.Lock()  # a closed descriptor's number may be somebody else's by now
+        self._lock = threading.Lock()  # another file may have the descriptor's number after `close`
 
     def fileno(self) -> int:
         return self._fd
 
-    def ring(self) -> None:
-        with self._open:
+    def set(self) -> None:
+        with self._lock:
             if self._fd >= 0:
                 os.eventfd_write(self._fd, 1)
 
     def wait(self) -> None:
-        """Wait until somebody rings, however long it takes."""
+        """Wait until the event is set, without a time limit."""
         poller = select.poll()  # select.select takes low descriptors only
         poller.register(self._fd, select.POLLIN)
         poller.poll()
 
     def clear(self) -> None:
-        with suppress(BlockingIOError):  # it did not ring
+        with suppress(BlockingIOError):  # it is not set
             os.eventfd_read(self._fd)
 
     def close(self) -> None:
-        """From now on nobody hears it; safe to call twice."""
-        with self._open:
+        """Close the descriptor: later calls of `set` have no effect. Safe to call twice."""
+        with self._lock:
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd = -1
@@ -51,14 +54,14 @@ class WakeupEvent:
 
 @dataclass(frozen=True)
 class Address:
-    """Where an PullSocket listens."""
+    """The address of a PullSocket."""
 
     url: str  # tcp://ip:port
-    key: bytes  # public CURVE key of the listener
+    key: bytes  # public CURVE key of the PullSocket
 
 
 class PullSocket:
-    """Receives from any number of Outboxes."""
+    """Receives messages from any number of PushSockets."""
 
     def __init__(self, ip: str) -> None:
         public, secret = zmq.curve_keypair()
@@ -73,46 +76,44 @@ class PullSocket:
         port: int = self._socket.bind_to_random_port(f"tcp://{ip}")
         self.address = Address(f"tcp://{ip}:{port}", public)
 
-    def receive(self, timeout_s: float | None, bell: WakeupEvent | None = None) -> list[bytes]:
-        """All messages that are there, in order of arrival; waits up to timeout_s (None: for ever) for the first.
+    def receive(self, timeout_s: float | None, wakeup: WakeupEvent | None = None) -> list[bytes]:
+        """Return all messages that are there, in order; wait up to timeout_s (None: without a limit) for the first.
 
-        Returns early, and perhaps without any, when the bell rings.
+        Returns early, and perhaps without a message, when `wakeup` is set.
         """
         messages: list[bytes] = []
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        if bell is not None:
-            poller.register(bell, zmq.POLLIN)
-        if poller.poll(None if timeout_s is None else math.ceil(timeout_s * 1000)):
-            try:
+        if self._poll(None if timeout_s is None else math.ceil(timeout_s * 1000), wakeup):
+            with suppress(zmq.Again):
                 while True:
                     messages.append(self._socket.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                pass
         return messages
 
-    def wait(self, bell: WakeupEvent) -> None:
-        """Wait until there is a message or the bell rings, however long it takes."""
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(bell, zmq.POLLIN)
-        poller.poll()
+    def wait(self, wakeup: WakeupEvent) -> None:
+        """Wait until there is a message or `wakeup` is set, without a time limit."""
+        self._poll(None, wakeup)
 
     def receive_one(self) -> bytes:
-        """The next message, however long it takes: the caller's owner ends it if nothing can come any more."""
+        """Wait for the next message, without a time limit: the process is ended if none can come."""
         return self._socket.recv()
 
     def close(self) -> None:
         self._socket.close()
 
+    def _poll(self, timeout_ms: int | None, wakeup: WakeupEvent | None) -> bool:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        if wakeup is not None:
+            poller.register(wakeup, zmq.POLLIN)
+        return bool(poller.poll(timeout_ms))
+
 
 class PushSocket:
-    """Sends to one PullSocket; never blocks, messages wait in memory until the other end takes them."""
+    """Sends to one PullSocket without blocking: messages wait in memory until the other end takes them."""
 
     def __init__(self, address: Address) -> None:
         public, secret = zmq.curve_keypair()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
-        self._socket.set(zmq.LINGER, 1000)  # ms: the last message still goes out when the process ends
+        self._socket.set(zmq.LINGER, 1000)  # ms: the last message is still sent when the process ends
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.CURVE_PUBLICKEY, public)
         self._socket.set(zmq.CURVE_SECRETKEY, secret)

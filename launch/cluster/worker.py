@@ -1,7 +1,7 @@
-"""The Ray actor: one rank in a process of its own, leader (rank 0) or follower.
+"""The Ray actor of one rank, leader (rank 0) or follower.
 
-Ray starts it, gives it its GPU and reports its death; it is not on the path of a step. The calls come in this order,
-on all ranks at once: bind, load, allocate, run.
+Ray starts it, assigns its GPU and reports its death, but is not involved in a step. The methods are called in this
+order, on all ranks at once: bind, load, allocate, run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .sockets import Address, PushSocket
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a rank reports when its weights are in place and the largest step has been rehearsed."""
+    """A rank's report after its weights are loaded and its largest step has been rehearsed."""
 
     memory: MemoryPlan
     loading_s: float
@@ -34,10 +34,10 @@ class Loaded:
 
 
 class Worker(RankActor):
-    """The rank of a model."""
+    """One rank of a model."""
 
     def load(self, endpoints: list[Endpoint], output: Address) -> Loaded:
-        """Load this rank's share of the weights, and meet the others."""
+        """Connect to the other ranks and load this rank's share of the weights."""
         self._phases = StartupTimer()
         folder = checkpoint_folder(self.config.model, self.config.revision)
         model = ModelConfig.from_folder(folder)
@@ -51,14 +51,14 @@ class Worker(RankActor):
         return Loaded(memory, seconds, str(self._loaded.device), comm.description)
 
     def allocate(self, limits: Limits) -> dict[str, float]:
-        """Take the memory for the KV cache, the same number of pages on all ranks; the seconds of each phase so far."""
+        """Allocate the KV cache, of the same size on all ranks; return the seconds of each start-up phase."""
         self._limits = limits
         self._runner = self._loaded.allocate(limits)
         del self._loaded  # it holds a graph, and NCCL waits for graphs when it ends
         return self._phases.seconds
 
     def run(self) -> None:
-        """Work until told to stop; an exception here is the group's end, and Ray brings it to the driver."""
+        """Run steps until the Stop command; Ray passes an exception to the driver, which ends the group."""
         if self.rank == 0:
             self._lead()
         else:
@@ -77,7 +77,7 @@ class Worker(RankActor):
                 elif isinstance(command, StartProfile):
                     engine.start_profile(command.num_steps)
                 else:
-                    self._tell_followers(encode(Stop()))
+                    self._send_to_followers(encode(Stop()))
                     return
             if engine.has_work:
                 output = engine.step()
@@ -89,8 +89,8 @@ class Worker(RankActor):
 
     def _publish(self, plan: StepPlan) -> None:
         if self._followers:
-            self._tell_followers(encode(plan))
+            self._send_to_followers(encode(plan))
 
-    def _tell_followers(self, message: bytes) -> None:
+    def _send_to_followers(self, message: bytes) -> None:
         for follower in self._followers:
             follower.send(message)

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ...runtime.config import Config
 from ..cluster.connection import start_ray
 from ..cluster.placement import nodes
-from ..cluster.resources import bundle, fitting
+from ..cluster.rank_resources import bundle, fitting
 from ..signals import Undo
 from .finding import Finding, ok, run_check, warn
 from .gpu_checks import devices_finding, uses_gpus

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from ...runtime.config import Config
 from ...runtime.memory.gpu_processes import Process
-from ..cluster.resources import bundle, fitting
+from ..cluster.rank_resources import bundle, fitting
 from .finding import Finding, fail, ok, warn
 from .p2p import PairResults
 from .planned_start import PlannedStart, visible_gpus

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from ...comm.format_bytes import format_bytes
 from ..cluster.network import is_own, own_addresses
-from ..cluster.resources import LOCAL_OBJECT_STORE_BYTES
+from ..cluster.rank_resources import LOCAL_OBJECT_STORE_BYTES
 from .finding import Finding, fail, ok, warn
 from .planned_start import PlannedStart
 

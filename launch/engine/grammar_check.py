@@ -1,7 +1,7 @@
-"""Grammars that clients send are tried in a process of their own, which is killed when one takes too long.
+"""A check of clients' grammars in a child process, which is killed when a grammar takes too long.
 
-The compiler counts its work and gives up by itself (runtime/grammar.py); the time box is for what its counts miss, and
-the memory limit likewise. Neither the event loop nor the ranks see a grammar before it has passed.
+The compiler counts its work and stops at its limits (runtime/sampling/grammar.py). The time and memory limits here are
+for work that it does not count. Only grammars that pass reach the ranks.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from ...runtime.structured_outputs import StructuredOutputsParams
 from ..child_process import ChildFailed, ChildProcess
 
 log = logging.getLogger(__name__)
-TIME_BOX_S = 2.0
 START_S = 60.0  # Python and the tokenizer, on a busy machine
 MEMORY_BYTES = 4 * 2**30
-REMEMBERED = 256  # grammars that have passed
+MOST_PASSED = 256  # grammars that are not compiled again here
 
 
 class GrammarCheck:
-    """Whether ranks can take a grammar; the process starts with the first and ends with `close`."""
+    """Compiles grammars in a child process, which starts with the first one and ends with `close`.
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
-        self._vocabulary = vocabulary
-        self._thread = ThreadPoolExecutor(1, "lockstep-grammars")  # talks to the process, one grammar at a time
+    `time_limit_s` is for one grammar.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, time_limit_s: float = 2.0) -> None:
+        self._vocabulary, self.time_limit_s = vocabulary, time_limit_s
+        self._thread = ThreadPoolExecutor(1, "lockstep-grammars")  # waits for the process, one grammar at a time
         self._process: ChildProcess | None = None
         self._passed: OrderedDict[bytes, None] = OrderedDict()
 
     async def check(self, params: StructuredOutputsParams) -> None:
-        """Raises RequestRefused, saying what is wrong or which limit was met."""
-        error = await asyncio.get_running_loop().run_in_executor(self._thread, self._trouble, params)
+        """Compile a grammar; raises RequestRefused naming what is wrong or which limit was reached."""
+        error = await asyncio.get_running_loop().run_in_executor(self._thread, self._problem, params)
         if error is not None:
             raise RequestRefused(error)
 
@@ -46,7 +48,8 @@ class GrammarCheck:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._kill()
 
-    def _trouble(self, params: StructuredOutputsParams) -> str | None:
+    def _problem(self, params: StructuredOutputsParams) -> str | None:
+        """Return why this grammar cannot be used, or None; grammars that have passed are remembered."""
         line = msgspec.json.encode(params)
         if line in self._passed:
             self._passed.move_to_end(line)
@@ -55,12 +58,12 @@ class GrammarCheck:
         error = error or self._compile(line, params.kind)
         if error is None:
             self._passed[line] = None
-            if len(self._passed) > REMEMBERED:
+            if len(self._passed) > MOST_PASSED:
                 self._passed.popitem(last=False)
         return error
 
     def _start(self) -> str | None:
-        """Start the process; return why no grammar can be used at all, or None."""
+        """Start the process; return why no grammar can be used, or None."""
         vocabulary = self._vocabulary
         module = "lockstep.runtime.sampling.grammar"
         arguments = ["-m", module, str(vocabulary.folder), str(vocabulary.size), *map(str, vocabulary.eos_token_ids)]
@@ -70,12 +73,12 @@ class GrammarCheck:
 
     def _compile(self, line: bytes, kind: str) -> str | None:
         """Compile one grammar in the process; return the error, or None."""
-        process = self._process
+        process, limit = self._process, self.time_limit_s
         assert process is not None
-        return self._answer(lambda: process.request(line, TIME_BOX_S), TIME_BOX_S, f"structured_outputs={kind}")
+        return self._answer(lambda: process.request(line, limit), limit, f"structured_outputs={kind}")
 
     def _answer(self, wait: Callable[[], str | None], timeout_s: float, action: str) -> str | None:
-        """Return the answer of the process, or what ended it: then the next grammar starts another one."""
+        """Return the answer of the process, or why it was ended; the next grammar then starts another process."""
         try:
             return wait()
         except TimeoutError:

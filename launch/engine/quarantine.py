@@ -1,9 +1,9 @@
-"""Which request ends its ranks every time, found by trying, so that it does not take the others with it.
+"""Crash quarantine: find by trial the request that crashes the ranks every time, and refuse it for a while.
 
-A death that a request causes comes again at the same token: nothing random enters a step. So whoever was live in two
-deaths in a row and has come no further in between is a suspect. Suspects go on one at a time, the newest first, while
-all others rest: one that gets its next token is cleared, and one under which the ranks die again is guilty. Deaths of
-another origin, a killed process or a lost node, fall on requests that do come further.
+A step has no randomness, so a crash that a request causes happens again at the same token. A request is a candidate if
+it was live in two crashes in a row and got no token in between. Candidates are tested one at a time, the newest first,
+while all others are paused. One that gets its next token is cleared; if the ranks crash again, it is the cause.
+After other crashes, as of a killed process or a lost node, requests do get their next token.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from ...runtime.frontend import Generation
+from ...runtime.ledger import Generation
 from ...runtime.request import SamplingParams
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a request was when the ranks died."""
+    """How far a request was when the ranks crashed."""
 
     lengths: list[int]  # of its outputs, in tokens
-    deaths: int  # in a row, without a token in between
+    num_crashes: int  # in a row, without a token in between
 
 
 @dataclass(frozen=True)
 class Quarantined:
-    """A request that is not tried again, and its repetitions until a time of time.monotonic."""
+    """A request that crashed the ranks: the same one is refused until a time of time.monotonic."""
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -37,91 +37,94 @@ class Quarantined:
 
 
 class CrashQuarantine:
-    """Told of every death and asked who may go on; `window_s` is how long a guilty request is remembered."""
+    """The generations that must not run now, and the requests that crashed the ranks within `window_s` seconds."""
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._marks: WeakKeyDictionary[Generation, Progress] = WeakKeyDictionary()
-        self._waiting: list[Generation] = []  # suspects in the order in which they came
-        self._tried: Generation | None = None
-        self._held: list[Generation] = []  # who goes on when all have been tried
-        self._guilty: list[Quarantined] = []
+        self._progress: WeakKeyDictionary[Generation, Progress] = WeakKeyDictionary()
+        self._candidates: list[Generation] = []  # not tested yet, the oldest first
+        self._tested: Generation | None = None
+        self._held: list[Generation] = []  # others, paused until all candidates have been tested
+        self._quarantined: list[Quarantined] = []
 
-    def died(self, live: Iterable[Generation]) -> tuple[Generation, int] | None:
-        """Ranks have died with these live: the one that has caused it and its deaths, if that is known now."""
-        resting = self.resting
-        exposed = [g for g in live if g not in resting]
-        deaths = {g: self._deaths(g) + 1 for g in exposed}
-        tried, self._tried = self._tried, None
-        if tried in exposed and deaths[tried] > 2:
-            self._marks.clear()
-            self._waiting.clear()
-            self._held.clear()
-            now = time.monotonic()
-            self._guilty = [g for g in self._guilty if g.until > now]
-            self._guilty.append(Quarantined(tried.prompt_ids, _params(tried), now + self._window_s))
-            return tried, deaths[tried]
-        self._marks.update({g: Progress(_lengths(g), deaths[g]) for g in exposed})
-        self._waiting += [g for g in exposed if deaths[g] > 1]
-        self._waiting.sort(key=lambda g: g.number)
-        if self._waiting:
-            self._held += [g for g in exposed if deaths[g] == 1]
+    @property
+    def candidates(self) -> list[Generation]:
+        """The generations that have yet to be tested."""
+        return list(self._candidates)
+
+    @property
+    def paused(self) -> list[Generation]:
+        """All generations that must not run now."""
+        return [*self._candidates, *self._held]
+
+    def on_crash(self, live: Iterable[Generation]) -> tuple[Generation, int] | None:
+        """Note a crash with these live; return the generation that caused it and its crashes, once that is known."""
+        paused = self.paused
+        running = [generation for generation in live if generation not in paused]
+        num_crashes = {generation: self._num_crashes(generation) + 1 for generation in running}
+        tested, self._tested = self._tested, None
+        if tested in running and num_crashes[tested] > 2:
+            self._quarantine(tested)
+            return tested, num_crashes[tested]
+        self._progress.update({g: Progress(_lengths(g), num_crashes[g]) for g in running})
+        self._candidates += [g for g in running if num_crashes[g] > 1]
+        self._candidates.sort(key=lambda generation: generation.number)
+        if self._candidates:
+            self._held += [g for g in running if num_crashes[g] == 1]
         return None
 
-    @property
-    def waiting(self) -> list[Generation]:
-        """The suspects that have yet to be tried."""
-        return list(self._waiting)
-
-    @property
-    def resting(self) -> list[Generation]:
-        """All that must not go on yet."""
-        return [*self._waiting, *self._held]
-
     def hold(self, generation: Generation) -> bool:
-        """Whether a new request has to rest, too, because one is tried."""
-        if not self._waiting and self._tried is None:
+        """Pause a new generation if candidates are being tested; return whether it is paused."""
+        if not self._candidates and self._tested is None:
             return False
         self._held.append(generation)
         return True
 
-    def step(self) -> tuple[list[Generation], list[Generation]]:
-        """Who rests from now on, and who goes on."""
-        tried, cleared = self._tried, list[Generation]()
-        if tried is not None:
-            if not tried.finished and self._deaths(tried):
+    def advance(self) -> tuple[list[Generation], list[Generation]]:
+        """Test the next candidate once the last one is cleared; return the generations to pause and to resume."""
+        tested, cleared = self._tested, list[Generation]()
+        if tested is not None:
+            if not tested.finished and self._num_crashes(tested):
                 return [], []
-            cleared = [] if tried.finished else [tried]
-            self._tried = None
-        while self._waiting and self._tried is None:
-            newest = self._waiting.pop()
-            self._tried = None if newest.finished else newest
-        if self._tried is not None:
+            cleared = [] if tested.finished else [tested]
+            self._tested = None
+        while self._candidates and self._tested is None:
+            newest = self._candidates.pop()
+            self._tested = None if newest.finished else newest
+        if self._tested is not None:
             self._held += cleared
-            return cleared, [self._tried]
+            return cleared, [self._tested]
         held, self._held = self._held, []
-        return [], [g for g in held if not g.finished]
+        return [], [generation for generation in held if not generation.finished]
 
-    def knows(self, generation: Generation) -> bool:
-        """Whether this is a guilty request once more: clients try again by themselves."""
+    def refuses(self, generation: Generation) -> bool:
+        """Return whether the same request crashed the ranks not long ago: clients retry by themselves."""
         now = time.monotonic()
-        asked = (generation.prompt_ids, _params(generation))
-        return any(g.until > now and (g.prompt_ids, g.params) == asked for g in self._guilty)
+        request = (generation.prompt_ids, _params(generation))
+        return any(entry.until > now and (entry.prompt_ids, entry.params) == request for entry in self._quarantined)
 
-    def _deaths(self, generation: Generation) -> int:
-        """How often the ranks have died in a row with it live and one of its outputs no further than it is."""
-        mark = self._marks.get(generation)
-        if mark is None:
+    def _quarantine(self, generation: Generation) -> None:
+        self._progress.clear()
+        self._candidates.clear()
+        self._held.clear()
+        now = time.monotonic()
+        self._quarantined = [entry for entry in self._quarantined if entry.until > now]
+        self._quarantined.append(Quarantined(generation.prompt_ids, _params(generation), now + self._window_s))
+
+    def _num_crashes(self, generation: Generation) -> int:
+        """Return the crashes in a row with it live, during which one of its outputs got no token."""
+        progress = self._progress.get(generation)
+        if progress is None:
             return 0
-        pairs = zip(generation.sequences, mark.lengths, strict=True)
-        stuck = any(len(s.output.token_ids) == length for s, length in pairs if not s.finished)
-        return mark.deaths if stuck else 0
+        pairs = zip(generation.outputs, progress.lengths, strict=True)
+        is_stuck = any(output.num_tokens == length for output, length in pairs if not output.finished)
+        return progress.num_crashes if is_stuck else 0
 
 
 def _lengths(generation: Generation) -> list[int]:
-    return [len(stream.output.token_ids) for stream in generation.sequences]
+    return [output.num_tokens for output in generation.outputs]
 
 
 def _params(generation: Generation) -> SamplingParams:
-    """Its sampling parameters, without the seed: one may have been drawn for it."""
-    return msgspec.structs.replace(generation.sequences[0].request.params, seed=None)
+    """Return its sampling parameters without the seed, which may be a random one."""
+    return msgspec.structs.replace(generation.outputs[0].request.params, seed=None)

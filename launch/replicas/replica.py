@@ -1,8 +1,7 @@
 """A replica: one group of ranks under Ray Serve, which places it, asks for its health and replaces it.
 
-Serve's calls admit requests and end with them; the tokens go to the front end over our own socket. As in service.py,
-one thread drives the executor and takes commands through a queue and a bell. A group that fails is not started again
-here: the replica says so and is replaced, while the front end has its requests go on elsewhere.
+Each of Serve's calls runs one request; the tokens go to the front end over our own socket. A group that fails is not
+started again here: the replica reports it and is replaced, while its requests continue in other replicas.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ import logging
 import os
 import socket
 import threading
-import time
-from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -25,120 +21,111 @@ from ...runtime.config import Config
 from ...runtime.request import Request
 from ..cluster.actor_group import forwarded
 from ..cluster.connection import Connection
+from ..cluster.engine_thread import EngineThread
 from ..cluster.ray_executor import RayExecutor
-from ..cluster.sockets import PushSocket
+from ..cluster.sockets import PushSocket, WakeupEvent
+from ..cluster.stall_detector import StallDetector
 from ..errors import RankFailed
 from .replica_messages import FrontendInfo, ReplicaReady, StepReport, encode
 
 log = logging.getLogger(__name__)
-WAIT_S = 60.0  # for a step; the bell comes before
-STALL_S = 30.0  # live requests without a step, as /health has it
 
 
 class Replica:
-    """The deployment's class; `run` is called for each request."""
+    """The deployment's class: Serve calls `run` for each request. It is the driver of its EngineThread."""
 
-    def __init__(self, config: Config, front: FrontendInfo) -> None:
+    def __init__(self, config: Config, frontend: FrontendInfo) -> None:
         logging.getLogger("lockstep").setLevel(logging.INFO)
-        for name in forwarded():  # Ray's own choices for this process are none for the ranks
+        for name in forwarded():  # Ray has set these for this process; they are not for the ranks
             del os.environ[name]
-        os.environ.update(front.environment)
+        os.environ.update(frontend.environment)
         context = serve.get_replica_context()
         self._name, self._app = context.replica_id.unique_id, context.app_name
         _, model = find_model(config)
         self._connection = Connection(config)
-        self._connection.ip = front.ip
+        self._connection.ip = frontend.ip
         self._executor = RayExecutor(config, model, self._connection)
-        self._outbox = PushSocket(front.inbox)
-        self._commands: deque[Callable[[], None]] = deque()
-        self._ends: dict[int, asyncio.Future[None]] = {}  # of the calls, by the request's uid
-        self._moved = time.monotonic()  # when a step ended, or there was nothing to do
+        self._outputs = PushSocket(frontend.address)
+        self._calls: dict[int, asyncio.Future[None]] = {}  # by the request's uid; done when the request has ended
+        self._stall = StallDetector()
         self._failure: RankFailed | None = None
-        self._outbox.send(encode(ReplicaReady(self._name, self._executor.limits, self._executor.locations)))
-        self._lifeline = socket.create_connection(front.lifeline)
+        self._outputs.send(encode(ReplicaReady(self._name, self._executor.limits, self._executor.locations)))
+        self._lifeline = socket.create_connection(frontend.lifeline)
         self._lifeline.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        threading.Thread(target=self._watch, name="lockstep-lifeline", daemon=True).start()
-        self._thread = threading.Thread(target=self._work, name="lockstep-replica", daemon=True)
+        threading.Thread(target=self._watch_frontend, name="lockstep-lifeline", daemon=True).start()
+        self._thread = EngineThread(self, "lockstep-replica", self._connection.wakeup, self._connection.leaving)
         self._thread.start()
 
     async def run(self, request: Request) -> None:
-        """Returns when the request has ended; a call that is cancelled ends it."""
+        """Return when the request has ended; a call that is cancelled ends it."""
         ended = asyncio.get_running_loop().create_future()
-        self._post(partial(self._admit, request, ended))
+        self._thread.post(partial(self._admit, request, ended))
         try:
             await ended
         except asyncio.CancelledError:
-            self._post(partial(self._cancel, request.uid))
+            self._thread.post(partial(self._cancel, request.uid))
             raise
 
     def check_health(self) -> None:
-        """Asked by Serve, which replaces the replica after an exception."""
+        """Raise the reason to replace this replica, if there is one; Serve calls this."""
         if self._failure is not None:
             raise self._failure
-        silent = time.monotonic() - self._moved
-        if self._ends and silent > STALL_S:
-            raise RankFailed(f"the ranks have made no step for {silent:.0f} s although requests are live")
+        self._stall.update(self._executor.stats.steps, len(self._calls))
+        problem = self._stall.problem()
+        if problem is not None:
+            raise RankFailed(f"the ranks have made {problem}")
 
     def __del__(self) -> None:
-        """Called by Serve at the end."""
+        """End the ranks; Serve calls this at the end."""
         if hasattr(self, "_thread"):
-            self._connection.leaving.set()
-            self._connection.bell.ring()
-            self._thread.join()
+            self._thread.stop()
 
-    def _post(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
-        self._connection.bell.ring()
+    # The methods below run in the EngineThread.
 
-    # -- the thread
+    @property
+    def busy(self) -> bool:
+        return len(self._calls) > 0
 
-    def _work(self) -> None:
-        try:
-            while not self._connection.leaving.is_set():
-                self._turn()
-        except RankFailed as error:
-            log.error("%s", error)
-            self._failure = error
-        finally:
-            self._failure = self._failure or RankFailed("the replica ends")
-            while self._commands:
-                self._commands.popleft()()
-            for uid in list(self._ends):
-                self._tell(uid, self._failure)
-            self._executor.close()
-            self._connection.close()
-
-    def _turn(self) -> None:
-        while self._commands:
-            self._commands.popleft()()
-        for output in self._executor.poll(WAIT_S if self._ends else 0.0):
-            self._outbox.send(encode(StepReport(self._name, output, self._executor.stats)))
-            self._moved = time.monotonic()
+    def poll(self, timeout_s: float) -> None:
+        for output in self._executor.poll(timeout_s):
+            self._outputs.send(encode(StepReport(self._name, output, self._executor.stats)))
             for finished in output.finished:
-                self._tell(finished.uid, None)
-        if not self._ends:
-            self._connection.bell.wait()
-        self._connection.bell.clear()
+                self._end_call(finished.uid, None)
+
+    def wait(self, wakeup: WakeupEvent) -> None:
+        self._executor.wait(wakeup)
+
+    def on_failure(self, error: Exception) -> bool:
+        log.error("%s", error, exc_info=None if isinstance(error, RankFailed) else error)
+        self._failure = RankFailed(str(error))
+        return False
+
+    def detach(self) -> None:
+        self._failure = self._failure or RankFailed("the replica ends")
+
+    def close(self) -> None:
+        for uid in list(self._calls):
+            self._end_call(uid, self._failure)
+        self._executor.close()
+        self._connection.close()
 
     def _admit(self, request: Request, ended: asyncio.Future[None]) -> None:
-        if not self._ends:
-            self._moved = time.monotonic()
-        self._ends[request.uid] = ended
+        self._calls[request.uid] = ended
         if self._failure is None:
             self._executor.submit([request])
 
     def _cancel(self, uid: int) -> None:
-        if self._ends.pop(uid, None) is not None and self._failure is None:
+        if self._calls.pop(uid, None) is not None and self._failure is None:
             self._executor.cancel([uid])
 
-    def _tell(self, uid: int, failure: RankFailed | None) -> None:
-        ended = self._ends.pop(uid, None)
+    def _end_call(self, uid: int, failure: RankFailed | None) -> None:
+        ended = self._calls.pop(uid, None)
         if ended is not None:
             with suppress(RuntimeError):  # the loop has ended, and with it all calls
                 ended.get_loop().call_soon_threadsafe(_settle, ended, failure)
 
-    def _watch(self) -> None:
-        """Nobody needs the application when its front end is gone: Serve itself would keep it for ever."""
+    def _watch_frontend(self) -> None:
+        """Delete the application when its front end is gone; Serve itself would keep it."""
         with suppress(OSError):
             self._lifeline.recv(1)
         if not self._connection.leaving.is_set():

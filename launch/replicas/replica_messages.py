@@ -1,4 +1,4 @@
-"""What replicas send to the front end, over ZeroMQ: a message a step for all requests, not one for each."""
+"""The messages from replicas to the front end over ZeroMQ: one for each step, not one for each request."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..cluster.sockets import Address
 
 @dataclass(frozen=True)
 class FrontendInfo:
-    """What a replica must know of the front end; travels through Ray."""
+    """The front end's addresses and settings for its replicas; travels through Ray."""
 
-    inbox: Address
-    lifeline: tuple[str, int]  # ip, port; a connection to it ends when the front end does
-    ip: str | None  # for the ranks to listen on: the loopback address where there is only one machine
-    environment: dict[str, str]  # that the ranks get
+    address: Address  # of its PullSocket
+    lifeline: tuple[str, int]  # ip, port; a connection to it breaks when the front end ends
+    ip: str | None  # for the ranks' sockets: the loopback address if there is only one machine
+    environment: dict[str, str]  # for the ranks
 
 
 class ReplicaReady(msgspec.Struct, frozen=True, tag=True):
-    """A replica is ready."""
+    """The report of a replica that has started."""
 
     replica: str
     limits: Limits
@@ -32,7 +32,7 @@ class ReplicaReady(msgspec.Struct, frozen=True, tag=True):
 
 
 class StepReport(msgspec.Struct, frozen=True, tag=True):
-    """A step of a replica has ended; the counters are all of this replica's until now."""
+    """The output of a replica's step, and its counters since it started."""
 
     replica: str
     output: StepOutput

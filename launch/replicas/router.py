@@ -3,20 +3,58 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from itertools import takewhile
 from typing import Any
 
+import numpy as np
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from .affinity import Affinity
-
 SPREAD = 8  # requests that a replica may have more than the least busy one and still be chosen for its cache
+
+
+class PrefixAffinity:
+    """An estimate of the prefix cache of each replica: the pages of the prompts that were sent to it.
+
+    A page is known by the hash of all tokens up to its end. For each replica at most `num_pages` pages are kept; the
+    least recently used are dropped first, as in the cache itself.
+    """
+
+    def __init__(self, page_size: int, num_pages: int) -> None:
+        self._page_size, self._num_pages = page_size, num_pages
+        self._pages: dict[str, OrderedDict[int, None]] = {}  # of each replica, the least recently used first
+
+    def num_cached(self, tokens: np.ndarray, replica: str) -> int:
+        """Return how many of the first `tokens` are in the replica's cache."""
+        pages = self._pages.get(replica, OrderedDict())
+        return sum(self._page_size for _ in takewhile(pages.__contains__, self._hashes(tokens)))
+
+    def add(self, tokens: np.ndarray, replica: str) -> None:
+        """Note that a prompt of these tokens was sent to the replica."""
+        pages = self._pages.setdefault(replica, OrderedDict())
+        for page in reversed(list(self._hashes(tokens))):  # a prefix is used as often as its continuations
+            pages[page] = None
+            pages.move_to_end(page)
+        while len(pages) > self._num_pages:
+            pages.popitem(last=False)
+
+    def keep(self, replicas: Collection[str]) -> None:
+        """Drop all replicas but these."""
+        self._pages = {replica: pages for replica, pages in self._pages.items() if replica in replicas}
+
+    def _hashes(self, tokens: np.ndarray) -> Iterator[int]:
+        prefix_hash = 0
+        for start in range(0, len(tokens) - self._page_size + 1, self._page_size):
+            prefix_hash = hash((prefix_hash, tokens[start : start + self._page_size].tobytes()))
+            yield prefix_hash
 
 
 class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Runs in the front end, which sends all requests; the first argument of a call is a runtime Request."""
 
     def initialize_state(self, page_size: int, num_pages: int) -> None:
-        self._affinity = Affinity(page_size, num_pages)
+        self._affinity = PrefixAffinity(page_size, num_pages)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
@@ -25,19 +63,19 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """All candidates, best first: one that is full is passed over, and the request waits only if all are."""
+        """Return all candidates, best first: a full one is passed over, and the request waits only if all are full."""
         if pending_request is None:
             return [candidate_replicas]
-        busy = {r.replica_id: self.replica_queue_len_cache.get(r.replica_id) or 0 for r in candidate_replicas}
-        least = min(busy.values(), default=0)
+        loads = {r.replica_id: self.replica_queue_len_cache.get(r.replica_id) or 0 for r in candidate_replicas}
+        least = min(loads.values(), default=0)
         tokens = pending_request.args[0].tokens
 
         def rank(replica: RunningReplica) -> tuple[int, int, float]:
-            load = busy[replica.replica_id]
-            matched = self._affinity.matched(tokens, replica.replica_id.unique_id) if load <= least + SPREAD else 0
-            return (-matched, load, random.random())
+            load, name = loads[replica.replica_id], replica.replica_id.unique_id
+            num_cached = self._affinity.num_cached(tokens, name) if load <= least + SPREAD else 0
+            return (-num_cached, load, random.random())
 
         return [[replica] for replica in sorted(candidate_replicas, key=rank)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        self._affinity.sent(pending_request.args[0].tokens, replica_id.unique_id)
+        self._affinity.add(pending_request.args[0].tokens, replica_id.unique_id)

@@ -29,7 +29,7 @@ class Admission:
 
     def _check(self, num_outputs: int) -> None:
         health = self._engine.health
-        if health.state in ("starting", "draining", "failed"):
+        if health.state in ("draining", "failed"):
             message = f"the server takes no requests: it is {health.state}, {health.reason}"
             raise ApiError(503, message, code=health.state)
         num_queued = self._num_outputs + num_outputs - self._engine.limits.max_num_seqs

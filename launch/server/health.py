@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-
+from ..cluster.stall_detector import StallDetector
 from ..engine.async_engine import AsyncEngine
 
 
@@ -11,15 +10,12 @@ class Liveness:
     """Watches the engine's count of steps; `update` is called about once a second."""
 
     def __init__(self, engine: AsyncEngine, stall_timeout_s: float) -> None:
-        self._engine, self._stall_timeout_s = engine, stall_timeout_s
-        self._steps = -1
-        self._progress_at = time.monotonic()  # of the last new step, or of the last update without live requests
+        self._engine, self._stall = engine, StallDetector(stall_timeout_s)
 
     def update(self) -> None:
         """Note the progress since the last call."""
         stats = self._engine.stats()
-        if stats.engine.steps != self._steps or stats.num_live == 0:
-            self._steps, self._progress_at = stats.engine.steps, time.monotonic()
+        self._stall.update(stats.engine.steps, stats.num_live)
 
     def problem(self) -> str | None:
         """Return the reason why the server is not healthy; None if it is healthy."""
@@ -27,7 +23,5 @@ class Liveness:
         if health.state != "ready":
             return f"the engine is {health.state}: {health.reason}"
         self.update()
-        silent_s = time.monotonic() - self._progress_at
-        if silent_s < self._stall_timeout_s:
-            return None
-        return f"the engine has made no step for {silent_s:.0f} s although requests are live"
+        problem = self._stall.problem()
+        return None if problem is None else f"the engine has made {problem}"

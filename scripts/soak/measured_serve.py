@@ -22,7 +22,7 @@ from typing import Any
 
 from lockstep.launch.cli.main import main
 from lockstep.launch.cluster.ray_executor import RayExecutor
-from lockstep.launch.engine import async_engine
+from lockstep.launch.engine import output_queue
 from lockstep.launch.server import handlers
 from lockstep.runtime.outputs import Event
 
@@ -35,27 +35,27 @@ writes: list[tuple[float, float]] = []  # time and CPU seconds of this process a
 
 def measure_steps() -> None:
     """Note when each event's step arrived, and when the event reached the event loop."""
-    take_in, put, send = RayExecutor._take_in, async_engine._put, async_engine.AsyncEngine._send
+    update, put, send = RayExecutor._update, output_queue.put_all, output_queue.send
     step_of: dict[int, float] = {}
 
-    def timed_take_in(self: RayExecutor, messages: list[bytes]) -> Any:
+    def timed_update(self: RayExecutor, messages: list[bytes]) -> Any:
         global step_received_at
         step_received_at = time.perf_counter()
-        return take_in(self, messages)
+        return update(self, messages)
 
-    def timed_send(self: Any, events: Any) -> None:
-        batch = list(events)
+    def timed_send(items: Any) -> None:
+        batch = list(items)
         step_of.update((id(event), step_received_at) for _, event in batch)
-        send(self, batch)
+        send(batch)
 
     def timed_put(batch: Sequence[tuple[Any, Any]]) -> None:
         now = time.perf_counter()
         times_of.update((id(event), (step_of.pop(id(event), now), now)) for _, event in batch)
         put(list(batch))
 
-    RayExecutor._take_in = timed_take_in  # type: ignore[method-assign]
-    async_engine.AsyncEngine._send = timed_send  # type: ignore[method-assign]
-    async_engine._put = timed_put
+    RayExecutor._update = timed_update  # type: ignore[method-assign]
+    output_queue.send = timed_send
+    output_queue.put_all = timed_put
 
 
 def measure_joins() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import lockstep
 from lockstep import LLM, SamplingParams
 from lockstep.runtime.config import DEMO_MODEL, Config
-from lockstep.runtime.frontend import Frontend, Generation
+from lockstep.runtime.frontend import Frontend
+from lockstep.runtime.ledger import Generation
 from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import Event, RequestOutput
 from lockstep.runtime.plan import Finished, StepOutput
@@ -105,8 +106,8 @@ def run(frontend: Frontend, generation: Generation) -> tuple[str, list[str]]:
     frontend.submit([generation])
     pieces = []
     while not generation.finished:
-        pieces += [s.take_text() for s in frontend.poll(0)]
-    return generation.sequences[0].output.text, pieces
+        pieces += [output.take_event().text for output in frontend.poll(0)]
+    return generation.outputs[0].completion.text, pieces
 
 
 @pytest.mark.parametrize("burst", [1, 3])
@@ -129,7 +130,7 @@ def test_stop_strings(tokenizer: Tokenizer, stop: Any, wanted: str, burst: int) 
     text, pieces = run(frontend, generation)
     assert text == wanted
     assert "".join(pieces) == wanted, "what was streamed must never have to be taken back"
-    output = generation.sequences[0].output
+    output = generation.outputs[0].completion
     if "not in it" in stop:
         assert (output.finish_reason, output.stop_reason) == ("length", None)
     else:

@@ -11,8 +11,9 @@ from typing import Any, cast
 import httpx
 import openai
 
-from lockstep.launch.engine.async_engine import AsyncEngine, AsyncEngineStats, Health, RankStatus
+from lockstep.launch.engine.async_engine import AsyncEngine, AsyncEngineStats, RankStatus
 from lockstep.launch.engine.async_tokenizer import AsyncTokenizer
+from lockstep.launch.engine.recovery import Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server.run import Server, bind, create_uvicorn_config
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits

@@ -28,11 +28,13 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from lockstep import LLM, SamplingParams
-from lockstep.launch.cluster import actor_group, ray_executor
+from lockstep.launch.cluster import actor_group
 from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.cluster.worker import Worker
 from lockstep.launch.errors import PlacementError, RankFailed
+from lockstep.runtime.checkpoint import find_model
 from lockstep.runtime.config import DEMO_MODEL, Config
+from lockstep.runtime.offline import OfflineLLM
 from lockstep.runtime.outputs import Event, RequestOutput
 from lockstep.runtime.request import RequestRefused
 
@@ -174,11 +176,15 @@ def test_a_hung_rank_ends_the_group_after_step_timeout(ray_cluster: dict[str, st
     assert not left_after(5, lambda: [pid for pid in workers if is_running(pid)])
 
 
-def test_a_leader_that_hangs_alone_is_noticed(ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for it in a collective: it hangs before its first step."""
-    monkeypatch.setattr(ray_executor, "GRACE_S", 1)
+def test_leader_that_hangs_before_its_first_step_is_noticed(
+    ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other rank waits for it in a collective."""
     monkeypatch.setattr(actor_group, "Worker", failing("run", 0, lambda: time.sleep(600)))
-    with LLM(tensor_parallel_size=2, step_timeout=1, **SMALL) as llm, pytest.raises(RankFailed, match=HANGS):
+    config = Config(tensor_parallel_size=2, step_timeout=1, **SMALL)
+    folder, model = find_model(config)
+    executor = RayExecutor(config, model, grace_s=1.0)
+    with OfflineLLM(executor, model, folder) as llm, pytest.raises(RankFailed, match=HANGS):
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
 
 

@@ -32,13 +32,15 @@ from lockstep.launch.cluster.rank_actor import Endpoint
 from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.cluster.sockets import Address
 from lockstep.launch.cluster.worker import Worker
-from lockstep.launch.engine import async_engine
-from lockstep.launch.engine.async_engine import AsyncEngine, OutputQueue
+from lockstep.launch.engine import async_engine, output_queue
+from lockstep.launch.engine.async_engine import AsyncEngine
+from lockstep.launch.engine.output_queue import OutputQueue
 from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine
 from lockstep.runtime import startup
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor, RankLocation, Wakeup
-from lockstep.runtime.frontend import Frontend, Generation, Output
+from lockstep.runtime.frontend import Frontend
+from lockstep.runtime.ledger import Generation, Output
 from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import CompletionOutput, Event, Logprob
 from lockstep.runtime.plan import Finished, StepOutput
@@ -91,7 +93,8 @@ async def serving(config: Config | None = None, **options: Any) -> AsyncGenerato
         yield started
     finally:
         await started.close()
-    assert not started._thread.is_alive()
+    assert started._thread is not None
+    assert not started._thread.is_alive
 
 
 class Gathered:
@@ -295,7 +298,7 @@ def test_a_request_that_ends_its_ranks_every_time_ends_alone(scripted: type[Scri
                     assert answer == [of_script(seed, 20 + seed)]
             assert started.health.state == "ready"
             assert started.health.restarts == 3 * len(deadly)
-            assert len(started._failures) == len(deadly)
+            assert len(started._engine._failures) == len(deadly)
             assert started.stats().num_live == 0
 
     run(main())
@@ -340,11 +343,11 @@ def test_a_suspect_that_leaves_makes_room_for_the_next(scripted: type[Scripted])
         async with serving(max_restarts=9) as started:
             scripted.deadly = dict.fromkeys(range(5), 4)
             asked = [asyncio.create_task(tokens_of(started, seed, 30)) for seed in range(5)]
-            await until(lambda: started._suspects.waiting)
+            await until(lambda: started._engine.quarantine.candidates)
             scripted.deadly = {}
             asked[4].cancel()
             assert await asyncio.gather(*asked[:4]) == [[of_script(seed, 30)] for seed in range(4)]
-            assert not started._suspects.waiting
+            assert not started._engine.quarantine.candidates
 
     run(main())
 
@@ -419,14 +422,14 @@ def test_requests_that_come_during_recovery_wait(scripted: type[Scripted]) -> No
 
 
 def test_the_failure_of_one_text_ends_one_output(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
-    push = Output.push
+    append = Output.append
 
-    def breaks(self: Output, token: int, *rest: Any) -> bool:
-        if self.request.params.seed == 3 and len(self.output.token_ids) == 5:
+    def breaks(self: Output, token: int, *rest: Any) -> None:
+        if self.request.params.seed == 3 and self.num_tokens == 5:
             raise Exception("of the tokenizer's own")
-        return push(self, token, *rest)
+        append(self, token, *rest)
 
-    monkeypatch.setattr(Output, "push", breaks)
+    monkeypatch.setattr(Output, "append", breaks)
 
     async def main() -> None:
         async with serving() as started:
@@ -518,7 +521,7 @@ def test_one_wakeup_a_step(scripted: type[Scripted]) -> None:
         loop.call_soon_threadsafe = counted  # type: ignore[assignment, method-assign]
         async with serving() as started:
             await asyncio.gather(*(tokens_of(started, seed, 50) for seed in range(20)))
-            events = sum(callback is async_engine._put for callback in calls)
+            events = sum(callback is output_queue.put_all for callback in calls)
             assert events <= scripted.started[0].stats.steps < 20 * 50
 
     run(main())
@@ -583,10 +586,10 @@ def test_a_model_that_is_not_there_is_the_users_error() -> None:
 def test_a_resumed_request_is_the_same_request(scripted: type[Scripted]) -> None:
     frontend = Frontend(Scripted(), Tokenizer(Path(DEMO_MODEL)), [1])
     generation = frontend.prepare([5, 6, 7], SamplingParams(seed=3, max_tokens=20, min_tokens=4))
-    stream = generation.sequences[0]
-    stream.push(40, None, None)
-    stream.push(41, None, None)
-    resumed, asked = stream.resumed(), stream.request
+    output = generation.outputs[0]
+    output.append(40)
+    output.append(41)
+    resumed, asked = output.resumed(), output.request
     assert resumed.tokens.tolist() == [5, 6, 7, 40, 41]
     assert (resumed.uid, resumed.params, resumed.stop_ids) == (asked.uid, asked.params, asked.stop_ids)
     assert resumed.num_prompt_tokens == 3
@@ -654,7 +657,7 @@ def test_the_memory_of_a_failed_runner_is_free(monkeypatch: pytest.MonkeyPatch) 
     async def main() -> None:
         async with serving() as started:
             for _ in range(2):
-                local = started._frontend.executor
+                local = started._engine.frontend.executor
                 assert isinstance(local, LocalExecutor)
                 local._engine.runner.launch = lambda plan: [].pop()  # type: ignore[method-assign]
                 del local
@@ -694,10 +697,10 @@ def test_a_storm_of_readers_that_leave() -> None:
             gathered = Gathered()
             await gathered.listen(started, 0, *WORK[0])
             assert started.health.restarts == 0
-            local = started._frontend.executor
+            local = started._engine.frontend.executor
             assert isinstance(local, LocalExecutor)
             assert local._engine.scheduler.pages.num_available == SMALL["num_pages"]
-            await until(lambda: not started._listeners)
+            await until(lambda: not started._engine.queues)
             assert not started._active
 
     run(main())
@@ -892,7 +895,7 @@ def test_a_request_that_kills_a_rank_every_time(
 def test_a_rank_that_dies_while_nothing_runs_is_replaced_before_it_is_missed(ray_cluster: dict[str, str]) -> None:
     async def main() -> None:
         async with serving(TWO, max_restarts=1) as started:
-            assert isinstance(started._frontend.executor, RayExecutor)
+            assert isinstance(started._engine.frontend.executor, RayExecutor)
             await asyncio.sleep(0.3)
             os.kill(pids(started)[0], signal.SIGKILL)
             await until(lambda: started.health.restarts == 1 and started.health.state == "ready")

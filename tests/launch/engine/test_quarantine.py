@@ -1,4 +1,4 @@
-"""Finding the request that ends its ranks, against ranks that are played: any deadly ones, any order, any arrivals."""
+"""Crash quarantine over simulated ranks: any crashing requests, in any order, with any arrivals."""
 
 from __future__ import annotations
 
@@ -13,70 +13,69 @@ from lockstep.runtime.request import SamplingParams
 LENGTH = 6
 
 
-class Output:
-    """Stands for a Stream."""
+class FakeOutput:
+    """Stands in for an Output, and for its request."""
 
     def __init__(self, number: int) -> None:
-        self.token_ids: list[int] = []
-        self.output = self
+        self.num_tokens = 0
         self.finished = False
         self.params = SamplingParams(seed=number)
         self.request = self
 
 
-class Asked:
-    """Stands for a Generation of one output."""
+class FakeGeneration:
+    """Stands in for a Generation of one output."""
 
     def __init__(self, number: int, deadly_at: int | None) -> None:
         self.number, self.deadly_at = number, deadly_at
         self.prompt_ids = [number]
-        self.sequences = [Output(number)]
+        self.outputs = [FakeOutput(number)]
 
     @property
     def finished(self) -> bool:
-        return self.sequences[0].finished
+        return self.outputs[0].finished
 
 
-def play(deadly: list[int | None], arrivals: list[int]) -> tuple[set[int], list[Asked]]:
-    """Steps until all have ended: numbers of those that were found guilty, and all of them.
+def simulate(deadly: list[int | None], arrivals: list[int]) -> tuple[set[int], list[FakeGeneration]]:
+    """Step until all generations have ended; return the numbers of the quarantined ones, and all of them.
 
-    deadly    of each request, after how many tokens the ranks die in its step; None: never
-    arrivals  before which turn each request comes
+    deadly    of each generation, after how many tokens the ranks crash in its step; None: never
+    arrivals  the turn before which each generation comes
     """
-    suspects: Any = CrashQuarantine(60.0)
-    everyone = [Asked(number, at) for number, at in enumerate(deadly)]
-    guilty: set[int] = set()
-    running: list[Asked] = []
+    quarantine: Any = CrashQuarantine(60.0)
+    generations = [FakeGeneration(number, at) for number, at in enumerate(deadly)]
+    quarantined: set[int] = set()
+    running: list[FakeGeneration] = []
     for turn in range(2000):
-        for asked in everyone:
-            if arrivals[asked.number] == turn and not suspects.hold(asked):
-                running.append(asked)
-        live = [a for a in everyone if arrivals[a.number] <= turn and not a.finished]
-        rest, go_on = suspects.step()
-        running = [a for a in running if a not in rest and not a.finished] + go_on
+        for generation in generations:
+            if arrivals[generation.number] == turn and not quarantine.hold(generation):
+                running.append(generation)
+        live = [g for g in generations if arrivals[g.number] <= turn and not g.finished]
+        to_pause, to_resume = quarantine.advance()
+        running = [g for g in running if g not in to_pause and not g.finished] + to_resume
         assert len(set(running)) == len(running)
-        if any(len(a.sequences[0].token_ids) == a.deadly_at for a in running):
-            found = suspects.died(live)
-            if found is not None:
-                found[0].sequences[0].finished = True
-                guilty.add(found[0].number)
-            resting = suspects.resting
-            running = [a for a in live if a not in resting and not a.finished]
+        if any(g.outputs[0].num_tokens == g.deadly_at for g in running):
+            cause = quarantine.on_crash(live)
+            if cause is not None:
+                cause[0].outputs[0].finished = True
+                quarantined.add(cause[0].number)
+            paused = quarantine.paused
+            running = [g for g in live if g not in paused and not g.finished]
         else:
-            for a in running:
-                a.sequences[0].token_ids.append(0)
-                a.sequences[0].finished = len(a.sequences[0].token_ids) == LENGTH
-        if all(a.finished for a in everyone):
-            return guilty, everyone
+            for g in running:
+                g.outputs[0].num_tokens += 1
+                g.outputs[0].finished = g.outputs[0].num_tokens == LENGTH
+        if all(g.finished for g in generations):
+            return quarantined, generations
     raise AssertionError("it does not end")
 
 
 @given(st.data())
-def test_the_guilty_end_and_nobody_else(data: st.DataObject) -> None:
+def test_crashing_requests_end_and_no_others(data: st.DataObject) -> None:
     size = data.draw(st.integers(1, 8))
     numbers = st.one_of(st.none(), st.none(), st.integers(0, LENGTH - 1))
     deadly = data.draw(st.lists(numbers, min_size=size, max_size=size))
     arrivals = data.draw(st.lists(st.integers(0, 12), min_size=size, max_size=size))
-    guilty, everyone = play(deadly, arrivals)
-    assert guilty == {a.number for a in everyone if a.deadly_at is not None}
-    assert all(len(a.sequences[0].token_ids) == (LENGTH if a.deadly_at is None else a.deadly_at) for a in everyone)
+    quarantined, generations = simulate(deadly, arrivals)
+    assert quarantined == {g.number for g in generations if g.deadly_at is not None}
+    assert all(g.outputs[0].num_tokens == (LENGTH if g.deadly_at is None else g.deadly_at) for g in generations)

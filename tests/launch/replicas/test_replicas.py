@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
-from lockstep.launch.replicas.affinity import Affinity
 from lockstep.launch.server.server_config import ServerConfig
 from lockstep.runtime.outputs import RequestOutput
 
@@ -35,18 +34,20 @@ QUEUED = 8  # more than are asked at once: who has no token yet counts as queued
 
 def test_the_longest_prefix_is_that_of_brute_force() -> None:
     """Against the prompts themselves, with caches that forget nothing."""
+    from lockstep.launch.replicas.router import PrefixAffinity  # needs Ray Serve
+
     draw = random.Random(1)
-    affinity, sent = Affinity(page_size=4, num_pages=10_000), dict[str, list[list[int]]]()
+    affinity, sent = PrefixAffinity(page_size=4, num_pages=10_000), dict[str, list[list[int]]]()
     for _ in range(300):
         prompt = [draw.randrange(2) for _ in range(draw.randrange(40))]
         replica = draw.choice("abc")
         for other in "abc":
             known = [common(prompt, old) // 4 * 4 for old in sent.get(other, [])]
-            assert affinity.matched(np.array(prompt, np.int32), other) == max(known, default=0)
-        affinity.sent(np.array(prompt, np.int32), replica)
+            assert affinity.num_cached(np.array(prompt, np.int32), other) == max(known, default=0)
+        affinity.add(np.array(prompt, np.int32), replica)
         sent.setdefault(replica, []).append(prompt)
     affinity.keep("ac")
-    assert affinity.matched(np.array(sent["b"][-1], np.int32), "b") == 0
+    assert affinity.num_cached(np.array(sent["b"][-1], np.int32), "b") == 0
 
 
 def common(a: list[int], b: list[int]) -> int:
@@ -55,13 +56,15 @@ def common(a: list[int], b: list[int]) -> int:
 
 
 def test_no_more_pages_are_remembered_than_the_cache_holds() -> None:
-    affinity = Affinity(page_size=2, num_pages=3)
+    from lockstep.launch.replicas.router import PrefixAffinity  # needs Ray Serve
+
+    affinity = PrefixAffinity(page_size=2, num_pages=3)
     old, new = np.arange(8, dtype=np.int32), np.arange(100, 104, dtype=np.int32)
-    affinity.sent(old, "a")
-    assert affinity.matched(old, "a") == 6, "of four pages the last one is forgotten: it is used least"
-    affinity.sent(new, "a")
-    assert affinity.matched(new, "a") == 4
-    assert affinity.matched(old, "a") == 2
+    affinity.add(old, "a")
+    assert affinity.num_cached(old, "a") == 6, "of four pages the last one is forgotten: it is used least"
+    affinity.add(new, "a")
+    assert affinity.num_cached(new, "a") == 4
+    assert affinity.num_cached(old, "a") == 2
     assert isinstance(affinity._pages["a"], OrderedDict)
 
 

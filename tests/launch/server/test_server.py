@@ -35,8 +35,8 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from lockstep import LLM
-from lockstep.launch.engine import grammar_check
-from lockstep.launch.engine.async_engine import AsyncEngine, Health
+from lockstep.launch.engine.async_engine import AsyncEngine
+from lockstep.launch.engine.recovery import Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server import http_io
 from lockstep.launch.server.run import bind
@@ -1008,10 +1008,11 @@ def test_a_compiler_that_hangs_or_dies_costs_one_request(
 ) -> None:
     body = {**COMPLETION, "guided_regex": f"a{{{len(fault)}}}", "max_tokens": 9}
     assert real.post("/v1/completions", {**body, "guided_regex": "first"}).status_code == 200
-    compiler = cast(AsyncEngine, real.service)._grammars._process
+    grammars = cast(AsyncEngine, real.service)._grammars
+    compiler = grammars._process
     assert compiler is not None
     if fault == "slow":
-        monkeypatch.setattr(grammar_check, "TIME_BOX_S", 0.2)
+        monkeypatch.setattr(grammars, "time_limit_s", 0.2)
         os.kill(compiler.pid, signal.SIGSTOP)
     else:
         os.kill(compiler.pid, signal.SIGKILL)

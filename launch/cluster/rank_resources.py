@@ -1,4 +1,4 @@
-"""What the ranks ask of Ray, apart from Ray, so that the doctor need not import it."""
+"""The resources of one rank and of a local cluster, without Ray: the doctor starts sooner and needs no cluster."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from ...runtime.config import Config
 
-LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least: tensors never travel through it
+LOCAL_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum: tensors never travel through it
 
 
 def bundle(config: Config, *, cuda: bool) -> dict[str, float]:
-    """The resources of one rank."""
+    """Return the resources of one rank."""
     return {"CPU": 1, "GPU": config.gpus_per_rank} if cuda else {"CPU": 1}
 
 
 def fitting(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
-    """How many bundles an empty node takes."""
+    """Return the number of bundles that an empty node holds."""
     return min(int(resources.get(name, 0) / amount + 1e-6) for name, amount in bundle.items())

@@ -1,0 +1,86 @@
+"""The thread that drives an executor, and the queue of commands that other threads post to it."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from .sockets import WakeupEvent
+
+WAIT_S = 60.0  # for a step; the wakeup event and the executor's own deadline come before
+
+
+class Driver(Protocol):
+    """The work of an EngineThread, which calls all of these methods."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are live."""
+
+    def poll(self, timeout_s: float) -> None:
+        """Wait up to timeout_s for the executor's next results and pass them on."""
+
+    def wait(self, wakeup: WakeupEvent) -> None:
+        """While no request is live: wait until `wakeup` is set, or another `poll` is needed."""
+
+    def on_failure(self, error: Exception) -> bool:
+        """Handle what a command or `poll` raised; return whether the thread continues."""
+
+    def detach(self) -> None:
+        """Stop submitting to the executor: what is left of the commands is called next, and then `close`."""
+
+    def close(self) -> None:
+        """End all requests and the executor; the last call."""
+
+
+class EngineThread:
+    """Runs commands and polls an executor by turns, until `stop` or until the driver gives up."""
+
+    def __init__(self, driver: Driver, name: str, wakeup: WakeupEvent, leaving: threading.Event) -> None:
+        self._driver, self._wakeup, self._leaving = driver, wakeup, leaving
+        self._commands: deque[Callable[[], None]] = deque()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Have `command` called in the thread; any other thread may call this."""
+        self._commands.append(command)
+        self._wakeup.set()
+
+    def stop(self) -> None:
+        """Let the thread end after its current turn, and wait for it; safe to call twice."""
+        self._leaving.set()
+        self._wakeup.set()
+        self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while not self._leaving.is_set():
+                try:
+                    self._turn()
+                except Exception as error:  # noqa: BLE001 - the driver logs it; an executor in this process raises any
+                    if not self._driver.on_failure(error):
+                        return
+        finally:
+            self._driver.detach()
+            self._run_commands()
+            self._driver.close()
+
+    def _turn(self) -> None:
+        self._run_commands()
+        self._driver.poll(WAIT_S if self._driver.busy else 0.0)
+        if not self._driver.busy:
+            self._driver.wait(self._wakeup)
+        self._wakeup.clear()  # loses no command: each is in the queue before the event is set
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()

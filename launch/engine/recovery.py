@@ -1,0 +1,232 @@
+"""The engine thread's work: serve the live requests over one executor after another, as their ranks fail.
+
+When the executor fails, it is closed, another one is started, and the front end's ledger is submitted again: the tasks
+that wait for events see a pause and nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from ...runtime.executor import Executor, Wakeup
+from ...runtime.frontend import Frontend
+from ...runtime.ledger import Generation
+from ...runtime.plan import StepOutput
+from ...runtime.request import Request
+from ...runtime.stats import EngineStats, Profile
+from ..errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine, RequestsLost
+from .output_queue import OutputQueue, OutputQueues, send
+from .quarantine import CrashQuarantine
+
+log = logging.getLogger(__name__)
+CLOSING = "the service ends"  # the reason for clients
+
+
+@dataclass(frozen=True)
+class Health:
+    """The engine's state and, unless it is ready, the reason."""
+
+    state: Literal["ready", "recovering", "draining", "failed"]
+    reason: str = ""
+    since: float = field(default_factory=time.time)  # of time.time
+    restarts: int = 0  # of the ranks, so far
+
+
+class NullExecutor:
+    """Stands in for an executor that has failed: requests stay in the ledger, and no results come."""
+
+    def __init__(self, failed: Executor) -> None:
+        self.limits, self.locations = failed.limits, failed.locations
+        self.startup: dict[str, float] = {}
+        self.stats = EngineStats()
+
+    def submit(self, requests: Sequence[Request]) -> None: ...
+
+    def cancel(self, uids: Sequence[int]) -> None: ...
+
+    def poll(self, timeout_s: float) -> list[StepOutput]:
+        return []
+
+    def wait(self, wakeup: Wakeup) -> None:
+        wakeup.wait()
+
+    def start_profile(self, num_steps: int) -> None: ...
+
+    def take_profile(self) -> Profile | None:
+        return None
+
+    def close(self) -> None: ...
+
+
+class RecoveringEngine:
+    """The driver of AsyncEngine's thread; other threads only read `health`, `stats`, `frontend` and `quarantine`.
+
+    `resources` are closed after the last executor.
+    """
+
+    def __init__(
+        self,
+        frontend: Frontend,
+        start_executor: Callable[[], Executor],
+        resources: ExitStack,
+        max_restarts: int,
+        restart_window: float,
+    ) -> None:
+        self.frontend = frontend
+        self.queues = OutputQueues()
+        self.quarantine = CrashQuarantine(restart_window)
+        self.health = Health("ready")
+        self._start_executor, self._resources = start_executor, resources
+        self._max_restarts, self._restart_window = max_restarts, restart_window
+        self._failures: list[float] = []  # within the window, of time.monotonic
+        self._previous_stats = EngineStats()  # of the executors that have failed
+
+    @property
+    def stats(self) -> EngineStats:
+        """The counters of all executors since the start."""
+        return self._previous_stats + self.frontend.executor.stats
+
+    @property
+    def busy(self) -> bool:
+        return len(self.queues) > 0
+
+    def admit(self, queue: OutputQueue) -> None:
+        """Start a generation whose events go to `queue`."""
+        if self.health.state == "failed":
+            send([(queue, EngineFailed(self.health.reason))])
+        else:
+            self.queues.add(queue)
+            self.frontend.submit([queue.generation], paused=self.quarantine.hold(queue.generation))
+
+    def cancel(self, generation: Generation) -> None:
+        self.queues.remove(generation)
+        self.frontend.cancel([generation])
+
+    def poll(self, timeout_s: float) -> None:
+        if self.health.state == "recovering":
+            self._restart()
+        self._test_next_candidate()
+        self.queues.deliver(self.frontend.poll(timeout_s))
+
+    def wait(self, wakeup: Wakeup) -> None:
+        self.frontend.executor.wait(wakeup)
+
+    def on_failure(self, error: Exception) -> bool:
+        if isinstance(error, RequestsLost):
+            self._reroute(error)
+        elif isinstance(error, RankFailed):
+            log.error("%s%s", error, f"\nthe last it wrote:\n{error.last_words}" if error.last_words else "")
+            self._on_ranks_failed(str(error))
+        else:  # a rank in this process: its step raises anything
+            log.error("the engine failed", exc_info=error)
+            self._on_ranks_failed(f"{type(error).__name__}: {error}")
+        return True
+
+    def detach(self) -> None:
+        self._detached = self._replace_executor()
+
+    def close(self) -> None:
+        live = self.frontend.live
+        self.frontend.cancel(self.queues.generations, CLOSING)
+        self.queues.deliver(live)
+        _close(self._detached)
+        self._resources.close()
+
+    def _on_ranks_failed(self, reason: str) -> None:
+        """Have the ranks started again by the next `poll`, unless that has happened too often."""
+        executor = self._replace_executor()
+        now = time.monotonic()
+        recent = [then for then in self._failures if now - then < self._restart_window]
+        if not isinstance(executor, NullExecutor):  # the ranks had requests
+            num_crashes = self._blame(reason, self.frontend.generations)
+            recent = recent[: len(recent) - max(0, num_crashes - 1)]  # all crashes by one request count as one
+        self._failures = [*recent, now]
+        if len(recent) < self._max_restarts:
+            self._set_health("recovering", reason)
+        else:
+            self._fail(f"{reason}; given up after {len(recent)} restarts within {self._restart_window:g} s")
+        _close(executor)
+
+    def _blame(self, reason: str, live: list[Generation]) -> int:
+        """End the generation that has caused a crash with these live; return its crashes, 0 if none is known."""
+        cause = self.quarantine.on_crash(live)
+        if cause is None:
+            return 0
+        generation, num_crashes = cause
+        message = f"this request has ended its ranks {num_crashes} times, the last time as the only suspect: {reason}"
+        same = [g for g in self.frontend.generations if g is generation or self.quarantine.refuses(g)]
+        log.error("request %d ends, %d like it: %s", generation.number, len(same) - 1, message)
+        self.frontend.cancel(same, message)
+        self.queues.fail(same, RequestCrashedEngine(message))
+        return num_crashes
+
+    def _reroute(self, lost: RequestsLost) -> None:
+        """Continue the requests of a failed replica in others, with their generated tokens."""
+        rerouted = self.frontend.withdraw(lost.uids)
+        log.error("a replica has failed, %d requests go on elsewhere: %s", len(rerouted), lost)
+        stopped = [*rerouted, *self.quarantine.paused]
+        self._blame(str(lost), rerouted)
+        paused = self.quarantine.paused
+        for generation in stopped:
+            if generation not in paused and not generation.finished:
+                self.frontend.resume(generation)
+
+    def _test_next_candidate(self) -> None:
+        """Run the next generation that may crash the ranks, once the last one has been cleared."""
+        to_pause, to_resume = self.quarantine.advance()
+        if to_pause:  # a message to the ranks
+            self.frontend.withdraw(output.request.uid for generation in to_pause for output in generation.outputs)
+        for generation in to_resume:
+            self.frontend.resume(generation)
+
+    def _restart(self) -> None:
+        """Start the ranks again and submit the ledger."""
+        started = time.perf_counter()
+        self.health = replace(self.health, restarts=self.health.restarts + 1)
+        gc.unfreeze()  # a runner in this process has frozen all objects, itself included
+        gc.collect()
+        try:
+            executor = self._start_executor()
+        except (PlacementError, ValueError, OSError) as error:  # another attempt would not help
+            self._fail(f"the ranks cannot be started again: {error}; before, {self.health.reason}")
+            return
+        candidates = self.quarantine.candidates
+        if candidates:
+            log.warning(
+                "%d requests were live in two failures and came no further: they are tried one by one", len(candidates)
+            )
+        self.frontend.resubmit(executor, self.quarantine.paused)
+        self._set_health("ready")
+        log.info("back after %.1f s: %d outputs go on", time.perf_counter() - started, len(self.frontend.live))
+
+    def _fail(self, reason: str) -> None:
+        """Fail for good: end all requests, and refuse new ones, with this reason."""
+        log.error("%s", reason)
+        self._set_health("failed", reason)
+        generations = self.queues.generations
+        self.frontend.cancel(generations, reason)
+        self.queues.fail(generations, EngineFailed(reason))
+
+    def _replace_executor(self) -> Executor:
+        """Put a NullExecutor in the executor's place; return the executor, to be closed."""
+        executor = self.frontend.executor
+        self._previous_stats = self.stats
+        self.frontend.executor = NullExecutor(executor)
+        return executor
+
+    def _set_health(self, state: Literal["ready", "recovering", "failed"], reason: str = "") -> None:
+        self.health = Health(state, reason, restarts=self.health.restarts)
+
+
+def _close(executor: Executor) -> None:
+    """Close an executor that may be broken."""
+    try:
+        executor.close()
+    except Exception:  # of Ray, where more than the ranks is broken
+        log.exception("the ranks did not end in order")

@@ -1,0 +1,163 @@
+"""The state of a prompt's outputs while they are generated: tokens, text, log-probabilities, stop strings.
+
+It is the ledger from which requests are submitted again after their ranks have failed: prompt ids, generated tokens,
+sampling parameters with the seed. The ranks hold nothing that is not here.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+
+from .outputs import CompletionOutput, Event, Logprob, RequestOutput
+from .plan import Finished, FinishReason, PromptLogprobs, TokenLogprobs
+from .request import Request, SamplingParams
+from .tokenizer import Detokenizer, Tokenizer
+
+
+class StopChecker:
+    """Finds stop strings in a text that grows."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._strings, self._keeps_string = params.stop_strings, params.include_stop_str_in_output
+        # The text's last characters, which may be the beginning of a stop string.
+        self.num_uncertain = max((len(string) for string in self._strings), default=1) - 1
+
+    def find(self, text: str, searched: int) -> tuple[int, str] | None:
+        """Return the length to cut `text` to and the first stop string that ends after `searched` characters."""
+        starts = [(text.find(string, max(0, searched - len(string) + 1)), string) for string in self._strings]
+        matches = [(start, string) for start, string in starts if start >= 0]
+        if not matches:
+            return None
+        start, string = min(matches)
+        return start + len(string) if self._keeps_string else start, string
+
+
+class Output:
+    """One output of a generation: its request, what it consists of so far, and how much of that was streamed."""
+
+    def __init__(self, request: Request, generation: Generation, index: int, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.generation = generation
+        self.completion = CompletionOutput(index)
+        self.running = False  # the ranks have begun with it, as far as the front end knows
+        params = request.params
+        if params.logprobs is not None:
+            self.completion.logprobs, self.completion.cumulative_logprob = [], 0.0
+        self._tokenizer = tokenizer
+        self._stops = StopChecker(params)
+        self._detokenizer = Detokenizer(
+            tokenizer, generation.prompt_ids, skip_special_tokens=params.skip_special_tokens
+        )
+        self._num_streamed_chars = self._num_streamed_tokens = 0
+
+    @property
+    def finished(self) -> bool:
+        return self.completion.finish_reason is not None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.completion.token_ids)
+
+    def append(self, token: int, logprobs: TokenLogprobs | None = None, finished: Finished | None = None) -> None:
+        """Add a token; `finished` comes with the last one. A stop string in the text ends the output before that."""
+        completion, params = self.completion, self.request.params
+        completion.token_ids.append(token)
+        if logprobs is not None:
+            self._append_logprobs(token, logprobs)
+        searched = len(completion.text)
+        self._append_text(token, finished)
+        match = self._stops.find(completion.text, searched) if self.num_tokens > params.min_tokens else None
+        if match is not None:
+            length, string = match
+            completion.text = completion.text[:length]
+            self.end("stop", string)
+        elif finished is not None:
+            self.end(finished.reason, finished.stop_id if finished.stop_id in params.stop_token_ids else None)
+
+    def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
+        self.completion.finish_reason, self.completion.stop_reason = reason, stop_reason
+
+    def take_event(self, prompt: int = 0) -> Event:
+        """Return the tokens and the certain text that no event has had yet; `prompt` goes into the event."""
+        completion, generation = self.completion, self.generation
+        first_token, self._num_streamed_tokens = self._num_streamed_tokens, self.num_tokens
+        return Event(
+            index=completion.index,
+            text=self._take_text(),
+            token_ids=completion.token_ids[first_token:],
+            logprobs=None if completion.logprobs is None else completion.logprobs[first_token:],
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_reason,
+            prompt_token_ids=generation.prompt_ids,
+            num_cached_tokens=generation.num_cached_tokens,
+            prompt_logprobs=generation.prompt_logprobs,
+            prompt=prompt,
+        )
+
+    def resumed(self) -> Request:
+        """Return the request for ranks that do not know it: the prompt and the generated tokens."""
+        self.running = False
+        generated = np.array(self.completion.token_ids, np.int32)
+        return msgspec.structs.replace(self.request, tokens=np.concatenate((self.request.tokens, generated)))
+
+    def _take_text(self) -> str:
+        length, start = len(self.completion.text), self._num_streamed_chars
+        end = length if self.finished else max(start, length - self._stops.num_uncertain)
+        self._num_streamed_chars = end
+        return self.completion.text[start:end]
+
+    def _append_text(self, token: int, finished: Finished | None) -> None:
+        is_stop_token = finished is not None and finished.stop_id is not None
+        if not is_stop_token or self.request.params.include_stop_str_in_output:
+            self.completion.text += self._detokenizer.push(token)
+        if finished is not None:
+            self.completion.text += self._detokenizer.flush()
+
+    def _append_logprobs(self, token: int, logprobs: TokenLogprobs) -> None:
+        completion = self.completion
+        assert completion.logprobs is not None
+        assert completion.cumulative_logprob is not None
+        completion.logprobs.append(_candidates(self._tokenizer, token, logprobs))
+        completion.cumulative_logprob += logprobs.token
+
+
+class Generation:
+    """A prompt with its n outputs."""
+
+    def __init__(self, number: int, prompt: str | None, prompt_ids: list[int], *, has_logprobs: bool = False) -> None:
+        self.number = number
+        self.prompt = prompt
+        self.prompt_ids = prompt_ids
+        self.outputs: list[Output] = []
+        self.num_cached_tokens = 0
+        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
+            [None] * len(prompt_ids) if has_logprobs else None
+        )
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finished for output in self.outputs)
+
+    def result(self) -> RequestOutput:
+        completions = [output.completion for output in self.outputs]
+        return RequestOutput(
+            str(self.number), self.prompt, self.prompt_ids, completions, self.num_cached_tokens, self.prompt_logprobs
+        )
+
+    def add_prompt_logprobs(self, chunk: PromptLogprobs, tokenizer: Tokenizer) -> None:
+        """Add the log-probabilities of a chunk of the prompt; positions that have some keep them."""
+        assert self.prompt_logprobs is not None
+        for position, logprobs in enumerate(chunk.logprobs, start=chunk.start):
+            if self.prompt_logprobs[position] is None:
+                self.prompt_logprobs[position] = _candidates(tokenizer, self.prompt_ids[position], logprobs)
+
+
+def _candidates(tokenizer: Tokenizer, token: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
+    """Return the token itself first, then the likeliest tokens at its position."""
+    likeliest = {
+        candidate: Logprob(value, rank, tokenizer.decode([candidate], skip_special_tokens=False))
+        for rank, (candidate, value) in enumerate(zip(logprobs.top_ids, logprobs.top, strict=True), start=1)
+    }
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    return {token: Logprob(logprobs.token, logprobs.rank, text)} | likeliest
