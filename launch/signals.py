@@ -64,8 +64,8 @@ def signals_wait() -> Iterator[None]:
         signal.signal, _waiting = set_handler, False
         for number, handler in handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        for number in received[:1]:
-            signal.raise_signal(number)
+        if received:
+            signal.raise_signal(received[0])
 
 
 def _ignoring(set_handler: Any) -> Any:

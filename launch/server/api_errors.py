@@ -16,6 +16,7 @@ MAX_MESSAGE = 600  # characters
 MAX_QUOTE = 64  # characters of a value from the request, quoted in a message
 RETRY_AFTER_S = {429: 1, 503: 5}
 TYPES = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable"}
+BOUND_CODES = dict.fromkeys(("le", "lt"), "above_max_value") | dict.fromkeys(("ge", "gt"), "below_min_value")
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -137,13 +138,8 @@ def _is_neutral_only(field: FieldInfo) -> bool:
 
 
 def _code(kind: str, limits: dict[str, Any]) -> str:
-    """Return OpenAI's code for a kind of pydantic error; `limits` are the bounds that were broken."""
-    for name, suffix in (
-        ("le", "above_max_value"),
-        ("lt", "above_max_value"),
-        ("ge", "below_min_value"),
-        ("gt", "below_min_value"),
-    ):
-        if name in limits:
-            return f"{'decimal' if isinstance(limits[name], float) else 'integer'}_{suffix}"
+    """Return OpenAI's code for a kind of pydantic error; `limits` holds the bound that the value breaks."""
+    for bound, suffix in BOUND_CODES.items():
+        if bound in limits:
+            return f"{'decimal' if isinstance(limits[bound], float) else 'integer'}_{suffix}"
     return "invalid_type" if kind.endswith("_type") else "invalid_value"

@@ -14,20 +14,14 @@ from starlette.types import Send
 
 from ...runtime.request import RequestRefused
 from ...runtime.version import __version__
+from ..cluster.stall_detector import StallDetector
 from ..engine.async_engine import AsyncEngine
 from .admission import Admission
 from .api_errors import ApiError
 from .generation import generate
-from .health import Liveness
 from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_json
 from .metrics import Metrics
-from .protocol.request_models import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerateRequest,
-    TokenizeRequest,
-)
+from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .protocol.response_models import Detokenized, Healthy, Model, ModelList, Tokens, Version
 from .response_builders import ChatBuilder, CompletionBuilder, EchoedPrompt, ResponseBuilder, TokenUsage
 from .server_config import ServerConfig, ServerLimits
@@ -46,7 +40,7 @@ class Handlers:
         self._tokenizer = engine.tokenizer
         self._body_budget = BodyBudget(config.max_body_bytes, limits.max_bodies)
         self._metrics = Metrics(self._validator.model_names[0], engine.stats)
-        self._liveness = Liveness(engine, limits.stall_timeout_s)
+        self._stall_detector = StallDetector(limits.stall_timeout_s)
         self._created = int(time.time())
 
     async def completions(self, request: Request) -> Response:
@@ -152,14 +146,19 @@ class Handlers:
 
     async def health(self, request: Request) -> Healthy:
         """Serve GET /health: 503 with the reason unless the engine is ready and makes progress."""
-        problem = self._liveness.problem()
+        health = self._engine.health
+        if health.state != "ready":
+            raise ApiError(503, f"the engine is {health.state}: {health.reason}", code=health.state)
+        await self.update_stall_detector()
+        problem = self._stall_detector.problem()
         if problem is not None:
-            raise ApiError(503, problem, code=self._engine.health.state)
+            raise ApiError(503, f"the engine has made {problem}", code=health.state)
         return Healthy()
 
-    async def update_liveness(self) -> None:
-        """Note the engine's progress; called about once a second, so that /health knows of a stall at once."""
-        self._liveness.update()
+    async def update_stall_detector(self) -> None:
+        """Note the engine's progress; called about once a second, so that /health reports a stall at once."""
+        stats = self._engine.stats()
+        self._stall_detector.update(stats.engine.steps, stats.num_live)
 
     async def version(self, request: Request) -> Version:
         """Serve GET /version."""

@@ -83,7 +83,7 @@ def create_uvicorn_config(
     protocol = cast("type[asyncio.Protocol]", partial(TimeoutHTTPProtocol, limits=limits))
     return uvicorn.Config(
         create_app(handlers, options.api_key or []), http=protocol, ws="none", lifespan="off", log_config=None,
-        access_log=False, server_header=False, callback_notify=handlers.update_liveness, timeout_notify=1,
+        access_log=False, server_header=False, callback_notify=handlers.update_stall_detector, timeout_notify=1,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )  # fmt: skip
 

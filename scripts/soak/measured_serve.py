@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,18 @@ def measure_steps() -> None:
         step_received_at = time.perf_counter()
         return update(self, messages)
 
-    def timed_send(items: Any) -> None:
+    def timed_send(items: Iterable[tuple[Any, Any]]) -> None:
         batch = list(items)
         step_of.update((id(event), step_received_at) for _, event in batch)
         send(batch)
 
-    def timed_put(batch: Sequence[tuple[Any, Any]]) -> None:
-        now = time.perf_counter()
-        times_of.update((id(event), (step_of.pop(id(event), now), now)) for _, event in batch)
-        put(list(batch))
+    def timed_put(batch: Iterable[tuple[Any, Any]]) -> None:
+        now, items = time.perf_counter(), list(batch)
+        times_of.update((id(event), (step_of.pop(id(event), now), now)) for _, event in items)
+        put(items)
 
     RayExecutor._update = timed_update  # type: ignore[method-assign]
-    output_queue.send = timed_send
-    output_queue.put_all = timed_put
+    output_queue.send, output_queue.put_all = timed_send, timed_put
 
 
 def measure_joins() -> None:

@@ -609,7 +609,7 @@ def connected(comm: Communicator) -> Any:
 
 
 def gpu_collectives(comm: Communicator) -> list[str]:
-    """Compare all collectives with torch, bit by bit unless NCCL serves them; returns the names of those that differ."""
+    """Compare all collectives with torch, bit by bit unless NCCL serves them; return the names that differ."""
     comm, wrong = connected(comm), []
     me, size = comm.rank, comm.size
 

@@ -35,7 +35,7 @@ def said(body: dict[str, Any]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in body["messages"]]
 
 
-def test_a_conversation_with_a_server() -> None:
+def test_conversation_with_a_server() -> None:
     lines = [
         "who was Moses", "", "/set temperature 0.5", "/set max_tokens 9", "and Aaron",
         "/clear", "anew", "/exit", "unread",
@@ -55,7 +55,7 @@ def test_a_conversation_with_a_server() -> None:
     ]
 
 
-def test_what_a_server_refuses_is_shown_and_the_conversation_goes_on() -> None:
+def test_server_refusal_is_shown_and_conversation_continues() -> None:
     with stub_server(lambda number, body: conversation(number, body) if number else refuse(503, "not yet")) as stub:
         ended = chat(["first", "second"], "named", f"--url={stub.url}")
     assert ended.exit_code == 0, ended.output
@@ -64,7 +64,7 @@ def test_what_a_server_refuses_is_shown_and_the_conversation_goes_on() -> None:
     assert {body["model"] for body in stub.bodies} == {"named"}
 
 
-def test_a_server_that_is_not_there() -> None:
+def test_unreachable_server_is_reported() -> None:
     ended = chat(["hello"], "--url=http://127.0.0.1:9")
     assert ended.exit_code == 0
     assert "error: http://127.0.0.1:9: " in ended.stdout
@@ -79,37 +79,37 @@ def test_a_server_that_is_not_there() -> None:
         ("/what", "/set NAME VALUE sets one of temperature"),
     ],
 )
-def test_a_command_that_cannot_be_carried_out(line: str, reply: str) -> None:
+def test_bad_slash_commands(line: str, reply: str) -> None:
     with stub_server(conversation) as stub:
         ended = chat([line], f"--url={stub.url}")
     assert reply in ended.stdout.splitlines()[1]
     assert stub.bodies == []
 
 
-def test_options_that_only_a_model_here_could_have_are_refused() -> None:
+def test_local_options_are_refused_with_url() -> None:
     with pytest.raises(ValueError, match="--url: the server has its own --tensor-parallel-size; drop that option"):
         CliRunner().invoke(app, ["chat", "--tp=2", "--url=http://127.0.0.1:9"], catch_exceptions=False)
 
 
-def test_ctrl_c_stops_an_answer_which_stays_as_far_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
+def test_ctrl_c_stops_an_answer_and_keeps_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions: list[list[str]] = []
 
     def answer(messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[str]:
-        asked.append([m["content"] for m in messages])
+        questions.append([m["content"] for m in messages])
         yield "half"
-        if len(asked) == 1:
+        if len(questions) == 1:
             raise KeyboardInterrupt
         yield " whole"
 
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     out = io.StringIO()
     talk(answer, out)
-    assert asked == [["one"], ["one", "half", "two"]]
+    assert questions == [["one"], ["one", "half", "two"]]
     assert out.getvalue().endswith("half [stopped]\nhalf whole\n")
 
 
 class Interrupting(io.StringIO):
-    """Presses Ctrl-C when the third piece of an answer has been shown."""
+    """An output that presses Ctrl-C at the third piece of an answer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Interrupting(io.StringIO):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_model_here_is_stopped_between_steps_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_model_is_stopped_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "/set temperature 0\n/set max_tokens 40\nAnd the king said\n/clear\n/set max_tokens 5\nWho was Moses?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(script))
     out, before = Interrupting(), signal.getsignal(signal.SIGINT)
@@ -130,16 +130,16 @@ def test_a_model_here_is_stopped_between_steps_and_goes_on(monkeypatch: pytest.M
         assert signal.getsignal(signal.SIGINT) is before
         params = {"temperature": 0, "max_tokens": 5}
         alone = "".join(local(llm)([{"role": "user", "content": "Who was Moses?"}], params))
-        whole = "".join(local(llm)([{"role": "user", "content": "And the king said"}], params | {"max_tokens": 40}))
+        full = "".join(local(llm)([{"role": "user", "content": "And the king said"}], params | {"max_tokens": 40}))
     stopped, after = out.getvalue().split(" [stopped]\n")
     partial = stopped.split("\n", 3)[3]  # after the help and what was set
     assert partial
-    assert whole.startswith(partial)
-    assert partial != whole
+    assert full.startswith(partial)
+    assert partial != full
     assert after.endswith(f"\n{alone}\n")
 
 
-def test_the_command_with_a_model_here() -> None:
+def test_chat_command_with_local_model() -> None:
     flags = as_flags(OPTIONS)
     ended = chat(["/set temperature 0", "/set max_tokens 5", "Who was Moses?"], *flags)
     assert ended.exit_code == 0, ended.output

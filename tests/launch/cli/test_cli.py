@@ -1,4 +1,4 @@
-"""The command line: what it prints, and that bad input is one line on stderr before anything is started."""
+"""The command line: its output, and one line on stderr for bad input before anything is started."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture(autouse=True)
 def no_ray(no_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here may start Ray."""
+    """Fail a test that starts Ray."""
 
     def refuse(*arguments: Any) -> None:
         raise AssertionError("Ray was started")
@@ -59,7 +59,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A copy of the demo model, to be damaged."""
+    """Return a copy of the demo model, which the test damages."""
     return Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
 
 
@@ -68,17 +68,17 @@ def cut(folder: Path, length: int) -> None:
     path.write_bytes(path.read_bytes()[:length])
 
 
-def test_json_lines_say_what_the_api_says(command: Command) -> None:
+def test_json_lines_equal_api_results(command: Command) -> None:
     prompts = ["In the beginning", "Blessed is"]
-    given = ["--temperature=0.8", "--top-p=1", "--top-k=0", "--seed=5", "--max-tokens=8", "-n", "2", "--logprobs=1"]
-    status, out, _ = command("generate", *SMALL_FLAGS, *given, "--json", *[f"--prompt={prompt}" for prompt in prompts])
+    flags = ["--temperature=0.8", "--top-p=1", "--top-k=0", "--seed=5", "--max-tokens=8", "-n", "2", "--logprobs=1"]
+    status, out, _ = command("generate", *SMALL_FLAGS, *flags, "--json", *[f"--prompt={prompt}" for prompt in prompts])
     assert status == 0
-    found = [json.loads(line) for line in out.splitlines()]
+    lines = [json.loads(line) for line in out.splitlines()]
     params = SamplingParams(temperature=0.8, seed=5, max_tokens=8, n=2, logprobs=1)
     with LLM(**SMALL) as llm:
         expected = llm.generate(prompts, params, use_tqdm=False)
-    by_turn = {(line["prompt"], line["index"]): line for line in found}
-    assert len(found) == len(by_turn) == 4
+    by_turn = {(line["prompt"], line["index"]): line for line in lines}
+    assert len(lines) == len(by_turn) == 4
     for prompt, result in zip(prompts, expected, strict=True):
         for output in result.outputs:
             line = by_turn[prompt, output.index]
@@ -88,11 +88,11 @@ def test_json_lines_say_what_the_api_says(command: Command) -> None:
             assert [position["token_id"] for position in line["logprobs"]] == output.token_ids
 
 
-def test_text_goes_to_stdout_in_the_order_of_the_prompts(command: Command, tmp_path: Path) -> None:
+def test_text_is_printed_in_prompt_order(command: Command, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("And it came to pass\n")
     prompts = ["In the beginning", "And it came to pass"]
-    given = ["--temperature=0", "--max-tokens=8", "--ignore-eos", "--prompt", prompts[0]]
-    status, out, err = command("generate", *SMALL_FLAGS, *given, "--prompt-file", str(tmp_path / "prompt.txt"))
+    flags = ["--temperature=0", "--max-tokens=8", "--ignore-eos", "--prompt", prompts[0]]
+    status, out, err = command("generate", *SMALL_FLAGS, *flags, "--prompt-file", str(tmp_path / "prompt.txt"))
     with LLM(**SMALL) as llm:
         results = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), use_tqdm=False)
     assert status == 0
@@ -100,10 +100,10 @@ def test_text_goes_to_stdout_in_the_order_of_the_prompts(command: Command, tmp_p
     assert "error" not in err
 
 
-def test_a_prompt_may_come_by_pipe(command: Command) -> None:
-    given = ["--temperature=0", "--max-tokens=5", "--json"]
-    _, by_flag, _ = command("generate", *SMALL_FLAGS, *given, "--prompt=In the")
-    _, by_pipe, _ = command("generate", *SMALL_FLAGS, *given, stdin="In the\n")
+def test_prompt_from_pipe(command: Command) -> None:
+    flags = ["--temperature=0", "--max-tokens=5", "--json"]
+    _, by_flag, _ = command("generate", *SMALL_FLAGS, *flags, "--prompt=In the")
+    _, by_pipe, _ = command("generate", *SMALL_FLAGS, *flags, stdin="In the\n")
     assert by_flag == by_pipe != ""
 
 
@@ -129,9 +129,9 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_VALUES.values(), ids=BAD_VALUES)
-def test_a_bad_value_is_one_line(command: Command, arguments: list[str], message: str) -> None:
-    given = [] if any(a.startswith("--max-model-len") for a in arguments) else SMALL_FLAGS
-    status, out, err = command("generate", "--log-level=error", *given, *arguments)
+def test_bad_value_is_one_line(command: Command, arguments: list[str], message: str) -> None:
+    flags = [] if any(a.startswith("--max-model-len") for a in arguments) else SMALL_FLAGS
+    status, out, err = command("generate", "--log-level=error", *flags, *arguments)
     assert (status, out) == (2, "")
     assert re.fullmatch(rf"error: [^\n]*{message}[^\n]*\n", err)
 
@@ -153,7 +153,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize(("damage", "message"), BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
-def test_a_bad_checkpoint_is_one_line(
+def test_bad_checkpoint_is_one_line(
     command: Command, checkpoint: Path, damage: Callable[[Path], object], message: str
 ) -> None:
     damage(checkpoint)
@@ -172,14 +172,14 @@ def test_a_bad_checkpoint_is_one_line(
         (["--no-such-flag"], "No such option: --no-such-flag"),
     ],
 )
-def test_a_flag_that_cannot_be_read_names_what_can(command: Command, arguments: list[str], message: str) -> None:
+def test_bad_flag_names_alternatives(command: Command, arguments: list[str], message: str) -> None:
     status, out, err = command("generate", "--prompt=x", *arguments)
     assert (status, out) == (2, "")
     assert message in err
     assert "Traceback" not in err
 
 
-def test_an_address_where_nobody_listens_is_known_in_seconds(command: Command) -> None:
+def test_unreachable_ray_address_is_reported_in_seconds(command: Command) -> None:
     """Ray itself, which would try for two minutes, is not called."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -190,8 +190,8 @@ def test_an_address_where_nobody_listens_is_known_in_seconds(command: Command) -
 
 
 @pytest.mark.process
-def test_the_command_without_this_process_around_it() -> None:
-    """The real thing once: nothing but the one line on stderr, whatever the imports would have to say."""
+def test_command_in_its_own_process() -> None:
+    """Imports print nothing: stderr has the error's line alone."""
     version = subprocess.run([*COMMAND, "--version"], capture_output=True, text=True, timeout=60)
     assert (version.returncode, version.stdout, version.stderr) == (0, f"lockstep {__version__}\n", "")
     bad = [*COMMAND, "generate", "/nowhere/model", "--prompt=x"]
@@ -200,16 +200,16 @@ def test_the_command_without_this_process_around_it() -> None:
     assert re.fullmatch(r"error: model folder [^\n]*\n", refused.stderr)
 
 
-def test_the_output_keeps_to_what_was_asked(command: Command, tmp_path: Path) -> None:
+def test_structured_output_flags(command: Command, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"enum": ["went up", "came down"]}')
-    asked = ("generate", *SMALL_FLAGS, "--prompt", "And the king", "--seed=1", "--n=4")
+    arguments = ("generate", *SMALL_FLAGS, "--prompt", "And the king", "--seed=1", "--n=4")
     for schema in (str(tmp_path / "schema.json"), '{"enum": ["went up", "came down"]}'):
-        code, out, _ = command(*asked, "--json", "--json-schema", schema)
+        code, out, _ = command(*arguments, "--json", "--json-schema", schema)
         assert code == 0
         assert {json.loads(line)["text"] for line in out.splitlines()} <= {'"went up"', '"came down"'}
-    code, out, _ = command(*asked, "--regex", "[a-c]{3}")
+    code, out, _ = command(*arguments, "--regex", "[a-c]{3}")
     assert [bool(re.fullmatch("[a-c]{3}", line)) for line in out.splitlines()[1::2]] == [True] * 4
-    assert command(*asked, "--choice=went", "--choice=came")[1].splitlines()[1] in ("went", "came")
+    assert command(*arguments, "--choice=went", "--choice=came")[1].splitlines()[1] in ("went", "came")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_the_output_keeps_to_what_was_asked(command: Command, tmp_path: Path) ->
         (["--regex=a", "--ignore-eos"], "error: ignore_eos=True does not go with structured_outputs"),
     ],
 )
-def test_structures_that_cannot_be_kept_to(command: Command, flags: list[str], message: str) -> None:
-    code, out, said = command("generate", *SMALL_FLAGS, "--prompt=a", *flags)
+def test_bad_structured_output_flags(command: Command, flags: list[str], message: str) -> None:
+    code, out, err = command("generate", *SMALL_FLAGS, "--prompt=a", *flags)
     assert (code, out) == (2, "")
-    assert re.match(message, said.splitlines()[-1])
+    assert re.match(message, err.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""The page in headless Chromium, on `lockstep serve` with the demo model: what it says is what the API says."""
+"""The page in headless Chromium, on `lockstep serve` with the demo model, compared with the API."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from waiting import wait_until
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(PROGRAM is None, reason="the tests of the page need chromium")]
 SERVE = ["serve", "--device=cpu", "--port=0", "--num-pages=2048", "--max-num-seqs=4", "--served-model-name=demo"]
 QUESTION = "Who was Moses?"
-# Notes what the page reads of /stats and when: rates are then worked out from what it had, not from a clock here.
+# Records the stats that the page reads and their times, so that the test computes rates from the same values.
 RECORD = """
 window.seen = [];
 const json = Response.prototype.json;
@@ -32,7 +32,7 @@ Response.prototype.json = async function () {
   return body;
 };
 """
-# Every text that the last turn had, one after the other.
+# Records every text of the last turn.
 WATCH = """
 window.texts = [];
 new MutationObserver(() => {
@@ -54,9 +54,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
     try:
         wait_until(lambda: "on http://" in log.read_text() or process.poll() is not None, 60)
-        found = re.search(r"on (http://\S+)", log.read_text())
-        assert found, log.read_text()
-        yield found[1], process.pid
+        address = re.search(r"on (http://\S+)", log.read_text())
+        assert address, log.read_text()
+        yield address[1], process.pid
     finally:
         process.kill()
         process.wait()
@@ -71,7 +71,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser, server: tuple[str, int]) -> Iterator[Browser]:
-    """Opened anew and without parameters; at the end it must not have complained, nor asked anybody else."""
+    """Open the page anew; after the test, it must have no errors and no requests to other hosts."""
     browser.open(server[0])
     browser.wait("document.querySelector('#model').textContent === 'demo'")
     yield browser
@@ -96,12 +96,12 @@ def turns(page: Browser) -> list[tuple[str, str]]:
 
 
 def sent(page: Browser) -> dict[str, Any]:
-    """The body of the last question."""
+    """Return the body of the last request."""
     return dict(json.loads(page.requests("/v1/chat/completions")[-1]["postData"]))
 
 
 def reply(url: str, messages: list[dict[str, str]], **parameters: Any) -> str:
-    """Of the API, to the same question."""
+    """Return the API's answer to the same conversation."""
     answer = httpx.post(f"{url}/v1/chat/completions", json={"messages": messages, **parameters}, timeout=60)
     return str(answer.raise_for_status().json()["choices"][0]["message"]["content"])
 
@@ -111,7 +111,7 @@ def gauges(url: str) -> dict[str, float]:
     return {name: float(value) for name, value in re.findall(r"^lockstep:(\w+)\{\S*\} (\S+)$", text, re.M)}
 
 
-def test_an_answer_streams_and_a_conversation_goes_on(page: Browser, server: tuple[str, int]) -> None:
+def test_answer_streams_and_conversation_continues(page: Browser, server: tuple[str, int]) -> None:
     choose(page, temperature=0, max_tokens=60)
     page.evaluate(WATCH)
     page.type("#question", QUESTION)
@@ -134,13 +134,13 @@ def test_an_answer_streams_and_a_conversation_goes_on(page: Browser, server: tup
 
 
 def test_parameters_reach_the_request(page: Browser, server: tuple[str, int]) -> None:
-    chosen = {"temperature": 1.3, "top_p": 0.85, "max_tokens": 21, "seed": 7}
-    choose(page, **chosen)
+    parameters = {"temperature": 1.3, "top_p": 0.85, "max_tokens": 21, "seed": 7}
+    choose(page, **parameters)
     ask(page)
     page.wait(IDLE)
     messages = [{"role": "user", "content": QUESTION}]
-    assert sent(page) == {"model": "demo", "messages": messages, "stream": True, **chosen}
-    assert turns(page)[1] == ("demo", reply(server[0], messages, **chosen))
+    assert sent(page) == {"model": "demo", "messages": messages, "stream": True, **parameters}
+    assert turns(page)[1] == ("demo", reply(server[0], messages, **parameters))
     choose(page, temperature="", top_p="", max_tokens=2, seed="")
     ask(page)
     page.wait("document.querySelectorAll('.turn').length === 4 && document.querySelector('#stop').hidden")
@@ -150,7 +150,7 @@ def test_parameters_reach_the_request(page: Browser, server: tuple[str, int]) ->
     }  # fmt: skip
 
 
-def test_what_is_not_a_number_is_not_sent(page: Browser) -> None:
+def test_invalid_number_is_not_sent(page: Browser) -> None:
     choose(page, max_tokens="1e")
     ask(page)
     page.wait("document.activeElement.name === 'max_tokens'")
@@ -158,8 +158,8 @@ def test_what_is_not_a_number_is_not_sent(page: Browser) -> None:
     assert page.evaluate("document.querySelector('#question').value") == QUESTION
 
 
-def test_stop_ends_the_answer_and_its_work(page: Browser, server: tuple[str, int]) -> None:
-    choose(page, temperature=2, max_tokens=600, seed=1)  # at this temperature it does not come to an end
+def test_stop_button_cancels_the_output(page: Browser, server: tuple[str, int]) -> None:
+    choose(page, temperature=2, max_tokens=600, seed=1)  # at this temperature the output is long
     ask(page)
     page.wait("document.querySelector('.turn:last-child').dataset.role === 'demo' && window.seen.at(-1).running === 1")
     page.wait("document.querySelector('.turn:last-child').textContent.length > 40")
@@ -169,16 +169,16 @@ def test_stop_ends_the_answer_and_its_work(page: Browser, server: tuple[str, int
     wait_until(lambda: gauges(server[0])["num_requests_running"] == 0)
     assert gauges(server[0])["num_requests_waiting"] == 0
     stopped = turns(page)[1][1]
-    whole = reply(server[0], **{**sent(page), "stream": False})
-    assert whole.startswith(stopped)
-    assert 40 < len(stopped) < len(whole), "what had come stays"
+    answer = reply(server[0], **{**sent(page), "stream": False})
+    assert answer.startswith(stopped)
+    assert 40 < len(stopped) < len(answer), "what had come stays"
     choose(page, temperature=0, max_tokens=5)
     ask(page)
     page.wait("document.querySelectorAll('.turn').length === 4 && document.querySelector('#stop').hidden")
     assert sent(page)["messages"][1] == {"role": "assistant", "content": stopped}
 
 
-def test_a_new_conversation_knows_nothing_of_the_old_one(page: Browser, server: tuple[str, int]) -> None:
+def test_new_conversation_forgets_the_old_one(page: Browser, server: tuple[str, int]) -> None:
     choose(page, temperature=2, max_tokens=600, seed=1)
     ask(page)
     page.wait("document.querySelector('.turn:last-child').textContent.length > 40")
@@ -193,7 +193,7 @@ def test_a_new_conversation_knows_nothing_of_the_old_one(page: Browser, server: 
 
 
 def shown(stats: dict[str, Any], before: dict[str, Any]) -> dict[str, str]:
-    """What the table must say of these."""
+    """Return the rows that the table must show."""
     seconds = (stats["at"] - before["at"]) / 1000
     steps = stats["steps"] - before["steps"]
     return {
@@ -207,20 +207,20 @@ def shown(stats: dict[str, Any], before: dict[str, Any]) -> dict[str, str]:
 
 
 def agree(page: Browser) -> dict[str, Any]:
-    """The stats that the page read last; its table says the same, numbers within their last digit."""
+    """Compare the page's table with the stats that it read last, and return these."""
     before, stats, rows = page.evaluate(f"[...window.seen.slice(-2), {ROWS.replace('TABLE', '#engine')}]")
-    found, wanted = dict(rows), shown(stats, before)
-    assert found.keys() == wanted.keys()
-    for name, text in wanted.items():
-        numbers = [re.match(r"[\d.]+", t) for t in (found[name], text)]
+    cells, expected = dict(rows), shown(stats, before)
+    assert cells.keys() == expected.keys()
+    for name, text in expected.items():
+        numbers = [re.match(r"[\d.]+", t) for t in (cells[name], text)]
         if numbers[0] and numbers[1]:
             assert float(numbers[0][0]) == pytest.approx(float(numbers[1][0]), rel=0.02, abs=1.01), name
         else:
-            assert found[name] == text
+            assert cells[name] == text
     return dict(stats)
 
 
-def test_the_live_view_agrees_with_the_metrics(page: Browser, server: tuple[str, int]) -> None:
+def test_live_view_agrees_with_metrics(page: Browser, server: tuple[str, int]) -> None:
     url, pid = server
     body = {"prompt": ["In the beginning"] * 6, "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
@@ -247,7 +247,7 @@ def test_the_live_view_agrees_with_the_metrics(page: Browser, server: tuple[str,
     assert (rank.startswith("0 on "), rank.endswith(f", pid {pid}"), state) == (True, True, "running")
 
 
-def test_a_refusal_is_shown_and_the_question_comes_back(browser: Browser, server: tuple[str, int]) -> None:
+def test_refusal_is_shown_and_question_restored(browser: Browser, server: tuple[str, int]) -> None:
     browser.open(server[0])
     choose(browser, temperature=9)
     ask(browser)
@@ -260,7 +260,7 @@ def test_a_refusal_is_shown_and_the_question_comes_back(browser: Browser, server
     assert sent(browser)["messages"] == [{"role": "user", "content": QUESTION}]
 
 
-def test_a_stream_that_is_cut_off_says_so(browser: Browser, run: Callable[..., Running]) -> None:
+def test_interrupted_stream_is_reported(browser: Browser, run: Callable[..., Running]) -> None:
     running = run()
     fake(running).step_s = 0.02
     browser.open(running.url)
@@ -272,7 +272,7 @@ def test_a_stream_that_is_cut_off_says_so(browser: Browser, run: Callable[..., R
     browser.wait("document.querySelector('.turn.error')")
 
 
-def test_the_key_in_the_address_is_enough(browser: Browser, run: Callable[..., Running]) -> None:
+def test_key_in_the_address_is_enough(browser: Browser, run: Callable[..., Running]) -> None:
     running = run(api_key=[KEY], served_model_name=["demo"])
     browser.open(running.url.replace("://", f"://anybody:{KEY}@"))
     browser.wait("document.querySelector('#model').textContent === 'demo'")

@@ -1,7 +1,6 @@
-"""Clients that are slow, silent or mad: what they hold is bounded, and given back.
+"""Clients that are slow or break HTTP: their connections, memory and outputs are bounded and freed.
 
-The scripts of the same kind (scripts/soak_*.py) run here for a few seconds; scripts/results/ has what came of long
-runs.
+The scripts in scripts/soak run here for a few seconds; scripts/results/ has the results of long runs.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from small import COMMAND, SMALL, as_flags
 from waiting import wait_until
 
 SCRIPTS = Path(__file__).parents[3] / "scripts" / "soak"
-PHASES = [  # of a start and an end, without the one that is tested daily
+PHASES = [  # of a start and an end, but for the phase that is tested daily
     "the interpreter starts",
     "torch is imported",
     "Ray is imported",
@@ -57,7 +56,7 @@ def head_of(body: bytes, path: str = "/v1/completions") -> bytes:
 
 
 def is_closed(raw: socket.socket) -> bool:
-    """Whether the server has closed it, without an answer."""
+    """Return whether the server has closed the connection without an answer."""
     try:
         return raw.recv(100) == b""
     except ConnectionResetError:
@@ -72,7 +71,7 @@ BODY = json.dumps({**COMPLETION, "max_tokens": 3}).encode()
     [b"", b"GET /health HTTP/1.1\r\nx: ", head_of(BODY), head_of(BODY) + BODY[:5]],
     ids=["nothing", "half a head", "no body", "half a body"],
 )
-def test_a_request_that_does_not_arrive_is_given_up(run: Callable[..., Running], sent: bytes) -> None:
+def test_incomplete_request_times_out(run: Callable[..., Running], sent: bytes) -> None:
     running = run(limits=ServerLimits(request_timeout_s=0.3))
     with connect(running) as raw:
         raw.sendall(sent)
@@ -80,19 +79,19 @@ def test_a_request_that_does_not_arrive_is_given_up(run: Callable[..., Running],
     wait_until(lambda: not running.server.server_state.connections)
 
 
-def test_half_a_request_behind_a_whole_one_is_given_up(run: Callable[..., Running]) -> None:
+def test_incomplete_second_request_times_out(run: Callable[..., Running]) -> None:
     running = run(limits=ServerLimits(request_timeout_s=0.3))
     for together in (True, False):
         with connect(running) as raw:
-            whole, half = head_of(BODY) + BODY, head_of(BODY) + BODY[:5]
-            raw.sendall(whole + half if together else whole)
+            request, half = head_of(BODY) + BODY, head_of(BODY) + BODY[:5]
+            raw.sendall(request + half if together else request)
             assert raw.recv(20).startswith(b"HTTP/1.1 200")
             if not together:
                 raw.sendall(half)
             wait_until(lambda: not running.server.server_state.connections)
 
 
-def test_an_answer_may_take_longer_than_a_request(run: Callable[..., Running]) -> None:
+def test_response_may_take_longer_than_request_timeout(run: Callable[..., Running]) -> None:
     running = run(limits=ServerLimits(request_timeout_s=0.2, response_timeout_s=0.2))
     fake(running).step_s = 0.1
     for stream in (False, True):
@@ -101,7 +100,7 @@ def test_an_answer_may_take_longer_than_a_request(run: Callable[..., Running]) -
         assert "length" in answer.text
 
 
-def test_who_never_reads_is_cancelled_and_holds_little(run: Callable[..., Running]) -> None:
+def test_client_that_never_reads_is_cancelled(run: Callable[..., Running]) -> None:
     running = run(limits=ServerLimits(response_timeout_s=0.5))
     service = fake(running)
     body = json.dumps({**COMPLETION, "prompt": [[5] * 400] * 16, "max_tokens": 100, "n": 8, "logprobs": 5,
@@ -116,7 +115,7 @@ def test_who_never_reads_is_cancelled_and_holds_little(run: Callable[..., Runnin
     assert running.post("/v1/completions", COMPLETION).status_code == 200
 
 
-def test_too_many_connections_are_refused_in_words(run: Callable[..., Running]) -> None:
+def test_excess_connections_get_an_error(run: Callable[..., Running]) -> None:
     running = run(limits=ServerLimits(max_connections=3))
     silent = [connect(running) for _ in range(3)]
     wait_until(lambda: len(running.server.server_state.connections) == 3)
@@ -129,7 +128,7 @@ def test_too_many_connections_are_refused_in_words(run: Callable[..., Running]) 
 
 
 @pytest.mark.process
-def test_the_server_may_open_as_many_files_as_its_process_may() -> None:
+def test_file_limit_is_raised() -> None:
     program = """
 import resource
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -156,15 +155,15 @@ def test_bodies_in_memory_are_bounded(run: Callable[..., Running]) -> None:
     wait_until(lambda: running.post("/v1/completions", gateway_full).status_code == 200)
 
 
-def test_what_is_no_http_is_refused_in_the_envelope(run: Callable[..., Running]) -> None:
+def test_invalid_http_gets_an_error_envelope(run: Callable[..., Running]) -> None:
     running = run()
     for sent in (b"\x16\x03\x01 garbage\r\n\r\n", b"GET / HTTP\r\n\r\n", b"x" * 100_000):
         with connect(running) as raw:
             raw.sendall(sent)
-            said = b""
+            received = b""
             while piece := raw.recv(4096):
-                said += piece
-        head, _, body = said.partition(b"\r\n\r\n")
+                received += piece
+        head, _, body = received.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 400")
         assert json.loads(body)["error"]["code"] == "invalid_request"
 
@@ -176,8 +175,8 @@ def script(name: str, *arguments: str) -> dict[str, Any]:
         command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
 
 
 @pytest.mark.process
@@ -185,20 +184,20 @@ def script(name: str, *arguments: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("streams", "seconds", "requests"), [(12, 1, 4), pytest.param(24, 3, 8, marks=pytest.mark.soak)]
 )
-def test_streams_under_load_are_what_they_are_alone(streams: int, seconds: int, requests: int) -> None:
+def test_streams_under_load_equal_streams_alone(streams: int, seconds: int, requests: int) -> None:
     """Also the daily start and end of `lockstep serve` with two ranks on a Ray cluster that it starts."""
     load = [f"--streams={streams}", f"--seconds={seconds}", f"--requests={requests}"]
-    found = script("soak_server.py", *load, "--", "--tp=2", *FLAGS)
-    assert found["streams"] >= streams
+    result = script("soak_server.py", *load, "--", "--tp=2", *FLAGS)
+    assert result["streams"] >= streams
 
 
 @pytest.mark.process
 @pytest.mark.serial
 def test_bad_requests_and_bad_clients() -> None:
-    found = script("soak_nonsense.py", "--requests=650", "--clients=66", "--", *FLAGS)
-    assert sum(found["statuses"].values()) == 650
-    assert sum(found["clients"].values()) == 66
-    assert found["after"]["descriptors"] <= found["before"]["descriptors"]
+    result = script("soak_nonsense.py", "--requests=650", "--clients=66", "--", *FLAGS)
+    assert sum(result["statuses"].values()) == 650
+    assert sum(result["clients"].values()) == 66
+    assert result["after"]["descriptors"] <= result["before"]["descriptors"]
 
 
 @pytest.mark.soak
@@ -210,11 +209,11 @@ def test_starts_and_ends_leave_nothing() -> None:
 @pytest.mark.process
 @pytest.mark.serial
 @pytest.mark.parametrize("phase", ["ranks load", *(pytest.param(p, marks=pytest.mark.soak) for p in PHASES)])
-def test_signals_at_start_up_leave_nothing(phase: str) -> None:
-    found = script(
+def test_signals_at_startup_leave_nothing(phase: str) -> None:
+    result = script(
         "soak_starts.py", "--signals", "--twice", "--patience=15", f"--phase={phase}", "--", "--tp=2", *FLAGS
     )
-    assert found["ends"] == 2
+    assert result["ends"] == 2
 
 
 @pytest.mark.process
@@ -227,8 +226,8 @@ def test_signals_at_start_up_leave_nothing(phase: str) -> None:
         pytest.param(signal.SIGINT, 4, marks=pytest.mark.soak),
     ],
 )
-def test_a_signal_while_generate_imports_torch(number: int, times: int) -> None:
-    """At another place of the import each time: it used to abort now and then."""
+def test_signal_during_torch_import(number: int, times: int) -> None:
+    """Send the signal at another place of the import each time; some places used to abort the process."""
     for i in range(times):
         process = subprocess.Popen(
             [*COMMAND, "generate", "--device=cpu", "--prompt=x"], stderr=subprocess.PIPE, text=True
@@ -238,6 +237,6 @@ def test_a_signal_while_generate_imports_torch(number: int, times: int) -> None:
             time.sleep(0.005)
         time.sleep(0.1 * i)
         process.send_signal(number)
-        _, said = process.communicate(timeout=120)
-        assert process.returncode == 128 + number, said
-        assert "Traceback" not in said
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 128 + number, stderr
+        assert "Traceback" not in stderr

@@ -1,4 +1,4 @@
-"""The page and what it reads; its script is held against the routes that it asks (it runs in test_browser.py)."""
+"""The files of the page, and the routes and fields that its script uses; test_browser.py runs the script."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fake_engine import KEY, Running, fake
 FILES = ("/", "/page.css", "/page.js")
 
 
-def test_the_page_has_its_files_and_its_script_asks_routes_there_are(run: Callable[..., Running]) -> None:
+def test_page_files_and_routes_exist(run: Callable[..., Running]) -> None:
     running = run()
     texts = {path: running.http.get(path) for path in FILES}
     assert {path: r.status_code for path, r in texts.items()} == dict.fromkeys(FILES, 200)
@@ -26,7 +26,7 @@ def test_the_page_has_its_files_and_its_script_asks_routes_there_are(run: Callab
         assert running.http.get(route).status_code in (200, 405), route
 
 
-def test_stats_has_what_the_script_shows(run: Callable[..., Running]) -> None:
+def test_stats_have_the_fields_of_the_page(run: Callable[..., Running]) -> None:
     running = run()
     fake(running).steps = 7
     found = running.http.get("/stats").json()
@@ -36,7 +36,7 @@ def test_stats_has_what_the_script_shows(run: Callable[..., Running]) -> None:
     assert found["ranks"] == [{"rank": 0, "host": "host", "pid": 1, "state": "running"}]
 
 
-def test_a_browser_gives_the_key_as_a_password(run: Callable[..., Running]) -> None:
+def test_key_as_browser_password(run: Callable[..., Running]) -> None:
     running = run(api_key=[KEY])
     for path in (*FILES, "/stats"):
         refused = httpx.get(running.url + path)

@@ -1,0 +1,156 @@
+"""The server over a real engine with the demo model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, cast
+
+import pytest
+from pydantic import BaseModel, Field
+
+from lockstep import LLM
+from lockstep.launch.engine import grammar_check
+from lockstep.launch.engine.async_engine import AsyncEngine
+from lockstep.runtime.config import Config
+from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.structured_outputs import StructuredOutputsParams
+
+from fake_engine import CHAT, COMPLETION, PROMPT, Running, error_of
+from small import SMALL
+from waiting import wait_until
+
+
+@pytest.fixture(scope="module")
+def real() -> Iterator[Running]:
+    service = AsyncEngine(Config(**SMALL))
+    service.start()
+    running = Running(service, served_model_name=["demo"])
+    yield running
+    running.close()
+    asyncio.run(service.close())
+
+
+def test_demo_model_answers_as_offline(real: Running) -> None:
+    params = SamplingParams(n=2, seed=5, max_tokens=12, temperature=0.8, logprobs=2, stop="the")
+    with LLM(**SMALL) as llm:
+        expected = llm.generate([PROMPT, "Blessed"], params, use_tqdm=False)
+        answer = llm.chat([CHAT], SamplingParams(max_tokens=9, temperature=0), use_tqdm=False)[0].outputs[0]
+    request: dict[str, Any] = {
+        "model": "demo", "prompt": [PROMPT, "Blessed"], "n": 2, "seed": 5, "max_tokens": 12, "temperature": 0.8,
+        "top_p": 1, "logprobs": 2, "stop": "the", "extra_body": {"top_k": 0},
+    }  # fmt: skip
+    outputs = [o for r in expected for o in r.outputs]
+    response = real.openai.completions.create(**request)
+    assert [c.text for c in response.choices] == [o.text for o in outputs]
+    assert [c.finish_reason for c in response.choices] == [o.finish_reason for o in outputs]
+    for choice, output in zip(response.choices, outputs, strict=True):
+        assert choice.logprobs is not None
+        # Which requests share a batch depends on their arrival, and the batch changes the last bits of a sum.
+        assert sum(choice.logprobs.token_logprobs or []) == pytest.approx(output.cumulative_logprob, abs=1e-4)
+    texts = [""] * 4
+    for chunk in real.openai.completions.create(**request, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [o.text for o in outputs]
+    chat = real.openai.chat.completions.create(
+        model="demo", messages=cast(Any, CHAT), max_tokens=9, temperature=0, extra_body={"repetition_penalty": 1}
+    )
+    assert chat.choices[0].message.content == answer.text
+
+
+class Person(BaseModel):
+    name: Annotated[str, Field(max_length=20)]
+    age: Annotated[int, Field(ge=0, le=120)]
+    tags: Annotated[list[Literal["king", "prophet"]], Field(max_length=3)]
+
+
+def test_openai_client_parses_structured_outputs(real: Running) -> None:
+    """The client makes the schema from the class and parses the answer into an object."""
+    for seed in range(3):
+        parsed = real.openai.chat.completions.parse(
+            model="demo", messages=cast(Any, CHAT), response_format=Person, seed=seed, max_tokens=1000, temperature=1
+        )
+        assert parsed.choices[0].message.parsed is not None
+        assert 0 <= parsed.choices[0].message.parsed.age <= 120
+    with real.openai.chat.completions.stream(
+        model="demo", messages=cast(Any, CHAT), response_format=Person, seed=2, max_tokens=1000, temperature=1
+    ) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == parsed.choices[0].message.parsed
+
+
+def test_structured_output_equals_offline(real: Running) -> None:
+    structured = StructuredOutputsParams(regex=r"(Moses|Aaron) (went|spake)( [a-z]{2,6}){2,5}\.")
+    params = SamplingParams(n=3, seed=5, temperature=1, max_tokens=60, structured_outputs=structured)
+    with LLM(**SMALL) as llm:
+        outputs = llm.generate([PROMPT], params, use_tqdm=False)[0].outputs
+    response = real.openai.completions.create(
+        model="demo", prompt=PROMPT, n=3, seed=5, temperature=1, max_tokens=60,
+        top_p=1, extra_body={"guided_regex": structured.regex, "top_k": 0},
+    )  # fmt: skip
+    assert [c.text for c in response.choices] == [o.text for o in outputs]
+    assert all(re.fullmatch(structured.regex or "", c.text) for c in response.choices)
+
+
+REFUSED: list[tuple[dict[str, Any], str, str]] = [  # fields of a request, the field at fault, a part of the message
+    ({"guided_regex": "("}, "guided_regex", "unclosed group"),
+    ({"guided_regex": "(?<=a)b"}, "guided_regex", "look-around"),
+    ({"structured_outputs": {"regex": "(" * 9000 + ")" * 9000}}, "structured_outputs", "nest"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}},
+        "response_format", "Unimplemented keys"),
+    ({"guided_json": {"allOf": [{"anyOf": [{"required": [f"a{i}"]}, {"required": [f"b{i}"]}]} for i in range(24)]}},
+        "guided_json", "schema too large"),
+    ({"guided_json": {"enum": [f"{i * 7919}" * 2 for i in range(5000)]}}, "guided_json", "limit"),
+    ({"guided_grammar": "root ::= " * 3000}, "guided_grammar", "Expected name"),
+]  # fmt: skip
+
+
+def test_hostile_grammars_are_refused_during_a_stream(real: Running) -> None:
+    body = {**COMPLETION, "max_tokens": 400, "ignore_eos": True, "temperature": 0.9, "seed": 3}
+    expected = real.post("/v1/completions", body).json()["choices"][0]["text"]
+    text, refused = "", iter(REFUSED)
+    with real.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        for line in response.iter_lines():
+            if line.startswith("data: {"):
+                text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+            changes, param, said = next(refused, (None, "", ""))
+            if changes is not None:
+                answer = real.post("/v1/completions", {**COMPLETION, **changes})
+                assert answer.status_code == 400, answer.text
+                assert error_of(answer)["param"] == param
+                assert said in error_of(answer)["message"]
+    assert text == expected
+    assert next(refused, None) is None, "all of them came while the stream was going on"
+
+
+@pytest.mark.parametrize("fault", ["slow", "killed"])
+def test_grammar_compiler_failure_costs_one_request(real: Running, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    body = {**COMPLETION, "guided_regex": f"a{{{len(fault)}}}", "max_tokens": 9}
+    assert real.post("/v1/completions", {**body, "guided_regex": "first"}).status_code == 200
+    compiler = cast(AsyncEngine, real.service)._grammars._process
+    assert compiler is not None
+    if fault == "slow":
+        monkeypatch.setattr(grammar_check, "TIME_BOX_S", 0.2)
+        os.kill(compiler.pid, signal.SIGSTOP)
+    else:
+        os.kill(compiler.pid, signal.SIGKILL)
+    answer = real.post("/v1/completions", body)
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "guided_regex"
+    assert ("takes more than 0.2 s" if fault == "slow" else "4 GiB of memory") in error_of(answer)["message"]
+    monkeypatch.undo()
+    assert real.post("/v1/completions", body).json()["choices"][0]["text"] == "a" * len(fault)
+    wait_until(lambda: compiler._process.poll() is not None)
+
+
+def test_disconnect_frees_the_engine(real: Running) -> None:
+    body = {"prompt": PROMPT, "max_tokens": 1000, "n": 4, "ignore_eos": True, "stream": True}
+    with real.http.stream("POST", "/v1/completions", json=body) as response:
+        next(response.iter_lines())
+        assert real.service.stats().num_live == 4
+    wait_until(lambda: real.service.stats().num_live == 0)
+    assert real.http.get("/health").status_code == 200

@@ -1,0 +1,96 @@
+"""`lockstep serve` in its own process: signals, draining, wrong flags."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+
+import httpx
+import openai
+import pytest
+
+from fake_engine import KEY, PROMPT, Running
+from small import COMMAND, SMALL_FLAGS
+
+SERVE = ["serve", *SMALL_FLAGS]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`lockstep serve` in its own process."""
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen[str]:
+        command = [*COMMAND, *SERVE, *arguments]
+        environment = os.environ | {"LOCKSTEP_API_KEY": KEY}
+        started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def address(process: subprocess.Popen[str]) -> str:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if url := re.search(r"http://\S+", line):
+            return url[0]
+    raise AssertionError("the server ended before it served")
+
+
+@pytest.mark.process
+def test_serve_command(serve: Callable[..., subprocess.Popen[str]]) -> None:
+    process = serve("--port=0", "--served-model-name=demo")
+    url = address(process)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=5)
+    assert client.completions.create(model="demo", prompt=PROMPT, temperature=0, max_tokens=3).choices[0].text
+    assert httpx.get(f"{url}/v1/models").status_code == 401, "the key came from the environment"
+    stream = iter(client.completions.create(model="demo", prompt=PROMPT, max_tokens=60, stream=True))
+    next(stream)
+    process.send_signal(signal.SIGTERM)
+    assert list(stream)[-1].choices[0].finish_reason in ("length", "stop"), "live requests may end"
+    assert process.wait(30) == 0
+
+
+@pytest.mark.process
+def test_serve_command_ends_at_second_signal(serve: Callable[..., subprocess.Popen[str]]) -> None:
+    process = serve("--port=0")
+    url = address(process)
+    body = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    with httpx.stream(
+        "POST", f"{url}/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"}
+    ) as response:
+        next(response.iter_lines())
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 128 + signal.SIGINT
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("after_s", [0.1, 1.0, 2.5])
+def test_serve_command_signal_at_startup(serve: Callable[..., subprocess.Popen[str]], after_s: float) -> None:
+    process = serve("--port=0", "--drain-timeout=0")
+    time.sleep(after_s)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.process
+def test_serve_command_bad_flags(serve: Callable[..., subprocess.Popen[str]], shared: Running) -> None:
+    for flag, message in (
+        (f"--port={shared.port.getsockname()[1]}", "error: cannot listen on 127.0.0.1 port"),
+        ("--max-n=1000", "error: max_n=1000 must be between 1 and 128"),
+    ):
+        process = serve(flag)
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert stderr.strip().splitlines()[-1].startswith(message)

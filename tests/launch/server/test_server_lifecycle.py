@@ -1,0 +1,236 @@
+"""Disconnects, failures, recovery, draining, metrics and logs over a scripted engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, cast
+
+import httpx
+import openai
+import pytest
+
+from lockstep.launch.engine.recovery import Health
+from lockstep.launch.errors import EngineFailed
+from lockstep.launch.server import http_io
+from lockstep.launch.server.server_config import ServerLimits
+from lockstep.runtime.tokenizer import Tokenizer
+
+from fake_engine import CHAT, COMPLETION, PROMPT, Running, error_of, fake
+from waiting import wait_until
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_disconnect_cancels_within_a_step(run: Callable[..., Running], stream: bool, prompts: int) -> None:
+    running = run()
+    service = fake(running)
+    service.step_s = 0.05
+    body = json.dumps({**COMPLETION, "prompt": [PROMPT] * prompts, "max_tokens": 400, "n": 2, "stream": stream})
+    raw = socket.create_connection(running.port.getsockname())
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    raw.sendall(f"{head}\r\n\r\n{body}".encode())
+    wait_until(lambda: service.steps > 3)
+    left = service.steps
+    raw.close()
+    wait_until(lambda: len(service.cancelled) == prompts)
+    assert max(service.cancelled) - left < 100 * prompts, "of 400 steps each"
+    assert service.live == 0
+    assert running.post("/v1/completions", {**COMPLETION, "max_tokens": 1}).status_code == 200
+
+
+def test_many_disconnects(run: Callable[..., Running]) -> None:
+    running = run(max_concurrent_requests=64)
+    fake(running).step_s = 0.002
+    for i in range(50):
+        with running.http.stream(
+            "POST", "/v1/completions", json={**COMPLETION, "max_tokens": 400, "stream": True}
+        ) as s:
+            for _, _ in zip(range(i % 3), s.iter_lines(), strict=False):
+                pass
+    wait_until(lambda: fake(running).live == 0)
+    assert running.post("/v1/completions", COMPLETION).status_code == 200
+
+
+def test_recovery_pauses_streams(run: Callable[..., Running]) -> None:
+    running = run()
+    service = fake(running)
+    service.step_s = 0.01
+    expected = running.post("/v1/completions", {**COMPLETION, "max_tokens": 30}).json()["choices"][0]["text"]
+    stream = running.openai.completions.create(model="demo", prompt=PROMPT, max_tokens=30, stream=True)
+    text = next(iter(stream)).choices[0].text
+    service.health, service.paused = Health("recovering", "rank 1 died: signal 9", restarts=1), True
+    response = running.http.get("/health")
+    assert response.status_code == 503
+    assert int(response.headers["retry-after"]) >= 1
+    assert "rank 1 died" in error_of(response)["message"]
+    new: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: new.append(running.post("/v1/completions", COMPLETION)))
+    thread.start()  # waits as well
+    time.sleep(0.1)
+    assert not new
+    service.health, service.paused = Health("ready", restarts=1), False
+    assert running.http.get("/health").status_code == 200
+    assert text + "".join(c.choices[0].text for c in stream) == expected
+    thread.join()
+    assert new[0].status_code == 200
+
+
+def test_engine_failure_is_reported(run: Callable[..., Running]) -> None:
+    running = run()
+    service = fake(running)
+    service.fails = EngineFailed("rank 1 died too often")
+    response = running.post("/v1/completions", COMPLETION)
+    assert (response.status_code, error_of(response)["code"]) == (503, "engine_failed")
+    assert "retry-after" in response.headers
+    with pytest.raises(openai.APIError, match="rank 1 died too often"):
+        list(running.openai.chat.completions.create(model="demo", messages=cast(Any, CHAT), stream=True))
+    service.health = Health("failed", "rank 1 died too often")
+    for call in (lambda: running.post("/v1/completions", COMPLETION), lambda: running.http.get("/health"),
+                 lambda: running.http.get("/v1/models")):  # fmt: skip
+        response = call()
+        assert response.status_code == 503
+        assert "rank 1 died too often" in error_of(response)["message"]
+
+
+def test_health_detects_a_stall(run: Callable[..., Running]) -> None:
+    running = run(limits=ServerLimits(stall_timeout_s=0.3))
+    assert running.http.get("/health").json() == {"status": "ok"}
+    service = fake(running)
+    service.paused = True
+    threading.Thread(target=running.post, args=("/v1/completions", COMPLETION)).start()
+    wait_until(lambda: service.live == 1)
+    wait_until(lambda: running.http.get("/health").status_code == 503)
+    assert "no step for" in error_of(running.http.get("/health"))["message"]
+    service.paused = False
+    wait_until(lambda: running.http.get("/health").status_code == 200)
+    time.sleep(0.4)
+    assert running.http.get("/health").status_code == 200, "idle is healthy"
+
+
+def test_first_signal_drains(run: Callable[..., Running]) -> None:
+    running = run(drain_timeout=10)
+    service = fake(running)
+    service.step_s = 0.01
+    stream = iter(running.openai.completions.create(model="demo", prompt=PROMPT, max_tokens=60, stream=True))
+    next(stream)
+    running.server.handle_exit(signal.SIGTERM, None)
+    wait_until(lambda: service.health.state == "draining")
+    response = running.post("/v1/completions", COMPLETION)
+    assert (response.status_code, error_of(response)["code"]) == (503, "draining")
+    assert running.http.get("/health").status_code == 503
+    assert list(stream)[-1].choices[0].finish_reason == "length"
+    running.thread.join(30)
+    assert not running.thread.is_alive()
+    assert running.server.forced_by is None
+
+
+def test_drain_timeout_aborts(run: Callable[..., Running]) -> None:
+    running = run(drain_timeout=0.1)
+    fake(running).step_s = 0.01
+    stream = iter(running.openai.completions.create(model="demo", prompt=PROMPT, max_tokens=480, stream=True))
+    next(stream)
+    running.server.handle_exit(signal.SIGTERM, None)
+    with pytest.raises(openai.APIError, match="shutting down"):
+        list(stream)
+    running.thread.join(30)
+    assert not running.thread.is_alive()
+
+
+def test_second_signal_ends_at_once(run: Callable[..., Running]) -> None:
+    running = run(drain_timeout=60)
+    fake(running).step_s = 0.05
+    stream = iter(running.openai.completions.create(model="demo", prompt=PROMPT, max_tokens=480, stream=True))
+    next(stream)
+    running.server.handle_exit(signal.SIGTERM, None)
+    running.server.handle_exit(signal.SIGINT, None)
+    running.thread.join(30)
+    assert not running.thread.is_alive()
+    assert running.server.forced_by == signal.SIGINT
+
+
+def test_internal_error_fails_one_request(shared: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*arguments: Any) -> None:
+        raise ZeroDivisionError("a secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared.service, "generate", fault)
+        for stream in (False, True):
+            response = shared.post("/v1/completions", {**COMPLETION, "stream": stream})
+            assert (response.status_code, error_of(response)["code"]) == (500, "internal_error")
+            assert "secret" not in response.text
+    assert shared.post("/v1/completions", COMPLETION).status_code == 200
+
+
+def test_metrics(run: Callable[..., Running]) -> None:
+    running = run()
+    running.post("/v1/completions", {**COMPLETION, "n": 2, "prompt": [5, 6, 7]})
+    response = running.http.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    found = {
+        name: float(value) for name, value in re.findall(r"^(lockstep:\S+) (\S+)$", response.text, re.M)
+    }  # fmt: skip
+    label = '{model_name="demo"}'
+    assert found[f"lockstep:prompt_tokens_total{label}"] == 3
+    assert found[f"lockstep:generation_tokens_total{label}"] == 8
+    assert found['lockstep:request_success_total{finished_reason="length",model_name="demo"}'] == 2
+    assert found[f"lockstep:time_to_first_token_seconds_count{label}"] == 1
+    assert found[f"lockstep:inter_token_latency_seconds_count{label}"] == 6
+    assert found[f"lockstep:request_time_per_output_token_seconds_count{label}"] == 2
+    assert found[f"lockstep:e2e_request_latency_seconds_count{label}"] == 2
+    assert found[f"lockstep:kv_cache_usage_perc{label}"] == 0.25
+    assert found[f"lockstep:kv_cache_free_pages{label}"] == 384
+    assert found[f"lockstep:num_requests_running{label}"] == found[f"lockstep:num_requests_waiting{label}"] == 0
+    assert found[f"lockstep:prefix_cache_hits_total{label}"] == 10
+    assert found[f"lockstep:prefix_cache_queries_total{label}"] == 40
+    assert found[f"lockstep:num_preemptions_total{label}"] == 3
+
+
+def test_log_lines_have_no_prompts(run: Callable[..., Running], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    running = run(log_requests=True)
+    running.post("/v1/completions", {**COMPLETION, "prompt": "a secret word"})
+    running.post("/v1/completions", {**COMPLETION, "prompt": "a secret word", "temperature": 9})
+    assert "request answered: 1 prompts of" in caplog.text
+    assert "secret" not in caplog.text
+
+
+def test_slow_tokenization_does_not_block_other_requests(
+    shared: Running, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, answered = threading.Event(), threading.Event()
+    encode = tokenizer.encode
+
+    def slow(text: str) -> list[int]:
+        if text == "slow":
+            started.set()
+            assert answered.wait(60)
+        return encode(text)
+
+    monkeypatch.setattr(tokenizer, "encode", slow)
+    thread = threading.Thread(target=shared.post, args=("/v1/completions", {**COMPLETION, "prompt": "slow"}))
+    thread.start()
+    assert started.wait(60)
+    assert shared.post("/v1/completions", COMPLETION).status_code == 200
+    answered.set()
+    thread.join()
+
+
+def test_long_body_is_parsed_in_a_thread(shared: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+    parse = http_io._parse
+
+    def spy(content: bytes, model: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return parse(content, model)
+
+    monkeypatch.setattr(http_io, "_parse", spy)
+    shared.post("/v1/completions", COMPLETION)
+    shared.post("/v1/completions", {**COMPLETION, "user": "x" * 100_000})
+    assert threads[0] == shared.thread.name
+    assert threads[1] != shared.thread.name
