@@ -8,8 +8,8 @@ there. No rank may write into a slot that a slow peer still reads. Only slot 0 c
 - The other collectives of a graph use slots 1 and 2 in turn.
 
 Proof. Let w be a write into slot s for collective k, and c the last collective before k that used s. If s is 0, c has
-ended on this rank, and it ended only when every rank had read. Otherwise k is not the first of its graph, and c either
-belongs to another replay or is at least two places earlier in this one, since the slots alternate. In both cases some
+ended on this rank, and it ended only when every rank had read. Otherwise k is not the first of its graph. Since the
+slots alternate, c belongs to another replay, or is at least two places earlier in this one. In both cases some
 collective m of this replay lies between them: c < m < k. In m this rank has waited until every peer reached m. A peer
 reaches m when its c has ended, because its stream is in order. On this rank w is queued after m: every peer has read
 before.

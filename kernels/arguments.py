@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-MAX_CHUNKS = 8  # per row, where a KeyPartition has a kv_chunk
+MAX_CHUNKS = 8  # per row of a KeyPartition with kv_chunk
 
 
 class KVCache(NamedTuple):
@@ -49,8 +49,8 @@ class KeyPartition(NamedTuple):
 
     table     int32, empty on a CPU; the layout is PartitionLayout of cuda/paged_attention.py
     window    a query at position p sees the keys p - window < j <= p; None: all j <= p
-    kv_chunk  a row's keys are summed in chunks of this size, so that a row has the same bits in any batch; the row may
-              have MAX_CHUNKS of them. None: chunks as the GPU is used best; rounding then depends on the other rows
+    kv_chunk  keys per chunk, so that a row is bitwise identical in any batch; a row may have MAX_CHUNKS chunks.
+              None: chunks that use the GPU best; rounding then depends on the other rows
     """
 
     table: Tensor

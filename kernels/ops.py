@@ -41,12 +41,12 @@ def op(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
     def decorate(check: Callable[P, R]) -> Callable[P, R]:
         name = check.__name__
-        on_cpu, on_gpu = getattr(reference, name), functools.cache(lambda: getattr(_cuda(module), name))
 
         @functools.wraps(check)
         def run(*args: Any, **options: Any) -> Any:
             check(*args, **options)
-            return (on_gpu() if args[0].is_cuda else on_cpu)(*args, **options)
+            implementations = _cuda(module) if args[0].is_cuda else reference
+            return getattr(implementations, name)(*args, **options)
 
         return cast(Callable[P, R], run)
 
@@ -55,7 +55,7 @@ def op(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 @op("table_lookup")
 def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
-    """Return `out[t] = weight[ids[t] - first_row]`, or zero where that row is not in `weight`: [T, D].
+    """Return `out[t] = weight[ids[t] - first_row]`, or zero if that row is not in `weight`: [T, D].
 
     weight  [V, D]  one rank's rows of the embedding
     ids     [T]     int32 or int64, on the same device
@@ -103,12 +103,12 @@ def linear(
     x       [T, D]
     weight  [F, D]; [2 F, D] if gated: rows of gate, then of up, and the result is `silu(gate) * up`
     bias    [F], or [2 F]
-    norm    [D]     weight of an RMSNorm of x with `eps`, before the product
-    add_to  [T, F]  takes the sum of itself and the product in place, and is returned; not together with gated
-    out     [T, F]  takes the product, and is returned; not together with gated or add_to
-    On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed, and a row's result has the same
-    bits in any of these batches. If batch_invariant, it has the same bits in all batches, more slowly; that takes
-    bfloat16 or float16, and weight rows of whole 16-byte vectors.
+    norm    [D]     weight of an RMSNorm of x with `eps`, before the GEMM
+    add_to  [T, F]  the result is added in place, and this is returned; not together with gated
+    out     [T, F]  receives the result, and is returned; not together with gated or add_to
+    On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed, and a row's result is bitwise
+    identical in any of these batches. With batch_invariant it is so in all batches, but slower; x must be bfloat16 or
+    float16, and weight rows must be whole 16-byte vectors.
     """
     features = len(weight) // 2 if gated else len(weight)
     _require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
@@ -140,8 +140,9 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slo
     _require(qkv.shape[1] % head_dim == 0, "qkv", qkv, f"must have heads of size {head_dim}")
     _require(qkv.shape[1] > 2 * kv_heads * head_dim, "qkv", qkv, "must have heads of q, k and v")
     _require(rope.cos_sin.shape[-1] == head_dim, "cos_sin", rope.cos_sin, f"must be [P, {head_dim}]")
+    rows = qkv.shape[:1]
     for name, tensor in (("positions", rope.positions), ("slots", slots)):
-        _require(tensor.shape == qkv.shape[:1], name, tensor, f"must be [{len(qkv)}], one per row of qkv")
+        _require(tensor.shape == rows, name, tensor, f"must be {list(rows)}, one per row of qkv")
 
 
 @op("paged_attention")
@@ -176,11 +177,11 @@ def decode_attention(
     be tokens of one request, provided that their keys are in the cache already.
     """
     _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
-    table = pages.table
+    table, rows = pages.table, qkv.shape[:1]
     _require(table.dim() == 2 and table.dtype == torch.int32, "pages", table, "must be [R, P] int32")
     for name, tensor in (("positions", rope.positions), ("slots", slots), ("owners", pages.owners)):
-        fits = tensor.shape == qkv.shape[:1] and tensor.dtype == torch.int32
-        _require(fits, name, tensor, f"must be [{len(qkv)}] int32")
+        fits = tensor.shape == rows and tensor.dtype == torch.int32
+        _require(fits, name, tensor, f"must be {list(rows)} int32")
 
 
 @op("elementwise")
@@ -216,8 +217,8 @@ def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down
     scores      [T, K]      float32
     gate_up     [N, 2 I, D] rows of gate, then of up; contiguous
     down        [N, D, I]   contiguous
-    The result has x's dtype; all sums are in float32. On a GPU, rows of D and I are whole vectors of 16 bytes
-    (multiples of 8 in bfloat16), no launch depends on the routing, and a token has the same bits in any batch.
+    The result has x's dtype; all sums are in float32. On a GPU, rows of D and I must be whole vectors of 16 bytes
+    (multiples of 8 in bfloat16). No launch depends on the routing, and a token is bitwise identical in any batch.
     """
     _require(gate_up.dim() == 3 and gate_up.is_contiguous(), "gate_up", gate_up, "must be [N, 2 I, D], contiguous")
     num_experts, rows, size = gate_up.shape
@@ -355,6 +356,7 @@ def _check_rows(rows: int, **parameters: Tensor) -> None:
         _require(fits, name, tensor, f"must be [{rows}] {dtype}")
 
 
+@functools.cache
 def _cuda(module: str) -> ModuleType:
     try:
         return importlib.import_module(f".cuda.{module}", __package__)  # needs CuPy, only on machines with a GPU

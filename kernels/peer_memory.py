@@ -36,7 +36,7 @@ class Group:
 def table(buffers: list[int], words: Tensor, *, timeout_ns: int, slot_bytes: int, rank: int, alone: bool) -> list[int]:
     """Return the fields of struct Group.
 
-    words  host_words(MAX_RANKS + 1): for each rank where this one waited for it until the timeout, then `stop`
+    words  host_words(MAX_RANKS + 1): for each rank the wait for it that timed out, then `stop`
     """
     missing, stop = words.data_ptr(), words[MAX_RANKS:].data_ptr()
     return [*buffers, *[0] * (MAX_RANKS - len(buffers)), missing, stop, timeout_ns, slot_bytes, rank, int(alone)]
@@ -103,7 +103,7 @@ def capture() -> int:
 
 
 def prepare(size: int) -> None:
-    """Compile the kernel of the first collective, whose deadline is short."""
+    """Compile the kernel of the first collective, which has a short deadline."""
     kernel("allreduce.cu", f"all_gather<16, {size}>", early=True)
 
 
@@ -154,7 +154,7 @@ def all_reduce_add_rms_norm(
     All tensors are contiguous and start at multiples of 16 bytes.
     """
     rows, columns = x.shape
-    v = _norm_vector(columns, x.dtype)  # by the shape, not by addresses: all ranks must get the same bits
+    v = _norm_vector(columns, x.dtype)  # by the shape, not by addresses: all ranks must round alike
     threads = min(THREADS, -(-columns // (32 * v)) * 32)
     vectors = next(n for n in NORM_VECTORS if n * threads * v >= columns)
     name = f"all_reduce_add_rms_norm<{c_name(x)}, {v}, {group.size}, {vectors}, {str(two_shot).lower()}>"

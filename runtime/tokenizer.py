@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..comm.error_text import first_line
 from .request import SamplingParams
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -25,7 +26,7 @@ class Tokenizer:
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"no usable tokenizer in {folder}: {str(error).strip().splitlines()[0]}") from error
+            raise ValueError(f"no usable tokenizer in {folder}: {first_line(error)}") from error
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"the tokenizer in {folder} has no fast version; convert it to tokenizer.json")

@@ -43,6 +43,7 @@ launch/replicas
 launch
 launch/engine
 launch/doctor
+launch/server: api_errors
 launch/server/protocol
 launch/server
 launch/bench

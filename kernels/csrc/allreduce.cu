@@ -1,10 +1,10 @@
 // Collectives between the GPUs of one host, over memory of each rank that all other ranks have mapped.
 //
-// A rank publishes its input in a slot of its own buffer, unless a GEMM has written it there. It signals the same block of every
-// peer, waits for their signals, and reads their slots. Sums are in rank order and in float32: all ranks get the same bits. A signal
-// is the number of a round, which each block counts on the device; it only grows, so that a graph can be replayed. Block b reads
-// only what blocks b of the peers have published: the shares depend on sizes and grid, which are equal on all ranks.
-// comm/peer_buffers.py proves that no rank writes into a slot that a slow peer still reads.
+// A rank publishes its input in a slot of its buffer, unless a GEMM has written it there. It signals the same block of every peer,
+// waits for their signals, and reads their slots. Sums are in rank order and in float32: bitwise identical on all ranks. A signal is
+// the number of a round, which each block counts on the device. It only grows, so that a graph can be replayed. Block b reads only
+// what blocks b of the peers have published: the shares depend on sizes and grid, which are equal on all ranks.
+// comm/slot_rotation.py proves that no rank writes into a slot that a slow peer still reads.
 //
 // A wait ends at a timeout, or when the host sets `stop`. The rank then has garbage, and never signals its peers again: they time
 // out as well. The host finds the missing ranks in `missing`.
@@ -119,11 +119,11 @@ template <typename T, int V, int N> struct Collective {
         return reinterpret_cast<T*>(group.buffers[peer] + HEADER_BYTES + slot * group.slot_bytes);
     }
 
-    __device__ __forceinline__ T* own_slot() const { return slot_of(rank); }
+    __device__ __forceinline__ T* local_slot() const { return slot_of(rank); }
 
     // Copy x, chunks of `chunk` elements, into this rank's slot: each block the shares that it reads of its peers.
     __device__ __forceinline__ void publish(const T* x, long long total, long long chunk) {
-        T* to = own_slot();
+        T* to = local_slot();
         if (x == to) return;
         for (long long start = 0; start < total; start += chunk)
             for_each_vector<V>(chunk, total - start, [&](long long i) { copy<T, V>(to + start + i, x + start + i); });
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(512, 1) one_shot_all_reduce(
     collective.release();
 }
 
-// The same sum in two steps: each rank sums its chunk in its own slot, then reads the chunks of the others.
+// The same sum in two steps: each rank sums its chunk in place, in its slot, then reads the chunks of the others.
 template <typename T, int V, int N>
 __global__ void __launch_bounds__(512, 1) two_shot_all_reduce(
     T* out, const T* x, long long total, long long chunk, const Group* group, int slot, int kind) {
@@ -206,8 +206,8 @@ __global__ void __launch_bounds__(512, 1) two_shot_all_reduce(
     collective.publish(x, total, chunk);
     collective.arrive_and_wait();
     const long long start = collective.rank * chunk;
-    T* own = collective.own_slot() + start;
-    for_each_vector<V>(chunk, total - start, [&](long long i) { collective.store_sum(own + i, start + i); });
+    T* local = collective.local_slot() + start;
+    for_each_vector<V>(chunk, total - start, [&](long long i) { collective.store_sum(local + i, start + i); });
     collective.arrive_and_wait();
     for_each_vector<V>(chunk, chunk, [&](long long i) {
         Vec<T, V> sums[N];
@@ -245,17 +245,17 @@ __global__ void __launch_bounds__(512, 1) all_reduce_add_rms_norm(
     T* out, const T* x, T* residual, const T* __restrict__ weight, float eps, int rows, int size,
     const Group* group, int slot, int kind) {
     Collective<T, V, N> collective(group, slot, kind);
-    T* own = collective.own_slot();
+    T* local = collective.local_slot();
     auto for_each_row_vector = [&](int first, int stop, auto f) {  // of columns [first, stop) in the rows of this block
         for (int row = blockIdx.x; row < rows; row += gridDim.x)
             for (int i = first + threadIdx.x * V; i < stop; i += blockDim.x * V) f((long long)row * size + i);
     };
-    if (x != own) for_each_row_vector(0, size, [&](long long at) { copy<T, V>(own + at, x + at); });
+    if (x != local) for_each_row_vector(0, size, [&](long long at) { copy<T, V>(local + at, x + at); });
     collective.arrive_and_wait();
     const int chunk = (size + N * UNIT - 1) / (N * UNIT) * UNIT;  // columns of a rank
     if (TWO_SHOT) {
         const int first = collective.rank * chunk;
-        for_each_row_vector(first, min(size, first + chunk), [&](long long at) { collective.store_sum(own + at, at); });
+        for_each_row_vector(first, min(size, first + chunk), [&](long long at) { collective.store_sum(local + at, at); });
         collective.arrive_and_wait();
     }
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {

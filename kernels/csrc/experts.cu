@@ -51,13 +51,59 @@ __device__ __forceinline__ void load_matrices(unsigned (&to)[4], unsigned row) {
 MULTIPLY_ADD(bf16, "bf16")
 MULTIPLY_ADD(f16, "f16")
 
-// The offset of a chunk of a row in a stage. The exclusive or spreads equal chunks of eight rows, which are read at once, over all
-// banks.
+// The offset of a chunk of a row in a stage. The exclusive or spreads equal chunks of eight rows, read at once, over all banks.
 __device__ __forceinline__ int swizzle(int row, int chunk) { return row * 2 * DEPTH + (chunk ^ row % 8) * 16; }
+
+// Multiply M x N tiles of a stage; first_row is the stage's first row of x, first_weight_row that of the weights.
+template <typename T, int M, int N>
+__device__ __forceinline__ void multiply_stage(float (&sums)[M][N][2][4], unsigned stage, int lane, int first_row, int first_weight_row) {
+    #pragma unroll
+    for (int k = 0; k < DEPTH / 8; k += 2) {
+        unsigned a[M][4], b[N][4];  // a: the quarters of a tile, down first; b: two tiles of 8 rows, two halves along k each
+        #pragma unroll
+        for (int m = 0; m < M; ++m) load_matrices(a[m], stage + swizzle(first_row + 16 * m + lane % 16, k + lane / 16));
+        #pragma unroll
+        for (int n = 0; n < N; ++n)
+            load_matrices(b[n], stage + swizzle(first_weight_row + 16 * n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
+        #pragma unroll
+        for (int m = 0; m < M; ++m)
+            #pragma unroll
+            for (int n = 0; n < N; ++n)
+                #pragma unroll
+                for (int half = 0; half < 2; ++half) multiply_add(sums[m][n][half], a[m], b[n][2 * half], b[n][2 * half + 1], T());
+    }
+}
+
+// Write a warp's sums, with SiLU if GATED; its tiles begin at this row and column of the block's tile and of out.
+template <typename T, int M, int N, bool GATED, typename F>
+__device__ __forceinline__ void store_sums(
+    T* __restrict__ out, const float (&sums)[M][N][2][4], const F& pair_of, int rows, int first_row, int columns, int first_column) {
+    const int lane = threadIdx.x % 32;
+    #pragma unroll
+    for (int i = 0; i < 2 * M; ++i) {  // rows of eight
+        const int row = first_row + 8 * i + lane / 4;
+        if (row >= rows) break;
+        T* target = out + (long long)pair_of(row) * columns;
+        #pragma unroll
+        for (int j = 0; j < (GATED ? N : 2 * N); ++j) {  // columns of eight
+            const int column = first_column + 8 * j + lane % 4 * 2;
+            if (column >= columns) break;
+            Vec<T, 2> result;
+            #pragma unroll
+            for (int c = 0; c < 2; ++c) {
+                const auto& sum = sums[i / 2][GATED ? j : j / 2];
+                const int at = i % 2 * 2 + c;
+                result.at[c] = from_float<T>(GATED ? silu(sum[0][at]) * sum[1][at] : sum[GATED ? 0 : j % 2][at]);
+            }
+            if (columns % 2 == 0) *reinterpret_cast<Vec<T, 2>*>(target + column) = result;
+            else for (int c = 0; c < 2 && column + c < columns; ++c) target[column + c] = result.at[c];
+        }
+    }
+}
 
 // out[p] = weights[expert of p] x[p / pairs_per_row] for the pairs of a tile and a part of the columns. GATED: column c is
 // silu(gate) * up of the rows c and columns + c of the weights. A block has WARPS_M x WARPS_N warps, a warp M x N tiles of 16 rows by
-// 16 weight rows. Every shape adds the same products of 16 in the same order: a row has the same bits in any shape and batch.
+// 16 weight rows. Every shape adds the same products of 16 in the same order: a row is bitwise identical in any shape and batch.
 // Without `tiles` and `order` there is one expert that has all pairs in order.
 template <typename T, int WARPS_M, int WARPS_N, int M, int N, int STAGES, bool GATED>
 __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
@@ -114,43 +160,10 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
         if (step + STAGES - 1 < steps) load(step + STAGES - 1);
         commit_copies();  // also an empty group: the wait counts groups
         const unsigned stage = memory + step % STAGES * (ROWS + WEIGHT_ROWS) * 2 * DEPTH;
-        #pragma unroll
-        for (int k = 0; k < DEPTH / 8; k += 2) {
-            unsigned a[M][4], b[N][4];  // a: the quarters of a tile, down first; b: two tiles of 8 rows, two halves along k each
-            #pragma unroll
-            for (int m = 0; m < M; ++m) load_matrices(a[m], stage + swizzle(first_row + 16 * m + lane % 16, k + lane / 16));
-            #pragma unroll
-            for (int n = 0; n < N; ++n)
-                load_matrices(b[n], stage + swizzle(ROWS + first_weight_row + 16 * n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
-            #pragma unroll
-            for (int m = 0; m < M; ++m)
-                #pragma unroll
-                for (int n = 0; n < N; ++n)
-                    #pragma unroll
-                    for (int half = 0; half < 2; ++half) multiply_add(sums[m][n][half], a[m], b[n][2 * half], b[n][2 * half + 1], T());
-        }
+        multiply_stage<T, M, N>(sums, stage, lane, first_row, ROWS + first_weight_row);
     }
 
-    #pragma unroll
-    for (int i = 0; i < 2 * M; ++i) {  // rows of eight
-        const int row = first_row + 8 * i + lane / 4;
-        if (row >= rows) break;
-        T* target = out + (long long)pair_of(row) * columns;
-        #pragma unroll
-        for (int j = 0; j < (GATED ? N : 2 * N); ++j) {  // columns of eight
-            const int column = first_column + first_weight_row / (GATED ? 2 : 1) + 8 * j + lane % 4 * 2;
-            if (column >= columns) break;
-            Vec<T, 2> result;
-            #pragma unroll
-            for (int c = 0; c < 2; ++c) {
-                const auto& sum = sums[i / 2][GATED ? j : j / 2];
-                const int at = i % 2 * 2 + c;
-                result.at[c] = from_float<T>(GATED ? silu(sum[0][at]) * sum[1][at] : sum[GATED ? 0 : j % 2][at]);
-            }
-            if (columns % 2 == 0) *reinterpret_cast<Vec<T, 2>*>(target + column) = result;
-            else for (int c = 0; c < 2 && column + c < columns; ++c) target[column + c] = result.at[c];
-        }
-    }
+    store_sums<T, M, N, GATED>(out, sums, pair_of, rows, first_row, columns, first_column + first_weight_row / (GATED ? 2 : 1));
 }
 
 // The same GEMM in float32, which tensor cores would round: one warp for each pair and column.

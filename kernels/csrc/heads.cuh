@@ -1,4 +1,4 @@
-// One head of q, k or v between its projection and attention; all kernels get the same bits.
+// One head of q, k or v between its projection and attention; bitwise identical in all kernels.
 #pragma once
 #include "tensor.cuh"
 

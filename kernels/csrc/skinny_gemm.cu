@@ -15,7 +15,7 @@ constexpr int CHUNK = 64;  // columns of a warp at once: whole 128-byte lines of
 // Copy x to shared memory, times the weight of the norm if there is one; squares[row] = the sum of squares of this warp's elements.
 template <typename T, int WARPS>
 __device__ __forceinline__ void stage_x(
-    T* staged, float (&squares)[ROWS], const T* x, const T* __restrict__ norm, int rows, int size, int stride) {
+    T* staged, float (&squares)[WARPS][ROWS], const T* x, const T* norm, int rows, int size, int stride, int warp, int lane) {
     #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
         float square = 0.f;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void stage_x(
         }
         if (norm && row < rows) {
             square = warp_sum(square);
-            if (threadIdx.x % 32 == 0) squares[row] = square;
+            if (lane == 0) squares[warp][row] = square;
         }
     }
 }
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     const int stride = (size + CHUNK - 1) / CHUNK * CHUNK + 32;  // lanes (g, t) and (g + 1, t) read different banks
     __shared__ float sums[2][WARPS][ROWS][17], squares[WARPS][ROWS];
     if (STAGED) {
-        stage_x<T, WARPS>(staged, squares[warp], x, norm, rows, size, stride);
+        stage_x<T, WARPS>(staged, squares, x, norm, rows, size, stride, warp, lane);
         __syncthreads();
     }
     auto load_x = [&](int round, int d, int half) {

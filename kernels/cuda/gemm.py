@@ -102,8 +102,8 @@ def _streamed_linear(
         out = x.new_empty(rows, features) if add_to is None else add_to
     epilogue = 2 if gated else 0 if add_to is None else 1
     tiles, multiprocessors = -(-features // (8 if gated else 16)), num_multiprocessors(x.device.index)
-    # With few tiles, all warps of a multiprocessor share one. Short rows leave a warp few chunks to prefetch, and so do
-    # the registers where x takes some.
+    # With few tiles, all warps of a multiprocessor share one. A short row has few chunks to prefetch, and an x that is
+    # not in shared memory leaves few registers for them.
     staged = _fits_shared_memory(x)
     warps = 16 if tiles <= multiprocessors or not staged else 8
     depth = 2 if not staged else max(2, min(4, -(-size // (64 * warps))))

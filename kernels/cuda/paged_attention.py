@@ -29,7 +29,7 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slo
     strides = head_dim // 2, cache.k.stride(0), cache.k.stride(1)
     v = next(
         v
-        for v in (4, 2, 1)  # adjacent elements of a lane, as in decode.cu, so that both kernels give the same bits
+        for v in (4, 2, 1)  # adjacent elements of a lane, as in decode.cu, so that both kernels round alike
         if pairs % v == 0
         and all(s % v == 0 for s in strides)
         and all(t.data_ptr() % (v * t.element_size()) == 0 for t in moved)
@@ -63,9 +63,9 @@ def store_kv_(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
 
 
 class PartitionLayout(NamedTuple):
-    """How `partition_keys` divides a step's keys, and where its tensor holds what: the twin of Partition in decode.cu.
+    """The division of a step's keys among blocks, and the layout of its tensor: the twin of Partition in partition.cuh.
 
-    A chunk is `kv_chunk` keys of one row, the last chunk of a row may have fewer. A part is a run of chunks.
+    A chunk is `kv_chunk` keys of one row; the last chunk of a row may have fewer. A part is a run of chunks.
     """
 
     rows: int

@@ -45,8 +45,8 @@ class AllReduceAlgorithm(ABC):
     def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
         """Return the collective of `count` elements, or None if there is none.
 
-        In place: the result overwrites the input. If an algorithm never does that (shared memory of lockstep,
-        FlashInfer or torch), the input lies in the shared memory already, where a GEMM writes it.
+        In place: the result overwrites the input. Algorithms over shared memory never do that: for them, the input
+        lies in the shared memory already, where a GEMM writes it.
         """
 
     def close(self) -> None:  # noqa: B027 - most hold nothing

@@ -96,8 +96,12 @@ class Replica:
         self._executor.wait(wakeup)
 
     def on_failure(self, error: Exception) -> bool:
-        log.error("%s", error, exc_info=None if isinstance(error, RankFailed) else error)
-        self._failure = RankFailed(str(error))
+        if isinstance(error, RankFailed):
+            log.error("%s", error)
+            self._failure = error
+        else:
+            log.error("the replica failed", exc_info=error)
+            self._failure = RankFailed(f"{type(error).__name__}: {error}")
         return False
 
     def detach(self) -> None:

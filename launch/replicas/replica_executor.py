@@ -16,7 +16,7 @@ import uuid
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -49,15 +49,6 @@ AFFINITY_PAGES = 1 << 16  # of each replica's cache, in the router, if the numbe
 POLL_S = 0.2
 
 
-@dataclass(frozen=True)
-class FailedAttempt:
-    """An attempt that Ray Serve could not complete."""
-
-    number: int
-    reason: str
-    is_replica_lost: bool
-
-
 class ReplicaExecutor:
     """`num_replicas` groups of `config.tensor_parallel_size` ranks; ready when the constructor returns."""
 
@@ -68,7 +59,8 @@ class ReplicaExecutor:
         self._numbers = itertools.count()
         self._attempts: dict[int, int] = {}  # number of an attempt -> uid of its request
         self._calls: dict[int, tuple[int, Future[None]]] = {}  # uid -> its attempt, Serve's call
-        self._failed: deque[FailedAttempt] = deque()
+        self._lost: deque[tuple[int, str]] = deque()  # attempts whose replica has failed, and the reason
+        self._refused: deque[tuple[int, str]] = deque()  # attempts that Ray Serve refuses, and the reason
         self._ready: dict[str, ReplicaReady] = {}  # by the replica's name, the latest num_replicas
         self._stats: dict[str, EngineStats] = {}  # of each replica, lost ones included
         self._free_pages: dict[str, int | None] = {}  # of each replica, after its last step
@@ -108,9 +100,17 @@ class ReplicaExecutor:
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         """As Executor.poll; raises RequestsLost if requests have lost their replica and no outputs have come."""
-        messages = self._inbox.receive(0.0 if self._failed else timeout_s, self._connection.wakeup)
+        messages = self._inbox.receive(0.0 if self._lost or self._refused else timeout_s, self._connection.wakeup)
         outputs = [output for message in messages if (output := self._update(decode(message))) is not None]
-        return outputs or self._report_failed()
+        if outputs:
+            return outputs
+        refused = [Finished(uid, "abort", error=reason) for uid, reason in self._take(self._refused)]
+        if refused:
+            return [StepOutput(finished=refused)]
+        lost = self._take(self._lost)
+        if lost:
+            raise RequestsLost([uid for uid, _ in lost], lost[0][1])
+        return []
 
     def wait(self, wakeup: Wakeup) -> None:
         """Wait for the connection's `wakeup`, or for a message: a new replica takes the place of another."""
@@ -191,30 +191,19 @@ class ReplicaExecutor:
             response.cancel()
             raise
         except (RayActorError, RankFailed, ReplicaUnavailableError) as error:
-            self._fail(FailedAttempt(request.uid, _last_line(str(error)), is_replica_lost=True))
+            self._lost.append((request.uid, _last_line(str(error))))
+            self._connection.wakeup.set()
         except RayServeException as error:
-            self._fail(FailedAttempt(request.uid, f"Ray Serve: {_last_line(str(error))}", is_replica_lost=False))
+            self._refused.append((request.uid, f"Ray Serve: {_last_line(str(error))}"))
+            self._connection.wakeup.set()
 
-    def _fail(self, attempt: FailedAttempt) -> None:
-        self._failed.append(attempt)
-        self._connection.wakeup.set()
-
-    def _report_failed(self) -> list[StepOutput]:
-        """Return the end of requests that Ray Serve refuses; without such, raise RequestsLost for the others."""
-        failed = [self._failed.popleft() for _ in range(len(self._failed))]
-        current = [(self._attempts[attempt.number], attempt) for attempt in failed if attempt.number in self._attempts]
-        refused = [Finished(uid, "abort", error=a.reason) for uid, a in current if not a.is_replica_lost]
-        lost = [(uid, attempt) for uid, attempt in current if attempt.is_replica_lost]
-        if refused:
-            self._failed.extendleft(attempt for _, attempt in lost)  # for the next poll
-            for finished in refused:
-                self._forget(finished.uid)
-            return [StepOutput(finished=refused)]
-        for uid, _ in lost:
+    def _take(self, attempts: deque[tuple[int, str]]) -> list[tuple[int, str]]:
+        """Empty a queue of attempts; return the uid and the reason for those of live requests."""
+        taken = [attempts.popleft() for _ in range(len(attempts))]
+        current = [(self._attempts[number], reason) for number, reason in taken if number in self._attempts]
+        for uid, _ in current:
             self._forget(uid)
-        if lost:
-            raise RequestsLost([uid for uid, _ in lost], lost[0][1].reason)
-        return []
+        return current
 
     def _update(self, message: ReplicaReady | StepReport) -> StepOutput | None:
         """Take a message of a replica; return the output that it has for current attempts."""

@@ -11,6 +11,7 @@ from starlette.responses import Response
 from ...runtime.request import RequestRefused
 from ..engine.async_tokenizer import TokenizationRefused
 from ..errors import EngineFailed, RequestCrashedEngine
+from .protocol.request_models import NeutralOnly
 
 MAX_MESSAGE = 600  # characters
 MAX_QUOTE = 64  # characters of a value from the request, quoted in a message
@@ -18,10 +19,6 @@ RETRY_AFTER_S = {429: 1, 503: 5}
 TYPES = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable"}
 BOUND_CODES = dict.fromkeys(("le", "lt"), "above_max_value") | dict.fromkeys(("ge", "gt"), "below_min_value")
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
-
-
-class NeutralOnly:
-    """Mark of a field that this server does not implement: it takes only the values that change nothing."""
 
 
 class ErrorDetail(BaseModel):

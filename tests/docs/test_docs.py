@@ -20,7 +20,7 @@ PAGES = [
     *sorted((ROOT / "scripts/results").glob("*.md")),
 ]
 FOLDERS = ("comm", "docs", "examples", "kernels", "launch", "runtime", "scripts", "tests")
-MAX_README_LINES, MAX_LINE = 150, 120
+MAX_README_LINES, MAX_LINE, MAX_SENTENCE = 150, 120, 25  # lines, characters, words
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.M | re.S)
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -67,6 +67,19 @@ def test_lines_are_short(page: Path) -> None:
     for number, line in enumerate(page.read_text().splitlines(), 1):
         is_data = line.lstrip().startswith(("|", "{"))  # a table, or a JSON line of a result
         assert generated or is_data or len(line) <= MAX_LINE, f"line {number} has {len(line)} characters"
+
+
+@by_page
+def test_sentences_are_short(page: Path) -> None:
+    if page.name == "flags.md":  # help texts
+        return
+    lines = [line for line in prose(page).splitlines() if not line.lstrip().startswith("|")]
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*] |\d+\. |#))", "\n".join(lines)):
+        if paragraph.startswith(("    ", "{")):  # code, or JSON
+            continue
+        text = re.sub(r"`[^`]*`", "code", re.sub(r"\]\([^)]*\)", "]", " ".join(paragraph.split())))
+        for sentence in re.split(r"(?<=[.!?:;])\s+", text):
+            assert len(sentence.split()) <= MAX_SENTENCE, sentence
 
 
 @by_page

@@ -1,9 +1,10 @@
-"""The ops against torch's own functions, transformers' modules and plain loops; the same tests run on a GPU."""
+"""The ops against torch's own functions, transformers' modules and plain loops: on a CPU, on a GPU, in the emulator."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -17,18 +18,27 @@ from lockstep.kernels import native, ops, reference
 from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope
 from lockstep.runtime.model.kv_pool import KVPool, KVShape
 
+import emulator
 from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+also_emulated = pytest.mark.parametrize("device", [*DEVICES, "emulated"], indirect=True)  # CUDA kernels on a CPU
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the device of the tensors; for "emulated" it is the CPU, and the ops run our kernels in the emulator."""
     torch.manual_seed(0)
-    return str(request.param)
+    if request.param != "emulated":
+        return str(request.param)
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    monkeypatch.setattr(ops, "reference", emulator.emulated())
+    return "cpu"
 
 
+@also_emulated
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("rows", [0, 1, 77])
 def test_gather_rows_of_all_shards_sum_to_the_lookup(device: str, rows: int, ids_dtype: torch.dtype) -> None:
@@ -42,6 +52,7 @@ def test_gather_rows_of_all_shards_sum_to_the_lookup(device: str, rows: int, ids
     assert not shards[1][foreign].any()
 
 
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(5, 40), (0, 8), (3, 4, 16)])
 def test_rms_norm(device: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -57,6 +68,7 @@ def test_rms_norm_equals_transformers() -> None:
     torch.testing.assert_close(ops.rms_norm(x, norm.weight.detach(), 1e-6), norm(x), rtol=1e-6, atol=1e-6)
 
 
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_add_rms_norm_updates_the_residual(device: str, dtype: torch.dtype) -> None:
     x, residual = (torch.randn(9, 48, device=device).to(dtype) for _ in range(2))
@@ -67,6 +79,7 @@ def test_add_rms_norm_updates_the_residual(device: str, dtype: torch.dtype) -> N
     assert torch.equal(kept, total.to(dtype))
 
 
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["layer-first", "page-first"])
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
@@ -110,12 +123,14 @@ def test_rotate_and_store_equals_transformers(
     assert not pool.layer(0).v.any()
 
 
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_and_mul(device: str, dtype: torch.dtype) -> None:
     x = torch.randn(6, 34, device=device).to(dtype)
     assert_close(ops.silu_and_mul(x), F.silu(x[:, :17].double()) * x[:, 17:].double())
 
 
+@also_emulated
 @pytest.mark.parametrize("layout", ["layer-first", "page-first"])
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 @pytest.mark.parametrize("rows", [0, 1, 29])
@@ -136,6 +151,7 @@ def test_store_kv_writes_exactly_the_given_slots(device: str, layout: str, page_
         assert not untouched.any()
 
 
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [8, 5])
 def test_store_kv_converts_to_fp8(device: str, width: int, dtype: torch.dtype) -> None:
@@ -184,6 +200,7 @@ def test_gumbel_argmax_is_its_definition(device: str, rows: int, vocab: int, dty
     assert torch.equal(sampled[few].cpu(), gumbel_argmax_in_float64(logits[few], temperature[few], keys[few]))
 
 
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [1, 50, 4096])
 def test_gumbel_argmax_in_parts_or_with_token_ids_is_that_of_the_whole(
@@ -201,6 +218,7 @@ def test_gumbel_argmax_in_parts_or_with_token_ids_is_that_of_the_whole(
     assert torch.equal(named, whole)
 
 
+@also_emulated
 def test_gumbel_argmax_of_equal_logits_takes_the_lower_id_and_never_an_excluded_one(device: str) -> None:
     logits = torch.full((4, 100), -torch.inf, device=device)
     logits[:, [60, 30]] = 1.0
@@ -458,6 +476,7 @@ def test_partition_keys_has_the_first_row_of_each_part(rows: int, window: int | 
     assert 1 <= num_parts <= num_chunks
 
 
+@also_emulated
 def test_begin_decode_and_append_tokens(device: str) -> None:
     tokens = torch.randint(0, 99, (5, 40), device=device).int()
     pages, expected_pages = torch.zeros(5, 10, device=device).int(), torch.zeros(5, 10).int()

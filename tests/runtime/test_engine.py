@@ -47,7 +47,7 @@ def greedy(model: PreTrainedModel, prompt: list[int], n: int) -> list[int]:
 
 @functools.cache
 def tokens_of_transformers(architecture: str) -> list[list[int]]:
-    """What transformers generates for each of the prompts."""
+    """Return the tokens that transformers generates for each prompt."""
     model = tiny_model(architecture)
     return [greedy(model, prompt, 64) for prompt in prompts()]
 

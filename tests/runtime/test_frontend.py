@@ -39,7 +39,7 @@ def llm() -> Iterator[LLM]:
 
 
 @given(text=st.text(max_size=60), prompt=st.text(max_size=10))
-def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str, prompt: str) -> None:
+def test_detokenizer_pieces_join_to_the_text(tokenizer: Tokenizer, text: str, prompt: str) -> None:
     before, ids = tokenizer.encode(prompt), tokenizer._tokenizer.encode(text, add_special_tokens=False)
     detokenizer = Detokenizer(tokenizer, before)
     pieces = [detokenizer.push(i) for i in ids]
@@ -48,7 +48,7 @@ def test_pieces_join_to_the_text(tokenizer: Tokenizer, text: str, prompt: str) -
 
 
 @given(ids=st.lists(st.integers(0, 2047), max_size=60))
-def test_any_tokens_at_all_join_to_what_the_tokenizer_says(tokenizer: Tokenizer, ids: list[int]) -> None:
+def test_detokenizer_of_any_tokens_equals_the_tokenizer(tokenizer: Tokenizer, ids: list[int]) -> None:
     detokenizer = Detokenizer(tokenizer, [])
     found = "".join(detokenizer.push(i) for i in ids) + detokenizer.flush()
     whole = tokenizer.decode(ids)
@@ -56,7 +56,7 @@ def test_any_tokens_at_all_join_to_what_the_tokenizer_says(tokenizer: Tokenizer,
     assert found.replace("\N{REPLACEMENT CHARACTER}", "") == whole.replace("\N{REPLACEMENT CHARACTER}", "")
 
 
-def test_half_a_character_is_held_back(tokenizer: Tokenizer) -> None:
+def test_detokenizer_holds_back_half_a_character(tokenizer: Tokenizer) -> None:
     ids = tokenizer._tokenizer.encode("\N{SLIGHTLY SMILING FACE}", add_special_tokens=False)
     assert len(ids) == 4
     detokenizer = Detokenizer(tokenizer, [])
@@ -146,7 +146,7 @@ def test_include_stop_str_in_output(tokenizer: Tokenizer) -> None:
     assert run(frontend, frontend.prepare([5], params))[0] == "And the LORD"
 
 
-def test_a_cancelled_output_keeps_its_tokens(tokenizer: Tokenizer) -> None:
+def test_cancelled_output_keeps_its_tokens(tokenizer: Tokenizer) -> None:
     frontend = Frontend(Scripted(range(100, 200)), tokenizer, [1])
     generation = frontend.prepare([5], SamplingParams(max_tokens=100))
     frontend.submit([generation])
@@ -170,13 +170,13 @@ def test_a_cancelled_output_keeps_its_tokens(tokenizer: Tokenizer) -> None:
         ([5] * 256, "the prompt has 256 tokens, but the context is 256"),
     ],
 )
-def test_a_prompt_that_cannot_run_is_refused(tokenizer: Tokenizer, prompt: Any, message: str) -> None:
+def test_invalid_prompts_are_refused(tokenizer: Tokenizer, prompt: Any, message: str) -> None:
     frontend = Frontend(Scripted([5]), tokenizer, [1])
     with pytest.raises(RequestRefused, match=message):
         frontend.prepare(prompt, SamplingParams())
 
 
-def test_token_ids_of_parameters_are_checked_against_the_vocabulary(tokenizer: Tokenizer) -> None:
+def test_token_ids_in_params_are_checked(tokenizer: Tokenizer) -> None:
     frontend = Frontend(Scripted([5]), tokenizer, [1])
     with pytest.raises(RequestRefused, match="stop_token_ids=9999 is not a token id"):
         frontend.prepare([5], SamplingParams(stop_token_ids=[9999]))
@@ -187,7 +187,7 @@ def test_token_ids_of_parameters_are_checked_against_the_vocabulary(tokenizer: T
 # -- the offline API
 
 
-def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
+def test_results_have_the_order_of_the_prompts(llm: LLM) -> None:
     prompts = [PROMPT, [0, 10, 11], "In the beginning"]
     params = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True) for n in (12, 3, 7)]
     results = llm.generate(prompts, params, use_tqdm=False)
@@ -201,7 +201,7 @@ def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
         assert result.finished
 
 
-def test_n_outputs_are_n_requests(llm: LLM) -> None:
+def test_n_outputs_equal_n_requests(llm: LLM) -> None:
     three = llm.generate(PROMPT, SamplingParams(n=3, seed=40, max_tokens=10), use_tqdm=False)[0]
     single = [llm.generate(PROMPT, SamplingParams(seed=40 + i, max_tokens=10), use_tqdm=False)[0] for i in range(3)]
     assert [o.token_ids for o in three.outputs] == [s.outputs[0].token_ids for s in single]
@@ -209,13 +209,13 @@ def test_n_outputs_are_n_requests(llm: LLM) -> None:
     assert [o.index for o in three.outputs] == [0, 1, 2]
 
 
-def test_without_a_seed_outputs_differ(llm: LLM) -> None:
+def test_outputs_without_seed_differ(llm: LLM) -> None:
     params = SamplingParams(max_tokens=20, temperature=1.5)
     texts = {llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].text for _ in range(3)}
     assert len(texts) == 3
 
 
-def test_the_demo_model_writes_language(llm: LLM) -> None:
+def test_demo_model_writes_words_with_logprobs(llm: LLM) -> None:
     result = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=12, logprobs=2), use_tqdm=False)[0].outputs[
         0
     ]
@@ -231,7 +231,7 @@ def test_the_demo_model_writes_language(llm: LLM) -> None:
         assert len(position) == 2
 
 
-def test_stream_gives_the_text_of_generate(llm: LLM) -> None:
+def test_stream_text_equals_generate(llm: LLM) -> None:
     params = SamplingParams(n=2, seed=3, max_tokens=30)
     wanted = llm.generate([PROMPT, "Blessed"], params, use_tqdm=False)
     texts = {(p, i): "" for p in range(2) for i in range(2)}
@@ -245,7 +245,7 @@ def test_stream_gives_the_text_of_generate(llm: LLM) -> None:
     assert len(results) == 2
 
 
-def test_a_stream_that_is_left_early_frees_its_requests(llm: LLM) -> None:
+def test_stream_left_early_frees_its_requests(llm: LLM) -> None:
     for _ in range(3):
         stream = llm.stream([PROMPT] * 10, SamplingParams(max_tokens=500, ignore_eos=True))
         next(stream)
@@ -256,7 +256,7 @@ def test_a_stream_that_is_left_early_frees_its_requests(llm: LLM) -> None:
     assert engine.scheduler.pages.num_available == 400
 
 
-def test_chat_goes_through_the_template(llm: LLM) -> None:
+def test_chat_applies_the_template(llm: LLM) -> None:
     conversation = [{"role": "user", "content": "Who was Moses?"}]
     params = SamplingParams(temperature=0, max_tokens=5)
     answer = llm.chat(conversation, params, use_tqdm=False)[0]
@@ -267,7 +267,7 @@ def test_chat_goes_through_the_template(llm: LLM) -> None:
     assert [b.outputs[0].token_ids for b in both] == [answer.outputs[0].token_ids] * 2
 
 
-def test_one_bad_prompt_stops_nothing_and_starts_nothing(llm: LLM) -> None:
+def test_invalid_prompt_among_others_starts_none(llm: LLM) -> None:
     params = SamplingParams(temperature=0, max_tokens=5)
     before = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].token_ids
     with pytest.raises(RequestRefused, match="prompt 1: the prompt is empty"):
@@ -279,20 +279,20 @@ def test_one_bad_prompt_stops_nothing_and_starts_nothing(llm: LLM) -> None:
     assert llm.generate([], params, use_tqdm=False) == []
 
 
-def test_eos_ends_the_text_and_is_not_in_it(llm: LLM) -> None:
+def test_eos_ends_the_output_without_text(llm: LLM) -> None:
     eos = 1
     found = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=9, logit_bias={eos: 100}), use_tqdm=False)[0]
     assert found.outputs[0].token_ids == [eos]
     assert (found.outputs[0].text, found.outputs[0].finish_reason, found.outputs[0].stop_reason) == ("", "stop", None)
 
 
-def test_max_tokens_none_goes_to_the_end_of_the_context() -> None:
+def test_max_tokens_none_generates_to_the_end_of_the_context() -> None:
     with LLM(device="cpu", max_model_len=64, num_pages=8) as llm:
         found = llm.generate([5] * 40, SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False)[0]
         assert len(found.outputs[0].token_ids) == 24
 
 
-def test_the_models_own_recommendation_is_the_default(llm: LLM, tmp_path: Path) -> None:
+def test_default_sampling_params_are_the_checkpoints(llm: LLM, tmp_path: Path) -> None:
     assert llm.get_default_sampling_params().temperature < 1
     assert default_sampling_params(tmp_path) == SamplingParams()
 
@@ -325,19 +325,19 @@ def test_the_models_own_recommendation_is_the_default(llm: LLM, tmp_path: Path) 
         ({"model": "/no/such/folder"}, "model folder /no/such/folder does not exist"),
     ],
 )
-def test_options_that_cannot_work_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         LLM(**options)
     assert "\n" not in str(caught.value)
 
 
-def test_the_context_is_limited_to_what_the_cache_holds(caplog: pytest.LogCaptureFixture) -> None:
+def test_context_is_limited_to_the_cache(caplog: pytest.LogCaptureFixture) -> None:
     with LLM(device="cpu", num_pages=4) as llm:
         assert llm.executor.limits.max_length == 64
     assert "context limited to 64 tokens" in caplog.text
 
 
-def test_the_package_exports_its_public_names() -> None:
+def test_package_exports_its_public_names() -> None:
     assert set(lockstep.__all__) == {"LLM", "Config", "SamplingParams", "StructuredOutputsParams"}
     assert lockstep.Config is Config
     with pytest.raises(AttributeError, match="exports LLM"):

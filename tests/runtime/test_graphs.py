@@ -1,6 +1,6 @@
 """Decode graphs on a CPU: a stand-in for CUDA graphs runs a captured step again when it is replayed.
 
-Attention is BatchInvariantAttention, whose ops have definitions for the CPU. Tokens must be those of the eager path.
+BatchInvariantAttention runs on a CPU by the definitions of its ops. Tokens must be those of the eager path.
 """
 
 from __future__ import annotations

@@ -397,7 +397,7 @@ def test_startup_timer_adds_the_slowest_rank(clock: list[float]) -> None:
     assert summary({"ready": 1.25}) == "ready in 1.2 s"
 
 
-# -- who else is on the GPU
+# -- other processes on the GPU
 
 
 def test_gpu_processes_are_listed_by_pynvml(monkeypatch: pytest.MonkeyPatch) -> None:

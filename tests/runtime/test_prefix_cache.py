@@ -48,7 +48,7 @@ def spelled(node: Node) -> Prefix:
 
 
 class Model:
-    """What the tree should do, one page at a time and by exhaustive search."""
+    """The reference of the tree: one page at a time, by exhaustive search."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size

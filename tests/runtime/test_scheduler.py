@@ -62,12 +62,12 @@ def alone(request: Request, limits: Limits) -> tuple[list[int], str, int | None]
 
 
 class Rank:
-    """A simulated follower, whose state follows from the plans alone."""
+    """A simulated follower: its state follows from the plans alone."""
 
     def __init__(self, limits: Limits) -> None:
         self.size = limits.page_size
         self.page_table = np.full((limits.max_num_seqs, -(-limits.max_length // self.size)), -1)
-        self.content = np.zeros((limits.num_pages, self.size), np.int64)  # hash of the prefix whose last KV is here
+        self.content = np.zeros((limits.num_pages, self.size), np.int64)  # hash of the prefix that ends here
         self.prefix = np.zeros((limits.max_num_seqs, limits.max_length), np.int64)  # hash up to each position
         self.length = np.zeros(limits.max_num_seqs, np.int64)
         self.seed = np.zeros(limits.max_num_seqs, np.int64)

@@ -52,7 +52,7 @@ CHOICES = ["a", "ab", 'b"1\\', "cab, {}"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama whose 131 tokens are TEXTS."""
+    """A tiny random Llama with the 131 tokens of TEXTS."""
     folder = tmp_path_factory.mktemp("structured")
     tiny_checkpoint(folder, "LlamaForCausalLM", max_position_embeddings=256)
     spelled = {text.replace(" ", "Ġ"): i for i, text in enumerate(TEXTS)}

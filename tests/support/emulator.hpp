@@ -1,5 +1,5 @@
-// Enough of CUDA to run our kernels on a CPU, one block after the other: threads are fibers that go on in random order between
-// the places where they wait for each other. Copies in the background happen at the wait for them, not before.
+// Enough of CUDA to run our kernels on a CPU, one block after the other. Threads are fibers that run in random order between
+// barriers. Background copies happen at the wait for them, not before.
 #pragma once
 #include <ucontext.h>
 
@@ -41,12 +41,12 @@ struct __nv_bfloat16 { uint16_t bits; };
 struct __half { _Float16 value; };
 struct __nv_fp8_e4m3 {
     uint8_t bits;
-    explicit __nv_fp8_e4m3(float x) {  // the nearest of all, the even one of two
+    explicit __nv_fp8_e4m3(float x) {  // round to nearest, ties to even
         int nearest = 0;
         auto value = [](int code) { return code < 8 ? code * 0x1p-9f : std::ldexp(8.f + code % 8, code / 8 - 10); };
         for (int code = 1; code < 127; ++code) {
-            const float before = std::fabs(std::fabs(x) - value(nearest)), now = std::fabs(std::fabs(x) - value(code));
-            if (now < before || (now == before && code % 2 == 0)) nearest = code;
+            const float best = std::fabs(std::fabs(x) - value(nearest)), error = std::fabs(std::fabs(x) - value(code));
+            if (error < best || (error == best && code % 2 == 0)) nearest = code;
         }
         bits = nearest | (std::signbit(x) ? 128 : 0);
     }
@@ -75,51 +75,51 @@ template <typename T> T atomicMax(T* to, T value) { return std::exchange(*to, ma
 namespace emulator {
 
 constexpr int STACK = 256 << 10, SHARED = 256 << 10;
-alignas(128) inline char shared[SHARED + 4096];  // of the block; near to static variables: an address is 32 bits from it
+alignas(128) inline char shared[SHARED + 4096];  // of the block; static variables are within 32 bits of it
 
-inline unsigned below(size_t count) {  // at random; Knuth's linear congruential generator
+inline unsigned random_below(size_t count) {  // Knuth's linear congruential generator
     static uint64_t state = 1;
     state = state * 6364136223846793005 + 1442695040888963407;
     return (state >> 33) % count;
 }
 
-struct Meeting { int expected = 0; std::vector<int> waiting; };
-struct Warp { Meeting meeting; int turn[32] = {}; char words[2][32][32]; };
+struct Barrier { int expected = 0; std::vector<int> waiting; };
+struct Warp { Barrier barrier; int buffer[32] = {}; char words[2][32][32]; };
 struct Copy { void* to; const void* from; bool inside; };
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
-    std::vector<std::vector<Copy>> groups;  // of copies: those that are closed, then the open one
+    std::vector<std::vector<Copy>> groups;  // the closed groups of copies, then the open one
 };
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline std::vector<int> ready;
-inline Meeting block;
+inline Barrier block;
 inline ucontext_t scheduler;
 inline int current;
 inline void (*kernel)(void**);
 inline void** arguments;
 
-inline void open_if_all_are_there(Meeting& meeting) {
-    if (meeting.expected == 0 || (int)meeting.waiting.size() < meeting.expected) return;
-    ready.insert(ready.end(), meeting.waiting.begin(), meeting.waiting.end());
-    meeting.waiting.clear();
+inline void release_if_complete(Barrier& barrier) {
+    if (barrier.expected == 0 || (int)barrier.waiting.size() < barrier.expected) return;
+    ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+    barrier.waiting.clear();
 }
-inline void meet(Meeting& meeting) {
-    meeting.waiting.push_back(current);
-    open_if_all_are_there(meeting);
+inline void arrive_and_wait(Barrier& barrier) {
+    barrier.waiting.push_back(current);
+    release_if_complete(barrier);
     swapcontext(&fibers[current].context, &scheduler);
 }
 inline void run_thread() {
     kernel(arguments);
-    for (Meeting* left : {&block, &warps[current / 32].meeting}) {
-        --left->expected;
-        open_if_all_are_there(*left);
+    for (Barrier* barrier : {&block, &warps[current / 32].barrier}) {
+        --barrier->expected;
+        release_if_complete(*barrier);
     }
 }
-// What is wrong with it, if anything is.
+// Return an error, or null.
 inline const char* run_block(int threads, int shared_bytes) {
-    memset(shared, 0xff, sizeof(shared));  // NaN, to whoever reads what nobody wrote
+    memset(shared, 0xff, sizeof(shared));  // NaN, for reads of unwritten memory
     block = {threads, {}};
     warps.assign(threads / 32, Warp{{32, {}}});
     fibers.resize(max(fibers.size(), (size_t)threads));
@@ -132,42 +132,42 @@ inline const char* run_block(int threads, int shared_bytes) {
         ready.push_back(i);
     }
     while (!ready.empty()) {
-        std::swap(ready[below(ready.size())], ready.back());
+        std::swap(ready[random_below(ready.size())], ready.back());
         current = ready.back();
         ready.pop_back();
         threadIdx = {current, 0};
         swapcontext(&scheduler, &fibers[current].context);
     }
-    if (block.expected > 0) return "threads wait for one another for ever";
+    if (block.expected > 0) return "threads wait for each other forever";
     for (size_t i = shared_bytes; i < sizeof(shared); ++i)
         if (shared[i] != (char)0xff) return "a block has written beyond its shared memory";
     return nullptr;
 }
 
-// The words of all lanes of this warp, once all have come.
+// A barrier of the warp; return the words of all its lanes.
 template <typename T> const T* exchange(T word) {
     Warp& warp = warps[current / 32];
-    auto* words = warp.words[warp.turn[current % 32] ^= 1];
+    auto* words = warp.words[warp.buffer[current % 32] ^= 1];
     static_assert(sizeof(T) <= sizeof(words[0]));
     memcpy(words[current % 32], &word, sizeof(T));
-    meet(warp.meeting);
-    static T found[32];
-    for (int lane = 0; lane < 32; ++lane) memcpy(&found[lane], words[lane], sizeof(T));
-    return found;
+    arrive_and_wait(warp.barrier);
+    static T received[32];
+    for (int lane = 0; lane < 32; ++lane) memcpy(&received[lane], words[lane], sizeof(T));
+    return received;
 }
-inline void wait_for_copies(size_t left) {
+inline void wait_for_copies(size_t pending) {
     auto& groups = fibers[current].groups;
-    for (; groups.size() > left + 1; groups.erase(groups.begin()))
+    for (; groups.size() > pending + 1; groups.erase(groups.begin()))
         for (const Copy& copy : groups[0]) copy.inside ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
 }
 
-template <typename... A, size_t... I> void call(void (*function)(A...), void** given, std::index_sequence<I...>) { function(*(A*)given[I]...); }
-template <typename... A> void call(void (*function)(A...), void** given) { call(function, given, std::index_sequence_for<A...>()); }
-inline const char* launch(int width, int height, int threads, int shared_bytes, void (*body)(void**), void** given) {
-    kernel = body, arguments = given;
+template <typename... A, size_t... I> void call(void (*function)(A...), void** values, std::index_sequence<I...>) { function(*(A*)values[I]...); }
+template <typename... A> void call(void (*function)(A...), void** values) { call(function, values, std::index_sequence_for<A...>()); }
+inline const char* launch(int width, int height, int threads, int shared_bytes, void (*body)(void**), void** values) {
+    kernel = body, arguments = values;
     blockDim = {threads, 1}, gridDim = {width, height};
     std::vector<int> blocks;
-    for (int i = 0; i < width * height; ++i) blocks.push_back(i), std::swap(blocks[i], blocks[below(i + 1)]);
+    for (int i = 0; i < width * height; ++i) blocks.push_back(i), std::swap(blocks[i], blocks[random_below(i + 1)]);
     for (int i : blocks) {
         blockIdx = {i % width, i / width};
         if (const char* fault = run_block(threads, shared_bytes)) return fault;
@@ -177,23 +177,23 @@ inline const char* launch(int width, int height, int threads, int shared_bytes, 
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::meet(emulator::block); }
+inline void __syncthreads() { emulator::arrive_and_wait(emulator::block); }
 inline int __syncthreads_or(int predicate) {
     static int any = 0;
     any |= predicate;
-    emulator::meet(emulator::block);
+    emulator::arrive_and_wait(emulator::block);
     const int result = any;
-    emulator::meet(emulator::block);  // all have read
+    emulator::arrive_and_wait(emulator::block);  // all have read
     any = 0;
-    emulator::meet(emulator::block);  // all have reset it: the next call may set it
+    emulator::arrive_and_wait(emulator::block);  // all have reset it: the next call may set it
     return result;
 }
-inline void __syncwarp() { emulator::meet(emulator::warps[emulator::current / 32].meeting); }
+inline void __syncwarp() { emulator::arrive_and_wait(emulator::warps[emulator::current / 32].barrier); }
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulator::exchange(x)[threadIdx.x % 32 ^ mask]; }
 template <typename T> T __shfl_up_sync(unsigned, T x, int by) { return emulator::exchange(x)[max(0, threadIdx.x % 32 - by)]; }
 inline unsigned __cvta_generic_to_shared(const void* at) { return (const char*)at - emulator::shared; }
 
-// What our kernels say in assembly.
+// The kernels' assembly, in C++.
 inline uint4 stream(const void* from) { return *(const uint4*)from; }
 inline void copy_async(unsigned to, const void* from, bool inside = true) {
     emulator::fibers[emulator::current].groups.back().push_back({emulator::shared + (int)to, from, inside});

@@ -1,7 +1,7 @@
 """kernels/cuda/ with its kernels on a CPU: compiled by g++ against emulator.hpp, launched as on a very small GPU.
 
-What our kernels say in assembly is removed from their sources and written in C++ in emulator.hpp; all other code is
-compiled as it is. Compiled kernels are cached by source, flags and header, like all native code.
+Functions in assembly are removed from the sources; emulator.hpp has them in C++. All other code is compiled unchanged.
+Compiled kernels are cached by source, flags and header, like all native code.
 """
 
 from __future__ import annotations

@@ -15,10 +15,14 @@ from typing_extensions import Self
 
 from ....runtime.request import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from ....runtime.tokenizer import Message
-from ..api_errors import NeutralOnly
 
 MAX_STOP_LENGTH = 1024  # characters of a stop string
 MAX_ENTRIES = 1024  # of logit_bias, stop_token_ids and the choices of a structured output
+
+
+class NeutralOnly:
+    """Mark of a field that this server does not implement: it takes only the values that change nothing."""
+
 
 NEUTRAL_ONLY = NeutralOnly()
 

@@ -200,6 +200,14 @@ def test_command_in_its_own_process() -> None:
     assert re.fullmatch(r"error: model folder [^\n]*\n", refused.stderr)
 
 
+@pytest.mark.process
+def test_help_imports_no_slow_library() -> None:
+    report = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); " + COMMAND[-1]
+    ended = subprocess.run([*COMMAND[:-1], report, "--help"], capture_output=True, text=True, timeout=60)
+    assert "generate" in ended.stdout
+    assert {"torch", "transformers", "ray", "fastapi", "uvicorn"}.isdisjoint(ended.stderr.split())
+
+
 def test_structured_output_flags(command: Command, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"enum": ["went up", "came down"]}')
     arguments = ("generate", *SMALL_FLAGS, "--prompt", "And the king", "--seed=1", "--n=4")

@@ -17,7 +17,7 @@ from nodes import ADDRESSES, Nodes, why_not
 from small import COMMAND, SMALL, SMALL_FLAGS
 from waiting import holds_within
 
-pytestmark = pytest.mark.netns
+pytestmark = [pytest.mark.netns, pytest.mark.serial]
 FLAGS = ["--tp=2", "--ray-address=auto", *SMALL_FLAGS]
 PROMPT = "In the beginning"
 LONG = 300  # tokens, some seconds
@@ -72,7 +72,7 @@ def undisturbed() -> str:
         return llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].text
 
 
-def test_ranks_wait_for_a_node_and_give_the_tokens_of_one(nodes: Nodes, undisturbed: str) -> None:
+def test_late_node_is_waited_for_and_tokens_equal_one_rank(nodes: Nodes, undisturbed: str) -> None:
     """One CPU a node: two ranks can only run on different ones."""
     out, err = nodes.folder / "generated", nodes.folder / "generate.log"
     flags = ["--temperature=0", "--max-tokens=40", "--ignore-eos", "--json", "--wait-for-gpus=60"]
@@ -89,7 +89,7 @@ def test_ranks_wait_for_a_node_and_give_the_tokens_of_one(nodes: Nodes, undistur
     assert places == {(f"node-{n}", ADDRESSES[n], nodes.interface(n)) for n in "ab"}
 
 
-def test_a_cut_link_ends_an_offline_run_with_the_reason(nodes: Nodes) -> None:
+def test_cut_link_ends_offline_run_with_the_reason(nodes: Nodes) -> None:
     out, err = nodes.folder / "offline", nodes.folder / "offline.log"
     flags = ["--temperature=0", "--max-tokens=1900", "--ignore-eos", f"--step-timeout={STEP_S}"]
     command = nodes.start("a", [*COMMAND, "generate", *FLAGS, *flags, f"--prompt={PROMPT}"], out, err)
@@ -103,7 +103,7 @@ def test_a_cut_link_ends_an_offline_run_with_the_reason(nodes: Nodes) -> None:
     assert holds_within(30, lambda: not nodes.marked("ray::Worker"))
 
 
-def test_streams_outlive_a_node_that_comes_back(nodes: Nodes, undisturbed: str) -> None:
+def test_node_lost_and_back_streams_continue(nodes: Nodes, undisturbed: str) -> None:
     """The link is cut until Ray has given up the node; then it is up again, and so is the node."""
     answer, err = nodes.folder / "answer", nodes.folder / "serve.log"
     nodes.end_ray("b")  # Ray may have given it up in the test before

@@ -94,7 +94,7 @@ def tokens(results: list[RequestOutput]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("params", [GREEDY, SEEDED], ids=["greedy", "seeded, n=2"])
-def test_two_ranks_give_the_tokens_of_one(one_rank: LLM, two_ranks: LLM, params: SamplingParams) -> None:
+def test_tokens_of_two_ranks_equal_one_rank(one_rank: LLM, two_ranks: LLM, params: SamplingParams) -> None:
     results = two_ranks.generate(PROMPTS, params, use_tqdm=False)
     assert tokens(results) == tokens(one_rank.generate(PROMPTS, params, use_tqdm=False))
     assert len({tuple(t) for t in tokens(results)}) == len(PROMPTS) * params.n
@@ -117,7 +117,7 @@ def test_streamed_text_is_the_final_text(two_ranks: LLM) -> None:
 @pytest.mark.parametrize(
     "prompt", ["", [3, 99999], [-1], [5] * 3000], ids=["empty", "too high", "negative", "too long"]
 )
-def test_a_refused_request_hurts_nobody(two_ranks: LLM, prompt: Any) -> None:
+def test_refused_request_leaves_others_alone(two_ranks: LLM, prompt: Any) -> None:
     with pytest.raises(RequestRefused):
         two_ranks.generate([PROMPTS[0], prompt], GREEDY, use_tqdm=False)
     assert len(tokens(two_ranks.generate(PROMPTS[:1], GREEDY, use_tqdm=False))[0]) == GREEDY.max_tokens
@@ -138,7 +138,7 @@ def test_close_with_requests_in_flight_leaves_nothing(victim: LLM) -> None:
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])
-def test_a_killed_rank_is_reported_at_once(victim: LLM, rank: int) -> None:
+def test_rank_killed_is_reported_at_once(victim: LLM, rank: int) -> None:
     """step_timeout is far away: the report does not wait for it."""
     workers = pids(victim)
     stream = victim.stream(PROMPTS, LONG)
@@ -161,7 +161,7 @@ def test_a_killed_rank_is_reported_at_once(victim: LLM, rank: int) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_hung_rank_ends_the_group_after_step_timeout(ray_cluster: dict[str, str], rank: int) -> None:
+def test_rank_hung_ends_group_after_step_timeout(ray_cluster: dict[str, str], rank: int) -> None:
     with LLM(tensor_parallel_size=2, step_timeout=2, **SMALL) as victim:
         workers = pids(victim)
         stream = victim.stream(PROMPTS, LONG)
@@ -176,7 +176,7 @@ def test_a_hung_rank_ends_the_group_after_step_timeout(ray_cluster: dict[str, st
     assert not left_after(5, lambda: [pid for pid in workers if is_running(pid)])
 
 
-def test_leader_that_hangs_before_its_first_step_is_noticed(
+def test_leader_hung_before_first_step_is_reported(
     ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No other rank waits for it in a collective."""
@@ -195,7 +195,7 @@ NIGHTLY = pytest.mark.nightly
     ("method", "rank"),
     [("load", 0), ("allocate", 1), pytest.param("bind", 1, marks=NIGHTLY), pytest.param("load", 1, marks=NIGHTLY)],
 )
-def test_a_rank_that_dies_at_start_up_is_named(
+def test_rank_killed_at_start_up_is_named(
     ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch, method: str, rank: int
 ) -> None:
     monkeypatch.setattr(actor_group, "Worker", failing(method, rank, lambda: os.kill(os.getpid(), signal.SIGKILL)))
@@ -204,7 +204,7 @@ def test_a_rank_that_dies_at_start_up_is_named(
     assert not left_after(5, lambda: marked(ray_cluster, "FailingWorker"))
 
 
-def test_a_rank_that_hangs_at_start_up_is_named(ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_hung_at_start_up_is_named(ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """However long the other rank takes to be there on a busy machine."""
     monkeypatch.setattr(actor_group, "Worker", failing("bind", 1, lambda: time.sleep(600)))
     with pytest.raises(RankFailed, match=r"^no answer to bind from .*rank 1 on .* within startup_timeout"):
@@ -212,15 +212,13 @@ def test_a_rank_that_hangs_at_start_up_is_named(ray_cluster: dict[str, str], mon
     assert not left_after(5, lambda: marked(ray_cluster, "FailingWorker"))
 
 
-def test_an_exception_in_a_step_is_reported_as_the_ranks(
-    ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exception_in_a_step_names_the_rank(ray_cluster: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(actor_group, "Worker", failing("run", 1, lambda: [].pop()))
     with LLM(tensor_parallel_size=2, **SMALL) as llm, pytest.raises(RankFailed, match=BUG):
         llm.generate(PROMPTS, GREEDY, use_tqdm=False)
 
 
-def test_what_only_the_ranks_find_wrong_is_the_users_error(ray_cluster: dict[str, str], tmp_path: Path) -> None:
+def test_value_error_of_a_rank_is_raised_as_value_error(ray_cluster: dict[str, str], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "other"))
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"intermediate_size": 320', '"intermediate_size": 328'))
@@ -228,7 +226,7 @@ def test_what_only_the_ranks_find_wrong_is_the_users_error(ray_cluster: dict[str
         LLM(str(folder), tensor_parallel_size=2, **SMALL)
 
 
-def test_a_request_that_never_fits_is_refused_at_once(ray_cluster: dict[str, str]) -> None:
+def test_placement_in_too_small_cluster_fails_at_once(ray_cluster: dict[str, str]) -> None:
     cpus = ray.cluster_resources()["CPU"]
     with pytest.raises(
         PlacementError, match=rf"^2 ranks with 1 CPU, 1 GPU each never fit .* has {cpus:g} CPU; free in all"
@@ -236,19 +234,19 @@ def test_a_request_that_never_fits_is_refused_at_once(ray_cluster: dict[str, str
         LLM(tensor_parallel_size=2, **{**SMALL, "device": "cuda"})
 
 
-def test_nodes_that_are_to_join_are_waited_for(ray_cluster: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_placement_waits_for_nodes_to_join(ray_cluster: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
     """What comes of it when one joins is in test_nodes.py."""
     with pytest.raises(PlacementError, match=r"^after \d s, 2 ranks with 1 CPU, 1 GPU each never fit "):
         LLM(tensor_parallel_size=2, wait_for_resources=3, **{**SMALL, "device": "cuda"})
     assert "of 3 s, nodes are missing: " in caplog.text
 
 
-def test_the_device_cannot_depend_on_nodes_that_are_to_join(ray_cluster: dict[str, str]) -> None:
+def test_device_auto_is_refused_while_nodes_may_join(ray_cluster: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"^device='auto' is open while .* give --device cuda or cpu$"):
         LLM(tensor_parallel_size=2, wait_for_resources=3, **{**SMALL, "device": "auto"})
 
 
-def test_a_busy_cluster_is_waited_for_in_the_open(two_ranks: LLM, caplog: pytest.LogCaptureFixture) -> None:
+def test_placement_in_busy_cluster_waits_and_logs(two_ranks: LLM, caplog: pytest.LogCaptureFixture) -> None:
     others = placement_group([{"CPU": 1}])  # and two_ranks has 2 of the 4
     assert others.wait(10)
     started = time.monotonic()
@@ -311,7 +309,7 @@ def shared_memory() -> set[str]:
 
 
 @pytest.mark.process
-def test_the_command_prints_the_tokens_of_one_rank(own_mark: dict[str, str], one_rank: LLM) -> None:
+def test_generate_command_prints_tokens_of_one_rank(own_mark: dict[str, str], one_rank: LLM) -> None:
     before = shared_memory()
     prompts = [f"--prompt={prompt}" for prompt in PROMPTS[:2]]
     lines = run([*GENERATE, "--tp=2", *FLAGS, *prompts], own_mark).splitlines()
@@ -338,7 +336,7 @@ print(len(llm.generate("In the", use_tqdm=False)))
 
 
 @pytest.mark.process
-def test_a_program_that_forgets_to_close_ends_its_ranks(ray_cluster: dict[str, str], ray_address: str) -> None:
+def test_program_without_close_ends_its_ranks(ray_cluster: dict[str, str], ray_address: str) -> None:
     before = set(marked(ray_cluster, "ray::Worker"))
     assert run([sys.executable, "-c", FORGETS_TO_CLOSE, ray_address], {}) == "1\n"
     assert not left_after(15, lambda: set(marked(ray_cluster, "ray::Worker")) - before)
@@ -346,7 +344,7 @@ def test_a_program_that_forgets_to_close_ends_its_ranks(ray_cluster: dict[str, s
 
 @pytest.mark.nightly
 @pytest.mark.process
-def test_a_program_that_forgets_to_close_ends_its_cluster(own_mark: dict[str, str]) -> None:
+def test_program_without_close_ends_its_cluster(own_mark: dict[str, str]) -> None:
     assert run([sys.executable, "-c", FORGETS_TO_CLOSE], own_mark) == "1\n"
 
 
@@ -433,7 +431,7 @@ def start_node(role: list[str], environment: dict[str, str]) -> subprocess.Popen
 
 
 @pytest.mark.process
-def test_a_cluster_of_two_nodes(two_nodes: tuple[dict[str, str], str], one_rank: LLM) -> None:
+def test_cluster_of_two_nodes(two_nodes: tuple[dict[str, str], str], one_rank: LLM) -> None:
     """One CPU a node: two ranks can only run on different ones."""
     environment, address = two_nodes
     command = [*GENERATE, "--tp=2", *FLAGS, f"--prompt={PROMPTS[0]}"]

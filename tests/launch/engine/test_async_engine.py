@@ -1,7 +1,7 @@
-"""The service: events for asyncio, over ranks that die, and the tokens are those of a run in which nobody died.
+"""AsyncEngine: events for asyncio over ranks that fail, and the same tokens as without failures.
 
-Scripted executors show how it deals with failures of every kind; the demo model in this process and on Ray shows that
-the tokens are right. Ray's processes are known by a mark in their environment.
+Scripted executors show what happens at failures of every kind. The demo model in this process and on Ray shows that the
+tokens are right. Ray's processes are known by a mark in their environment.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ WORK = [
 
 @pytest.fixture(scope="module")
 def undisturbed() -> list[CompletionOutput]:
-    """What WORK gives when nobody dies."""
+    """The outputs of WORK without failures."""
     with LLM(**SMALL) as llm:
         results = llm.generate([p for p, _ in WORK], [s for _, s in WORK], use_tqdm=False)
     outputs = [output for result in results for output in result.outputs]
@@ -81,7 +81,7 @@ def undisturbed() -> list[CompletionOutput]:
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """A deadline for every test: what hangs fails."""
+    """Run with a deadline, so that a test that hangs fails."""
     asyncio.run(asyncio.wait_for(main, 180))
 
 
@@ -98,7 +98,7 @@ async def serving(config: Config | None = None, **options: Any) -> AsyncGenerato
 
 
 class Gathered:
-    """Events put together again, and how many tokens there were in all, for whoever wants to act in the middle."""
+    """The outputs put together from events, and the number of tokens so far, for actions in the middle."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
@@ -152,15 +152,15 @@ async def until(holds: Callable[[], object]) -> None:
 
 
 class Scripted:
-    """Ranks whose token at a position is a function of the seed, a step a poll; they fail when they are told to.
+    """Ranks whose token at a position is a function of the seed, with a step for each poll and failures to order.
 
-    As with real ranks a step may be lost on its way: it is computed when they fail, and never arrives.
+    As with real ranks a step may be lost: it is computed when they fail, and its tokens never arrive.
     """
 
     started: list[Scripted]
     starting: Callable[[], None]
     step_s = 0.0
-    deadly: dict[int, int]  # seed of a request -> the token under which the ranks die
+    deadly: dict[int, int]  # seed of a request -> the token at which the ranks fail
 
     def __init__(self, *_: Any) -> None:
         type(self).starting()
@@ -172,7 +172,7 @@ class Scripted:
         self.locations = [RankLocation(0, "nowhere", os.getpid())]
         self.live: dict[int, list[Any]] = {}  # request, length
         self.cancelled: list[int] = []
-        self.aborted: list[Finished] = []  # of those that were, to be told
+        self.aborted: list[Finished] = []  # to report
         self.steps_left: float = float("inf")
         self.error: Exception = RankFailed("rank 1 on nowhere died: of the script")
         self.closed = False
@@ -250,7 +250,7 @@ async def tokens_of(started: AsyncEngine, seed: int, number: int, n: int = 1) ->
 
 
 @pytest.mark.parametrize("error", [RankFailed("died"), IndexError("pop from empty list")], ids=["rank", "in process"])
-def test_every_failure_is_recovered_from(scripted: type[Scripted], error: Exception) -> None:
+def test_failures_after_any_step_are_recovered(scripted: type[Scripted], error: Exception) -> None:
     """Ranks that fail after 0, 1, 2, ... steps, until the outputs are complete."""
 
     async def main() -> None:
@@ -267,7 +267,7 @@ def test_every_failure_is_recovered_from(scripted: type[Scripted], error: Except
             assert found == [[of_script(seed + i, 30 + seed) for i in range(2)] for seed in range(5)]
             assert started.health.state == "ready"
             assert started.health.restarts == len(scripted.started) - 1 >= 5
-            assert all(actor_group.closed for actor_group in scripted.started[:-1])
+            assert all(ranks.closed for ranks in scripted.started[:-1])
 
     async def until_failed_each(act: Callable[[], None]) -> None:
         for seen in itertools.count(1):
@@ -279,8 +279,8 @@ def test_every_failure_is_recovered_from(scripted: type[Scripted], error: Except
 
 
 @pytest.mark.parametrize("deadly", [{4: 0}, {4: 7}, {4: 5, 1: 5}, {4: 6, 1: 5}, {4: 0, 1: 9}], ids=str)
-def test_a_request_that_ends_its_ranks_every_time_ends_alone(scripted: type[Scripted], deadly: dict[int, int]) -> None:
-    """As many restarts as are allowed for all go by for each of them, and count as one."""
+def test_crashing_request_ends_alone(scripted: type[Scripted], deadly: dict[int, int]) -> None:
+    """Each crashing request takes as many restarts as are allowed, and they count as one."""
     scripted.deadly = deadly
 
     async def main() -> None:
@@ -304,8 +304,8 @@ def test_a_request_that_ends_its_ranks_every_time_ends_alone(scripted: type[Scri
     run(main())
 
 
-def test_a_request_that_ended_its_ranks_is_refused_when_it_comes_again(scripted: type[Scripted]) -> None:
-    """Clients try again by themselves, also at the same time."""
+def test_crashing_request_is_refused_when_repeated(scripted: type[Scripted]) -> None:
+    """Clients retry by themselves, also at the same time."""
     scripted.deadly = {4: 3}
 
     async def main() -> None:
@@ -324,7 +324,7 @@ def test_a_request_that_ended_its_ranks_is_refused_when_it_comes_again(scripted:
     run(main())
 
 
-def test_one_deadly_output_of_several(scripted: type[Scripted]) -> None:
+def test_crashing_output_ends_its_generation(scripted: type[Scripted]) -> None:
     scripted.deadly = {5: 6}
 
     async def main() -> None:
@@ -338,7 +338,7 @@ def test_one_deadly_output_of_several(scripted: type[Scripted]) -> None:
     run(main())
 
 
-def test_a_suspect_that_leaves_makes_room_for_the_next(scripted: type[Scripted]) -> None:
+def test_quarantine_candidate_cancelled_is_skipped(scripted: type[Scripted]) -> None:
     async def main() -> None:
         async with serving(max_restarts=9) as started:
             scripted.deadly = dict.fromkeys(range(5), 4)
@@ -352,7 +352,7 @@ def test_a_suspect_that_leaves_makes_room_for_the_next(scripted: type[Scripted])
     run(main())
 
 
-def test_too_many_restarts_end_it_with_the_reason(scripted: type[Scripted]) -> None:
+def test_restarts_beyond_the_limit_fail_with_the_reason(scripted: type[Scripted]) -> None:
     async def main() -> None:
         async with serving(max_restarts=2) as started:
             scripted.starting = refusing(RankFailed("rank 0 dies at every start"))
@@ -372,7 +372,7 @@ def test_too_many_restarts_end_it_with_the_reason(scripted: type[Scripted]) -> N
     run(main())
 
 
-def test_a_start_that_cannot_succeed_is_not_tried_again(scripted: type[Scripted]) -> None:
+def test_restart_that_cannot_succeed_fails_at_once(scripted: type[Scripted]) -> None:
     async def main() -> None:
         async with serving(max_restarts=9) as started:
             scripted.starting = refusing(PlacementError("no room for 2 ranks"))
@@ -384,7 +384,7 @@ def test_a_start_that_cannot_succeed_is_not_tried_again(scripted: type[Scripted]
     run(main())
 
 
-def test_failures_outside_of_the_window_are_forgotten(scripted: type[Scripted]) -> None:
+def test_failures_outside_the_restart_window_do_not_count(scripted: type[Scripted]) -> None:
     async def main() -> None:
         async with serving(max_restarts=1, restart_window=0.05) as started:
             for _ in range(3):
@@ -396,7 +396,7 @@ def test_failures_outside_of_the_window_are_forgotten(scripted: type[Scripted]) 
     run(main())
 
 
-def test_requests_that_come_during_recovery_wait(scripted: type[Scripted]) -> None:
+def test_requests_during_recovery_wait(scripted: type[Scripted]) -> None:
     async def main() -> None:
         may_start = threading.Event()
         async with serving() as started:
@@ -421,7 +421,7 @@ def test_requests_that_come_during_recovery_wait(scripted: type[Scripted]) -> No
     run(main())
 
 
-def test_the_failure_of_one_text_ends_one_output(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detokenizer_failure_ends_one_output(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
     append = Output.append
 
     def breaks(self: Output, token: int, *rest: Any) -> None:
@@ -449,29 +449,29 @@ def test_the_failure_of_one_text_ends_one_output(scripted: type[Scripted], monke
     run(main())
 
 
-def test_leaving_cancels_within_a_step(scripted: type[Scripted]) -> None:
+def test_generator_closed_cancels_within_a_step(scripted: type[Scripted]) -> None:
     scripted.step_s = 0.02
 
     async def main() -> None:
         async with serving() as started:
-            actor_group = scripted.started[0]
+            ranks = scripted.started[0]
             stream = started.generate(IN_THE, SamplingParams(seed=1, max_tokens=1000, n=3))
             await anext(stream)
-            assert len(actor_group.live) == 3
+            assert len(ranks.live) == 3
             await stream.aclose()
-            steps = actor_group.stats.steps
-            await until(lambda: not actor_group.live)
-            assert actor_group.stats.steps <= steps + 2, "the step on its way, and one that had begun meanwhile"
+            steps = ranks.stats.steps
+            await until(lambda: not ranks.live)
+            assert ranks.stats.steps <= steps + 2, "the step on its way, and one that had begun meanwhile"
             task = asyncio.create_task(tokens_of(started, 1, 1000))
-            await until(lambda: actor_group.live)
+            await until(lambda: ranks.live)
             task.cancel()
-            await until(lambda: not actor_group.live)
+            await until(lambda: not ranks.live)
             assert started.stats().num_live == 0
 
     run(main())
 
 
-def test_a_slow_reader_holds_up_nobody(scripted: type[Scripted]) -> None:
+def test_slow_reader_does_not_delay_others(scripted: type[Scripted]) -> None:
     scripted.step_s = 0.0
 
     async def main() -> None:
@@ -487,7 +487,7 @@ def test_a_slow_reader_holds_up_nobody(scripted: type[Scripted]) -> None:
     run(main())
 
 
-def test_events_that_wait_are_joined() -> None:
+def test_output_queue_joins_waiting_events() -> None:
     def event(index: int, *tokens: int, last: bool = False) -> Event:
         logprobs = [{token: Logprob(-1.0 * token, 1, str(token))} for token in tokens]
         text = "".join(map(str, tokens))
@@ -508,7 +508,7 @@ def test_events_that_wait_are_joined() -> None:
     run(main())
 
 
-def test_one_wakeup_a_step(scripted: type[Scripted]) -> None:
+def test_event_loop_is_woken_once_a_step(scripted: type[Scripted]) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         calls: list[Any] = []
@@ -527,7 +527,7 @@ def test_one_wakeup_a_step(scripted: type[Scripted]) -> None:
     run(main())
 
 
-def test_drain_waits_for_what_is_live_and_takes_nothing_new(scripted: type[Scripted]) -> None:
+def test_drain_finishes_live_requests_and_refuses_new(scripted: type[Scripted]) -> None:
     async def main() -> None:
         async with serving() as started:
             short, long = (asyncio.create_task(tokens_of(started, 1, number)) for number in (60, 1500))
@@ -549,7 +549,7 @@ def test_drain_waits_for_what_is_live_and_takes_nothing_new(scripted: type[Scrip
     run(main())
 
 
-def test_what_is_cut_off_says_why(scripted: type[Scripted]) -> None:
+def test_aborted_output_has_the_reason(scripted: type[Scripted]) -> None:
     async def main() -> None:
         async with serving() as started:
             gathered = Gathered()
@@ -564,7 +564,7 @@ def test_what_is_cut_off_says_why(scripted: type[Scripted]) -> None:
     run(main())
 
 
-def test_what_can_never_run_is_refused(scripted: type[Scripted]) -> None:
+def test_invalid_prompts_are_refused(scripted: type[Scripted]) -> None:
     async def main() -> None:
         async with serving() as started:
             for prompt in ([], [2048], [5] * 2048):
@@ -576,14 +576,14 @@ def test_what_can_never_run_is_refused(scripted: type[Scripted]) -> None:
     run(main())
 
 
-def test_a_model_that_is_not_there_is_the_users_error() -> None:
+def test_missing_model_raises_value_error() -> None:
     started = AsyncEngine(Config(model="/no/such/folder"))
     with pytest.raises(ValueError, match="model folder /no/such/folder does not exist"):
         started.start()
     asyncio.run(started.close())
 
 
-def test_a_resumed_request_is_the_same_request(scripted: type[Scripted]) -> None:
+def test_resumed_request_equals_the_original(scripted: type[Scripted]) -> None:
     frontend = Frontend(Scripted(), Tokenizer(Path(DEMO_MODEL)), [1])
     generation = frontend.prepare([5, 6, 7], SamplingParams(seed=3, max_tokens=20, min_tokens=4))
     output = generation.outputs[0]
@@ -599,7 +599,7 @@ def test_a_resumed_request_is_the_same_request(scripted: type[Scripted]) -> None
 # -- the demo model in this process
 
 
-def test_in_process_tokens_are_those_of_generate(undisturbed: list[CompletionOutput]) -> None:
+def test_in_process_tokens_equal_offline_generation(undisturbed: list[CompletionOutput]) -> None:
     async def main() -> None:
         async with serving() as started:
             gathered = Gathered()
@@ -617,7 +617,7 @@ def test_in_process_tokens_are_those_of_generate(undisturbed: list[CompletionOut
     run(main())
 
 
-def test_an_exception_in_a_step_in_this_process(
+def test_in_process_exception_in_a_step_is_recovered(
     undisturbed: list[CompletionOutput], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     poll, polls = LocalExecutor.poll, iter(range(10**9))
@@ -640,7 +640,7 @@ def test_an_exception_in_a_step_in_this_process(
     run(main())
 
 
-def test_the_memory_of_a_failed_runner_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_process_memory_of_failed_runner_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU there is no room for a second one."""
     runners: list[weakref.ref[Runner]] = []
 
@@ -671,7 +671,7 @@ def test_the_memory_of_a_failed_runner_is_free(monkeypatch: pytest.MonkeyPatch) 
         logging.disable(logging.NOTSET)
 
 
-def test_a_storm_of_readers_that_leave() -> None:
+def test_readers_leaving_at_random_free_everything() -> None:
     chance = random.Random(5)
 
     async def main() -> None:
@@ -728,7 +728,7 @@ def test_starting_and_stopping_leaves_nothing() -> None:
 # -- on Ray
 
 
-def test_a_rank_says_where_it_is() -> None:
+def test_endpoint_text_names_rank_host_and_gpu() -> None:
     place = Endpoint(1, "node7", "10.0.0.7", "eth0", 42, ["3"], "", Address("", b""), 0)
     assert str(place) == "rank 1 on node7 (10.0.0.7), GPU 3, pid 42"
     assert str(replace(place, gpus=[])) == "rank 1 on node7 (10.0.0.7), pid 42"
@@ -742,7 +742,7 @@ def pids(started: AsyncEngine) -> list[int]:
     return [rank.pid for rank in started.stats().ranks]
 
 
-def test_killed_and_hung_ranks_are_replaced_and_no_token_changes(
+def test_ranks_killed_and_hung_recover_with_equal_tokens(
     ray_cluster: dict[str, str], undisturbed: list[CompletionOutput]
 ) -> None:
     """The leader is killed, then the follower of its successors, then a follower hangs."""
@@ -782,7 +782,9 @@ def test_killed_and_hung_ranks_are_replaced_and_no_token_changes(
 
 
 @pytest.mark.nightly
-def test_the_new_ranks_are_killed_as_well(ray_cluster: dict[str, str], undisturbed: list[CompletionOutput]) -> None:
+def test_ranks_killed_during_restart_are_restarted(
+    ray_cluster: dict[str, str], undisturbed: list[CompletionOutput]
+) -> None:
     async def main() -> None:
         async with serving(TWO) as started:
             gathered = Gathered()
@@ -822,7 +824,7 @@ def failing_once(flag: Path) -> type[Worker]:
     return type("FailingWorker", (Worker,), {"allocate": allocate})
 
 
-def test_an_exception_in_forward(
+def test_exception_in_a_ranks_step_is_recovered(
     ray_cluster: dict[str, str],
     undisturbed: list[CompletionOutput],
     monkeypatch: pytest.MonkeyPatch,
@@ -871,7 +873,7 @@ def dying_at_a_token() -> type[Worker]:
 
 
 @pytest.mark.nightly
-def test_a_request_that_kills_a_rank_every_time(
+def test_request_killing_a_rank_is_quarantined(
     ray_cluster: dict[str, str], undisturbed: list[CompletionOutput], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actor_group, "Worker", dying_at_a_token())
@@ -892,7 +894,7 @@ def test_a_request_that_kills_a_rank_every_time(
     run(main())
 
 
-def test_a_rank_that_dies_while_nothing_runs_is_replaced_before_it_is_missed(ray_cluster: dict[str, str]) -> None:
+def test_rank_killed_while_idle_is_replaced(ray_cluster: dict[str, str]) -> None:
     async def main() -> None:
         async with serving(TWO, max_restarts=1) as started:
             assert isinstance(started._engine.frontend.executor, RayExecutor)
@@ -909,7 +911,7 @@ def test_a_rank_that_dies_while_nothing_runs_is_replaced_before_it_is_missed(ray
     run(main())
 
 
-def test_closing_does_not_wait_for_a_recovery(ray_cluster: dict[str, str]) -> None:
+def test_close_during_recovery_does_not_wait(ray_cluster: dict[str, str]) -> None:
     async def main() -> None:
         async with serving(TWO) as started:
             task = asyncio.create_task(tokens_of(started, 1, 1500))

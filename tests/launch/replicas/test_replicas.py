@@ -8,9 +8,11 @@ import random
 import signal
 import subprocess
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,8 +20,11 @@ import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
+from lockstep.launch.cluster.sockets import PullSocket, WakeupEvent
+from lockstep.launch.errors import RequestsLost
 from lockstep.launch.server.server_config import ServerConfig
 from lockstep.runtime.outputs import RequestOutput
+from lockstep.runtime.plan import Finished, StepOutput
 
 from processes import kill_marked, marked, new_mark
 from small import COMMAND, SMALL, SMALL_FLAGS
@@ -32,7 +37,7 @@ LONG = 250  # tokens
 QUEUED = 8  # more than are asked at once: who has no token yet counts as queued
 
 
-def test_the_longest_prefix_is_that_of_brute_force() -> None:
+def test_prefix_affinity_equals_brute_force() -> None:
     """Against the prompts themselves, with caches that forget nothing."""
     from lockstep.launch.replicas.router import PrefixAffinity  # needs Ray Serve
 
@@ -55,7 +60,7 @@ def common(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def test_no_more_pages_are_remembered_than_the_cache_holds() -> None:
+def test_prefix_affinity_keeps_as_many_pages_as_the_cache() -> None:
     from lockstep.launch.replicas.router import PrefixAffinity  # needs Ray Serve
 
     affinity = PrefixAffinity(page_size=2, num_pages=3)
@@ -66,6 +71,24 @@ def test_no_more_pages_are_remembered_than_the_cache_holds() -> None:
     assert affinity.num_cached(new, "a") == 4
     assert affinity.num_cached(old, "a") == 2
     assert isinstance(affinity._pages["a"], OrderedDict)
+
+
+def test_lost_and_refused_requests_are_both_reported() -> None:
+    from lockstep.launch.replicas.replica_executor import ReplicaExecutor  # needs Ray Serve
+
+    executor: Any = ReplicaExecutor.__new__(ReplicaExecutor)  # without a cluster
+    executor._inbox, executor._connection = PullSocket("127.0.0.1"), SimpleNamespace(wakeup=WakeupEvent())
+    executor._attempts = {0: 10, 1: 11, 2: 12}
+    executor._calls = {uid: (number, Future()) for number, uid in executor._attempts.items()}
+    executor._lost, executor._refused = deque([(0, "died"), (9, "out of date")]), deque([(1, "full")])
+    assert executor.poll(0.0) == [StepOutput(finished=[Finished(11, "abort", error="full")])]
+    with pytest.raises(RequestsLost, match="died") as caught:
+        executor.poll(0.0)
+    assert caught.value.uids == [10]
+    assert executor.poll(0.0) == []
+    assert executor._attempts == {2: 12}
+    executor._inbox.close()
+    executor._connection.wakeup.close()
 
 
 class Server:
@@ -108,7 +131,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
         started.process.terminate()
         assert started.process.wait(60) == 0
-        assert holds_within(20, lambda: not started.marked())
+        assert holds_within(60, lambda: not started.marked())
     finally:
         kill_marked(started.mark)
 
@@ -136,7 +159,7 @@ async def stream(url: str, prompt: str, got: list[str]) -> None:
 
 @pytest.mark.process
 @pytest.mark.serial
-def test_both_replicas_serve_with_the_tokens_of_one_rank(server: Server, undisturbed: list[str]) -> None:
+def test_replicas_give_the_tokens_of_one_rank(server: Server, undisturbed: list[str]) -> None:
     assert len(server.ranks()) == 2
     got: list[list[str]] = [[] for _ in PROMPTS]
 
@@ -150,7 +173,7 @@ def test_both_replicas_serve_with_the_tokens_of_one_rank(server: Server, undistu
 
 @pytest.mark.process
 @pytest.mark.serial
-def test_a_prompt_goes_where_its_prefix_is(server: Server) -> None:
+def test_router_prefers_the_replica_with_the_prefix(server: Server) -> None:
     """Each of several long prefixes comes again and again, and is computed once."""
     stories = [f"{name} " * 40 for name in ("Moses", "Aaron", "David", "Esther")]
     cached = 0
@@ -165,21 +188,27 @@ def test_a_prompt_goes_where_its_prefix_is(server: Server) -> None:
 
 @pytest.mark.process
 @pytest.mark.serial
-def test_a_client_that_leaves_is_cancelled(server: Server) -> None:
+def test_client_disconnect_cancels_in_replicas(server: Server) -> None:
     body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": 4}
     with server.http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()  # which ends the response when it is collected
         next(lines)
         assert server.live() == 4
-    assert holds_within(10, lambda: server.live() == 0)
-    steps = server.stats()["steps"]
-    time.sleep(0.5)
-    assert server.stats()["steps"] <= steps + 1, "the ranks have stopped as well"
+    assert holds_within(60, lambda: server.live() == 0)
+
+    def ranks_stand_still() -> bool:
+        steps = server.stats()["steps"]
+        time.sleep(0.5)
+        return bool(server.stats()["steps"] == steps)
+
+    before = server.stats()["steps"]
+    assert holds_within(60, ranks_stand_still)
+    assert server.stats()["steps"] < before + 100, "far from 1,900 tokens"
 
 
 @pytest.mark.process
 @pytest.mark.serial
-def test_more_than_the_queue_holds_is_refused(server: Server) -> None:
+def test_requests_beyond_the_queue_are_refused(server: Server) -> None:
     at_once = 2 * SMALL["max_num_seqs"]
     body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": at_once}
     with server.http.stream("POST", "/v1/completions", json=body) as response:
@@ -190,16 +219,14 @@ def test_more_than_the_queue_holds_is_refused(server: Server) -> None:
         assert response.status_code == 429
         assert response.headers["retry-after"]
     more["prompt"] = [PROMPTS[0]] * (at_once + QUEUED)
-    assert holds_within(10, lambda: server.live() == 0)
+    assert holds_within(60, lambda: server.live() == 0)
     assert len(server.http.post("/v1/completions", json=more).json()["choices"]) == at_once + QUEUED
 
 
 @pytest.mark.process
 @pytest.mark.serial
 @pytest.mark.parametrize("victim", [pytest.param("ranks", marks=pytest.mark.nightly), "replica"])
-def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(
-    server: Server, undisturbed: list[str], victim: str
-) -> None:
+def test_replica_killed_is_replaced_and_streams_continue(server: Server, undisturbed: list[str], victim: str) -> None:
     """The ranks of a replica are killed, or the replica itself with its ranks."""
     before = set(server.ranks())
     victims = server.ranks()[:1] if victim == "ranks" else server.marked("ServeReplica")[:1]
@@ -224,12 +251,12 @@ def test_streams_go_on_when_a_replica_dies_and_it_is_replaced(
 @pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.serial
-def test_nothing_outlives_a_front_end_that_was_killed(tmp_path: Path) -> None:
+def test_front_end_killed_leaves_no_processes(tmp_path: Path) -> None:
     started = Server(tmp_path / "log")
     try:
         started.process.kill()
         started.process.wait(10)
-        assert holds_within(30, lambda: not started.marked("Worker.run") and not started.marked("ServeReplica"))
+        assert holds_within(60, lambda: not started.marked("Worker.run") and not started.marked("ServeReplica"))
     finally:
         kill_marked(started.mark)
 

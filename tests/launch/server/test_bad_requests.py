@@ -200,8 +200,8 @@ def test_bad_requests_do_not_change_later_answers(shared: Running) -> None:
     golden = {**COMPLETION, "seed": 3, "n": 2, "logprobs": 2}
 
     def answer() -> Any:
-        found = shared.post("/v1/completions", golden).json()
-        return {k: v for k, v in found.items() if k not in ("id", "created")}
+        completion = shared.post("/v1/completions", golden).json()
+        return {k: v for k, v in completion.items() if k not in ("id", "created")}
 
     before = answer()
     for i in range(2000):

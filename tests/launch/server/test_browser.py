@@ -19,7 +19,11 @@ from fake_engine import KEY, Running, fake
 from small import COMMAND
 from waiting import wait_until
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(PROGRAM is None, reason="the tests of the page need chromium")]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.serial,
+    pytest.mark.skipif(PROGRAM is None, reason="the tests of the page need chromium"),
+]
 SERVE = ["serve", "--device=cpu", "--port=0", "--num-pages=2048", "--max-num-seqs=4", "--served-model-name=demo"]
 QUESTION = "Who was Moses?"
 # Records the stats that the page reads and their times, so that the test computes rates from the same values.
@@ -117,19 +121,19 @@ def test_answer_streams_and_conversation_continues(page: Browser, server: tuple[
     page.type("#question", QUESTION)
     page.press("Enter")
     page.wait(IDLE)
-    said = [{"role": "user", "content": QUESTION}]
-    first = reply(server[0], said, temperature=0, max_tokens=60)
+    conversation = [{"role": "user", "content": QUESTION}]
+    first = reply(server[0], conversation, temperature=0, max_tokens=60)
     assert turns(page) == [("you", QUESTION), ("demo", first)]
     texts = [text for text in page.evaluate("window.texts") if text != QUESTION]
     assert len(texts) > 5, "it came in pieces"
     assert all(after.startswith(before) for before, after in pairwise(texts))
-    said += [{"role": "assistant", "content": first}, {"role": "user", "content": "And <b>who</b> was Aaron?"}]
+    conversation += [{"role": "assistant", "content": first}, {"role": "user", "content": "And <b>who</b> was Aaron?"}]
     ask(page, "And <b>who</b> was Aaron?")
     page.wait("document.querySelectorAll('.turn').length === 4 && document.querySelector('#stop').hidden")
-    assert sent(page)["messages"] == said
+    assert sent(page)["messages"] == conversation
     assert turns(page)[2:] == [
         ("you", "And <b>who</b> was Aaron?"),
-        ("demo", reply(server[0], said, temperature=0, max_tokens=60)),
+        ("demo", reply(server[0], conversation, temperature=0, max_tokens=60)),
     ]
 
 

@@ -37,8 +37,8 @@ def test_prompt_kinds_and_n(shared: Running, tokenizer: Tokenizer) -> None:
         ([PROMPT, "Blessed"], ids), (ids, ids), (PROMPT, ids[:1]), (ids[1], ids[1:]),
     ):  # fmt: skip
         response = shared.openai.completions.create(model="demo", prompt=cast(Any, prompts), max_tokens=5, n=3)
-        wanted = [expected_text(tokenizer, own, 5, index=i) for own in kept for i in range(3)]
-        assert [c.text for c in response.choices] == wanted
+        expected = [expected_text(tokenizer, prompt, 5, index=i) for prompt in kept for i in range(3)]
+        assert [c.text for c in response.choices] == expected
         assert [c.index for c in response.choices] == list(range(3 * len(kept)))
         assert response.usage is not None
         assert response.usage.prompt_tokens == sum(map(len, kept)), "each prompt counts once, whatever n is"

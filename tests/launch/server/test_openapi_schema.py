@@ -37,7 +37,7 @@ WITHIN, OUTSIDE = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 )
 def test_api_conforms_to_its_openapi_schema(shared: Running, mode: GenerationMode, route: str) -> None:
     schema = schemathesis.openapi.from_url(f"{shared.url}/openapi.json")
-    operations = {operation.label: operation for operation in (found.ok() for found in schema.get_all_operations())}
+    operations = {operation.label: operation for operation in (result.ok() for result in schema.get_all_operations())}
     assert set(operations) == {*POSTS, *GETS}
     statuses: list[int] = []
 

@@ -29,11 +29,11 @@ def test_page_files_and_routes_exist(run: Callable[..., Running]) -> None:
 def test_stats_have_the_fields_of_the_page(run: Callable[..., Running]) -> None:
     running = run()
     fake(running).steps = 7
-    found = running.http.get("/stats").json()
+    fields = running.http.get("/stats").json()
     shown = set(re.findall(r"stats\.(\w+)", running.http.get("/page.js").text)) | {"steps", "output_tokens"}
-    assert shown <= set(found)
-    assert (found["state"], found["steps"], found["preemptions"], found["restarts"]) == ("ready", 7, 3, 2)
-    assert found["ranks"] == [{"rank": 0, "host": "host", "pid": 1, "state": "running"}]
+    assert shown <= set(fields)
+    assert (fields["state"], fields["steps"], fields["preemptions"], fields["restarts"]) == ("ready", 7, 3, 2)
+    assert fields["ranks"] == [{"rank": 0, "host": "host", "pid": 1, "state": "running"}]
 
 
 def test_key_as_browser_password(run: Callable[..., Running]) -> None:

@@ -14,7 +14,6 @@ import pytest
 from pydantic import BaseModel, Field
 
 from lockstep import LLM
-from lockstep.launch.engine import grammar_check
 from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.runtime.config import Config
 from lockstep.runtime.request import SamplingParams
@@ -131,10 +130,11 @@ def test_hostile_grammars_are_refused_during_a_stream(real: Running) -> None:
 def test_grammar_compiler_failure_costs_one_request(real: Running, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     body = {**COMPLETION, "guided_regex": f"a{{{len(fault)}}}", "max_tokens": 9}
     assert real.post("/v1/completions", {**body, "guided_regex": "first"}).status_code == 200
-    compiler = cast(AsyncEngine, real.service)._grammars._process
+    check = cast(AsyncEngine, real.service)._grammars
+    compiler = check._process
     assert compiler is not None
     if fault == "slow":
-        monkeypatch.setattr(grammar_check, "TIME_BOX_S", 0.2)
+        monkeypatch.setattr(check, "time_limit_s", 0.2)
         os.kill(compiler.pid, signal.SIGSTOP)
     else:
         os.kill(compiler.pid, signal.SIGKILL)

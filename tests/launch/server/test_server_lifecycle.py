@@ -172,23 +172,23 @@ def test_metrics(run: Callable[..., Running]) -> None:
     running.post("/v1/completions", {**COMPLETION, "n": 2, "prompt": [5, 6, 7]})
     response = running.http.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
-    found = {
+    values = {
         name: float(value) for name, value in re.findall(r"^(lockstep:\S+) (\S+)$", response.text, re.M)
     }  # fmt: skip
     label = '{model_name="demo"}'
-    assert found[f"lockstep:prompt_tokens_total{label}"] == 3
-    assert found[f"lockstep:generation_tokens_total{label}"] == 8
-    assert found['lockstep:request_success_total{finished_reason="length",model_name="demo"}'] == 2
-    assert found[f"lockstep:time_to_first_token_seconds_count{label}"] == 1
-    assert found[f"lockstep:inter_token_latency_seconds_count{label}"] == 6
-    assert found[f"lockstep:request_time_per_output_token_seconds_count{label}"] == 2
-    assert found[f"lockstep:e2e_request_latency_seconds_count{label}"] == 2
-    assert found[f"lockstep:kv_cache_usage_perc{label}"] == 0.25
-    assert found[f"lockstep:kv_cache_free_pages{label}"] == 384
-    assert found[f"lockstep:num_requests_running{label}"] == found[f"lockstep:num_requests_waiting{label}"] == 0
-    assert found[f"lockstep:prefix_cache_hits_total{label}"] == 10
-    assert found[f"lockstep:prefix_cache_queries_total{label}"] == 40
-    assert found[f"lockstep:num_preemptions_total{label}"] == 3
+    assert values[f"lockstep:prompt_tokens_total{label}"] == 3
+    assert values[f"lockstep:generation_tokens_total{label}"] == 8
+    assert values['lockstep:request_success_total{finished_reason="length",model_name="demo"}'] == 2
+    assert values[f"lockstep:time_to_first_token_seconds_count{label}"] == 1
+    assert values[f"lockstep:inter_token_latency_seconds_count{label}"] == 6
+    assert values[f"lockstep:request_time_per_output_token_seconds_count{label}"] == 2
+    assert values[f"lockstep:e2e_request_latency_seconds_count{label}"] == 2
+    assert values[f"lockstep:kv_cache_usage_perc{label}"] == 0.25
+    assert values[f"lockstep:kv_cache_free_pages{label}"] == 384
+    assert values[f"lockstep:num_requests_running{label}"] == values[f"lockstep:num_requests_waiting{label}"] == 0
+    assert values[f"lockstep:prefix_cache_hits_total{label}"] == 10
+    assert values[f"lockstep:prefix_cache_queries_total{label}"] == 40
+    assert values[f"lockstep:num_preemptions_total{label}"] == 3
 
 
 def test_log_lines_have_no_prompts(run: Callable[..., Running], caplog: pytest.LogCaptureFixture) -> None:

@@ -50,7 +50,7 @@ def _loaded(build: Callable[[Weights], Any], folder: Path) -> Any:
 
 
 def _added(layer: MLP | MoE, x: Tensor) -> Tensor:
-    """What the layer adds to the residual stream on this rank."""
+    """Return the layer's contribution to the residual stream on this rank."""
     residual = Residual(torch.zeros_like(x))
     layer(Normed(x), residual)
     return residual.total if residual.partial is None else residual.partial
