@@ -43,19 +43,13 @@ def prefix_compare() -> Callable[[np.ndarray, np.ndarray], int] | None:
 
 
 def source_text(name: str) -> str:
-    """Return a source of csrc/ with its headers in place of their includes, so that caches see changes of headers."""
-    included: set[str] = set()
-
-    def include(header: re.Match[str]) -> str:
-        if header[1] in included:
-            return ""
+    """Return a source of csrc/ with its headers in place of their includes, so that caches see a changed header."""
+    text, included = (SOURCES / name).read_text(), set()
+    while header := re.search(r'#include "(\w+\.cuh)"\n', text):
+        body = "" if header[1] in included else (SOURCES / header[1]).read_text()
+        text = text[: header.start()] + body + text[header.end() :]
         included.add(header[1])
-        return expand(header[1])
-
-    def expand(name: str) -> str:
-        return re.sub(r'#include "(\w+\.cuh)"\n', include, (SOURCES / name).read_text())
-
-    return expand(name)
+    return text
 
 
 def build_library(name: str, text: str, flags: tuple[str, ...] = FLAGS) -> Path:

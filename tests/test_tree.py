@@ -43,7 +43,6 @@ launch/replicas
 launch
 launch/engine
 launch/doctor
-launch/server: api_errors
 launch/server/protocol
 launch/server
 launch/bench

@@ -458,16 +458,20 @@ def test_decode_attention_with_kv_chunk_is_bitwise_equal_in_any_batch(
             assert torch.equal(attention(some, kv_chunk), together[some])
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", [DEVICES[1], "emulated"], indirect=True)
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("rows", [1, 2, 33, 256, 1500])
-def test_partition_keys_has_the_first_row_of_each_part(rows: int, window: int | None) -> None:
-    positions = torch.randint(0, 5000, (rows,), device="cuda", dtype=torch.int32)
+def test_partition_keys_has_the_first_row_of_each_part(device: str, rows: int, window: int | None) -> None:
+    emulated = device == "cpu"
+    kv_heads = 1 if emulated else 8
+    properties = None if emulated else torch.cuda.get_device_properties(0)
+    multiprocessors = properties.multi_processor_count if properties else emulator.MULTIPROCESSORS
+    positions = torch.randint(0, 5000, (rows,), device=device, dtype=torch.int32)
     positions[::7] = 0
-    num_parts, num_chunks, *rest = ops.partition_keys(positions, 8, window).table.tolist()
+    num_parts, num_chunks, *rest = ops.partition_keys(positions, kv_heads, window).table.tolist()
     starts, first_rows = rest[: rows + 1], rest[rows + 1 :][:num_parts]
     visible = [min(p, window - 1) if window else p for p in positions.tolist()]
-    chunk = 128 if rows * 8 <= torch.cuda.get_device_properties(0).multi_processor_count else 64
+    chunk = 128 if rows * kv_heads <= multiprocessors else 64
     chunks = [max(1, -(-keys // chunk)) for keys in visible]
     assert starts == [0, *itertools.accumulate(chunks)]
     assert num_chunks == starts[-1]

@@ -90,12 +90,13 @@ def _compiled(text: str, name: str) -> ctypes.CDLL:
 def _header_folder() -> Path:
     """Return a folder with the header, precompiled: reading it takes longer than a kernel does."""
     text = HEADER.read_text()
-    folder = native.cache_dir() / f"emulator-{hashlib.sha256(repr((text, FLAGS)).encode()).hexdigest()[:16]}"
+    command = [native.cpp_compiler("the emulator"), *FLAGS, "-fPIC", "-x", "c++-header"]
+    folder = native.cache_dir() / f"emulator-{hashlib.sha256(repr((text, command)).encode()).hexdigest()[:16]}"
     precompiled = folder / "emulator.hpp.gch"
     if not precompiled.exists():
-        command = [native.cpp_compiler("the emulator"), *FLAGS, "-fPIC", "-x", "c++-header"]
-        native.compile_file(command, text, precompiled)
+        folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(HEADER, folder)
+        native.compile_file(command, text, precompiled)
     return folder
 
 
