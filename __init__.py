@@ -27,7 +27,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first asked for: `import lockstep` alone loads neither torch nor Ray."""
+    """Import a public name when it is first asked for: `import lockstep` alone loads neither torch nor Ray."""
     if name not in _HOMES:
         raise AttributeError(f"module 'lockstep' has no attribute {name!r}; it exports {', '.join(__all__)}")
     from importlib import import_module
