@@ -16,14 +16,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
 from .base import Communicator
-from .nccl_library import IN_PROGRESS, SUCCESS, SUM, UINT8, WINDOW_SYMMETRIC, CommConfig, Nccl, NcclError, UniqueId
+from .nccl_library import IN_PROGRESS, SUCCESS, SUM, UINT8, CommConfig, Nccl, NcclError, UniqueId
 from .rendezvous import Rendezvous
 
 log = logging.getLogger(__name__)
@@ -38,15 +37,6 @@ class DeviceEvent(Protocol):
     """The part of torch.cuda.Event that `wait` uses."""
 
     def query(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Window:
-    """Memory from ncclMemAlloc, registered; `handle` is 0 if NCCL uses its ordinary kernels on it."""
-
-    address: int
-    nbytes: int
-    handle: int
 
 
 class NcclCommunicator(Communicator):
@@ -87,26 +77,6 @@ class NcclCommunicator(Communicator):
         self.all_reduce(self._token)
         self._operation = "barrier"
         self.wait(record_event(self._device))
-
-    def allocate_window(self, nbytes: int) -> Window:
-        """Allocate zeroed memory that all ranks register, for NCCL's symmetric kernels; a collective call.
-
-        Raises NcclError if the library has no windows. Free the window before the group is closed.
-        """
-        lib = self._nccl.lib
-        self._nccl.require("ncclMemAlloc", "ncclCommWindowRegister", "ncclCommWindowDeregister")
-        memory, handle = ctypes.c_void_p(), ctypes.c_void_p()
-        self._nccl.check(lib.ncclMemAlloc(ctypes.byref(memory), nbytes), self._label("ncclMemAlloc"))
-        assert memory.value is not None
-        register, out = lib.ncclCommWindowRegister, ctypes.byref(handle)
-        self._run("window", lambda c: register(c, memory.value, nbytes, out, WINDOW_SYMMETRIC))
-        return Window(memory.value, nbytes, handle.value or 0)
-
-    def free_window(self, window: Window) -> None:
-        """Free a window that no queued work uses; a collective call."""
-        deregister = self._nccl.lib.ncclCommWindowDeregister
-        self._run("window", lambda c: deregister(c, window.handle))
-        self._nccl.check(self._nccl.lib.ncclMemFree(window.address), self._label("ncclMemFree"))
 
     def wait(self, done: DeviceEvent) -> None:
         """Return once the device has reached `done`; ends the group at the deadline, or when NCCL reports an error."""

@@ -13,10 +13,6 @@ CONNECT_S = 60.0
 MAX_REASON = 300  # characters of an error that is not in OpenAI's envelope
 
 
-class ServerRefused(ValueError):
-    """The server answered with an error; the message is the server's."""
-
-
 class Delta(msgspec.Struct):
     """New text of a chat, or the role of its author."""
 
@@ -73,7 +69,7 @@ class Events:
         self._rest = b""  # the beginning of a line that has not ended
 
     def push(self, data: bytes) -> Iterator[Chunk]:
-        """Yield the events that `data` completes; raises ServerRefused for an error, ValueError for invalid JSON."""
+        """Yield the events that `data` completes; raises ValueError for an error or invalid JSON."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             event = line.removeprefix(b"data:").strip()
@@ -81,7 +77,7 @@ class Events:
                 continue
             chunk = msgspec.json.decode(event, type=Chunk)
             if chunk.error is not None:
-                raise ServerRefused(_reason(event))
+                raise ValueError(_reason(event))
             yield chunk
 
 
@@ -103,18 +99,18 @@ def connection(base_url: str) -> dict[str, Any]:
 
 
 def first_model(response: httpx.Response) -> str:
-    """Return the first model in a response of /v1/models; raises ServerRefused."""
+    """Return the first model in a response of /v1/models; raises ValueError."""
     if response.status_code != 200:
         raise refusal(response.status_code, response.content)
     try:
         return msgspec.json.decode(response.content, type=Models).data[0].id
     except (ValueError, IndexError) as error:
-        raise ServerRefused(f"{response.url} names no model; give one") from error
+        raise ValueError(f"{response.url} names no model; give one") from error
 
 
-def refusal(status: int, body: bytes) -> ServerRefused:
-    """Return the exception for an error response."""
-    return ServerRefused(f"HTTP {status}: {_reason(body)}")
+def refusal(status: int, body: bytes) -> ValueError:
+    """Return the exception for an error response; its message is the server's."""
+    return ValueError(f"HTTP {status}: {_reason(body)}")
 
 
 def describe(error: Exception) -> str:

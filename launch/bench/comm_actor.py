@@ -6,94 +6,117 @@ All ranks get the same calls: bind, prepare, then `measure` for each algorithm a
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...comm.all_reduce_policy import SUMMED_DTYPES, Policy
-from ...comm.base import Communicator, NotShared
+from ...comm.base import Communicator
 from ...comm.error_text import first_line
 from ...comm.nccl import NcclCommunicator
 from ...comm.rendezvous import Rendezvous
 from ...comm.shared_memory import share_buffers
 from ...comm.timing import capture, eager_us, graph_us, synchronize
 from ..cluster.rank_actor import Endpoint, RankActor
-from .comm_algorithms import (
-    EPS,
-    AllReduceAlgorithm,
-    AllReduceAndNorm,
-    CommunicatorAllReduce,
-    NcclWindowAllReduce,
-    TimedCall,
-    Unavailable,
-    norm_inputs,
-    shape_of,
-)
-from .comm_baselines import TorchDistributedAllReduce, TorchSymmetricAllReduce
+from .comm_report import ALGORITHMS, CommBenchSpec, Mode, RankCapabilities, TableLine, Timing
 
 if TYPE_CHECKING:
     from ...comm.symmetric import SymmetricCommunicator
 
-Mode = Literal["eager", "graph"]
-NAMES = (
-    "one-shot", "two-shot", "one-shot fused", "two-shot fused", "nccl", "nccl + norm", "nccl window",
-    "gloo", "gloo + norm", "torch.distributed", "torch symmetric one-shot", "torch symmetric two-shot", "flashinfer",
-)  # fmt: skip
-VERIFIED_CALLS = 3  # in the graph whose results are verified
-
-
-@dataclass(frozen=True, kw_only=True)
-class CommBenchSpec:
-    """The collectives to measure."""
-
-    sizes: list[int]  # bytes
-    dtype: str
-    hidden_size: int  # columns of the residual stream
-    algorithms: list[str]  # if empty, all that fit the ranks' communicator
-    warmup: int
-    times: int
-    graph_length: int
+EPS = 1e-5
+VERIFIED_CALLS = 3  # in the graph that is verified
 
 
 @dataclass(frozen=True)
-class RankCapabilities:
-    """The algorithms that a rank can run, with their modes, the reasons against the others, and its devices."""
+class TimedCall:
+    """A collective of one size: `call(None)` queues it on any values, `call(x)` on the values x [count].
 
-    modes: dict[str, list[Mode]]
-    refused: dict[str, str]
-    device: str
-    communication: str
+    `call` returns the result, or the residual stream and its norm, in any shape. `on_captured` follows each capture
+    in a graph.
+    """
 
-
-@dataclass(frozen=True)
-class CommTiming:
-    """One size of one algorithm on one rank."""
-
-    us: float
-    wrong: int  # elements of the result
+    call: Callable[[Tensor | None], Sequence[Tensor]]
+    on_captured: Callable[[], None] = lambda: None
 
 
-@dataclass(frozen=True)
-class SizeTimings:
-    """The timings of one size; None if the algorithm has no such collective."""
+class AllReduceAlgorithm(ABC):
+    """One way to sum over the ranks, on one rank."""
 
-    nbytes: int
-    count: int
-    out_of_place: CommTiming | None
-    in_place: CommTiming | None
+    fused = False  # all-reduce + residual + RMSNorm
+    capturable = True
+
+    @abstractmethod
+    def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
+        """Return the collective of `count` elements, or None if the algorithm does not have it.
+
+        In place: the result overwrites the input. Algorithms over shared memory never do that: for them, the input
+        lies in the shared memory already, where a GEMM writes it.
+        """
+
+    def close(self) -> None:  # noqa: B027 - most have none
+        """Free its memory; a collective call."""
+
+
+class CommunicatorAllReduce(AllReduceAlgorithm):
+    """`all_reduce` of a communicator, or `all_reduce_add_rms_norm` of rows of `columns` if they are given.
+
+    has_buffers  time only the communicator's shared buffers: sizes that do not fit into one are left out
+    """
+
+    def __init__(
+        self, comm: Communicator, device: torch.device, columns: int | None = None, *, has_buffers: bool = False
+    ) -> None:
+        self.comm, self.device, self.columns, self.has_buffers = comm, device, columns, has_buffers
+        self.fused, self.capturable = columns is not None, comm.capturable
+
+    def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
+        comm, fused, in_buffer = self.comm, self.fused, self.has_buffers and in_place
+        rows, columns = shape_of(count, self.columns or count)
+        if self.has_buffers and comm.buffer(rows, columns, dtype) is None:
+            return None
+        new_output = not (self.has_buffers or in_place)
+        if new_output and (fused or not isinstance(comm, NcclCommunicator)):
+            return None
+        initial, weight = norm_inputs(count, columns, dtype, self.device)
+        residual, ordinary = initial.clone(), torch.zeros_like(initial)
+
+        def call(values: Tensor | None) -> list[Tensor]:
+            x = comm.buffer(rows, columns, dtype) if in_buffer else ordinary
+            assert x is not None
+            if values is not None:
+                x.copy_(values.view(rows, columns))
+                residual.copy_(initial)
+            if fused:
+                return [residual, comm.all_reduce_add_rms_norm(x, residual, weight, EPS)]
+            if new_output and isinstance(comm, NcclCommunicator):
+                return [comm.all_reduce(x, torch.empty_like(x))]
+            return [comm.all_reduce(x)]
+
+        return TimedCall(call)
+
+
+def shape_of(count: int, columns: int) -> tuple[int, int]:
+    """Return (rows, columns) of a stream of `count` elements; fewer than `columns` make one shorter row."""
+    return (count // columns, columns) if count >= columns else (1, count)
+
+
+def norm_inputs(count: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the residual stream before the sum [T, D] and the norm's weight [D]; the same on every rank."""
+    generator = torch.Generator(device).manual_seed(count)
+    shape = shape_of(count, columns)
+    residual = torch.randn(shape, generator=generator, device=device).to(dtype)
+    return residual, torch.randn(shape[1], generator=generator, device=device).to(dtype)
 
 
 class CommBenchActor(RankActor):
-    """One rank of the benchmark."""
+    """One rank of the benchmark; a subclass may add algorithms with `make`."""
 
     def prepare(self, endpoints: list[Endpoint], spec: CommBenchSpec) -> RankCapabilities:
         """Connect to the other ranks and set up every algorithm that all ranks can run."""
-        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         self.spec, self.dtype = spec, getattr(torch, spec.dtype)
         self._comm = self.connect(endpoints[0])
         self._device = torch.device(self.config.device, 0) if self.config.device == "cuda" else torch.device("cpu")
@@ -103,117 +126,102 @@ class CommBenchActor(RankActor):
         self._symmetric: SymmetricCommunicator | None = None
         refused = {}
         for name in spec.algorithms or self._default_algorithms():
-            try:
-                self._algorithms[name] = self._make_on_all_ranks(name)
-            except Unavailable as reason:
-                refused[name] = str(reason)
-        modes = {name: _modes(algorithm, self._device) for name, algorithm in self._algorithms.items()}
-        device = torch.cuda.get_device_name(0) if self._device.type == "cuda" else "cpu"
+            algorithm, reason = self._make_on_all_ranks(name)
+            if algorithm is None:
+                refused[name] = reason
+            else:
+                self._algorithms[name] = algorithm
+        cuda = self._device.type == "cuda"
+        modes: dict[str, list[Mode]] = {
+            name: ["eager", "graph"] if cuda and algorithm.capturable else ["eager"]
+            for name, algorithm in self._algorithms.items()
+        }
+        device = torch.cuda.get_device_name(0) if cuda else "cpu"
         return RankCapabilities(modes, refused, device, self._comm.description)
 
-    def measure(self, name: str, mode: Mode) -> list[SizeTimings]:
+    def measure(self, name: str, mode: Mode) -> list[TableLine]:
         """Verify and time every size of one algorithm."""
-        algorithm, results = self._algorithms[name], []
+        algorithm, lines = self._algorithms[name], []
         for nbytes in self.spec.sizes:
             count = nbytes // self.dtype.itemsize
             if algorithm.fused:
                 count = math.prod(shape_of(count, self.spec.hidden_size))
             timings = (self._timing(algorithm, mode, count, in_place) for in_place in (False, True))
-            results.append(SizeTimings(count * self.dtype.itemsize, count, *timings))
-        return results
+            lines.append(TableLine(count * self.dtype.itemsize, count, *timings))
+        return lines
 
     def close(self) -> None:
         """Free everything, in the reverse order."""
         for algorithm in reversed(self._algorithms.values()):
             algorithm.close()
-        if self._symmetric is not None:
-            self._symmetric.close()  # and its NCCL communicator
-        else:
-            self._comm.close()
+        (self._symmetric or self._comm).close()  # the first one closes its NCCL communicator, too
 
     # --- setup
 
+    def make(self, name: str) -> AllReduceAlgorithm:
+        """Return one of ALGORITHMS; raises RuntimeError with the reason if this rank cannot run it."""
+        first_word, _, fused = name.partition(" ")
+        has_buffers, comm = first_word in ("one-shot", "two-shot"), self._comm
+        if has_buffers:
+            comm = self._symmetric_for(first_word)
+        elif first_word == "nccl":
+            comm = self._require_nccl()
+        elif isinstance(comm, NcclCommunicator):
+            raise RuntimeError("the ranks use NCCL")
+        columns = self.spec.hidden_size if fused else None
+        return CommunicatorAllReduce(comm, self._device, columns, has_buffers=has_buffers)
+
     def _default_algorithms(self) -> list[str]:
         if self._device.type == "cpu":
-            return ["gloo", "gloo + norm", "torch.distributed"]
+            return ["gloo", "gloo + norm"]
         gloo = not isinstance(self._comm, NcclCommunicator)
-        return [name for name in NAMES if gloo or not name.startswith("gloo")]
+        return [name for name in ALGORITHMS if gloo or not name.startswith("gloo")]
 
-    def _make_on_all_ranks(self, name: str) -> AllReduceAlgorithm:
-        """Return the algorithm; raises Unavailable with the reason of each rank that cannot run it."""
-        algorithm, reason = _attempt(partial(self._make, name))
+    def _make_on_all_ranks(self, name: str) -> tuple[AllReduceAlgorithm | None, str]:
+        """Return the algorithm, or None and the reasons of the ranks that cannot run it."""
+        algorithm, reason = None, ""
+        try:
+            algorithm = self.make(name)
+        except (RuntimeError, ImportError, OSError, ValueError) as error:
+            reason = first_line(error)
         timeout_s = 2 * self._rendezvous.timeout_s  # a peer may time out in its setup first
-        reasons = self._rendezvous.exchange(f"bench/{name}", reason, timeout_s)
-        refusals = dict.fromkeys(r for r in reasons if r)
-        if refusals:
-            raise Unavailable("; ".join(refusals))
-        assert algorithm is not None
-        return algorithm
+        reasons = dict.fromkeys(r for r in self._rendezvous.exchange(f"bench/{name}", reason, timeout_s) if r)
+        return (None if reasons else algorithm), "; ".join(reasons)
 
-    def _make(self, name: str) -> AllReduceAlgorithm:
-        comm, device, columns, largest = self._comm, self._device, self.spec.hidden_size, max(self.spec.sizes)
-        nccl = comm if isinstance(comm, NcclCommunicator) else None
-        if name in ("gloo", "gloo + norm") and nccl is not None:
-            raise Unavailable("the ranks use NCCL")
-        if name in ("gloo", "nccl"):
-            return CommunicatorAllReduce(name, self._required(name), device)
-        if name in ("gloo + norm", "nccl + norm"):
-            return AllReduceAndNorm(name, self._required(name.split()[0]), device, columns)
-        if name == "torch.distributed":
-            return TorchDistributedAllReduce(self._rendezvous, device, self._ip)
-        if device.type != "cuda":
-            raise Unavailable("needs GPUs")
-        if name.startswith("torch symmetric"):
-            return TorchSymmetricAllReduce(name.split()[-1], self._rendezvous, device, self.dtype, largest)
-        if name == "flashinfer":
-            from .flashinfer_all_reduce import FlashInferAllReduce  # imports CuPy
-
-            return FlashInferAllReduce(self._rendezvous, device, largest)
-        if nccl is None:
-            raise Unavailable(f"needs NCCL: {comm.description}")
-        if name == "nccl window":
-            return NcclWindowAllReduce(nccl, largest, device)
-        shots, _, fused = name.partition(" ")
-        symmetric = self._symmetric_for(shots, nccl)
-        if fused:
-            return AllReduceAndNorm(name, symmetric, device, columns, has_buffers=True)
-        return CommunicatorAllReduce(name, symmetric, device, has_buffers=True)
-
-    def _required(self, name: str) -> Communicator:
-        if (name == "nccl") != isinstance(self._comm, NcclCommunicator):
-            raise Unavailable("needs GPUs" if self._device.type == "cpu" else self._comm.description)
+    def _require_nccl(self) -> NcclCommunicator:
+        if self._device.type != "cuda":
+            raise RuntimeError("needs GPUs")
+        if not isinstance(self._comm, NcclCommunicator):
+            raise RuntimeError(f"needs NCCL: {self._comm.description}")
         return self._comm
 
-    def _symmetric_for(self, shots: str, nccl: NcclCommunicator) -> SymmetricCommunicator:
-        """Return a communicator with one algorithm; all of them use the same buffers."""
+    def _symmetric_for(self, shots: str) -> SymmetricCommunicator:
+        """Return a communicator with one algorithm; all of them use the same buffers. Raises as `make` does."""
+        nccl, largest = self._require_nccl(), max(self.spec.sizes)
         if self.dtype not in SUMMED_DTYPES:
-            raise Unavailable(f"does not add {self.dtype}")
-        largest = max(self.spec.sizes)
+            raise RuntimeError(f"does not add {self.dtype}")
         if self._symmetric is None:
-            try:
-                slot_bytes, shares_device = -(-largest // 16) * 16, self.config.gpus_per_rank < 1
-                self._symmetric = share_buffers(
-                    nccl, self._rendezvous, device=self._device, slot_bytes=slot_bytes, shares_device=shares_device
-                )
-            except NotShared as reason:
-                raise Unavailable(str(reason)) from reason
+            slot_bytes, shares_device = -(-largest // 16) * 16, self.config.gpus_per_rank < 1
+            self._symmetric = share_buffers(
+                nccl, self._rendezvous, device=self._device, slot_bytes=slot_bytes, shares_device=shares_device
+            )
         return self._symmetric.with_policy(Policy.only("one-shot" if shots == "one-shot" else "two-shot", largest))
 
     # --- measurement
 
-    def _timing(self, algorithm: AllReduceAlgorithm, mode: Mode, count: int, in_place: bool) -> CommTiming | None:
+    def _timing(self, algorithm: AllReduceAlgorithm, mode: Mode, count: int, in_place: bool) -> Timing | None:
         timed = algorithm.prepare(count, self.dtype, in_place=in_place)
         if timed is None:
             return None
         spec, comm, cuda = self.spec, self._comm, self._device.type == "cuda"
-        verify = self._verify_eager if mode == "eager" else self._verify_graph
-        wrong = verify(timed, algorithm, count)
         if mode == "eager":
+            wrong = self._verify_eager(timed, algorithm, count)
             us = eager_us(comm, lambda: timed.call(None), warmup=spec.warmup, times=spec.times, cuda=cuda)
         else:
+            wrong = self._verify_graph(timed, algorithm, count)
             length, times = spec.graph_length, max(1, spec.times // 4)
             us = graph_us(comm, lambda: timed.call(None), length=length, times=times, on_captured=timed.on_captured)
-        return CommTiming(us, wrong)
+        return Timing.measured(us, count * self.dtype.itemsize, self.size, wrong)
 
     def _verify_eager(self, timed: TimedCall, algorithm: AllReduceAlgorithm, count: int) -> int:
         """Return the wrong elements of one call."""
@@ -251,7 +259,7 @@ class CommBenchActor(RankActor):
         """Return how many elements are further from the exact sum than one rounding for each addition."""
         exact, bound = _sum(inputs), torch.finfo(self.dtype).eps * self.size * _sum([x.abs() for x in inputs])
         if not algorithm.fused:
-            return int(((results[0].double() - exact).abs() > bound).sum())
+            return int(((results[0].view(-1).double() - exact).abs() > bound).sum())
         return _count_wrong_norm(results, exact, bound, self.spec.hidden_size, self.dtype)
 
 
@@ -270,15 +278,3 @@ def _count_wrong_norm(results: list[Tensor], added: Tensor, bound: Tensor, colum
 
 def _sum(tensors: list[Tensor]) -> Tensor:
     return torch.stack([x.double() for x in tensors]).sum(0)
-
-
-def _modes(algorithm: AllReduceAlgorithm, device: torch.device) -> list[Mode]:
-    return ["eager", "graph"] if device.type == "cuda" and algorithm.capturable else ["eager"]
-
-
-def _attempt(make: Callable[[], AllReduceAlgorithm]) -> tuple[AllReduceAlgorithm | None, str]:
-    """Return the algorithm, or None and the reason."""
-    try:
-        return make(), ""
-    except (RuntimeError, ImportError, OSError, ValueError) as error:
-        return None, first_line(error)

@@ -1,25 +1,27 @@
-"""`lockstep bench comm`: all-reduces of lockstep and other libraries between the ranks, in nccl-tests' columns."""
+"""`lockstep bench comm`: all-reduces between the ranks, in nccl-tests' columns."""
 
 from __future__ import annotations
 
-import logging
+import io
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from ...runtime.config import Config
 from ..options import LogLevel, start_logging, with_fields
 from ..signals import Undo, signals_wait
-from .comm_report import Block, Report, draw, lines, summary
-from .output_files import require_folder, require_matplotlib
+from .comm_report import ALGORITHMS, Block, CommBenchSpec, Report, draw, lines, summary
+from .output_files import require_outputs
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from .comm_actor import CommBenchActor
+
 GROUP_OPTIONS = (
     "tensor_parallel_size", "device", "gpus_per_rank", "nccl_library", "ray_address", "startup_timeout",
     "wait_for_resources", "step_timeout",
@@ -61,22 +63,19 @@ def bench_comm(
     """
     start_logging(log_level)
     config = Config.from_options(options)
-    sizes = list(_sizes(min_bytes, max_bytes, step_factor, dtype))
+    sizes = list(byte_sizes(min_bytes, max_bytes, step_factor, dtype))
     _check(config, algorithm or [])
-    for path in (output_json, plot):
-        require_folder(path)
-    if plot is not None:
-        require_matplotlib()
+    require_outputs(output_json, plot=plot)
     with signals_wait():  # torch: seconds that a wrong option need not wait for
-        from .comm_actor import CommBenchSpec
+        from .comm_actor import CommBenchActor
 
     spec = CommBenchSpec(
         sizes=sizes, dtype=dtype, hidden_size=hidden_size, algorithms=algorithm or [], warmup=warmup_iters,
         times=iters, graph_length=graph_length,
     )  # fmt: skip
-    stdout = sys.stdout
+    tables = io.StringIO() if as_json else sys.stdout
     with redirect_stdout(sys.stderr):
-        report = _run(config, spec, None if as_json else stdout)
+        report = run_on_ranks(CommBenchActor, config, spec, tables)
     if as_json:
         print(report.json())
     if output_json is not None:
@@ -87,8 +86,8 @@ def bench_comm(
         raise typer.Exit(1)
 
 
-def _run(config: Config, spec: Any, out: Any) -> Report:
-    """Start the ranks and measure; each block is printed to `out`, if it is not None, when it is complete."""
+def run_on_ranks(actor: type[CommBenchActor], config: Config, spec: CommBenchSpec, out: TextIO) -> Report:
+    """Start an actor for each rank and measure; prints each block to `out` when it is complete."""
     from ray.util.placement_group import remove_placement_group
 
     with signals_wait():
@@ -96,16 +95,13 @@ def _run(config: Config, spec: Any, out: Any) -> Report:
     from ..cluster.actor_group import ActorGroup
     from ..cluster.connection import while_connected
     from ..cluster.placement import place
-    from .comm_actor import CommBenchActor
 
     with Undo() as stack:
         connection = stack.enter_context(closing(Connection(config)))
-        placed = replace(
-            config.placed(cuda=connection.has_gpus), all_reduce="nccl"
-        )  # the actors add the other algorithms
+        placed = replace(config.placed(cuda=connection.has_gpus), all_reduce="nccl")  # the actors add the others
         group = place(placed, connection.leaving)
         stack.callback(while_connected, remove_placement_group, group)
-        ranks = ActorGroup(placed, group, connection.wakeup, connection.leaving, CommBenchActor)
+        ranks = ActorGroup(placed, group, connection.wakeup, connection.leaving, actor)
         stack.callback(while_connected, ranks.close, 0)
 
         def call(method: str, *arguments: Any) -> list[Any]:
@@ -114,24 +110,18 @@ def _run(config: Config, spec: Any, out: Any) -> Report:
         ranks.endpoints = call("bind", connection.ip)
         capabilities = call("prepare", ranks.endpoints, spec)[0]
         report = Report(capabilities, spec, [str(endpoint) for endpoint in ranks.endpoints])
-        _print(out, report.head())
+        print(*report.head(), sep="\n", file=out, flush=True)
         for name, modes in capabilities.modes.items():
             for mode in modes:
-                block = Block.merged(name, mode, spec, call("measure", name, mode), len(ranks.endpoints))
+                block = Block.merged(name, mode, spec.dtype, call("measure", name, mode))
                 report.blocks.append(block)
-                _print(out, lines(block))
+                print(*lines(block), sep="\n", file=out, flush=True)
         call("close")
-    _print(out, summary(report))
+    print(*summary(report), sep="\n", file=out, flush=True)
     return report
 
 
-def _print(out: Any, text: Iterator[str]) -> None:
-    if out is not None:
-        for line in text:
-            print(line, file=out, flush=True)
-
-
-def _sizes(smallest: str, largest: str, factor: int, dtype: str) -> Iterator[int]:
+def byte_sizes(smallest: str, largest: str, factor: int, dtype: str) -> Iterator[int]:
     """Yield the sizes in bytes, rounded down to whole elements."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
@@ -158,9 +148,6 @@ def _check(config: Config, algorithms: list[str]) -> None:
     if config.tensor_parallel_size < 2:
         raise ValueError("one rank has no peer to communicate with; give --tp 2 or more")
     config.placed(cuda=True)  # raises ValueError if an option does not fit config.device
-    if algorithms:
-        from .comm_actor import NAMES
-
-        for name in algorithms:
-            if name not in NAMES:
-                raise ValueError(f"algorithm={name!r} is not one of {', '.join(NAMES)}")
+    for name in algorithms:
+        if name not in ALGORITHMS:
+            raise ValueError(f"algorithm={name!r} is not one of {', '.join(ALGORITHMS)}")

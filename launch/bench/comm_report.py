@@ -1,40 +1,69 @@
-"""The results of `lockstep bench comm`: the tables of nccl-tests, one JSON object, a plot of latency by size."""
+"""The options and results of `lockstep bench comm`: the tables of nccl-tests, one JSON object, a plot by size."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 from ...runtime.version import __version__
 
-if TYPE_CHECKING:
-    from .comm_actor import CommBenchSpec, CommTiming, Mode, RankCapabilities, SizeTimings
-
+Mode = Literal["eager", "graph"]
+MODE_TEXTS: dict[Mode, str] = {"eager": "eager", "graph": "in a CUDA graph"}
+ALGORITHMS = (
+    "one-shot", "two-shot", "one-shot fused", "two-shot fused", "nccl", "nccl + norm", "gloo", "gloo + norm",
+)  # fmt: skip
 NCCL_TESTS_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "half"}
-COLUMNS = ("time", "algbw", "busbw", "#wrong")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommBenchSpec:
+    """The collectives to measure."""
+
+    sizes: list[int]  # bytes
+    dtype: str
+    hidden_size: int  # columns of the residual stream
+    algorithms: list[str]  # if empty, every one that fits the ranks' communicator
+    warmup: int
+    times: int
+    graph_length: int
 
 
 @dataclass(frozen=True)
-class GroupTiming:
-    """One collective: the time of the slowest rank, bandwidths in 10^9 bytes/s, and wrong elements on all ranks."""
+class RankCapabilities:
+    """The algorithms that a rank can run, with their modes, the reasons against the others, and its devices."""
+
+    modes: dict[str, list[Mode]]
+    refused: dict[str, str]
+    device: str
+    communication: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The time of one collective, its bandwidths in 10^9 bytes/s, and the wrong elements of its result."""
 
     time_us: float
     algbw: float
     busbw: float  # algbw * 2 (n - 1) / n: the bytes that pass each rank's link
     wrong: int
 
+    @classmethod
+    def measured(cls, time_us: float, nbytes: int, num_ranks: int, wrong: int) -> Timing:
+        algbw = nbytes / time_us / 1e3
+        return cls(time_us, algbw, algbw * 2 * (num_ranks - 1) / num_ranks, wrong)
+
 
 @dataclass(frozen=True)
 class TableLine:
-    """The timings of one size."""
+    """The timings of one size; None if the algorithm has no such collective."""
 
-    size: int
+    size: int  # bytes
     count: int
-    out_of_place: GroupTiming | None
-    in_place: GroupTiming | None
+    out_of_place: Timing | None
+    in_place: Timing | None
 
     @property
     def best_us(self) -> float | None:
@@ -53,16 +82,22 @@ class Block:
     lines: list[TableLine]
 
     @classmethod
-    def merged(
-        cls, name: str, mode: Mode, spec: CommBenchSpec, ranks: Sequence[Sequence[SizeTimings]], size: int
-    ) -> Block:
-        """Merge the timings of all ranks."""
+    def merged(cls, name: str, mode: Mode, dtype: str, ranks: Sequence[Sequence[TableLine]]) -> Block:
+        """Merge the lines of all ranks."""
         table = []
-        for timings in zip(*ranks, strict=True):
-            nbytes = timings[0].nbytes
-            both = ([timing.out_of_place for timing in timings], [timing.in_place for timing in timings])
-            table.append(TableLine(nbytes, timings[0].count, *(_merge(cells, nbytes, size) for cells in both)))
-        return cls(name, mode, NCCL_TESTS_TYPES[spec.dtype], table)
+        for lines in zip(*ranks, strict=True):
+            columns = ([line.out_of_place for line in lines], [line.in_place for line in lines])
+            table.append(TableLine(lines[0].size, lines[0].count, *map(_merge, columns)))
+        return cls(name, mode, NCCL_TESTS_TYPES[dtype], table)
+
+
+def _merge(ranks: Sequence[Timing | None]) -> Timing | None:
+    """Return the timing of the slowest rank, with the wrong elements of all ranks."""
+    timings = [timing for timing in ranks if timing is not None]
+    if len(timings) < len(ranks):
+        return None
+    slowest = max(timings, key=lambda timing: timing.time_us)
+    return replace(slowest, wrong=sum(timing.wrong for timing in timings))
 
 
 @dataclass
@@ -111,11 +146,11 @@ class Report:
 def lines(block: Block) -> Iterator[str]:
     """Yield the table of a block."""
     yield "#"
-    yield f"# {block.algorithm}, {_mode_text(block.mode)}"
+    yield f"# {block.algorithm}, {MODE_TEXTS[block.mode]}"
     yield f"#{'out-of-place':>71}{'in-place':>33}"
-    cell = "{:>9}{:>8}{:>8}{:>8}".format
-    yield "#{:>12}{:>14}{:>10}{:>7}".format("size", "count", "type", "redop") + 2 * cell(*COLUMNS)
-    yield "#{:>12}{:>14}{:>10}{:>7}".format("(B)", "(elements)", "", "") + 2 * cell("(us)", "(GB/s)", "(GB/s)", "")
+    head, cell = "#{:>12}{:>14}{:>10}{:>7}".format, "{:>9}{:>8}{:>8}{:>8}".format
+    yield head("size", "count", "type", "redop") + 2 * cell("time", "algbw", "busbw", "#wrong")
+    yield head("(B)", "(elements)", "", "") + 2 * cell("(us)", "(GB/s)", "(GB/s)", "")
     for line in block.lines:
         row = f" {line.size:>12}{line.count:>14}{block.type:>10}{'sum':>7}"
         yield row + "".join(
@@ -128,13 +163,12 @@ def lines(block: Block) -> Iterator[str]:
 
 def summary(report: Report) -> Iterator[str]:
     """Yield the times of all algorithms by size, and the number of wrong elements."""
-    modes: tuple[Mode, ...] = ("eager", "graph")
-    for mode in modes:
+    for mode, text in MODE_TEXTS.items():
         blocks = [block for block in report.blocks if block.mode == mode]
         if not blocks:
             continue
         yield "#"
-        yield f"# us by size, {_mode_text(mode)}, the better of both columns"
+        yield f"# us by size, {text}, the better of both columns"
         widths = [max(9, len(block.algorithm) + 2) for block in blocks]
         yield f"#{'size':>12}" + "".join(f"{b.algorithm:>{w}}" for b, w in zip(blocks, widths, strict=True))
         for rows in zip(*(block.lines for block in blocks), strict=True):
@@ -161,16 +195,3 @@ def draw(report: Report, path: Path) -> None:
         axes.legend(fontsize="small")
     figure.suptitle(f"all-reduce of {report.spec.dtype}, {len(report.ranks)} ranks, {report.capabilities.device}")
     figure.savefig(path, dpi=150)
-
-
-def _mode_text(mode: Mode) -> str:
-    return "in a CUDA graph" if mode == "graph" else "eager"
-
-
-def _merge(cells: Sequence[CommTiming | None], nbytes: int, size: int) -> GroupTiming | None:
-    timings = [cell for cell in cells if cell is not None]
-    if len(timings) < len(cells):
-        return None
-    time_us = max(timing.us for timing in timings)
-    algbw = nbytes / time_us / 1e3
-    return GroupTiming(time_us, algbw, algbw * 2 * (size - 1) / size, sum(timing.wrong for timing in timings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from collections.abc import Iterator
@@ -9,29 +10,20 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 from tqdm import tqdm
 
 from ...runtime.config import Config
 from ..options import LogLevel, start_logging, with_config
 from .comm_command import bench_comm
-from .engine_benchmark import (
-    EngineBenchmark,
-    Latency,
-    Run,
-    report_steps,
-    time_latency,
-)
-from .output_files import require_folder
+from .engine_benchmark import EngineBenchmark, Run, report_steps, time_latency
+from .output_files import require_outputs
 from .serve_command import MultiValueCommand, bench_serve
-from .trace import write_trace
 from .workload import Workload, batch, nano, uniform
 
 app = typer.Typer(no_args_is_help=True, help="Measure a model, a server, or the ranks' collectives.")
 app.command("serve", cls=MultiValueCommand)(bench_serve)
 app.command("comm")(bench_comm)
-PERCENTAGES = (10, 25, 50, 75, 90, 99)  # vLLM's
 BATCH_SIZE = 8
 UNIFORM: dict[str, Any] = {
     "num_prompts": 1000, "input_len": 1024, "output_len": 128, "random_range_ratio": 0.0, "seed": 0,
@@ -76,13 +68,14 @@ def bench_latency(
     with redirect_stdout(sys.stderr), EngineBenchmark(Config.from_options(config), workloads) as bench:
         requests = (num_iters_warmup + 2 * num_iters) * sum(w.num_requests for w in workloads)
         with tqdm(total=requests, unit="request", disable=None) as bar:
-            latencies = [time_latency(bench, w, warmup=num_iters_warmup, times=num_iters, bar=bar) for w in workloads]
-        for size, workload, latency in zip(sizes, workloads, latencies, strict=True):
-            steps = _profile_steps(bench, workload, latency.whole, profile_steps, _numbered(profile, size, len(sizes)))
+            timings = [time_latency(bench, w, warmup=num_iters_warmup, times=num_iters, bar=bar) for w in workloads]
+        for size, workload, (run, result) in zip(sizes, workloads, timings, strict=True):
+            path = profile.with_name(f"batch-{size}-{profile.name}") if profile and len(sizes) > 1 else profile
+            steps = _profile_steps(bench, workload, run, profile_steps, path)
             shape = {"batch_size": size, "input_len": input_len, "output_len": output_len, "n": n}
-            results.append(latency_result(latency) | shape | _environment(bench) | steps)
+            results.append(result | shape | steps)
     for result in results:
-        _print_latency(result)
+        print(*_latency_head(result), *_step_lines(result), sep="\n")
     _write_json(output_json, results[0] if len(results) == 1 else results)
 
 
@@ -126,24 +119,12 @@ def bench_throughput(
             run = bench.run(workload, bar=bar)
         steps = _profile_steps(bench, workload, run, profile_steps, profile)
         shape = {"preset": preset} if preset is not None else {"dataset_name": dataset_name, **lengths}
-        result = throughput_result(workload, run) | shape | _environment(bench) | steps
-    _print_throughput(result)
+        result = _throughput_result(workload, run) | shape | steps
+    print(_throughput_head(result), *_step_lines(result), sep="\n")
     _write_json(output_json, result)
 
 
-def latency_result(latency: Latency) -> dict[str, Any]:
-    """Return the result under vLLM's keys, with more of lockstep."""
-    seconds = latency.whole.seconds
-    return {
-        "avg_latency": float(np.mean(seconds)),
-        "latencies": seconds,
-        "first_token_latencies": latency.first.seconds,
-        "percentiles": {str(p): float(np.percentile(seconds, p)) for p in PERCENTAGES},
-        "ms_per_output_token": latency.ms_per_output_token,
-    }
-
-
-def throughput_result(workload: Workload, run: Run) -> dict[str, Any]:
+def _throughput_result(workload: Workload, run: Run) -> dict[str, Any]:
     """Return the result under vLLM's keys."""
     seconds = sum(run.seconds)
     tokens = sum(workload.input_lens) + run.stats.output_tokens
@@ -166,51 +147,38 @@ def _preset(flags: dict[str, Any]) -> Workload:
 def _profile_steps(
     bench: EngineBenchmark, workload: Workload, run: Run, num_steps: int, path: Path | None
 ) -> dict[str, Any]:
-    """Profile the workload, write the trace to `path` if it is not None, and report the steps of the run."""
-    profile = bench.profile(workload, num_steps)
-    if path is not None:
-        write_trace(profile.trace, path)
-    return report_steps(run, profile)
-
-
-def _numbered(path: Path | None, size: int, num_sizes: int) -> Path | None:
-    """Return the file of one batch size, numbered if there are several."""
-    return path if path is None or num_sizes == 1 else path.with_name(f"batch-{size}-{path.name}")
-
-
-def _environment(bench: EngineBenchmark) -> dict[str, Any]:
-    """Return the metadata of every result."""
+    """Profile the workload, write the trace to `path` if it is not None, and report metadata and the run's steps."""
     import torch
 
-    config = bench.config
+    profile = bench.profile(workload, num_steps)
+    if path is not None:
+        path.write_bytes(gzip.compress(profile.trace) if path.suffix == ".gz" else profile.trace)
     return {
-        "model": config.model,
-        "tensor_parallel_size": config.tensor_parallel_size,
+        "model": bench.config.model,
+        "tensor_parallel_size": bench.config.tensor_parallel_size,
         "torch": torch.__version__,
         "startup_s": bench.executor.startup,
+        **report_steps(run, profile),
     }
 
 
-def _print_latency(result: dict[str, Any]) -> None:
-    print(f"Batch size: {result['batch_size']}")
-    print(f"Avg latency: {result['avg_latency']} seconds")
-    for percentage, seconds in result["percentiles"].items():
-        print(f"{percentage}% percentile latency: {seconds} seconds")
-    print("\n".join(_lines(result)))
+def _latency_head(result: dict[str, Any]) -> Iterator[str]:
+    yield f"Batch size: {result['batch_size']}"
+    yield f"Avg latency: {result['avg_latency']} seconds"
+    yield from (f"{p}% percentile latency: {seconds} seconds" for p, seconds in result["percentiles"].items())
+    if result["ms_per_output_token"] is not None:
+        yield f"Time per output token: {result['ms_per_output_token']:.3f} ms"
 
 
-def _print_throughput(result: dict[str, Any]) -> None:
-    print(
+def _throughput_head(result: dict[str, Any]) -> str:
+    return (
         f"Throughput: {result['requests_per_second']:.2f} requests/s, {result['tokens_per_second']:.2f} total tokens/s,"
         f" {result['output_tokens_per_second']:.2f} output tokens/s"
     )
-    print("\n".join(_lines(result)))
 
 
-def _lines(r: dict[str, Any]) -> Iterator[str]:
+def _step_lines(r: dict[str, Any]) -> Iterator[str]:
     """Yield the report of the steps for people."""
-    if r.get("ms_per_output_token") is not None:
-        yield f"Time per output token: {r['ms_per_output_token']:.3f} ms"
     yield (
         f"Steps: {r['prefill_steps']} prefill, {r['decode_steps']} decode, {r['preemptions']} preemptions;"
         f" {r['prompt_tokens']} prompt tokens computed, {r['output_tokens']} output tokens,"
@@ -232,14 +200,13 @@ def _lines(r: dict[str, Any]) -> Iterator[str]:
             f"Profile of {r['profiled_steps']} decode steps: busy for {r['busy_ms_per_decode_step']:.3f} ms a step,"
             f" idle {r['idle_share']:.1%}; {shares}"
         )
-    ready = f"{r['startup_s']['ready']:.1f} s, {r['device']}, tensor_parallel_size={r['tensor_parallel_size']}"
-    yield f"Ready: after {ready}"
+    ready_s = r["startup_s"]["ready"]
+    yield f"Ready: after {ready_s:.1f} s, {r['device']}, tensor_parallel_size={r['tensor_parallel_size']}"
 
 
 def _check_files(output_json: Path | None, profile: Path | None, workloads: list[Workload]) -> None:
     """Raise ValueError for files that could not be written after minutes of measurement."""
-    for path in (output_json, profile):
-        require_folder(path)
+    require_outputs(output_json, profile)
     if profile is not None and all(max(w.output_lens) == 1 for w in workloads):
         raise ValueError("--profile traces decode steps, and outputs of 1 token have none; raise --output-len")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from ...runtime.tokenizer import Tokenizer
 from .serve_config import ServeBenchConfig
 from .workload import length_range
 
-log = logging.getLogger(__name__)
 ATTEMPTS = 10  # to make a text with the right number of tokens
 # vLLM's bounds of the conversations that it takes from ShareGPT, in tokens.
 MIN_TOKENS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 1024, 2048
@@ -57,7 +55,7 @@ def make_prompts(config: ServeBenchConfig, tokenizer: Tokenizer | None) -> list[
 
 
 class RandomTokens:
-    """A source of random token ids below vocab_size, and of random lengths."""
+    """A source of random token ids below vocab_size."""
 
     def __init__(self, seed: int, vocab_size: int) -> None:
         self.generator, self._vocab_size = np.random.default_rng(seed), vocab_size
@@ -67,21 +65,19 @@ class RandomTokens:
         ids: list[int] = self.generator.integers(0, self._vocab_size, max(0, count)).tolist()
         return ids
 
-    def lengths(self, middle: int, ratio: float, count: int) -> list[int]:
-        """Return `count` lengths, uniform in `length_range`."""
-        lengths: list[int] = self.generator.integers(*length_range(middle, ratio), count, endpoint=True).tolist()
-        return lengths
-
 
 def _random(config: ServeBenchConfig, source: RandomTokens) -> list[tuple[list[int], int]]:
-    inputs = source.lengths(config.random_input_len, config.random_range_ratio, config.num_prompts)
-    outputs = source.lengths(config.random_output_len, config.random_range_ratio, config.num_prompts)
+    ratio, count = config.random_range_ratio, config.num_prompts
+    inputs, outputs = (
+        source.generator.integers(*length_range(middle, ratio), count, endpoint=True).tolist()
+        for middle in (config.random_input_len, config.random_output_len)
+    )
     prefix = source.ids(config.random_prefix_len)
     return [(prefix + source.ids(length), output) for length, output in zip(inputs, outputs, strict=True)]
 
 
 def _prefix_repetition(config: ServeBenchConfig, source: RandomTokens) -> list[tuple[list[int], int]]:
-    """Return prompts in random order that use each prefix equally often, or once more."""
+    """Return prompts in random order that use each prefix equally often, give or take one."""
     prefixes = [source.ids(config.prefix_repetition_prefix_len) for _ in range(config.prefix_repetition_num_prefixes)]
     order = source.generator.permutation(config.num_prompts) % len(prefixes)
     suffix_len, output_len = config.prefix_repetition_suffix_len, config.prefix_repetition_output_len

@@ -5,10 +5,10 @@ A folder with a config.json is enough, with dummy weights. Steps are traced only
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from .trace import kernel_times
 from .workload import Workload
 
 POLL_S = 1.0
+PERCENTAGES = (10, 25, 50, 75, 90, 99)  # vLLM's
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class EngineBenchmark:
             workload.check(config.max_model_len or model.max_position_embeddings)
         self.executor = start_executor(config, model, folder)
         self._generator = np.random.default_rng(seed)
-        self._next_uid = 0
+        self._uids = itertools.count()
         try:
             for workload in workloads:  # the KV cache may have limited the context
                 workload.check(self.executor.limits.max_length)
@@ -60,16 +61,11 @@ class EngineBenchmark:
     def __enter__(self) -> EngineBenchmark:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.executor.close()
 
     def run(self, workload: Workload, times: int = 1, bar: tqdm[Any] | None = None) -> Run:
-        """Submit the workload's requests together and wait until all have ended; repeat `times` times with new prompts.
-
-        bar  a progress bar that advances with each request
-        """
+        """Submit all requests together and wait for the last one, `times` times with new prompts; `bar` counts them."""
         before = self.executor.stats
         seconds = []
         for _ in range(times):
@@ -106,38 +102,31 @@ class EngineBenchmark:
         requests = []
         for input_len, output_len in zip(workload.input_lens, workload.output_lens, strict=True):
             prompt = self._generator.integers(0, self.executor.limits.vocab_size, input_len).astype(np.int32)
-            for _ in range(workload.n):
-                params = SamplingParams(max_tokens=output_len, seed=self._next_uid, **workload.sampling)  # type: ignore[arg-type]
-                requests.append(Request(self._next_uid, prompt, input_len, params, []))
-                self._next_uid += 1
+            for uid in itertools.islice(self._uids, workload.n):
+                params = SamplingParams(max_tokens=output_len, seed=uid, **workload.sampling)  # type: ignore[arg-type]
+                requests.append(Request(uid, prompt, input_len, params, []))
         return requests
 
 
-@dataclass(frozen=True)
-class Latency:
-    """Runs of a workload whose requests all have the same lengths, after a warm-up."""
-
-    whole: Run
-    first: Run  # with one output token only
-    output_len: int
-
-    @property
-    def ms_per_output_token(self) -> float | None:
-        """(time of all tokens - time of one) / (tokens - 1), of medians; None for outputs of one token."""
-        if self.output_len == 1:
-            return None
-        whole_s, first_s = (float(np.median(run.seconds)) for run in (self.whole, self.first))
-        return (whole_s - first_s) / (self.output_len - 1) * 1e3
-
-
 def time_latency(
-    bench: EngineBenchmark, workload: Workload, *, warmup: int, times: int, bar: tqdm[Any] | None = None
-) -> Latency:
-    """Run the workload, and its first tokens alone, `times` times each."""
+    bench: EngineBenchmark, workload: Workload, *, warmup: int, times: int, bar: tqdm[Any]
+) -> tuple[Run, dict[str, Any]]:
+    """Run requests of equal lengths, and then their first tokens alone, `times` times each after a warm-up.
+
+    Returns the run of all tokens, and the result under vLLM's keys, with more of lockstep.
+    """
     bench.run(workload, warmup, bar)
-    whole = bench.run(workload, times, bar)
+    run = bench.run(workload, times, bar)
     first = bench.run(replace(workload, output_lens=[1] * len(workload.output_lens)), times, bar)
-    return Latency(whole, first, workload.output_lens[0])
+    further_tokens = workload.output_lens[0] - 1
+    further_s = float(np.median(run.seconds) - np.median(first.seconds))
+    return run, {
+        "avg_latency": float(np.mean(run.seconds)),
+        "latencies": run.seconds,
+        "first_token_latencies": first.seconds,
+        "percentiles": {str(p): float(np.percentile(run.seconds, p)) for p in PERCENTAGES},
+        "ms_per_output_token": further_s / further_tokens * 1e3 if further_tokens else None,
+    }
 
 
 def report_steps(run: Run, profile: Profile) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +18,6 @@ from tqdm import tqdm
 from typer.core import TyperCommand
 
 from ..options import LogLevel, start_logging, with_fields
-from .output_files import require_matplotlib
 from .serve_config import ServeBenchConfig
 from .serve_metrics import Record, details, samples, statistics, summary
 
@@ -34,7 +32,7 @@ SECTIONS = {
 
 
 class MultiValueCommand(TyperCommand):
-    """A command without arguments, whose options take several values: `--goodput ttft:500 tpot:50`."""
+    """A command without arguments; some options take several values: `--goodput ttft:500 tpot:50`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, list(_repeated(args, ("--goodput", "--metadata"))))
@@ -67,53 +65,20 @@ def bench_serve(
     """
     start_logging(log_level)
     config = ServeBenchConfig(**options)
-    if config.plot is not None:
-        require_matplotlib()
-    run = asyncio.run(measure(config, model))
-    result = run.result(config)
+    records, result = asyncio.run(measure(config, model))
     print("\n".join(report(result, config)))
-    if failed := [record.error for record in run.records if record.error]:
-        log.error("%d of %d requests failed; the first one: %s", len(failed), len(run.records), failed[0])
+    if failed := [record.error for record in records if record.error]:
+        log.error("%d of %d requests failed; the first one: %s", len(failed), len(records), failed[0])
     if config.save_result:
         _save(result if config.save_detailed else {k: v for k, v in result.items() if k not in details([])}, config)
     if config.plot is not None:
-        draw(samples(run.records), config.plot)
-    if len(failed) == len(run.records):
+        draw(samples(records), config.plot)
+    if len(failed) == len(records):
         raise typer.Exit(1)
 
 
-@dataclass(frozen=True)
-class ServeRun:
-    """The requests of one run and their results."""
-
-    model: str
-    tokenizer: str | None
-    records: list[Record]
-    duration: float
-
-    def result(self, config: ServeBenchConfig) -> dict[str, Any]:
-        """Return the result under vLLM's keys."""
-        result: dict[str, Any] = {
-            "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
-            "backend": config.backend,
-            "label": config.label,
-            "model_id": self.model,
-            "tokenizer_id": self.tokenizer,
-            "num_prompts": config.num_prompts,
-            **config.notes,
-            "request_rate": "inf" if math.isinf(config.request_rate) else config.request_rate,
-            "burstiness": "inf" if math.isinf(config.burstiness) else config.burstiness,
-            "max_concurrency": config.max_concurrency,
-            **summary(self.records, self.duration, config.slo),
-        }
-        seconds = samples(self.records)
-        for name in config.metrics:
-            result |= statistics(name, seconds[name], config.percentiles)
-        return result | details(self.records)
-
-
-async def measure(config: ServeBenchConfig, model: str | None) -> ServeRun:
-    """Make the prompts, wait for the server, warm it up and time the requests."""
+async def measure(config: ServeBenchConfig, model: str | None) -> tuple[list[Record], dict[str, Any]]:
+    """Make the prompts, wait for the server, warm it up and time the requests; returns them with the result."""
     from ...runtime.tokenizer import Tokenizer
     from .datasets import make_prompts, needs_tokenizer
     from .load_client import arrivals, connect_to_server, send_all  # imports httpx, slow for --help
@@ -134,7 +99,27 @@ async def measure(config: ServeBenchConfig, model: str | None) -> ServeRun:
             started = time.perf_counter()
             records = await send_all(prompts, times, target.send, config.max_concurrency, bar)
             duration = time.perf_counter() - started
-    return ServeRun(model, name, records, duration)
+    return records, _result(config, {"model_id": model, "tokenizer_id": name}, records, duration)
+
+
+def _result(config: ServeBenchConfig, names: dict[str, Any], records: list[Record], duration: float) -> dict[str, Any]:
+    """Return the result under vLLM's keys."""
+    result: dict[str, Any] = {
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+        "backend": config.backend,
+        "label": config.label,
+        **names,
+        "num_prompts": config.num_prompts,
+        **config.notes,
+        "request_rate": "inf" if math.isinf(config.request_rate) else config.request_rate,
+        "burstiness": "inf" if math.isinf(config.burstiness) else config.burstiness,
+        "max_concurrency": config.max_concurrency,
+        **summary(records, duration, config.slo),
+    }
+    seconds = samples(records)
+    for name in config.metrics:
+        result |= statistics(name, seconds[name], config.percentiles)
+    return result | details(records)
 
 
 def report(result: dict[str, Any], config: ServeBenchConfig) -> Iterator[str]:
@@ -183,9 +168,8 @@ def draw(seconds: dict[str, list[float]], path: Path) -> None:
 def _save(result: dict[str, Any], config: ServeBenchConfig) -> None:
     concurrency = f"-concurrency{config.max_concurrency}" if config.max_concurrency else ""
     model = result["model_id"].rstrip("/").split("/")[-1]
-    default_name = (
-        f"{config.label or config.backend}-{config.request_rate}qps{concurrency}-{model}-{result['date']}.json"
-    )
+    label = config.label or config.backend
+    default_name = f"{label}-{config.request_rate}qps{concurrency}-{model}-{result['date']}.json"
     folder = config.result_dir or Path()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (config.result_filename or default_name)

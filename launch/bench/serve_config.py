@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...runtime.config import option
-from .output_files import require_folder
+from .output_files import require_outputs
 from .serve_metrics import METRICS
 
 Backend = Literal["openai", "openai-chat"]
@@ -102,14 +102,11 @@ class ServeBenchConfig:
         if (self.dataset_path is not None) != self.from_file:
             way_out = "give --dataset-path FILE" if self.from_file else "drop --dataset-path or name its dataset"
             raise ValueError(f"--dataset-name {self.dataset_name} is {'' if self.from_file else 'not '}read; {way_out}")
-        self._check_results()
-        _ = self.slo, self.metrics, self.percentiles, self.notes
-
-    def _check_results(self) -> None:
         for name in ("save_detailed", "result_dir", "result_filename"):
             if getattr(self, name) and not self.save_result:
                 raise ValueError(f"{_flag(name)} is about the file of results; add --save-result")
-        require_folder(self.plot)
+        require_outputs(plot=self.plot)
+        _ = self.slo, self.metrics, self.percentiles, self.notes
 
     @property
     def from_file(self) -> bool:
@@ -123,13 +120,11 @@ class ServeBenchConfig:
 
     @property
     def url(self) -> str:
-        """The URL of the server."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return self.base_url or f"http://{host}:{self.port}"
 
     @property
     def path(self) -> str:
-        """The path of the requests."""
         return self.endpoint or ENDPOINTS[self.backend]
 
     @property
@@ -137,9 +132,7 @@ class ServeBenchConfig:
         """The reported metrics, in the order of METRICS."""
         names = self.percentile_metrics.split(",")
         if unknown := set(names) - set(METRICS):
-            raise ValueError(
-                f"--percentile-metrics has {sorted(unknown)[0]!r}, which is not one of {', '.join(METRICS)}"
-            )
+            raise ValueError(f"--percentile-metrics has {min(unknown)!r}, which is not one of {', '.join(METRICS)}")
         return [name for name in METRICS if name in names]
 
     @property

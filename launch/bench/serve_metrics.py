@@ -88,13 +88,12 @@ def summary(records: Sequence[Record], duration: float, slo: Mapping[str, float]
 
 def details(records: Sequence[Record]) -> dict[str, list[Any]]:
     """Return lists with one entry for each request in the order of the prompts; zeros for failed requests."""
-    failed = [bool(r.error) for r in records]
     return {
         "input_lens": [r.prompt_len for r in records],
-        "output_lens": [0 if bad else r.output_len for r, bad in zip(records, failed, strict=True)],
-        "ttfts": [0.0 if bad else ttft(r) for r, bad in zip(records, failed, strict=True)],
-        "itls": [[] if bad else itls(r) for r, bad in zip(records, failed, strict=True)],
-        "latencies": [0.0 if bad else e2el(r) for r, bad in zip(records, failed, strict=True)],
+        "output_lens": [0 if r.error else r.output_len for r in records],
+        "ttfts": [0.0 if r.error else ttft(r) for r in records],
+        "itls": [[] if r.error else itls(r) for r in records],
+        "latencies": [0.0 if r.error else e2el(r) for r in records],
         "start_times": [r.started for r in records],
         "generated_texts": [r.text for r in records],
         "errors": [r.error for r in records],

@@ -6,18 +6,14 @@ time of the ops inside it.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
-HOST_EVENTS = ("cpu_op",)
-OTHER = "other"
-# The first class whose pattern matches a kernel's name counts: names of attention kernels also contain those of GEMMs
+# The first pattern that matches a kernel's name gives its class: names of attention kernels also contain those of GEMMs
 # (they are made of CUTLASS), and the name of a fused all-reduce also contains its norm.
 CLASSES = {
     "communication": r"nccl|gloo|c10d|all_?reduce|all_?gather",
@@ -68,7 +64,7 @@ def kernel_times(trace: bytes) -> KernelTimes | None:
 
 def classify(name: str) -> str:
     """Return the class of a kernel or op, by its name."""
-    return next((c for c, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE)), OTHER)
+    return next((c for c, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def read_events(trace: bytes) -> list[Event]:
@@ -77,7 +73,7 @@ def read_events(trace: bytes) -> list[Event]:
     kernels = [e for e in raw if e.get("cat") in DEVICE_EVENTS]
     if kernels:
         return [Event(e["name"], e["ts"], e["ts"] + e["dur"], e["dur"]) for e in kernels]
-    return _nested([e for e in raw if e.get("cat") in HOST_EVENTS])
+    return _nested([e for e in raw if e.get("cat") == "cpu_op"])
 
 
 def union(events: Iterable[Event]) -> float:
@@ -89,24 +85,16 @@ def union(events: Iterable[Event]) -> float:
     return total
 
 
-def write_trace(trace: bytes, path: Path) -> None:
-    """Write a trace to a file, gzipped if its name ends in .gz."""
-    path.write_bytes(gzip.compress(trace) if path.suffix == ".gz" else trace)
-
-
 def _nested(raw: list[dict[str, Any]]) -> list[Event]:
     """Return the events of threads, in which one event lies inside another but never across its end."""
     raw = sorted(raw, key=lambda e: (e["tid"], e["ts"], -e["dur"]))
+    ends = [(e["tid"], e["ts"] + e["dur"]) for e in raw]
     exclusive = [e["dur"] for e in raw]
     open_: list[int] = []
     for i, event in enumerate(raw):
-        while open_ and not _is_inside(event, raw[open_[-1]]):
+        while open_ and (event["tid"], event["ts"]) >= ends[open_[-1]]:
             open_.pop()
         if open_:
             exclusive[open_[-1]] -= event["dur"]
         open_.append(i)
     return [Event(e["name"], e["ts"], e["ts"] + e["dur"], t) for e, t in zip(raw, exclusive, strict=True)]
-
-
-def _is_inside(event: dict[str, Any], outer: dict[str, Any]) -> bool:
-    return bool(event["tid"] == outer["tid"] and event["ts"] < outer["ts"] + outer["dur"])

@@ -38,7 +38,7 @@ def batch(size: int, input_len: int, output_len: int, n: int = 1) -> Workload:
 
 
 def uniform(num_prompts: int, input_len: int, output_len: int, random_range_ratio: float, seed: int) -> Workload:
-    """Return prompts whose lengths are uniform in `length_range` of input_len and output_len."""
+    """Return prompts with lengths uniform in `length_range` of input_len and output_len."""
     generator = random.Random(seed)
     inputs, outputs = (
         [generator.randint(*length_range(middle, random_range_ratio)) for _ in range(num_prompts)]

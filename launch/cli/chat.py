@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
@@ -13,7 +13,8 @@ import msgspec
 from ...runtime.config import Config
 from ...runtime.outputs import Event
 from ...runtime.request import SamplingParams
-from ..signals import Terminated, signals_wait
+from ..signals import Terminated
+from .generate import open_llm
 
 if TYPE_CHECKING:
     from ..llm import LLM
@@ -29,13 +30,8 @@ def chat(config: dict[str, Any], url: str | None) -> None:
     if url is not None:
         talk(remote(url, _named_model(config)), sys.stdout)
     else:
-        with signals_wait():  # torch takes seconds, which a wrong option need not wait for
-            import transformers.models.auto.tokenization_auto  # noqa: F401 - LLM would import it outside of this block
-
-            from ..llm import LLM
-
         stdout = sys.stdout
-        with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
+        with open_llm(config) as llm:
             talk(local(llm), stdout)
 
 

@@ -7,11 +7,13 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
+
+import msgspec
 
 from ...runtime.config import option
 from ...runtime.outputs import CompletionOutput, Event, Logprob, RequestOutput
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 DEFAULT_MAX_TOKENS = 128
-RECOMMENDED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # the checkpoint has defaults
 SAMPLING_FIELDS = ("max_tokens", "temperature", "top_p", "top_k", "seed", "n", "logprobs", "ignore_eos")
 
 
@@ -55,27 +56,33 @@ class GenerateOptions:
 
 
 def generate(config: dict[str, Any], options: GenerateOptions) -> None:
-    """Print the outputs of all prompts as they are generated; raises ValueError before the model is loaded."""
+    """Print the outputs of all prompts during generation; raises ValueError before the model is loaded."""
     if options.logprobs is not None and not options.as_json:
         raise ValueError("--logprobs is printed with --json only; add --json")
     prompts = _read_prompts(options.prompt or [], options.prompt_file or [])
     sampling = _sampling_fields(options)
     SamplingParams(**sampling)
-    with signals_wait():  # torch and transformers take seconds, which --help and a wrong flag need not wait for
-        import transformers.models.auto.tokenization_auto  # noqa: F401 - LLM would import it outside of this block
-
-        from ..llm import LLM
-
     stdout = sys.stdout
-    with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
-        recommended = llm.get_default_sampling_params()
-        defaults = {name: getattr(recommended, name) for name in RECOMMENDED_FIELDS}
-        params = SamplingParams(**{"max_tokens": DEFAULT_MAX_TOKENS, **defaults, **sampling})
+    with open_llm(config) as llm:
+        settings = {"max_tokens": DEFAULT_MAX_TOKENS, **sampling}
+        params = msgspec.structs.replace(llm.get_default_sampling_params(), **settings)
         encode_chat = llm.tokenizer.encode_chat
         inputs = [encode_chat([{"role": "user", "content": p}]) for p in prompts] if options.chat else prompts
         started = time.perf_counter()
         results = _stream(llm, inputs, params, Printer(stdout, prompts, params.n, options.as_json))
         _log_results(results, time.perf_counter() - started, llm.config.tensor_parallel_size)
+
+
+@contextmanager
+def open_llm(config: dict[str, Any]) -> Iterator[LLM]:
+    """Yield the model of `config`; within the block, print to stderr what Ray and libraries print to stdout."""
+    with signals_wait():  # torch and transformers take seconds, which --help and a wrong flag need not wait for
+        import transformers.models.auto.tokenization_auto  # noqa: F401 - LLM would import it outside of this block
+
+        from ..llm import LLM
+
+    with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
+        yield llm
 
 
 def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:
@@ -116,16 +123,15 @@ def _structured_outputs(options: GenerateOptions) -> StructuredOutputsParams | N
 def _stream(
     llm: LLM, inputs: Sequence[str] | Sequence[list[int]], params: SamplingParams, printer: Printer
 ) -> list[RequestOutput]:
-    """Print everything as it is generated; returns the results in the order of the prompts."""
-    results: dict[int, RequestOutput] = {}
+    """Print the outputs during generation; returns the results in the order of the prompts."""
+    results: list[RequestOutput] = []
     for event in llm.stream(inputs, params):
         if isinstance(event, Event):
             printer.add_text(event)
         else:
-            number = int(event.request_id)
-            results[number] = event
-            printer.add_result(number, event)
-    return [results[i] for i in sorted(results)]
+            results.append(event)
+            printer.add_result(event)
+    return sorted(results, key=lambda result: int(result.request_id))
 
 
 def _log_results(results: list[RequestOutput], seconds: float, tensor_parallel_size: int) -> None:
@@ -164,10 +170,11 @@ class Printer:
             self._out.write("\n")
             del self._pending[first]
 
-    def add_result(self, prompt: int, result: RequestOutput) -> None:
+    def add_result(self, result: RequestOutput) -> None:
         """Print the finished outputs of a prompt as JSON lines, with --json."""
         for output in result.outputs if self._as_json else []:
-            line = json.dumps(_as_object(self._prompts[prompt], result, output), ensure_ascii=False)
+            prompt = self._prompts[int(result.request_id)]
+            line = json.dumps(_as_object(prompt, result, output), ensure_ascii=False)
             print(line, file=self._out, flush=True)
 
     def _print_heading(self, prompt: int, index: int) -> None:

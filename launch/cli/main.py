@@ -37,18 +37,12 @@ def main() -> None:
     end_on_sigterm()
     try:
         app()
-    except ValueError as error:
-        _fail(error, status=2)
-    except (PlacementError, RankFailed) as error:
-        _fail(error, status=1)
+    except (ValueError, PlacementError, RankFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
     except SystemExit as end:
         atexit.register(end_at_once)  # runs first at exit: the ranks have stopped, and signals need not be handled
         sys.exit(status_of(end))
-
-
-def _fail(error: Exception, status: int) -> None:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(status)
 
 
 @app.callback(invoke_without_command=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,21 +18,12 @@ from ..cluster.placement import nodes
 from ..cluster.rank_resources import bundle, fitting
 from ..signals import Undo
 from .finding import Finding, ok, run_check, warn
-from .gpu_checks import devices_finding, uses_gpus
-from .machine_checks import versions
+from .machine_checks import devices_finding, uses_gpus, versions
 from .planned_start import LOOPBACK, PlannedStart
 
 NODE_S = 60.0  # for the slowest node to answer
 
 Examine = Callable[..., Iterable[Finding]]
-
-
-@dataclass(frozen=True)
-class NodeReport:
-    """The versions and findings of one node."""
-
-    versions: dict[str, str]
-    findings: list[Finding]
 
 
 def survey(config: Config, examine: Examine) -> Iterator[Finding]:
@@ -46,15 +37,16 @@ def survey(config: Config, examine: Examine) -> Iterator[Finding]:
         by_ip = {node["NodeManagerAddress"]: node for node in nodes()}
         resources = {ip: node["Resources"] for ip, node in by_ip.items()}
         yield run_check("devices", partial(devices_finding, config, resources))
-        reports: dict[str, NodeReport] = {}
+        known_versions: dict[str, dict[str, str]] = {}
+        findings: dict[str, list[Finding]] = {}
         examined = {ip: by_ip[ip] for ip in candidates(config, resources)}
         for ip, call in _examine_nodes(config, examine, examined).items():
             try:
-                reports[ip] = ray.get(call, timeout=0)
+                known_versions[ip], findings[ip] = ray.get(call, timeout=0)
             except RayError as error:
-                yield silence_finding(ip, error)
-        yield versions_finding({ip: report.versions for ip, report in reports.items()})
-        yield from merged({ip: report.findings for ip, report in reports.items()})
+                yield _silence_finding(ip, error)
+        yield versions_finding(known_versions)
+        yield from merged(findings)
     finally:
         if not was_connected:
             ray.shutdown()
@@ -66,10 +58,8 @@ def candidates(config: Config, resources: Mapping[str, Mapping[str, float]]) -> 
     return [ip for ip, amounts in resources.items() if fitting(amounts, rank_resources)] or list(resources)
 
 
-def silence_finding(ip: str, error: RayError) -> Finding:
-    """Return the finding for a node whose checks have failed or not ended."""
-    reason = str(error).strip().splitlines()[-1]
-    text = f"no report within {NODE_S:.0f} s: {type(error).__name__}: {reason}"
+def _silence_finding(ip: str, error: RayError) -> Finding:
+    text = f"no report within {NODE_S:.0f} s: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
     return Finding(f"node {ip}", "fail", text, "install the same lockstep there, and see that it is not overloaded")
 
 
@@ -104,11 +94,9 @@ def _connect(config: Config) -> Finding:
 
 
 def addresses_finding(addresses: Sequence[str]) -> Finding:
-    """Return the finding for the nodes' addresses."""
     if addresses == [LOOPBACK]:  # Ray takes it if it finds no route out, and then no other node can join
-        return warn(
-            f"the only node calls itself {LOOPBACK}", "ray start --head --node-ip-address=ITS_IP lets others join"
-        )
+        remedy = "ray start --head --node-ip-address=ITS_IP lets others join"
+        return warn(f"the only node calls itself {LOOPBACK}", remedy)
     return ok(f"connected, {len(addresses)} nodes")
 
 
@@ -124,8 +112,8 @@ def _examine_nodes(config: Config, examine: Examine, by_ip: Mapping[str, Mapping
     return calls
 
 
-def _examine_node(config: Config, examine: Examine, ip: str) -> NodeReport:
-    """Run by Ray on each node."""
+def _examine_node(config: Config, examine: Examine, ip: str) -> tuple[dict[str, str], list[Finding]]:
+    """Return the versions and findings of this node; Ray runs it on each node."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         del os.environ["CUDA_VISIBLE_DEVICES"]  # Ray hides the GPUs from tasks that take none
-    return NodeReport(versions(PlannedStart(config, ip)), list(examine(config, ip, alone=False)))
+    return versions(PlannedStart(config, ip)), list(examine(config, ip, alone=False))

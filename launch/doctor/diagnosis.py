@@ -7,27 +7,25 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from ...runtime.config import Config
+from . import machine_checks, model_checks
 from .finding import Finding, run_check
-from .gpu_checks import check_devices, check_gpu_processes, check_nccl, check_p2p
-from .machine_checks import check_interface, check_open_files, check_packages, check_shared_memory
-from .model_checks import check_checkpoint, check_memory, check_tensor_parallel, check_tokenizer
 from .p2p import start_p2p_check
 from .planned_start import LOOPBACK, PlannedStart
 
 Check = Callable[[PlannedStart], Finding]
-LOCAL_CHECKS: dict[str, Check] = {"devices": check_devices}  # on a cluster, one check counts all nodes
+LOCAL_CHECKS: dict[str, Check] = {"devices": machine_checks.check_devices}  # on a cluster, one check counts all nodes
 CHECKS: dict[str, Check] = {
-    "packages": check_packages,
-    "tensor parallel": check_tensor_parallel,
-    "checkpoint": check_checkpoint,
-    "tokenizer": check_tokenizer,
-    "memory": check_memory,
-    "neighbours": check_gpu_processes,
-    "NCCL": check_nccl,
-    "peer access": check_p2p,
-    "interface": check_interface,
-    "shared memory": check_shared_memory,
-    "open files": check_open_files,
+    "packages": machine_checks.check_packages,
+    "tensor parallel": model_checks.check_tensor_parallel,
+    "checkpoint": model_checks.check_checkpoint,
+    "tokenizer": model_checks.check_tokenizer,
+    "memory": model_checks.check_memory,
+    "neighbours": machine_checks.check_gpu_processes,
+    "NCCL": machine_checks.check_nccl,
+    "peer access": machine_checks.check_p2p,
+    "interface": machine_checks.check_interface,
+    "shared memory": machine_checks.check_shared_memory,
+    "open files": machine_checks.check_open_files,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 from ...comm.error_text import first_line
@@ -26,19 +27,10 @@ class Finding:
         return f"{self.status:<4}  {self.name}: {self.finding}" + (f"; {self.remedy}" if self.remedy else "")
 
 
-def ok(finding: str) -> Finding:
-    """Return a finding without a problem; `run_check` adds the name, as in `warn` and `fail`."""
-    return Finding("", "ok", finding)
-
-
-def warn(finding: str, remedy: str) -> Finding:
-    """Return a finding that does not keep the ranks from starting."""
-    return Finding("", "warn", finding, remedy)
-
-
-def fail(finding: str, remedy: str) -> Finding:
-    """Return a finding that keeps the ranks from starting."""
-    return Finding("", "fail", finding, remedy)
+# Findings without a name, which `run_check` adds. A failure keeps the ranks from starting, a warning does not.
+ok = partial(Finding, "", "ok")
+warn = partial(Finding, "", "warn")
+fail = partial(Finding, "", "fail")
 
 
 def run_check(name: str, check: Callable[[], Finding]) -> Finding:

@@ -1,10 +1,11 @@
-"""Checks of one machine: packages, network interface, shared memory and limits.
+"""Checks of one machine: packages, GPUs, NCCL, network interface, shared memory and limits.
 
-The `_finding` functions take numbers and text, so that tests can stand for any machine.
+The `_finding` functions take numbers and text, so that tests can stand for any machine and need no GPU.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import runpy
@@ -17,23 +18,26 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from ...comm.format_bytes import format_bytes
+from ...runtime.config import Config
+from ...runtime.memory.gpu_processes import Process
 from ..cluster.network import is_own, own_addresses
-from ..cluster.rank_resources import LOCAL_OBJECT_STORE_BYTES
+from ..cluster.rank_resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
 from .finding import Finding, fail, ok, warn
-from .planned_start import PlannedStart
+from .p2p import PairResults
+from .planned_start import PlannedStart, visible_gpus
 
 DRIVER = Path("/proc/driver/nvidia/version")
 NCCL_SHM_BYTES = 64 * 2**20  # of each rank, an estimate: a buffer of 4 MiB for each of NCCL's channels
 MIN_FILES, ENOUGH_FILES = 512, 4096  # descriptors of Ray and torch, beside one for each request's connection
 LISTED_PACKAGES = ("torch", "ray", "transformers", "cupy", "flashinfer", "cuda-python")
+NO_GPU = "skipped: no GPU here that the ranks would use"
 
 
 def check_packages(start: PlannedStart) -> Finding:
     """Compare the installed packages with lockstep's requirements."""
     if _version("lockstep") is None:
-        return warn(
-            "lockstep can be imported but is not installed; what it requires is unknown", "run scripts/setup.sh"
-        )
+        text = "lockstep can be imported but is not installed; what it requires is unknown"
+        return warn(text, "run scripts/setup.sh")
     cuda = cuda_of_torch()
     extra = f"cuda{cuda.split('.')[0]}" if cuda and start.gpus else ""
     lines = [Requirement(line) for line in metadata.requires("lockstep") or ()]
@@ -56,9 +60,9 @@ def packages_finding(
 ) -> Finding:
     """Return the finding for installed versions by name; `driver`: the machine has an NVIDIA driver."""
     wrong = [
-        f"{line.name}{line.specifier} ({'not there' if (version := installed.get(line.name)) is None else version})"
+        f"{line.name}{line.specifier} ({installed.get(line.name, 'not there')})"
         for line in required
-        if not line.specifier.contains(installed.get(line.name, "0"), prereleases=True) or line.name not in installed
+        if line.name not in installed or not line.specifier.contains(installed[line.name], prereleases=True)
     ]
     if wrong:
         target = f"lockstep[{extra}]" if extra else "lockstep"
@@ -72,13 +76,105 @@ def packages_finding(
 
 def versions(start: PlannedStart) -> dict[str, str]:
     """Return the versions that must be equal on all nodes, by name; NCCL only on a machine with GPUs."""
-    library = {}
+    by_name = {name: _version(name) or "none" for name in ("lockstep", "torch", "ray", "transformers")}
     if start.gpus:
         from ...comm.nccl_library import open_library  # imports torch
 
-        library = {"NCCL": str(open_library(start.config.nccl_library))}
-    packages = {name: _version(name) or "none" for name in ("lockstep", "torch", "ray", "transformers")}
-    return {"Python": platform.python_version(), **packages, **library}
+        by_name["NCCL"] = str(open_library(start.config.nccl_library))
+    return {"Python": platform.python_version(), **by_name}
+
+
+def check_devices(start: PlannedStart) -> Finding:
+    """Check that the ranks fit on this machine, which is not part of a cluster."""
+    cores, ranks = len(os.sched_getaffinity(0)), start.config.tensor_parallel_size
+    # A Ray cluster that lockstep starts has a CPU for each rank.
+    resources = {"CPU": max(cores, ranks), "GPU": visible_gpus()}
+    finding = devices_finding(start.config, {"this machine": resources})
+    if finding.status == "ok" and start.gpus == 0 and cores < ranks:
+        return warn(f"{ranks} ranks share {cores} cores", "use a smaller --tp, or GPUs")
+    return finding
+
+
+def devices_finding(config: Config, nodes: Mapping[str, Mapping[str, float]]) -> Finding:
+    """Return the finding for the CPUs and GPUs of each node, as in Ray's table of resources."""
+    ranks, cuda = config.tensor_parallel_size, uses_gpus(config, nodes)
+    room = sum(fitting(amounts, bundle(config, cuda=cuda)) for amounts in nodes.values())
+    listed = ", ".join(f"{node} has {a.get('CPU', 0):g} CPUs and {a.get('GPU', 0):g} GPUs" for node, a in nodes.items())
+    devices = f"with {config.gpus_per_rank:g} GPU each" if cuda else "on CPUs"
+    text = f"{ranks} rank{'s' if ranks > 1 else ''} {devices}"
+    if room < ranks:
+        return fail(f"{text} do not fit: {listed}, room for {room}", "use a smaller --tp, more nodes, or --device cpu")
+    return ok(f"{text}: {listed}")
+
+
+def uses_gpus(config: Config, nodes: Mapping[str, Mapping[str, float]]) -> bool:
+    """Return True if the ranks take GPUs on nodes with these resources."""
+    has_gpus = any(amounts.get("GPU", 0) > 0 for amounts in nodes.values())
+    return config.device == "cuda" or (config.device == "auto" and has_gpus)
+
+
+def check_nccl(start: PlannedStart) -> Finding:
+    """Check that libnccl can be loaded, and that only one is."""
+    if start.gpus == 0:
+        return ok(NO_GPU)
+    from ...comm.nccl_library import NcclError, mapped_libraries, open_library  # imports torch, and its libnccl
+
+    try:
+        library = open_library(start.config.nccl_library)
+    except NcclError as error:
+        raise ValueError(str(error)) from error
+    named_by_user = start.config.nccl_library is not None
+    return nccl_finding(str(library), library.path, mapped_libraries(), named_by_user=named_by_user)
+
+
+def nccl_finding(version: str, path: str, mapped: Sequence[str], *, named_by_user: bool) -> Finding:
+    """Return the finding for the mapped libraries; beside a library that the user names, torch's is mapped too."""
+    text = f"{version} from {path}"
+    if len(mapped) > (2 if named_by_user else 1):
+        return warn(f"{text}, and {len(mapped)} are mapped: {', '.join(mapped)}", "uninstall all but one nvidia-nccl")
+    return ok(text + (", beside torch's own" if len(mapped) > 1 else ""))
+
+
+def check_p2p(start: PlannedStart) -> Finding:
+    """Check the copies between the GPUs of this machine."""
+    if start.gpus < 2 or start.p2p is None:
+        return ok(f"skipped: {start.gpus} GPUs here that the ranks would use, and it takes two")
+    return p2p_finding(start.p2p.result())
+
+
+def p2p_finding(results: PairResults) -> Finding:
+    wrong, staged = ([pair for pair, result in results.items() if result == kind] for kind in ("wrong", "staged"))
+    if wrong:
+        remedy = "set NCCL_P2P_DISABLE=1, and look at the IOMMU's settings (ACS)"
+        return fail(f"what one GPU writes arrives changed at another, GPU {', '.join(wrong)}", remedy)
+    if staged:
+        return warn(f"no direct access, slow, GPU {', '.join(staged)}", "use GPUs that NVLink or one PCIe root joins")
+    return ok(f"{len(results)} directions written, read back, and direct")
+
+
+def check_gpu_processes(start: PlannedStart) -> Finding:
+    """Check which other processes use the GPUs of the ranks."""
+    if start.gpus == 0:
+        return ok(NO_GPU)
+    from ...runtime.memory import gpu  # imports torch
+
+    return gpu_processes_finding([gpu.processes(device) for device in gpu.devices(start.gpus)], os.getpid())
+
+
+def gpu_processes_finding(gpus: Sequence[Sequence[Process] | None], own_pid: int) -> Finding:
+    """Return the finding for the processes on each GPU, None if they cannot be listed."""
+    if all(processes is None for processes in gpus):
+        remedy = "install nvidia-ml-py, and see that nvidia-smi runs here"
+        return warn("NVML does not list the processes on the GPUs", remedy)
+    others = [
+        f"GPU {n}: {process}"
+        for n, processes in enumerate(gpus)
+        for process in processes or ()
+        if process.pid != own_pid and process.is_large
+    ]
+    if others:
+        return warn(", ".join(others), "end them, or lower gpu_memory_utilization to what they leave")
+    return ok(f"no other process on {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}")
 
 
 def check_interface(start: PlannedStart) -> Finding:
@@ -104,9 +200,8 @@ def check_shared_memory(start: PlannedStart) -> Finding:
 
 def shared_memory_finding(free: int, ray: int, nccl: int) -> Finding:
     """Return the finding for free bytes, and the bytes that a Ray cluster started here and NCCL take."""
-    text = (
-        f"{format_bytes(free)} free in /dev/shm, {format_bytes(ray)} for Ray and {format_bytes(nccl)} for NCCL needed"
-    )
+    needed = f"{format_bytes(ray)} for Ray and {format_bytes(nccl)} for NCCL needed"
+    text = f"{format_bytes(free)} free in /dev/shm, {needed}"
     remedy = "free some, or give the container more (docker run --shm-size=2g)"
     if free < nccl:
         return fail(text, remedy)
@@ -121,9 +216,8 @@ def check_open_files(start: PlannedStart) -> Finding:
 
 
 def open_files_finding(soft: int, hard: int, requests: int) -> Finding:
-    """Return the finding for the soft and the hard limit of descriptors."""
     if soft == resource.RLIM_INFINITY or soft >= ENOUGH_FILES + requests:
-        return ok(f"{'no limit' if soft == resource.RLIM_INFINITY else f'limit of {soft}'}")
+        return ok("no limit" if soft == resource.RLIM_INFINITY else f"limit of {soft}")
     remedy = f"ulimit -n {ENOUGH_FILES + requests}" + (f" (as root: the hard limit is {hard})" if hard == soft else "")
     text = f"limit of {soft}, and {requests} requests at once need {MIN_FILES + requests} and better more"
     return fail(text, remedy) if soft < MIN_FILES + requests else warn(text, remedy)

@@ -63,9 +63,8 @@ def check_memory(start: PlannedStart) -> Finding:
         plans = [gpu.plan_on_gpu(plan, resolved, device) for device in gpu.devices(start.gpus)]
         plan = min(plans, key=lambda plan: plan.room or 0)
     if resolved.device == "cuda" and plan.total is None:
-        return warn(
-            f"{format_bytes(plan.weights)} of weights on each rank, and no GPU here to hold them", "see devices"
-        )
+        weights = format_bytes(plan.weights)
+        return warn(f"{weights} of weights on each rank, and no GPU here to hold them", "see devices")
     return memory_finding(config, resolved, plan, _available_host_memory())
 
 
@@ -83,9 +82,8 @@ def memory_finding(config: Config, resolved: Config, plan: MemoryPlan, host: int
     )
     needed = (plan.weights + plan.kv_cache) * resolved.tensor_parallel_size
     if plan.total is None and needed > host:
-        return warn(
-            f"{text}; in all {format_bytes(needed)}, and {format_bytes(host)} are available", "lower --kv-cache-memory"
-        )
+        total = f"in all {format_bytes(needed)}, and {format_bytes(host)} are available"
+        return warn(f"{text}; {total}", "lower --kv-cache-memory")
     if context < resolved.max_model_len:
         return warn(f"{text} of the model's {resolved.max_model_len:,}", "give the KV cache more room")
     return ok(text)

@@ -22,16 +22,16 @@ PairResult = Literal["direct", "staged", "wrong"]  # staged: through the host's 
 PairResults = dict[str, PairResult]  # by pair, as in "0 to 1"
 
 
-class P2PCheck:
+class P2PCheck(ChildProcess):
     """A process that copies between all pairs of the first `gpus` GPUs; call `close` in any case."""
 
     def __init__(self, gpus: int) -> None:
-        self._process = ChildProcess([*calling(copy_between_all), str(gpus)])
+        super().__init__([*calling(copy_between_all), str(gpus)])
 
     def result(self) -> PairResults:
         """Return the result of each pair; raises ValueError if the process fails or is silent for DEADLINE_S."""
         try:
-            results: PairResults = self._process.answer(DEADLINE_S)
+            results: PairResults = self.answer(DEADLINE_S)
         except TimeoutError as error:
             raise ValueError(
                 f"copies between the GPUs hang, nothing after {DEADLINE_S:.0f} s; see dmesg for Xid errors, and try"
@@ -40,10 +40,6 @@ class P2PCheck:
         except ChildFailed as error:
             raise ValueError(f"the GPUs cannot be used: {error}; see nvidia-smi and dmesg") from error
         return results
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.close()
 
 
 def start_p2p_check(config: Config) -> closing[P2PCheck] | nullcontext[None]:

@@ -11,24 +11,20 @@ import json
 import logging
 import sys
 from contextlib import redirect_stdout
-from typing import TYPE_CHECKING
 
 from ...runtime.config import Config
 from ..child_process import ChildFailed, ChildProcess, calling
-
-if TYPE_CHECKING:
-    from .finding import Finding
 
 log = logging.getLogger(__name__)
 DEADLINE_S = 120.0  # a cluster's nodes have 60 s to answer
 
 
-class Preflight:
+class Preflight(ChildProcess):
     """The checks, running in a child process; call `close` in any case."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._process = ChildProcess([*calling(print_findings), json.dumps(dataclasses.asdict(config))])
+        super().__init__([*calling(print_findings), json.dumps(dataclasses.asdict(config))])
 
     def verify(self) -> None:
         """Wait for the findings and log the warnings; raises ValueError with every finding that fails."""
@@ -41,13 +37,9 @@ class Preflight:
         if failures:
             raise ValueError("the start would fail (--no-preflight tries it anyway)\n  " + "\n  ".join(failures))
 
-    def close(self) -> None:
-        """End the checks that still run."""
-        self._process.close()
-
     def _findings(self) -> list[dict[str, str]]:
         try:
-            findings: list[dict[str, str]] = self._process.answer(DEADLINE_S)
+            findings: list[dict[str, str]] = self.answer(DEADLINE_S)
         except TimeoutError as error:
             raise ValueError(
                 f"the checks before the start have not ended within {DEADLINE_S:.0f} s; lockstep doctor shows which one"
@@ -66,7 +58,7 @@ def print_findings() -> None:
 
     stdout = sys.stdout
     with redirect_stdout(sys.stderr):
-        findings: list[Finding] = list(diagnose(Config.from_options(json.loads(sys.argv[1]))))
+        findings = list(diagnose(Config.from_options(json.loads(sys.argv[1]))))
     print(json.dumps([dataclasses.asdict(finding) for finding in findings]), file=stdout)
 
 

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from ...runtime.request import RequestRefused
 from ..engine.async_tokenizer import TokenizationRefused
 from ..errors import EngineFailed, RequestCrashedEngine
-from .protocol.request_models import NeutralOnly
+from .protocol.request_models import NEUTRAL_ONLY
 
 MAX_MESSAGE = 600  # characters
 MAX_QUOTE = 64  # characters of a value from the request, quoted in a message
@@ -64,6 +64,11 @@ def invalid(param: str, rule: str) -> ApiError:
     return ApiError(400, f"Invalid '{param}': it {rule}.", param=param, code="invalid_value")
 
 
+def missing(param: str) -> ApiError:
+    """Return the error for a field that is required."""
+    return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+
+
 def as_api_error(error: ApiError | RequestRefused | EngineFailed) -> ApiError:
     """Return the response to a request that the server or the engine refuses, or that the engine cannot finish."""
     if isinstance(error, ApiError):
@@ -75,12 +80,6 @@ def as_api_error(error: ApiError | RequestRefused | EngineFailed) -> ApiError:
     if isinstance(error, TokenizationRefused):
         return ApiError(400, str(error), param=error.param, code="too_complex" if error.timed_out else "invalid_value")
     return ApiError(400, str(error), code="invalid_value")
-
-
-def from_value_error(error: ValueError, fields: dict[str, FieldInfo]) -> ApiError:
-    """Return the response to an error of SamplingParams. Its message begins with the name of the parameter."""
-    name = str(error).partition("=")[0].partition("[")[0]
-    return ApiError(400, str(error), param=name if name in fields else None, code="invalid_value")
 
 
 def from_validation_error(error: ValidationError, fields: dict[str, FieldInfo]) -> ApiError:
@@ -97,10 +96,10 @@ def from_validation_error(error: ValidationError, fields: dict[str, FieldInfo]) 
         return _unsupported(path)
     if kind == "json_invalid" or path is None:
         return ApiError(400, f"the body is not what this route takes: {first['msg']}", code="invalid_json")
-    if field is not None and _is_neutral_only(field):
+    if field is not None and NEUTRAL_ONLY in field.metadata:
         return _unsupported(path)
     if kind == "missing" and not (described and len(error.errors()) > 1):
-        return ApiError(400, f"Missing required parameter: '{path}'.", param=path, code="missing_required_parameter")
+        return missing(path)
     rule = f"expected {field.description}" if field and field.description else first["msg"]
     if isinstance(value, (str, int, float)):
         rule += f", but got {shortened(repr(value), MAX_QUOTE)}"
@@ -125,13 +124,9 @@ def _locate(loc: tuple[int | str, ...], fields: dict[str, FieldInfo]) -> tuple[s
             path += f"[{step}]"
         elif (name := f"{parent}.{step}") in fields or (name := step) in fields:
             path, field, parent = f"{path}.{step}" if path else step, fields[name], step
-            if field.description or _is_neutral_only(field):  # the description covers everything inside the field
+            if field.description or NEUTRAL_ONLY in field.metadata:  # it covers everything inside the field
                 break
     return (path, field) if loc else (None, None)
-
-
-def _is_neutral_only(field: FieldInfo) -> bool:
-    return any(isinstance(mark, NeutralOnly) for mark in field.metadata)
 
 
 def _code(kind: str, limits: dict[str, Any]) -> str:

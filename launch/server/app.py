@@ -1,4 +1,4 @@
-"""The ASGI application: the routes with their documentation, the API key, and the responses to errors."""
+"""The ASGI application: the routes with their documentation, the page, the API key, and the responses to errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import binascii
 import hashlib
 import hmac
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,19 +16,19 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...runtime.request import RequestRefused
 from ...runtime.version import __version__
 from ..errors import EngineFailed
-from . import page_files
 from .api_errors import ApiError, ErrorReply, as_api_error
 from .handlers import Handlers
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .protocol.response_models import ChatCompletion, Completion, Detokenized, Healthy, ModelList, Tokens, Version
 
 REF = "#/components/schemas/{model}"
+PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}  # a chat, and a live view of the engine
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": meaning}
     for status, meaning in {
@@ -37,13 +38,14 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The engine is down, restarting or shutting down; try again later",
     }.items()
 }  # fmt: skip
+HANDLED = (ApiError, RequestRefused, EngineFailed, HTTPException, ClientDisconnect, Exception)
 
 
 def create_app(handlers: Handlers, keys: Sequence[str]) -> ASGIApp:
     """Return the application; without keys, it serves everyone."""
     app = DocumentedApp(
         title="lockstep", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
-        exception_handlers=EXCEPTION_HANDLERS,
+        exception_handlers=dict.fromkeys(HANDLED, _on_error),
     )  # fmt: skip
     app.has_keys = bool(keys)
     for path, handler, body, reply, other_content in (
@@ -60,12 +62,16 @@ def create_app(handlers: Handlers, keys: Sequence[str]) -> ASGIApp:
         app.add_api_route(
             path, handler, methods=["GET" if body is None else "POST"], response_model=reply,
             response_class=Response if reply is None else JSONResponse,
-            responses=ERRORS | {200: {"content": content}}, openapi_extra=_body_schema(body),
+            responses=ERRORS | {200: {"content": content}}, openapi_extra=body and _body_schema(body),
         )  # fmt: skip
     app.add_route("/stats", handlers.stats, include_in_schema=False)
-    for path in page_files.FILES:
-        app.add_route(path, page_files.send_page_file, include_in_schema=False)
+    for path in PAGE:
+        app.add_route(path, _send_page_file, include_in_schema=False)
     return RequireKey(app, keys)
+
+
+async def _send_page_file(request: Request) -> Response:
+    return FileResponse(Path(__file__).parent / "page" / PAGE[request.url.path])
 
 
 class DocumentedApp(FastAPI):
@@ -85,9 +91,7 @@ class DocumentedApp(FastAPI):
         return schema
 
 
-def _body_schema(body: type[BaseModel] | None) -> dict[str, Any]:
-    if body is None:
-        return {}
+def _body_schema(body: type[BaseModel]) -> dict[str, Any]:
     schema = {"$ref": REF.format(model=body.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
@@ -132,28 +136,16 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-async def _on_refusal(request: Request, error: ApiError | RequestRefused | EngineFailed) -> Response:
-    return as_api_error(error).response()
-
-
-async def _on_http_error(request: Request, error: HTTPException) -> Response:
-    """Answer Starlette's errors: an unknown route, or a method that a route does not have."""
-    response = ApiError(error.status_code, f"{request.method} {request.url.path[:64]}: {error.detail}").response()
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _on_exception(request: Request, error: Exception) -> Response:
+async def _on_error(request: Request, error: Exception) -> Response:
+    """Answer an error of a handler, or Starlette's for an unknown route or a method that a route does not have."""
+    match error:
+        case ApiError() | RequestRefused() | EngineFailed():
+            return as_api_error(error).response()
+        case HTTPException():
+            path = request.url.path[:64]
+            response = ApiError(error.status_code, f"{request.method} {path}: {error.detail}").response()
+            response.headers.update(error.headers or {})
+            return response
+        case ClientDisconnect():
+            return Response(status_code=400)  # no client is left to read it
     return ApiError(500, "the server failed to answer; its log says why", code="internal_error").response()
-
-
-async def _on_disconnect(request: Request, error: ClientDisconnect) -> Response:
-    return Response(status_code=400)  # no client is left to read it
-
-
-EXCEPTION_HANDLERS: dict[Any, Any] = {
-    **dict.fromkeys((ApiError, RequestRefused, EngineFailed), _on_refusal),
-    HTTPException: _on_http_error,
-    ClientDisconnect: _on_disconnect,
-    Exception: _on_exception,
-}

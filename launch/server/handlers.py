@@ -5,27 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 
-from ...runtime.request import RequestRefused
+from ...runtime.outputs import Event
+from ...runtime.request import RequestRefused, SamplingParams
 from ...runtime.version import __version__
 from ..cluster.stall_detector import StallDetector
 from ..engine.async_engine import AsyncEngine
-from .admission import Admission
+from ..engine.merge_generators import merge
 from .api_errors import ApiError
-from .generation import generate
 from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_json
-from .metrics import Metrics
+from .metrics import Metrics, PromptTimer
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .protocol.response_models import Detokenized, Healthy, Model, ModelList, Tokens, Version
 from .response_builders import ChatBuilder, CompletionBuilder, EchoedPrompt, ResponseBuilder, TokenUsage
 from .server_config import ServerConfig, ServerLimits
-from .validation import RequestValidator, from_refusal, num_top_logprobs
+from .validation import Admission, RequestValidator, from_refusal, num_top_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -45,30 +45,44 @@ class Handlers:
 
     async def completions(self, request: Request) -> Response:
         """Serve POST /v1/completions."""
-        body = await read_body(request, CompletionRequest, self._body_budget)
-        num_outputs = self._validator.check(body)
-
-        async def answer(send: Send) -> None:
-            with self._admission.admit(num_outputs):
-                prompts = await self._encode(body.prompts)
-                echoes = await self._echo(body, prompts) if body.echo else []
-                builder = CompletionBuilder(self._model_name(body), body.n or 1, echoes, num_top_logprobs(body))
-                await self._generate(body, prompts, builder, send)
-
-        return StreamingAnswer(answer)
+        return self._answer(await read_body(request, CompletionRequest, self._body_budget))
 
     async def chat(self, request: Request) -> Response:
         """Serve POST /v1/chat/completions."""
-        body = await read_body(request, ChatRequest, self._body_budget)
+        return self._answer(await read_body(request, ChatRequest, self._body_budget))
+
+    def _answer(self, body: GenerateRequest) -> Response:
         num_outputs = self._validator.check(body)
 
         async def answer(send: Send) -> None:
             with self._admission.admit(num_outputs):
-                prompt = await self._tokenizer.encode_chat([message.for_template() for message in body.messages])
-                builder = ChatBuilder(self._model_name(body), num_top_logprobs(body))
-                await self._generate(body, [prompt], builder, send)
+                prompts = await self._encode(body)
+                await self._generate(body, prompts, await self._builder(body, prompts), send)
 
         return StreamingAnswer(answer)
+
+    async def _encode(self, body: GenerateRequest) -> list[list[int]]:
+        """Return the token ids of each prompt; a chat has one prompt."""
+        if isinstance(body, ChatRequest):
+            return [await self._tokenizer.encode_chat([message.for_template() for message in body.messages])]
+        texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+        if texts:  # then all prompts are texts
+            return await self._tokenizer.encode(texts)
+        return [prompt for prompt in body.prompts if not isinstance(prompt, str)]
+
+    async def _builder(self, body: GenerateRequest, prompts: list[list[int]]) -> ResponseBuilder:
+        model, num_top = body.model or self._validator.model_names[0], num_top_logprobs(body)
+        if isinstance(body, ChatRequest):
+            return ChatBuilder(model, num_top)
+        return CompletionBuilder(model, body.n or 1, await self._echo(body, prompts) if body.echo else [], num_top)
+
+    async def _echo(self, body: CompletionRequest, prompts: list[list[int]]) -> list[EchoedPrompt]:
+        """Return the texts of the prompts, for `echo`."""
+        skip, echoes = body.skip_special_tokens is not False, []
+        for prompt, ids in zip(body.prompts, prompts, strict=True):
+            text = prompt if isinstance(prompt, str) else await self._tokenizer.decode(ids, skip_special_tokens=skip)
+            echoes.append(EchoedPrompt(text, await self._tokenizer.decode(ids[:1], skip_special_tokens=True)))
+        return echoes
 
     async def _generate(
         self, body: GenerateRequest, prompts: list[list[int]], builder: ResponseBuilder, send: Send
@@ -77,7 +91,7 @@ class Handlers:
         params = [self._validator.sampling_params(body, len(ids)) for ids in prompts]
         usage, started, outcome = TokenUsage(sum(map(len, prompts))), time.perf_counter(), "failed"
         try:
-            async with aclosing(generate(self._engine, prompts, params, self._metrics, usage)) as events:
+            async with aclosing(self._events(prompts, params, usage)) as events:
                 if body.stream:
                     options = body.stream_options
                     with_usage = options is not None and bool(options.include_usage)
@@ -98,23 +112,26 @@ class Handlers:
                     outcome, len(prompts), usage.num_prompt, usage.num_completion, time.perf_counter() - started,
                 )  # fmt: skip
 
-    async def _encode(self, prompts: Sequence[str] | Sequence[list[int]]) -> list[list[int]]:
-        """Return the token ids of prompts that are all texts or all lists of token ids."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        if texts:
-            return await self._tokenizer.encode(texts)
-        return [prompt for prompt in prompts if not isinstance(prompt, str)]
+    async def _events(
+        self, prompts: list[list[int]], params: list[SamplingParams], usage: TokenUsage
+    ) -> AsyncGenerator[tuple[int, Event], None]:
+        """Yield the events of all prompts as they come, each with the index of its choice in the response.
 
-    async def _echo(self, body: CompletionRequest, prompts: list[list[int]]) -> list[EchoedPrompt]:
-        """Return the texts of the prompts, for `echo`."""
-        skip, echoes = body.skip_special_tokens is not False, []
-        for prompt, ids in zip(body.prompts, prompts, strict=True):
-            text = prompt if isinstance(prompt, str) else await self._tokenizer.decode(ids, skip_special_tokens=skip)
-            echoes.append(EchoedPrompt(text, await self._tokenizer.decode(ids[:1], skip_special_tokens=True)))
-        return echoes
-
-    def _model_name(self, body: GenerateRequest) -> str:
-        return body.model or self._validator.model_names[0]
+        Updates `usage` and the metrics. Closing the generator cancels all outputs that have not ended.
+        Raises ApiError when an output ends with an error, or because the server shuts down.
+        """
+        timers = [PromptTimer(self._metrics) for _ in prompts]
+        streams = [self._engine.generate(ids, p) for ids, p in zip(prompts, params, strict=True)]
+        async with aclosing(merge(streams)) as events:
+            async for prompt, event in events:
+                timers[prompt].observe(event)
+                usage.update(prompt, event)
+                if event.finish_reason == "error":
+                    raise ApiError(400, str(event.stop_reason), code="structured_outputs_failed")
+                if event.finish_reason == "abort":
+                    reason = event.stop_reason or "the server is shutting down"
+                    raise ApiError(503, f"the server has ended this request: {reason}", code="aborted")
+                yield prompt * params[prompt].n + event.index, event
 
     async def models(self, request: Request) -> ModelList:
         """Serve GET /v1/models."""

@@ -40,27 +40,22 @@ async def read_body(request: Request, model: type[Body], budget: BodyBudget) -> 
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise ApiError(400, "the body must be JSON; send it with the header content-type: application/json")
+    too_long = ApiError(413, f"the body is longer than the {budget.max_bytes} bytes of --max-body-bytes; send less")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > budget.max_bytes:
+        raise too_long
     content = bytearray()
     try:
-        await _receive(request, content, budget)
+        async for chunk in request.stream():
+            if len(content) + len(chunk) > budget.max_bytes:
+                raise too_long
+            budget.take(len(chunk))
+            content += chunk
         if len(content) <= INLINE_BYTES:
             return _parse(bytes(content), model)
         return await asyncio.to_thread(_parse, bytes(content), model)
     finally:
         budget.used_bytes -= len(content)
-
-
-async def _receive(request: Request, content: bytearray, budget: BodyBudget) -> None:
-    """Append the body to `content`, never more bytes than `budget` allows."""
-    too_long = ApiError(413, f"the body is longer than the {budget.max_bytes} bytes of --max-body-bytes; send less")
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > budget.max_bytes:
-        raise too_long
-    async for chunk in request.stream():
-        if len(content) + len(chunk) > budget.max_bytes:
-            raise too_long
-        budget.take(len(chunk))
-        content += chunk
 
 
 def _parse(content: bytes, model: type[Body]) -> Body:

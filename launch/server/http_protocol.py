@@ -99,12 +99,8 @@ class TimeoutHTTPProtocol(H11Protocol):
         """Send the error unless a response has begun, then close the connection."""
         response = error.response()
         headers: list[tuple[bytes, bytes]] = [*response.raw_headers, (b"connection", b"close")]
-        events: list[Any] = [
-            h11.Response(status_code=error.status, headers=headers),
-            h11.Data(data=bytes(response.body)),
-            h11.EndOfMessage(),
-        ]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            for event in events:
+            start, body = h11.Response(status_code=error.status, headers=headers), h11.Data(data=bytes(response.body))
+            for event in (start, body, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()

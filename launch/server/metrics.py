@@ -18,13 +18,12 @@ TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 
 REQUEST_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0)
 
 
-class Metrics:
+class Metrics(Collector):
     """Counters and histograms of requests as clients see them, and the engine's statistics at each scrape."""
 
     def __init__(self, model: str, stats: Callable[[], AsyncEngineStats]) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(model, stats))
-        self._model = model
+        self._model, self._stats, self._registry = model, stats, CollectorRegistry()
+        self._registry.register(self)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests with at least one output token.")
         self.generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self.success = Counter(
@@ -45,6 +44,25 @@ class Metrics:
     def text(self) -> bytes:
         """Return all metrics in the text format of Prometheus."""
         return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the engine's own statistics; the registry calls it at each scrape."""
+        stats, gauge, counter = self._stats(), GaugeMetricFamily, CounterMetricFamily
+        kv_usage, engine = stats.kv_usage, stats.engine
+        for kind, name, help, value in (
+            (gauge, "num_requests_running", "Outputs being computed.", stats.running),
+            (gauge, "num_requests_waiting", "Outputs waiting for a place in the batch.", stats.waiting),
+            (gauge, "kv_cache_free_pages", "Free pages of the KV cache after the last step.", stats.free_pages),
+            (gauge, "kv_cache_usage_perc", "Share of the KV cache that live outputs hold, from 0 to 1.", kv_usage),
+            (counter, "num_preemptions", "Outputs preempted because the KV cache was full.", engine.preemptions),
+            (counter, "prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_queries),
+            (counter, "prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits),
+            (counter, "engine_steps", "Steps of the engine.", engine.steps),
+            (counter, "engine_restarts", "Restarts of the ranks.", stats.restarts),
+        ):
+            family = kind(f"lockstep:{name}", help, labels=[LABEL])
+            family.add_metric([self._model], value)
+            yield family
 
     def _counter(self, name: str, help: str) -> Counter:
         return Counter(f"lockstep:{name}", help, (LABEL,), registry=self._registry).labels(self._model)
@@ -82,34 +100,3 @@ class PromptTimer:
             metrics.end_to_end.observe(now - self._start)
             if self._num_tokens[index] > 1:
                 metrics.per_token.observe((now - self._first[index]) / (self._num_tokens[index] - 1))
-
-
-class _EngineCollector(Collector):
-    """The engine's own statistics."""
-
-    def __init__(self, model: str, stats: Callable[[], AsyncEngineStats]) -> None:
-        self._model, self._stats = model, stats
-
-    def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
-        gauges = {
-            "num_requests_running": ("Outputs being computed.", stats.running),
-            "num_requests_waiting": ("Outputs waiting for a place in the batch.", stats.waiting),
-            "kv_cache_free_pages": ("Free pages of the KV cache after the last step.", stats.free_pages),
-            "kv_cache_usage_perc": ("Share of the KV cache that live outputs hold, from 0 to 1.", stats.kv_usage),
-        }
-        counters = {
-            "num_preemptions": ("Outputs preempted because the KV cache was full.", stats.engine.preemptions),
-            "prefix_cache_queries": ("Tokens looked up in the prefix cache.", stats.prefix_queries),
-            "prefix_cache_hits": ("Tokens found in the prefix cache.", stats.prefix_hits),
-            "engine_steps": ("Steps of the engine.", stats.engine.steps),
-            "engine_restarts": ("Restarts of the ranks.", stats.restarts),
-        }
-        for name, (help, value) in gauges.items():
-            yield self._family(GaugeMetricFamily(f"lockstep:{name}", help, labels=[LABEL]), value)
-        for name, (help, value) in counters.items():
-            yield self._family(CounterMetricFamily(f"lockstep:{name}", help, labels=[LABEL]), value)
-
-    def _family(self, family: GaugeMetricFamily | CounterMetricFamily, value: float) -> Metric:
-        family.add_metric([self._model], value)
-        return family

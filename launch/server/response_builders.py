@@ -188,7 +188,7 @@ def _tokens(event: Event) -> list[tuple[int, dict[int, Logprob]]]:
 
 
 def _finish_reason(event: Event) -> api.FinishReason | None:
-    assert event.finish_reason != "abort", "generation.py raises an error instead"
+    assert event.finish_reason != "abort", "Handlers raises an error instead"
     assert event.finish_reason != "error"
     return event.finish_reason
 

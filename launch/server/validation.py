@@ -1,4 +1,4 @@
-"""Checks of a request beyond its shape, and its translation into SamplingParams.
+"""Checks of a request beyond its shape, its translation into SamplingParams, and its admission.
 
 The limits are the server's and the model's. A structured output may be requested by OpenAI's `response_format`, by
 vLLM's `structured_outputs` or by vLLM's older `guided_*` fields.
@@ -6,14 +6,17 @@ vLLM's `structured_outputs` or by vLLM's older `guided_*` fields.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import msgspec
 
 from ...runtime.request import RequestRefused, SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ..engine.async_engine import AsyncEngine
-from .api_errors import ApiError, from_value_error, invalid
-from .protocol.request_models import ChatRequest, CompletionRequest, GenerateRequest, ResponseFormat, fields_of
+from .api_errors import ApiError, invalid, missing
+from .protocol.request_models import ChatRequest, CompletionRequest, GenerateRequest, ResponseFormat
 from .server_config import ServerConfig
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may fill the context
@@ -22,7 +25,6 @@ SAMPLING_FIELDS = (  # of the same name in SamplingParams
     "logit_bias", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "seed",
     "skip_special_tokens",
 )  # fmt: skip
-RECOMMENDED_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # the checkpoint has defaults
 GUIDED_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
@@ -59,19 +61,19 @@ class RequestValidator:
 
     def sampling_params(self, body: GenerateRequest, num_prompt_tokens: int) -> SamplingParams:
         """Return the sampling parameters; those that the request leaves out are the model's recommendation."""
-        max_tokens = self._max_tokens(body, num_prompt_tokens)
-        num_top = num_top_logprobs(body)
-        fields: dict[str, Any] = {name: getattr(self._defaults, name) for name in RECOMMENDED_FIELDS}
-        fields |= {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
+        max_tokens, num_top = self._max_tokens(body, num_prompt_tokens), num_top_logprobs(body)
+        fields = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
         structured = structured_outputs(body)
         try:
-            params = SamplingParams(
-                **fields, max_tokens=max_tokens, logprobs=num_top, prompt_logprobs=num_top if body.echo else None,
-                structured_outputs=structured,
+            params = msgspec.structs.replace(
+                self._defaults, **fields, max_tokens=max_tokens, logprobs=num_top,
+                prompt_logprobs=num_top if body.echo else None, structured_outputs=structured,
             )  # fmt: skip
             params.check_vocabulary(self._vocab_size)
         except ValueError as error:
-            raise from_value_error(error, fields_of(type(body))) from error
+            name = str(error).partition("=")[0].partition("[")[0]  # the message begins with the parameter
+            param = name if name in type(body).model_fields else None
+            raise ApiError(400, str(error), param=param, code="invalid_value") from error
         return params
 
     def check_model(self, name: str | None) -> None:
@@ -83,8 +85,8 @@ class RequestValidator:
     def check_token_ids(self, ids: Sequence[int], param: str) -> None:
         """Raise ApiError for ids beyond the vocabulary."""
         if ids and max(ids) >= self._vocab_size:
-            rule = f"is not a token id; the model has ids 0 to {self._vocab_size - 1}"
-            raise ApiError(400, f"Invalid '{param}': {max(ids)} {rule}.", param=param, code="invalid_value")
+            message = f"Invalid '{param}': {max(ids)} is not a token id; the model has ids 0 to {self._vocab_size - 1}."
+            raise ApiError(400, message, param=param, code="invalid_value")
 
     def _check_chat(self, body: ChatRequest) -> None:
         self._at_most("top_logprobs", body.top_logprobs or 0, self._config.max_logprobs)
@@ -109,14 +111,12 @@ class RequestValidator:
         if isinstance(body, ChatRequest):
             requested, param, default = body.max_completion_tokens or body.max_tokens, "messages", room
         if num_prompt_tokens > self.max_input or (requested or 1) > room:
-            raise ApiError(
-                400,
+            message = (
                 f"This model's maximum context length is {self.max_total} tokens, at most {self.max_input} in a prompt."
                 f" However, you requested {num_prompt_tokens} in the {param} and {requested or 'at least 1'} in the"
-                " completion; send or ask for less.",
-                param=param,
-                code="context_length_exceeded",
+                " completion; send or ask for less."
             )
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
         return requested or min(room, default)
 
     def _at_most(self, param: str, value: int, limit: int, unit: str = "") -> None:
@@ -125,6 +125,32 @@ class RequestValidator:
             message = f"Invalid '{param}': expected at most {limit}, but got {f'{value} {unit}'.strip()}."
             code = "array_above_max_length" if unit else "integer_above_max_value"
             raise ApiError(400, message, param=param, code=code)
+
+
+class Admission:
+    """The number of live requests and outputs, held below the limits of the configuration."""
+
+    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+        self._engine, self._config = engine, config
+        self._num_requests = self._num_outputs = 0
+
+    @contextmanager
+    def admit(self, num_outputs: int) -> Iterator[None]:
+        """Count a request as live within the block; raises ApiError if it cannot be admitted."""
+        health = self._engine.health
+        if health.state in ("draining", "failed"):
+            message = f"the server takes no requests: it is {health.state}, {health.reason}"
+            raise ApiError(503, message, code=health.state)
+        num_queued = self._num_outputs + num_outputs - self._engine.limits.max_num_seqs
+        is_full = max(num_queued, self._engine.stats().waiting) > self._config.max_queued
+        if is_full or self._num_requests >= self._config.max_concurrent_requests:
+            load = f"{self._num_requests} requests with {self._num_outputs} outputs"
+            raise ApiError(429, f"the server is busy: {load}; try again later", code="rate_limit_exceeded")
+        self._num_requests, self._num_outputs = self._num_requests + 1, self._num_outputs + num_outputs
+        try:
+            yield
+        finally:
+            self._num_requests, self._num_outputs = self._num_requests - 1, self._num_outputs - num_outputs
 
 
 def num_top_logprobs(body: GenerateRequest) -> int | None:
@@ -169,12 +195,9 @@ def _structured_fields(body: GenerateRequest) -> dict[str, dict[str, Any]]:
 
 
 def _response_format(response_format: ResponseFormat) -> dict[str, Any]:
-    if response_format.type == "json_object":
-        return {"json_object": True}
-    if response_format.json_schema is None:
-        raise ApiError(
-            400, "Missing required parameter: 'response_format.json_schema'.",
-            param="response_format.json_schema", code="missing_required_parameter",
-        )  # fmt: skip
-    schema = response_format.json_schema.schema_
+    schema = None
+    if response_format.type == "json_schema":
+        if response_format.json_schema is None:
+            raise missing("response_format.json_schema")
+        schema = response_format.json_schema.schema_
     return {"json_object": True} if schema is None else {"json": schema}

@@ -23,7 +23,7 @@ from typing import Any
 from lockstep.launch.cli.main import main
 from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.engine import output_queue
-from lockstep.launch.server import handlers
+from lockstep.launch.server.handlers import Handlers
 from lockstep.runtime.outputs import Event
 
 step_received_at = 0.0
@@ -74,10 +74,10 @@ def measure_joins() -> None:
 
 def measure_writes() -> None:
     """Note when each event has been written."""
-    generate = handlers.generate
+    events = Handlers._events
 
-    async def timed_generate(*arguments: Any) -> AsyncGenerator[tuple[int, Event], None]:
-        async for choice, event in generate(*arguments):
+    async def timed_events(*arguments: Any) -> AsyncGenerator[tuple[int, Event], None]:
+        async for choice, event in events(*arguments):
             step_at, loop_at = times_of.pop(id(event))
             yield choice, event
             now = time.perf_counter()  # the event has been written when the next one is requested
@@ -85,7 +85,7 @@ def measure_writes() -> None:
             to_socket_us.append(1e6 * (now - step_at))
             writes.append((now, time.process_time()))
 
-    handlers.generate = timed_generate
+    Handlers._events = timed_events  # type: ignore[method-assign]
 
 
 def save() -> None:

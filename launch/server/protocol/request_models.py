@@ -18,13 +18,7 @@ from ....runtime.tokenizer import Message
 
 MAX_STOP_LENGTH = 1024  # characters of a stop string
 MAX_ENTRIES = 1024  # of logit_bias, stop_token_ids and the choices of a structured output
-
-
-class NeutralOnly:
-    """Mark of a field that this server does not implement: it takes only the values that change nothing."""
-
-
-NEUTRAL_ONLY = NeutralOnly()
+NEUTRAL_ONLY = "neutral only"  # marks a field that is not implemented: it takes only the values that change nothing
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -123,7 +117,7 @@ class GenerateFields(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[
-        dict[Annotated[int, Field(ge=0, lt=2**31)], Bias] | None,
+        dict[TokenId, Bias] | None,
         Field(max_length=MAX_ENTRIES, description="token ids mapped to numbers from -100 to 100"),
     ] = None
     max_tokens: Count | None = None
@@ -255,8 +249,7 @@ class DetokenizeRequest(Strict):
 
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """Return the fields of a request and of its nested models by name, or as `parent.name` where names are equal."""
-    models: list[type[BaseModel]] = [StreamOptions, TextPart, ChatMessage, model]
-    fields = {name: field for part in models for name, field in part.model_fields.items()}
+    fields = StreamOptions.model_fields | TextPart.model_fields | ChatMessage.model_fields | model.model_fields
     nested: dict[str, type[BaseModel]] = {
         "response_format": ResponseFormat, "json_schema": JsonSchema, "structured_outputs": StructuredOutputs
     }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 from typing_extensions import TypedDict
@@ -19,6 +19,18 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+
+
+class Reply(BaseModel):
+    """The fields that all replies and chunks of generation have, in their order."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Any]
+    usage: Usage | None
+    system_fingerprint: None = None
 
 
 class CompletionLogprobs(BaseModel):
@@ -43,16 +55,11 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None
 
 
-class Completion(BaseModel):
+class Completion(Reply):
     """Reply of /v1/completions, or a chunk of its stream."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage | None
-    system_fingerprint: None = None
 
 
 class Candidate(BaseModel):
@@ -88,14 +95,10 @@ class ChatChoice(BaseModel):
     stop_reason: int | str | None
 
 
-class ChatCompletion(BaseModel):
-    id: str
+class ChatCompletion(Reply):
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
-    system_fingerprint: None = None
 
 
 class ChatDelta(TypedDict, total=False):
@@ -113,14 +116,9 @@ class ChatChunkChoice(BaseModel):
     stop_reason: int | str | None
 
 
-class ChatChunk(BaseModel):
-    id: str
+class ChatChunk(Reply):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None
-    system_fingerprint: None = None
 
 
 class Model(BaseModel):

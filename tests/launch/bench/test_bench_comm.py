@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
 from lockstep.comm.base import Communicator
-from lockstep.launch.bench.comm_actor import CommBenchActor, CommBenchSpec, CommTiming, SizeTimings
-from lockstep.launch.bench.comm_algorithms import AllReduceAndNorm, CommunicatorAllReduce
+from lockstep.launch.bench.comm_actor import CommBenchActor, CommunicatorAllReduce
 from lockstep.launch.bench.comm_command import parse_bytes
-from lockstep.launch.bench.comm_report import Block, lines
+from lockstep.launch.bench.comm_report import Block, CommBenchSpec, TableLine, Timing, lines
 from lockstep.launch.cli.main import app
 from lockstep.runtime.config import Config
 
 from ranks import run_ranks
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +50,12 @@ def test_two_ranks_over_gloo(ray_cluster: dict[str, str], tmp_path: Path) -> Non
     assert result.exit_code == 0, result.output
     found = json.loads(files[0].read_text())
     assert found["num_ranks"] == len(found["ranks"]) == 2
-    assert [block["algorithm"] for block in found["blocks"]] == ["gloo", "gloo + norm", "torch.distributed"]
+    assert [block["algorithm"] for block in found["blocks"]] == ["gloo", "gloo + norm"]
     rows = re.findall(
         r"^ +(\d+) +(\d+) +bfloat16 +sum +N/A +N/A +N/A +N/A +([\d.]+) +[\d.]+ +[\d.]+ +0$", result.stdout, re.M
     )
     told = [line for block in found["blocks"] for line in block["lines"]]
-    assert len(rows) == len(told) == 9
+    assert len(rows) == len(told) == 6
     for (size, count, time), line in zip(rows, told, strict=True):
         assert (int(size), int(count), 2 * line["count"]) == (line["size"], line["count"], line["size"])
         assert float(time) == pytest.approx(line["in_place"]["time_us"], abs=0.006)
@@ -63,12 +66,30 @@ def test_two_ranks_over_gloo(ray_cluster: dict[str, str], tmp_path: Path) -> Non
 
 
 def test_refused_algorithms_have_a_reason_and_json_is_all_that_is_printed(ray_cluster: dict[str, str]) -> None:
-    names = ("one-shot", "nccl", "nccl window", "flashinfer", "torch symmetric one-shot")
+    names = ("one-shot", "two-shot fused", "nccl", "nccl + norm")
     result = bench("--tp=2", "-e1K", "--json", "--dtype=float32", *(f"--algorithm={name}" for name in (*names, "gloo")))
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["refused"] == dict.fromkeys(names, "needs GPUs")
     assert [block["type"] for block in found["blocks"]] == ["float"]
+
+
+def test_baselines_are_timed_in_the_same_tables(
+    ray_cluster: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "comm.json"
+    monkeypatch.syspath_prepend(ROOT / "scripts/bench")
+    script = importlib.import_module("bench_comm_baselines")
+    ray.cloudpickle.register_pickle_by_value(script)  # as for a script, which the ranks cannot import
+    monkeypatch.setattr(sys, "argv", ["", "--tp=2", "--device=cpu", "-b1K", "-e4K", "--output-json", str(results)])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert not ended.value.code
+    report = json.loads(results.read_text())
+    assert report["refused"] == dict.fromkeys(("one-shot", "nccl", "nccl window", "flashinfer"), "needs GPUs")
+    assert [block["algorithm"] for block in report["blocks"]] == ["torch.distributed"]
+    assert [line["size"] for line in report["blocks"][0]["lines"]] == [1024, 4096]
+    assert "# Out of bounds values : 0 OK" in capsys.readouterr().out
 
 
 class Wrong(Communicator):
@@ -96,9 +117,10 @@ def test_wrong_elements_are_counted(errors: int) -> None:
         actor = CommBenchActor(comm.rank, comm.size, Config(device="cpu", tensor_parallel_size=3), {})
         wrong = Wrong(comm, errors)
         actor._comm, actor._device, actor.spec, actor.dtype = wrong, CPU, spec(), torch.float32
-        plain = CommunicatorAllReduce("plain", wrong, CPU)
-        completed = AllReduceAndNorm("completed", wrong, CPU, 128)
-        actor._algorithms = {a.name: a for a in (plain, completed)}
+        actor._algorithms = {
+            "plain": CommunicatorAllReduce(wrong, CPU),
+            "completed": CommunicatorAllReduce(wrong, CPU, 128),
+        }
         rows = [row for name in actor._algorithms for row in actor.measure(name, "eager")]
         return [row.in_place.wrong for row in rows if row.in_place]
 
@@ -109,8 +131,8 @@ def test_wrong_elements_are_counted(errors: int) -> None:
 
 
 def test_block_has_the_slowest_rank_and_all_wrong_elements() -> None:
-    ranks = [[SizeTimings(1000, 250, None, CommTiming(us, wrong))] for us, wrong in ((4.0, 1), (5.0, 2))]
-    block = Block.merged("nccl", "graph", spec(), ranks, 2)
+    ranks = [[TableLine(1000, 250, None, Timing.measured(us, 1000, 2, wrong))] for us, wrong in ((4.0, 1), (5.0, 2))]
+    block = Block.merged("nccl", "graph", "float32", ranks)
     (line,) = block.lines
     assert line.in_place is not None
     assert (line.in_place.time_us, line.in_place.wrong, line.best_us) == (5.0, 3, 5.0)

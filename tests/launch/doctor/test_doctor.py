@@ -24,19 +24,17 @@ from lockstep.launch.doctor import machine_checks, p2p, planned_start
 from lockstep.launch.doctor.cluster_survey import addresses_finding, candidates, merged, versions_finding
 from lockstep.launch.doctor.diagnosis import CHECKS, LOCAL_CHECKS, diagnose
 from lockstep.launch.doctor.finding import Finding, run_check
-from lockstep.launch.doctor.gpu_checks import (
-    check_devices,
-    devices_finding,
-    gpu_processes_finding,
-    nccl_finding,
-    p2p_finding,
-)
 from lockstep.launch.doctor.machine_checks import (
+    check_devices,
     check_interface,
     check_packages,
     cuda_of_torch,
+    devices_finding,
+    gpu_processes_finding,
     interface_finding,
+    nccl_finding,
     open_files_finding,
+    p2p_finding,
     packages_finding,
     shared_memory_finding,
 )
