@@ -2,7 +2,7 @@
 
     python examples/two_ranks_cpu.py
 
-Each rank is a Ray actor with half of the model. In float32 the tokens are equal at any TP size.
+Each rank is a Ray actor with half of the model. In float32 rounding at another TP size changes none of these tokens.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..runtime.checkpoint import find_model
 from ..runtime.config import DEMO_MODEL, Config
+from ..runtime.model.checkpoint import find_model
 from ..runtime.offline import OfflineLLM
 from ..runtime.tokenizer import Tokenizer
 from .executors import start_executor

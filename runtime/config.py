@@ -97,48 +97,30 @@ class Config:
     step_timeout: float = option(120.0, "seconds that one step may take before the group is declared stuck")
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for f in dataclasses.fields(self):
-            self._check_choice(f.name, get_args(hints[f.name]))
-        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "page_size"):
-            self._check_integer(name)
-        for name in ("max_model_len", "num_pages"):
-            if getattr(self, name) is not None:
-                self._check_integer(name)
-        for name in ("startup_timeout", "wait_for_resources", "step_timeout"):
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if choices and all(isinstance(choice, str) for choice in choices):
+                self._check(name, value in choices, f"is not one of {', '.join(choices)}")
+            elif hint is int or (int in choices and value is not None):
+                is_integer = isinstance(value, int) and not isinstance(value, bool)
+                self._check(name, is_integer and value >= 1, "must be an integer >= 1")
+        for name in ("startup_timeout", "wait_for_resources", "step_timeout", "kv_cache_memory"):
             value = getattr(self, name)
             self._check(name, value is None or value > 0, "must be above 0")
-        if self.nccl_library is not None:
-            self._check(
-                "nccl_library", Path(self.nccl_library).is_absolute(), "must be an absolute path: ranks run elsewhere"
-            )
-        self._check("gpus_per_rank", 0 < self.gpus_per_rank <= 1, "must be in (0, 1]")
-        self._check("gpu_memory_utilization", 0 < self.gpu_memory_utilization <= 1, "must be in (0, 1]")
-        if self.kv_cache_memory is not None:
-            self._check("kv_cache_memory", self.kv_cache_memory > 0, "must be above 0 GiB")
+        for name in ("gpus_per_rank", "gpu_memory_utilization"):
+            self._check(name, 0 < getattr(self, name) <= 1, "must be in (0, 1]")
+        is_absolute = self.nccl_library is None or Path(self.nccl_library).is_absolute()
+        self._check("nccl_library", is_absolute, "must be an absolute path: ranks run elsewhere")
         self._check(
             "max_num_batched_tokens",
             self.max_num_batched_tokens >= self.max_num_seqs,
             f"must be at least max_num_seqs ({self.max_num_seqs}), so that every running request gets its next token",
         )
         if self.deterministic:
-            self._check(
-                "all_reduce", self.all_reduce != "nccl", "adds up in an order of NCCL's; not with deterministic"
-            )
+            self._check("all_reduce", self.all_reduce != "nccl", "adds in NCCL's order; not with deterministic")
             self._check("attention_backend", self.attention_backend == "auto", "is not there with deterministic")
         if self.num_pages is not None and self.kv_cache_memory is not None:
             raise ValueError("num_pages and kv_cache_memory both size the KV cache; give one of them")
-
-    def _check_choice(self, name: str, choices: tuple[Any, ...]) -> None:
-        if choices and all(isinstance(c, str) for c in choices):
-            value = getattr(self, name)
-            self._check(name, value in choices, f"is not one of {', '.join(choices)}")
-
-    def _check_integer(self, name: str) -> None:
-        value = getattr(self, name)
-        self._check(
-            name, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "must be an integer >= 1"
-        )
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -165,14 +147,11 @@ class Config:
         if self.deterministic and (config.device == "cpu" or dtype == "float32"):
             raise ValueError(
                 f"deterministic=True is for bfloat16 and float16 on GPUs, not {dtype} on {config.device}: leave it out;"
-                " what float32 rounds is too little to change a token"
+                " float32 rounds too little to change a token"
             )
         limit = model.max_position_embeddings
-        if self.max_model_len is not None and self.max_model_len > limit:
-            raise ValueError(
-                f"max_model_len={self.max_model_len} is beyond the {limit} positions that the model was made for;"
-                f" use at most {limit}"
-            )
+        rule = f"is beyond the {limit} positions that the model was made for; use at most {limit}"
+        self._check("max_model_len", self.max_model_len is None or self.max_model_len <= limit, rule)
         return dataclasses.replace(config, dtype=dtype, max_model_len=self.max_model_len or limit)
 
     def placed(self, *, cuda: bool) -> Config:

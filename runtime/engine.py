@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from .plan import Finished, StepOutput, StepPlan
 from .request import Request
 from .runner.profiler import Profiler
-from .runner.readback import PendingStep
-from .runner.runner import Runner
+from .runner.runner import PendingStep, Runner
 from .scheduler.scheduler import Scheduled, Scheduler
 from .stats import EngineStats, Profile
 
@@ -25,7 +24,7 @@ class Launched:
 
     scheduled: Scheduled
     pending: PendingStep
-    started: float  # in seconds, of time.perf_counter
+    started: float  # by time.perf_counter, in seconds
 
 
 class Engine:
@@ -40,7 +39,7 @@ class Engine:
         self._overlap = overlap
         self.stats = EngineStats()
         self._running: Launched | None = None
-        self._last_end = 0.0  # end of the last step, of time.perf_counter
+        self._last_end = 0.0  # end of the last step, by time.perf_counter
         self._finished: list[Finished] = []  # refused or cancelled since the last step
         self._profiler: Profiler | None = None
         self._profile: Profile | None = None
@@ -56,14 +55,13 @@ class Engine:
     def cancel(self, uids: Sequence[int]) -> None:
         """End these requests with reason "abort", unless they have ended."""
         for uid in uids:
-            finished = self.scheduler.cancel(uid)
-            if finished is not None:
+            if (finished := self.scheduler.cancel(uid)) is not None:
                 self._finished.append(finished)
 
     @property
     def has_work(self) -> bool:
-        busy = self.scheduler.has_work or self._running is not None or bool(self._finished)
-        return busy or self._profiler is not None
+        is_busy = self.scheduler.has_work or self._running is not None or self._profiler is not None
+        return is_busy or bool(self._finished)
 
     def step(self) -> StepOutput:
         """Launch a step, if there is anything to compute, and return the output of a finished one."""

@@ -15,12 +15,11 @@ import torch
 from ..comm.base import SingleRank
 from .config import Config
 from .engine import Engine
-from .limits import Limits
 from .model.model_config import ModelConfig
 from .plan import StepOutput
-from .request import Request
+from .request import Limits, Request
 from .scheduler.scheduler import Scheduler
-from .startup import load_rank, plan_limits
+from .startup import LoadedRank, plan_limits
 from .startup_timer import StartupTimer, summary
 from .stats import EngineStats, Profile
 
@@ -43,10 +42,10 @@ class Wakeup(Protocol):
 
 
 class Executor(Protocol):
-    """Takes requests and returns the steps' outputs; every request must keep its `limits`."""
+    """The ranks that compute requests; every request must keep `limits`."""
 
     limits: Limits
-    startup: dict[str, float]  # what StartupTimer.record returned
+    startup: dict[str, float]  # as StartupTimer.record returned it
 
     @property
     def stats(self) -> EngineStats:
@@ -54,7 +53,7 @@ class Executor(Protocol):
 
     @property
     def locations(self) -> Sequence[RankLocation]:
-        """Where the ranks run, in rank order; replicas come and go."""
+        """The hosts and processes of the ranks, in rank order; replicas come and go."""
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests; returns at once."""
@@ -83,17 +82,15 @@ class LocalExecutor:
 
     def __init__(self, config: Config, model: ModelConfig, folder: Path) -> None:
         if config.tensor_parallel_size != 1:
-            raise ValueError(
-                f"tensor_parallel_size={config.tensor_parallel_size} needs Ray actors; in one process it is 1"
-            )
-        phases = StartupTimer()
+            raise ValueError(f"tensor_parallel_size={config.tensor_parallel_size} needs Ray; in one process it is 1")
+        timer = StartupTimer()
         resolved = config.resolved(model, cuda=torch.cuda.is_available())
-        loaded = load_rank(resolved, model, folder, SingleRank(), phases)
+        loaded = LoadedRank(resolved, model, folder, SingleRank(), timer)
         self.memory = loaded.plan_memory()
         self.limits = plan_limits(config, resolved, model, self.memory)
         runner = loaded.allocate(self.limits)
         self.locations = [RankLocation(0, socket.gethostname(), os.getpid())]
-        self.startup = phases.record()
+        self.startup = timer.record()
         log.info(summary(self.startup))
         self._engine = Engine(Scheduler(self.limits), runner, publish=lambda plan: None, overlap=runner.overlaps)
 

@@ -24,10 +24,7 @@ INT64 = 2**64
 
 
 class Frontend:
-    """The live generations and the executor that computes them.
-
-    With a `vocabulary`, `prepare` compiles a request's grammar to check it; without, the caller has checked it.
-    """
+    """The live generations and their executor; with a `vocabulary`, `prepare` also checks a request's grammar."""
 
     def __init__(
         self,
@@ -36,9 +33,7 @@ class Frontend:
         eos_token_ids: Iterable[int],
         vocabulary: Vocabulary | None = None,
     ) -> None:
-        self.executor = executor
-        self._vocabulary = vocabulary
-        self.tokenizer = tokenizer
+        self.executor, self.tokenizer, self._vocabulary = executor, tokenizer, vocabulary
         self.eos_token_ids = list(eos_token_ids)
         self.num_prefix_queries = 0  # tokens of requests that began: prompts, and what was generated before a failure
         self.num_prefix_hits = 0  # of these, tokens found in the prefix cache
@@ -48,10 +43,7 @@ class Frontend:
         self._numbers = itertools.count()
 
     def prepare(self, prompt: Prompt, params: SamplingParams) -> Generation:
-        """Check a prompt and its parameters and make its requests, without starting them.
-
-        Raises RequestRefused naming what is wrong, the rule and the way out.
-        """
+        """Check a prompt and make its requests, without starting them; raises RequestRefused with the way out."""
         tokens = self._tokenize(prompt)
         text, has_logprobs = prompt if isinstance(prompt, str) else None, params.prompt_logprobs is not None
         generation = Generation(next(self._numbers), text, tokens.tolist(), has_logprobs=has_logprobs)
@@ -86,16 +78,13 @@ class Frontend:
         self.executor.submit([output.resumed() for output in self._live.values() if output.generation not in paused])
 
     def withdraw(self, uids: Iterable[int]) -> list[Generation]:
-        """Take the generations of these requests off the ranks and return them; they stay live, for `resume`.
-
-        Their requests get new uids, so that what the ranks still report of the old ones is ignored.
-        """
+        """Take the generations of these requests off the ranks and return them; they stay live, for `resume`."""
         live = [self._live[uid].generation for uid in uids if uid in self._live]
         generations = list({generation.number: generation for generation in live}.values())
         outputs = [output for generation in generations for output in generation.outputs if not output.finished]
         self.executor.cancel([output.request.uid for output in outputs])
         for output in outputs:
-            del self._live[output.request.uid]
+            del self._live[output.request.uid]  # a new uid: later results of the old one are ignored
             output.request = msgspec.structs.replace(output.request, uid=next(self._uids))
             self._live[output.request.uid] = output
         return generations

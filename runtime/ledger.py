@@ -9,7 +9,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from .outputs import CompletionOutput, Event, Logprob, RequestOutput
+from .outputs import CompletionOutput, Event, Logprob, PositionLogprobs, RequestOutput
 from .plan import Finished, FinishReason, PromptLogprobs, TokenLogprobs
 from .request import Request, SamplingParams
 from .tokenizer import Detokenizer, Tokenizer
@@ -34,21 +34,18 @@ class StopChecker:
 
 
 class Output:
-    """One output of a generation: its request, what it consists of so far, and how much of that was streamed."""
+    """One output of a generation: its request, its tokens and text so far, and how much of them was streamed."""
 
     def __init__(self, request: Request, generation: Generation, index: int, tokenizer: Tokenizer) -> None:
-        self.request = request
-        self.generation = generation
+        self.request, self.generation, params = request, generation, request.params
         self.completion = CompletionOutput(index)
         self.running = False  # the ranks have begun with it, as far as the front end knows
-        params = request.params
         if params.logprobs is not None:
             self.completion.logprobs, self.completion.cumulative_logprob = [], 0.0
         self._tokenizer = tokenizer
         self._stops = StopChecker(params)
-        self._detokenizer = Detokenizer(
-            tokenizer, generation.prompt_ids, skip_special_tokens=params.skip_special_tokens
-        )
+        skip = params.skip_special_tokens
+        self._detokenizer = Detokenizer(tokenizer, generation.prompt_ids, skip_special_tokens=skip)
         self._num_streamed_chars = self._num_streamed_tokens = 0
 
     @property
@@ -64,9 +61,16 @@ class Output:
         completion, params = self.completion, self.request.params
         completion.token_ids.append(token)
         if logprobs is not None:
-            self._append_logprobs(token, logprobs)
+            assert completion.logprobs is not None
+            assert completion.cumulative_logprob is not None
+            completion.logprobs.append(_candidates(self._tokenizer, token, logprobs))
+            completion.cumulative_logprob += logprobs.token
         searched = len(completion.text)
-        self._append_text(token, finished)
+        is_stop_token = finished is not None and finished.stop_id is not None
+        if not is_stop_token or params.include_stop_str_in_output:
+            completion.text += self._detokenizer.push(token)
+        if finished is not None:
+            completion.text += self._detokenizer.flush()
         match = self._stops.find(completion.text, searched) if self.num_tokens > params.min_tokens else None
         if match is not None:
             length, string = match
@@ -82,9 +86,12 @@ class Output:
         """Return the tokens and the certain text that no event has had yet; `prompt` goes into the event."""
         completion, generation = self.completion, self.generation
         first_token, self._num_streamed_tokens = self._num_streamed_tokens, self.num_tokens
+        length, start = len(completion.text), self._num_streamed_chars
+        end = length if self.finished else max(start, length - self._stops.num_uncertain)
+        self._num_streamed_chars = end
         return Event(
             index=completion.index,
-            text=self._take_text(),
+            text=completion.text[start:end],
             token_ids=completion.token_ids[first_token:],
             logprobs=None if completion.logprobs is None else completion.logprobs[first_token:],
             finish_reason=completion.finish_reason,
@@ -101,39 +108,15 @@ class Output:
         generated = np.array(self.completion.token_ids, np.int32)
         return msgspec.structs.replace(self.request, tokens=np.concatenate((self.request.tokens, generated)))
 
-    def _take_text(self) -> str:
-        length, start = len(self.completion.text), self._num_streamed_chars
-        end = length if self.finished else max(start, length - self._stops.num_uncertain)
-        self._num_streamed_chars = end
-        return self.completion.text[start:end]
-
-    def _append_text(self, token: int, finished: Finished | None) -> None:
-        is_stop_token = finished is not None and finished.stop_id is not None
-        if not is_stop_token or self.request.params.include_stop_str_in_output:
-            self.completion.text += self._detokenizer.push(token)
-        if finished is not None:
-            self.completion.text += self._detokenizer.flush()
-
-    def _append_logprobs(self, token: int, logprobs: TokenLogprobs) -> None:
-        completion = self.completion
-        assert completion.logprobs is not None
-        assert completion.cumulative_logprob is not None
-        completion.logprobs.append(_candidates(self._tokenizer, token, logprobs))
-        completion.cumulative_logprob += logprobs.token
-
 
 class Generation:
     """A prompt with its n outputs."""
 
     def __init__(self, number: int, prompt: str | None, prompt_ids: list[int], *, has_logprobs: bool = False) -> None:
-        self.number = number
-        self.prompt = prompt
-        self.prompt_ids = prompt_ids
+        self.number, self.prompt, self.prompt_ids = number, prompt, prompt_ids
         self.outputs: list[Output] = []
         self.num_cached_tokens = 0
-        self.prompt_logprobs: list[dict[int, Logprob] | None] | None = (
-            [None] * len(prompt_ids) if has_logprobs else None
-        )
+        self.prompt_logprobs: PositionLogprobs | None = [None] * len(prompt_ids) if has_logprobs else None
 
     @property
     def finished(self) -> bool:

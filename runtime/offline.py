@@ -19,6 +19,8 @@ from .sampling.grammar import Vocabulary
 from .tokenizer import Message, Tokenizer, default_sampling_params
 
 POLL_S = 1.0
+Prompts = Prompt | Sequence[Prompt]
+ManyParams = SamplingParams | Sequence[SamplingParams]
 LLMType = TypeVar("LLMType", bound="OfflineLLM")
 
 
@@ -35,11 +37,7 @@ class OfflineLLM:
         self._frontend = Frontend(executor, self.tokenizer, model.eos_token_ids, vocabulary)
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        use_tqdm: bool = True,
+        self, prompts: Prompts, sampling_params: ManyParams | None = None, *, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         """Complete each prompt and return the results in the order of the prompts.
 
@@ -58,7 +56,7 @@ class OfflineLLM:
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: ManyParams | None = None,
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -67,11 +65,7 @@ class OfflineLLM:
         prompts = [self.tokenizer.encode_chat(c) for c in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def stream(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-    ) -> Iterator[Event | RequestOutput]:
+    def stream(self, prompts: Prompts, sampling_params: ManyParams | None = None) -> Iterator[Event | RequestOutput]:
         """Yield new tokens and text as Events, and each prompt's RequestOutput once all its outputs have ended.
 
         Arguments and errors are those of `generate`; leaving the iterator early cancels what is unfinished.
@@ -103,9 +97,7 @@ class OfflineLLM:
     ) -> None:
         self.close()
 
-    def _prepare(
-        self, prompts: Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Generation]:
+    def _prepare(self, prompts: Sequence[Prompt], params: ManyParams | None) -> list[Generation]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or self._defaults] * len(prompts)
         if len(params) != len(prompts):
@@ -129,7 +121,7 @@ class OfflineLLM:
                 self._frontend.cancel(generations)
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+def _as_list(prompts: Prompts) -> Sequence[Prompt]:
     """Return a list of prompts, of one if `prompts` is a text or a list of token ids."""
     if isinstance(prompts, str):
         return [prompts]

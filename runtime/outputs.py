@@ -18,6 +18,9 @@ class Logprob:
     decoded_token: str
 
 
+PositionLogprobs = list[dict[int, Logprob] | None]  # by token id, for each position; None for the first of a prompt
+
+
 @dataclass
 class CompletionOutput:
     """One of the n outputs of a prompt; `token_ids` includes the token that ended it, `text` does not."""
@@ -40,7 +43,7 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # one for each prompt token; None for the first
+    prompt_logprobs: PositionLogprobs | None = None
 
     @property
     def finished(self) -> bool:
@@ -58,7 +61,7 @@ class Event(msgspec.Struct, frozen=True):  # one for each token: made six times 
     stop_reason: int | str | None  # as in CompletionOutput; the cause for "abort" and "error", if there is one
     prompt_token_ids: list[int]  # the same list in every event of a prompt
     num_cached_tokens: int
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # as in RequestOutput, in every event
+    prompt_logprobs: PositionLogprobs | None = None  # the same list in every event of a prompt
     prompt: int = 0  # index of the prompt in the call of LLM.stream
 
     @property

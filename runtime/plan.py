@@ -1,7 +1,7 @@
-"""One step on its way through the ranks: its plan, and its output. msgpack structs, never pickle.
+"""Messages between front end, leader and followers, encoded as msgpack, never pickle.
 
-    front end --Request, cancel--> leader --StepPlan--> followers
-    front end <------Report------- leader
+    front end --Command--> leader --StepPlan, Stop--> followers
+    front end <--Report--- leader
 
 A StepPlan describes a step completely: ranks that execute the same plans in the same order hold the same state.
 Arrays are int32 and travel as their bytes.
@@ -9,17 +9,18 @@ Arrays are int32 and travel as their bytes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
-from .request import SamplingParams
+from .request import Request, SamplingParams
+from .stats import EngineStats, Profile
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
-class Admission(msgspec.Struct, frozen=True, kw_only=True):
+class Admission(msgspec.Struct, frozen=True):
     """A request that takes a slot: its tokens so far, and how to sample the next ones."""
 
     slot: int
@@ -85,3 +86,54 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
     prompt_logprobs: dict[int, PromptLogprobs] = {}  # uid -> a chunk of its prompt
     free_pages: int | None = None  # pages available to requests after this step, unused cached ones included
+
+
+class Report(msgspec.Struct, frozen=True):
+    """The leader's message after a step: its output, the counters, and a profile if one is complete."""
+
+    output: StepOutput
+    stats: EngineStats
+    profile: Profile | None
+
+
+class Admit(msgspec.Struct, frozen=True, tag=True):
+    """Queue requests."""
+
+    requests: list[Request]
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """End requests early."""
+
+    uids: list[int]
+
+
+class StartProfile(msgspec.Struct, frozen=True, tag=True):
+    """Profile the next decode steps."""
+
+    num_steps: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """End the loops of followers and leader."""
+
+
+Command = Admit | Cancel | StartProfile | Stop
+
+
+def _array_to_bytes(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return np.ascontiguousarray(value, dtype=np.int32).tobytes()
+    raise TypeError(f"{type(value).__name__} does not travel between ranks")
+
+
+def _bytes_to_array(kind: type, value: Any) -> Any:
+    if kind is np.ndarray:
+        return np.frombuffer(value, dtype=np.int32).copy()  # the message's memory is read-only
+    raise TypeError(f"{kind.__name__} does not travel between ranks")
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=_array_to_bytes).encode
+decode_command = msgspec.msgpack.Decoder(Command, dec_hook=_bytes_to_array).decode
+decode_plan = msgspec.msgpack.Decoder(StepPlan | Stop, dec_hook=_bytes_to_array).decode
+decode_report = msgspec.msgpack.Decoder(Report, dec_hook=_bytes_to_array).decode

@@ -1,9 +1,10 @@
-"""Sampling parameters, and requests on their way to the scheduler."""
+"""Sampling parameters, requests, and the limits of an engine that they must keep."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ MAX_STOP_STRINGS = 16
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """How to sample tokens and when to stop; the names and defaults are vLLM's.
+    """Rules for sampling tokens and for stopping; the names and defaults are vLLM's.
 
     Raises ValueError naming the parameter, its value and the rule. `seed` fixes the tokens of a request: they depend
     on (seed, position) only, not on the batch, a preemption or the TP size. The default is a random seed.
@@ -53,9 +54,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         self._integer("top_k", -1)
         self._number("min_p", 0, 1)
         self._number("repetition_penalty", 0, math.inf)
-        _require(
-            self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "must be above 0; 1 is neutral"
-        )
+        repetition = self.repetition_penalty
+        _require(repetition > 0, "repetition_penalty", repetition, "must be above 0; 1 is neutral")
         self._number("presence_penalty", -2, 2)
         self._number("frequency_penalty", -2, 2)
         self._integer("min_tokens", 0)
@@ -105,14 +105,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             _require(number, f"logit_bias[{token}]", bias, "must be between -100 and 100")
 
     def _check_stops(self) -> None:
-        _require(
-            self.stop is None or isinstance(self.stop, (str, list)), "stop", self.stop, "must be a string or a list"
-        )
-        strings = self.stop_strings
-        _require(
-            len(strings) <= MAX_STOP_STRINGS, "stop", len(strings), f"strings are too many; at most {MAX_STOP_STRINGS}"
-        )
-        for s in strings:
+        is_valid = self.stop is None or isinstance(self.stop, (str, list))
+        _require(is_valid, "stop", self.stop, "must be a string or a list")
+        count = len(self.stop_strings)
+        _require(count <= MAX_STOP_STRINGS, "stop", count, f"strings are too many; at most {MAX_STOP_STRINGS}")
+        for s in self.stop_strings:
             _require(isinstance(s, str) and s != "", "stop", s, "must be a non-empty string")
         for i in self.stop_token_ids:
             _require(isinstance(i, int) and not isinstance(i, bool), "stop_token_ids", i, "must be integers")
@@ -136,6 +133,45 @@ class Request(msgspec.Struct, frozen=True):
         """Prompt plus longest output, in tokens."""
         assert self.params.max_tokens is not None
         return self.num_prompt_tokens + self.params.max_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Limits that are fixed when the engine starts. The front end refuses requests that can never run."""
+
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    num_pages: int
+    page_size: int
+    vocab_size: int
+    enable_prefix_caching: bool = True
+
+    @property
+    def max_length(self) -> int:
+        """The longest prompt plus output of one request, in tokens."""
+        return min(self.max_model_len, self.num_pages * self.page_size)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Return the number of pages that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.page_size)
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError, with the values and the rule, for a request that can never run."""
+        if len(request.tokens) == 0:
+            raise ValueError("the prompt is empty; give a text or at least one token id")
+        if len(request.tokens) >= self.max_length:
+            whole_cache = self.max_length == self.num_pages * self.page_size
+            raise ValueError(
+                f"the prompt has {len(request.tokens)} tokens, but the context is {self.max_length} and needs room for"
+                " at least one more; shorten the prompt or raise"
+                f" {'num_pages or kv_cache_memory (the KV cache is the limit)' if whole_cache else 'max_model_len'}"
+            )
+        lowest, highest = int(request.tokens.min()), int(request.tokens.max())
+        if lowest < 0 or highest >= self.vocab_size:
+            invalid = lowest if lowest < 0 else highest
+            raise ValueError(f"token id {invalid} in the prompt; the model has ids 0 to {self.vocab_size - 1}")
+        request.params.check_vocabulary(self.vocab_size)
 
 
 def _range(low: float, high: float) -> str:

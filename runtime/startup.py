@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,18 @@ import torch
 
 from ..comm.base import Communicator
 from .config import Config
-from .limits import Limits
-from .memory.gpu import GpuMemory, Phase, named_out_of_memory, other_processes, plan_on_gpu, read_gpu
+from .memory.gpu import Phase, named_out_of_memory, other_processes, plan_on_gpu, read_gpu
 from .memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, loading_speed, plan_weights
-from .model.attention.backend import AttentionShape
 from .model.attention.select_backend import select_backend
 from .model.decoder import Decoder
 from .model.kv_pool import KVPool
 from .model.model_config import ModelConfig
 from .model.weights import fill_dummy, load_weights
 from .plan import Admission, StepPlan
-from .request import SamplingParams
+from .request import Limits, SamplingParams
 from .runner.graphs import DecodeGraphs
-from .runner.rank_memory import RankMemory
-from .runner.readback import PinnedReadback
+from .runner.rank_memory import PinnedReadback, RankMemory, SlotTables
 from .runner.runner import Runner
-from .runner.slot_tables import SlotTables
 from .sampling.grammar import Vocabulary
 from .sampling.grammar_state import GrammarStates
 from .sampling.sampler import Sampler
@@ -40,25 +37,25 @@ MAX_GRAPH_ROWS = 256  # larger decode steps run long enough to hide their launch
 
 
 class LoadedRank:
-    """A rank with its weights loaded. Call `plan_memory`, then `allocate` once to get its Runner.
+    """This process's rank with its weights loaded. Call `plan_memory`, then `allocate` once to get its Runner.
 
     `config` is resolved, and `folder` holds the checkpoint. `timer` is given the duration of each phase. Raises
-    ValueError if the weights do not fit.
+    ValueError if the device is not there or the weights do not fit.
     """
 
     def __init__(
-        self,
-        config: Config,
-        model: ModelConfig,
-        folder: Path,
-        comm: Communicator,
-        device: torch.device,
-        timer: StartupTimer | None = None,
+        self, config: Config, model: ModelConfig, folder: Path, comm: Communicator, timer: StartupTimer | None = None
     ) -> None:
-        self.config, self.model, self.comm, self.device = config, model, comm, device
+        if config.device == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(
+                    "device='cuda', but torch sees no GPU here; use device='cpu' or install a CUDA build of torch"
+                )
+            torch.cuda.set_device(0)  # Ray shows each actor its own GPU only
+        self.config, self.model, self.comm, self.device = config, model, comm, torch.device(config.device)
         self._timer = timer or StartupTimer()
         plan = plan_weights(config, model)
-        self._plan = plan_on_gpu(plan, config, device) if device.type == "cuda" else plan
+        self._plan = plan_on_gpu(plan, config, self.device) if config.device == "cuda" else plan
         check_weights(self._plan)
         self._rehearsed: torch.cuda.CUDAGraph | None = None  # keeps the memory pool of the rehearsal's graphs
         with self._phase("weights"):
@@ -67,10 +64,7 @@ class LoadedRank:
         log.info("weights: %s", loading_speed(self._plan.weights, self._timer.seconds["weights"]))
 
     def plan_memory(self) -> MemoryPlan:
-        """Return this rank's memory plan, with the pages that `config` names or that there is room for.
-
-        A group uses the smallest number of pages of its ranks. `plan_limits` refuses a plan that does not fit.
-        """
+        """Return this rank's memory plan, with the pages that `config` names or that fit; see `plan_limits`."""
         if self.device.type == "cuda":
             with self._phase("rehearsal"):
                 self._plan = self._rehearse()
@@ -101,30 +95,23 @@ class LoadedRank:
             batch_invariant=config.deterministic,
         )
         if config.load_format == "dummy":
-            fill_dummy(decoder.weights())
+            fill_dummy(decoder.weights)
         else:
-            load_weights(decoder.weights(), folder)
+            load_weights(decoder.weights, folder)
         return decoder
 
     @torch.inference_mode()
     def _allocate_memory(self, num_pages: int, max_length: int, *, announce: bool) -> RankMemory:
         config, device = self.config, self.device
-        kv_shape = self._decoder.kv_shape(config.page_size, config.torch_dtype)
-        shape = AttentionShape(
-            num_heads=self.model.num_heads // self.comm.size,
-            num_kv_heads=kv_shape.num_kv_heads,
-            head_dim=self.model.head_dim,
-            page_size=config.page_size,
-            dtype=config.torch_dtype,
-        )
+        shape = self._decoder.attention_shape(config.page_size, config.torch_dtype)
         return RankMemory(
             decoder=self._decoder,
             tables=SlotTables(config.max_num_seqs, max_length, config.page_size, device),
-            pool=KVPool(kv_shape, num_pages, device, config.kv_layout),
+            pool=KVPool(shape, num_pages, device, config.kv_layout),
             sampler=Sampler(config.max_num_seqs, device),
             grammars=GrammarStates(self._vocabulary, config.max_num_seqs),
             readback=PinnedReadback(config.max_num_seqs, self.comm, device),
-            attention=select_backend(config, self.model, shape, device, self._timer, announce=announce),
+            attention=select_backend(config, self.model, shape, self._timer, announce=announce),
         )
 
     @torch.inference_mode()
@@ -132,20 +119,16 @@ class LoadedRank:
         """Capture the decode steps; return None if that is not possible or not wanted."""
         if not memory.attention.capturable:
             return None
-        reason = self._eager_reason()
-        if reason is not None:
+        if self.config.enforce_eager or not self.comm.capturable:
             if announce:
+                uncapturable = f"{self.comm.description} cannot be captured"
+                reason = "enforce_eager is set" if self.config.enforce_eager else uncapturable
                 log.info("decode without CUDA graphs: %s", reason)
             return None
         max_rows = min(self.config.max_num_seqs, MAX_GRAPH_ROWS)
         graphs = DecodeGraphs(memory, max_rows, reuse=self._rehearsed, show_progress=announce)
         self._rehearsed = graphs.largest
         return graphs
-
-    def _eager_reason(self) -> str | None:
-        if self.config.enforce_eager:
-            return "enforce_eager is set"
-        return None if self.comm.capturable else f"{self.comm.description} cannot be captured"
 
     def _rehearse(self) -> MemoryPlan:
         """Run the largest step and capture the graphs once, to measure the memory that they need beside the KV cache.
@@ -154,19 +137,21 @@ class LoadedRank:
         captured again once it is allocated.
         """
         assert self.config.max_model_len is not None
+        measure = partial(read_gpu, self.device, self.config.gpus_per_rank)
         memory = self._allocate_memory(1, self.config.max_model_len, announce=False)
         Runner(memory).launch(largest_step(self.config)).wait()
-        workspaces = self._read_gpu().used - self._plan.at_start - self._plan.weights
+        with_workspaces, _ = measure()
         gc.collect()  # each capture does so, too: memory left by the largest step would hide that of the graphs
         torch.cuda.empty_cache()
-        before = self._read_gpu()
+        before, _ = measure()
         graphs = self._capture(memory, announce=False)
         torch.cuda.synchronize(self.device)
+        with_graphs, _ = measure()
         return replace(
             self._plan,
-            workspaces=max(0, workspaces),
-            graphs=max(0, self._read_gpu().used - before.used),
-            num_graphs=graphs.num_graphs if graphs else 0,
+            workspaces=max(0, with_workspaces - self._plan.at_start - self._plan.weights),
+            graphs=max(0, with_graphs - before),
+            num_graphs=len(graphs.sizes) if graphs else 0,
             graph_rows=graphs.max_rows if graphs else 0,
             other_processes=other_processes(self.device),
         )
@@ -177,22 +162,6 @@ class LoadedRank:
         with self._timer(name), named_out_of_memory(name, self._plan, self.device):
             yield
 
-    def _read_gpu(self) -> GpuMemory:
-        return read_gpu(self.device, self.config.gpus_per_rank)
-
-
-def load_rank(
-    config: Config, model: ModelConfig, folder: Path, comm: Communicator, timer: StartupTimer | None = None
-) -> LoadedRank:
-    """Load this process's rank; see LoadedRank. Raises ValueError if its device is not there."""
-    if config.device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(
-                "device='cuda', but torch sees no GPU here; use device='cpu' or install a CUDA build of torch"
-            )
-        torch.cuda.set_device(0)  # Ray shows each actor its own GPU only
-    return LoadedRank(config, model, folder, comm, torch.device(config.device), timer)
-
 
 def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: MemoryPlan) -> Limits:
     """Return, and log, the limits of a group; `memory` is the plan of its tightest rank.
@@ -202,8 +171,13 @@ def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: M
     """
     check_kv_cache(requested, memory)
     assert config.max_model_len is not None
-    limits = Limits(
-        max_model_len=config.max_model_len,
+    context = min(config.max_model_len, memory.tokens)
+    if context < config.max_model_len:
+        log.warning("context limited to %d tokens by the KV cache (the model's is %d)", context, config.max_model_len)
+    log.info("%s", memory.table(context))
+    log.info("KV cache: %d pages of %d tokens, %s", memory.num_pages, memory.page_size, config.kv_layout)
+    return Limits(
+        max_model_len=context,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         num_pages=memory.num_pages,
@@ -211,21 +185,10 @@ def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: M
         vocab_size=model.vocab_size,
         enable_prefix_caching=config.enable_prefix_caching,
     )
-    if memory.tokens < limits.max_model_len:
-        log.warning(
-            "context limited to %d tokens by the KV cache (the model's is %d)", memory.tokens, limits.max_model_len
-        )
-        limits = replace(limits, max_model_len=memory.tokens)
-    log.info("%s", memory.table(limits.max_model_len))
-    log.info("KV cache: %d pages of %d tokens, %s", memory.num_pages, memory.page_size, config.kv_layout)
-    return limits
 
 
 def largest_step(config: Config) -> StepPlan:
-    """Return a step of as many tokens as `config`, which is resolved, allows, of as few requests as possible.
-
-    Every page is page 0: the step computes nonsense of the right size.
-    """
+    """Return the largest step that `config`, which is resolved, allows, of few requests. All its pages are page 0."""
     assert config.max_model_len is not None
     budget, counts = config.max_num_batched_tokens, list[int]()
     while budget > 0 and len(counts) < config.max_num_seqs:
@@ -235,10 +198,7 @@ def largest_step(config: Config) -> StepPlan:
     params = SamplingParams(seed=0, max_tokens=1)
     return StepPlan(
         step=0,
-        admitted=[
-            Admission(slot=slot, tokens=empty, num_prompt_tokens=0, params=params, stop_ids=[])
-            for slot in range(len(counts))
-        ],
+        admitted=[Admission(slot, empty, 0, params, []) for slot in rows.tolist()],
         slots=rows,
         starts=np.zeros_like(rows),
         counts=np.array(counts, np.int32),

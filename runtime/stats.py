@@ -1,7 +1,4 @@
-"""Counters of an engine, which only grow, and its profile.
-
-A measurement is the difference of two readings of the counters; metrics export them unchanged.
-"""
+"""Counters of an engine, which only grow, so that differences are measurements; and its profile."""
 
 from __future__ import annotations
 

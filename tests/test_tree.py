@@ -28,8 +28,8 @@ kernels: arguments native reference
 kernels/cuda
 kernels
 comm
-runtime: config limits messages outputs plan request startup_timer stats structured_outputs version
-runtime/model: batch hf_config kv_pool linear model_config norm rope safetensors_files weights
+runtime: config outputs plan request startup_timer stats structured_outputs version
+runtime/model: batch checkpoint hf_config kv_pool linear model_config norm rope weights
 runtime/model/attention
 runtime/model
 runtime/memory

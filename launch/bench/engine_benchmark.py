@@ -41,7 +41,7 @@ class EngineBenchmark:
 
     def __init__(self, config: Config, workloads: Sequence[Workload], seed: int = 0) -> None:
         with signals_wait():  # imports torch, which takes seconds: a wrong option is refused before
-            from ...runtime.checkpoint import find_model
+            from ...runtime.model.checkpoint import find_model
             from ..executors import start_executor
 
         self.config = config

@@ -15,9 +15,8 @@ from ray.util.placement_group import remove_placement_group
 from ...runtime.config import Config
 from ...runtime.executor import RankLocation, Wakeup
 from ...runtime.memory.memory_plan import loading_speed, tightest
-from ...runtime.messages import Admit, Cancel, StartProfile, Stop, decode_report, encode
 from ...runtime.model.model_config import ModelConfig
-from ...runtime.plan import StepOutput
+from ...runtime.plan import Admit, Cancel, StartProfile, StepOutput, Stop, decode_report, encode
 from ...runtime.request import Request
 from ...runtime.startup import plan_limits
 from ...runtime.startup_timer import StartupTimer, summary

@@ -9,15 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...runtime.checkpoint import checkpoint_folder
 from ...runtime.engine import Engine
-from ...runtime.limits import Limits
 from ...runtime.memory.memory_plan import MemoryPlan
-from ...runtime.messages import Admit, Cancel, Report, StartProfile, Stop, decode_command, decode_plan, encode
+from ...runtime.model.checkpoint import checkpoint_folder
 from ...runtime.model.model_config import ModelConfig
-from ...runtime.plan import StepPlan
+from ...runtime.plan import Admit, Cancel, Report, StartProfile, StepPlan, Stop, decode_command, decode_plan, encode
+from ...runtime.request import Limits
 from ...runtime.scheduler.scheduler import Scheduler
-from ...runtime.startup import load_rank
+from ...runtime.startup import LoadedRank
 from ...runtime.startup_timer import StartupTimer
 from .rank_actor import Endpoint, RankActor
 from .sockets import Address, PushSocket
@@ -43,7 +42,7 @@ class Worker(RankActor):
         model = ModelConfig.from_folder(folder)
         with self._phases("connecting"):
             comm = self.connect(endpoints[0])
-        self._loaded = load_rank(self.config, model, Path(folder), comm, self._phases)
+        self._loaded = LoadedRank(self.config, model, Path(folder), comm, self._phases)
         if self.rank == 0:
             self._outputs = PushSocket(output)
             self._followers = [PushSocket(e.inbox) for e in endpoints[1:]]

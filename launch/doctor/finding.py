@@ -8,7 +8,7 @@ from functools import partial
 from typing import Literal
 
 from ...comm.error_text import first_line
-from ...runtime.checkpoint import NotFetched
+from ...runtime.model.checkpoint import NotFetched
 from ..errors import PlacementError, RankFailed
 
 Status = Literal["ok", "warn", "fail"]

@@ -14,17 +14,20 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
 from ...comm.format_bytes import format_bytes
 from ...runtime.config import Config
-from ...runtime.memory.gpu_processes import Process
 from ..cluster.network import is_own, own_addresses
 from ..cluster.rank_resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
 from .finding import Finding, fail, ok, warn
 from .p2p import PairResults
 from .planned_start import PlannedStart, visible_gpus
+
+if TYPE_CHECKING:  # imports torch
+    from ...runtime.memory.gpu import Process
 
 DRIVER = Path("/proc/driver/nvidia/version")
 NCCL_SHM_BYTES = 64 * 2**20  # of each rank, an estimate: a buffer of 4 MiB for each of NCCL's channels

@@ -11,7 +11,7 @@ from ...comm.error_text import first_line
 from ...comm.format_bytes import format_bytes
 from ...runtime.config import Config
 from ...runtime.memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, plan_weights
-from ...runtime.model.safetensors_files import check_files
+from ...runtime.model.checkpoint import check_files
 from ...runtime.tokenizer import Tokenizer
 from .finding import Finding, fail, ok, warn
 from .planned_start import PlannedStart

@@ -11,8 +11,8 @@ from ctypes import CDLL
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...runtime.checkpoint import checkpoint_folder
 from ...runtime.config import Config
+from ...runtime.model.checkpoint import checkpoint_folder
 from ...runtime.model.model_config import ModelConfig
 from .p2p import P2PCheck
 

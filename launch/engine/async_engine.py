@@ -16,12 +16,11 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from ...runtime.checkpoint import find_model
 from ...runtime.config import Config
 from ...runtime.frontend import Frontend
-from ...runtime.limits import Limits
+from ...runtime.model.checkpoint import find_model
 from ...runtime.outputs import Event
-from ...runtime.request import SamplingParams
+from ...runtime.request import Limits, SamplingParams
 from ...runtime.sampling.grammar import Vocabulary
 from ...runtime.stats import EngineStats
 from ...runtime.tokenizer import Tokenizer, default_sampling_params

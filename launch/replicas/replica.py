@@ -16,8 +16,8 @@ from functools import partial
 
 from ray import serve
 
-from ...runtime.checkpoint import find_model
 from ...runtime.config import Config
+from ...runtime.model.checkpoint import find_model
 from ...runtime.request import Request
 from ..cluster.actor_group import forwarded
 from ..cluster.connection import Connection

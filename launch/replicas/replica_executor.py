@@ -29,9 +29,8 @@ from ray.serve.schema import LoggingConfig
 
 from ...runtime.config import Config
 from ...runtime.executor import RankLocation, Wakeup
-from ...runtime.limits import Limits
 from ...runtime.plan import Finished, StepOutput
-from ...runtime.request import Request
+from ...runtime.request import Limits, Request
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded
 from ..cluster.connection import Connection

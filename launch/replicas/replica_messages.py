@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import msgspec
 
 from ...runtime.executor import RankLocation
-from ...runtime.limits import Limits
 from ...runtime.plan import StepOutput
+from ...runtime.request import Limits
 from ...runtime.stats import EngineStats
 from ..cluster.sockets import Address
 

@@ -163,15 +163,15 @@ def num_top_logprobs(body: GenerateRequest) -> int | None:
 def structured_outputs(body: GenerateRequest) -> StructuredOutputsParams | None:
     """Return the requested constraint of the output, if any; raises ApiError naming the field."""
     requested = _structured_fields(body)
-    if len(requested) > 1:
-        *others, last = requested
-        raise invalid(last, f"cannot be given together with {' and '.join(others)}; give one")
-    for field, options in requested.items():
-        try:
-            return StructuredOutputsParams(**options)
-        except ValueError as error:
-            raise invalid(field, str(error).partition("=")[2]) from error
-    return None
+    if not requested:
+        return None
+    *others, field = requested
+    if others:
+        raise invalid(field, f"cannot be given together with {' and '.join(others)}; give one")
+    try:
+        return StructuredOutputsParams(**requested[field])
+    except ValueError as error:
+        raise invalid(field, str(error).partition("=")[2]) from error
 
 
 def from_refusal(error: RequestRefused, body: GenerateRequest) -> ApiError:

@@ -1,14 +1,12 @@
-"""A GPU as torch sees it: its name, its memory in use, and the error when it runs out.
-
-Separate from memory_plan.py, which works without torch on a machine without a GPU.
-"""
+"""A GPU as torch sees it: its name, memory and processes. memory_plan.py works without torch and without a GPU."""
 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,9 +15,9 @@ import torch
 
 from ...comm.format_bytes import format_bytes
 from ..config import Config
-from .gpu_processes import Process, describe_others, processes_on
 from .memory_plan import MemoryPlan
 
+MIN_NAMED_BYTES = 100 * 2**20  # processes with less are not worth naming
 Phase = Literal["weights", "rehearsal", "KV cache", "graphs"]
 REMEDIES: dict[Phase, str] = {  # against running out of memory in a phase of the start-up
     "weights": "use a larger tensor_parallel_size",
@@ -30,11 +28,18 @@ REMEDIES: dict[Phase, str] = {  # against running out of memory in a phase of th
 
 
 @dataclass(frozen=True)
-class GpuMemory:
-    """One reading of a GPU's memory, in bytes."""
+class Process:
+    """A process with memory on a GPU."""
 
-    total: int
-    used: int  # by all processes
+    pid: int
+    used: int | None  # bytes; None if the driver does not say
+
+    @property
+    def is_large(self) -> bool:
+        return self.used is None or self.used > MIN_NAMED_BYTES
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} with {'an unknown amount' if self.used is None else format_bytes(self.used)}"
 
 
 def devices(count: int) -> list[torch.device]:
@@ -46,22 +51,22 @@ def plan_on_gpu(plan: MemoryPlan, config: Config, device: torch.device) -> Memor
     """Return the plan of a rank that has loaded nothing yet, with the state of this GPU."""
     gc.collect()  # an earlier runner in this process
     torch.cuda.empty_cache()
-    memory = read_gpu(device, config.gpus_per_rank)
+    used, total = read_gpu(device, config.gpus_per_rank)
     return replace(
         plan,
         place=gpu_name(device),
-        total=memory.total,
-        at_start=memory.used,
+        total=total,
+        at_start=used,
         utilization=config.gpu_memory_utilization,
         gpus_per_rank=config.gpus_per_rank,
         other_processes=other_processes(device),
     )
 
 
-def read_gpu(device: torch.device, gpus_per_rank: float) -> GpuMemory:
-    """Read the memory of a GPU. If ranks share it, only this process's torch counts: the others' use varies."""
+def read_gpu(device: torch.device, gpus_per_rank: float) -> tuple[int, int]:
+    """Return the bytes in use and all bytes of a GPU; if ranks share it, only those in use by this process's torch."""
     free, total = torch.cuda.mem_get_info(device)
-    return GpuMemory(total, total - free if gpus_per_rank == 1 else torch.cuda.memory_reserved(device))
+    return total - free if gpus_per_rank == 1 else torch.cuda.memory_reserved(device), total
 
 
 def gpu_name(device: torch.device) -> str:
@@ -74,14 +79,41 @@ def gpu_name(device: torch.device) -> str:
     return f"GPU {number or index} ({properties.name}, {format_bytes(total)})"
 
 
+def processes(device: torch.device) -> list[Process] | None:
+    """Return all processes with memory on this GPU; None if they cannot be listed."""
+    return processes_on(str(torch.cuda.get_device_properties(device).uuid))
+
+
+def processes_on(uuid: str) -> list[Process] | None:
+    """Return all processes with memory on a GPU; None if NVML, or its package pynvml, cannot list them."""
+    # By UUID: NVML lists every GPU of the host, regardless of CUDA_VISIBLE_DEVICES.
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-').lower()}")
+        return [Process(p.pid, p.usedGpuMemory) for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+    except nvml.NVMLError:
+        return None
+
+
 def other_processes(device: torch.device) -> str:
     """Return the end of an error message: the other processes that hold more than 100 MiB of this GPU."""
     return describe_others(processes(device), os.getpid())
 
 
-def processes(device: torch.device) -> list[Process] | None:
-    """Return all processes with memory on this GPU; None if they cannot be listed."""
-    return processes_on(str(torch.cuda.get_device_properties(device).uuid))
+def describe_others(processes: Iterable[Process] | None, own_pid: int) -> str:
+    """Return the end of an error message: `; also on this GPU: pid 4711 with 1.00 GiB`, or nothing."""
+    by_pid = {process.pid: process for process in processes or ()}
+    if not by_pid:  # this process at least must be there: a container hides them
+        return "; the processes on this GPU could not be listed"
+    has_host_pids = own_pid not in by_pid  # a container has its own numbers
+    others = ", ".join(str(p) for p in by_pid.values() if p.pid != own_pid and p.is_large)
+    if not others:
+        return ""
+    return f"; {'on this GPU, by the host, this process among them' if has_host_pids else 'also on this GPU'}: {others}"
 
 
 @contextmanager
@@ -91,13 +123,8 @@ def named_out_of_memory(phase: Phase, plan: MemoryPlan, device: torch.device) ->
         yield
     except torch.OutOfMemoryError as error:
         free, _ = torch.cuda.mem_get_info(device)
-        raise ValueError(out_of_memory_message(phase, plan.place, str(error), free, other_processes(device))) from error
-
-
-def out_of_memory_message(phase: Phase, place: str, error: str, free: int, others: str) -> str:
-    """Return one line from torch's many; `free` bytes are left, `others` is the result of `other_processes`."""
-    needed = re.search(r"Tried to allocate ([\d.]+ \w+)", error)
-    amount = needed[1] if needed else "more memory"
-    return (
-        f"{phase}: {place} ran out of memory, {amount} needed and {format_bytes(free)} free; {REMEDIES[phase]}{others}"
-    )
+        needed = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))  # one line from torch's many
+        raise ValueError(
+            f"{phase}: {plan.place} ran out of memory, {needed[1] if needed else 'more memory'} needed and"
+            f" {format_bytes(free)} free; {REMEDIES[phase]}{other_processes(device)}"
+        ) from error

@@ -11,26 +11,35 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """B rows (one request each) of T tokens in total, row after row. Decode rows have one token, prefill rows more.
+class HostBatch:
+    """The part of a step that is on the host: arrays int32, per token [T] or per row [B]."""
 
-    Lengths and pages are on the host, for the plans of attention backends. Indices and a copy of the pages are on the
-    device, for kernels.
-    """
-
-    token_ids: Tensor  # [T] int32, on the device
-    positions: Tensor  # [T] int32, on the device: position of each token in its request
-    kv_slots: Tensor  # [T] int32, on the device: page * page_size + offset, slot of its K and V; negative: not stored
-    owners: Tensor  # [T] int32, on the device: row of `pages` with the pages of each token
-    pages: Tensor  # [R, P] int32, on the device: pages in order; undefined beyond a row's length
-    page_table: np.ndarray  # [B, P] int32, on the host: pages of each row, undefined beyond its length
-    query_starts: np.ndarray  # [B + 1] int32, on the host: row b has tokens query_starts[b]:query_starts[b + 1]
-    kv_lengths: np.ndarray  # [B] int32, on the host: keys that the last token of the row sees, itself included
+    slots: np.ndarray  # [T]: the slot of each token
+    positions: np.ndarray  # [T]: as in Batch
+    kv_slots: np.ndarray  # [T]: as in Batch
+    page_table: np.ndarray  # [B, P]: pages of each row, undefined beyond its length
+    query_starts: np.ndarray  # [B + 1]: row b has tokens query_starts[b]:query_starts[b + 1]
+    kv_lengths: np.ndarray  # [B]: keys that the last token of the row sees, itself included
     num_decoding: int  # the first rows, of one token each: they read no keys that another row stores in this step
 
     @property
     def num_rows(self) -> int:
         return len(self.kv_lengths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """B rows (one request each) of T tokens in total, row after row. Decode rows have one token, prefill rows more.
+
+    Tensors are int32 on the device, for kernels; `host` is for the plans of attention backends.
+    """
+
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T]: position of each token in its request
+    kv_slots: Tensor  # [T]: page * page_size + offset, slot of its K and V; negative: not stored
+    owners: Tensor  # [T]: row of `pages` with the pages of each token
+    pages: Tensor  # [R, P]: pages in order; undefined beyond a row's length
+    host: HostBatch
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

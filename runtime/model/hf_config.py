@@ -1,7 +1,4 @@
-"""Typed access to one JSON object of a checkpoint. Every error names the file, the field, its value and the rule.
-
-A field that is null counts as absent, as it does in transformers.
-"""
+"""Typed access to one JSON object of a checkpoint. Every error names the file, the field, its value and the rule."""
 
 from __future__ import annotations
 
@@ -12,7 +9,11 @@ from typing import Any
 
 
 class HFConfigReader:
-    """Typed access to the fields of `values`; `source` names them in messages."""
+    """The fields of `values`; `source` names them in messages. Numbers must be above 0.
+
+    A field must exist unless there is a default; lists and objects are empty if absent. Null counts as absent, as it
+    does in transformers.
+    """
 
     def __init__(self, values: Mapping[str, Any], source: str = "config.json") -> None:
         self.values = values
@@ -33,32 +34,26 @@ class HFConfigReader:
         return self.values.get(name) is not None
 
     def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
-        """Return the integer `name`, which must exist unless there is a default."""
         value = self._value(name, default)
         self._check(name, _is_integer(value) and value >= minimum, f"an integer of at least {minimum}")
         return int(value)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Return the positive number `name`, which must exist unless there is a default."""
         value = self._value(name, default)
-        self._check(name, _is_integer(value) or isinstance(value, float), "a number above 0")
-        self._check(name, value > 0, "a number above 0")
+        self._check(name, (_is_integer(value) or isinstance(value, float)) and value > 0, "a number above 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """Return the boolean `name`."""
         value = self._value(name, default)
         self._check(name, isinstance(value, bool), "true or false")
         return bool(value)
 
     def text(self, name: str, default: str | None = None) -> str:
-        """Return the string `name`, which must exist unless there is a default."""
         value = self._value(name, default)
         self._check(name, isinstance(value, str), "a string")
         return str(value)
 
     def texts(self, name: str) -> list[str]:
-        """Return the list of strings `name`; empty if absent."""
         value = self._value(name, [])
         self._check(name, isinstance(value, list) and all(isinstance(x, str) for x in value), "a list of strings")
         return list(value)
@@ -71,7 +66,6 @@ class HFConfigReader:
         return integers
 
     def nested(self, name: str) -> HFConfigReader:
-        """Return the object `name`; empty if absent."""
         value = self._value(name, {})
         self._check(name, isinstance(value, dict), "an object")
         return HFConfigReader(value, f"{self.source}: {name}")

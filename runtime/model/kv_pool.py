@@ -21,13 +21,14 @@ from ..config import KVLayout
 
 
 @dataclass(frozen=True, kw_only=True)
-class KVShape:
-    """The shape of one rank's KV cache, except for the number of pages."""
+class AttentionShape:
+    """The layers, heads and pages of one rank, for its KV cache and its attention backend."""
 
     num_layers: int
-    page_size: int
-    num_kv_heads: int  # of this rank
+    num_heads: int  # of this rank, as are the key heads
+    num_kv_heads: int
     head_dim: int
+    page_size: int
     dtype: torch.dtype
 
     @property
@@ -39,19 +40,16 @@ class KVShape:
 class KVPool:
     """`num_pages` pages of keys and values for every layer, allocated once."""
 
-    def __init__(self, shape: KVShape, num_pages: int, device: torch.device, layout: KVLayout = "layer-first") -> None:
-        self.shape = shape
-        self.num_pages = num_pages
-        self.layout = layout
+    def __init__(self, shape: AttentionShape, num_pages: int, device: torch.device, layout: KVLayout) -> None:
+        self.shape, self.num_pages, self.layout = shape, num_pages, layout
         page = (shape.page_size, shape.num_kv_heads, shape.head_dim)
         outer = (shape.num_layers, 2, num_pages) if layout == "layer-first" else (num_pages, shape.num_layers, 2)
         self._memory = _zeros((*outer, *page), shape.dtype, device)
 
     def layer(self, layer: int) -> KVCache:
         """Return views [pages, page_size, Hkv, E] of the keys and values of one layer."""
-        if self.layout == "layer-first":
-            return KVCache(self._memory[layer, 0], self._memory[layer, 1])
-        return KVCache(self._memory[:, layer, 0], self._memory[:, layer, 1])
+        memory = self._memory[layer] if self.layout == "layer-first" else self._memory[:, layer].transpose(0, 1)
+        return KVCache(memory[0], memory[1])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -1,8 +1,9 @@
-"""Tensor-parallel linear layers in Megatron's order: first divided by output rows, then by input columns.
+"""Tensor-parallel linear layers, MLP and mixture of experts, in Megatron's order.
 
-The ranks exchange nothing between the two: each computes whole heads, or its intermediate features. The second layer
-adds to the residual stream. A single rank adds at once; several leave partial sums, which the next norm reduces.
-Shapes: T tokens, D hidden, I intermediate features.
+The first layer of a pair is divided by output rows, the second by input columns. The ranks exchange nothing between
+the two: each computes whole heads, or its intermediate features. The second layer adds to the residual stream. A
+single rank adds at once; several leave partial sums, which the next norm reduces.
+Shapes: T tokens, D hidden, I the rank's intermediate features, N experts, K of them selected per token.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
+from .model_config import Experts
 from .norm import Normed, Residual
 from .weights import ALL, Piece, Weights
 
@@ -44,8 +47,7 @@ class ColumnLinear:
     def __init__(self, weights: Weights, projections: Sequence[Projection], in_features: int, *, bias: bool) -> None:
         self.batch_invariant = weights.batch_invariant
         total = sum(p.num_rows for p in projections)
-        matrix, vector = [], []
-        start = 0
+        matrix, vector, start = [], [], 0
         for p in projections:
             into = (slice(start, start + p.num_rows),)
             matrix.append(Piece(f"{p.name}.weight", (p.features, in_features), (p.rows,), into))
@@ -56,15 +58,8 @@ class ColumnLinear:
 
     def __call__(self, normed: Normed, *, gated: bool = False) -> Tensor:
         """Return [T, the rank's rows] of rows [T, D], or `silu(first half) * second half` if gated."""
-        return ops.linear(
-            normed.x,
-            self.weight,
-            self.bias,
-            norm=normed.weight,
-            eps=normed.eps,
-            gated=gated,
-            batch_invariant=self.batch_invariant,
-        )
+        x, norm, eps, invariant = normed.x, normed.weight, normed.eps, self.batch_invariant
+        return ops.linear(x, self.weight, self.bias, norm=norm, eps=eps, gated=gated, batch_invariant=invariant)
 
 
 class RowLinear:
@@ -105,3 +100,38 @@ class MLP:
     def __call__(self, normed: Normed, residual: Residual) -> None:
         """Add the MLP of rows [T, D] to `residual`."""
         self.down(self.gate_up(normed, gated=True), residual)
+
+
+class MoE:
+    """`sum of score * expert(x)` over the experts that a router selects for each token.
+
+    Every rank holds its shard of the intermediate features of every expert, as of an MLP. All ranks route alike,
+    because the router is replicated and its input is bitwise identical on all of them.
+    """
+
+    def __init__(self, weights: Weights, comm: Communicator, name: str, hidden_size: int, experts: Experts) -> None:
+        self.experts = experts
+        self.batch_invariant = weights.batch_invariant
+        n, full, hidden = experts.num_experts, experts.intermediate_size, hidden_size
+        rows = shard_of(full, comm)
+        size = full // comm.size
+        gate_up, down = [], []
+        for expert in range(n):
+            prefix = f"{name}.experts.{expert}"
+            for part, start in (("gate", 0), ("up", size)):
+                into = (expert, slice(start, start + size))
+                gate_up.append(Piece(f"{prefix}.{part}_proj.weight", (full, hidden), (rows,), into))
+            down.append(Piece(f"{prefix}.down_proj.weight", (hidden, full), (ALL, rows), (expert,)))
+        self.router = weights.add((n, hidden), [Piece(f"{name}.gate.weight", (n, hidden))])
+        self.gate_up = weights.add((n, 2 * size, hidden), gate_up)
+        self.down = weights.add((n, hidden, size), down)
+
+    def __call__(self, normed: Normed, residual: Residual) -> None:
+        """Leave the experts' sum for rows [T, D] in `residual`; the next norm adds it."""
+        x = normed.tensor()
+        logits = ops.linear(x, self.router, batch_invariant=self.batch_invariant)
+        # [T, K] float32, [T, K] int64: the scores and the indices of each token's experts.
+        scores, selected = logits.softmax(-1, dtype=torch.float32).topk(self.experts.num_per_token, dim=-1)
+        if self.experts.normalized:
+            scores = scores / scores.sum(-1, keepdim=True)
+        residual.partial = ops.experts(x, selected, scores, self.gate_up, self.down)

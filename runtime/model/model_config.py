@@ -69,7 +69,7 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     tie_word_embeddings: bool
-    windows: tuple[int | None, ...]  # of each layer
+    windows: tuple[int | None, ...]  # of each layer: keys that a query sees, its own included; None for all
     experts: Experts | None
     dtype: str  # of the checkpoint, one of DTYPES
     max_position_embeddings: int
@@ -77,10 +77,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
-        """Read the config.json of a checkpoint, and the end tokens of its generation_config.json if there is one.
-
-        Raises ValueError, in one line, for a field that is missing, ill-formed or not supported.
-        """
+        """Read config.json and the end tokens of generation_config.json; raises ValueError naming the wrong field."""
         folder = Path(folder)
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
@@ -101,7 +98,7 @@ class ModelConfig:
         hidden_size = fields.integer("hidden_size")
         head_dim = fields.integer("head_dim", max(hidden_size // num_heads, 1))
         attention_bias = architecture.bias_flags and fields.flag("attention_bias", False)
-        generation_fields = HFConfigReader(generation or {}, "generation_config.json")
+        sources = fields, HFConfigReader(generation or {}, "generation_config.json")
         rope = Rope.from_hf(fields)
         config = cls(
             architecture=name,
@@ -123,14 +120,10 @@ class ModelConfig:
             experts=_experts(fields, num_layers) if architecture.experts else None,
             dtype=_dtype(fields),
             max_position_embeddings=max(fields.integer("max_position_embeddings"), rope.extended_positions),
-            eos_token_ids=_eos_token_ids(fields, generation_fields),
+            eos_token_ids=tuple(sorted({token for source in sources for token in source.integers("eos_token_id")})),
         )
         config._check()
         return config
-
-    def window(self, layer: int) -> int | None:
-        """Return the number of keys that a query of this layer sees, its own included; None for all."""
-        return self.windows[layer]
 
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and layer in self.experts.layers
@@ -161,15 +154,11 @@ class ModelConfig:
             problems.append(f"{self.num_heads} attention heads")
         if self.num_kv_heads % size and size % self.num_kv_heads:
             problems.append(f"{self.num_kv_heads} kv heads")
-        uneven = [features for features in sorted(self._intermediate_sizes()) if features % size]
-        return problems + [f"{features} intermediate features" for features in uneven]
-
-    def _intermediate_sizes(self) -> set[int]:
-        """Return the sizes in use: without the MLP's if every layer has experts."""
-        return {
-            self.experts.intermediate_size if self.experts and self.has_experts(layer) else self.intermediate_size
-            for layer in range(self.num_layers)
-        }
+        # The MLP's size does not count if every layer has experts.
+        sizes = {self.experts.intermediate_size} if self.experts and self.experts.layers else set()
+        if not all(map(self.has_experts, range(self.num_layers))):
+            sizes.add(self.intermediate_size)
+        return problems + [f"{features} intermediate features" for features in sorted(sizes) if features % size]
 
     def _check(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -209,10 +198,6 @@ def _dtype(fields: HFConfigReader) -> str:
     if name not in DTYPES:
         raise ValueError(f"config.json: dtype {name!r} is not supported; the supported ones are {', '.join(DTYPES)}")
     return name
-
-
-def _eos_token_ids(*sources: HFConfigReader) -> tuple[int, ...]:
-    return tuple(sorted({token for fields in sources for token in fields.integers("eos_token_id")}))
 
 
 def _windows(fields: HFConfigReader, rule: Windows, num_layers: int) -> tuple[int | None, ...]:

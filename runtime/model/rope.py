@@ -56,7 +56,10 @@ class Rope:
             "theta": theta,
             "original_positions": hf.integer("original_max_position_embeddings", original),
         }
-        return cls(**scaled, **(_llama3(scaling) if kind == "llama3" else _yarn(scaling, positions / original)))
+        if kind == "yarn":
+            return cls(**scaled, **_yarn(scaling, positions / original))
+        scaled |= {name: scaling.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        return cls(**scaled)
 
     @property
     def extended_positions(self) -> int:
@@ -105,10 +108,6 @@ class Rope:
     def _pair_with_turns(self, turns: float, head_dim: int) -> float:
         """Return the (fractional) pair that makes `turns` full turns within the original positions."""
         return head_dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
-
-
-def _llama3(scaling: HFConfigReader) -> dict[str, float]:
-    return {name: scaling.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
 
 
 def _yarn(scaling: HFConfigReader, default_factor: float) -> dict[str, Any]:

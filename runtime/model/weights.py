@@ -16,13 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .safetensors_files import checkpoint_files, format_names, open_file
+from .checkpoint import checkpoint_files, format_names, open_file
 
 ALL = slice(None)
-
-
-class CheckpointMismatch(ValueError):
-    """The tensors of the checkpoint do not match its config."""
 
 
 @dataclass(frozen=True)
@@ -46,16 +42,11 @@ class Weight:
 
 
 class Weights(list[Weight]):
-    """The weights of one rank, in the order in which its layers made them.
-
-    batch_invariant  for their layers: the GEMMs give bitwise identical results in any batch
-    """
+    """The weights of one rank, in the order in which its layers made them; `batch_invariant` is for their GEMMs."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, *, batch_invariant: bool = False) -> None:
         super().__init__()
-        self.dtype = dtype
-        self.device = device
-        self.batch_invariant = batch_invariant
+        self.dtype, self.device, self.batch_invariant = dtype, device, batch_invariant
 
     def add(
         self, shape: Sequence[int], pieces: Iterable[Piece], *, is_norm: bool = False, ignored: tuple[str, ...] = ()
@@ -69,8 +60,8 @@ class Weights(list[Weight]):
 def load_weights(weights: Sequence[Weight], folder: str | Path) -> None:
     """Fill the weights from the safetensors files of `folder`, reading only the slices they declare.
 
-    Raises CheckpointMismatch naming the tensors that are missing, unexpected or of another shape. Raises ValueError
-    for a folder without safetensors or a file that cannot be read.
+    Raises ValueError naming the tensors that are missing, unexpected or of another shape, and for a folder without
+    safetensors or a file that cannot be read.
     """
     with ExitStack() as stack:
         tensors: dict[str, Any] = {}
@@ -99,8 +90,10 @@ def fill_dummy(weights: Sequence[Weight]) -> None:
 def _check(weights: Sequence[Weight], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     expected = {piece.name: piece.shape for weight in weights for piece in weight.pieces}
     ignored = {name for weight in weights for name in weight.ignored}
+    # Old checkpoints also hold rotary frequencies, which the config determines.
+    ignored |= {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
     missing = [name for name in expected if name not in shapes]
-    unexpected = [name for name in shapes if name not in expected | dict.fromkeys(ignored) and not _is_buffer(name)]
+    unexpected = [name for name in shapes if name not in expected and name not in ignored]
     misshapen = [
         f"{name} {list(shapes[name])} instead of {list(shape)}"
         for name, shape in expected.items()
@@ -109,9 +102,4 @@ def _check(weights: Sequence[Weight], shapes: Mapping[str, tuple[int, ...]], fol
     kinds = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen}
     problems = [f"{len(names)} {kind}: {format_names(names)}" for kind, names in kinds.items() if names]
     if problems:
-        raise CheckpointMismatch(f"{folder} does not fit its config.json, {'; '.join(problems)}; use matching files")
-
-
-def _is_buffer(name: str) -> bool:
-    """Return True for the rotary frequencies in old checkpoints, which the config determines."""
-    return name.endswith("rotary_emb.inv_freq")
+        raise ValueError(f"{folder} does not fit its config.json, {'; '.join(problems)}; use matching files")

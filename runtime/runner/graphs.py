@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..model.logits import Logits
+from ..model.batch import HostBatch
+from ..model.embedding import Logits
 from ..sampling.sampler import GREEDY, PARAMS, ROW_PARAMS, RowParams, sample_candidates, sample_gumbel_max
 from .rank_memory import RankMemory
-from .slot_tables import HostBatch
 
 
 class Inputs:
@@ -58,10 +58,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Captured:
-    """Two graphs of one size: a step that samples by Gumbel-max, and one that samples its logits again.
-
-    The second graph is replayed for steps with a row that samples among candidates.
-    """
+    """Two graphs of one size: a step that samples by Gumbel-max, and one that samples again, among candidates."""
 
     step: torch.cuda.CUDAGraph
     resample: torch.cuda.CUDAGraph
@@ -80,42 +77,13 @@ class DecodeGraphs:
     def __init__(
         self, memory: RankMemory, max_rows: int, *, reuse: torch.cuda.CUDAGraph | None = None, show_progress: bool
     ) -> None:
-        self.max_rows = max_rows
-        self._memory = memory
+        self.max_rows, self.sizes, self._memory = max_rows, graph_sizes(max_rows), memory
         self._captured: dict[int, Captured] = {}
-        self._sizes = graph_sizes(max_rows)
-        self._capture(reuse, show_progress)
-
-    @property
-    def num_graphs(self) -> int:
-        return len(self._captured)
-
-    @property
-    def largest(self) -> torch.cuda.CUDAGraph:
-        """A graph that keeps the memory pool of all of them alive."""
-        return self._captured[self.max_rows].step
-
-    def run(self, host: HostBatch, params: np.ndarray, *, with_candidates: bool) -> tuple[Logits, Tensor]:
-        """Replay a step; return the logits of its B rows and the sampled tokens [B], which are in the token table.
-
-        params           [B] PARAMS, as Sampler.rows returned them
-        with_candidates  a row has the method CANDIDATES
-        Both results are overwritten by the next run of the same padded size.
-        """
-        num_rows = len(host.slots)
-        captured = self._captured[next(size for size in self._sizes if size >= num_rows)]
-        captured.inputs.fill(host, params, self._memory.tables.spare_slot)
-        captured.step.replay()
-        if with_candidates:
-            captured.resample.replay()
-        return captured.logits[:num_rows], (captured.resampled if with_candidates else captured.sampled)[:num_rows]
-
-    def _capture(self, pool_owner: torch.cuda.CUDAGraph | None, show_progress: bool) -> None:
-        """Capture all sizes, the largest first: the smaller ones then fit into its memory."""
-        tables = self._memory.tables
-        for size in tqdm(self._sizes[::-1], desc="capture CUDA graphs", unit="graph", disable=not show_progress):
-            inputs = Inputs(size, self._memory.device)
-            inputs.fill(_decode_rows(0), np.empty(0, PARAMS), tables.spare_slot)
+        pool_owner = reuse
+        # The largest size first: the smaller ones then fit into its memory.
+        for size in tqdm(self.sizes[::-1], desc="capture CUDA graphs", unit="graph", disable=not show_progress):
+            inputs = Inputs(size, memory.device)
+            inputs.fill(_decode_rows(0), np.empty(0, PARAMS), memory.tables.spare_slot)
             # Once outside of the graphs: kernels are loaded and workspaces grow.
             self._resample(inputs, *self._step(inputs))
             step, resample = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -126,6 +94,22 @@ class DecodeGraphs:
             with torch.cuda.graph(resample, pool=pool_owner.pool(), capture_error_mode="thread_local"):
                 resampled = self._resample(inputs, logits, sampled)
             self._captured[size] = Captured(step, resample, inputs, logits, sampled, resampled)
+        self.largest = self._captured[self.max_rows].step  # keeps the memory pool of all of them alive
+
+    def run(self, host: HostBatch, params: np.ndarray, *, with_candidates: bool) -> tuple[Logits, Tensor]:
+        """Replay a step; return the logits of its B rows and the sampled tokens [B], which are in the token table.
+
+        params           [B] PARAMS, as Sampler.rows returned them
+        with_candidates  a row has the method CANDIDATES
+        Both results are overwritten by the next run of the same padded size.
+        """
+        num_rows = len(host.slots)
+        captured = self._captured[next(size for size in self.sizes if size >= num_rows)]
+        captured.inputs.fill(host, params, self._memory.tables.spare_slot)
+        captured.step.replay()
+        if with_candidates:
+            captured.resample.replay()
+        return captured.logits[:num_rows], (captured.resampled if with_candidates else captured.sampled)[:num_rows]
 
     def _step(self, inputs: Inputs) -> tuple[Logits, Tensor]:
         memory, tables = self._memory, self._memory.tables

@@ -44,7 +44,7 @@ class Profiler:
     def _finish(self) -> Profile:
         device, decoder, kv = self._memory.device, self._memory.decoder, self._memory.pool.shape
         trace = b"" if self._trace is None else _stop(self._trace, device)
-        weight_bytes = sum(w.tensor.nbytes for w in decoder.weights())
+        weight_bytes = sum(w.tensor.nbytes for w in decoder.weights)
         if not decoder.config.tie_word_embeddings:
             weight_bytes -= decoder.embedding.weight.nbytes
         return Profile(

@@ -1,18 +1,127 @@
-"""All memory that one rank's steps read and write."""
+"""All memory that one rank's steps read and write; its tables turn a plan into the inputs of the decoder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import cycle
 
+import numpy as np
 import torch
+from torch import Tensor
 
+from ...comm.base import Communicator
+from ...kernels import ops
 from ..model.attention.backend import AttentionBackend
+from ..model.batch import Batch, HostBatch, to_device
 from ..model.decoder import Decoder
 from ..model.kv_pool import KVPool
+from ..plan import StepPlan
 from ..sampling.grammar_state import GrammarStates
 from ..sampling.sampler import Sampler
-from .readback import PinnedReadback
-from .slot_tables import SlotTables
+
+NUM_BUFFERS = 3  # more than steps can be in flight
+
+
+class SlotTables:
+    """The tokens and pages of a rank's slots: tokens on the device, pages on the host and on the device.
+
+    The pages on the device follow the steps: those of a step's rows are written before its layers run.
+    """
+
+    def __init__(self, num_slots: int, max_length: int, page_size: int, device: torch.device) -> None:
+        self.page_size = page_size
+        self.spare_slot = num_slots  # receives the writes of padding rows
+        self.tokens = torch.zeros(num_slots + 1, max_length, dtype=torch.int32, device=device)
+        self.pages = np.zeros((num_slots, -(-max_length // page_size)), np.int32)
+        self.device_pages = torch.zeros(num_slots + 1, self.pages.shape[1], dtype=torch.int32, device=device)
+
+    def update(self, plan: StepPlan) -> None:
+        """Store the tokens of admitted requests, and the plan's page writes."""
+        for admission in plan.admitted:
+            tokens = torch.from_numpy(admission.tokens).to(self.tokens.device, non_blocking=True)
+            self.tokens[admission.slot, : len(tokens)] = tokens
+        slot, index, page = plan.page_writes.reshape(-1, 3).T
+        self.pages[slot, index] = page
+
+    def host_batch(self, plan: StepPlan) -> HostBatch:
+        """Return the plan's rows, token by token."""
+        ends = np.cumsum(plan.counts, dtype=np.int32)
+        if plan.is_decode_only:  # one token each
+            slots, positions = plan.slots, plan.starts
+        else:
+            slots = np.repeat(plan.slots, plan.counts)
+            before = ends - plan.counts - plan.starts
+            positions = np.arange(ends[-1], dtype=np.int32) - np.repeat(before, plan.counts)
+        page, offset = np.divmod(positions, self.page_size)
+        kv_lengths = plan.starts + plan.counts
+        return HostBatch(
+            slots=slots,
+            positions=positions,
+            kv_slots=self.pages[slots, page] * self.page_size + offset,
+            page_table=self.pages[plan.slots, : -(-int(kv_lengths.max()) // self.page_size)],
+            query_starts=np.append(np.int32(0), ends),
+            kv_lengths=kv_lengths,
+            num_decoding=plan.num_decoding,
+        )
+
+    def batch(self, plan: StepPlan, host: HostBatch) -> Batch:
+        """Return the step on the device, and write its rows' pages there."""
+        device = self.tokens.device
+        packed = to_device(np.stack((host.slots, host.positions, host.kv_slots)), device)
+        rows = to_device(plan.slots, device).long()
+        self.device_pages[rows, : host.page_table.shape[1]] = to_device(host.page_table, device)
+        slots, positions, kv_slots = packed.unbind(0)
+        return self._batch(self.tokens[slots.long(), positions.long()], slots, positions, kv_slots, host)
+
+    def decode_batch(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
+        """Return a step of one token per row from device memory alone, each [B] int32; can be captured in a graph."""
+        ids = ops.begin_decode_(self.tokens, self.device_pages, slots, positions, kv_slots, self.page_size)
+        return self._batch(ids, slots, positions, kv_slots, host)
+
+    def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Write sampled tokens after `positions` of `slots`, all [S] int32: inputs of the next step."""
+        ops.append_tokens_(self.tokens, slots, positions, tokens)
+
+    def _batch(self, ids: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
+        return Batch(
+            token_ids=ids, positions=positions, kv_slots=kv_slots, owners=slots, pages=self.device_pages, host=host
+        )
+
+
+@dataclass
+class TokenCopy:
+    """A copy of sampled tokens to the host."""
+
+    tokens: Tensor  # [S] int32, on the host
+    comm: Communicator
+    done: torch.cuda.Event | None  # None: the tokens are there
+
+    def wait(self) -> np.ndarray:
+        """Return the tokens [S] int32; raises CommError if a collective before them does not end in time."""
+        if self.done is None:
+            return self.tokens.numpy()
+        self.comm.wait(self.done)
+        return np.array(self.tokens.numpy())
+
+
+class PinnedReadback:
+    """Copies of sampled tokens to the host, through a few pinned buffers in rotation."""
+
+    def __init__(self, max_rows: int, comm: Communicator, device: torch.device) -> None:
+        self._comm = comm
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            buffers = torch.empty(NUM_BUFFERS, max_rows, dtype=torch.int32, pin_memory=True)
+            self._rotation = cycle([(buffer, torch.cuda.Event()) for buffer in buffers])
+
+    def start(self, tokens: Tensor) -> TokenCopy:
+        """Start copying tokens [S] int32 to the host."""
+        if not self._cuda:
+            return TokenCopy(tokens, self._comm, None)
+        buffer, done = next(self._rotation)
+        copy = buffer[: len(tokens)].copy_(tokens, non_blocking=True)
+        done.record()
+        return TokenCopy(copy, self._comm, done)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,17 +6,49 @@ the same plans and sample from the same candidates, so they hold the same next t
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 
-from ..model.batch import to_device, to_device_together
-from ..model.logits import Logits
-from ..plan import StepPlan
-from ..sampling.logprobs import prompt_logprobs, sampled_logprobs
+from ..model.batch import HostBatch, to_device, to_device_together
+from ..model.embedding import Logits
+from ..plan import PromptLogprobs, StepPlan, TokenLogprobs
+from ..sampling.logprobs import PendingLogprobs, prompt_logprobs, sampled_logprobs
 from ..sampling.sampler import Method
 from .graphs import DecodeGraphs
-from .rank_memory import RankMemory
-from .readback import PendingStep
-from .slot_tables import HostBatch
+from .rank_memory import RankMemory, TokenCopy
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One step's results; log-probabilities are there on rank 0 only."""
+
+    tokens: np.ndarray  # [S] int32, by sampled row
+    logprobs: dict[int, TokenLogprobs]  # by index into `tokens`
+    prompt_logprobs: dict[int, PromptLogprobs]  # by row of the plan
+    failed: dict[int, str]  # by index into `tokens`: why the request's grammar cannot continue
+
+
+@dataclass
+class PendingStep:
+    """A launched step, which the device may still be computing."""
+
+    plan: StepPlan
+    tokens: TokenCopy | None = None
+    logprobs: PendingLogprobs | None = None
+    prompt_logprobs: PendingLogprobs | None = None
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def wait(self) -> Sampled:
+        """Wait for the device and return the step's results; raises CommError after a collective's deadline."""
+        tokens = self.tokens.wait() if self.tokens is not None else np.empty(0, np.int32)
+        logprobs = dict(self.logprobs.wait()) if self.logprobs is not None else {}
+        prompts: dict[int, PromptLogprobs] = {}
+        for row, entry in self.prompt_logprobs.wait() if self.prompt_logprobs is not None else ():
+            chunk = prompts.setdefault(row, PromptLogprobs(int(self.plan.starts[row]) + 1, []))
+            chunk.logprobs.append(entry)
+        return Sampled(tokens, logprobs, prompts, self.failed)
 
 
 class Runner:
@@ -34,10 +66,7 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Launch one step; every rank must launch the same plans in the same order.
-
-        On a GPU this only queues the step's work.
-        """
+        """Launch one step, on a GPU without waiting; every rank must launch the same plans in the same order."""
         memory = self.memory
         memory.tables.update(plan)
         for admission in plan.admitted:
@@ -65,10 +94,8 @@ class Runner:
             last = to_device(host.query_starts[1:][plan.sampled_rows] - 1, memory.device).long()
             step = self._sample(plan, decoder.logits(residual, last))
         params = memory.sampler.params.take(plan.slots)
-        widths, prompt_lengths = params["prompt_logprobs"], params["num_prompt_tokens"]
-        step.prompt_logprobs = prompt_logprobs(
-            decoder, residual, memory.tables.tokens, plan, host.query_starts, widths, prompt_lengths
-        )
+        tokens = memory.tables.tokens
+        step.prompt_logprobs = prompt_logprobs(decoder, residual, tokens, plan, host.query_starts, params)
         return step
 
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs, host: HostBatch) -> PendingStep:

@@ -1,1 +1,1 @@
-"""From logits to tokens: the sampler, log-probabilities, grammars for structured outputs."""
+"""Sampling: the sampler, log-probabilities, grammars for structured outputs."""

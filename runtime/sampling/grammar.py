@@ -1,8 +1,8 @@
-"""Schemas, regexes, choices and grammars as llguidance matchers, which tell the tokens that may come next.
+"""Schemas, regexes, choices and grammars as llguidance matchers, which compute the tokens that may come next.
 
 The cost of a matcher is limited by counts of operations, not by time: all ranks then refuse the same grammars at the
-same token, on busy hosts too. `python -m` this module is the process in which a server tries grammars of
-its clients. It answers each with a line of JSON, and may be killed at any time.
+same token, on busy hosts too. A server tries its clients' grammars in a process of this module (`python -m`), which
+answers each with a line of JSON and may be killed at any time.
 """
 
 from __future__ import annotations

@@ -108,10 +108,7 @@ class GrammarStates:
         self._pending = PendingTokens([(slot, i, state) for slot, i, state in states if state is not None], wait)
 
     def mask(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> dict[int, str]:
-        """Set the logits [S, V] of excluded tokens to -inf, in place.
-
-        Returns the reason for each row of `slots` [S] with a grammar that cannot continue.
-        """
+        """Set excluded logits [S, V] to -inf, in place; return the reason by row where a grammar cannot continue."""
         failed: dict[int, str] = {}
         rows = np.flatnonzero(self.active[slots])
         masks = allocate_token_bitmask(len(rows), logits.shape[1])

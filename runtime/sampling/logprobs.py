@@ -33,12 +33,8 @@ class PendingLogprobs:
     def wait(self) -> list[tuple[int, TokenLogprobs]]:
         """Return each token's row and log-probabilities; waits for the device."""
         entries = [entry for chunk in self.chunks for entry in zip(*(t.tolist() for t in chunk), strict=True)]
-        return [
-            (row, TokenLogprobs(logprob, rank, ids[:width], top[:width]))
-            for row, width, (logprob, rank, ids, top) in zip(
-                self.rows.tolist(), self.widths.tolist(), entries, strict=True
-            )
-        ]
+        tokens = zip(self.rows.tolist(), self.widths.tolist(), entries, strict=True)
+        return [(row, TokenLogprobs(value, rank, ids[:n], top[:n])) for row, n, (value, rank, ids, top) in tokens]
 
 
 def sampled_logprobs(logits: Tensor, tokens: Tensor, widths: np.ndarray) -> PendingLogprobs:
@@ -54,23 +50,17 @@ def sampled_logprobs(logits: Tensor, tokens: Tensor, widths: np.ndarray) -> Pend
 
 
 def prompt_logprobs(
-    decoder: Decoder,
-    residual: Residual,
-    tokens: Tensor,
-    plan: StepPlan,
-    query_starts: np.ndarray,
-    widths: np.ndarray,
-    prompt_lengths: np.ndarray,
+    decoder: Decoder, residual: Residual, tokens: Tensor, plan: StepPlan, query_starts: np.ndarray, params: np.ndarray
 ) -> PendingLogprobs | None:
     """Return the log-probability of each prompt token that follows one computed in this step; None if none is wanted.
 
-    residual        the step's residual stream [T, D]
-    tokens          [slots, L] int32 on the device: the tokens of each slot
-    query_starts    [B + 1] int32: first token of each row in `residual`
-    widths          [B] int32: most likely tokens to report; negative for rows without log-probabilities
-    prompt_lengths  [B] int32
+    residual      the step's residual stream [T, D]
+    tokens        [slots, L] int32 on the device: the tokens of each slot
+    query_starts  [B + 1] int32: first token of each row in `residual`
+    params        [B] PARAMS of the sampler
     """
-    counts = np.where(widths >= 0, np.clip(prompt_lengths - 1 - plan.starts, 0, plan.counts), 0)
+    widths = params["prompt_logprobs"]  # most likely tokens to report; negative for rows without log-probabilities
+    counts = np.where(widths >= 0, np.clip(params["num_prompt_tokens"] - 1 - plan.starts, 0, plan.counts), 0)
     if not counts.any():
         return None
     rows = np.repeat(np.arange(len(counts)), counts)
@@ -86,8 +76,8 @@ def prompt_logprobs(
 
 
 def _device_logprobs(logits: Tensor, tokens: Tensor, width: int) -> DeviceLogprobs:
-    """logits [n, V] float32, tokens [n]."""
+    """Return the log-probabilities of tokens [n] from logits [n, V] float32."""
     logprobs = logits.log_softmax(-1)
-    chosen = logprobs.gather(1, tokens[:, None].long())
+    of_tokens = logprobs.gather(1, tokens[:, None].long())
     top, ids = logprobs.topk(min(width, logits.shape[1]), dim=-1)
-    return chosen[:, 0], (logprobs > chosen).sum(-1) + 1, ids, top
+    return of_tokens[:, 0], (logprobs > of_tokens).sum(-1) + 1, ids, top

@@ -1,4 +1,4 @@
-"""From logits to tokens, identically on every rank: a function of the logits, the request and the position only.
+"""Sampling of tokens, identically on every rank: a function of the logits, the request and the position only.
 
 Sampling uses the Gumbel-max trick (`ops.gumbel_argmax`) with noise hashed from the request's seed, the position and
 the token. Neither the batch, nor the row, nor earlier samples have any influence. Each rank finds the maximum over its
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...kernels import ops
 from ..model.batch import to_device, to_device_together
-from ..model.logits import Logits
+from ..model.embedding import Logits
 from ..plan import Admission
 from ..request import SamplingParams
 
@@ -27,7 +27,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the incremen
 
 
 class Method(IntEnum):
-    """How a row is sampled."""
+    """The way to sample a row."""
 
     GUMBEL_MAX = 0  # among all tokens; greedy at temperature 0
     CANDIDATES = 1  # among the top k tokens, k <= MAX_CANDIDATES
@@ -78,11 +78,6 @@ class RowParams:
     top_p: Tensor  # float32
     min_p: Tensor  # float32
 
-    @classmethod
-    def from_host(cls, params: np.ndarray, device: torch.device) -> RowParams:
-        """Copy `params` [S] PARAMS to the device."""
-        return cls(*to_device_together([np.ascontiguousarray(params[name]) for name in ROW_PARAMS], device))
-
     def __getitem__(self, rows: Tensor) -> RowParams:
         return RowParams(*(getattr(self, name)[rows] for name in ROW_PARAMS))
 
@@ -122,8 +117,7 @@ class Sampler:
         row["num_prompt_tokens"] = admission.num_prompt_tokens
         row["method"] = method
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        masked = p.structured_outputs is not None  # by its grammar
-        edited = masked or penalized or bool(p.logit_bias) or p.min_tokens > 0
+        edited = penalized or p.structured_outputs is not None or bool(p.logit_bias) or p.min_tokens > 0
         row["is_penalized"], row["is_edited"] = penalized, edited
         row["needs_gather"] = edited or method >= Method.TOP_P or p.logprobs is not None
         self.params[admission.slot] = row
@@ -149,8 +143,14 @@ class Sampler:
         for start in range(0, len(penalized), PENALIZED_ROWS):
             self._penalize(logits.shard, penalized[start : start + PENALIZED_ROWS], params, slots, positions, tokens)
         for row in np.flatnonzero(params["is_edited"]).tolist():
-            self._edit(logits.shard[row], int(slots[row]), int(positions[row]))
-        on_device = RowParams.from_host(params, self.device)
+            edits, shard = self._edits[slots[row]], logits.shard[row]
+            assert edits is not None
+            if len(edits.biased_ids):
+                shard[edits.biased_ids] += edits.biases
+            if positions[row] < edits.first_stop:
+                shard[edits.stop_ids] = -torch.inf
+        columns = [np.ascontiguousarray(params[name]) for name in ROW_PARAMS]
+        on_device = RowParams(*to_device_together(columns, self.device))
         sampled = torch.empty(len(params), dtype=torch.int32, device=self.device)
         for method, sample in METHODS.items():
             rows = np.flatnonzero(params["method"] == method.value)
@@ -164,28 +164,13 @@ class Sampler:
     def _edits_of(self, admission: Admission) -> Edits:
         p = admission.params
         ids = partial(torch.tensor, dtype=torch.int64, device=self.device)
-        # A grammar's mask excludes stop ids before min_tokens by itself.
+        # The mask of a grammar excludes stop ids before min_tokens.
         first_stop = 0 if p.structured_outputs is not None else admission.num_prompt_tokens + p.min_tokens
         biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.device)
         return Edits(ids(admission.stop_ids), first_stop, ids(list(p.logit_bias)), biases)
 
-    def _edit(self, logits: Tensor, slot: int, position: int) -> None:
-        """Apply logit_bias and min_tokens to one row [V], in place."""
-        edits = self._edits[slot]
-        assert edits is not None
-        if len(edits.biased_ids):
-            logits[edits.biased_ids] += edits.biases
-        if position < edits.first_stop:
-            logits[edits.stop_ids] = -torch.inf
-
     def _penalize(
-        self,
-        logits: Tensor,
-        rows: np.ndarray,
-        params: np.ndarray,
-        slots: np.ndarray,
-        positions: np.ndarray,
-        tokens: Tensor,
+        self, logits: Tensor, rows: np.ndarray, params: np.ndarray, slots: np.ndarray, ends: np.ndarray, tokens: Tensor
     ) -> None:
         """Apply the penalties of `rows` to logits [S, V], in place.
 
@@ -193,14 +178,14 @@ class Sampler:
         Takes 8 bytes for each row and token of the vocabulary while it runs.
         """
         columns = [
-            *(a.astype(np.int64) for a in (rows, slots[rows], positions[rows], params["num_prompt_tokens"][rows])),
+            *(a.astype(np.int64) for a in (rows, slots[rows], ends[rows], params["num_prompt_tokens"][rows])),
             *(params[f"{name}_penalty"][rows] for name in ("repetition", "presence", "frequency")),
         ]
-        index, owners, ends, prompts, *penalties = to_device_together(columns, self.device)
+        index, owners, lengths, prompts, *penalties = to_device_together(columns, self.device)
         repetition, presence, frequency = (penalty[:, None] for penalty in penalties)
-        length = int(positions[rows].max())
+        length = int(ends[rows].max())
         place = torch.arange(length, device=self.device)
-        exists = place < ends[:, None]
+        exists = place < lengths[:, None]
         ids = tokens[owners, :length].long() * exists  # the rest may be an earlier request's
         values = logits[index]
         seen = torch.zeros_like(values).scatter_add_(1, ids, exists.float()) > 0

@@ -1,8 +1,9 @@
-"""The prefix cache: a radix tree of the cached token sequences, over whole pages.
+"""The pages of the KV cache, and the prefix cache: a radix tree of the cached token sequences, over whole pages.
 
-A node holds a run of tokens (a multiple of the page size) and the pages with their KV. A path from the root is a cached
-sequence. A request locks the node at the end of its shared prefix. Unlocked nodes can be evicted, leaves first, least
-recently used first. A radix tree over the KV cache is SGLang's idea (Zheng et al., 2023, 2312.07104).
+Each page is free, or belongs to a request or to the tree. A node of the tree holds a run of tokens (a multiple of the
+page size) and the pages with their KV. A path from the root is a cached sequence. A request locks the node at the end
+of its shared prefix. Unlocked nodes can be evicted, leaves first, least recently used first. A radix tree over the
+KV cache is SGLang's idea (Zheng et al., 2023, 2312.07104).
 
     root - [system prompt] -+- [question A] - [answer A]
                             +- [question B]
@@ -108,18 +109,14 @@ class RadixCache:
         assert num_pages <= self.num_evictable, "evicting more than is evictable"
         freed: list[np.ndarray] = []
         while num_pages > 0:
-            node = self._oldest_leaf()
+            last_used, _, node = heapq.heappop(self._leaves)
+            if node.last_used != last_used or not self._is_evictable(node):
+                continue  # out of date
             n = min(num_pages, len(node.pages))
             freed.append(node.pages[len(node.pages) - n :])
             self._drop_tail(node, n)
             num_pages -= n
         return np.concatenate(freed) if freed else NO_PAGES
-
-    def _oldest_leaf(self) -> Node:
-        while True:
-            last_used, _, node = heapq.heappop(self._leaves)
-            if node.last_used == last_used and self._is_evictable(node):
-                return node
 
     def _drop_tail(self, node: Node, n: int) -> None:
         self.num_pages -= n
@@ -136,13 +133,10 @@ class RadixCache:
             self._push_if_evictable(parent)
 
     def _split(self, node: Node, n: int) -> Node:
-        """Split `node` after n pages and return the new, upper part; a lock of `node` still protects its whole path.
-
-        Both parts copy: a view would keep the whole array alive.
-        """
+        """Split `node` after n pages and return the upper part. Both copy: a view would keep the whole array alive."""
         end = n * self.page_size
         upper = Node(node.tokens[:end].copy(), node.pages[:n].copy(), node.parent)
-        upper.locks, upper.last_used = node.locks, node.last_used
+        upper.locks, upper.last_used = node.locks, node.last_used  # a lock still protects the whole path
         assert node.parent is not None
         node.parent.children[self._key(upper.tokens)] = upper
         node.tokens, node.pages, node.parent = node.tokens[end:].copy(), node.pages[n:].copy(), upper
@@ -157,14 +151,11 @@ class RadixCache:
         if self._is_evictable(node):
             self._num_pushes += 1
             heapq.heappush(self._leaves, (node.last_used, self._num_pushes, node))
+            # Each use of a leaf leaves an outdated entry, and without eviction they would accumulate.
             if len(self._leaves) > 2 * self._num_leaves_kept + 1024:
-                self._drop_stale_entries()
-
-    def _drop_stale_entries(self) -> None:
-        """Remove outdated entries: each use of a leaf leaves one, and without eviction they would accumulate."""
-        self._leaves = [e for e in self._leaves if e[2].last_used == e[0] and self._is_evictable(e[2])]
-        heapq.heapify(self._leaves)
-        self._num_leaves_kept = len(self._leaves)
+                self._leaves = [e for e in self._leaves if e[2].last_used == e[0] and self._is_evictable(e[2])]
+                heapq.heapify(self._leaves)
+                self._num_leaves_kept = len(self._leaves)
 
     def _is_evictable(self, node: Node) -> bool:
         return node.locks == 0 and not node.children and node.parent is not None
@@ -172,3 +163,35 @@ class RadixCache:
     def _key(self, tokens: np.ndarray) -> bytes:
         """Return the key of the child for `tokens`; a run shorter than a page gives a key that no child has."""
         return tokens[: self.page_size].tobytes()
+
+
+class PagePool:
+    """Page numbers without memory; evicts pages from the prefix tree when none is free."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.tree = RadixCache(page_size)
+        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack with page 0 on top
+        self.num_free = num_pages
+
+    @property
+    def num_available(self) -> int:
+        """The pages that `allocate` can return: free ones and unused cached ones."""
+        return self.num_free + self.tree.num_evictable
+
+    def allocate(self, n: int) -> np.ndarray:
+        """Return n pages [n] int32, which belong to the caller; n must be at most num_available."""
+        if n == 0:
+            return NO_PAGES
+        if n > self.num_free:
+            self.release(self.tree.evict(n - self.num_free))
+        self.num_free -= n
+        pages: np.ndarray = self._free[self.num_free : self.num_free + n].copy()
+        return pages
+
+    def release(self, pages: np.ndarray) -> None:
+        """Free pages."""
+        assert self.num_free + len(pages) <= self.num_pages, "a page was released twice"
+        self._free[self.num_free : self.num_free + len(pages)] = pages
+        self.num_free += len(pages)

@@ -17,13 +17,12 @@ from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
-from ..limits import Limits
 from ..plan import Admission, Finished, FinishReason, StepOutput, StepPlan, TokenLogprobs
-from ..request import Request
-from .page_pool import PagePool
-from .prefix_cache import NO_PAGES, Node
+from ..request import Limits, Request
+from .prefix_cache import NO_PAGES, Node, PagePool
 from .slots import Slots
 
 
@@ -41,10 +40,6 @@ class RunningRows(NamedTuple):
     full: np.ndarray  # [F] int32: those of `decoding` that need a page
     chunk: PromptChunk | None  # of the one prompt in progress
     num_chunk_pages: int  # pages that the chunk needs
-
-    @property
-    def num_missing_pages(self) -> int:
-        return len(self.full) + self.num_chunk_pages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +150,7 @@ class Scheduler:
         """Preempt the newest requests until the rows of the others have their pages; return those rows."""
         while True:
             rows = self._running_rows()
-            if rows.num_missing_pages <= self.pages.num_available:
+            if len(rows.full) + rows.num_chunk_pages <= self.pages.num_available:
                 return rows
             self._preempt(int(self.slots.running[-1]))
 
@@ -188,25 +183,21 @@ class Scheduler:
         assert request is not None
         tokens = self.slots.tokens[slot, : self.slots.known[slot]].copy()
         self._release(slot)
-        self.waiting.appendleft(
-            Request(request.uid, tokens, request.num_prompt_tokens, request.params, request.stop_ids)
-        )
+        self.waiting.appendleft(msgspec.structs.replace(request, tokens=tokens))
         self._preempted.add(request.uid)
         self.num_preemptions += 1
 
     # -- admission
 
     def _admit(self, budget: int, chunks: list[PromptChunk]) -> list[Admission]:
-        """Admit waiting requests in order, while there are slots, tokens and pages for their whole prompts.
-
-        Their first chunks are appended to `chunks`.
-        """
+        """Admit waiting requests in order while slots, tokens and pages last; append their first chunks to `chunks`."""
         admitted: list[Admission] = []
-        while self.waiting and self.slots.has_free and budget > 0:
+        while self.waiting and self.slots.free and budget > 0:
             request = self.waiting[0]
             node, pages = self._match(request)
             self.pages.tree.lock(node)
-            if not self._fits(len(request.tokens), len(pages)):
+            needed = self.limits.pages_for(len(request.tokens)) - len(pages)
+            if needed + len(self.slots.running) > self.pages.num_available:  # one more page for each running request
                 self.pages.tree.unlock(node)
                 self._head_blocked = True
                 break
@@ -217,20 +208,9 @@ class Scheduler:
             budget -= chunk.num_tokens
             chunks.append(chunk)
             admitted.append(
-                Admission(
-                    slot=slot,
-                    tokens=request.tokens,
-                    num_prompt_tokens=request.num_prompt_tokens,
-                    params=request.params,
-                    stop_ids=request.stop_ids,
-                )
+                Admission(slot, request.tokens, request.num_prompt_tokens, request.params, request.stop_ids)
             )
         return admitted
-
-    def _fits(self, num_tokens: int, num_cached_pages: int) -> bool:
-        """Return True if a whole prompt fits, with one more page for every running request."""
-        needed = self.limits.pages_for(num_tokens) - num_cached_pages
-        return needed + len(self.slots.running) <= self.pages.num_available
 
     def _occupy(self, request: Request, node: Node, pages: np.ndarray) -> int:
         """Return a slot for a request; its cached prefix ends at `node`, locked, and lies in `pages`."""
@@ -256,10 +236,7 @@ class Scheduler:
         return self.pages.tree.match(tokens[: (len(tokens) - 1) // size * size])
 
     def _share(self, slot: int, end: int) -> None:
-        """Give the tree the whole pages before token `end`, which this step completes; the slot keeps using them.
-
-        If the tree has another copy of them by now, the slot keeps its pages until it ends.
-        """
+        """Give the tree the whole pages before token `end`, unless it has a copy by now; the slot keeps using them."""
         s, size, shared = self.slots, self.limits.page_size, int(self.slots.num_shared_pages[slot])
         full = min(end, int(s.known[slot])) // size
         if not self.limits.enable_prefix_caching or full == shared:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..limits import Limits
-from ..request import Request
+from ..request import Limits, Request
 from .prefix_cache import NO_PAGES, Node
 
 NO_SLOTS = np.empty(0, dtype=np.int32)
@@ -33,13 +32,9 @@ class Slots:
         self.num_pages = np.zeros(n, np.int32)  # entries of the page table in use
         self.num_shared_pages = np.zeros(n, np.int32)  # the first of these, which the tree owns
         self.stop_ids = np.full((n, 1), -1, np.int32)  # padded with -1
-        self._free = list(range(n - 1, -1, -1))
+        self.free = list(range(n - 1, -1, -1))
         self._num_admissions = 0
         self._page_writes: list[np.ndarray] = []  # [n, 3] int32 each: (slot, index, page)
-
-    @property
-    def has_free(self) -> bool:
-        return bool(self._free)
 
     def acquire(self, request: Request, node: Node, pages: np.ndarray, limit: int) -> int:
         """Return a slot that `request` now holds.
@@ -48,7 +43,7 @@ class Slots:
         pages  [n] int32: the prefix's pages, which the tree keeps
         limit  longest prompt plus output, in tokens
         """
-        slot, num_tokens = self._free.pop(), len(request.tokens)
+        slot, num_tokens = self.free.pop(), len(request.tokens)
         self.running = np.append(self.running, np.int32(slot))
         self.requests[slot] = request
         self.prefix_nodes[slot] = node
@@ -73,7 +68,7 @@ class Slots:
         self.requests[slot] = None
         self.admission_id[slot] = -1
         self.running = self.running[self.running != slot]
-        self._free.append(slot)
+        self.free.append(slot)
 
     def append_pages(self, slot: int, pages: np.ndarray) -> None:
         """Add `pages` [n] int32 to the end of one slot's page table."""

@@ -84,8 +84,8 @@ class TorchDistributedAllReduce(AllReduceAlgorithm):
 class NcclWindowAllReduce(AllReduceAlgorithm):
     """NCCL's symmetric kernels, on zeroed memory that all ranks have registered.
 
-    Raises NcclError if the library has no windows. It registers with the NCCL group of lockstep's communicator, which
-    has no windows itself, and therefore uses its private members.
+    Raises NcclError if the library has no windows. The memory is registered with the NCCL group of lockstep's
+    communicator through private members, because the communicator offers no windows.
     """
 
     def __init__(self, comm: NcclCommunicator, max_bytes: int, device: torch.device) -> None:

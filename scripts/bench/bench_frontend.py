@@ -21,8 +21,8 @@ from typing import Any
 
 from lockstep.launch.cli import main as command_line
 from lockstep.launch.engine import async_engine
-from lockstep.runtime.limits import Limits
 from lockstep.runtime.plan import Finished, StepOutput
+from lockstep.runtime.request import Limits
 from lockstep.runtime.stats import EngineStats
 from lockstep.runtime.tokenizer import Tokenizer
 

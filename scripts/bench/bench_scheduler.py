@@ -3,7 +3,7 @@
     python scripts/bench/bench_scheduler.py
 
 All requests decode at a context of about 1000 tokens with prefix caching on, in a steady state. The phase "batch" turns
-a plan into the batch's metadata (runtime/runner/slot_tables.py). Times are microseconds per step, the median and the
+a plan into the batch's metadata (runtime/runner/rank_memory.py). Times are microseconds per step, the median and the
 99th percentile over `STEPS` steps, of the best of `ROUNDS` rounds. Last line: JSON.
 """
 
@@ -17,9 +17,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from lockstep.runtime.limits import Limits
-from lockstep.runtime.request import Request, SamplingParams
-from lockstep.runtime.runner.slot_tables import SlotTables
+from lockstep.runtime.request import Limits, Request, SamplingParams
+from lockstep.runtime.runner.rank_memory import SlotTables
 from lockstep.runtime.scheduler.scheduler import Scheduler
 
 CONTEXT, STEPS, ROUNDS = 1000, 300, 5

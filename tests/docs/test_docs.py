@@ -150,11 +150,25 @@ def test_the_routes_of_the_serving_page_are_those_of_the_server() -> None:
     assert listed >= set(re.findall(r'"(/(?:v1/)?[a-z_/]+)"', source)) - {"/stats"}
 
 
-def test_architecture_names_every_room() -> None:
+def test_architecture_lists_the_folders_in_the_order_of_imports() -> None:
+    order = runpy.run_path(str(ROOT / "tests/test_tree.py"))["ROOMS"]  # from the bottom; "folder: modules" is its base
+    expected = [re.sub(r"^(.*): .*", r"\1 (base)", room) for room in reversed(order)]
     page = (ROOT / "docs/architecture.md").read_text()
-    listed = set(re.findall(r"^\| `([\w/]+)` \|", page, re.M)) - {"kernels/csrc"}
-    folders = {path.parent for name in ("kernels", "comm", "runtime", "launch") for path in (ROOT / name).rglob("*.py")}
-    assert listed == {folder.relative_to(ROOT).as_posix() for folder in folders}
+    listed = [name.replace("`", "") for name in re.findall(r"^\| (`[\w/]+`(?: \(base\))?) \|", page, re.M)]
+    assert listed == [*expected, "kernels/csrc"]
+
+
+def test_the_kernels_page_lists_every_op_with_its_launch_and_source() -> None:
+    source = (ROOT / "kernels/ops.py").read_text()
+    launches = {name: module for module, name in re.findall(r'^@op\("(\w+)"\)\ndef (\w+)', source, re.M)}
+    listed = {}
+    for ops, launch, sources in re.findall(
+        r"^\| (`\w+`(?:, `\w+`)*) \|.*\| ([^|]*) \| ([^|]*) \|$", (ROOT / "docs/kernels.md").read_text(), re.M
+    ):
+        listed |= dict.fromkeys(re.findall(r"`(\w+)`", ops), launch.strip("`").removesuffix(".py"))
+        for file in re.findall(r"`([\w.]+)`", sources):
+            assert (ROOT / "kernels/csrc" / file).is_file(), f"there is no {file}"
+    assert listed == launches | {"common_prefix_length": "-"}
 
 
 def test_contributing_names_every_marker() -> None:

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from lockstep.kernels import native, ops, reference
 from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope
-from lockstep.runtime.model.kv_pool import KVPool, KVShape
+from lockstep.runtime.model.kv_pool import AttentionShape, KVPool
 
 import emulator
 from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears
@@ -95,7 +95,9 @@ def test_rotate_and_store_equals_transformers(
     cos_sin[positions] = torch.cat((angles.cos(), angles.sin()), dim=-1)
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
     norm = QKNorm(*(torch.rand(head_dim, device=device).to(dtype) + 0.5 if normed else None for _ in range(2)), 1e-6)
-    shape = KVShape(num_layers=2, page_size=4, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
+    shape = AttentionShape(
+        num_layers=2, num_heads=heads, page_size=4, num_kv_heads=kv_heads, head_dim=head_dim, dtype=dtype
+    )
     pool = KVPool(shape, 9, torch.device(device), layout)  # type: ignore[arg-type]
     rotated = ops.rotate_and_store_(qkv, norm, Rope(positions.int(), cos_sin), pool.layer(1), slots)
 
@@ -135,7 +137,9 @@ def test_silu_and_mul(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 @pytest.mark.parametrize("rows", [0, 1, 29])
 def test_store_kv_writes_exactly_the_given_slots(device: str, layout: str, page_size: int, rows: int) -> None:
-    shape = KVShape(num_layers=3, page_size=page_size, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16)
+    shape = AttentionShape(
+        num_layers=3, num_heads=2, page_size=page_size, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16
+    )
     pool = KVPool(shape, 40, torch.device(device), layout)  # type: ignore[arg-type]
     k, v = (torch.randn(rows, 2, 8, device=device).bfloat16() for _ in range(2))
     slots = torch.randperm(40 * page_size, device=device)[:rows].int()

@@ -15,10 +15,9 @@ from lockstep import LLM, SamplingParams
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.frontend import Frontend
 from lockstep.runtime.ledger import Generation
-from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import Event, RequestOutput
 from lockstep.runtime.plan import Finished, StepOutput
-from lockstep.runtime.request import Request, RequestRefused
+from lockstep.runtime.request import Limits, Request, RequestRefused
 from lockstep.runtime.tokenizer import Detokenizer, Tokenizer, default_sampling_params
 
 PROMPT = "And the LORD said unto Moses"
@@ -316,7 +315,7 @@ def test_default_sampling_params_are_the_checkpoints(llm: LLM, tmp_path: Path) -
         ({"attention_backend": "flashinfer", "device": "cpu"}, "attention_backend='flashinfer' needs a GPU"),
         ({"deterministic": True, "device": "cpu"}, "for bfloat16 and float16 on GPUs, not float32 on cpu"),
         ({"deterministic": True, "device": "cuda", "dtype": "float32"}, "not float32 on cuda"),
-        ({"deterministic": True, "all_reduce": "nccl"}, "all_reduce='nccl' adds up in an order of NCCL's"),
+        ({"deterministic": True, "all_reduce": "nccl"}, "all_reduce='nccl' adds in NCCL's order"),
         ({"deterministic": True, "attention_backend": "torch"}, "attention_backend='torch' is not there with"),
         ({"gpus_per_rank": 2.0}, r"gpus_per_rank=2.0 must be in \(0, 1\]"),
         ({"num_pages": 4, "kv_cache_memory": 1.0}, "both size the KV cache"),

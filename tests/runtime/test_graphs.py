@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lockstep.runtime import startup
 from lockstep.runtime.config import Config
-from lockstep.runtime.model.attention.backend import AttentionShape
-from lockstep.runtime.model.attention.batch_invariant import BatchInvariantAttention
-from lockstep.runtime.model.logits import Logits
+from lockstep.runtime.model.attention.backend import BatchInvariantAttention
+from lockstep.runtime.model.embedding import Logits
+from lockstep.runtime.model.kv_pool import AttentionShape
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.request import Request
 from lockstep.runtime.runner.graphs import DecodeGraphs, Inputs, graph_sizes
-from lockstep.runtime.runner.readback import PinnedReadback, TokenCopy
+from lockstep.runtime.runner.rank_memory import PinnedReadback, TokenCopy
 
 from engines import request, run_engine
 from ranks import ThreadRank

@@ -28,11 +28,15 @@ from lockstep.runtime import startup
 from lockstep.runtime.config import Config
 from lockstep.runtime.executor import LocalExecutor
 from lockstep.runtime.memory import gpu as gpu_module
-from lockstep.runtime.memory.gpu import GpuMemory, named_out_of_memory, out_of_memory_message
-from lockstep.runtime.memory.gpu_processes import Process, describe_others, processes_on
+from lockstep.runtime.memory.gpu import (
+    Process,
+    describe_others,
+    named_out_of_memory,
+    processes_on,
+)
 from lockstep.runtime.memory.memory_plan import GIB, MemoryPlan, check_kv_cache, check_weights, tightest
 from lockstep.runtime.model.model_config import ModelConfig
-from lockstep.runtime.startup import LoadedRank, load_rank, plan_limits
+from lockstep.runtime.startup import LoadedRank, plan_limits
 from lockstep.runtime.startup_timer import StartupTimer, summary
 
 from checkpoints import tiny_checkpoint
@@ -77,7 +81,7 @@ def test_kv_cache_gets_the_rest_of_the_share() -> None:
     assert plan.room == 108 * GIB  # 0.9 * 140 - 18
     assert plan.num_pages == 55_296  # 108 GiB of 2 MiB
     assert plan.tokens == 884_736
-    assert plan.token_bytes == 128 * 2**10
+    assert plan.page_bytes // plan.page_size == 128 * 2**10
     assert plan.free == 14 * GIB
     assert plan.longest_context(131_072) == 131_072
     assert plan.longest_context(10**6) == 884_736
@@ -294,7 +298,11 @@ def test_out_of_memory_names_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
         "rehearsal: GPU 0 (NVIDIA H200, 140.00 GiB) ran out of memory, 2.50 GiB needed and 1.00 GiB free; lower"
         " max_num_batched_tokens, max_num_seqs or max_model_len; also on this GPU: pid 7 with 3.00 GiB"
     )
-    assert "enforce_eager" in out_of_memory_message("graphs", "GPU 0", "no such text", 0, "")
+    with (
+        pytest.raises(ValueError, match=r"ran out of memory, more memory needed and .*enforce_eager"),
+        named_out_of_memory("graphs", H200, torch.device("cuda")),
+    ):
+        raise torch.OutOfMemoryError("no such text")
     with pytest.raises(KeyError), named_out_of_memory("graphs", H200, torch.device("cuda")):
         raise KeyError("another error is let through")
 
@@ -304,14 +312,16 @@ def test_weights_are_refused_before_allocation(llama_folder: Path, monkeypatch: 
         raise AssertionError("loaded in spite of it")
 
     monkeypatch.setattr(startup, "load_weights", refuse_to_load)
-    monkeypatch.setattr(gpu_module, "read_gpu", lambda device, share: GpuMemory(100 * 2**10, 0))
+    monkeypatch.setattr(gpu_module, "read_gpu", lambda device, share: (0, 100 * 2**10))
     monkeypatch.setattr(gpu_module, "gpu_name", lambda device: "GPU 0 (tiny, 100 KiB)")
     monkeypatch.setattr(gpu_module, "other_processes", lambda device: "")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     model = ModelConfig.from_folder(llama_folder)
     config = Config(model=str(llama_folder)).resolved(model, cuda=True)
     with pytest.raises(ValueError, match=r"the weights need .* GPU 0 \(tiny, 100 KiB\) has 90 KiB for them"):
-        LoadedRank(config, model, llama_folder, SingleRank(), torch.device("cuda"))
+        LoadedRank(config, model, llama_folder, SingleRank())
 
 
 # -- the plan of a rank
@@ -324,10 +334,10 @@ def test_memory_plan_equals_allocation(tmp_path: Path, architecture: str, layout
     requested = Config(model=str(tmp_path), device="cpu", num_pages=7, kv_layout=layout)  # type: ignore[arg-type]
     model = ModelConfig.from_folder(tmp_path)
     config = requested.resolved(model, cuda=False)
-    loaded = load_rank(config, model, tmp_path, SingleRank())
+    loaded = LoadedRank(config, model, tmp_path, SingleRank())
     plan = loaded.plan_memory()
     memory = loaded.allocate(plan_limits(requested, config, model, plan)).memory
-    assert plan.weights == sum(w.tensor.nbytes for w in memory.decoder.weights())
+    assert plan.weights == sum(w.tensor.nbytes for w in memory.decoder.weights)
     cache = [tensor for layer in range(model.num_layers) for tensor in memory.pool.layer(layer)]
     assert plan.kv_cache == sum(tensor.numel() * tensor.element_size() for tensor in cache)
     assert plan.tokens == cache[0].shape[0] * cache[0].shape[1] == 7 * 16

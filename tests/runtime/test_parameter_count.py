@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.runtime.config import Config
-from lockstep.runtime.memory.memory_plan import plan_weights
-from lockstep.runtime.memory.parameter_count import kv_elements_per_token, parameters_of_rank
+from lockstep.runtime.memory.memory_plan import kv_elements_per_token, parameters_of_rank, plan_weights
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.model_config import ARCHITECTURES, DTYPES, ModelConfig
 
@@ -58,9 +57,12 @@ def test_parameter_count_equals_allocation_of_every_rank(hf: Configs, data: st.D
     size = data.draw(st.sampled_from(model.tensor_parallel_sizes()), "size")
     rank = data.draw(st.integers(0, size - 1), "rank")
     decoder = sketch(model, rank, size, torch.float32)
-    assert parameters_of_rank(model, size) == sum(weight.tensor.numel() for weight in decoder.weights())
+    assert parameters_of_rank(model, size) == sum(weight.tensor.numel() for weight in decoder.weights)
     page_size = 16
-    assert kv_elements_per_token(model, size) * page_size * 4 == decoder.kv_shape(page_size, torch.float32).page_bytes
+    assert (
+        kv_elements_per_token(model, size) * page_size * 4
+        == decoder.attention_shape(page_size, torch.float32).page_bytes
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,8 +72,8 @@ def test_memory_plan_uses_the_itemsize_of_the_resolved_dtype(dtype: Any, size: i
     model = ModelConfig.from_folder(requested.model)
     config = requested.resolved(model, cuda=False)
     decoder, plan = sketch(model, 0, size, config.torch_dtype), plan_weights(config, model)
-    assert plan.weights == sum(weight.tensor.nbytes for weight in decoder.weights())
-    assert plan.page_bytes == decoder.kv_shape(8, config.torch_dtype).page_bytes
+    assert plan.weights == sum(weight.tensor.nbytes for weight in decoder.weights)
+    assert plan.page_bytes == decoder.attention_shape(8, config.torch_dtype).page_bytes
 
 
 def test_memory_plan_refuses_an_impossible_split() -> None:

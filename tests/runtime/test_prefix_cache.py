@@ -22,8 +22,7 @@ from hypothesis.stateful import (
 )
 
 from lockstep.kernels import ops, reference
-from lockstep.runtime.scheduler.page_pool import PagePool
-from lockstep.runtime.scheduler.prefix_cache import Node, RadixCache
+from lockstep.runtime.scheduler.prefix_cache import Node, PagePool, RadixCache
 
 Prefix = tuple[int, ...]
 SETTINGS = settings(stateful_step_count=50)

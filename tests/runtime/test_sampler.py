@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from lockstep.comm.base import Communicator, SingleRank
-from lockstep.runtime.model.logits import Logits
+from lockstep.runtime.model.embedding import Logits
 from lockstep.runtime.plan import Admission
 from lockstep.runtime.request import SamplingParams
 from lockstep.runtime.sampling import sampler as sampler_module

@@ -25,9 +25,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lockstep.runtime.limits import Limits
 from lockstep.runtime.plan import Finished, StepPlan
-from lockstep.runtime.request import Request, SamplingParams
+from lockstep.runtime.request import Limits, Request, SamplingParams
 from lockstep.runtime.scheduler.prefix_cache import Node, RadixCache
 from lockstep.runtime.scheduler.scheduler import Scheduled, Scheduler
 
@@ -257,7 +256,7 @@ class Simulation:
 
     def check(self) -> None:
         s, pages, nodes = self.scheduler.slots, self.scheduler.pages, self.nodes()
-        owned = pages.free_pages().tolist() + [page for node in nodes for page in node.pages.tolist()]
+        owned = pages._free[: pages.num_free].tolist() + [page for node in nodes for page in node.pages.tolist()]
         locks: Counter[int] = Counter()
         for slot in s.running.tolist():
             shared, held = s.page_table[slot, : s.num_pages[slot]], int(s.num_shared_pages[slot])

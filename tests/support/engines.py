@@ -13,12 +13,11 @@ import torch
 from lockstep.comm.base import Communicator
 from lockstep.runtime.config import Config
 from lockstep.runtime.engine import Engine
-from lockstep.runtime.messages import Stop, decode_plan, encode
 from lockstep.runtime.model.model_config import ModelConfig
-from lockstep.runtime.plan import Finished, StepOutput, TokenLogprobs
+from lockstep.runtime.plan import Finished, StepOutput, Stop, TokenLogprobs, decode_plan, encode
 from lockstep.runtime.request import Request, SamplingParams
 from lockstep.runtime.scheduler.scheduler import Scheduler
-from lockstep.runtime.startup import load_rank, plan_limits
+from lockstep.runtime.startup import LoadedRank, plan_limits
 
 from ranks import run_ranks
 
@@ -80,7 +79,7 @@ def run_engine(
 
     @torch.inference_mode()
     def rank(comm: Communicator) -> Results | None:
-        loaded = load_rank(config, model, folder, comm)
+        loaded = LoadedRank(config, model, folder, comm)
         limits = plan_limits(asked, config, model, loaded.plan_memory())
         runner = loaded.allocate(limits)
         if comm.rank > 0:

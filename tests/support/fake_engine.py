@@ -17,9 +17,8 @@ from lockstep.launch.engine.recovery import Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server.run import Server, bind, create_uvicorn_config
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
-from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import Event, Logprob
-from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.request import Limits, SamplingParams
 from lockstep.runtime.stats import EngineStats
 from lockstep.runtime.tokenizer import Detokenizer, Tokenizer
 

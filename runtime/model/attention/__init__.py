@@ -1,1 +1,1 @@
-"""Attention layers and their backends: torch, FlashInfer with our decode kernel, batch-invariant."""
+"""Attention backends: torch, FlashInfer with our decode kernel, batch-invariant."""

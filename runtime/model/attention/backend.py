@@ -1,23 +1,29 @@
-"""The protocol of attention backends, and their common parts.
+"""The protocol of attention backends, and two of them: plain PyTorch, and batch-invariant on a GPU.
 
-Shapes: T tokens, H query heads and Hkv key heads of this rank, E head size.
+Shapes: B rows, T tokens, H query heads and Hkv key heads of this rank, E head size, K keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels import ops
-from ....kernels.arguments import KVCache, QKNorm, Rope
+from ....kernels.arguments import MAX_CHUNKS, KVCache, Pages, QKNorm, Rope
 from ..batch import Batch
+from ..kv_pool import AttentionShape
 
 HEAD_DIMS = (64, 128)  # of our decode kernel; FlashInfer also has 256
 MAX_GROUP = 8  # query heads per key head for which our decode kernel has room
 DTYPES = (torch.bfloat16, torch.float16)
+MAX_ROWS = 256  # per launch: the memory for partial results grows with them
+MIN_CHUNK = 512  # keys
 
 
 @dataclass(frozen=True)
@@ -26,17 +32,6 @@ class Heads:
 
     norm: QKNorm
     cos_sin: Tensor  # [P, E] float32
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionShape:
-    """One rank's heads and pages, for which a backend is made."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
-    dtype: torch.dtype
 
 
 class AttentionBackend(Protocol):
@@ -61,3 +56,123 @@ def rotate_and_store(qkv: Tensor, heads: Heads, batch: Batch, cache: KVCache, to
     """Return the queries [T, H, E] of `tokens`, ready for attention; store their keys and values in the cache."""
     rope = Rope(batch.positions[tokens], heads.cos_sin)
     return ops.rotate_and_store_(qkv[tokens], heads.norm, rope, cache, batch.kv_slots[tokens])
+
+
+def unsupported_reason(shape: AttentionShape) -> str | None:
+    """Return the reason why the GPU backends cannot serve `shape`, or None."""
+    if shape.dtype not in DTYPES:
+        return f"there are no kernels for {str(shape.dtype).removeprefix('torch.')}"
+    if shape.head_dim not in HEAD_DIMS:
+        return f"there are no kernels for head_dim {shape.head_dim}"
+    if shape.num_heads > MAX_GROUP * shape.num_kv_heads:
+        return f"{shape.num_heads} query heads on {shape.num_kv_heads} key heads are more than {MAX_GROUP} on each"
+    return None
+
+
+class TorchAttention:
+    """The AttentionBackend in plain PyTorch: the path on a CPU and the reference of the tests.
+
+    Rows of one query are padded to the longest and computed together, others one by one.
+    """
+
+    capturable = False
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def plan(self, batch: Batch) -> None:
+        self._batch, host = batch, batch.host
+        counts = np.diff(host.query_starts)
+        self._prefills = np.flatnonzero(counts > 1).tolist()
+        decode_rows = np.flatnonzero(counts == 1)
+        device = batch.positions.device
+        self._pages = torch.from_numpy(host.page_table).to(device)
+        self._decode_rows = torch.from_numpy(decode_rows).to(device)
+        self._decode_tokens = torch.from_numpy(host.query_starts[decode_rows]).long().to(device)
+        self._decode_lengths = torch.from_numpy(host.kv_lengths[decode_rows]).long().to(device)
+        self._longest_decode = int(host.kv_lengths[decode_rows].max(initial=0))
+
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None) -> Tensor:
+        q = rotate_and_store(qkv, heads, self._batch, cache)
+        out = torch.empty_like(q)
+        if len(self._decode_rows):
+            out[self._decode_tokens] = self._decode(q[self._decode_tokens], cache, window)
+        for row in self._prefills:
+            start, stop = self._batch.host.query_starts[row : row + 2].tolist()
+            out[start:stop] = self._prefill(row, q[start:stop], cache, window)
+        return out.flatten(1)
+
+    def _decode(self, q: Tensor, cache: KVCache, window: int | None) -> Tensor:
+        """Return attention of one query per decode row, q [B, H, E] -> [B, H, E]."""
+        page_size = cache.k.shape[1]
+        last = (self._decode_lengths - 1).unsqueeze(1)  # [B, 1]
+        num_pages = -(-self._longest_decode // page_size)
+        pages = self._pages[self._decode_rows, :num_pages]
+        # Beyond a row's length its pages may be any number: read page 0 there, the mask hides it.
+        pages = pages.where(torch.arange(num_pages, device=q.device) <= last // page_size, 0)
+        keys = torch.arange(num_pages * page_size, device=q.device)
+        visible = _visible(last, keys, window)  # [B, K]
+        return self._attend(q.unsqueeze(2), cache.k[pages], cache.v[pages], visible[:, None, None]).squeeze(2)
+
+    def _prefill(self, row: int, q: Tensor, cache: KVCache, window: int | None) -> Tensor:
+        """Return attention of the n last tokens of one row, q [n, H, E] -> [n, H, E]."""
+        page_size = cache.k.shape[1]
+        length = int(self._batch.host.kv_lengths[row])
+        pages = self._pages[row : row + 1, : -(-length // page_size)]
+        positions = torch.arange(length - len(q), length, device=q.device).unsqueeze(1)
+        keys = torch.arange(pages.shape[1] * page_size, device=q.device)
+        visible = _visible(positions, keys, window)  # [n, K]
+        return self._attend(q.transpose(0, 1)[None], cache.k[pages], cache.v[pages], visible)[0].transpose(0, 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        """Return attention of q [B, H, n, E] over k, v [B, pages, page_size, Hkv, E] where `visible` [B, H, n, K]."""
+        k, v = (x.flatten(1, 2).transpose(1, 2).to(q.dtype) for x in (k, v))  # [B, Hkv, K, E]
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale, enable_gqa=gqa)
+
+
+def _visible(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
+    """Return bool [n, K]: a query at each of `positions` [n, 1] sees each of `keys` [K]."""
+    visible = keys <= positions
+    return visible if window is None else visible & (keys > positions - window)
+
+
+class BatchInvariantAttention:
+    """The AttentionBackend on a GPU: the result for a token is bitwise identical in any batch and chunk.
+
+    For layers with one of `windows` and rows of up to `max_length` keys. The decode kernel computes every token: each
+    token of a prompt is one decode row, after the keys of all tokens have been stored. The keys of a row are divided
+    by their positions alone. They are read once for each token of a prompt, where FlashInfer reads them once for many.
+    """
+
+    capturable = True
+
+    def __init__(self, shape: AttentionShape, scale: float, windows: Collection[int | None], max_length: int) -> None:
+        self._kv_heads = shape.num_kv_heads
+        self._scale = scale
+        self._windows = windows
+        self._kv_chunk = max(MIN_CHUNK, -(-max_length // MAX_CHUNKS))
+
+    def plan(self, batch: Batch) -> None:
+        self._batch = batch
+        tokens = len(batch.positions)
+        self._stores_first = batch.host.num_decoding < batch.host.num_rows
+        self._slices = [slice(first, min(first + MAX_ROWS, tokens)) for first in range(0, tokens, MAX_ROWS)]
+        self._partitions = {
+            window: [
+                ops.partition_keys(batch.positions[rows], self._kv_heads, window, self._kv_chunk)
+                for rows in self._slices
+            ]
+            for window in self._windows
+        }
+
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None) -> Tensor:
+        batch = self._batch
+        if self._stores_first:
+            rotate_and_store(qkv, heads, batch, cache)
+        outputs = []
+        for rows, partition in zip(self._slices, self._partitions[window], strict=True):
+            rope, pages = Rope(batch.positions[rows], heads.cos_sin), Pages(batch.pages, batch.owners[rows])
+            q, slots = qkv[rows], batch.kv_slots[rows]
+            outputs.append(ops.decode_attention(q, heads.norm, rope, cache, slots, pages, partition, self._scale))
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

@@ -8,7 +8,6 @@ once per step and window.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import flashinfer
 import numpy as np
@@ -18,7 +17,8 @@ from torch import Tensor
 from ....kernels import ops
 from ....kernels.arguments import KVCache, Pages, Rope
 from ..batch import Batch, to_device
-from .backend import AttentionShape, Heads, rotate_and_store
+from ..kv_pool import AttentionShape
+from .backend import Heads, rotate_and_store
 
 WORKSPACE_BYTES = 128 * 2**20  # FlashInfer's recommendation; holds partial results of split keys
 
@@ -41,27 +41,20 @@ class FlashInferAttention:
         self._planned = torch.cuda.Event()
 
     def plan(self, batch: Batch) -> None:
-        self._batch = batch
-        positions, kv_heads = batch.positions[: batch.num_decoding], self.shape.num_kv_heads
-        self._partitions = {w: ops.partition_keys(positions, kv_heads, w) for w in self._prefill if batch.num_decoding}
-        if batch.num_decoding < batch.num_rows:
+        self._batch, n = batch, batch.host.num_decoding
+        positions, kv_heads = batch.positions[:n], self.shape.num_kv_heads
+        self._partitions = {window: ops.partition_keys(positions, kv_heads, window) for window in self._prefill if n}
+        if n < batch.host.num_rows:
             self._plan_prefill(batch)
 
     def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None) -> Tensor:
-        batch, n = self._batch, self._batch.num_decoding
+        batch, n = self._batch, self._batch.host.num_decoding
         decoded = None
         if n:
-            decoded = ops.decode_attention(
-                qkv[:n],
-                heads.norm,
-                Rope(batch.positions[:n], heads.cos_sin),
-                cache,
-                batch.kv_slots[:n],
-                Pages(batch.pages, batch.owners[:n]),
-                self._partitions[window],
-                self._scale,
-            )
-            if n == batch.num_rows:
+            rope, pages = Rope(batch.positions[:n], heads.cos_sin), Pages(batch.pages, batch.owners[:n])
+            slots, partition = batch.kv_slots[:n], self._partitions[window]
+            decoded = ops.decode_attention(qkv[:n], heads.norm, rope, cache, slots, pages, partition, self._scale)
+            if n == batch.host.num_rows:
                 return decoded
         q = rotate_and_store(qkv, heads, batch, cache, slice(n, None))
         out = q.new_empty(len(qkv), *q.shape[1:])
@@ -71,25 +64,20 @@ class FlashInferAttention:
         return out.flatten(1)
 
     def _plan_prefill(self, batch: Batch) -> None:
-        rows = slice(batch.num_decoding, None)
-        kv_lengths, query_starts = batch.kv_lengths[rows], batch.query_starts[rows] - batch.num_decoding
-        counts = -(-kv_lengths // self.shape.page_size)
+        shape, host = self.shape, batch.host
+        rows = slice(host.num_decoding, None)
+        kv_lengths, query_starts = host.kv_lengths[rows], host.query_starts[rows] - host.num_decoding
+        counts = -(-kv_lengths // shape.page_size)
         starts = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
-        used = np.arange(batch.page_table.shape[1]) < counts[:, None]
-        pages = to_device(batch.page_table[rows][used], batch.positions.device)
-        last_lengths = (kv_lengths - (counts - 1) * self.shape.page_size).astype(np.int32)
+        used = np.arange(host.page_table.shape[1]) < counts[:, None]
+        pages = to_device(host.page_table[rows][used], batch.positions.device)
+        last_lengths = (kv_lengths - (counts - 1) * shape.page_size).astype(np.int32)
         queries, indptr, last = (torch.from_numpy(a) for a in (query_starts, starts, last_lengths))
+        heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.page_size
+        options = {"causal": True, "q_data_type": shape.dtype, "kv_data_type": shape.dtype, "sm_scale": self._scale}
         self._planned.synchronize()  # wait for the copy of the last plan: all plans use one pinned buffer
         for window, wrapper in self._prefill.items():
-            wrapper.plan(queries, indptr, pages, last, *self._heads(), causal=True, **self._types(window))
+            left = -1 if window is None else window - 1  # FlashInfer does not count the query's key
+            wrapper.plan(queries, indptr, pages, last, *heads, window_left=left, **options)
         self._planned.record()
-
-    def _heads(self) -> tuple[int, int, int, int]:
-        s = self.shape
-        return s.num_heads, s.num_kv_heads, s.head_dim, s.page_size
-
-    def _types(self, window: int | None) -> dict[str, Any]:
-        left = -1 if window is None else window - 1  # FlashInfer does not count the query's key
-        dtype = self.shape.dtype
-        return {"q_data_type": dtype, "kv_data_type": dtype, "sm_scale": self._scale, "window_left": left}

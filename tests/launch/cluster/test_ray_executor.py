@@ -32,8 +32,8 @@ from lockstep.launch.cluster import actor_group
 from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.cluster.worker import Worker
 from lockstep.launch.errors import PlacementError, RankFailed
-from lockstep.runtime.checkpoint import find_model
 from lockstep.runtime.config import DEMO_MODEL, Config
+from lockstep.runtime.model.checkpoint import find_model
 from lockstep.runtime.offline import OfflineLLM
 from lockstep.runtime.outputs import Event, RequestOutput
 from lockstep.runtime.request import RequestRefused

@@ -42,7 +42,7 @@ from lockstep.launch.doctor.model_checks import memory_finding
 from lockstep.launch.doctor.planned_start import PlannedStart, gpus_needed, has_driver, visible_gpus
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor
-from lockstep.runtime.memory.gpu_processes import Process
+from lockstep.runtime.memory.gpu import Process
 from lockstep.runtime.memory.memory_plan import GIB, MemoryPlan, plan_weights
 from lockstep.runtime.model.model_config import ModelConfig
 

@@ -41,10 +41,9 @@ from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor, RankLocation, Wakeup
 from lockstep.runtime.frontend import Frontend
 from lockstep.runtime.ledger import Generation, Output
-from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import CompletionOutput, Event, Logprob
 from lockstep.runtime.plan import Finished, StepOutput
-from lockstep.runtime.request import Request, RequestRefused
+from lockstep.runtime.request import Limits, Request, RequestRefused
 from lockstep.runtime.runner.runner import Runner
 from lockstep.runtime.stats import EngineStats, Profile
 from lockstep.runtime.tokenizer import Tokenizer

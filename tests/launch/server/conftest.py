@@ -29,7 +29,7 @@ def shared(tokenizer: Tokenizer) -> Iterator[Running]:
 
 @pytest.fixture
 def run(tokenizer: Tokenizer) -> Iterator[Callable[..., Running]]:
-    """Servers with options of their own."""
+    """A function that starts a server with the given options; it is closed after the test."""
     started: list[Running] = []
 
     def start(**options: Any) -> Running:

@@ -116,12 +116,12 @@ def test_hostile_grammars_are_refused_during_a_stream(real: Running) -> None:
         for line in response.iter_lines():
             if line.startswith("data: {"):
                 text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-            changes, param, said = next(refused, (None, "", ""))
+            changes, param, message = next(refused, (None, "", ""))
             if changes is not None:
                 answer = real.post("/v1/completions", {**COMPLETION, **changes})
                 assert answer.status_code == 400, answer.text
                 assert error_of(answer)["param"] == param
-                assert said in error_of(answer)["message"]
+                assert message in error_of(answer)["message"]
     assert text == expected
     assert next(refused, None) is None, "all of them came while the stream was going on"
 

@@ -15,16 +15,14 @@ from torch import Tensor
 
 from lockstep.comm.base import CommError, Communicator
 from lockstep.kernels.arguments import KVCache, QKNorm
-from lockstep.runtime.model.attention import batch_invariant
-from lockstep.runtime.model.attention.backend import AttentionShape, Heads
-from lockstep.runtime.model.attention.batch_invariant import BatchInvariantAttention
-from lockstep.runtime.model.attention.torch_attention import TorchAttention
-from lockstep.runtime.model.batch import Batch
+from lockstep.runtime.model.attention import backend as backend_module
+from lockstep.runtime.model.attention.backend import BatchInvariantAttention, Heads, TorchAttention
+from lockstep.runtime.model.batch import Batch, HostBatch
 from lockstep.runtime.model.embedding import Embedding, Head, vocabulary_shard
 from lockstep.runtime.model.hf_config import HFConfigReader
-from lockstep.runtime.model.linear import MLP, ColumnLinear, Projection, RowLinear, shard_of
+from lockstep.runtime.model.kv_pool import AttentionShape
+from lockstep.runtime.model.linear import MLP, ColumnLinear, MoE, Projection, RowLinear, shard_of
 from lockstep.runtime.model.model_config import Experts
-from lockstep.runtime.model.moe import MoE
 from lockstep.runtime.model.norm import Normed, Residual, RMSNorm
 from lockstep.runtime.model.rope import Rope
 from lockstep.runtime.model.weights import Weights, load_weights
@@ -177,14 +175,22 @@ def test_torch_attention_matches_definition(window: int | None, kv_heads: int) -
         row[: len(row_pages)] = row_pages
     k_cache, v_cache = _random(20, page_size, kv_heads, size), _random(20, page_size, kv_heads, size) ** 2
     # Slots of -1 store nothing and positions of 0 rotate by nothing: the cache already holds all keys.
-    qkv, nowhere = _random(sum(counts), (heads + 2 * kv_heads) * size), torch.full((sum(counts),), -1)
+    qkv, none = _random(sum(counts), (heads + 2 * kv_heads) * size), torch.full((sum(counts),), -1)
     q = qkv[:, : heads * size].unflatten(1, (heads, size))
     unrotated = Heads(QKNorm(None, None, 0.0), torch.tensor([[1.0] * (size // 2) + [0.0] * (size // 2)]))
     starts = np.cumsum([0, *counts], dtype=np.int32)
-    batch = Batch(
-        token_ids=nowhere, positions=torch.zeros_like(nowhere), kv_slots=nowhere, owners=nowhere, pages=tables,
-        page_table=tables.numpy(), query_starts=starts, kv_lengths=np.array(lengths, dtype=np.int32), num_decoding=0,
+    host = HostBatch(
+        slots=none.numpy(), positions=none.numpy(), kv_slots=none.numpy(), page_table=tables.numpy(),
+        query_starts=starts, kv_lengths=np.array(lengths, dtype=np.int32), num_decoding=0,
     )  # fmt: skip
+    batch = Batch(
+        token_ids=none,
+        positions=torch.zeros_like(none),
+        kv_slots=none,
+        owners=none,
+        pages=tables,
+        host=host,
+    )
     attention = TorchAttention(scale)
     attention.plan(batch)
     actual = attention.run(qkv, unrotated, KVCache(k_cache, v_cache), window).unflatten(1, (heads, size))
@@ -208,16 +214,22 @@ def _batch(
     positions = np.concatenate([np.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)]).astype(np.int32)
     owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     kv_slots = pages.numpy()[owners, positions // page_size] * page_size + positions % page_size
+    host = HostBatch(
+        slots=owners,
+        positions=positions,
+        kv_slots=kv_slots,
+        page_table=pages.numpy(),
+        query_starts=np.cumsum([0, *counts], dtype=np.int32),
+        kv_lengths=np.array(lengths, dtype=np.int32),
+        num_decoding=num_decoding,
+    )
     return Batch(
         token_ids=torch.zeros(0),
         positions=torch.from_numpy(positions).to(device),
         kv_slots=torch.from_numpy(kv_slots).to(device),
         owners=torch.from_numpy(owners).to(device),
         pages=pages.to(device),
-        page_table=pages.numpy(),
-        query_starts=np.cumsum([0, *counts], dtype=np.int32),
-        kv_lengths=np.array(lengths, dtype=np.int32),
-        num_decoding=num_decoding,
+        host=host,
     )
 
 
@@ -243,7 +255,7 @@ def test_flashinfer_attention_matches_torch(size: int, num_decoding: int) -> Non
     definition.plan(_batch(counts, lengths, pages, page_size, num_decoding))
     expected = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table), KVCache(*expected_caches), None)
     shape = AttentionShape(
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.bfloat16
+        num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.bfloat16
     )
     attention = FlashInferAttention(shape, scale, {None}, gpu)
     attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, gpu))
@@ -257,7 +269,7 @@ def test_flashinfer_attention_matches_torch(size: int, num_decoding: int) -> Non
 @pytest.mark.parametrize("window", [None, 3])
 def test_batch_invariant_attention_matches_torch(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts whole and from the middle beside decode rows, one of which reads what another row stores in this step."""
-    monkeypatch.setattr(batch_invariant, "MAX_ROWS", 4)
+    monkeypatch.setattr(backend_module, "MAX_ROWS", 4)
     heads, kv_heads, size, page_size, scale = 4, 2, 8, 4, 0.3
     counts, lengths = [6, 1, 5, 1], [6, 17, 11, 7]
     pages = torch.randperm(40, dtype=torch.int32).view(4, 10)
@@ -266,7 +278,7 @@ def test_batch_invariant_attention_matches_torch(window: int | None, monkeypatch
     qkv, table = _random(sum(counts), (heads + 2 * kv_heads) * size), Heads(QKNorm(None, None, 0.0), _random(20, size))
     actual = []
     shape = AttentionShape(
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.float32
+        num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.float32
     )
     for attention in (TorchAttention(scale), BatchInvariantAttention(shape, scale, {window}, 20)):
         caches = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lockstep.comm.base import Communicator
-from lockstep.runtime.model.attention.torch_attention import TorchAttention
-from lockstep.runtime.model.batch import Batch
+from lockstep.runtime.model.attention.backend import TorchAttention
+from lockstep.runtime.model.batch import Batch, HostBatch
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.kv_pool import KVLayout, KVPool
 from lockstep.runtime.model.model_config import ARCHITECTURES, ModelConfig
@@ -86,16 +86,23 @@ def _chunked() -> list[Step]:
 def _batch(step: Step, tables: Tensor, page_size: int) -> Batch:
     positions = torch.cat([torch.arange(start, stop) for _, start, stop in step])
     rows = torch.cat([torch.full((stop - start,), n) for n, start, stop in step])
-    return Batch(
-        token_ids=torch.cat([_prompts()[n][start:stop] for n, start, stop in step]).int(),
-        positions=positions.int(),
-        kv_slots=(tables[rows, positions // page_size] * page_size + positions % page_size).int(),
-        owners=rows.int(),
-        pages=tables.int(),
+    kv_slots = (tables[rows, positions // page_size] * page_size + positions % page_size).int()
+    host = HostBatch(
+        slots=rows.int().numpy(),
+        positions=positions.int().numpy(),
+        kv_slots=kv_slots.numpy(),
         page_table=tables[[n for n, _, _ in step]].int().numpy(),
         query_starts=np.cumsum([0] + [stop - start for _, start, stop in step], dtype=np.int32),
         kv_lengths=np.array([stop for _, _, stop in step], dtype=np.int32),
         num_decoding=0,
+    )
+    return Batch(
+        token_ids=torch.cat([_prompts()[n][start:stop] for n, start, stop in step]).int(),
+        positions=positions.int(),
+        kv_slots=kv_slots,
+        owners=rows.int(),
+        pages=tables.int(),
+        host=host,
     )
 
 
@@ -115,16 +122,16 @@ def _logits(
     """The logits [length, vocab] of each prompt, computed step by step on this rank."""
     config = ModelConfig.from_folder(folder)
     decoder = Decoder(config, comm, dtype=torch.float32, device=CPU, max_positions=config.max_position_embeddings)
-    load_weights(decoder.weights(), folder)
+    load_weights(decoder.weights, folder)
     tables, num_pages = _tables(page_size)
-    pool = KVPool(decoder.kv_shape(page_size, torch.float32), num_pages, CPU, layout)
+    pool = KVPool(decoder.attention_shape(page_size, torch.float32), num_pages, CPU, layout)
     attention = TorchAttention(config.head_dim**-0.5)
     parts: list[list[Tensor]] = [[] for _ in LENGTHS]
     for step in steps:
         batch = _batch(step, tables, page_size)
         attention.plan(batch)
         logits = decoder.logits(decoder.forward(batch, pool, attention)).gather()
-        for (n, _, _), part in zip(step, logits.split(np.diff(batch.query_starts).tolist()), strict=True):
+        for (n, _, _), part in zip(step, logits.split(np.diff(batch.host.query_starts).tolist()), strict=True):
             parts[n].append(part)
     return [torch.cat(part) for part in parts]
 
@@ -205,8 +212,8 @@ def test_eos_token_ids_of_both_files_are_merged(in_config: Any, in_generation: A
 
 def test_mistral_window_unless_null() -> None:
     mistral = {**HF, "architectures": ["MistralForCausalLM"]}
-    assert ModelConfig.from_hf(mistral).window(0) == 4096  # as transformers
-    assert ModelConfig.from_hf({**mistral, "sliding_window": None}).window(0) is None
+    assert ModelConfig.from_hf(mistral).windows[0] == 4096  # as transformers
+    assert ModelConfig.from_hf({**mistral, "sliding_window": None}).windows[0] is None
 
 
 def test_window_of_upper_layers_without_layer_types() -> None:
