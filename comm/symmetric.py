@@ -56,7 +56,7 @@ class SymmetricCommunicator(Communicator):
         x = x.contiguous()
         out = torch.empty_like(x)
         launch = peer_memory.one_shot_all_reduce if algorithm == "one-shot" else peer_memory.two_shot_all_reduce
-        launch(out, x, self._buffers.group, self._buffers.take_slot(), "all_reduce")
+        launch(out, x, self._buffers.group, self._buffers.take_slot())
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -105,9 +105,9 @@ class SymmetricCommunicator(Communicator):
     def _reduce_add_rms_norm(
         self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, two_shot: bool
     ) -> Tensor:
-        out, total, operation = torch.empty_like(x), _aligned(residual), "all_reduce_add_rms_norm"
+        out, total = torch.empty_like(x), _aligned(residual)
         x, weight, group, slot = _aligned(x), _aligned(weight), self._buffers.group, self._buffers.take_slot()
-        peer_memory.all_reduce_add_rms_norm(out, x, total, weight, eps, group, slot, operation, two_shot=two_shot)
+        peer_memory.all_reduce_add_rms_norm(out, x, total, weight, eps, group, slot, two_shot=two_shot)
         if total is not residual:
             residual.copy_(total)
         return out

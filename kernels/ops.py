@@ -20,7 +20,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,31 +29,25 @@ from torch import Tensor
 from . import native, reference
 from .arguments import KeyPartition, KVCache, Pages, QKNorm, Rope
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def op(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Make an op of its check: check, then call the implementation of that name for the first argument's device.
+def op(module: str) -> Callable[[F], F]:
+    """Make an op of its check: check, then call that name in this module of cuda/ or, on a CPU, in reference.py."""
 
-    module  of cuda/, which launches the kernels
-    """
-
-    def decorate(check: Callable[P, R]) -> Callable[P, R]:
-        name = check.__name__
-
+    def decorate(check: F) -> F:
         @functools.wraps(check)
         def run(*args: Any, **options: Any) -> Any:
             check(*args, **options)
             implementations = _cuda(module) if args[0].is_cuda else reference
-            return getattr(implementations, name)(*args, **options)
+            return getattr(implementations, check.__name__)(*args, **options)
 
-        return cast(Callable[P, R], run)
+        return cast(F, run)
 
     return decorate
 
 
-@op("table_lookup")
+@op("elementwise")
 def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
     """Return `out[t] = weight[ids[t] - first_row]`, or zero if that row is not in `weight`: [T, D].
 
@@ -131,11 +125,14 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slo
 
     qkv    [T, (H + 2 Hkv) E]  heads of q, then k, then v; contiguous
     rope   with positions of all T tokens
-    cache  updated in place
-    slots  [T] as in `store_kv_`
-    Computed in float32, rounded once.
+    cache  updated in place at [slot // page_size, slot % page_size]
+    slots  [T]  int32 or int64; a negative slot is skipped
+    Computed in float32, rounded once. Converts k and v to the cache's dtype; float8_e4m3fn saturates at 448.
     """
-    head_dim, kv_heads = cache.k.shape[3], cache.k.shape[2]
+    kv_heads, head_dim = cache.k.shape[2:]
+    _require(
+        cache.k.shape == cache.v.shape, "v_cache", cache.v, f"must have the shape of k_cache, {list(cache.k.shape)}"
+    )
     _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [T, (H + 2 Hkv) E], contiguous")
     _require(qkv.shape[1] % head_dim == 0, "qkv", qkv, f"must have heads of size {head_dim}")
     _require(qkv.shape[1] > 2 * kv_heads * head_dim, "qkv", qkv, "must have heads of q, k and v")
@@ -179,9 +176,7 @@ def decode_attention(
     _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
     table, rows = pages.table, qkv.shape[:1]
     _require(table.dim() == 2 and table.dtype == torch.int32, "pages", table, "must be [R, P] int32")
-    for name, tensor in (("positions", rope.positions), ("slots", slots), ("owners", pages.owners)):
-        fits = tensor.shape == rows and tensor.dtype == torch.int32
-        _require(fits, name, tensor, f"must be {list(rows)} int32")
+    _check_int32(rows, positions=rope.positions, slots=slots, owners=pages.owners)
 
 
 @op("elementwise")
@@ -190,23 +185,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     _require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
 
 
-@op("paged_attention")
-def store_kv_(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-    """Write the keys and values of T tokens into their slots: `cache[slot // page_size, slot % page_size] = row`.
-
-    k, v   [T, Hkv, E]
-    cache  updated in place
-    slots  [T]  int32 or int64; a negative slot is skipped
-    Converts to the cache's dtype; float8_e4m3fn saturates at 448.
-    """
-    _require(k.shape == v.shape, "v", v, f"must have the shape of k, {list(k.shape)}")
-    shape = list(cache.k.shape)
-    _require(cache.k.shape == cache.v.shape, "v_cache", cache.v, f"must have the shape of k_cache, {shape}")
-    _require(k.shape[1:] == cache.k.shape[2:], "k", k, f"must be [T, {shape[2]}, {shape[3]}]")
-    _require(slots.shape == k.shape[:1], "slots", slots, f"must be [{len(k)}], one per row of k")
-
-
-@op("experts")
+@op("gemm")
 def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Return `out[t] = sum over k of scores[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`, [T, D].
 
@@ -263,8 +242,9 @@ def gumbel_argmax(
 @op("token_sampling")
 def merge_candidates(candidates: Tensor) -> Tensor:
     """Return the token [S] int32 of the greatest of each column of candidates [n, S] int64, from `gumbel_argmax`."""
-    fits = candidates.dim() == 2 and candidates.dtype == torch.int64
-    _require(fits, "candidates", candidates, "must be [n, S] int64")
+    _require(
+        candidates.dim() == 2 and candidates.dtype == torch.int64, "candidates", candidates, "must be [n, S] int64"
+    )
 
 
 @op("token_sampling")
@@ -317,7 +297,7 @@ def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
     _check_rows(len(ordered), top_k=top_k, top_p=top_p, min_p=min_p)
 
 
-@op("table_lookup")
+@op("elementwise")
 def begin_decode_(
     tokens: Tensor, pages: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, page_size: int
 ) -> Tensor:
@@ -327,15 +307,13 @@ def begin_decode_(
     pages                       [R, P] int32: the pages of each slot, updated in place at positions // page_size
     slots, positions, kv_slots  [B] int32; kv_slots // page_size is the page, a negative one changes nothing
     """
-    for name, tensor in (("slots", slots), ("positions", positions), ("kv_slots", kv_slots)):
-        _require(tensor.shape == slots.shape and tensor.dtype == torch.int32, name, tensor, "must be [B] int32")
+    _check_int32(slots.shape, slots=slots, positions=positions, kv_slots=kv_slots)
 
 
-@op("table_lookup")
+@op("elementwise")
 def append_tokens_(tokens: Tensor, slots: Tensor, positions: Tensor, new_tokens: Tensor) -> None:
     """Set `tokens[slots, positions + 1] = new_tokens`; tokens [R, L], updated in place, others [B], all int32."""
-    for name, tensor in (("slots", slots), ("positions", positions), ("new_tokens", new_tokens)):
-        _require(tensor.shape == slots.shape and tensor.dtype == torch.int32, name, tensor, "must be [B] int32")
+    _check_int32(slots.shape, slots=slots, positions=positions, new_tokens=new_tokens)
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
@@ -354,6 +332,11 @@ def _check_rows(rows: int, **parameters: Tensor) -> None:
         dtype = torch.int64 if name in ("keys", "top_k") else torch.float32
         fits = tensor.shape == (rows,) and tensor.dtype == dtype and tensor.is_contiguous()
         _require(fits, name, tensor, f"must be [{rows}] {dtype}")
+
+
+def _check_int32(shape: torch.Size, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        _require(tensor.shape == shape and tensor.dtype == torch.int32, name, tensor, f"must be {list(shape)} int32")
 
 
 @functools.cache

@@ -107,21 +107,20 @@ def prepare(size: int) -> None:
     kernel("allreduce.cu", f"all_gather<16, {size}>", early=True)
 
 
-def one_shot_all_reduce(out: Tensor, x: Tensor, group: Group, slot: int, kind: str) -> None:
+def one_shot_all_reduce(out: Tensor, x: Tensor, group: Group, slot: int) -> None:
     """Compute `out = sum of x over the ranks`: each rank reads all of every peer."""
     v = vector_width(x.numel(), out, x)
     launch = kernel("allreduce.cu", f"one_shot_all_reduce<{c_name(x)}, {v}, {group.size}>", early=True)
-    launch(_grid(x.nbytes, group), THREADS, out, x, np.int64(x.numel()), *_group_arguments(group, slot, kind))
+    launch(_grid(x.nbytes, group), THREADS, out, x, np.int64(x.numel()), *_group_arguments(group, slot, "all_reduce"))
 
 
-def two_shot_all_reduce(out: Tensor, x: Tensor, group: Group, slot: int, kind: str) -> None:
+def two_shot_all_reduce(out: Tensor, x: Tensor, group: Group, slot: int) -> None:
     """Compute the same sum: each rank sums one chunk, then reads the peers' chunks."""
-    unit = UNIT * group.size
-    chunk = -(-x.numel() // unit) * UNIT
+    chunk = -(-x.numel() // (UNIT * group.size)) * UNIT
     v = vector_width(chunk, out, x, strides=[x.numel()])
     launch = kernel("allreduce.cu", f"two_shot_all_reduce<{c_name(x)}, {v}, {group.size}>", early=True)
-    sizes = np.int64(x.numel()), np.int64(chunk)
-    launch(_grid(chunk * x.element_size(), group), THREADS, out, x, *sizes, *_group_arguments(group, slot, kind))
+    grid, sizes = _grid(chunk * x.element_size(), group), (np.int64(x.numel()), np.int64(chunk))
+    launch(grid, THREADS, out, x, *sizes, *_group_arguments(group, slot, "all_reduce"))
 
 
 def all_gather(out: Tensor, x: Tensor, group: Group, slot: int, kind: str) -> None:
@@ -138,16 +137,7 @@ def fits_norm(columns: int, dtype: torch.dtype) -> bool:
 
 
 def all_reduce_add_rms_norm(
-    out: Tensor,
-    x: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    group: Group,
-    slot: int,
-    kind: str,
-    *,
-    two_shot: bool,
+    out: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: Group, slot: int, *, two_shot: bool
 ) -> None:
     """Compute `residual += sum of x over the ranks; out = rms_norm(residual)`.
 
@@ -161,7 +151,8 @@ def all_reduce_add_rms_norm(
     sizes = np.float32(eps), np.int32(rows), np.int32(columns)
     grid = min(rows, group.blocks), 1
     launch = kernel("allreduce.cu", name, early=True)
-    launch(grid, threads, out, x, residual, weight, *sizes, *_group_arguments(group, slot, kind))
+    group_arguments = _group_arguments(group, slot, "all_reduce_add_rms_norm")
+    launch(grid, threads, out, x, residual, weight, *sizes, *group_arguments)
 
 
 def _norm_vector(columns: int, dtype: torch.dtype) -> int:

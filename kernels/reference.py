@@ -1,9 +1,4 @@
-"""Every op in plain torch (NumPy for token ids): the CPU path, the oracle of the tests, and the definition of each op.
-
-`ops.py` has the same functions with the same signatures, documents them and checks their arguments; call that one.
-Shapes: T tokens, D hidden size, H query heads, Hkv key heads, E head size, I intermediate size, V rows of a vocabulary
-shard.
-"""
+"""Every op of ops.py in plain torch: the CPU path, the oracle of the tests, and the definition of each op."""
 
 from __future__ import annotations
 
@@ -35,8 +30,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     total = x.float() + residual.float()
     residual.copy_(total)
-    scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
-    return (total * scale * weight.float()).to(x.dtype)
+    return rms_norm(total, weight, eps).to(x.dtype)
 
 
 def linear(
@@ -63,7 +57,7 @@ def linear(
 
 def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slots: Tensor) -> Tensor:
     q, k, v = _prepare_heads(qkv, norm, rope, cache)
-    store_kv_(k, v, cache, slots)
+    _store_kv(k, v, cache, slots)
     return q
 
 
@@ -84,6 +78,20 @@ def _norm_and_rotate(x: Tensor, norm: Tensor | None, eps: float, rope: Rope) -> 
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def _store_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
+    if (slots < 0).any():
+        kept = slots >= 0
+        k, v, slots = k[kept], v[kept], slots[kept]
+    page_size = cache.k.shape[1]
+    places = (slots.long() // page_size, slots.long() % page_size)
+    for target, rows in ((cache.k, k), (cache.v, v)):
+        if target.dtype == torch.float8_e4m3fn:  # torch turns values that are too large into NaN, and cannot index it
+            stored = rows.float().clamp(-FP8_MAX, FP8_MAX).to(target.dtype)
+            target.view(torch.uint8).index_put_(places, stored.view(torch.uint8))
+        else:
+            target.index_put_(places, rows.to(target.dtype))
+
+
 def partition_keys(positions: Tensor, kv_heads: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
     return KeyPartition(positions.new_zeros(0), window, kv_chunk)  # decode_attention goes row by row
 
@@ -99,7 +107,7 @@ def decode_attention(
     scale: float,
 ) -> Tensor:
     q, k, v = _prepare_heads(qkv, norm, rope, cache)
-    store_kv_(k, v, cache, slots)
+    _store_kv(k, v, cache, slots)
     out, page_size, window = torch.empty_like(q), cache.k.shape[1], partition.window
     for row, position in enumerate(rope.positions.tolist()):
         first = 0 if window is None else max(0, position + 1 - window)
@@ -115,20 +123,6 @@ def decode_attention(
 def silu_and_mul(x: Tensor) -> Tensor:
     gate, up = x.float().chunk(2, dim=-1)
     return (F.silu(gate) * up).to(x.dtype)
-
-
-def store_kv_(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-    if (slots < 0).any():
-        kept = slots >= 0
-        k, v, slots = k[kept], v[kept], slots[kept]
-    page_size = cache.k.shape[1]
-    places = (slots.long() // page_size, slots.long() % page_size)
-    for target, rows in ((cache.k, k), (cache.v, v)):
-        if target.dtype == torch.float8_e4m3fn:  # torch turns values that are too large into NaN, and cannot index it
-            stored = rows.float().clamp(-FP8_MAX, FP8_MAX).to(target.dtype)
-            target.view(torch.uint8).index_put_(places, stored.view(torch.uint8))
-        else:
-            target.index_put_(places, rows.to(target.dtype))
 
 
 def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -213,7 +207,6 @@ def _pack(scores: Tensor, ids: Tensor) -> Tensor:
 
 
 def _unpack(candidates: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scores, float32, and the tokens, int32."""
     scores = _mirror_negative((candidates >> 32).int()).view(torch.float32)
     return scores, (0xFFFFFFFF - (candidates & 0xFFFFFFFF)).int()
 
@@ -224,7 +217,6 @@ def _mirror_negative(bits: Tensor) -> Tensor:
 
 
 def _descending(packed: Tensor, count: int) -> Tensor:
-    """Return the `count` greatest of each row, padded with NO_CANDIDATE."""
     missing = max(0, count - packed.shape[1])
     return F.pad(packed, (0, missing), value=NO_CANDIDATE).topk(count, dim=-1).values
 

@@ -77,10 +77,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     def stop_strings(self) -> Sequence[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if a token id in these parameters is not one of the model's."""
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):

@@ -50,7 +50,6 @@ def attention() -> None:
             pages = Pages(table, owners[part])
             ops.decode_attention(qkv, norm, rope, cache, slots[part], pages, partition, 0.1)
             ops.rotate_and_store_(qkv, norm, rope, cache, slots[part])
-        ops.store_kv_(random(rows, kv_heads, size), random(rows, kv_heads, size), cache, slots)
 
 
 def rows_tokens_and_tables() -> None:

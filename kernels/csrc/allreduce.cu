@@ -28,45 +28,30 @@ struct Group {  // one rank's view, constant
 };
 
 // Between ranks. Loads never come from L1, which does not see the writes of peers.
-__device__ __forceinline__ void store_release(unsigned* flag, unsigned value) {
+DEVICE void store_release(unsigned* flag, unsigned value) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(flag), "r"(value) : "memory");
 }
-
-__device__ __forceinline__ unsigned load_acquire(const unsigned* flag) {
+DEVICE unsigned load_acquire(const unsigned* flag) {
     unsigned value;
     asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
     return value;
 }
-
-__device__ __forceinline__ void store_relaxed(unsigned long long* word, unsigned long long value) {
+DEVICE void store_relaxed(unsigned long long* word, unsigned long long value) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(word), "l"(value) : "memory");
 }
-
-__device__ __forceinline__ void load_relaxed(unsigned char& v, const void* from) {
-    unsigned wide;
-    asm volatile("ld.relaxed.sys.global.u8 %0, [%1];" : "=r"(wide) : "l"(from) : "memory");
-    v = wide;
-}
-
-__device__ __forceinline__ void load_relaxed(unsigned short& v, const void* from) {
-    asm volatile("ld.relaxed.sys.global.u16 %0, [%1];" : "=h"(v) : "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void load_relaxed(unsigned& v, const void* from) {
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-}
-
-__device__ __forceinline__ void load_relaxed(uint4& v, const void* from) {
+#define LOAD_RELAXED(T, SUFFIX, REGISTER, Loaded) \
+    DEVICE void load_relaxed(T& v, const void* from) { \
+        Loaded loaded; \
+        asm volatile("ld.relaxed.sys.global." SUFFIX " %0, [%1];" : REGISTER(loaded) : "l"(from) : "memory"); \
+        v = loaded; \
+    }
+LOAD_RELAXED(unsigned char, "u8", "=r", unsigned)
+LOAD_RELAXED(unsigned short, "u16", "=h", unsigned short)
+LOAD_RELAXED(unsigned, "u32", "=r", unsigned)
+DEVICE void load_relaxed(uint4& v, const void* from) {
     asm volatile("ld.relaxed.sys.global.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
 }
-
-__device__ __forceinline__ unsigned load_relaxed(const unsigned* word) {
-    unsigned value;
-    load_relaxed(value, word);
-    return value;
-}
-
-__device__ __forceinline__ long long now_ns() {
+DEVICE long long now_ns() {
     long long t;
     asm volatile("mov.u64 %0, %globaltimer;" : "=l"(t));
     return t;
@@ -77,19 +62,18 @@ template <> struct Word<1> { typedef unsigned char type; };
 template <> struct Word<2> { typedef unsigned short type; };
 template <> struct Word<4> { typedef unsigned type; };
 template <> struct Word<16> { typedef uint4 type; };
-
-template <typename T, int V> __device__ __forceinline__ Vec<T, V> load_from_peer(const T* from) {
+template <typename T, int V> DEVICE Vec<T, V> load_from_peer(const T* from) {
     typename Word<sizeof(T) * V>::type word;
     load_relaxed(word, from);
     return *reinterpret_cast<Vec<T, V>*>(&word);
 }
 
-template <typename T, int V> __device__ __forceinline__ void copy(T* to, const T* from) {
+template <typename T, int V> DEVICE void copy(T* to, const T* from) {
     *reinterpret_cast<Vec<T, V>*>(to) = *reinterpret_cast<const Vec<T, V>*>(from);
 }
 
 // f(i) for the vectors of this block's share of `count` elements, of which only `length` exist.
-template <int V, typename F> __device__ __forceinline__ void for_each_vector(long long count, long long length, F f) {
+template <int V, typename F> DEVICE void for_each_vector(long long count, long long length, F f) {
     const unsigned units = (count + UNIT - 1) / UNIT, share = (units + gridDim.x - 1) / gridDim.x;
     const long long first = (long long)blockIdx.x * share * UNIT, stop = min(min(count, length), first + (long long)share * UNIT);
     for (long long i = first + threadIdx.x * V; i < stop; i += blockDim.x * V) f(i);
@@ -104,25 +88,22 @@ template <typename T, int V, int N> struct Collective {
     int rank, slot, kind;
     bool timed_out;
 
-    __device__ __forceinline__ Collective(const Group* group, int slot, int kind) : group(*group), slot(slot), kind(kind) {
+    DEVICE Collective(const Group* group, int slot, int kind) : group(*group), slot(slot), kind(kind) {
         if (group->alone) launch_next();
         rank = group->rank;
         header = reinterpret_cast<Header*>(group->buffers[rank]);
-        #pragma unroll
-        for (int p = 0; p < N; ++p) slots[p] = slot_of(p);
+        UNROLL for (int p = 0; p < N; ++p) slots[p] = slot_of(p);
         wait_for_previous();
-        round = load_relaxed(&header->rounds[blockIdx.x]);
-        timed_out = load_relaxed(&header->has_timed_out);
+        load_relaxed(round, &header->rounds[blockIdx.x]);
+        timed_out = load_from_peer<unsigned, 1>(&header->has_timed_out).at[0];
     }
 
-    __device__ __forceinline__ T* slot_of(int peer) const {
-        return reinterpret_cast<T*>(group.buffers[peer] + HEADER_BYTES + slot * group.slot_bytes);
-    }
+    DEVICE T* slot_of(int peer) const { return reinterpret_cast<T*>(group.buffers[peer] + HEADER_BYTES + slot * group.slot_bytes); }
 
-    __device__ __forceinline__ T* local_slot() const { return slot_of(rank); }
+    DEVICE T* local_slot() const { return slot_of(rank); }
 
     // Copy x, chunks of `chunk` elements, into this rank's slot: each block the shares that it reads of its peers.
-    __device__ __forceinline__ void publish(const T* x, long long total, long long chunk) {
+    DEVICE void publish(const T* x, long long total, long long chunk) {
         T* to = local_slot();
         if (x == to) return;
         for (long long start = 0; start < total; start += chunk)
@@ -130,7 +111,7 @@ template <typename T, int V, int N> struct Collective {
     }
 
     // A barrier of the blocks of all ranks. What a peer wrote before is visible after.
-    __device__ __forceinline__ void arrive_and_wait() {
+    DEVICE void arrive_and_wait() {
         __syncthreads();
         ++round;
         const int peer = threadIdx.x;
@@ -142,14 +123,14 @@ template <typename T, int V, int N> struct Collective {
         timed_out |= __syncthreads_or(failed);
     }
 
-    __device__ __forceinline__ bool wait_for(int peer) {
+    DEVICE bool wait_for(int peer) {
         const unsigned* signal = &header->signals[blockIdx.x][peer];
         long long start = 0;
         for (unsigned polls = 1; (int)(load_acquire(signal) - round) < 0; ++polls) {
             if (polls % POLLS) continue;
             const long long now = now_ns();
             if (start == 0) start = now;
-            const bool stopped = load_relaxed(group.stop);
+            const bool stopped = load_from_peer<unsigned, 1>(group.stop).at[0];
             if (!stopped && now - start < group.timeout_ns) continue;
             if (!stopped) store_relaxed(group.missing + peer, (unsigned long long)kind << 32 | round);
             header->has_timed_out = 1;
@@ -159,31 +140,25 @@ template <typename T, int V, int N> struct Collective {
     }
 
     // Slot 0 is released only when all peers have read it.
-    __device__ __forceinline__ void release() {
+    DEVICE void release() {
         if (slot == 0) arrive_and_wait();
         if (threadIdx.x == 0) header->rounds[blockIdx.x] = round;
     }
 
     // sum = the sum over the ranks of the vector at this place of the slots.
-    __device__ __forceinline__ void load_sum(float (&sum)[V], long long at) const {
+    DEVICE void load_sum(float (&sum)[V], long long at) const {
         Vec<T, V> values[N];
-        #pragma unroll
-        for (int p = 0; p < N; ++p) values[p] = load_from_peer<T, V>(slots[p] + at);
-        #pragma unroll
-        for (int j = 0; j < V; ++j) {
+        UNROLL for (int p = 0; p < N; ++p) values[p] = load_from_peer<T, V>(slots[p] + at);
+        UNROLL for (int j = 0; j < V; ++j) {
             sum[j] = to_float(values[0].at[j]);
-            #pragma unroll
-            for (int p = 1; p < N; ++p) sum[j] += to_float(values[p].at[j]);
+            UNROLL for (int p = 1; p < N; ++p) sum[j] += to_float(values[p].at[j]);
         }
     }
 
-    __device__ __forceinline__ void store_sum(T* to, long long at) const {
+    DEVICE void store_sum(T* to, long long at) const {
         float sum[V];
         load_sum(sum, at);
-        Vec<T, V> result;
-        #pragma unroll
-        for (int j = 0; j < V; ++j) result.at[j] = from_float<T>(sum[j]);
-        *reinterpret_cast<Vec<T, V>*>(to) = result;
+        *reinterpret_cast<Vec<T, V>*>(to) = round_all<T>(sum);
     }
 };
 
@@ -211,11 +186,9 @@ __global__ void __launch_bounds__(512, 1) two_shot_all_reduce(
     collective.arrive_and_wait();
     for_each_vector<V>(chunk, chunk, [&](long long i) {
         Vec<T, V> sums[N];
-        #pragma unroll
-        for (int p = 0; p < N; ++p)
+        UNROLL for (int p = 0; p < N; ++p)
             if (p * chunk + i < total) sums[p] = load_from_peer<T, V>(collective.slots[p] + p * chunk + i);
-        #pragma unroll
-        for (int p = 0; p < N; ++p)
+        UNROLL for (int p = 0; p < N; ++p)
             if (p * chunk + i < total) *reinterpret_cast<Vec<T, V>*>(out + p * chunk + i) = sums[p];
     });
     collective.release();
@@ -230,10 +203,8 @@ __global__ void __launch_bounds__(512, 1) all_gather(
     collective.arrive_and_wait();
     for_each_vector<V>(total, total, [&](long long i) {
         Vec<unsigned char, V> values[N];
-        #pragma unroll
-        for (int p = 0; p < N; ++p) values[p] = load_from_peer<unsigned char, V>(collective.slots[p] + i);
-        #pragma unroll
-        for (int p = 0; p < N; ++p) *reinterpret_cast<Vec<unsigned char, V>*>(out + p * total + i) = values[p];
+        UNROLL for (int p = 0; p < N; ++p) values[p] = load_from_peer<unsigned char, V>(collective.slots[p] + i);
+        UNROLL for (int p = 0; p < N; ++p) *reinterpret_cast<Vec<unsigned char, V>*>(out + p * total + i) = values[p];
     });
     collective.release();
 }
@@ -260,21 +231,16 @@ __global__ void __launch_bounds__(512, 1) all_reduce_add_rms_norm(
     }
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
         float value[R][V], squares = 0.f;
-        #pragma unroll
-        for (int r = 0; r < R; ++r) {
+        UNROLL for (int r = 0; r < R; ++r) {
             const int i = (r * blockDim.x + threadIdx.x) * V;
             if (i >= size) break;
             const long long at = (long long)row * size + i;
             Vec<T, V> total = *reinterpret_cast<const Vec<T, V>*>(residual + at);
             if (TWO_SHOT) {
                 const Vec<T, V> sum = load_from_peer<T, V>(collective.slot_of(i / chunk) + at);
-                #pragma unroll
-                for (int j = 0; j < V; ++j) value[r][j] = to_float(sum.at[j]);
-            } else {
-                collective.load_sum(value[r], at);
-            }
-            #pragma unroll
-            for (int j = 0; j < V; ++j) {
+                UNROLL for (int j = 0; j < V; ++j) value[r][j] = to_float(sum.at[j]);
+            } else collective.load_sum(value[r], at);
+            UNROLL for (int j = 0; j < V; ++j) {
                 value[r][j] += to_float(total.at[j]);
                 squares += value[r][j] * value[r][j];
                 total.at[j] = from_float<T>(value[r][j]);
@@ -282,14 +248,12 @@ __global__ void __launch_bounds__(512, 1) all_reduce_add_rms_norm(
             *reinterpret_cast<Vec<T, V>*>(residual + at) = total;
         }
         const float scale = rsqrtf(block_sum(squares) / size + eps);
-        #pragma unroll
-        for (int r = 0; r < R; ++r) {
+        UNROLL for (int r = 0; r < R; ++r) {
             const int i = (r * blockDim.x + threadIdx.x) * V;
             if (i >= size) break;
             const Vec<T, V> w = *reinterpret_cast<const Vec<T, V>*>(weight + i);
             Vec<T, V> result;
-            #pragma unroll
-            for (int j = 0; j < V; ++j) result.at[j] = from_float<T>(value[r][j] * scale * to_float(w.at[j]));
+            UNROLL for (int j = 0; j < V; ++j) result.at[j] = from_float<T>(value[r][j] * scale * to_float(w.at[j]));
             *reinterpret_cast<Vec<T, V>*>(out + (long long)row * size + i) = result;
         }
         __syncthreads();  // before the next row: block_sum has one buffer

@@ -20,13 +20,11 @@ __global__ void __launch_bounds__(32 * WARPS, 8) rotate_and_store(
     const float* angles = position >= 0 && position < table_rows ? cos_sin + position * (long long)head_dim : nullptr;
     for (int first = threadIdx.x / 32; first < (stores ? heads : q_heads); first += WARPS * AT_ONCE) {
         Pairs<P> loaded[AT_ONCE];
-        #pragma unroll
-        for (int n = 0; n < AT_ONCE; ++n) {
+        UNROLL for (int n = 0; n < AT_ONCE; ++n) {
             const int head = first + n * WARPS;
             if (head < heads) loaded[n] = load_head<P, V>(qkv + (token * heads + head) * head_dim, head_dim);
         }
-        #pragma unroll
-        for (int n = 0; n < AT_ONCE; ++n) {
+        UNROLL for (int n = 0; n < AT_ONCE; ++n) {
             const int head = first + n * WARPS;
             if (head < q_heads) finish_head<P, V>(q_out + (token * q_heads + head) * head_dim, loaded[n], q_norm, eps, angles, head_dim);
             else if (stores && head < q_heads + kv_heads)

@@ -5,18 +5,16 @@
 // of a row, the last to finish merges their partial results, in the order of the parts: rounding does not depend on timing.
 // Adjacent blocks have the heads of one part, so that they read a page at about the same time.
 //
-// Both products run on tensor cores, straight from registers (see skinny_gemm.cu for the order of the columns). Lane
-// (g, t) = (lane / 4, lane % 4) loads elements 8 t .. 8 t + 7 of every 32 elements of keys g and g + 8. The first product is
-// [keys, elements] x [elements, heads]; movmatrix transposes its result and the values for the second,
-// [elements, keys] x [keys, heads].
-#include "async_copy.cuh"
+// Both products run on tensor cores, straight from registers (see skinny_gemm.cu for the order of the columns). Lane (g, t) = (lane / 4,
+// lane % 4) loads elements 8 t .. 8 t + 7 of every 32 elements of keys g and g + 8. The first product is [keys, elements] x [elements,
+// heads]; movmatrix transposes its result and the values for the second, [elements, keys] x [keys, heads].
 #include "heads.cuh"
 #include "partition.cuh"
 
 constexpr int TILE = 16;      // keys of a warp at once
 constexpr int MAX_GROUP = 8;  // query heads of one key head
 
-__device__ __forceinline__ unsigned transpose(unsigned x) {
+DEVICE unsigned transpose(unsigned x) {
     unsigned y;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
     return y;
@@ -41,14 +39,12 @@ template <int HEAD_DIM> struct SoftmaxState {
 
     // Turn the scores of a tile into weights; rescale[i] is the factor for earlier sums of head 2 t + i.
     // s[i] is of key g = token and head 2 t + i, s[2 + i] of key g + 8.
-    __device__ __forceinline__ void update(float (&s)[4], float (&rescale)[2], float scale, int token, int end) {
-        #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+    DEVICE void update(float (&s)[4], float (&rescale)[2], float scale, int token, int end) {
+        UNROLL for (int i = 0; i < 2; ++i) {
             s[i] = token < end ? s[i] * scale : -infinity();
             s[2 + i] = token + 8 < end ? s[2 + i] * scale : -infinity();
             float high = fmaxf(s[i], s[2 + i]);
-            #pragma unroll
-            for (int n = 4; n < 32; n <<= 1) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, n));
+            UNROLL for (int n = 4; n < 32; n <<= 1) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, n));
             high = fmaxf(high, max_score[i]);
             rescale[i] = exp2f(max_score[i] - high);
             max_score[i] = high;
@@ -77,24 +73,15 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     static constexpr int PARTIAL = HEAD_DIM + 2;  // floats of a head's partial result: acc, max_score, weight_sum
 
     const T *qkv, *q_norm, *k_norm;
-    float eps;
-    const int* positions;
-    const float* cos_sin;
-    int table_rows;
     T *k_cache, *v_cache;
-    long long page_stride, slot_stride;
-    const int* slots;
-    int num_slots;
-    const int* page_table;
-    long long page_table_stride;
-    const int* owners;
-    int page_size;
+    const int *positions, *slots, *page_table, *owners;
+    const float* cos_sin;
+    long long page_stride, slot_stride, page_table_stride;
+    float eps, scale;
+    int table_rows, num_slots, page_size, window, kv_chunk, heads, kv_heads, group;
     Partition<const int> partition;
-    int window, kv_chunk;
     float* partial;
     unsigned* counters;
-    float scale;
-    int heads, kv_heads, group;
 
     DecodeShared<T, HEAD_DIM, WARPS>& s;
     int part, head, num_parts, num_chunks, stop;  // stop: the chunk after those of this part
@@ -106,7 +93,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
         long long first = 0, second = 0;  // the offsets of both keys in the cache
     };
 
-    __device__ __forceinline__ KeyRange range_at(int chunk, int row) const {
+    DEVICE KeyRange range_at(int chunk, int row) const {
         if (chunk >= stop) return KeyRange{0, 0, 0, 0, chunk, 0, 0, 0, page_table};
         const int* starts = partition.starts();
         const int row_chunks = starts[row + 1] - starts[row], from = chunk - starts[row], to = min(row_chunks, from + stop - chunk);
@@ -115,20 +102,17 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
         return KeyRange{row, begin, end, position, chunk, from, to, row_chunks, page_table + owners[row] * page_table_stride};
     }
 
-    __device__ __forceinline__ KeyRange range_after(const KeyRange& range) const {
+    DEVICE KeyRange range_after(const KeyRange& range) const {
         return range_at(range.chunk + range.to - range.from, range.row + range.has_new_token());
     }
 
-    __device__ __forceinline__ bool is_rotated(const KeyRange& range) const {
-        return range.position >= 0 && range.position < table_rows;
-    }
-
-    __device__ __forceinline__ void load_angles(const KeyRange& range, int stage) const {
+    DEVICE bool is_rotated(const KeyRange& range) const { return range.position >= 0 && range.position < table_rows; }
+    DEVICE void load_angles(const KeyRange& range, int stage) const {
         for (int i = threadIdx.x; i < HEAD_DIM / 4 && is_rotated(range); i += THREADS)
             copy_async(&s.angles[stage][4 * i], cos_sin + (long long)range.position * HEAD_DIM + 4 * i);
     }
 
-    __device__ __forceinline__ void load_heads(const KeyRange& range, int stage) const {
+    DEVICE void load_heads(const KeyRange& range, int stage) const {
         constexpr int VECTORS = HEAD_DIM / 8;
         const T* from = qkv + (long long)range.row * (heads + 2 * kv_heads) * HEAD_DIM;
         for (int i = threadIdx.x; i < (group + 2) * VECTORS; i += THREADS) {
@@ -138,7 +122,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     }
 
     // Load the weights of the norms, and zero the queries of heads that the group does not have.
-    __device__ __forceinline__ void load_norms() const {
+    DEVICE void load_norms() const {
         for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
             s.norms[0][i] = q_norm ? q_norm[i] : T();
             s.norms[1][i] = k_norm ? k_norm[i] : T();
@@ -147,7 +131,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     }
 
     // Norm and rotate the query heads, a warp for each, and the new key if it is in this range.
-    __device__ __forceinline__ void prepare_heads(const KeyRange& range, int stage) const {
+    DEVICE void prepare_heads(const KeyRange& range, int stage) const {
         constexpr int PAIRS = HEAD_DIM / 64;
         const float* angles = is_rotated(range) ? s.angles[stage] : nullptr;
         for (int h = warp_id(); h < group; h += WARPS)
@@ -156,7 +140,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
             prepare_head<PAIRS, PAIRS>(s.key, s.projected[stage][group], k_norm ? s.norms[1] : nullptr, eps, angles, HEAD_DIM);
     }
 
-    __device__ __forceinline__ void store_new_token(int row, const T* value) const {
+    DEVICE void store_new_token(int row, const T* value) const {
         const int slot = slots[row];
         const long long at = slot / page_size * page_stride + slot % page_size * slot_stride + head * HEAD_DIM;
         for (int i = threadIdx.x; i < HEAD_DIM && slot >= 0 && slot < num_slots; i += THREADS)
@@ -164,67 +148,54 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     }
 
     // The key g of a warp's first tile in a range.
-    __device__ __forceinline__ int first_token(const KeyRange& range) const { return range.begin + warp_id() * TILE + group_id(); }
-
-    __device__ __forceinline__ long long offset(const KeyRange& range, int token) const {
+    DEVICE int first_token(const KeyRange& range) const { return range.begin + warp_id() * TILE + group_id(); }
+    DEVICE long long offset(const KeyRange& range, int token) const {
         token = min(token, range.end - 1);
         const long long slot = range.pages[token / page_size] * page_stride + token % page_size * slot_stride;
         return slot + head * HEAD_DIM + thread_in_group() * 8;
     }
 
     // Point to the tile whose key g is `token`; return whether it has any key of the range.
-    __device__ __forceinline__ bool seek(Tile& tile, const KeyRange& range, int token) const {
+    DEVICE bool seek(Tile& tile, const KeyRange& range, int token) const {
         const bool any = token - group_id() < range.end;
         if (any) tile.first = offset(range, token), tile.second = offset(range, token + 8);
         return any;
     }
 
-    __device__ __forceinline__ void load_keys(Tile& tile, int j) const {
-        tile.k[j][0] = stream(k_cache + tile.first + 32 * j), tile.k[j][1] = stream(k_cache + tile.second + 32 * j);
+    DEVICE void load(uint4 (&to)[2], const T* cache, const Tile& tile, int j) const {
+        to[0] = stream(cache + tile.first + 32 * j), to[1] = stream(cache + tile.second + 32 * j);
     }
 
-    __device__ __forceinline__ void load_values(Tile& tile, int j) const {
-        tile.v[j][0] = stream(v_cache + tile.first + 32 * j), tile.v[j][1] = stream(v_cache + tile.second + 32 * j);
-    }
-
-    __device__ __forceinline__ void load_first_tile(Tile& tile, const KeyRange& range) const {
+    DEVICE void load_first_tile(Tile& tile, const KeyRange& range) const {
         if (!seek(tile, range, first_token(range))) return;
-        #pragma unroll
-        for (int j = 0; j < BLOCKS; ++j) load_keys(tile, j);
-        #pragma unroll
-        for (int j = 0; j < BLOCKS; ++j) load_values(tile, j);
+        UNROLL for (int j = 0; j < BLOCKS; ++j) load(tile.k[j], k_cache, tile, j);
+        UNROLL for (int j = 0; j < BLOCKS; ++j) load(tile.v[j], v_cache, tile, j);
     }
 
     // Attend to the tile in registers, whose key g is `token`; load the next one in its place.
-    __device__ __forceinline__ void attend_tile(
-        SoftmaxState<HEAD_DIM>& state, Tile& tile, const uint4 (&q)[BLOCKS], int token, int end, bool load_next) const {
+    DEVICE void attend_tile(SoftmaxState<HEAD_DIM>& state, Tile& tile, const uint4 (&q)[BLOCKS], int token, int end, bool load_next) const {
         auto &k = tile.k, &v = tile.v;
         float s[4] = {}, rescale[2];
-        #pragma unroll
-        for (int j = 0; j < BLOCKS; ++j) {  // s = k q^T
+        UNROLL for (int j = 0; j < BLOCKS; ++j) {  // s = k q^T
             multiply(s, k[j][0].x, k[j][1].x, k[j][0].y, k[j][1].y, q[j].x, q[j].y, T());
             multiply(s, k[j][0].z, k[j][1].z, k[j][0].w, k[j][1].w, q[j].z, q[j].w, T());
-            if (load_next) load_keys(tile, j);
+            if (load_next) load(k[j], k_cache, tile, j);
         }
         state.update(s, rescale, scale, token, end);
         const unsigned low = transpose(pack<T>(s[0], s[1])), high = transpose(pack<T>(s[2], s[3]));
-        #pragma unroll
-        for (int j = 0; j < BLOCKS; ++j) {  // acc = acc * rescale + v^T s
+        UNROLL for (int j = 0; j < BLOCKS; ++j) {  // acc = acc * rescale + v^T s
             float (&even)[4] = state.acc[2 * j], (&odd)[4] = state.acc[2 * j + 1];
-            #pragma unroll
-            for (int i = 0; i < 4; ++i) even[i] *= rescale[i % 2], odd[i] *= rescale[i % 2];
+            UNROLL for (int i = 0; i < 4; ++i) even[i] *= rescale[i % 2], odd[i] *= rescale[i % 2];
             multiply(even, transpose(v[j][0].x), transpose(v[j][0].y), transpose(v[j][1].x), transpose(v[j][1].y), low, high, T());
             multiply(odd, transpose(v[j][0].z), transpose(v[j][0].w), transpose(v[j][1].z), transpose(v[j][1].w), low, high, T());
-            if (load_next) load_values(tile, j);
+            if (load_next) load(v[j], v_cache, tile, j);
         }
     }
 
     // Attend to the cached keys of a range, each warp to every WARPS-th tile; leave the first tile of `next` loading.
-    __device__ __forceinline__ void attend_range(
-        SoftmaxState<HEAD_DIM>& state, Tile& tile, const KeyRange& range, const KeyRange& next) const {
+    DEVICE void attend_range(SoftmaxState<HEAD_DIM>& state, Tile& tile, const KeyRange& range, const KeyRange& next) const {
         uint4 q[BLOCKS];
-        #pragma unroll
-        for (int j = 0; j < BLOCKS; ++j)
+        UNROLL for (int j = 0; j < BLOCKS; ++j)
             q[j] = *reinterpret_cast<const uint4*>(&s.query[group_id()][32 * j + 8 * thread_in_group()]);
         int token = first_token(range);
         bool more = token - group_id() < range.end;
@@ -236,23 +207,19 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
         }
     }
 
-    __device__ __forceinline__ void write_state(SoftmaxState<HEAD_DIM>& state) const {
+    DEVICE void write_state(SoftmaxState<HEAD_DIM>& state) const {
         const int warp = warp_id(), g = group_id(), t = thread_in_group();
-        #pragma unroll
-        for (int n = 0; n < HEAD_DIM / 16; ++n)
-            #pragma unroll
-            for (int i = 0; i < 4; ++i)
+        UNROLL for (int n = 0; n < HEAD_DIM / 16; ++n)
+            UNROLL for (int i = 0; i < 4; ++i)
                 s.acc[warp][2 * t + i % 2][32 * (n / 2) + 8 * (g / 2) + 4 * (n % 2) + 2 * (i / 2) + g % 2] = state.acc[n][i];
-        #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            #pragma unroll
-            for (int n = 4; n < 32; n <<= 1) state.weight_sum[i] += __shfl_xor_sync(0xffffffffu, state.weight_sum[i], n);
+        UNROLL for (int i = 0; i < 2; ++i) {
+            UNROLL for (int n = 4; n < 32; n <<= 1) state.weight_sum[i] += __shfl_xor_sync(0xffffffffu, state.weight_sum[i], n);
             if (g == 0) s.max_score[warp][2 * t + i] = state.max_score[i], s.weight_sum[warp][2 * t + i] = state.weight_sum[i];
         }
     }
 
     // The new token is one more result, of one key: its score is the maximum, its weight 1.
-    __device__ __forceinline__ void attend_new_token(bool has_new_token) const {
+    DEVICE void attend_new_token(bool has_new_token) const {
         for (int h = warp_id(); h < group; h += WARPS) {
             float dot = 0.f;
             for (int i = lane_id(); i < HEAD_DIM && has_new_token; i += 32) dot += to_float(s.query[h][i]) * to_float(s.key[i]);
@@ -263,37 +230,31 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
         }
     }
 
-    __device__ __forceinline__ int first_chunk(int part) const { return (int)((long long)part * num_chunks / num_parts); }
-
-    // The part that has a chunk.
-    __device__ __forceinline__ int part_of(int chunk) const { return (int)(((chunk + 1ll) * num_parts - 1) / num_chunks); }
+    DEVICE int first_chunk(int part) const { return (int)((long long)part * num_chunks / num_parts); }
+    DEVICE int part_of(int chunk) const { return (int)(((chunk + 1ll) * num_parts - 1) / num_chunks); }
 
     // The partial results of a row's part, for each head of the group. A part has two places: for a row that began in an earlier
     // part, and for a row that begins in this one.
-    __device__ __forceinline__ float* partial_result(int part, int first_part) const {
+    DEVICE float* partial_result(int part, int first_part) const {
         return partial + (2ll * (part * kv_heads + head) + (part == first_part)) * (group * PARTIAL);
     }
 
     // Merge the results of the warps and the new token: into `out` if the range is the whole row, else into the partial result.
-    __device__ __forceinline__ void merge_warps(T* out, const KeyRange& range, int first_part, const T* value) const {
+    DEVICE void merge_warps(T* out, const KeyRange& range, int first_part, const T* value) const {
         const bool whole = range.is_whole_row();
         for (int h = warp_id(); h < group; h += WARPS) {
             float max_score = s.max_score[WARPS][h], weight_sum = 0.f, acc[BLOCKS] = {};
-            #pragma unroll
-            for (int w = 0; w < WARPS; ++w) max_score = fmaxf(max_score, s.max_score[w][h]);
-            #pragma unroll
-            for (int w = 0; w <= WARPS; ++w) {
+            UNROLL for (int w = 0; w < WARPS; ++w) max_score = fmaxf(max_score, s.max_score[w][h]);
+            UNROLL for (int w = 0; w <= WARPS; ++w) {
                 const float weight = exp2f(s.max_score[w][h] - max_score);
                 weight_sum += weight * s.weight_sum[w][h];
-                #pragma unroll
-                for (int j = 0; j < BLOCKS; ++j) {
+                UNROLL for (int j = 0; j < BLOCKS; ++j) {
                     if (w < WARPS) acc[j] += weight * s.acc[w][h][lane_id() + 32 * j];
                     else if (range.has_new_token()) acc[j] += weight * to_float(value[lane_id() + 32 * j]);
                 }
             }
             float* mine = partial_result(part, first_part) + h * PARTIAL;
-            #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) {
+            UNROLL for (int j = 0; j < BLOCKS; ++j) {
                 if (whole) out[h * HEAD_DIM + lane_id() + 32 * j] = from_float<T>(acc[j] / weight_sum);
                 else mine[lane_id() + 32 * j] = acc[j];
             }
@@ -302,7 +263,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     }
 
     // Count the parts of a row that are done; return on all threads whether this block's part was the last.
-    __device__ __forceinline__ bool is_last_block(int row, int row_parts) const {
+    DEVICE bool is_last_block(int row, int row_parts) const {
         __threadfence();
         __syncthreads();
         bool is_last = false;
@@ -315,7 +276,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     }
 
     // Merge the partial results of a row, in the order of its parts.
-    __device__ __forceinline__ void merge_partials(T* out, int first_part, int last_part) const {
+    DEVICE void merge_partials(T* out, int first_part, int last_part) const {
         __threadfence();
         for (int h = warp_id(); h < group; h += WARPS) {
             float max_score = -infinity(), weight_sum = 0.f, acc[BLOCKS] = {};
@@ -325,12 +286,10 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
                 const float other = __ldcg(from + HEAD_DIM), high = fmaxf(max_score, other);
                 const float rescale = exp2f(max_score - high), weight = exp2f(other - high);
                 weight_sum = weight_sum * rescale + weight * __ldcg(from + HEAD_DIM + 1);
-                #pragma unroll
-                for (int j = 0; j < BLOCKS; ++j) acc[j] = acc[j] * rescale + weight * __ldcg(from + lane_id() + 32 * j);
+                UNROLL for (int j = 0; j < BLOCKS; ++j) acc[j] = acc[j] * rescale + weight * __ldcg(from + lane_id() + 32 * j);
                 max_score = high;
             }
-            #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) out[h * HEAD_DIM + lane_id() + 32 * j] = from_float<T>(acc[j] / weight_sum);
+            UNROLL for (int j = 0; j < BLOCKS; ++j) out[h * HEAD_DIM + lane_id() + 32 * j] = from_float<T>(acc[j] / weight_sum);
         }
     }
 };
@@ -347,9 +306,9 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
     __shared__ DecodeShared<T, HEAD_DIM, WARPS> shared;
     launch_next();
     DecodeBlock<T, HEAD_DIM, WARPS> block{
-        qkv, q_norm, k_norm, eps, positions, cos_sin, table_rows, k_cache, v_cache, page_stride, slot_stride, slots, num_slots,
-        page_table, page_table_stride, owners, page_size, {partition, rows}, window, kv_chunk, partial, counters,
-        scale, heads, kv_heads, heads / kv_heads, shared};
+        qkv, q_norm, k_norm, k_cache, v_cache, positions, slots, page_table, owners, cos_sin, page_stride, slot_stride, page_table_stride,
+        eps, scale, table_rows, num_slots, page_size, window, kv_chunk, heads, kv_heads, heads / kv_heads, {partition, rows}, partial,
+        counters, shared};
     block.part = blockIdx.x / kv_heads, block.head = blockIdx.x % kv_heads;
     block.num_parts = block.partition.num_parts(), block.num_chunks = block.partition.num_chunks();
     if (block.part >= block.num_parts) return;
@@ -369,10 +328,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
         const T* value = shared.projected[stage][block.group + 1];
         block.prepare_heads(range, stage);
         __syncthreads();
-        if (next.chunk < block.stop) {
-            block.load_angles(next, stage ^ 1);
-            block.load_heads(next, stage ^ 1);
-        }
+        if (next.chunk < block.stop) block.load_angles(next, stage ^ 1), block.load_heads(next, stage ^ 1);
         if (range.has_new_token()) block.store_new_token(range.row, value);
 
         SoftmaxState<HEAD_DIM> state;

@@ -1,12 +1,10 @@
 // A mixture of experts without the host: group the pairs (token, choice) by expert, run two GEMMs over the groups, and sum the
 // choices of each token. Pair p is choice p % K of token p / K. No grid depends on the routing.
-#include "async_copy.cuh"
-#include "common.cuh"
+#include "tensor.cuh"
 
 constexpr int DEPTH = 64;  // elements of a row in one stage: 128 bytes, eight chunks of 16 bytes
 
-__device__ __forceinline__ bool exists(long long expert, int experts) { return (unsigned long long)expert < (unsigned)experts; }
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+DEVICE bool exists(long long expert, int experts) { return (unsigned long long)expert < (unsigned)experts; }
 
 // One block. order = the pairs by expert; tiles[i] = (expert, first index in `order`, rows, 0), with 0 rows for unused tiles.
 // Within an expert the atomics decide the order, on which no result depends.
@@ -37,60 +35,42 @@ __global__ void __launch_bounds__(1024) group_pairs(
 
 // Load four matrices of 8 x 8. Lanes 8 i .. 8 i + 7 have the addresses of the rows of matrix i; lane l gets the elements 2 (l % 4)
 // and 2 (l % 4) + 1 of row l / 4 of each.
-__device__ __forceinline__ void load_matrices(unsigned (&to)[4], unsigned row) {
+DEVICE void load_matrices(unsigned (&to)[4], unsigned row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
 }
 
-// sum[16 x 8] += a[16 x 16] b[16 x 8] in float32. Lane l holds columns 2 (l % 4) and 2 (l % 4) + 1 of rows l / 4 and l / 4 + 8.
-#define MULTIPLY_ADD(T, NAME) \
-    __device__ __forceinline__ void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T) { \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)); \
-    }
-MULTIPLY_ADD(bf16, "bf16")
-MULTIPLY_ADD(f16, "f16")
-
 // The offset of a chunk of a row in a stage. The exclusive or spreads equal chunks of eight rows, read at once, over all banks.
-__device__ __forceinline__ int swizzle(int row, int chunk) { return row * 2 * DEPTH + (chunk ^ row % 8) * 16; }
+DEVICE int swizzle(int row, int chunk) { return row * 2 * DEPTH + (chunk ^ row % 8) * 16; }
 
 // Multiply M x N tiles of a stage; first_row is the stage's first row of x, first_weight_row that of the weights.
 template <typename T, int M, int N>
-__device__ __forceinline__ void multiply_stage(float (&sums)[M][N][2][4], unsigned stage, int lane, int first_row, int first_weight_row) {
-    #pragma unroll
-    for (int k = 0; k < DEPTH / 8; k += 2) {
+DEVICE void multiply_stage(float (&sums)[M][N][2][4], unsigned stage, int lane, int first_row, int first_weight_row) {
+    UNROLL for (int k = 0; k < DEPTH / 8; k += 2) {
         unsigned a[M][4], b[N][4];  // a: the quarters of a tile, down first; b: two tiles of 8 rows, two halves along k each
-        #pragma unroll
-        for (int m = 0; m < M; ++m) load_matrices(a[m], stage + swizzle(first_row + 16 * m + lane % 16, k + lane / 16));
-        #pragma unroll
-        for (int n = 0; n < N; ++n)
+        UNROLL for (int m = 0; m < M; ++m) load_matrices(a[m], stage + swizzle(first_row + 16 * m + lane % 16, k + lane / 16));
+        UNROLL for (int n = 0; n < N; ++n)
             load_matrices(b[n], stage + swizzle(first_weight_row + 16 * n + lane / 16 * 8 + lane % 8, k + lane / 8 % 2));
-        #pragma unroll
-        for (int m = 0; m < M; ++m)
-            #pragma unroll
-            for (int n = 0; n < N; ++n)
-                #pragma unroll
-                for (int half = 0; half < 2; ++half) multiply_add(sums[m][n][half], a[m], b[n][2 * half], b[n][2 * half + 1], T());
+        UNROLL for (int m = 0; m < M; ++m)
+            UNROLL for (int n = 0; n < N; ++n)
+                UNROLL for (int half = 0; half < 2; ++half)
+                    multiply(sums[m][n][half], a[m][0], a[m][1], a[m][2], a[m][3], b[n][2 * half], b[n][2 * half + 1], T());
     }
 }
 
 // Write a warp's sums, with SiLU if GATED; its tiles begin at this row and column of the block's tile and of out.
-template <typename T, int M, int N, bool GATED, typename F>
-__device__ __forceinline__ void store_sums(
+template <typename T, int M, int N, bool GATED, typename F> DEVICE void store_sums(
     T* __restrict__ out, const float (&sums)[M][N][2][4], const F& pair_of, int rows, int first_row, int columns, int first_column) {
     const int lane = threadIdx.x % 32;
-    #pragma unroll
-    for (int i = 0; i < 2 * M; ++i) {  // rows of eight
+    UNROLL for (int i = 0; i < 2 * M; ++i) {  // rows of eight
         const int row = first_row + 8 * i + lane / 4;
         if (row >= rows) break;
         T* target = out + (long long)pair_of(row) * columns;
-        #pragma unroll
-        for (int j = 0; j < (GATED ? N : 2 * N); ++j) {  // columns of eight
+        UNROLL for (int j = 0; j < (GATED ? N : 2 * N); ++j) {  // columns of eight
             const int column = first_column + 8 * j + lane % 4 * 2;
             if (column >= columns) break;
             Vec<T, 2> result;
-            #pragma unroll
-            for (int c = 0; c < 2; ++c) {
+            UNROLL for (int c = 0; c < 2; ++c) {
                 const auto& sum = sums[i / 2][GATED ? j : j / 2];
                 const int at = i % 2 * 2 + c;
                 result.at[c] = from_float<T>(GATED ? silu(sum[0][at]) * sum[1][at] : sum[GATED ? 0 : j % 2][at]);
@@ -121,13 +101,11 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
 
     const int chunk = threadIdx.x % 8, copied_row = threadIdx.x / 8;
     const T *x_rows[ROWS / STEP], *weight_rows[WEIGHT_ROWS / STEP];
-    #pragma unroll
-    for (int i = 0; i < ROWS / STEP; ++i) {
+    UNROLL for (int i = 0; i < ROWS / STEP; ++i) {
         const int pair = pair_of(min(copied_row + i * STEP, rows - 1));
         x_rows[i] = x + (long long)(pair / pairs_per_row) * width;
     }
-    #pragma unroll
-    for (int i = 0; i < WEIGHT_ROWS / STEP; ++i) {
+    UNROLL for (int i = 0; i < WEIGHT_ROWS / STEP; ++i) {
         // Gate and up alternate every eight rows, so that one thread has both sums of a column.
         const int row = copied_row + i * STEP, column = min(first_column + (GATED ? row / 16 * 8 + row % 8 : row), columns - 1);
         const long long matrix = GATED ? expert * 2ll + row / 8 % 2 : expert;
@@ -137,17 +115,14 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     const auto load = [&](int step) {
         const unsigned stage = memory + step % STAGES * (ROWS + WEIGHT_ROWS) * 2 * DEPTH;
         const int k = step * DEPTH + chunk * 8, at = min(k, width - 8);
-        #pragma unroll
-        for (int i = 0; i < ROWS / STEP; ++i)
+        UNROLL for (int i = 0; i < ROWS / STEP; ++i)
             copy_async(stage + swizzle(copied_row + i * STEP, chunk), x_rows[i] + at, k < width && copied_row + i * STEP < rows);
-        #pragma unroll
-        for (int i = 0; i < WEIGHT_ROWS / STEP; ++i)
+        UNROLL for (int i = 0; i < WEIGHT_ROWS / STEP; ++i)
             copy_async(stage + swizzle(ROWS + copied_row + i * STEP, chunk), weight_rows[i] + at, k < width);
     };
 
     const int steps = (width + DEPTH - 1) / DEPTH;
-    #pragma unroll
-    for (int step = 0; step < STAGES - 1; ++step) {
+    UNROLL for (int step = 0; step < STAGES - 1; ++step) {
         if (step < steps) load(step);
         commit_copies();
     }
@@ -197,12 +172,8 @@ __global__ void __launch_bounds__(256) weighted_sum(
         for (long long pair = first; pair < first + choices; ++pair) {
             if (!exists(expert_ids[pair], experts)) continue;  // expert_out has nothing here
             const Vec<T, V> in = *reinterpret_cast<const Vec<T, V>*>(expert_out + pair * size + i);
-            #pragma unroll
-            for (int j = 0; j < V; ++j) sum[j] += scores[pair] * to_float(in.at[j]);
+            UNROLL for (int j = 0; j < V; ++j) sum[j] += scores[pair] * to_float(in.at[j]);
         }
-        Vec<T, V> result;
-        #pragma unroll
-        for (int j = 0; j < V; ++j) result.at[j] = from_float<T>(sum[j]);
-        *reinterpret_cast<Vec<T, V>*>(out + (long long)blockIdx.x * size + i) = result;
+        *reinterpret_cast<Vec<T, V>*>(out + (long long)blockIdx.x * size + i) = round_all<T>(sum);
     }
 }

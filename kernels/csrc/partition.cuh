@@ -3,9 +3,7 @@
 #include "common.cuh"
 
 // The keys in the cache that a row attends to; its new key comes on top.
-__device__ __forceinline__ int num_visible_keys(int position, int window) {
-    return window > 0 ? min(position, window - 1) : position;
-}
+DEVICE int num_visible_keys(int position, int window) { return window > 0 ? min(position, window - 1) : position; }
 
 // The tensor that partition_keys writes; its Python twin is PartitionLayout in paged_attention.py. A chunk is kv_chunk keys of one
 // row; the last chunk of a row may have fewer, and a row has at least one chunk. A part is a run of chunks:
@@ -14,14 +12,14 @@ template <typename Int> struct Partition {
     Int* data;  // num_parts, num_chunks, starts [rows + 1], first_rows [max_parts], counters [rows, kv_heads]
     int rows;
 
-    __device__ __forceinline__ Int& num_parts() const { return data[0]; }
-    __device__ __forceinline__ Int& num_chunks() const { return data[1]; }
-    __device__ __forceinline__ Int* starts() const { return data + 2; }  // the first chunk of each row, then num_chunks
-    __device__ __forceinline__ Int& first_row(int part) const { return starts()[rows + 1 + part]; }  // the row of its first chunk
+    DEVICE Int& num_parts() const { return data[0]; }
+    DEVICE Int& num_chunks() const { return data[1]; }
+    DEVICE Int* starts() const { return data + 2; }  // the first chunk of each row, then num_chunks
+    DEVICE Int& first_row(int part) const { return starts()[rows + 1 + part]; }  // the row of its first chunk
 };
 
 // Write the first chunk of each row; return the number of chunks.
-__device__ __forceinline__ int scan_chunks(int* starts, const int* __restrict__ positions, int rows, int window, int kv_chunk) {
+DEVICE int scan_chunks(int* starts, const int* __restrict__ positions, int rows, int window, int kv_chunk) {
     __shared__ int warp_totals[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int total = 0;
@@ -47,7 +45,7 @@ __device__ __forceinline__ int scan_chunks(int* starts, const int* __restrict__ 
 }
 
 // The row that has a chunk: starts[row] <= chunk < starts[row + 1].
-__device__ __forceinline__ int row_of(const int* starts, int rows, int chunk) {
+DEVICE int row_of(const int* starts, int rows, int chunk) {
     int low = 0, high = rows;
     while (high - low > 1) {
         const int middle = (low + high) / 2;
@@ -65,6 +63,6 @@ struct KeyRange {
     int row_chunks;
     const int* pages;
 
-    __device__ __forceinline__ bool has_new_token() const { return to == row_chunks; }
-    __device__ __forceinline__ bool is_whole_row() const { return to - from == row_chunks; }
+    DEVICE bool has_new_token() const { return to == row_chunks; }
+    DEVICE bool is_whole_row() const { return to - from == row_chunks; }
 };

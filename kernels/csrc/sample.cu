@@ -12,56 +12,52 @@ constexpr int TOPK_ITEMS = 32;     // elements of a row in a thread of topk_cand
 constexpr int TOPK_THREADS = 128;  // of topk_candidates and sample_topk, and the maximum count of both
 
 // The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
-__device__ __forceinline__ u64 mix(u64 x) {
+DEVICE u64 mix(u64 x) {
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
     x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
     return x ^ (x >> 31);
 }
 
 // A candidate: score and token in one integer, greater for a greater score, then for a lesser token.
-__device__ __forceinline__ long long pack(float score, int token) {
+DEVICE long long pack(float score, int token) {
     const int bits = __float_as_int(score + 0.f);  // -0 becomes 0
     const int ordered = bits < 0 ? bits ^ 0x7fffffff : bits;
     return ((long long)ordered << 32) | (0xffffffffu - (unsigned)token);
 }
 
-__device__ __forceinline__ float score_of(long long candidate) {
+DEVICE float score_of(long long candidate) {
     const int ordered = (int)(candidate >> 32);
     return __int_as_float(ordered < 0 ? ordered ^ 0x7fffffff : ordered);
 }
 
-__device__ __forceinline__ int token_of(long long candidate) { return (int)(0xffffffffu - (unsigned)candidate); }
-
+DEVICE int token_of(long long candidate) { return (int)(0xffffffffu - (unsigned)candidate); }
 // The 52 random bits of a token.
-__device__ __forceinline__ u64 random_bits(u64 key, int token) { return mix(key + 0x9E3779B97F4A7C15ull * (u64)token) >> 12; }
+DEVICE u64 random_bits(u64 key, int token) { return mix(key + 0x9E3779B97F4A7C15ull * (u64)token) >> 12; }
 
 // score - log E. double: the 52 bits stay apart also for a small E, which decides.
-__device__ __forceinline__ float gumbel_score(float score, u64 bits) {
-    return score - logf((float)-log(((double)bits + 0.5) * 0x1p-52));
-}
+DEVICE float gumbel_score(float score, u64 bits) { return score - logf((float)-log(((double)bits + 0.5) * 0x1p-52)); }
 
 // The bounds below add or subtract 1e-3 + 1e-6 |score|, which is more than the errors of the fast logarithms and of float32.
-
 // A bound below gumbel_score, without its precise logarithms: E = -log u <= (1 - u) / u.
-__device__ __forceinline__ float lower_bound(float score, u64 bits) {
+DEVICE float lower_bound(float score, u64 bits) {
     const float u = (float)(unsigned)(bits >> 20) * 0x1p-32f, rest = (float)((unsigned)(~bits >> 20) + 1ull) * 0x1p-32f;
     return score - __logf(rest) + __logf(u) - 1e-3f - 1e-6f * fminf(fabsf(score), 1e30f);
 }
 
 // A bound above gumbel_score: E >= 1 - u, the upper bits of which are ~bits.
-__device__ __forceinline__ float upper_bound(float score, u64 bits) {
+DEVICE float upper_bound(float score, u64 bits) {
     const float rest = (float)(unsigned)(~bits >> 20) * 0x1p-32f;
     return score - __logf(rest) + 1e-3f + 1e-6f * fminf(fabsf(score), 1e30f);
 }
 
 // The greatest upper 32 bits of 1 - u with which a score can reach the threshold: score - log(1 - u) >= threshold.
-__device__ __forceinline__ unsigned max_rest(float score, float threshold) {
+DEVICE unsigned max_rest(float score, float threshold) {
     const float rest = __expf(score - threshold + 1e-3f + 1e-6f * fminf(fabsf(score), 1e30f));
     return rest < 0.99f ? (unsigned)(rest * 0x1p32f) : 0xffffffffu;
 }
 
-__device__ __forceinline__ float warp_max(float x) {
-    for (int i = 16; i > 0; i >>= 1) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
+template <typename T> DEVICE T warp_max(T x) {
+    for (int i = 16; i > 0; i >>= 1) x = max(x, __shfl_xor_sync(0xffffffffu, x, i));
     return x;
 }
 
@@ -85,8 +81,7 @@ __global__ void __launch_bounds__(256) gumbel_argmax(
         int token[V];
         if (first < vocab) values = *reinterpret_cast<const Vec<T, V>*>(row + first);
         float max_logit = -infinity();
-        #pragma unroll
-        for (int i = 0; i < V; ++i) {
+        UNROLL for (int i = 0; i < V; ++i) {
             token[i] = !HAS_TOKENS ? first_token + first + i : first + i < vocab ? row_tokens[first + i] : 0;
             if (first + i < vocab) max_logit = fmaxf(max_logit, to_float(values.at[i]));
             if (t > 0.f) bits[i] = random_bits(key, token[i]);
@@ -95,8 +90,7 @@ __global__ void __launch_bounds__(256) gumbel_argmax(
         if (!has_threshold) threshold = warp_max(threshold);
         has_threshold = true;
         const unsigned limit = max_rest(max_logit * inverse, threshold);
-        #pragma unroll
-        for (int i = 0; i < V; ++i) {
+        UNROLL for (int i = 0; i < V; ++i) {
             if (first + i >= vocab) break;
             float score = to_float(values.at[i]);
             if (t > 0.f) {
@@ -126,11 +120,11 @@ extern "C" __global__ void merge_candidates(int* __restrict__ tokens, const long
     tokens[row] = token_of(best);
 }
 
-template <typename T> __device__ __forceinline__ long long candidate(T logit, int token) { return pack(to_float(logit), token); }
-template <> __device__ __forceinline__ long long candidate(long long packed, int) { return packed; }
+template <typename T> DEVICE long long candidate(T logit, int token) { return pack(to_float(logit), token); }
+template <> DEVICE long long candidate(long long packed, int) { return packed; }
 
-// How many of `count` items in shared memory are greater: the place of an item in descending order. `count` is even.
-__device__ __forceinline__ int num_greater(long long item, const long long* items, int count) {
+// The number of `count` items in shared memory that are greater: the place of an item in descending order. `count` is even.
+DEVICE int num_greater(long long item, const long long* items, int count) {
     int greater = 0;
     #pragma unroll 8
     for (int i = 0; i < count / 2; ++i) {
@@ -152,12 +146,10 @@ __global__ void __launch_bounds__(TOPK_THREADS, sizeof(T) == 2 ? 8 : 4) topk_can
     const int first = (blockIdx.y * TOPK_ITEMS * TOPK_THREADS) + threadIdx.x * V, left = columns - first;
     const T* row = in + blockIdx.x * row_stride + first;
     Vec<T, V> loaded[TOPK_ITEMS / V];
-    #pragma unroll
-    for (int r = 0; r < TOPK_ITEMS / V; ++r)
+    UNROLL for (int r = 0; r < TOPK_ITEMS / V; ++r)
         if (r * TOPK_THREADS * V < left) loaded[r] = *reinterpret_cast<const Vec<T, V>*>(row + r * TOPK_THREADS * V);
     auto for_each = [&](auto f) {  // f(candidate, its index in this thread)
-        #pragma unroll
-        for (int i = 0; i < TOPK_ITEMS; ++i) {
+        UNROLL for (int i = 0; i < TOPK_ITEMS; ++i) {
             const int at = i / V * TOPK_THREADS * V;
             if (at < left) f(candidate(loaded[i / V].at[i % V], first_token + first + at + i % V), i);
         }
@@ -185,7 +177,7 @@ __global__ void __launch_bounds__(TOPK_THREADS, sizeof(T) == 2 ? 8 : 4) topk_can
 }
 
 // The running sums of a value per thread, by Hillis and Steele.
-__device__ __forceinline__ void block_scan(float* sums) {
+DEVICE void block_scan(float* sums) {
     const int i = threadIdx.x;
     for (int step = 1; step < blockDim.x; step *= 2) {
         __syncthreads();
@@ -216,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(TOPK_THREADS) sample_topk(
     if (i > 0 && p < 1.f && mass[i - 1] >= p * mass[blockDim.x - 1]) kept = false;
     const int token = token_of(mine);
     long long best = kept ? pack(gumbel_score(score, random_bits((u64)keys[row], token)), token) : NO_CANDIDATE;
-    for (int step = 16; step > 0; step >>= 1) best = max(best, __shfl_xor_sync(0xffffffffu, best, step));
+    best = warp_max(best);
     if (i % 32 == 0) warp_best[i / 32] = best;
     __syncthreads();
     if (i > 0) return;
@@ -224,9 +216,9 @@ extern "C" __global__ void __launch_bounds__(TOPK_THREADS) sample_topk(
     tokens[row] = token_of(best);
 }
 
-template <typename T> __device__ __forceinline__ T block_max(T x) {
+template <typename T> DEVICE T block_max(T x) {
     __shared__ T warps[32];
-    for (int i = 16; i > 0; i >>= 1) x = max(x, __shfl_xor_sync(0xffffffffu, x, i));
+    x = warp_max(x);
     __syncthreads();
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
     __syncthreads();
@@ -254,15 +246,13 @@ __global__ void __launch_bounds__(1024) sample_top_p(
     };
     float max_logit = -infinity();
     for_each([&](const Vec<T, V>& values, int, int count) {
-        #pragma unroll
-        for (int i = 0; i < V; ++i) if (i < count) max_logit = fmaxf(max_logit, to_float(values.at[i]));
+        UNROLL for (int i = 0; i < V; ++i) if (i < count) max_logit = fmaxf(max_logit, to_float(values.at[i]));
     });
     const float max_score = __fdiv_rn(block_max(max_logit), t);
     const float min_score = min_p[blockIdx.x] > 0.f ? max_score + logf(min_p[blockIdx.x]) : -infinity();
     float mass = 0.f;  // sum of exp(score - max_score) over the tokens that min-p keeps
     for_each([&](const Vec<T, V>& values, int, int count) {
-        #pragma unroll
-        for (int i = 0; i < V; ++i) {
+        UNROLL for (int i = 0; i < V; ++i) {
             const float score = i < count ? __fdiv_rn(to_float(values.at[i]), t) : -infinity();
             if (score >= min_score) mass += expf(score - max_score);
         }
@@ -272,8 +262,7 @@ __global__ void __launch_bounds__(1024) sample_top_p(
         long long best = NO_CANDIDATE;
         float threshold = -infinity();  // at most the best score of this warp
         for_each([&](const Vec<T, V>& values, int first, int count) {
-            #pragma unroll
-            for (int i = 0; i < V; ++i) {
+            UNROLL for (int i = 0; i < V; ++i) {
                 if (i >= count) continue;
                 const float logit = to_float(values.at[i]);
                 float score = __fdiv_rn(logit, t);
@@ -292,8 +281,7 @@ __global__ void __launch_bounds__(1024) sample_top_p(
         rejected = pack(to_float(row[token]), token);
         float mass_above = 0.f;  // of more likely tokens
         for_each([&](const Vec<T, V>& values, int first, int count) {
-            #pragma unroll
-            for (int i = 0; i < V; ++i) {
+            UNROLL for (int i = 0; i < V; ++i) {
                 if (i >= count || pack(to_float(values.at[i]), first + i) <= rejected) continue;
                 mass_above += expf(__fdiv_rn(to_float(values.at[i]), t) - max_score);
             }

@@ -13,18 +13,15 @@ constexpr int ROWS = 8;    // of x, at most
 constexpr int CHUNK = 64;  // columns of a warp at once: whole 128-byte lines of the weight
 
 // Copy x to shared memory, times the weight of the norm if there is one; squares[row] = the sum of squares of this warp's elements.
-template <typename T, int WARPS>
-__device__ __forceinline__ void stage_x(
+template <typename T, int WARPS> DEVICE void stage_x(
     T* staged, float (&squares)[WARPS][ROWS], const T* x, const T* norm, int rows, int size, int stride, int warp, int lane) {
-    #pragma unroll
-    for (int row = 0; row < ROWS; ++row) {
+    UNROLL for (int row = 0; row < ROWS; ++row) {
         float square = 0.f;
         for (int at = threadIdx.x * 8; row < rows && at < size; at += 32 * WARPS * 8) {
             Vec<T, 8> v = *reinterpret_cast<const Vec<T, 8>*>(x + (long long)row * size + at);
             if (norm) {
                 const Vec<T, 8> n = *reinterpret_cast<const Vec<T, 8>*>(norm + at);
-                #pragma unroll
-                for (int i = 0; i < 8; ++i) {
+                UNROLL for (int i = 0; i < 8; ++i) {
                     const float value = to_float(v.at[i]);
                     square += value * value;
                     v.at[i] = from_float<T>(value * to_float(n.at[i]));
@@ -40,13 +37,11 @@ __device__ __forceinline__ void stage_x(
 }
 
 // Add the sums of the warps; apply the scale of the norm, the bias and SiLU. `column` is that of the feature in its tile.
-template <typename T, int WARPS, bool STAGED, int EPILOGUE>
-__device__ __forceinline__ float finish_sum(
+template <typename T, int WARPS, bool STAGED, int EPILOGUE> DEVICE float finish_sum(
     const float (&sums)[WARPS][ROWS][17], const float (&squares)[WARPS][ROWS], int row, int column, const T* norm, const T* bias,
     int feature, int features, int size, float eps) {
     float sum = 0.f, gated = 0.f, square = 0.f;
-    #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
+    UNROLL for (int w = 0; w < WARPS; ++w) {
         sum += sums[w][row][column];
         if (EPILOGUE == SILU) gated += sums[w][row][column + 8];
         if (STAGED && norm) square += squares[w][row];
@@ -74,19 +69,16 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     uint4 a[DEPTH][2][2];  // [chunk][half of it][row g or g + 8]
     auto column = [&](int round, int d, int half) { return ((round * DEPTH + d) * WARPS + warp) * CHUNK + half * 32 + t * 8; };
     auto load_weight = [&](int tile, int round, int d) {
-        #pragma unroll
-        for (int r = 0; r < 2; ++r) {
+        UNROLL for (int r = 0; r < 2; ++r) {
             const int feature = tile * WIDTH + g + (EPILOGUE == SILU ? r * features : 8 * r);
             const T* row = weight + (long long)min(feature, last) * size;
-            #pragma unroll
-            for (int h = 0; h < 2; ++h) {
+            UNROLL for (int h = 0; h < 2; ++h) {
                 const int at = column(round, d, h);
                 a[d][h][r] = at < size && tile < tiles ? stream(row + at) : make_uint4(0, 0, 0, 0);
             }
         }
     };
-    #pragma unroll
-    for (int d = 0; d < DEPTH; ++d) load_weight(blockIdx.x, 0, d);
+    UNROLL for (int d = 0; d < DEPTH; ++d) load_weight(blockIdx.x, 0, d);
     launch_next();
     wait_for_previous();
 
@@ -112,10 +104,8 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
         for (int round = 0; round < rounds; ++round) {
             const bool is_last = round + 1 == rounds;
             const int next_tile = is_last ? tile + gridDim.x : tile, next_round = is_last ? 0 : round + 1;
-            #pragma unroll
-            for (int d = 0; d < DEPTH; ++d) {
-                #pragma unroll
-                for (int h = 0; h < 2; ++h) {
+            UNROLL for (int d = 0; d < DEPTH; ++d) {
+                UNROLL for (int h = 0; h < 2; ++h) {
                     const uint4 right = STAGED ? load_x(round, d, h) : b[h], first = a[d][h][0], second = a[d][h][1];
                     multiply(c, first.x, second.x, first.y, second.y, right.x, right.y, T());
                     multiply(c, first.z, second.z, first.w, second.w, right.z, right.w, T());
@@ -126,8 +116,7 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
         }
 
         // Lane (g, t) holds features g (c[0], c[1]) and g + 8 (c[2], c[3]) for rows 2 t and 2 t + 1 of x.
-        #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[buffer][warp][2 * t + i % 2][g + 8 * (i / 2)] = c[i];
+        UNROLL for (int i = 0; i < 4; ++i) sums[buffer][warp][2 * t + i % 2][g + 8 * (i / 2)] = c[i];
         __syncthreads();
         for (int i = threadIdx.x; i < rows * WIDTH; i += 32 * WARPS) {
             const int row = i / WIDTH, feature = tile * WIDTH + i % WIDTH;

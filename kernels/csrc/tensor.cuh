@@ -1,30 +1,44 @@
-// Tensor cores: c += a b for a [16, 16] by rows, b [16, 8] by columns, and c [16, 8] float, distributed over a warp.
+// Tensor cores, and the copies of 16 bytes from global to shared memory that feed them in the background.
 #pragma once
 #include "common.cuh"
 
-__device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
-__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
-__device__ __forceinline__ int group_id() { return lane_id() / 4; }         // g
-__device__ __forceinline__ int thread_in_group() { return lane_id() % 4; }  // t
+DEVICE int warp_id() { return threadIdx.x / 32; }
+DEVICE int lane_id() { return threadIdx.x % 32; }
+DEVICE int group_id() { return lane_id() / 4; }         // g
+DEVICE int thread_in_group() { return lane_id() % 4; }  // t
 
-__device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, bf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, f16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+// c += a b for a [16, 16] by rows, b [16, 8] by columns, and c [16, 8] float, distributed over a warp: lane (g, t) holds columns
+// 2 t and 2 t + 1 of rows g and g + 8 of c.
+#define MULTIPLY(T, NAME) \
+    DEVICE void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, T) { \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};" \
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1)); \
+    }
+MULTIPLY(bf16, "bf16")
+MULTIPLY(f16, "f16")
 
 // Load data that is read once, and need not stay in L1. volatile keeps the load where it is written: before the wait.
-__device__ __forceinline__ uint4 stream(const void* from) {
+DEVICE uint4 stream(const void* from) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
     return v;
 }
 
-template <typename T> __device__ __forceinline__ unsigned pack(float low, float high) {
+template <typename T> DEVICE unsigned pack(float low, float high) {
     Vec<T, 2> both = {from_float<T>(low), from_float<T>(high)};
     return *reinterpret_cast<unsigned*>(&both);
 }
+
+DEVICE void copy_async(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));
+}
+
+// Past L1; or write zeros without reading, if not `inside`.
+DEVICE void copy_async(unsigned to, const void* from, bool inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+}
+
+// commit_copies closes a group of copies, also an empty one; wait_copies waits until at most N of this thread's groups are under way.
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DEVICE void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+DEVICE void wait_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }

@@ -1,6 +1,9 @@
-"""Linear layers: a kernel that streams the weight for few rows, cuBLAS for many, and a batch-invariant GEMM."""
+"""Linear layers and experts: a kernel that streams the weight for few rows, cuBLAS for many, and grouped GEMMs."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -8,11 +11,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .elementwise import rms_norm, silu_and_mul
-from .experts import tiled_gemm
-from .kernel_launch import VECTOR_BYTES, c_name, kernel, num_multiprocessors, optional
+from .kernel_launch import (
+    MAX_THREADS,
+    VECTOR_BYTES,
+    c_name,
+    kernel,
+    num_multiprocessors,
+    num_threads,
+    optional,
+    vector_width,
+)
 
 MAX_STREAMED_ROWS = 8  # of x in skinny_gemm.cu
 MAX_STAGED_BYTES = 100 * 1024  # of x in shared memory: two blocks share 227 KiB
+GROUP_THREADS = 1024  # of the one block that groups pairs by expert
+# Tile shapes of the grouped GEMM by their rows: warps down and across, 16 x 16 tiles down and across a warp, stages.
+TILE_SHAPES = {16: (1, 4, 1, 1, 6), 64: (1, 4, 4, 2, 3), 128: (2, 4, 4, 2, 3)}
+
+Gemm = Callable[[Tensor, Tensor, Tensor], None]  # writes out from x and weights, with SiLU if gated
 
 
 def linear(
@@ -27,13 +43,18 @@ def linear(
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    if batch_invariant:
-        return _batch_invariant_linear(x, weight, bias, norm, eps, gated, add_to, out)
-    streams = _can_stream(x, weight)
+    streams = _can_stream(x, weight) and not batch_invariant
     if norm is not None and not (streams and _can_fuse_norm(x, norm)):
         x, norm = rms_norm(x, norm, eps), None
     if streams:
-        return _streamed_linear(x, weight, bias, norm, eps, gated, add_to, out)
+        target = add_to if out is None else out
+        if target is None:
+            target = x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
+        _stream_weight(target, x, weight, norm, bias, eps, 2 if gated else 0 if add_to is None else 1)
+        return target
+    if batch_invariant:
+        product = _batch_invariant_linear(x.contiguous(), weight, bias, gated, out)
+        return product if add_to is None else add_to.add_(product)
     if add_to is not None:
         add_to.addmm_(x, weight.t())
         return add_to if bias is None else add_to.add_(bias)
@@ -43,27 +64,17 @@ def linear(
     return silu_and_mul(product) if gated else product
 
 
-def _batch_invariant_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    gated: bool,
-    add_to: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    """Multiply as one expert, all tiles of which sum in one order; apply in separate steps what the GEMM cannot."""
-    x = x.contiguous() if norm is None else rms_norm(x, norm, eps)
-    if gated and bias is not None:
-        return silu_and_mul(_batch_invariant_linear(x, weight, bias, None, eps, False, None, None))
+def _batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, out: Tensor | None) -> Tensor:
+    """Multiply as one expert that has all rows: all tiles sum in one order."""
+    fused = gated and bias is None  # the GEMM applies SiLU before a bias
     if out is None:
-        out = x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
+        out = x.new_empty(len(x), len(weight) // 2 if fused else len(weight))
     if out.numel():
-        tiled_gemm(out, x, weight[None])
+        rows = _tile_rows(len(x))
+        _multiply_tiles(out, x, weight[None], rows, -(-len(x) // rows), None, None)
     if bias is not None:
         out += bias
-    return out if add_to is None else add_to.add_(out)
+    return silu_and_mul(out) if gated and not fused else out
 
 
 def _can_stream(x: Tensor, weight: Tensor) -> bool:
@@ -74,11 +85,8 @@ def _can_stream(x: Tensor, weight: Tensor) -> bool:
 
 def _can_fuse_norm(x: Tensor, norm: Tensor) -> bool:
     """Return whether the GEMM can apply the norm. In float16 an unscaled row times the norm's weight may overflow."""
-    return x.dtype == torch.bfloat16 and _fits_shared_memory(x) and norm.data_ptr() % VECTOR_BYTES == 0
-
-
-def _fits_shared_memory(x: Tensor) -> bool:
-    return _staged_bytes(x) <= MAX_STAGED_BYTES
+    staged = _staged_bytes(x) <= MAX_STAGED_BYTES
+    return x.dtype == torch.bfloat16 and staged and norm.data_ptr() % VECTOR_BYTES == 0
 
 
 def _staged_bytes(x: Tensor) -> int:
@@ -86,31 +94,86 @@ def _staged_bytes(x: Tensor) -> int:
     return len(x) * (-(-x.shape[1] // 64) * 64 + 32) * x.element_size()
 
 
-def _streamed_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    gated: bool,
-    add_to: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    rows, size = x.shape
-    features = len(weight) // 2 if gated else len(weight)
-    if out is None:
-        out = x.new_empty(rows, features) if add_to is None else add_to
-    epilogue = 2 if gated else 0 if add_to is None else 1
-    tiles, multiprocessors = -(-features // (8 if gated else 16)), num_multiprocessors(x.device.index)
+def _stream_weight(
+    out: Tensor, x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, eps: float, epilogue: int
+) -> None:
+    (rows, size), features = x.shape, out.shape[1]
+    tiles, multiprocessors = -(-features // (8 if epilogue == 2 else 16)), num_multiprocessors(x.device.index)
     # With few tiles, all warps of a multiprocessor share one. A short row has few chunks to prefetch, and an x that is
     # not in shared memory leaves few registers for them.
-    staged = _fits_shared_memory(x)
+    shared_bytes = _staged_bytes(x)
+    staged = shared_bytes <= MAX_STAGED_BYTES
     warps = 16 if tiles <= multiprocessors or not staged else 8
     depth = 2 if not staged else max(2, min(4, -(-size // (64 * warps))))
-    shared_bytes = _staged_bytes(x) if staged else 0
     name = f"skinny_gemm<{c_name(x)}, {warps}, {depth}, {str(staged).lower()}, {epilogue}>"
-    launch = kernel("skinny_gemm.cu", name, shared_bytes=shared_bytes, early=True)
+    launch = kernel("skinny_gemm.cu", name, shared_bytes=shared_bytes if staged else 0, early=True)
     sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size)
     grid = min(tiles, multiprocessors * (16 // warps)), 1
     launch(grid, 32 * warps, out, x, weight, optional(norm), optional(bias), *sizes)
+
+
+def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    (tokens, size), pairs, num_experts = x.shape, expert_ids.numel(), len(gate_up)
+    if pairs == 0:
+        return torch.zeros_like(x)
+    x, expert_ids, scores = x.contiguous(), expert_ids.contiguous(), scores.contiguous()
+    if x.dtype == torch.float32:
+        gemm: Gemm = functools.partial(_float32_gemm, expert_ids=expert_ids)
+    else:
+        gemm = _grouped_gemm(expert_ids, num_experts)
+    hidden = x.new_empty(pairs, down.shape[2])
+    gemm(hidden, x, gate_up)
+    expert_out = x.new_empty(pairs, size)  # rows of pairs without an expert are neither written nor read, as in hidden
+    gemm(expert_out, hidden, down)
+    out = x.new_empty(tokens, size)
+    v = vector_width(size, expert_out, out)
+    threads = num_threads(size // v)
+    launch = kernel("experts.cu", f"weighted_sum<{c_name(x)}, {v}>")
+    shape = np.int32(expert_ids.shape[1]), np.int32(num_experts), np.int32(size)
+    launch((tokens, -(-size // (v * threads))), threads, out, expert_out, scores, expert_ids, *shape)
     return out
+
+
+def _grouped_gemm(expert_ids: Tensor, num_experts: int) -> Gemm:
+    """Group the pairs by expert; return the GEMM over the groups."""
+    pairs = expert_ids.numel()
+    rows = _tile_rows(-(-pairs // num_experts))
+    in_use = min(num_experts, pairs)
+    num_tiles = in_use + (pairs - in_use) // rows  # an upper bound for any routing
+    tiles = expert_ids.new_empty(num_tiles, 4, dtype=torch.int32)
+    order = expert_ids.new_empty(pairs, dtype=torch.int32)
+    group = kernel("experts.cu", f"group_pairs<{rows}>", shared_bytes=8 * (num_experts + 3))
+    shape = np.int32(pairs), np.int32(num_experts), np.int32(num_tiles)
+    group((1, 1), GROUP_THREADS, tiles, order, expert_ids, *shape)
+    return functools.partial(_multiply_tiles, rows=rows, num_tiles=num_tiles, tiles=tiles, order=order)
+
+
+def _tile_rows(rows: int) -> int:
+    # Few rows are bound by bandwidth; many by arithmetic, which larger tiles feed better. The bounds are not measured.
+    return 16 if rows <= 16 else 64 if rows <= 256 else 128
+
+
+def _multiply_tiles(
+    out: Tensor, x: Tensor, weights: Tensor, rows: int, num_tiles: int, tiles: Tensor | None, order: Tensor | None
+) -> None:
+    gated, columns = _is_gated(out, weights), out.shape[1]
+    warps_down, warps_across, m, n, stages = TILE_SHAPES[rows]
+    weight_rows = 16 * n * warps_across
+    name = f"{c_name(x)}, {warps_down}, {warps_across}, {m}, {n}, {stages}, {str(gated).lower()}"
+    shared_bytes = stages * (rows + weight_rows) * 128
+    launch = kernel("experts.cu", f"grouped_gemm<{name}>", shared_bytes=shared_bytes)
+    parts = -(-columns // (weight_rows // 2 if gated else weight_rows))
+    grid, threads = (num_tiles * parts, 1), 32 * warps_down * warps_across
+    sizes = len(out) // len(x), len(out), x.shape[1], columns
+    launch(grid, threads, out, x, weights, optional(tiles), optional(order), *map(np.int32, sizes))
+
+
+def _float32_gemm(out: Tensor, x: Tensor, weights: Tensor, expert_ids: Tensor) -> None:
+    launch = kernel("experts.cu", f"float32_gemm<{str(_is_gated(out, weights)).lower()}>")
+    sizes = len(out), len(out) // len(x), len(weights), x.shape[1], out.shape[1]
+    launch((-(-out.numel() // 8), 1), MAX_THREADS, out, x, weights, expert_ids, *map(np.int32, sizes))
+
+
+def _is_gated(out: Tensor, weights: Tensor) -> bool:
+    """Return whether the weights have two rows, gate and up, for each column of the output."""
+    return weights.shape[1] == 2 * out.shape[1]

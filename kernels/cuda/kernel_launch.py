@@ -23,12 +23,7 @@ C_NAMES = {
     torch.int64: "long long",
     torch.float8_e4m3fn: "fp8",
 }
-C_TYPES = {
-    Tensor: ctypes.c_void_p,
-    np.int64: ctypes.c_int64,
-    np.int32: ctypes.c_int32,
-    np.float32: ctypes.c_float,
-}
+C_TYPES = {Tensor: ctypes.c_void_p, np.int64: ctypes.c_int64, np.int32: ctypes.c_int32, np.float32: ctypes.c_float}
 MAX_THREADS = 256  # the __launch_bounds__ of most kernels
 VECTOR_BYTES = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel must ask for more
@@ -67,7 +62,6 @@ def vector_width(size: int, *tensors: Tensor, strides: Sequence[int] = ()) -> in
 
 @functools.cache
 def num_multiprocessors(device: int) -> int:
-    """Return the number of streaming multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -79,8 +73,10 @@ def kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False
     early  launch while the previous kernel still runs (programmatic dependent launch); the kernel calls
            wait_for_previous() of common.cuh before it reads what the previous kernel writes
     """
+    templates = (name,) if "<" in name else None
     try:
-        function = _module(source, name).get_function(name)
+        module = cupy.RawModule(code=source_text(source), options=("-std=c++17",), name_expressions=templates)
+        function = module.get_function(name)
         static_bytes = function.shared_size_bytes
     except cupy.cuda.compiler.CompileException as error:
         raise CompileError(f"NVRTC failed on {source}, {name}:\n{error}") from error
@@ -88,29 +84,6 @@ def kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False
         # The device's maximum, not shared_bytes: instances of other sizes share the function.
         maximum = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
         function.max_dynamic_shared_size_bytes = maximum - static_bytes
-    return _early_launch(function, name, shared_bytes) if early else _plain_launch(function, shared_bytes)
-
-
-class _Stream:
-    """A raw stream in the form that CuPy's launch takes."""
-
-    __slots__ = ("ptr",)
-
-    def __init__(self, ptr: int) -> None:
-        self.ptr = ptr
-
-
-def _plain_launch(function: Any, shared_bytes: int) -> Launch:
-    def launch(grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
-        stream = _Stream(torch.cuda.current_stream().cuda_stream)
-        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-        function(grid, (threads,), values, shared_mem=shared_bytes, stream=stream)
-
-    return launch
-
-
-def _early_launch(function: Any, name: str, shared_bytes: int) -> Launch:
-    """Return a programmatic dependent launch, which CuPy does not offer."""
 
     def launch(grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
         config = driver.CUlaunchConfig()
@@ -118,7 +91,8 @@ def _early_launch(function: Any, name: str, shared_bytes: int) -> Launch:
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
-        config.attrs, config.numAttrs = [_early_attribute()], 1
+        if early:
+            config.attrs, config.numAttrs = [_early_attribute()], 1
         values = tuple(a.data_ptr() if isinstance(a, Tensor) else a.item() for a in arguments)
         types = tuple(C_TYPES[type(a)] for a in arguments)
         (status,) = driver.cuLaunchKernelEx(config, function.kernel.ptr, (values, types), 0)
@@ -134,8 +108,3 @@ def _early_attribute() -> Any:
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
     return attribute
-
-
-def _module(source: str, name: str) -> Any:
-    templates = (name,) if "<" in name else None
-    return cupy.RawModule(code=source_text(source), options=("-std=c++17",), name_expressions=templates)

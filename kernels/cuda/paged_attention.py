@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import MAX_CHUNKS, KeyPartition, KVCache, Pages, QKNorm, Rope
-from .kernel_launch import Argument, c_name, kernel, num_multiprocessors, num_threads, optional, vector_width
+from .kernel_launch import Argument, c_name, kernel, num_multiprocessors, optional
 
 LOG2_E = 1.4426950408889634
 STORE_THREADS = 128
@@ -42,69 +42,44 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slo
 
 
 def _head_arguments(norm: QKNorm, rope: Rope, cache: KVCache, slots: Tensor) -> tuple[Argument, ...]:
-    """Return what both kernels take to norm, rotate and store heads."""
     norms = optional(norm.q), optional(norm.k), np.float32(norm.eps)
     strides = np.int64(cache.k.stride(0)), np.int64(cache.k.stride(1))
     return *norms, rope.positions, rope.cos_sin, np.int32(len(rope.cos_sin)), *cache, *strides, slots
 
 
-def store_kv_(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-    tokens, width = len(k), k.shape[1] * k.shape[2]
-    if tokens == 0:
-        return
-    pages, page_size = cache.k.shape[:2]
-    strides = [k.stride(0), v.stride(0), cache.k.stride(0), cache.k.stride(1)]
-    vector = vector_width(width, k, v, *cache, strides=strides)
-    launch = kernel("store.cu", f"store_kv<{c_name(k)}, {c_name(cache.k)}, {vector}>")
-    k_stride, v_stride, page_stride, slot_stride = map(np.int64, strides)
-    shape = np.int32(page_size), np.int32(pages * page_size), np.int32(width)
-    grid, threads = (tokens, 2), num_threads(width // vector)
-    launch(grid, threads, k, v, k_stride, v_stride, *cache, page_stride, slot_stride, slots.int(), *shape)
-
-
 class PartitionLayout(NamedTuple):
     """The division of a step's keys among blocks, and the layout of its tensor: the twin of Partition in partition.cuh.
 
-    A chunk is `kv_chunk` keys of one row; the last chunk of a row may have fewer. A part is a run of chunks.
+    A chunk is `kv_chunk` keys of one row; the last chunk of a row may have fewer. A part is a run of chunks. The tensor
+    ends with a counter for each row and key head, after two counts, the rows' first chunks and the parts' first rows.
     """
 
-    rows: int
-    kv_heads: int
     warps: int  # per block
     kv_chunk: int  # keys
     max_parts: int
     min_chunks: int  # per part, unless a whole row has fewer
 
-    @property
-    def counters(self) -> int:
-        """The index of the counters, after the two counts, the rows' first chunks and the parts' first rows."""
-        return 2 + self.rows + 1 + self.max_parts
-
-    @property
-    def size(self) -> int:
-        """The number of integers: one counter for each row and key head comes last."""
-        return self.counters + self.rows * self.kv_heads
-
 
 def _partition_layout(rows: int, kv_heads: int, device: int, kv_chunk: int | None) -> PartitionLayout:
     if kv_chunk is not None:
-        return PartitionLayout(rows, kv_heads, 4, kv_chunk, MAX_CHUNKS * rows, 1)
+        return PartitionLayout(4, kv_chunk, MAX_CHUNKS * rows, 1)
     multiprocessors = num_multiprocessors(device)
     if rows * kv_heads > multiprocessors:  # a chunk is what a block takes at once
-        return PartitionLayout(rows, kv_heads, 4, 64, 3 * multiprocessors // kv_heads, 4)
+        return PartitionLayout(4, 64, 3 * multiprocessors // kv_heads, 4)
     # Few blocks get more warps each: fewer other blocks hide a block's latency.
     max_parts = multiprocessors // kv_heads
-    rest = max_parts % rows
+    rest = max_parts % max(1, rows)
     if 16 * rest <= max_parts:
         max_parts -= rest  # rows of one length are best divided at their ends
-    return PartitionLayout(rows, kv_heads, 8, 128, max_parts, 4)
+    return PartitionLayout(8, 128, max_parts, 4)
 
 
 def partition_keys(positions: Tensor, kv_heads: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
-    layout = _partition_layout(len(positions), kv_heads, positions.device.index, kv_chunk)
-    table = positions.new_zeros(layout.size)
-    if layout.rows:
-        sizes = layout.rows, window or 0, layout.kv_chunk, layout.min_chunks, layout.max_parts
+    rows = len(positions)
+    layout = _partition_layout(rows, kv_heads, positions.device.index, kv_chunk)
+    table = positions.new_zeros(2 + rows + 1 + layout.max_parts + rows * kv_heads)
+    if rows:
+        sizes = rows, window or 0, layout.kv_chunk, layout.min_chunks, layout.max_parts
         launch = kernel("decode.cu", "partition_keys")
         launch((1, 1), PARTITION_THREADS, table, positions, *map(np.int32, sizes))
     return KeyPartition(table, window, kv_chunk)
@@ -131,22 +106,11 @@ def decode_attention(
     # With kv_chunk the previous kernel may have stored keys that this one reads: all keys of a prefill come first.
     early = partition.kv_chunk is None
     launch = kernel("decode.cu", f"decode_attention<{c_name(qkv)}, {head_dim}, {layout.warps}>", early=early)
+    grid, threads = (layout.max_parts * kv_heads, 1), 32 * layout.warps
+    heads_and_slots = *_head_arguments(norm, rope, cache, slots), np.int32(num_pages * page_size)
     page_table = pages.table, np.int64(pages.table.stride(0)), pages.owners, np.int32(page_size)
-    sizes = np.int32(rows), np.int32(partition.window or 0), np.int32(layout.kv_chunk)
-    launch(
-        (layout.max_parts * kv_heads, 1),
-        32 * layout.warps,
-        out,
-        qkv,
-        *_head_arguments(norm, rope, cache, slots),
-        np.int32(num_pages * page_size),
-        *page_table,
-        partition.table,
-        *sizes,
-        partial,
-        partition.table[layout.counters :],
-        np.float32(scale * LOG2_E),
-        np.int32(heads),
-        np.int32(kv_heads),
-    )
+    keys = partition.table, *map(np.int32, (rows, partition.window or 0, layout.kv_chunk))
+    results = partial, partition.table[-rows * kv_heads :]  # and the counters
+    shape = np.float32(scale * LOG2_E), np.int32(heads), np.int32(kv_heads)
+    launch(grid, threads, out, qkv, *heads_and_slots, *page_table, *keys, *results, *shape)
     return out

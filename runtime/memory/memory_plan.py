@@ -73,22 +73,13 @@ class MemoryPlan:
         """The memory of the whole GPU that stays free."""
         return None if self.total is None else self.total - self.taken - self.kv_cache
 
-    def longest_context(self, max_model_len: int) -> int:
-        """Return the longest prompt plus output of one request, in tokens."""
-        return min(max_model_len, self.tokens)
-
-    def least_utilization(self, kv_bytes: int) -> float:
-        """Return the least gpu_memory_utilization, to 0.01, with this much room; above 1 if there is none."""
-        assert self.total is not None
-        return math.ceil(100 * (self.taken + kv_bytes) / (self.total * self.gpus_per_rank)) / 100
-
     def with_pages(self, config: Config) -> MemoryPlan:
         """Return the plan with the pages that `config`, which is resolved, names or that fit."""
         return replace(self, num_pages=self._num_pages(config))
 
     def table(self, max_model_len: int) -> str:
         """Return all parts as text, one per line."""
-        context = self.longest_context(max_model_len)
+        context = min(max_model_len, self.tokens)
         contexts = f"{self.tokens / context:,.1f} contexts of {context:,}"
         tokens = f"{self.tokens:,} tokens of {format_bytes(self.page_bytes // self.page_size)}: {contexts}"
         graphs = f"{self.num_graphs} captured, up to {self.graph_rows} rows"
@@ -264,7 +255,8 @@ def _raise(flag: str, plan: MemoryPlan, pages: int) -> str:
 
 def _more_room(plan: MemoryPlan, pages: int) -> str:
     """Return the change that makes room for this many pages on the GPU."""
-    least = plan.least_utilization(pages * plan.page_bytes)
+    assert plan.total is not None
+    least = math.ceil(100 * (plan.taken + pages * plan.page_bytes) / (plan.total * plan.gpus_per_rank)) / 100
     return f"raise gpu_memory_utilization to {least:g}" if least <= 1 else "use a larger tensor_parallel_size"
 
 

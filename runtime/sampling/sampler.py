@@ -172,7 +172,7 @@ class Sampler:
     def _penalize(
         self, logits: Tensor, rows: np.ndarray, params: np.ndarray, slots: np.ndarray, ends: np.ndarray, tokens: Tensor
     ) -> None:
-        """Apply the penalties of `rows` to logits [S, V], in place.
+        """Apply the penalties of `rows` to logits [S, V], in place; `ends` [S]: positions of the new tokens.
 
         Repetition counts prompt and output (Keskar et al., 2019), presence and frequency the output only (OpenAI).
         Takes 8 bytes for each row and token of the vocabulary while it runs.

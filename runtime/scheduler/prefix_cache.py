@@ -170,7 +170,6 @@ class PagePool:
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
-        self.page_size = page_size
         self.tree = RadixCache(page_size)
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack with page 0 on top
         self.num_free = num_pages

@@ -25,8 +25,6 @@ INSTANCES = {
             for two_steps in ("false", "true")
         ),
     ],
-    "gather.cu": ["gather_rows<Vec<bf16, 8>, int>", "gather_rows<Vec<float, 1>, long long>"],
-    "store.cu": ["store_kv<bf16, bf16, 8>", "store_kv<f16, f16, 1>", "store_kv<float, bf16, 4>"],
     "sample.cu": [
         *(f"gumbel_argmax<{shape}>" for shape in ("bf16, 8, false", "float, 4, true", "f16, 1, false")),
         *(f"topk_candidates<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1", "long long, 2")),
@@ -34,7 +32,6 @@ INSTANCES = {
         "merge_candidates",
         "sample_topk",
     ],
-    "slots.cu": ["begin_decode", "append_tokens"],
     "skinny_gemm.cu": [
         f"skinny_gemm<{t}, {warps}, {depth}, {staged}, {finish}>"
         for t, warps, depth, staged in (("bf16", 8, 4, "true"), ("f16", 8, 2, "true"), ("bf16", 16, 2, "false"))
@@ -64,6 +61,10 @@ INSTANCES = {
         *(f"rms_norm<{t}, {v}, {n}>" for t, v in (("bf16", 8), ("f16", 1), ("float", 4)) for n in (1, 16)),
         "silu_and_mul<bf16, 8>",
         "silu_and_mul<float, 1>",
+        "gather_rows<Vec<bf16, 8>, int>",
+        "gather_rows<Vec<float, 1>, long long>",
+        "begin_decode",
+        "append_tokens",
     ],
 }
 

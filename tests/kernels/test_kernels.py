@@ -125,6 +125,14 @@ def test_rotate_and_store_equals_transformers(
     assert not pool.layer(0).v.any()
 
 
+def store(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor) -> None:
+    """Store k and v by rotate_and_store_ without a norm, rotated by an angle of zero."""
+    unrotated = torch.cat((torch.ones(1, k.shape[2] // 2), torch.zeros(1, k.shape[2] // 2)), dim=1).to(k.device)
+    qkv = torch.cat((torch.zeros_like(k), k, v), dim=1).flatten(1)
+    rope = Rope(torch.zeros(len(k), dtype=torch.int32, device=k.device), unrotated)
+    ops.rotate_and_store_(qkv, QKNorm(None, None, 0.0), rope, cache, slots)
+
+
 @also_emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_and_mul(device: str, dtype: torch.dtype) -> None:
@@ -136,7 +144,7 @@ def test_silu_and_mul(device: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("layout", ["layer-first", "page-first"])
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 @pytest.mark.parametrize("rows", [0, 1, 29])
-def test_store_kv_writes_exactly_the_given_slots(device: str, layout: str, page_size: int, rows: int) -> None:
+def test_rotate_and_store_writes_exactly_the_given_slots(device: str, layout: str, page_size: int, rows: int) -> None:
     shape = AttentionShape(
         num_layers=3, num_heads=2, page_size=page_size, num_kv_heads=2, head_dim=8, dtype=torch.bfloat16
     )
@@ -148,7 +156,7 @@ def test_store_kv_writes_exactly_the_given_slots(device: str, layout: str, page_
     for row, slot in enumerate(slots.tolist()):
         if slot >= 0:
             expected["k"][slot], expected["v"][slot] = k[row].cpu(), v[row].cpu()
-    ops.store_kv_(k, v, pool.layer(1), slots)
+    store(k, v, pool.layer(1), slots)
     assert torch.equal(pool.layer(1).k.reshape(-1, 2, 8).cpu(), expected["k"])
     assert torch.equal(pool.layer(1).v.reshape(-1, 2, 8).cpu(), expected["v"])
     for untouched in (pool.layer(0).k, pool.layer(0).v, pool.layer(2).k, pool.layer(2).v):
@@ -157,12 +165,12 @@ def test_store_kv_writes_exactly_the_given_slots(device: str, layout: str, page_
 
 @also_emulated
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [8, 5])
-def test_store_kv_converts_to_fp8(device: str, width: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("width", [8, 10])
+def test_rotate_and_store_converts_to_fp8(device: str, width: int, dtype: torch.dtype) -> None:
     k, v = (torch.randn(9, 2, width, device=device).mul(200).to(dtype) for _ in range(2))
     k_cache, v_cache = (torch.zeros(3, 4, 2, width, device=device, dtype=torch.float8_e4m3fn) for _ in range(2))
     slots = torch.tensor([3, -1, 11, 0, 5, 4, 9, 7, 1], device=device).int()
-    ops.store_kv_(k, v, KVCache(k_cache, v_cache), slots)
+    store(k, v, KVCache(k_cache, v_cache), slots)
     for cache, rows in ((k_cache, k), (v_cache, v)):
         stored = cache.view(12, 2, width).float()
         kept = slots >= 0
@@ -509,7 +517,9 @@ def test_wrong_argument_is_named_with_the_rule() -> None:
         ops.add_rms_norm(x, torch.zeros(3, 8), torch.zeros(8), 1e-5)
     cache = KVCache(torch.zeros(4, 2, 1, 8), torch.zeros(4, 2, 1, 8))
     with pytest.raises(ValueError, match="slots"):
-        ops.store_kv_(x.view(2, 1, 8), x.view(2, 1, 8), cache, torch.zeros(3, dtype=torch.int32))
+        store(x.view(2, 1, 8), x.view(2, 1, 8), cache, torch.zeros(3, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"v_cache .* must have the shape of k_cache"):
+        store(x.view(2, 1, 8), x.view(2, 1, 8), KVCache(cache.k, cache.v[1:]), torch.zeros(2, dtype=torch.int32))
 
 
 tokens = st.lists(st.integers(0, 3), max_size=80).map(lambda ids: np.array(ids, np.int32))

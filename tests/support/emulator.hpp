@@ -28,14 +28,14 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 struct Dim { int x, y; };
 inline Dim threadIdx, blockIdx, blockDim, gridDim;
 
-template <typename To, typename From> To same_bits(From from) {
+template <typename To, typename From> To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From));
     To to;
     memcpy(&to, &from, sizeof(to));
     return to;
 }
-inline float __int_as_float(int x) { return same_bits<float>(x); }
-inline int __float_as_int(float x) { return same_bits<int>(x); }
+inline float __int_as_float(int x) { return bit_cast<float>(x); }
+inline int __float_as_int(float x) { return bit_cast<int>(x); }
 
 struct __nv_bfloat16 { uint16_t bits; };
 struct __half { _Float16 value; };
@@ -60,7 +60,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
     return {(uint16_t)(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 inline float value_of(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
-inline float value_of(uint16_t bits, __half) { return same_bits<_Float16>(bits); }
+inline float value_of(uint16_t bits, __half) { return bit_cast<_Float16>(bits); }
 
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
@@ -205,7 +205,7 @@ inline void wait_all_copies() { commit_copies(), emulator::wait_for_copies(0); }
 
 template <typename T> void multiply(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, T type) {
     struct Word { uint16_t a[4][2], b[2][2]; };
-    const Word* words = emulator::exchange(same_bits<Word>(std::array{a0, a1, a2, a3, b0, b1}));
+    const Word* words = emulator::exchange(bit_cast<Word>(std::array{a0, a1, a2, a3, b0, b1}));
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     for (int i = 0; i < 4; ++i)
         for (int k = 0; k < 16; ++k) {
@@ -213,12 +213,9 @@ template <typename T> void multiply(float (&c)[4], unsigned a0, unsigned a1, uns
             c[i] += value_of(words[g * 4 + lane].a[i / 2 + k / 8 * 2][k % 2], type) * value_of(words[(2 * t + i % 2) * 4 + lane].b[k / 8][k % 2], type);
         }
 }
-template <typename T> void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, T type) {
-    multiply(sum, a[0], a[1], a[2], a[3], b0, b1, type);
-}
 inline unsigned transpose(unsigned x) {
     struct Word { uint16_t of[2]; };
-    const Word* words = emulator::exchange(same_bits<Word>(x));
+    const Word* words = emulator::exchange(bit_cast<Word>(x));
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
     return words[column * 4 + row / 2].of[row % 2] | words[(column + 1) * 4 + row / 2].of[row % 2] << 16;
 }

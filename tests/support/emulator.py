@@ -30,7 +30,7 @@ PACKAGE = "lockstep.kernels.emulated"
 FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-w")
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 * 1024
-IN_ASSEMBLY = "multiply|stream|transpose|copy_async|commit_copies|wait_copies|wait_all_copies|load_matrices"
+IN_ASSEMBLY = "stream|transpose|copy_async|commit_copies|wait_copies|wait_all_copies|load_matrices"
 Launch = Callable[..., None]
 
 
@@ -103,10 +103,8 @@ def _header_folder() -> Path:
 def in_cpp(text: str) -> str:
     """Return a source without assembly, and with shared memory as C++ can declare it."""
     text = re.sub(r"#include <cuda_\w+\.h>|#pragma \w+.*", "", text)
-    text = re.sub(r"#define MULTIPLY_ADD.*?\n    }\n(MULTIPLY_ADD\(.*?\)\n)+", "", text, flags=re.DOTALL)
-    text = re.sub(
-        rf"(template <int N> )?__device__ __forceinline__ [\w ]+ ({IN_ASSEMBLY})\(.*?\n?}}\n", "", text, flags=re.DOTALL
-    )
+    text = re.sub(r"#define MULTIPLY.*?\n    }\n(MULTIPLY\(.*?\)\n)+", "", text, flags=re.DOTALL)
+    text = re.sub(rf"(template <int N> )?DEVICE [\w ]+ ({IN_ASSEMBLY})\(.*?\n?}}\n", "", text, flags=re.DOTALL)
     text = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];", r"\1* \2 = (\1*)emulator::shared;", text
     )
