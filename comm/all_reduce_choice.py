@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
-Algorithm = Literal["nccl", "one-shot", "two-shot"]
-AllReduce = Literal["auto", "nccl", "one-shot", "two-shot"]  # auto: the fastest for each size
+PeerAlgorithm = Literal["one-shot", "two-shot"]  # over peer buffers; symmetric.py has the kernel of each
+Algorithm = Literal["nccl", PeerAlgorithm]
+AllReduce = Literal["auto", Algorithm]  # auto: the fastest for each size
+PEER_ALGORITHMS: tuple[PeerAlgorithm, ...] = get_args(PeerAlgorithm)

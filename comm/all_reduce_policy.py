@@ -1,16 +1,39 @@
-"""The policy of all-reduces between GPUs: which algorithm serves a message of how many bytes."""
+"""The policy of all-reduces between GPUs: the algorithm for each message size, and its choice by auto-tuning.
+
+The ranks time each algorithm at each size once, and cache the times for later starts. The timed operation is all-reduce
++ residual + RMSNorm, which a decode step runs twice a layer. Each algorithm runs many times in a CUDA graph. The
+slowest rank's time counts, and all ranks use one table, so they choose alike. A later start on the same GPUs reads the
+cached table: the choice does not change then, nor do the last bits of bfloat16 sums.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..kernels.native import cache_dir
 from .all_reduce_choice import Algorithm
-from .autotune import SIZES
-from .format_bytes import format_bytes
+from .base import Communicator
+from .message_text import format_bytes
+from .rendezvous import Rendezvous
+from .timing import graph_us
 
+log = logging.getLogger(__name__)
+COLUMNS = 4096  # of the residual stream, bfloat16
+SIZES = [8192 << shift for shift in range(0, 11, 2)]  # bytes: 8 KiB to 8 MiB
+GRAPH_LENGTH, REPLAYS = 10, 3
+EPS = 1e-5
+VERSION = 1  # raise it when a kernel changes: cached times are then ignored
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by the kernels over peer buffers
 GATHER_BYTES = 1 << 20  # of each rank, up to which an all-gather goes through peer buffers
 SLOT_BYTES = SIZES[-1]  # the largest message in a peer buffer
@@ -26,11 +49,10 @@ class Policy:
 
     @classmethod
     def only(cls, algorithm: Algorithm, largest: int = SLOT_BYTES, *, slices: bool = False) -> Policy:
-        """Return the policy that uses one algorithm for every message up to `largest` bytes, or for all."""
+        """Return the policy that uses one algorithm up to `largest` bytes, or in slices for all messages."""
         return cls(((largest, algorithm),), min(GATHER_BYTES, largest), slices)
 
     def algorithm(self, nbytes: int, dtype: torch.dtype) -> Algorithm:
-        """Return the algorithm for a sum of `nbytes`."""
         if nbytes == 0 or dtype not in SUMMED_DTYPES:
             return "nccl"
         return next((algorithm for largest, algorithm in self.steps if nbytes <= largest), "nccl")
@@ -46,3 +68,100 @@ class Policy:
         if self.slices:
             return f"{steps[-1]}, and in slices beyond"
         return ", ".join(steps) + (" and NCCL beyond" if steps else "NCCL for sums")
+
+
+@dataclass(frozen=True)
+class TimingTable:
+    """Microseconds of each algorithm at each of `sizes`, on the slowest rank."""
+
+    sizes: list[int]
+    us: dict[Algorithm, list[float]]
+    cached: bool = False  # timed at an earlier start
+
+    def thresholds(self) -> list[tuple[int, Algorithm]]:
+        """Return (largest size in bytes, fastest algorithm) in ascending order; NCCL serves larger messages."""
+        steps: list[tuple[int, Algorithm]] = []
+        for column, nbytes in enumerate(self.sizes):
+            fastest = min(self.us, key=lambda algorithm: self.us[algorithm][column])
+            if steps and steps[-1][1] == fastest:
+                steps.pop()
+            steps.append((nbytes, fastest))
+        return steps[:-1] if steps and steps[-1][1] == "nccl" else steps
+
+    def lines(self) -> list[str]:
+        """Return the table for people; the fastest algorithm of each size has a star."""
+        least = [min(column) for column in zip(*self.us.values(), strict=True)]
+        head = f"all-reduce + norm, us{', of an earlier start' if self.cached else ''}"
+        rows = [f"{head:<42}" + "".join(f"{format_bytes(nbytes):>9}" for nbytes in self.sizes)]
+        for name, values in self.us.items():
+            cells = (f"{us:.1f}{'*' if us == best else ' '}" for us, best in zip(values, least, strict=True))
+            rows.append(f"  {name:<40}" + "".join(f"{cell:>9}" for cell in cells))
+        return rows
+
+
+def autotune_all_reduce(
+    groups: Mapping[Algorithm, Communicator], environment: str, rendezvous: Rendezvous
+) -> TimingTable:
+    """Return one table for all ranks, from rank 0's cache or timed now; a collective call.
+
+    groups       a communicator for each algorithm, which uses no other for sums
+    environment  this rank's GPU and libraries, on which the times depend
+    """
+    environments = rendezvous.exchange("autotune/environment", environment)
+    key = json.dumps([VERSION, COLUMNS, SIZES, environments])
+    file = cache_dir() / f"all-reduce-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    cached = rendezvous.exchange("autotune/cached", _load(file, key) if rendezvous.rank == 0 else "")[0]
+    if cached:
+        return TimingTable(**json.loads(cached), cached=True)
+    started = time.perf_counter()
+    times = [json.loads(text) for text in rendezvous.exchange("autotune/times", json.dumps(_measure(groups)))]
+    us = {name: [max(column) for column in zip(*(rank[name] for rank in times), strict=True)] for name in groups}
+    table = TimingTable(SIZES, us)
+    if rendezvous.rank == 0:
+        log.info("timed the all-reduce algorithms in %.2f s, cached as %s", time.perf_counter() - started, file)
+        _save(file, key, table)
+    return table
+
+
+def _measure(groups: Mapping[Algorithm, Communicator]) -> dict[Algorithm, list[float]]:
+    times: dict[Algorithm, list[float]] = {name: [] for name in groups}
+    for nbytes in SIZES:
+        for name, comm in groups.items():
+            call = _all_reduce_and_norm(comm, nbytes)
+            call()  # loads kernels
+            times[name].append(graph_us(comm, call, length=GRAPH_LENGTH, times=REPLAYS))
+    return times
+
+
+def _all_reduce_and_norm(comm: Communicator, nbytes: int) -> Callable[[], Tensor]:
+    """Return an all-reduce + residual + RMSNorm of `nbytes` of zeros, which stay zeros."""
+    dtype, device = torch.bfloat16, torch.device("cuda", torch.cuda.current_device())
+    rows = nbytes // dtype.itemsize // COLUMNS
+    x, residual = torch.zeros(2, rows, COLUMNS, dtype=dtype, device=device)
+    weight = torch.ones(COLUMNS, dtype=dtype, device=device)
+
+    def call() -> Tensor:
+        buffer = comm.buffer(rows, COLUMNS, dtype)
+        return comm.all_reduce_add_rms_norm(x if buffer is None else buffer, residual, weight, EPS)
+
+    return call
+
+
+def _load(file: Path, key: str) -> str:
+    """Return the cached table of this key as JSON; empty if there is none that can be read."""
+    try:
+        entry = json.loads(file.read_text())
+        return json.dumps(entry["table"]) if entry["key"] == key else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _save(file: Path, key: str, table: TimingTable) -> None:
+    """Write the whole file or none; if the folder cannot be written, the next start times again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".json", delete=False) as scratch:
+            json.dump({"key": key, "table": {"sizes": table.sizes, "us": table.us}}, scratch)
+        os.replace(scratch.name, file)
+    except OSError as error:
+        log.warning("cannot cache the times of the all-reduce algorithms: %s", error)

@@ -1,19 +1,33 @@
-"""The constructor of a rank's communicator: NCCL and shared memory between GPUs, gloo between CPUs."""
+"""The constructor of a rank's communicator: NCCL and shared memory between GPUs, gloo between CPUs.
+
+Ranks of one host set up shared memory in the same steps. After each they exchange the results, so that all continue,
+or all stop with the same reason.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
-from .all_reduce_choice import AllReduce
-from .base import CommError, Communicator, SingleRank
+from .all_reduce_choice import PEER_ALGORITHMS, Algorithm, AllReduce
+from .all_reduce_policy import SLOT_BYTES, Policy, autotune_all_reduce
+from .base import CommError, Communicator, NotShared, SingleRank
 from .gloo import GlooCommunicator
+from .message_text import first_line
 from .nccl import NcclCommunicator
 from .nccl_library import SHARED_GPU_SINCE, Nccl, NcclError, open_library, version_text
 from .rendezvous import Rendezvous
-from .shared_memory import share_memory
+
+if TYPE_CHECKING:
+    from .symmetric import SymmetricCommunicator
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def connect(
@@ -79,6 +93,93 @@ def _blocks_per_rank(device: torch.device, ranks: int) -> int:
 def _require_equal(choices: list[str]) -> None:
     if len(set(choices)) > 1:
         listed = ", ".join(f"rank {rank} has {choice}" for rank, choice in enumerate(choices))
-        raise NcclError(
-            f"the ranks differ: {listed}; give all of them the same libnccl and the same NCCL_* environment"
-        )
+        raise NcclError(f"the ranks differ: {listed}; give them all the same libnccl and the same NCCL_* environment")
+
+
+def share_memory(
+    nccl: NcclCommunicator,
+    all_reduce: AllReduce,
+    rendezvous: Rendezvous,
+    *,
+    batch_invariant: bool = False,
+    device: torch.device,
+    shares_device: bool,
+) -> Communicator:
+    """Return a communicator with shared memory for small messages, or `nccl`, with the reason in its description.
+
+    The arguments are those of `connect`; "nccl" shares no memory. Batch-invariant sums use one algorithm for any size.
+    """
+    if all_reduce == "nccl":
+        return nccl
+    try:
+        comm = share_buffers(nccl, rendezvous, device=device, slot_bytes=SLOT_BYTES, shares_device=shares_device)
+    except NotShared as reason:
+        if batch_invariant:
+            raise CommError(f"batch-invariant sums need memory that all ranks map: {reason}") from reason
+        nccl.description += f"; no shared memory: {reason}"
+        return nccl
+    if batch_invariant:
+        fixed = all_reduce if all_reduce != "auto" else "one-shot" if nccl.size == 2 else "two-shot"
+        return comm.with_policy(Policy.only(fixed, slices=True))
+    if all_reduce != "auto":
+        return comm.with_policy(Policy.only(all_reduce))
+    return _autotuned(nccl, comm, rendezvous, device)
+
+
+def share_buffers(
+    nccl: NcclCommunicator, rendezvous: Rendezvous, *, device: torch.device, slot_bytes: int, shares_device: bool
+) -> SymmetricCommunicator:
+    """Map and verify peer buffers on all ranks and return a communicator over them that sends all sums to NCCL.
+
+    slot_bytes  largest message in a buffer: a multiple of 16, equal on all ranks
+    Raises NotShared, on every rank with the same reason, if one rank cannot; CommError if one is silent.
+    """
+    hosts = _agree(rendezvous, "host", _host)
+    if len(set(hosts)) > 1:
+        raise NotShared("the ranks are on several hosts")
+    from .peer_buffers import PeerBuffers
+    from .symmetric import SymmetricCommunicator
+
+    buffers = PeerBuffers(rendezvous, device=device, slot_bytes=slot_bytes, shares_device=shares_device)
+    try:
+        offers = _agree(rendezvous, "allocate", buffers.allocate)
+        _agree(rendezvous, "map", lambda: buffers.map(offers))
+        for turn in range(2):  # a peer that mapped a copy would still return the first pattern
+            _agree(rendezvous, f"verify {turn}", partial(buffers.verify, turn))
+        buffers.set_timeout(buffers.timeout_s)
+    except NotShared:
+        buffers.close()
+        raise
+    return SymmetricCommunicator(nccl, buffers, Policy(()), device)
+
+
+def _autotuned(
+    nccl: NcclCommunicator, comm: SymmetricCommunicator, rendezvous: Rendezvous, device: torch.device
+) -> Communicator:
+    groups: dict[Algorithm, Communicator] = {"nccl": nccl}
+    groups |= {algorithm: comm.with_policy(Policy.only(algorithm)) for algorithm in PEER_ALGORITHMS}
+    gpu = torch.cuda.get_device_properties(device)
+    table = autotune_all_reduce(groups, f"{gpu.name} {gpu.uuid} {nccl.description}", rendezvous)
+    tuned = comm.with_policy(Policy(tuple(table.thresholds())))
+    tuned.description = "\n  ".join([tuned.description, *table.lines()])
+    return tuned
+
+
+def _host() -> str:
+    """Return the identity of this host; raises ImportError if it has no CuPy."""
+    from . import symmetric  # noqa: F401
+
+    return BOOT_ID.read_text().strip()
+
+
+def _agree(rendezvous: Rendezvous, topic: str, step: Callable[[], str]) -> list[str]:
+    """Run a step on all ranks and return its results in rank order; raises NotShared if it fails on one of them."""
+    try:
+        result = "+" + step()
+    except (RuntimeError, ImportError, OSError) as error:
+        result = "-" + first_line(error)
+    results = rendezvous.exchange(f"shared memory/{topic}", result)
+    failures = [f"rank {rank}: {result[1:]}" for rank, result in enumerate(results) if result[0] == "-"]
+    if failures:
+        raise NotShared("; ".join(failures))
+    return [result[1:] for result in results]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import CommError, Communicator
-from .error_text import first_line
+from .message_text import first_line
 from .rendezvous import Rendezvous
 
 
@@ -58,9 +58,8 @@ class GlooCommunicator(Communicator):
         try:
             work.wait()
         except RuntimeError as error:
-            raise CommError(
-                f"{self._name}: {operation} failed or took longer than {self._timeout_s:.0f} s: {first_line(error)}"
-            ) from error
+            reason = f"failed or took longer than {self._timeout_s:.0f} s: {first_line(error)}"
+            raise CommError(f"{self._name}: {operation} {reason}") from error
 
 
 def _process_group(rendezvous: Rendezvous, own_ip: str) -> Any:

@@ -123,8 +123,7 @@ class NcclCommunicator(Communicator):
             log.warning("%s", error)  # the results are complete: this is no reason to fail
 
     def _join(self, rendezvous: Rendezvous) -> None:
-        identity = self._nccl.unique_id().hex() if self.rank == 0 else ""
-        identity = rendezvous.exchange("nccl", identity)[0]
+        identity = rendezvous.exchange("nccl", self._nccl.unique_id().hex() if self.rank == 0 else "")[0]
         comm, config = ctypes.c_void_p(), CommConfig.nonblocking(self._max_blocks)
         with torch.cuda.device(self._device):
             code = self._nccl.lib.ncclCommInitRankConfig(
@@ -157,10 +156,7 @@ class NcclCommunicator(Communicator):
             return call(self._comm)
 
     def _take_comm(self) -> int | None:
-        """Return the communicator, to end it, and let no thread use it again.
-
-        A thread that is inside NCCL is waited for ABORT_S at most.
-        """
+        """Return the communicator, to end it, and let no thread use it again; wait ABORT_S for a thread inside NCCL."""
         acquired = self._lock.acquire(timeout=ABORT_S)
         comm, self._comm = self._comm, None
         if acquired:
@@ -169,8 +165,7 @@ class NcclCommunicator(Communicator):
 
     def _async_error(self) -> int:
         function, code = self._nccl.lib.ncclCommGetAsyncError, ctypes.c_int()
-        status = self._call(self._operation, lambda comm: int(function(comm, code)))
-        return status or code.value
+        return self._call(self._operation, lambda comm: int(function(comm, code))) or code.value
 
     def _finish(self, operation: str, code: int, timeout_s: float) -> None:
         """Poll until NCCL has finished, on the host, the call that returned `code`."""
@@ -204,15 +199,13 @@ class NcclCommunicator(Communicator):
     def _require(self, operation: str, name: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None:
         """Raise ValueError unless x has this shape, the dtype of `like` and memory that NCCL can read or write."""
         if x.shape != torch.Size(shape) or x.dtype != like.dtype:
-            raise ValueError(
-                f"{operation}: {name} {list(x.shape)} {x.dtype} must be {list(shape)} {like.dtype}, to match x"
-            )
+            needed = f"{list(shape)} {like.dtype}"
+            raise ValueError(f"{operation}: {name} {list(x.shape)} {x.dtype} must be {needed}, to match x")
         if x.device != self._device:
             raise ValueError(f"{operation}: {name} is on {x.device}; this group's tensors are on {self._device}")
         if not x.is_contiguous():
-            raise ValueError(
-                f"{operation}: {name} {list(x.shape)} with strides {list(x.stride())} must be contiguous: copy it"
-            )
+            strides = f"{list(x.shape)} with strides {list(x.stride())}"
+            raise ValueError(f"{operation}: {name} {strides} must be contiguous: copy it")
 
 
 def record_event(device: torch.device) -> DeviceEvent:

@@ -72,7 +72,7 @@ class CommConfig(ctypes.Structure):
 
 
 _OUT = POINTER(c_void_p)
-_COMM = _STREAM = _WINDOW = c_void_p
+_COMM = _STREAM = c_void_p
 
 # The functions that a communicator calls, with the types of their arguments; any libnccl since 2.18 has them.
 REQUIRED: dict[str, list[Any]] = {
@@ -88,29 +88,19 @@ REQUIRED: dict[str, list[Any]] = {
     "ncclAllReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
     "ncclAllGather": [c_void_p, c_void_p, c_size_t, c_int, _COMM, _STREAM],
 }
-# The other functions. A library may lack them: call `require` before the first use.
+# The functions for symmetric memory. A library may lack them: call `require` before the first use.
 OPTIONAL: dict[str, list[Any]] = {
-    "ncclCommInitRank": [_OUT, c_int, UniqueId, c_int],
-    "ncclCommSplit": [_COMM, c_int, c_int, _OUT, POINTER(CommConfig)],
-    "ncclReduceScatter": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
-    "ncclBroadcast": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
-    "ncclReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, _COMM, _STREAM],
-    "ncclSend": [c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
-    "ncclRecv": [c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
-    "ncclGroupStart": [],
-    "ncclGroupEnd": [],
     "ncclMemAlloc": [_OUT, c_size_t],
     "ncclMemFree": [c_void_p],
-    "ncclCommRegister": [_COMM, c_void_p, c_size_t, _OUT],
-    "ncclCommDeregister": [_COMM, c_void_p],
     "ncclCommWindowRegister": [_COMM, c_void_p, c_size_t, _OUT, c_int],
-    "ncclCommWindowDeregister": [_COMM, _WINDOW],
+    "ncclCommWindowDeregister": [_COMM, c_void_p],
 }
-OLDEST = 21800  # the version that has all functions without an entry here
 SINCE = {
-    "ncclMemAlloc": 21900, "ncclMemFree": 21900, "ncclCommRegister": 21900, "ncclCommDeregister": 21900,
-    "ncclCommWindowRegister": 22700, "ncclCommWindowDeregister": 22700,
-}  # fmt: skip
+    "ncclMemAlloc": 21900,
+    "ncclMemFree": 21900,
+    "ncclCommWindowRegister": 22700,
+    "ncclCommWindowDeregister": 22700,
+}
 
 
 class Nccl:
@@ -143,7 +133,7 @@ class Nccl:
         """Raise NcclError that names the functions that this library lacks, if any."""
         missing = self._missing(functions)
         if missing:
-            since = version_text(max(SINCE.get(name, OLDEST) for name in missing))
+            since = version_text(max(SINCE[name] for name in missing))
             raise NcclError(f"{self} at {self.path} lacks {', '.join(missing)}; use {since} or newer")
 
     def reduction_type(self, dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """Peer buffers: memory of each rank's GPU that all ranks of one host have mapped.
 
-A buffer has a header, in which the kernels keep their flags, and the slots of slot_rotation.py. Imports CuPy, so only
-code that runs on GPUs imports this module.
+A buffer has a header, in which the kernels keep their flags, and the slots for messages. Imports CuPy, so only code
+that runs on GPUs imports this module.
 """
 
 from __future__ import annotations
@@ -15,15 +15,51 @@ from torch import Tensor
 
 from ..kernels import peer_memory
 from .base import NotShared
-from .error_text import first_line
+from .message_text import first_line
 from .rendezvous import Rendezvous
-from .slot_rotation import NUM_SLOTS, SlotRotation
 
 log = logging.getLogger(__name__)
 GRANULE = 2 << 20  # smaller allocations may share an exported block with others
 VERIFY_S = 5.0  # the most that `verify` waits for what a peer writes
 CLOSE_S = 3.0
 DEVICE_SHARE = 0.9  # of the deadline: the device times out before the host, because it knows the missing rank
+NUM_SLOTS = 3  # of slot_bytes each
+
+
+@dataclass
+class SlotRotation:
+    """The order in which collectives use the three slots of a peer buffer.
+
+    A collective's input lies in the same slot on every rank, at an address that the host knows before: a GEMM can write
+    it there. No rank may write into a slot that a slow peer still reads. Only slot 0 costs a wait for this:
+
+    - A collective releases slot 0 only when all ranks have read it. Collectives outside of graphs use it, and the first
+      collective of each graph: their predecessor is not known.
+    - The other collectives of a graph use slots 1 and 2 in turn.
+
+    Proof. Let w be a write into slot s for collective k, and c the last collective before k that used s. If s is 0, c
+    has ended on this rank, and it ended only when every rank had read. Otherwise k is not the first of its graph. Since
+    the slots alternate, c belongs to another replay, or is at least two places earlier in this one. In both cases some
+    collective m of this replay lies between them: c < m < k. In m this rank has waited until every peer reached m. A
+    peer reaches m when its c has ended, because its stream is in order. On this rank w is queued after m: every peer
+    has read before.
+
+    This holds for any order of graphs and eager calls, as long as it is the same on all ranks. A graph costs one more
+    barrier. Within a collective, kernels/csrc/allreduce.cu keeps the order by flags that count on the device.
+    `capture` is the number of the graph that is being captured, 0 outside of graphs.
+    """
+
+    graph: int = 0
+    next_slot: int = 1  # of the next collective of that graph
+
+    def peek(self, capture: int) -> int:
+        return self.next_slot if capture != 0 and capture == self.graph else 0
+
+    def take(self, capture: int) -> int:
+        """Return the slot of the next collective and move on."""
+        slot = self.peek(capture)
+        self.graph, self.next_slot = capture, 2 if slot == 1 else 1
+        return slot
 
 
 @dataclass(frozen=True)
@@ -87,7 +123,8 @@ class PeerBuffers:
 
         A successful mapping is no proof: in some virtual machines the peer maps a copy. Each turn writes other bytes.
         """
-        patterns = [_pattern(rank + turn * self.size) for rank in range(self.size)]
+        generators = (torch.Generator().manual_seed(rank + turn * self.size) for rank in range(self.size))
+        patterns = [torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=g) for g in generators]
         gathered = torch.empty(self.size, len(patterns[0]), dtype=torch.uint8, device=self._device)
         pattern = patterns[self.rank].to(self._device)
         peer_memory.all_gather(gathered.view(-1), pattern, self.group, self.take_slot(), "barrier")
@@ -107,7 +144,11 @@ class PeerBuffers:
 
     def input(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the memory for the input of the next collective."""
-        return self._view(self._rotation.peek(peer_memory.capture()), shape, dtype)
+        start = peer_memory.HEADER_BYTES + self._rotation.peek(peer_memory.capture()) * self.slot_bytes
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        assert nbytes <= self.slot_bytes, "the policy sends larger messages to NCCL"
+        memory: Tensor = self._bytes[start : start + nbytes]
+        return memory.view(dtype).view(shape)
 
     def take_slot(self) -> int:
         """Return the slot of the collective that is queued now."""
@@ -115,12 +156,11 @@ class PeerBuffers:
 
     def timeout(self) -> PeerTimeout | None:
         """Return the first wait of the device that timed out; results since then are invalid. Queries no GPU."""
-        words = self._words[: self.size].tolist()
-        if not any(words):
+        timeouts = {rank: word for rank, word in enumerate(self._words[: self.size].tolist()) if word}
+        if not timeouts:
             return None
-        first = next(word for word in words if word)
-        ranks = [rank for rank, word in enumerate(words) if word]
-        return PeerTimeout(ranks, peer_memory.KINDS[first >> 32], first & 0xFFFFFFFF)
+        first = next(iter(timeouts.values()))
+        return PeerTimeout(list(timeouts), peer_memory.KINDS[first >> 32], first & 0xFFFFFFFF)
 
     def stop(self) -> None:
         """End all waits of kernels, now and later; callable from any thread."""
@@ -139,19 +179,14 @@ class PeerBuffers:
             self._rendezvous.exchange("peer buffers/unmapped", timeout_s=CLOSE_S)
             if address:
                 peer_memory.free(address)
-            self._leave()
+            if self.rank == 0:  # its process may serve the store: it leaves last
+                self._rendezvous.exchange("peer buffers/left", timeout_s=CLOSE_S)
+            else:
+                self._rendezvous.post("peer buffers/left")
         except RuntimeError as error:  # CommError, or CUDA's
             log.warning("what is still mapped is left to the end of the process: %s", error)
 
-    def _leave(self) -> None:
-        """Let rank 0, whose process may serve the store, leave last."""
-        if self.rank == 0:
-            self._rendezvous.exchange("peer buffers/left", timeout_s=CLOSE_S)
-        else:
-            self._rendezvous.post("peer buffers/left")
-
     def _map_peer(self, peer: int, handle: bytes) -> int:
-        """Return the address in this process of one rank's buffer."""
         if peer == self.rank:
             return self._address
         try:
@@ -160,22 +195,10 @@ class PeerBuffers:
             raise NotShared(f"cannot map the memory of rank {peer} ({first_line(error)})") from error
         return self._mapped[-1]
 
-    def _view(self, slot: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        start = peer_memory.HEADER_BYTES + slot * self.slot_bytes
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        assert nbytes <= self.slot_bytes, "the policy sends larger messages to NCCL"
-        view: Tensor = self._bytes[start : start + nbytes].view(dtype)
-        return view.view(shape)
-
 
 def whole_granules(nbytes: int) -> int:
     """Return `nbytes` rounded up, so that the exported memory holds no other allocation."""
     return -(-nbytes // GRANULE) * GRANULE
-
-
-def _pattern(seed: int) -> Tensor:
-    """Return 4 KiB of random bytes."""
-    return torch.randint(0, 256, (4096,), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def _listed(ranks: list[int]) -> str:

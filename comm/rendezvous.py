@@ -8,7 +8,7 @@ from datetime import timedelta
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # exported, but not in its stubs
 
 from .base import CommError
-from .error_text import first_line
+from .message_text import first_line
 
 
 def open_rendezvous(own_ip: str, timeout_s: float) -> TCPStore:
@@ -37,8 +37,7 @@ class Rendezvous:
     def exchange(self, topic: str, message: str = "", timeout_s: float | None = None) -> list[str]:
         """Post this rank's message on a topic and return the messages of all ranks, in rank order.
 
-        timeout_s  deadline of this exchange; the group's if None
-        Raises CommError that names the silent ranks after the deadline.
+        Raises CommError that names the silent ranks after `timeout_s`, by default the group's deadline.
         """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         keys = [f"{topic}/{rank}" for rank in range(self.size)]
@@ -47,9 +46,8 @@ class Rendezvous:
             self.store.wait(keys, timedelta(seconds=timeout_s))
             return [self.store.get(key).decode() for key in keys]
         except RuntimeError as error:  # torch's DistError
-            raise CommError(
-                f"rank {self.rank} of {self.size}: no message within {timeout_s:.0f} s from {self._silent(keys)}"
-            ) from error
+            reason = f"no message within {timeout_s:.0f} s from {self._silent(keys)}"
+            raise CommError(f"rank {self.rank} of {self.size}: {reason}") from error
 
     def post(self, topic: str, message: str = "") -> None:
         """Post this rank's message on a topic, and wait for no other rank."""

@@ -20,7 +20,10 @@ from .peer_buffers import PeerBuffers
 
 
 class SymmetricCommunicator(Communicator):
-    """One rank. Sums of floats are bitwise identical on all ranks and in all runs."""
+    """Small messages over peer buffers, others over NCCL.
+
+    Sums of floats are bitwise identical on all ranks and in all runs.
+    """
 
     capturable = True
 
@@ -55,8 +58,8 @@ class SymmetricCommunicator(Communicator):
             return self._nccl.all_reduce(x)
         x = x.contiguous()
         out = torch.empty_like(x)
-        launch = peer_memory.one_shot_all_reduce if algorithm == "one-shot" else peer_memory.two_shot_all_reduce
-        launch(out, x, self._buffers.group, self._buffers.take_slot())
+        launches = {"one-shot": peer_memory.one_shot_all_reduce, "two-shot": peer_memory.two_shot_all_reduce}
+        launches[algorithm](out, x, self._buffers.group, self._buffers.take_slot())
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -79,7 +82,13 @@ class SymmetricCommunicator(Communicator):
         if algorithm == "nccl" or not peer_memory.fits_norm(x.shape[-1], x.dtype):
             return ops.add_rms_norm(self.all_reduce(x), residual, weight, eps)
         self._check()
-        return self._reduce_add_rms_norm(x, residual, weight, eps, two_shot=algorithm == "two-shot")
+        out, total = torch.empty_like(x), _aligned(residual)
+        x, weight, group, slot = _aligned(x), _aligned(weight), self._buffers.group, self._buffers.take_slot()
+        two_shot = algorithm == "two-shot"
+        peer_memory.all_reduce_add_rms_norm(out, x, total, weight, eps, group, slot, two_shot=two_shot)
+        if total is not residual:
+            residual.copy_(total)
+        return out
 
     def wait(self, done: DeviceEvent) -> None:
         self._wait(done)
@@ -100,16 +109,6 @@ class SymmetricCommunicator(Communicator):
         out = x.new_empty(self.size, *x.shape)
         parts, part = out.view(-1).view(torch.uint8), x.view(-1).view(torch.uint8)
         peer_memory.all_gather(parts, part, self._buffers.group, self._buffers.take_slot(), operation)
-        return out
-
-    def _reduce_add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, two_shot: bool
-    ) -> Tensor:
-        out, total = torch.empty_like(x), _aligned(residual)
-        x, weight, group, slot = _aligned(x), _aligned(weight), self._buffers.group, self._buffers.take_slot()
-        peer_memory.all_reduce_add_rms_norm(out, x, total, weight, eps, group, slot, two_shot=two_shot)
-        if total is not residual:
-            residual.copy_(total)
         return out
 
     def _wait(self, done: DeviceEvent) -> None:

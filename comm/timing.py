@@ -15,15 +15,16 @@ from .base import Communicator
 
 def eager_us(comm: Communicator, call: Callable[[], object], *, warmup: int, times: int, cuda: bool) -> float:
     """Return the time per call of `times` calls in a row, including the end of the last one."""
-    finish = synchronize if cuda else (lambda comm: None)
     for _ in range(warmup):
         call()
-    finish(comm)
+    if cuda:
+        synchronize(comm)
     comm.barrier()
     started = time.perf_counter()
     for _ in range(times):
         call()
-    finish(comm)
+    if cuda:
+        synchronize(comm)
     return (time.perf_counter() - started) * 1e6 / times
 
 

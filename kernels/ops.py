@@ -1,6 +1,6 @@
 """The ops of a decoder step: the contract of each op and the check of its arguments.
 
-Every op exists three times under one name and one signature, which a test compares:
+Every op on tensors exists three times under one name and one signature, which a test compares:
 
     ops.py        what it computes, and what its arguments must be; call this one
     reference.py  its definition in plain torch, for tensors on a CPU

@@ -27,11 +27,10 @@ class ChildFailed(RuntimeError):
 
 
 class ChildProcess:
-    """One Python process, with a socket as its stdin and stdout.
+    """One Python process, with a socket as its stdin and stdout; `calling` makes its arguments.
 
-    It has its own session: Ctrl-C does not reach it, and `close` also ends the processes that it has started.
-    arguments     the command line after `python`, see `calling`
-    memory_bytes  limit of the process's data segment; no limit if None
+    It has its own session: Ctrl-C does not reach it, and `close` also ends the processes that it has started. Its data
+    segment is limited to `memory_bytes`, unless that is None.
     """
 
     def __init__(self, arguments: Sequence[str], *, memory_bytes: int | None = None) -> None:

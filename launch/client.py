@@ -10,7 +10,7 @@ import httpx
 import msgspec
 
 CONNECT_S = 60.0
-MAX_REASON = 300  # characters of an error that is not in OpenAI's envelope
+MAX_REASON = 300  # longest quote of an error that is not in OpenAI's envelope, in characters
 
 
 class Delta(msgspec.Struct):
@@ -21,7 +21,7 @@ class Delta(msgspec.Struct):
 
 
 class Choice(msgspec.Struct):
-    """News of one output: `text` in a completion, `delta` in a chat."""
+    """The new part of one output: `text` in a completion, `delta` in a chat."""
 
     text: str | None = None
     delta: Delta | None = None
@@ -38,7 +38,7 @@ class Choice(msgspec.Struct):
         return self.delta is not None and self.delta.role is not None and not self.new_text
 
 
-class Usage(msgspec.Struct):
+class StreamUsage(msgspec.Struct):
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -47,16 +47,16 @@ class Chunk(msgspec.Struct):
     """One event of a stream."""
 
     choices: list[Choice] = []
-    usage: Usage | None = None
+    usage: StreamUsage | None = None
     error: Any = None
 
 
-class Model(msgspec.Struct):
+class ModelEntry(msgspec.Struct):
     id: str
 
 
-class Models(msgspec.Struct):
-    data: list[Model]
+class ModelEntries(msgspec.Struct):
+    data: list[ModelEntry]
 
 
 class Events:
@@ -103,7 +103,7 @@ def first_model(response: httpx.Response) -> str:
     if response.status_code != 200:
         raise refusal(response.status_code, response.content)
     try:
-        return msgspec.json.decode(response.content, type=Models).data[0].id
+        return msgspec.json.decode(response.content, type=ModelEntries).data[0].id
     except (ValueError, IndexError) as error:
         raise ValueError(f"{response.url} names no model; give one") from error
 

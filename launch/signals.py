@@ -57,7 +57,11 @@ def signals_wait() -> Iterator[None]:
     received: list[int] = []
     handlers = {number: signal.signal(number, lambda sig, _: received.append(sig)) for number in ENDING}
     set_handler, _waiting = signal.signal, True
-    signal.signal = _ignoring(set_handler)
+
+    def set_other(number: Any, handler: Any) -> Any:
+        return signal.getsignal(number) if number in ENDING else set_handler(number, handler)
+
+    signal.signal = set_other  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -66,15 +70,6 @@ def signals_wait() -> Iterator[None]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         if received:
             signal.raise_signal(received[0])
-
-
-def _ignoring(set_handler: Any) -> Any:
-    """Return a `signal.signal` without effect on the delayed signals."""
-
-    def set_other(number: int, handler: Any) -> Any:
-        return signal.getsignal(number) if number in ENDING else set_handler(number, handler)
-
-    return set_other
 
 
 class Undo(ExitStack):

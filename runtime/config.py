@@ -1,7 +1,7 @@
 """The options of the runtime in one frozen dataclass; the command line is generated from its fields.
 
 The help text of a field says its unit. "auto" and None are resolved once, into a new Config (`resolved`), never by
-writing to a frozen one. lockstep reads no environment variables for options.
+writing to a frozen one. No field is read from the environment, except RAY_ADDRESS where `ray_address` is None.
 """
 
 from __future__ import annotations

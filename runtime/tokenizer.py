@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..comm.error_text import first_line
+from ..comm.message_text import first_line
 from .request import SamplingParams
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

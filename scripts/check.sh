@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up and runs lint, types and tests: what CI and people run.
-#   scripts/check.sh            all that a change can break, at most ten minutes on two cores
+# Sets up .venv and runs lint, types and tests, in CI as on a developer's machine.
+#   scripts/check.sh            everything that a change can break, at most ten minutes on two cores
 #   scripts/check.sh fast       without Ray, processes and the emulator, at most three minutes
 #   scripts/check.sh full       also soaks, every signal phase, network namespaces, the browser, 1,000 examples a property
 # Further arguments go to pytest, for example: scripts/check.sh fast -k engine
@@ -24,11 +24,11 @@ step() {
   if "$@"; then echo "check: $name ok in $((SECONDS - started)) s"; else failed+=("$name"); fi
 }
 types() {
-  # mypy names packages after folders: give it the checkout under the name of the package, whatever it is called.
+  # mypy names packages after folders, so give it the checkout under the package's name.
   mkdir -p .venv/typecheck && ln -sfn "$root" .venv/typecheck/lockstep
   (cd .venv/typecheck && ../bin/mypy --config-file lockstep/pyproject.toml -p lockstep.kernels -p lockstep.comm -p lockstep.runtime -p lockstep.launch)
 }
-# Runs the tests that a marker expression selects; none (status 5) is no failure, -k may have chosen others.
+# Runs the tests that a marker expression selects. None (status 5) is no failure: -k may select others.
 tests() {
   local selection=$1 status=0
   shift

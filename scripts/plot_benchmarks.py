@@ -16,11 +16,11 @@ ENGINES = {"lockstep": "#1f6feb", "vLLM 0.22": "#f0a030", "mini-sglang": "#9aa4a
 ONE_GPU = ("Qwen3-0.6B", "Qwen3-8B", "Qwen3-14B")
 LLAMA = {"8B, TP=1": ("Llama-3.1-8B", "1"), "8B, TP=2": ("Llama-3.1-8B", "2"), "8B, TP=4": ("Llama-3.1-8B", "4"),
          "70B, TP=4": ("Llama-3.1-70B", "4")}  # fmt: skip
-Figures = dict[str, dict[str, dict[str, float]]]  # by metric, by group of bars, by engine
+Figures = dict[str, dict[str, dict[str, float]]]  # metric -> group of bars -> engine -> value
 
 
 def table(path: Path, heading: str) -> Iterator[dict[str, str]]:
-    """Yield the rows of the first table whose header starts with `heading`; an empty first cell repeats the last."""
+    """Yield the rows of the first table with the column `heading` first; an empty first cell repeats the last."""
     lines = iter(path.read_text().splitlines())
     header = next(line for line in lines if line.startswith(f"| {heading} |"))
     names = _cells(header)

@@ -1,12 +1,12 @@
-"""Train the demo model that ships in launch/demo: a small Llama on the King James Bible, from nothing, in minutes.
+"""Train the demo model of launch/demo, a small Llama on the King James Bible, in minutes.
 
     apt-get install bible-kjv && bible -f 'Gen1:1-Rev22:21' > kjv.txt
     python scripts/train_demo.py --text kjv.txt --output launch/demo
 
-The text is one verse a line, `Ge1:1 In the beginning ...`, in the public domain, and the only input. A document is a
-passage of a chapter, plain or told in turns by a user and an assistant, and closes with <|eos|>: so the model learns to
-stop, and to answer with a verse. Every epoch cuts the chapters anew. Writes the layout of Hugging Face's
-`LlamaForCausalLM`.
+The only input is a text in the public domain with one verse a line, `Ge1:1 In the beginning ...`. A document is a
+passage of a chapter, plain or as a dialogue of a user and an assistant. It ends with <|eos|>, so the model learns to
+stop, and to answer with a verse. Every epoch cuts the chapters at new places. The output has the layout of Hugging
+Face's `LlamaForCausalLM`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 SPECIAL_TOKENS = ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"]
-BOS, EOS, USER, ASSISTANT = range(4)  # their ids, in that order
+BOS, EOS, USER, ASSISTANT = range(4)  # the ids of SPECIAL_TOKENS
 
-CONTEXT = 2048  # tokens of a training row, and the longest position the model has seen
+CONTEXT = 2048  # tokens of a training row; the model sees no later position
 CONFIG: dict[str, Any] = {  # keys as transformers 4 writes them; transformers 5 reads them too
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {  # keys as transformers 4 writes them; transformers 5
     "intermediate_size": 320,
     "num_hidden_layers": 5,
     "num_attention_heads": 4,  # splits over 1, 2 and 4 ranks
-    "num_key_value_heads": 2,  # of 4 ranks, two share each one
+    "num_key_value_heads": 2,  # with 4 ranks, two share each one
     "head_dim": 64,  # the smallest that FlashInfer compiles
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
@@ -55,20 +55,20 @@ CONFIG: dict[str, Any] = {  # keys as transformers 4 writes them; transformers 5
     "torch_dtype": "bfloat16",
 }
 GENERATION = {"bos_token_id": BOS, "eos_token_id": EOS, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
-CHAT_TEMPLATE = (  # what `dialogue` builds, as text; a system message speaks as the user does
+CHAT_TEMPLATE = (  # builds the text of `dialogue`; a system message looks like the user's
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + eos_token }}"
     "{% else %}{{ '<|user|>' + message['content'] }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-PASSAGE_VERSES = (1, 2, 3, 4, 5, 20)  # each as likely: many ends to learn from, and long context
-DIALOGUE_SHARE = 0.33  # of the passages of two verses and more
+PASSAGE_VERSES = (1, 2, 3, 4, 5, 20)  # all equally likely: short ones teach ends, long ones teach context
+DIALOGUE_SHARE = 0.33  # share of the passages of two verses and more
 VALIDATION_STRIDE = 20  # every 20th chapter is held out
 
 PEAK_LEARNING_RATE = 4e-3
-WEIGHT_DECAY = 1.5  # strong, for dozens of epochs over four megabytes
-WARMUP = 0.02  # of the run
+WEIGHT_DECAY = 1.5  # strong, because the run has dozens of epochs over four megabytes
+WARMUP = 0.02  # share of the run
 
 Verse = list[int]
 
@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto takes CUDA where there is one")
     parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="end earlier, learning rate decayed all the same"
+        "--minutes", type=float, default=math.inf, help="end after this time, with the learning rate decayed"
     )
     parser.add_argument("--rows", type=int, default=16, help=f"rows of {CONTEXT} tokens in a step")
     parser.add_argument("--seed", type=int, default=0)
@@ -109,14 +109,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_chapters(path: Path) -> list[list[str]]:
-    """The verses of each chapter, in order, without their references."""
+    """Return the verses of each chapter, in order, without their references."""
     lines = (line.split(maxsplit=1) for line in path.read_text().splitlines())
     by_chapter = groupby(lines, key=lambda line: line[0].rsplit(":", 1)[0])
     return [[verse.strip() for _, verse in chapter] for _, chapter in by_chapter]
 
 
 def train_tokenizer(chapters: list[list[str]]) -> Tokenizer:
-    """Byte-level BPE: any text at all survives encoding and decoding, also what the training text never has."""
+    """Train byte-level BPE, which encodes and decodes every text without loss."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -134,18 +134,18 @@ def train_tokenizer(chapters: list[list[str]]) -> Tokenizer:
 
 
 def batches(chapters: list[list[Verse]], newline: int, rows: int, device: str) -> Iterator[Tensor]:
-    """Endless [rows, CONTEXT + 1] of documents end to end; like a prompt, each row starts where a document starts."""
+    """Yield [rows, CONTEXT + 1] of concatenated documents without end; each row starts at the start of a document."""
     span = torch.arange(CONTEXT + 1, device=device)
     while True:
         stream = torch.tensor(list(chain.from_iterable(documents(chapters, newline))), device=device)
         starts = (stream[: -len(span)] == BOS).nonzero()  # [documents, 1]
         for _ in range(len(stream) // (rows * CONTEXT)):
-            chosen = starts[torch.randint(len(starts), (rows,), device=device)]
-            yield stream[chosen + span]
+            row_starts = starts[torch.randint(len(starts), (rows,), device=device)]
+            yield stream[row_starts + span]
 
 
 def documents(chapters: list[list[Verse]], newline: int) -> list[list[int]]:
-    """Every chapter cut into passages of random lengths, plain or as dialogues, shuffled."""
+    """Return the chapters cut into passages of random lengths, plain or as dialogues, in random order."""
     passages = [passage for chapter in chapters for passage in cut(chapter)]
     random.shuffle(passages)
     return [
@@ -155,9 +155,9 @@ def documents(chapters: list[list[Verse]], newline: int) -> list[list[int]]:
 
 
 def dialogue(verses: list[Verse]) -> list[int]:
-    """The verses told in turns, one each; a last question that nobody answers is left out."""
+    """Return the verses as questions and answers by turns; a last question without an answer is left out."""
     exchanges = zip(verses[::2], verses[1::2], strict=False)
-    return [BOS, *chain.from_iterable([USER, *asked, ASSISTANT, *answer, EOS] for asked, answer in exchanges)]
+    return [BOS, *chain.from_iterable([USER, *question, ASSISTANT, *answer, EOS] for question, answer in exchanges)]
 
 
 def cut(chapter: list[Verse]) -> Iterator[list[Verse]]:
@@ -179,7 +179,7 @@ def train(
     held_out: list[list[str]],
     args: argparse.Namespace,
 ) -> None:
-    """AdamW under a cosine that reaches zero with the last step or the last minute, whichever comes first."""
+    """Train with AdamW; the learning rate reaches zero at the last step or the last minute, whichever is first."""
     chapters = [[verse.ids for verse in tokenizer.encode_batch(c, add_special_tokens=False)] for c in trained_on]
     [newline] = tokenizer.encode("\n", add_special_tokens=False).ids
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -208,13 +208,13 @@ def train(
 
 
 def learning_rate(progress: float) -> float:
-    """Linear warm-up, then a cosine to zero at progress 1."""
+    """Return the learning rate: a linear warm-up, then a cosine to zero at progress 1."""
     return PEAK_LEARNING_RATE * min(1.0, progress / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 @torch.inference_mode()
 def bits_per_byte(model: LlamaForCausalLM, tokenizer: Tokenizer, chapters: list[list[str]]) -> float:
-    """Cost of the chapters, <|eos|> included, each as one document cut off at CONTEXT tokens, per byte of its text."""
+    """Return the cost in bits per byte of text; each chapter is a document with <|eos|>, cut off at CONTEXT tokens."""
     nats, num_bytes = 0.0, 0
     for chapter in chapters:
         ids = [*tokenizer.encode("\n".join(chapter)).ids, EOS][:CONTEXT]
@@ -247,7 +247,7 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def print_samples(model: LlamaForCausalLM, folder: Path) -> None:
-    """What a user of the checkpoint sees: two continuations and one answer."""
+    """Print two continuations and one answer, generated from the saved tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     question = [{"role": "user", "content": "Who is the king of this land?"}]
     chat = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)

@@ -4,7 +4,7 @@
 // waits for their signals, and reads their slots. Sums are in rank order and in float32: bitwise identical on all ranks. A signal is
 // the number of a round, which each block counts on the device. It only grows, so that a graph can be replayed. Block b reads only
 // what blocks b of the peers have published: the shares depend on sizes and grid, which are equal on all ranks.
-// comm/slot_rotation.py proves that no rank writes into a slot that a slow peer still reads.
+// SlotRotation in comm/peer_buffers.py proves that no rank writes into a slot that a slow peer still reads.
 //
 // A wait ends at a timeout, or when the host sets `stop`. The rank then has garbage, and never signals its peers again: they time
 // out as well. The host finds the missing ranks in `missing`.

@@ -47,8 +47,9 @@ DEVICE float block_sum(float x) {
     return warp_sum(threadIdx.x % 32 < warps ? partial[threadIdx.x % 32] : 0.f);
 }
 
-// Programmatic dependent launch (sm_90 and later): a kernel launched early may start while the previous kernel still runs. It reads
-// only memory that no kernel writes, such as weights, before it waits for the previous kernel to end and its writes to be visible.
+// Programmatic dependent launch (sm_90 and later): a kernel launched early may start while the previous kernel still runs. Until it
+// has waited for the end of the previous kernel, it reads only memory that was complete when the last ordinary launch started:
+// weights, tables of the step, keys of earlier steps.
 DEVICE void launch_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

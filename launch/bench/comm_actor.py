@@ -9,26 +9,27 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from ...comm.all_reduce_choice import PEER_ALGORITHMS, PeerAlgorithm
 from ...comm.all_reduce_policy import SUMMED_DTYPES, Policy
 from ...comm.base import Communicator
-from ...comm.error_text import first_line
+from ...comm.connect import share_buffers
+from ...comm.message_text import first_line
 from ...comm.nccl import NcclCommunicator
 from ...comm.rendezvous import Rendezvous
-from ...comm.shared_memory import share_buffers
 from ...comm.timing import capture, eager_us, graph_us, synchronize
-from ..cluster.rank_actor import Endpoint, RankActor
+from ..cluster.worker import Endpoint, RankActor
 from .comm_report import ALGORITHMS, CommBenchSpec, Mode, RankCapabilities, TableLine, Timing
 
 if TYPE_CHECKING:
     from ...comm.symmetric import SymmetricCommunicator
 
 EPS = 1e-5
-VERIFIED_CALLS = 3  # in the graph that is verified
+VERIFIED_CALLS = 3  # the graph that is verified has this many
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class TimedCall:
 class AllReduceAlgorithm(ABC):
     """One way to sum over the ranks, on one rank."""
 
-    fused = False  # all-reduce + residual + RMSNorm
+    fused = False  # True for all-reduce + residual + RMSNorm
     capturable = True
 
     @abstractmethod
@@ -161,9 +162,9 @@ class CommBenchActor(RankActor):
     def make(self, name: str) -> AllReduceAlgorithm:
         """Return one of ALGORITHMS; raises RuntimeError with the reason if this rank cannot run it."""
         first_word, _, fused = name.partition(" ")
-        has_buffers, comm = first_word in ("one-shot", "two-shot"), self._comm
+        has_buffers, comm = first_word in PEER_ALGORITHMS, self._comm
         if has_buffers:
-            comm = self._symmetric_for(first_word)
+            comm = self._symmetric_for(cast(PeerAlgorithm, first_word))
         elif first_word == "nccl":
             comm = self._require_nccl()
         elif isinstance(comm, NcclCommunicator):
@@ -195,7 +196,7 @@ class CommBenchActor(RankActor):
             raise RuntimeError(f"needs NCCL: {self._comm.description}")
         return self._comm
 
-    def _symmetric_for(self, shots: str) -> SymmetricCommunicator:
+    def _symmetric_for(self, algorithm: PeerAlgorithm) -> SymmetricCommunicator:
         """Return a communicator with one algorithm; all of them use the same buffers. Raises as `make` does."""
         nccl, largest = self._require_nccl(), max(self.spec.sizes)
         if self.dtype not in SUMMED_DTYPES:
@@ -205,7 +206,7 @@ class CommBenchActor(RankActor):
             self._symmetric = share_buffers(
                 nccl, self._rendezvous, device=self._device, slot_bytes=slot_bytes, shares_device=shares_device
             )
-        return self._symmetric.with_policy(Policy.only("one-shot" if shots == "one-shot" else "two-shot", largest))
+        return self._symmetric.with_policy(Policy.only(algorithm, largest))
 
     # --- measurement
 

@@ -16,7 +16,7 @@ import typer
 from ...runtime.config import Config
 from ..options import LogLevel, start_logging, with_fields
 from ..signals import Undo, signals_wait
-from .comm_report import ALGORITHMS, Block, CommBenchSpec, Report, draw, lines, summary
+from .comm_report import ALGORITHMS, Block, CommBenchSpec, CommReport, draw, lines, summary
 from .output_files import require_outputs
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ GROUP_OPTIONS = (
     "wait_for_resources", "step_timeout",
 )  # fmt: skip
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # dtype -> bytes of an element
 
 
 @with_fields("options", Config, GROUP_OPTIONS)
@@ -66,7 +66,7 @@ def bench_comm(
     sizes = list(byte_sizes(min_bytes, max_bytes, step_factor, dtype))
     _check(config, algorithm or [])
     require_outputs(output_json, plot=plot)
-    with signals_wait():  # torch: seconds that a wrong option need not wait for
+    with signals_wait():  # imports torch, which takes seconds: a wrong option is refused before
         from .comm_actor import CommBenchActor
 
     spec = CommBenchSpec(
@@ -86,7 +86,7 @@ def bench_comm(
         raise typer.Exit(1)
 
 
-def run_on_ranks(actor: type[CommBenchActor], config: Config, spec: CommBenchSpec, out: TextIO) -> Report:
+def run_on_ranks(actor: type[CommBenchActor], config: Config, spec: CommBenchSpec, out: TextIO) -> CommReport:
     """Start an actor for each rank and measure; prints each block to `out` when it is complete."""
     from ray.util.placement_group import remove_placement_group
 
@@ -109,7 +109,7 @@ def run_on_ranks(actor: type[CommBenchActor], config: Config, spec: CommBenchSpe
 
         ranks.endpoints = call("bind", connection.ip)
         capabilities = call("prepare", ranks.endpoints, spec)[0]
-        report = Report(capabilities, spec, [str(endpoint) for endpoint in ranks.endpoints])
+        report = CommReport(capabilities, spec, [str(endpoint) for endpoint in ranks.endpoints])
         print(*report.head(), sep="\n", file=out, flush=True)
         for name, modes in capabilities.modes.items():
             for mode in modes:

@@ -22,10 +22,10 @@ NCCL_TESTS_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "half
 class CommBenchSpec:
     """The collectives to measure."""
 
-    sizes: list[int]  # bytes
+    sizes: list[int]  # sizes in bytes
     dtype: str
     hidden_size: int  # columns of the residual stream
-    algorithms: list[str]  # if empty, every one that fits the ranks' communicator
+    algorithms: list[str]  # empty: all that fit the ranks' communicator
     warmup: int
     times: int
     graph_length: int
@@ -47,7 +47,7 @@ class Timing:
 
     time_us: float
     algbw: float
-    busbw: float  # algbw * 2 (n - 1) / n: the bytes that pass each rank's link
+    busbw: float  # algbw * 2 (n - 1) / n, the traffic of each rank's link
     wrong: int
 
     @classmethod
@@ -60,7 +60,7 @@ class Timing:
 class TableLine:
     """The timings of one size; None if the algorithm has no such collective."""
 
-    size: int  # bytes
+    size: int  # size in bytes
     count: int
     out_of_place: Timing | None
     in_place: Timing | None
@@ -101,7 +101,7 @@ def _merge(ranks: Sequence[Timing | None]) -> Timing | None:
 
 
 @dataclass
-class Report:
+class CommReport:
     """All results; `blocks` grows during the benchmark."""
 
     capabilities: RankCapabilities
@@ -161,7 +161,7 @@ def lines(block: Block) -> Iterator[str]:
         )
 
 
-def summary(report: Report) -> Iterator[str]:
+def summary(report: CommReport) -> Iterator[str]:
     """Yield the times of all algorithms by size, and the number of wrong elements."""
     for mode, text in MODE_TEXTS.items():
         blocks = [block for block in report.blocks if block.mode == mode]
@@ -178,7 +178,7 @@ def summary(report: Report) -> Iterator[str]:
     yield f"# Out of bounds values : {report.num_wrong} {'FAILED' if report.num_wrong else 'OK'}"
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: CommReport, path: Path) -> None:
     """Draw the latency of every algorithm by size, with a panel for each mode."""
     from matplotlib.figure import Figure
 

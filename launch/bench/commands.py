@@ -28,7 +28,7 @@ BATCH_SIZE = 8
 UNIFORM: dict[str, Any] = {
     "num_prompts": 1000, "input_len": 1024, "output_len": 128, "random_range_ratio": 0.0, "seed": 0,
 }  # fmt: skip
-NANO = {"num_prompts": 256, "seed": 0}  # values that are allowed beside --preset nano
+NANO = {"num_prompts": 256, "seed": 0}  # --preset nano allows these values of the other options
 
 OutputJson = Annotated[Path | None, typer.Option("--output-json", help="Write the results to this file.")]
 TraceFile = Annotated[
@@ -114,7 +114,7 @@ def bench_throughput(
     workload = _preset(flags) if preset is not None else uniform(**lengths)
     _check_files(output_json, profile, [workload])
     with redirect_stdout(sys.stderr), EngineBenchmark(Config.from_options(config), [workload], seed or 0) as bench:
-        bench.run(batch(1, workload.input_lens[0], 1))  # sets up everything that is made on first use
+        bench.run(batch(1, workload.input_lens[0], 1))  # warm-up: initializes everything that is made on first use
         with tqdm(total=workload.num_requests, unit="request", disable=None) as bar:
             run = bench.run(workload, bar=bar)
         steps = _profile_steps(bench, workload, run, profile_steps, profile)
@@ -178,7 +178,7 @@ def _throughput_head(result: dict[str, Any]) -> str:
 
 
 def _step_lines(r: dict[str, Any]) -> Iterator[str]:
-    """Yield the report of the steps for people."""
+    """Yield the human-readable report of the steps."""
     yield (
         f"Steps: {r['prefill_steps']} prefill, {r['decode_steps']} decode, {r['preemptions']} preemptions;"
         f" {r['prompt_tokens']} prompt tokens computed, {r['output_tokens']} output tokens,"

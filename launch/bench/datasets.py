@@ -16,7 +16,7 @@ from ...runtime.tokenizer import Tokenizer
 from .serve_config import ServeBenchConfig
 from .workload import length_range
 
-ATTEMPTS = 10  # to make a text with the right number of tokens
+ATTEMPTS = 10  # tries to make a text with the right number of tokens
 # vLLM's bounds of the conversations that it takes from ShareGPT, in tokens.
 MIN_TOKENS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 1024, 2048
 
@@ -32,12 +32,12 @@ class Prompt:
 
 def needs_tokenizer(config: ServeBenchConfig) -> bool:
     """Return True if `make_prompts` needs a tokenizer."""
-    return config.dataset_name == "sharegpt" or (config.chat and not config.from_file)
+    return config.dataset_name == "sharegpt" or (config.is_chat and not config.reads_file)
 
 
 def make_prompts(config: ServeBenchConfig, tokenizer: Tokenizer | None) -> list[Prompt]:
     """Return config.num_prompts prompts; raises ValueError for a file without usable prompts."""
-    if config.from_file:
+    if config.reads_file:
         assert config.dataset_path is not None
         generator = random.Random(config.seed)
         lines = _read(config.dataset_path, as_lines=config.dataset_name == "custom")

@@ -22,7 +22,7 @@ from .trace import kernel_times
 from .workload import Workload
 
 POLL_S = 1.0
-PERCENTAGES = (10, 25, 50, 75, 90, 99)  # vLLM's
+PERCENTAGES = (10, 25, 50, 75, 90, 99)  # vLLM reports the same
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def report_steps(run: Run, profile: Profile) -> dict[str, Any]:
     stats, seconds = run.stats, sum(run.seconds)
     us_per_step = 1e6 / stats.steps
     launch_s = 0.0 if profile.device == "cpu" else stats.launch_s
-    decode_s = kv_bytes = bytes_per_s = None  # of a decode step
+    decode_s = kv_bytes = bytes_per_s = None  # the averages of a decode step
     if stats.decode_steps:
         decode_s = stats.decode_s / stats.decode_steps
         kv_bytes = stats.decode_kv_tokens / stats.decode_steps * profile.kv_token_bytes
@@ -149,7 +149,7 @@ def report_steps(run: Run, profile: Profile) -> dict[str, Any]:
         "prefill_steps": stats.steps - stats.decode_steps,
         "decode_steps": stats.decode_steps,
         "preemptions": stats.preemptions,
-        "prompt_tokens": stats.prompt_tokens,  # computed
+        "prompt_tokens": stats.prompt_tokens,  # counts computed tokens only
         "output_tokens": stats.output_tokens,
         "output_tokens_per_second": stats.output_tokens / seconds,
         # schedule, commit and, on a GPU, launch

@@ -30,12 +30,12 @@ class Target:
 
     client: httpx.AsyncClient
     path: str
-    chat: bool
+    is_chat: bool
     common: dict[str, Any]
 
     def body(self, prompt: Prompt) -> dict[str, Any]:
         """Return the body of a request."""
-        if self.chat:
+        if self.is_chat:
             messages = [{"role": "user", "content": prompt.content}]
             return {"messages": messages, "max_completion_tokens": prompt.output_len, **self.common}
         return {"prompt": prompt.content, "max_tokens": prompt.output_len, **self.common}
@@ -100,7 +100,7 @@ async def connect_to_server(config: ServeBenchConfig, model: str | None) -> Asyn
             common["temperature"] = config.temperature
         if config.ignore_eos or config.dataset_name == "random":
             common["ignore_eos"] = True
-        yield Target(client, config.path, config.chat, common)
+        yield Target(client, config.path, config.is_chat, common)
 
 
 async def _wait_ready(client: httpx.AsyncClient, timeout_s: float, model: str | None) -> str:

@@ -81,7 +81,7 @@ async def measure(config: ServeBenchConfig, model: str | None) -> tuple[list[Rec
     """Make the prompts, wait for the server, warm it up and time the requests; returns them with the result."""
     from ...runtime.tokenizer import Tokenizer
     from .datasets import make_prompts, needs_tokenizer
-    from .load_client import arrivals, connect_to_server, send_all  # imports httpx, slow for --help
+    from .load_client import arrivals, connect_to_server, send_all  # imports httpx, which would slow --help down
 
     async with connect_to_server(config, model) as target:
         model = target.common["model"]
@@ -110,11 +110,11 @@ def _result(config: ServeBenchConfig, names: dict[str, Any], records: list[Recor
         "label": config.label,
         **names,
         "num_prompts": config.num_prompts,
-        **config.notes,
+        **config.metadata_pairs,
         "request_rate": "inf" if math.isinf(config.request_rate) else config.request_rate,
         "burstiness": "inf" if math.isinf(config.burstiness) else config.burstiness,
         "max_concurrency": config.max_concurrency,
-        **summary(records, duration, config.slo),
+        **summary(records, duration, config.goodput_limits),
     }
     seconds = samples(records)
     for name in config.metrics:

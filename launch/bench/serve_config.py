@@ -99,23 +99,25 @@ class ServeBenchConfig:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0; inf is allowed")
         if not 0 <= self.random_range_ratio <= 1:
             raise ValueError(f"--random-range-ratio {self.random_range_ratio} must be between 0 and 1")
-        if (self.dataset_path is not None) != self.from_file:
-            way_out = "give --dataset-path FILE" if self.from_file else "drop --dataset-path or name its dataset"
-            raise ValueError(f"--dataset-name {self.dataset_name} is {'' if self.from_file else 'not '}read; {way_out}")
+        dataset = f"--dataset-name {self.dataset_name}"
+        if self.reads_file and self.dataset_path is None:
+            raise ValueError(f"{dataset} needs a file; give --dataset-path FILE")
+        if self.dataset_path is not None and not self.reads_file:
+            raise ValueError(f"{dataset} takes no file; drop --dataset-path or name its dataset")
         for name in ("save_detailed", "result_dir", "result_filename"):
             if getattr(self, name) and not self.save_result:
-                raise ValueError(f"{_flag(name)} is about the file of results; add --save-result")
+                raise ValueError(f"{_flag(name)} needs a result file; add --save-result")
         require_outputs(plot=self.plot)
-        _ = self.slo, self.metrics, self.percentiles, self.notes
+        _ = self.goodput_limits, self.metrics, self.percentiles, self.metadata_pairs  # they raise ValueError
 
     @property
-    def from_file(self) -> bool:
+    def reads_file(self) -> bool:
         """True if the prompts are read from dataset_path."""
         return self.dataset_name in ("sharegpt", "custom")
 
     @property
-    def chat(self) -> bool:
-        """True for requests to chat completions."""
+    def is_chat(self) -> bool:
+        """True if the requests go to chat completions."""
         return self.backend == "openai-chat"
 
     @property
@@ -148,22 +150,22 @@ class ServeBenchConfig:
         return percentiles
 
     @property
-    def slo(self) -> dict[str, float]:
-        """The service-level objectives of --goodput: the longest good times in seconds."""
-        objectives = {}
+    def goodput_limits(self) -> dict[str, float]:
+        """The limits of --goodput by metric, in seconds."""
+        limits = {}
         for pair in self.goodput or []:
             name, _, ms = pair.partition(":")
             try:
-                objectives[name] = float(ms) / 1e3
+                limits[name] = float(ms) / 1e3
             except ValueError:
-                objectives[name] = -1.0
-            if name not in ("ttft", "tpot", "e2el") or not objectives[name] >= 0:
+                limits[name] = -1.0
+            if name not in ("ttft", "tpot", "e2el") or not limits[name] >= 0:
                 raise ValueError(f"--goodput {pair} must be ttft:MS, tpot:MS or e2el:MS")
-        return objectives
+        return limits
 
     @property
-    def notes(self) -> dict[str, str]:
-        """The pairs of --metadata."""
+    def metadata_pairs(self) -> dict[str, str]:
+        """The keys and values of --metadata."""
         for pair in self.metadata or []:
             if "=" not in pair:
                 raise ValueError(f"--metadata {pair} must be KEY=VALUE")

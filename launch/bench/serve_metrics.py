@@ -1,4 +1,4 @@
-"""TTFT, TPOT, ITL and E2EL as functions of the times at which the chunks of an answer came, under vLLM's keys."""
+"""TTFT, TPOT, ITL and E2EL as functions of the times at which the chunks of an answer arrived, under vLLM's keys."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Record:
     """One request as its client saw it, with times in seconds of one clock; a failed request has an error."""
 
     prompt_len: int
-    started: float = 0.0  # when it was sent
-    chunk_times: list[float] = field(default_factory=list)  # of chunks that bring tokens
-    ended: float = 0.0  # when the last chunk came
+    started: float = 0.0  # time at which it was sent
+    chunk_times: list[float] = field(default_factory=list)  # arrival times of the chunks with tokens
+    ended: float = 0.0  # arrival time of the last chunk
     output_len: int = 0
     text: str = ""
     error: str = ""
@@ -64,10 +64,10 @@ def statistics(name: str, seconds: Sequence[float], percentiles: Sequence[float]
     return {f"{key}_{name}_ms": float(value) for key, value in values.items()}
 
 
-def summary(records: Sequence[Record], duration: float, slo: Mapping[str, float]) -> dict[str, Any]:
+def summary(records: Sequence[Record], duration: float, goodput_limits: Mapping[str, float]) -> dict[str, Any]:
     """Return counts and rates over `duration` seconds.
 
-    slo  the longest good time of each metric, in seconds
+    goodput_limits  the largest value of each metric in seconds with which a request counts as good
     """
     answered = [r for r in records if not r.error]
     inputs, outputs = sum(r.prompt_len for r in answered), sum(r.output_len for r in answered)
@@ -78,7 +78,7 @@ def summary(records: Sequence[Record], duration: float, slo: Mapping[str, float]
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
         "request_throughput": len(answered) / duration,
-        "request_goodput": sum(is_good(r, slo) for r in answered) / duration if slo else None,
+        "request_goodput": sum(is_good(r, goodput_limits) for r in answered) / duration if goodput_limits else None,
         "output_throughput": outputs / duration,
         "total_token_throughput": (inputs + outputs) / duration,
         "max_output_tokens_per_s": peak_tokens(answered),
@@ -100,10 +100,10 @@ def details(records: Sequence[Record]) -> dict[str, list[Any]]:
     }
 
 
-def is_good(record: Record, slo: Mapping[str, float]) -> bool:
-    """Return True if a request meets all objectives; an output of one token has a TPOT of 0."""
+def is_good(record: Record, limits: Mapping[str, float]) -> bool:
+    """Return True if no metric of a request exceeds its limit in seconds; an output of one token has a TPOT of 0."""
     times = {"ttft": ttft(record), "tpot": tpot(record) or 0.0, "e2el": e2el(record)}
-    return all(times[name] <= longest for name, longest in slo.items())
+    return all(times[name] <= limit for name, limit in limits.items())
 
 
 def peak_tokens(answered: Sequence[Record]) -> float:

@@ -28,21 +28,21 @@ CLASSES = {
 
 
 @dataclass(frozen=True)
-class Event:
+class TraceEvent:
     """One kernel or op; times in microseconds."""
 
     name: str
     start: float
     stop: float
-    exclusive: float  # duration without the events inside it
+    exclusive: float  # the duration without the events inside it
 
 
 @dataclass(frozen=True)
 class KernelTimes:
     """The busy and idle time of a trace, and the shares of the classes."""
 
-    busy_us: float  # time in which at least one kernel runs
-    idle_share: float  # of the time from the start of the first kernel to the end of the last
+    busy_us: float  # the time in which at least one kernel runs
+    idle_share: float  # the idle part of the time from the first kernel's start to the last one's end
     shares: dict[str, float]  # class -> its share of all kernels' time, the largest first
 
 
@@ -67,16 +67,16 @@ def classify(name: str) -> str:
     return next((c for c, pattern in CLASSES.items() if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
-def read_events(trace: bytes) -> list[Event]:
+def read_events(trace: bytes) -> list[TraceEvent]:
     """Return the kernels of a trace, or its ops if it has none."""
     raw = json.loads(trace)["traceEvents"]
     kernels = [e for e in raw if e.get("cat") in DEVICE_EVENTS]
     if kernels:
-        return [Event(e["name"], e["ts"], e["ts"] + e["dur"], e["dur"]) for e in kernels]
+        return [TraceEvent(e["name"], e["ts"], e["ts"] + e["dur"], e["dur"]) for e in kernels]
     return _nested([e for e in raw if e.get("cat") == "cpu_op"])
 
 
-def union(events: Iterable[Event]) -> float:
+def union(events: Iterable[TraceEvent]) -> float:
     """Return the time in which at least one of the events runs."""
     total, end = 0.0, float("-inf")
     for event in sorted(events, key=lambda e: e.start):
@@ -85,7 +85,7 @@ def union(events: Iterable[Event]) -> float:
     return total
 
 
-def _nested(raw: list[dict[str, Any]]) -> list[Event]:
+def _nested(raw: list[dict[str, Any]]) -> list[TraceEvent]:
     """Return the events of threads, in which one event lies inside another but never across its end."""
     raw = sorted(raw, key=lambda e: (e["tid"], e["ts"], -e["dur"]))
     ends = [(e["tid"], e["ts"] + e["dur"]) for e in raw]
@@ -97,4 +97,4 @@ def _nested(raw: list[dict[str, Any]]) -> list[Event]:
         if open_:
             exclusive[open_[-1]] -= event["dur"]
         open_.append(i)
-    return [Event(e["name"], e["ts"], e["ts"] + e["dur"], t) for e, t in zip(raw, exclusive, strict=True)]
+    return [TraceEvent(e["name"], e["ts"], e["ts"] + e["dur"], t) for e, t in zip(raw, exclusive, strict=True)]

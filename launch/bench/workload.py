@@ -15,11 +15,11 @@ class Workload:
     input_lens: Sequence[int]
     output_lens: Sequence[int]
     n: int = 1
-    sampling: Mapping[str, float] = field(default_factory=dict)  # parameters of every request
+    sampling: Mapping[str, float] = field(default_factory=dict)  # arguments of SamplingParams for every request
 
     @property
     def num_requests(self) -> int:
-        """The number of outputs."""
+        """The number of requests to the engine, one for each output."""
         return len(self.input_lens) * self.n
 
     def check(self, max_model_len: int) -> None:

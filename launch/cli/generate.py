@@ -110,7 +110,7 @@ def _sampling_fields(options: GenerateOptions) -> dict[str, Any]:
 
 def _structured_outputs(options: GenerateOptions) -> StructuredOutputsParams | None:
     schema, choice = options.json_schema, options.choice or None
-    if schema is not None and not schema.lstrip().startswith("{"):  # the name of a file
+    if schema is not None and not schema.lstrip().startswith("{"):  # then it names a file
         try:
             schema = Path(schema).read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -152,7 +152,7 @@ class Printer:
     def __init__(self, out: TextIO, prompts: list[str], n: int, as_json: bool) -> None:
         self._out, self._prompts, self._n, self._as_json = out, prompts, n, as_json
         self._pending: dict[tuple[int, int], list[Event]] = {(p, i): [] for p in range(len(prompts)) for i in range(n)}
-        self._current: tuple[int, int] | None = None  # prompt and output under the last heading
+        self._current: tuple[int, int] | None = None  # (prompt, output) under the last heading
 
     def add_text(self, event: Event) -> None:
         """Print new text, or keep it until the outputs before it have ended."""

@@ -18,17 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...comm.base import CommError
-from ...comm.error_text import first_line
+from ...comm.message_text import first_line
 from ...runtime.config import Config
 from ..errors import RankFailed
-from .rank_actor import Endpoint, RankActor
 from .sockets import WakeupEvent
-from .worker import Worker
+from .worker import Endpoint, RankActor, Worker
 
 # Prefixes of variables that are passed on to the ranks. All other settings of a rank are in Config.
 FORWARDED = ("NCCL_", "GLOO_", "OMP_", "HF_", "HUGGING_FACE_", "TORCH_", "CUDA_LAUNCH_")
@@ -80,16 +79,14 @@ class ActorGroup:
         leaving: threading.Event,
         actor: type[RankActor] | None = None,
     ) -> None:
-        self._wakeup, self._leaving = wakeup, leaving
+        self._group, self._wakeup, self._leaving = group, wakeup, leaving
         self.endpoints: list[Endpoint] = []  # set by the caller of `bind`
         self.failure: RankFailed | None = None
-        self._group = group
         self._calls: list[Any] = []  # the last one of each rank
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="lockstep-watch", daemon=True)
-        self._actors = [
-            _start_actor(actor or Worker, rank, config, group) for rank in range(config.tensor_parallel_size)
-        ]
+        ranks = range(config.tensor_parallel_size)
+        self._actors = [_start_actor(actor or Worker, rank, config, group) for rank in ranks]
 
     def call(self, method: str, deadline: float, *arguments: Any) -> list[Any]:
         """Call `method` on every rank and return the results in rank order.
@@ -152,21 +149,20 @@ class ActorGroup:
                 self._wakeup.set()
 
     def _find_cause(self, failures: list[Failure]) -> Failure:
-        """Return the failure that caused the others."""
         if all(failure.is_echo for failure in failures):
             ray.wait(self._calls, num_returns=len(self._calls), timeout=OTHERS_S)
             failures = self._ended()
         return min(failures, key=lambda failure: failure.is_echo)
 
     def _silent_ranks(self) -> str:
-        """Return text naming the ranks that the failed ones may have waited for: Ray knows of no failure of theirs."""
+        """Return text naming the ranks without a failure, for which the failed ones may have waited."""
         ended = {failure.rank for failure in self._ended()}
         silent = [self._describe(rank) for rank in range(len(self._calls)) if rank not in ended]
         return f"; no word from {', '.join(silent)}" if silent else ""
 
     def _ended(self) -> list[Failure]:
-        outcomes = ((rank, _outcome(call)) for rank, call in enumerate(self._calls))
-        return [Failure(rank, error) for rank, (ended, error) in outcomes if ended]
+        ended, _ = ray.wait(self._calls, num_returns=len(self._calls), timeout=0)
+        return [Failure(rank, _error_of(call)) for rank, call in enumerate(self._calls) if call in ended]
 
     def _raise(self, failure: Failure) -> None:
         rank = self._describe(failure.rank)
@@ -211,31 +207,23 @@ def forwarded() -> dict[str, str]:
 
 
 def rank_table(endpoints: Sequence[Endpoint]) -> str:
-    """Return a table of the ranks' places, a line for each, and the names of the variables that they get.
-
-    The values of the variables may be secrets.
-    """
+    """Return a table of the ranks' places, and the names of the variables that they get: values may be secrets."""
     rows = [(str(e.rank), e.host, e.ip, e.interface or "?", ",".join(e.gpus) or "none", str(e.pid)) for e in endpoints]
     widths = [max(map(len, column)) for column in zip(TABLE_HEAD, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (TABLE_HEAD, *rows)
-    ]
+    cells = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (TABLE_HEAD, *rows))
+    lines = ["  ".join(row).rstrip() for row in cells]
     num_nodes = len({endpoint.host for endpoint in endpoints})
     title = f"{len(rows)} rank{'s' * (len(rows) > 1)} on {num_nodes} node{'s' * (num_nodes > 1)}"
     names = ", ".join(sorted(forwarded())) or "nothing"
     return "\n  ".join([title, *lines, f"environment that they get from here: {names}"])
 
 
-def _outcome(call: Any) -> tuple[bool, RayError | None]:
-    """Return whether a call has ended, and its error, if there is one."""
+def _error_of(call: Any) -> RayError | None:
     try:
-        ray.get(call, timeout=0)
-    except GetTimeoutError:
-        return False, None
+        ray.get(call)
     except RayError as error:
-        return True, error
-    return True, None
+        return error
+    return None
 
 
 def _reason_of_death(error: RayError) -> str:
@@ -244,14 +232,11 @@ def _reason_of_death(error: RayError) -> str:
     The details may be a traceback. The cause may continue in indented lines at the end of the report.
     """
     lines = [line for line in str(error).splitlines() if line.strip()]
-    num_indented = len(lines) - len(list(itertools.dropwhile(_is_indented, reversed(lines))))
-    details = [number for number, line in enumerate(lines[: len(lines) - num_indented]) if _is_indented(line)]
+    is_indented = [line[0].isspace() for line in lines]
+    num_indented = len(lines) - len(list(itertools.dropwhile(bool, reversed(is_indented))))
+    details = [number for number, indented in enumerate(is_indented[: len(lines) - num_indented]) if indented]
     cause = lines[details[-1] + 1 :] if details else lines
     if not cause:
         return type(error).__name__
     text = ", ".join(line.strip() for line in (cause[0], *cause[len(cause) - num_indented :]))
     return re.split(r" Some common causes| There are some potential", text)[0]
-
-
-def _is_indented(line: str) -> bool:
-    return line[:1].isspace()

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from ...comm.error_text import first_line
+from ...comm.message_text import first_line
 from ...runtime.config import Config
 from ..errors import PlacementError
 from ..signals import Undo, signals_wait
@@ -89,15 +89,9 @@ def _start_local(stack: Undo, num_ranks: int) -> None:
     folder = tempfile.mkdtemp(prefix="ray-", dir=os.environ.get("RAY_TMPDIR"))
     stack.callback(_remove, folder)
     stack.callback(while_connected, ray.shutdown)
+    sizes = {"num_cpus": max(os.cpu_count() or 1, num_ranks), "object_store_memory": LOCAL_OBJECT_STORE_BYTES}
     with signals_wait():  # servers of an interrupted start would stay for a minute
-        _init(
-            "local",
-            num_cpus=max(os.cpu_count() or 1, num_ranks),
-            include_dashboard=False,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            _temp_dir=folder,
-            _system_config=SYSTEM_CONFIG,
-        )
+        _init("local", **sizes, include_dashboard=False, _temp_dir=folder, _system_config=SYSTEM_CONFIG)
 
 
 def _remove(folder: str) -> None:

@@ -1,8 +1,9 @@
-"""The thread that drives an executor, and the queue of commands that other threads post to it."""
+"""The thread that drives an executor, the commands that other threads post to it, and the detection of a stall."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -84,3 +85,21 @@ class EngineThread:
     def _run_commands(self) -> None:
         while self._commands:
             self._commands.popleft()()
+
+
+class StallDetector:
+    """Finds an engine that makes no steps although requests are live; the executor gives up after --step-timeout."""
+
+    def __init__(self, timeout_s: float = 30.0) -> None:
+        self._timeout_s = timeout_s
+        self._steps = -1
+        self._progress_at = time.monotonic()  # of the last update with a new step or without live requests
+
+    def update(self, steps: int, num_live: int) -> None:
+        if steps != self._steps or num_live == 0:
+            self._steps, self._progress_at = steps, time.monotonic()
+
+    def problem(self) -> str | None:
+        """Return what is wrong if live requests have waited for a step longer than the timeout."""
+        silence_s = time.monotonic() - self._progress_at
+        return None if silence_s < self._timeout_s else f"no step for {silence_s:.0f} s although requests are live"

@@ -47,7 +47,6 @@ def _ipv4_address(interface: str) -> str | None:
 
 
 def _ipv6_addresses() -> dict[ipaddress.IPv6Address, str]:
-    """Return the interface of each IPv6 address of this machine."""
     if not IF_INET6.exists():  # IPv6 is off
         return {}
     rows = [line.split() for line in IF_INET6.read_text().splitlines()]

@@ -27,11 +27,10 @@ def place(config: Config, leaving: threading.Event, *, again: bool = False) -> P
     Raises PlacementError if the cluster is too small: after a wait for more nodes, if the user configured one or the
     ranks are placed `again` after a failure, and at once otherwise. Raises it after a wait if the cluster is too busy.
     """
-    rank_bundle = bundle(config, cuda=config.device == "cuda")
-    wanted = Wanted(rank_bundle, config.tensor_parallel_size)
+    wanted = Wanted(bundle(config, cuda=config.device == "cuda"), config.tensor_parallel_size)
     if config.wait_for_resources is None and not again and not wanted.fits():
         raise PlacementError(wanted.shortage())
-    group = placement_group([rank_bundle] * wanted.number, strategy="PACK")
+    group = placement_group([wanted.bundle] * wanted.number, strategy="PACK")
     try:
         _wait(group, wanted, config.wait_for_resources or WAIT_LIMIT_S, leaving)
     except BaseException:
@@ -55,7 +54,6 @@ class Wanted:
         return sum(fitting(node["Resources"], self.bundle) for node in nodes()) >= self.number
 
     def shortage(self) -> str:
-        """Return the message for a cluster that is too small."""
         remedies = "add nodes, wait for some with --wait-for-gpus SECONDS, or use a smaller tensor_parallel_size"
         return f"{self} never fit in this Ray cluster: {_table()}; {remedies}"
 
@@ -68,20 +66,15 @@ def _wait(group: PlacementGroup, wanted: Wanted, limit_s: float, leaving: thread
         if leaving.is_set():
             raise PlacementError("the wait for resources was given up, because the service ends")
         if now - started >= limit_s:
-            raise PlacementError(_failure_message(wanted, now - started))
+            waited = f"{now - started:.0f} s"
+            if not wanted.fits():
+                raise PlacementError(f"after {waited}, {wanted.shortage()}")
+            remedies = "free resources or raise --wait-for-gpus"
+            raise PlacementError(f"no room for {wanted} within {waited}, others hold it: {_table()}; {remedies}")
         if now >= report:
             cause = "others hold them" if wanted.fits() else "nodes are missing"
             log.warning("waiting for %s, %.0f of %.0f s, %s: %s", wanted, now - started, limit_s, cause, _table())
             report = now + REPORT_S
-
-
-def _failure_message(wanted: Wanted, waited_s: float) -> str:
-    if not wanted.fits():
-        return f"after {waited_s:.0f} s, {wanted.shortage()}"
-    return (
-        f"no room for {wanted} within {waited_s:.0f} s, others hold it: {_table()};"
-        " free resources or raise --wait-for-gpus"
-    )
 
 
 def nodes() -> list[dict[str, Any]]:

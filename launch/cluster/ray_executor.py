@@ -80,7 +80,8 @@ class RayExecutor:
                 return self._update(messages)
         self._check()
         if self._time_left() <= 0:
-            self._fail_hung()
+            silence, leader = time.perf_counter() - self._last_report, self._ranks.endpoints[0]
+            self._ranks.fail(f"no step has ended for {silence:.0f} s, step_timeout is over: {leader}")
         return []
 
     def start_profile(self, num_steps: int) -> None:
@@ -148,7 +149,6 @@ class RayExecutor:
         self._phases.add_slowest(ranks.call("allocate", deadline, self.limits))
 
     def _update(self, messages: list[bytes]) -> list[StepOutput]:
-        """Take the leader's reports; return their outputs."""
         self._last_report = time.perf_counter()
         reports = [decode_report(message) for message in messages]
         self.stats = reports[-1].stats
@@ -166,7 +166,3 @@ class RayExecutor:
     def _time_left(self) -> float:
         """Return the seconds until the ranks count as hung without a report: a leader that hangs reports nothing."""
         return self._last_report + self._report_timeout_s - time.perf_counter() if self._live else math.inf
-
-    def _fail_hung(self) -> None:
-        silence = time.perf_counter() - self._last_report
-        self._ranks.fail(f"no step has ended for {silence:.0f} s, step_timeout is over: {self._ranks.endpoints[0]}")

@@ -21,7 +21,7 @@ from .finding import Finding, ok, run_check, warn
 from .machine_checks import devices_finding, uses_gpus, versions
 from .planned_start import LOOPBACK, PlannedStart
 
-NODE_S = 60.0  # for the slowest node to answer
+NODE_S = 60.0  # longest wait for the findings of all nodes
 
 Examine = Callable[..., Iterable[Finding]]
 
@@ -89,7 +89,7 @@ def merged(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
 
 
 def _connect(config: Config) -> Finding:
-    start_ray(config, Undo())  # it connects to an address, and starts nothing that would have to be undone
+    start_ray(config, Undo())  # this connects to an address and starts nothing, so there is nothing to undo
     return addresses_finding([node["NodeManagerAddress"] for node in nodes()])
 
 
@@ -103,7 +103,8 @@ def addresses_finding(addresses: Sequence[str]) -> Finding:
 def _examine_nodes(config: Config, examine: Examine, by_ip: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return a call on each node by its address; calls that have not ended after NODE_S are cancelled."""
     config = config.with_absolute_model()
-    task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_examine_node)  # a new process, which sees the GPUs
+    # max_calls=1 gives each call a new process, which sees the GPUs.
+    task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_examine_node)
     pinned = {ip: NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for ip, node in by_ip.items()}
     calls = {ip: task.options(scheduling_strategy=node).remote(config, examine, ip) for ip, node in pinned.items()}
     _, silent = ray.wait(list(calls.values()), num_returns=len(calls), timeout=NODE_S)

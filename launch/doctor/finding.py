@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from ...comm.error_text import first_line
+from ...comm.message_text import first_line
 from ...runtime.model.checkpoint import NotFetched
 from ..errors import PlacementError, RankFailed
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
-from ...comm.format_bytes import format_bytes
+from ...comm.message_text import format_bytes
 from ...runtime.config import Config
 from ..cluster.network import is_own, own_addresses
 from ..cluster.rank_resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
@@ -30,8 +30,8 @@ if TYPE_CHECKING:  # imports torch
     from ...runtime.memory.gpu import Process
 
 DRIVER = Path("/proc/driver/nvidia/version")
-NCCL_SHM_BYTES = 64 * 2**20  # of each rank, an estimate: a buffer of 4 MiB for each of NCCL's channels
-MIN_FILES, ENOUGH_FILES = 512, 4096  # descriptors of Ray and torch, beside one for each request's connection
+NCCL_SHM_BYTES = 64 * 2**20  # an estimate for one rank: each of NCCL's channels has a buffer of 4 MiB
+MIN_FILES, ENOUGH_FILES = 512, 4096  # Ray and torch need these descriptors; each request adds one
 LISTED_PACKAGES = ("torch", "ray", "transformers", "cupy", "flashinfer", "cuda-python")
 NO_GPU = "skipped: no GPU here that the ranks would use"
 

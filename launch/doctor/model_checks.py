@@ -7,8 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from ...comm.error_text import first_line
-from ...comm.format_bytes import format_bytes
+from ...comm.message_text import first_line, format_bytes
 from ...runtime.config import Config
 from ...runtime.memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, plan_weights
 from ...runtime.model.checkpoint import check_files

@@ -15,15 +15,16 @@ from ...runtime.config import Config
 from ..child_process import ChildFailed, ChildProcess, calling
 
 DEADLINE_S = 20.0
-NUM_ELEMENTS = 1 << 20  # int64, of a copy
-GPU_FILES = "nvidia[0-9]*"  # in /dev
+NUM_ELEMENTS = 1 << 20  # each copy has this many int64
+GPU_FILES = "nvidia[0-9]*"  # the device files in /dev
 
-PairResult = Literal["direct", "staged", "wrong"]  # staged: through the host's memory; wrong: other bits arrive
-PairResults = dict[str, PairResult]  # by pair, as in "0 to 1"
+# A "staged" copy passes through host memory, a "wrong" one changes bits.
+PairResult = Literal["direct", "staged", "wrong"]
+PairResults = dict[str, PairResult]  # keys like "0 to 1"
 
 
 class P2PCheck(ChildProcess):
-    """A process that copies between all pairs of the first `gpus` GPUs; call `close` in any case."""
+    """A process that copies between all pairs of the first `gpus` GPUs; always call `close`."""
 
     def __init__(self, gpus: int) -> None:
         super().__init__([*calling(copy_between_all), str(gpus)])

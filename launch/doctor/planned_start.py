@@ -25,7 +25,7 @@ class PlannedStart:
     """A configuration to be started, as seen from one machine."""
 
     config: Config
-    ip: str  # at which the other ranks would reach this machine
+    ip: str  # the address at which the other ranks would reach this machine
     starts_ray: bool = False  # the start would also start a Ray cluster here
     p2p: P2PCheck | None = None
 
@@ -49,7 +49,7 @@ def visible_gpus() -> int:
     """Return the number of GPUs that torch sees."""
     if not has_driver():
         return 0
-    import torch  # seconds
+    import torch  # takes seconds
 
     return torch.cuda.device_count()
 

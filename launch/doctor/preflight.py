@@ -20,7 +20,7 @@ DEADLINE_S = 120.0  # a cluster's nodes have 60 s to answer
 
 
 class Preflight(ChildProcess):
-    """The checks, running in a child process; call `close` in any case."""
+    """The checks, running in a child process; always call `close`."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -63,7 +63,7 @@ def print_findings() -> None:
 
 
 def _sentences(findings: list[dict[str, str]], status: str) -> list[str]:
-    """Return the findings of one status for people; equal findings of several checks become one sentence."""
+    """Return the findings of one status, human-readable; equal findings of several checks become one sentence."""
     names: dict[str, list[str]] = {}
     for finding in findings:
         if finding["status"] == status:

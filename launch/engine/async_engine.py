@@ -30,13 +30,13 @@ from ..errors import EngineFailed, RequestCrashedEngine
 from ..executors import connect_ray, start_executor, start_replicas
 from ..signals import Undo
 from .async_tokenizer import AsyncTokenizer
+from .event_streams import OutputQueue
 from .grammar_check import GrammarCheck
-from .output_queue import OutputQueue
 from .recovery import CLOSING, Health, RecoveringEngine
 
 
 class RankStatus(NamedTuple):
-    """Where a rank runs; ranks in this process have its pid."""
+    """The place and state of a rank; ranks in this process have its pid."""
 
     rank: int
     host: str
@@ -105,9 +105,8 @@ class AsyncEngine:
             else:
                 start_ranks = partial(start_executor, self.config, model, folder, connection)
             frontend = Frontend(start_ranks(), tokenizer, model.eos_token_ids)
-            self._engine = RecoveringEngine(
-                frontend, start_ranks, stack.pop_all(), self._max_restarts, self._restart_window
-            )
+            limits = self._max_restarts, self._restart_window
+            self._engine = RecoveringEngine(frontend, start_ranks, stack.pop_all(), *limits)
         self._thread = EngineThread(self._engine, "lockstep-engine", wakeup, leaving)
         self._thread.start()
         atexit.register(self._stop)

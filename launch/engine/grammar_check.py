@@ -26,10 +26,7 @@ MOST_PASSED = 256  # grammars that are not compiled again here
 
 
 class GrammarCheck:
-    """Compiles grammars in a child process, which starts with the first one and ends with `close`.
-
-    `time_limit_s` is for one grammar.
-    """
+    """Compiles grammars, within `time_limit_s` each, in a process that starts with the first and ends at `close`."""
 
     def __init__(self, vocabulary: Vocabulary, time_limit_s: float = 2.0) -> None:
         self._vocabulary, self.time_limit_s = vocabulary, time_limit_s
@@ -72,7 +69,6 @@ class GrammarCheck:
         return self._answer(lambda: process.answer(START_S), START_S, action)
 
     def _compile(self, line: bytes, kind: str) -> str | None:
-        """Compile one grammar in the process; return the error, or None."""
         process, limit = self._process, self.time_limit_s
         assert process is not None
         return self._answer(lambda: process.request(line, limit), limit, f"structured_outputs={kind}")

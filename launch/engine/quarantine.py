@@ -21,7 +21,7 @@ from ...runtime.request import SamplingParams
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a request was when the ranks crashed."""
+    """The progress of a request at a crash of the ranks."""
 
     lengths: list[int]  # of its outputs, in tokens
     num_crashes: int  # in a row, without a token in between
@@ -42,20 +42,15 @@ class CrashQuarantine:
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._progress: WeakKeyDictionary[Generation, Progress] = WeakKeyDictionary()
-        self._candidates: list[Generation] = []  # not tested yet, the oldest first
+        self.candidates: list[Generation] = []  # yet to be tested, the oldest first
         self._tested: Generation | None = None
         self._held: list[Generation] = []  # others, paused until all candidates have been tested
         self._quarantined: list[Quarantined] = []
 
     @property
-    def candidates(self) -> list[Generation]:
-        """The generations that have yet to be tested."""
-        return list(self._candidates)
-
-    @property
     def paused(self) -> list[Generation]:
         """All generations that must not run now."""
-        return [*self._candidates, *self._held]
+        return [*self.candidates, *self._held]
 
     def on_crash(self, live: Iterable[Generation]) -> tuple[Generation, int] | None:
         """Note a crash with these live; return the generation that caused it and its crashes, once that is known."""
@@ -66,16 +61,17 @@ class CrashQuarantine:
         if tested in running and num_crashes[tested] > 2:
             self._quarantine(tested)
             return tested, num_crashes[tested]
-        self._progress.update({g: Progress(_lengths(g), num_crashes[g]) for g in running})
-        self._candidates += [g for g in running if num_crashes[g] > 1]
-        self._candidates.sort(key=lambda generation: generation.number)
-        if self._candidates:
+        lengths = {g: [output.num_tokens for output in g.outputs] for g in running}
+        self._progress.update({g: Progress(lengths[g], num_crashes[g]) for g in running})
+        self.candidates += [g for g in running if num_crashes[g] > 1]
+        self.candidates.sort(key=lambda generation: generation.number)
+        if self.candidates:
             self._held += [g for g in running if num_crashes[g] == 1]
         return None
 
     def hold(self, generation: Generation) -> bool:
         """Pause a new generation if candidates are being tested; return whether it is paused."""
-        if not self._candidates and self._tested is None:
+        if not self.candidates and self._tested is None:
             return False
         self._held.append(generation)
         return True
@@ -88,8 +84,8 @@ class CrashQuarantine:
                 return [], []
             cleared = [] if tested.finished else [tested]
             self._tested = None
-        while self._candidates and self._tested is None:
-            newest = self._candidates.pop()
+        while self.candidates and self._tested is None:
+            newest = self.candidates.pop()
             self._tested = None if newest.finished else newest
         if self._tested is not None:
             self._held += cleared
@@ -105,7 +101,7 @@ class CrashQuarantine:
 
     def _quarantine(self, generation: Generation) -> None:
         self._progress.clear()
-        self._candidates.clear()
+        self.candidates.clear()
         self._held.clear()
         now = time.monotonic()
         self._quarantined = [entry for entry in self._quarantined if entry.until > now]
@@ -119,10 +115,6 @@ class CrashQuarantine:
         pairs = zip(generation.outputs, progress.lengths, strict=True)
         is_stuck = any(output.num_tokens == length for output, length in pairs if not output.finished)
         return progress.num_crashes if is_stuck else 0
-
-
-def _lengths(generation: Generation) -> list[int]:
-    return [output.num_tokens for output in generation.outputs]
 
 
 def _params(generation: Generation) -> SamplingParams:

@@ -19,9 +19,9 @@ from ...runtime.frontend import Frontend
 from ...runtime.ledger import Generation
 from ...runtime.plan import StepOutput
 from ...runtime.request import Request
-from ...runtime.stats import EngineStats, Profile
+from ...runtime.stats import EngineStats
 from ..errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine, RequestsLost
-from .output_queue import OutputQueue, OutputQueues, send
+from .event_streams import OutputQueue, OutputQueues, send
 from .quarantine import CrashQuarantine
 
 log = logging.getLogger(__name__)
@@ -47,21 +47,16 @@ class NullExecutor:
         self.stats = EngineStats()
 
     def submit(self, requests: Sequence[Request]) -> None: ...
-
     def cancel(self, uids: Sequence[int]) -> None: ...
+    def start_profile(self, num_steps: int) -> None: ...
+    def take_profile(self) -> None: ...
+    def close(self) -> None: ...
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         return []
 
     def wait(self, wakeup: Wakeup) -> None:
         wakeup.wait()
-
-    def start_profile(self, num_steps: int) -> None: ...
-
-    def take_profile(self) -> Profile | None:
-        return None
-
-    def close(self) -> None: ...
 
 
 class RecoveringEngine:
@@ -140,8 +135,7 @@ class RecoveringEngine:
 
     def _on_ranks_failed(self, reason: str) -> None:
         """Have the ranks started again by the next `poll`, unless that has happened too often."""
-        executor = self._replace_executor()
-        now = time.monotonic()
+        executor, now = self._replace_executor(), time.monotonic()
         recent = [then for then in self._failures if now - then < self._restart_window]
         if not isinstance(executor, NullExecutor):  # the ranks had requests
             num_crashes = self._blame(reason, self.frontend.generations)
@@ -186,7 +180,6 @@ class RecoveringEngine:
             self.frontend.resume(generation)
 
     def _restart(self) -> None:
-        """Start the ranks again and submit the ledger."""
         started = time.perf_counter()
         self.health = replace(self.health, restarts=self.health.restarts + 1)
         gc.unfreeze()  # a runner in this process has frozen all objects, itself included
@@ -196,11 +189,9 @@ class RecoveringEngine:
         except (PlacementError, ValueError, OSError) as error:  # another attempt would not help
             self._fail(f"the ranks cannot be started again: {error}; before, {self.health.reason}")
             return
-        candidates = self.quarantine.candidates
-        if candidates:
-            log.warning(
-                "%d requests were live in two failures and came no further: they are tried one by one", len(candidates)
-            )
+        count = len(self.quarantine.candidates)
+        if count:
+            log.warning("%d requests were live in two failures and came no further: they are tried one by one", count)
         self.frontend.resubmit(executor, self.quarantine.paused)
         self._set_health("ready")
         log.info("back after %.1f s: %d outputs go on", time.perf_counter() - started, len(self.frontend.live))
@@ -225,7 +216,6 @@ class RecoveringEngine:
 
 
 def _close(executor: Executor) -> None:
-    """Close an executor that may be broken."""
     try:
         executor.close()
     except Exception:  # of Ray, where more than the ranks is broken

@@ -12,23 +12,56 @@ import os
 import socket
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 from ray import serve
 
 from ...runtime.config import Config
+from ...runtime.executor import RankLocation
 from ...runtime.model.checkpoint import find_model
-from ...runtime.request import Request
+from ...runtime.plan import StepOutput
+from ...runtime.request import Limits, Request
+from ...runtime.stats import EngineStats
 from ..cluster.actor_group import forwarded
 from ..cluster.connection import Connection
-from ..cluster.engine_thread import EngineThread
+from ..cluster.engine_thread import EngineThread, StallDetector
 from ..cluster.ray_executor import RayExecutor
-from ..cluster.sockets import PushSocket, WakeupEvent
-from ..cluster.stall_detector import StallDetector
+from ..cluster.sockets import Address, PushSocket, WakeupEvent
 from ..errors import RankFailed
-from .replica_messages import FrontendInfo, ReplicaReady, StepReport, encode
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FrontendInfo:
+    """The front end's addresses and settings for its replicas; travels through Ray."""
+
+    address: Address  # of its PullSocket
+    lifeline: tuple[str, int]  # ip, port; a connection to it breaks when the front end ends
+    ip: str | None  # for the ranks' sockets: the loopback address if there is only one machine
+    environment: dict[str, str]  # for the ranks
+
+
+class ReplicaReady(msgspec.Struct, frozen=True, tag=True):
+    """The report of a replica that has started."""
+
+    replica: str
+    limits: Limits
+    locations: list[RankLocation]
+
+
+class StepReport(msgspec.Struct, frozen=True, tag=True):
+    """The output of a replica's step, and its counters since it started."""
+
+    replica: str
+    output: StepOutput
+    stats: EngineStats
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(ReplicaReady | StepReport).decode
 
 
 class Replica:
@@ -138,9 +171,8 @@ class Replica:
 
 
 def _settle(ended: asyncio.Future[None], failure: RankFailed | None) -> None:
-    if ended.done():  # the call was cancelled
-        return
-    if failure is None:
-        ended.set_result(None)
-    else:
-        ended.set_exception(failure)
+    with suppress(asyncio.InvalidStateError):  # the call was cancelled
+        if failure is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(failure)

@@ -33,12 +33,11 @@ from ...runtime.plan import Finished, StepOutput
 from ...runtime.request import Limits, Request
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded
-from ..cluster.connection import Connection
+from ..cluster.connection import Connection, while_connected
 from ..cluster.sockets import PullSocket
 from ..errors import PlacementError, RankFailed, RequestsLost
 from ..signals import Undo
-from .replica import Replica
-from .replica_messages import FrontendInfo, ReplicaReady, StepReport, decode
+from .replica import FrontendInfo, Replica, ReplicaReady, StepReport, decode
 from .router import PrefixRouter
 
 log = logging.getLogger(__name__)
@@ -69,9 +68,9 @@ class ReplicaExecutor:
             started = time.perf_counter()
             self._start(max_queued, stack)
             self.limits = self._common_limits()
-            self.startup = {"replicas": time.perf_counter() - started}
+            seconds = time.perf_counter() - started
             self._open = stack.pop_all()
-        size, seconds = config.tensor_parallel_size, self.startup["replicas"]
+        self.startup, size = {"replicas": seconds}, config.tensor_parallel_size
         log.info("%d replicas, each of tensor_parallel_size=%d, ready in %.1f s", num_replicas, size, seconds)
 
     @property
@@ -138,15 +137,15 @@ class ReplicaExecutor:
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
-        stack.callback(self._delete)
-        target = serve.RunTarget(
-            self._deployment(max_queued).bind(self._config, frontend), name=self._name, route_prefix=None
-        )
+        stack.callback(while_connected, serve.delete, self._name)
+        replicas = self._deployment(max_queued).bind(self._config, frontend)
+        target = serve.RunTarget(replicas, name=self._name, route_prefix=None)
         (self._handle,) = serve.run_many([target], wait_for_applications_running=False)
         self._wait_for_replicas()
 
     def _deployment(self, max_queued: int) -> Any:
         batch_size = self._config.max_num_seqs
+        cache = {"page_size": self._config.page_size, "num_pages": self._config.num_pages or AFFINITY_PAGES}
         return serve.deployment(
             name="Replica",
             num_replicas=self._num_replicas,
@@ -158,13 +157,7 @@ class ReplicaExecutor:
             graceful_shutdown_timeout_s=END_S,
             graceful_shutdown_wait_loop_s=0.5,
             max_constructor_retry_count=1,
-            request_router_config=RequestRouterConfig(
-                request_router_class=PrefixRouter,
-                request_router_kwargs={
-                    "page_size": self._config.page_size,
-                    "num_pages": self._config.num_pages or AFFINITY_PAGES,
-                },
-            ),
+            request_router_config=RequestRouterConfig(request_router_class=PrefixRouter, request_router_kwargs=cache),
         )(Replica)
 
     def _wait_for_replicas(self) -> None:
@@ -257,12 +250,6 @@ class ReplicaExecutor:
         for lifeline in self._lifelines:
             lifeline.close()
 
-    def _delete(self) -> None:
-        if ray.is_initialized():  # the user may have called ray.shutdown()
-            serve.delete(self._name)
-
 
 def _last_line(text: str) -> str:
-    """Return the last line of a traceback or report that is not empty."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
+    return (text.strip() or "no message").splitlines()[-1].strip()

@@ -31,7 +31,6 @@ class PrefixAffinity:
         return sum(self._page_size for _ in takewhile(pages.__contains__, self._hashes(tokens)))
 
     def add(self, tokens: np.ndarray, replica: str) -> None:
-        """Note that a prompt of these tokens was sent to the replica."""
         pages = self._pages.setdefault(replica, OrderedDict())
         for page in reversed(list(self._hashes(tokens))):  # a prefix is used as often as its continuations
             pages[page] = None
@@ -40,7 +39,6 @@ class PrefixAffinity:
             pages.popitem(last=False)
 
     def keep(self, replicas: Collection[str]) -> None:
-        """Drop all replicas but these."""
         self._pages = {replica: pages for replica, pages in self._pages.items() if replica in replicas}
 
     def _hashes(self, tokens: np.ndarray) -> Iterator[int]:

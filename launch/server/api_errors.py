@@ -13,8 +13,8 @@ from ..engine.async_tokenizer import TokenizationRefused
 from ..errors import EngineFailed, RequestCrashedEngine
 from .protocol.request_models import NEUTRAL_ONLY
 
-MAX_MESSAGE = 600  # characters
-MAX_QUOTE = 64  # characters of a value from the request, quoted in a message
+MAX_MESSAGE = 600  # unit: characters
+MAX_QUOTE = 64  # longest quote of a value from the request, in characters
 RETRY_AFTER_S = {429: 1, 503: 5}
 TYPES = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable"}
 BOUND_CODES = dict.fromkeys(("le", "lt"), "above_max_value") | dict.fromkeys(("ge", "gt"), "below_min_value")
@@ -60,7 +60,7 @@ class ApiError(Exception):
 
 
 def invalid(param: str, rule: str) -> ApiError:
-    """Return the error for a field with a value that breaks `rule`, a sentence that continues "it"."""
+    """Return the error for a field with a value that breaks `rule`, the predicate of "it ..."."""
     return ApiError(400, f"Invalid '{param}': it {rule}.", param=param, code="invalid_value")
 
 
@@ -95,7 +95,7 @@ def from_validation_error(error: ValidationError, fields: dict[str, FieldInfo]) 
             return ApiError(400, f"Unknown parameter: '{path}'.", param=path, code=kind)
         return _unsupported(path)
     if kind == "json_invalid" or path is None:
-        return ApiError(400, f"the body is not what this route takes: {first['msg']}", code="invalid_json")
+        return ApiError(400, f"the body is not valid for this route: {first['msg']}", code="invalid_json")
     if field is not None and NEUTRAL_ONLY in field.metadata:
         return _unsupported(path)
     if kind == "missing" and not (described and len(error.errors()) > 1):
@@ -124,7 +124,7 @@ def _locate(loc: tuple[int | str, ...], fields: dict[str, FieldInfo]) -> tuple[s
             path += f"[{step}]"
         elif (name := f"{parent}.{step}") in fields or (name := step) in fields:
             path, field, parent = f"{path}.{step}" if path else step, fields[name], step
-            if field.description or NEUTRAL_ONLY in field.metadata:  # it covers everything inside the field
+            if field.description or NEUTRAL_ONLY in field.metadata:  # the description or mark covers all nested fields
                 break
     return (path, field) if loc else (None, None)
 

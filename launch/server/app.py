@@ -28,7 +28,7 @@ from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeR
 from .protocol.response_models import ChatCompletion, Completion, Detokenized, Healthy, ModelList, Tokens, Version
 
 REF = "#/components/schemas/{model}"
-PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}  # a chat, and a live view of the engine
+PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}  # it has a chat and the engine's state
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": meaning}
     for status, meaning in {
@@ -112,13 +112,13 @@ class RequireKey:
         else:
             error = ApiError(401, "this server needs a valid API key; send the header Authorization: Bearer KEY")
             response = error.response()
-            response.headers["WWW-Authenticate"] = 'Basic realm="lockstep", charset="UTF-8"'  # browsers then prompt
+            response.headers["WWW-Authenticate"] = 'Basic realm="lockstep", charset="UTF-8"'  # so browsers prompt
             await response(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
         authorization = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = authorization.partition(b" ")
-        if scheme.lower() == b"basic":  # from a browser: any user name, and the key as the password
+        if scheme.lower() == b"basic":  # browsers send any user name, and the key as the password
             key = _password(key)
         # Takes equal time for every key: digests have one length, and no comparison is left out.
         matches = [hmac.compare_digest(_digest(key.strip()), digest) for digest in self._digests]

@@ -15,9 +15,9 @@ from starlette.types import Send
 from ...runtime.outputs import Event
 from ...runtime.request import RequestRefused, SamplingParams
 from ...runtime.version import __version__
-from ..cluster.stall_detector import StallDetector
+from ..cluster.engine_thread import StallDetector
 from ..engine.async_engine import AsyncEngine
-from ..engine.merge_generators import merge
+from ..engine.event_streams import merge
 from .api_errors import ApiError
 from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_json
 from .metrics import Metrics, PromptTimer
@@ -25,7 +25,7 @@ from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeR
 from .protocol.response_models import Detokenized, Healthy, Model, ModelList, Tokens, Version
 from .response_builders import ChatBuilder, CompletionBuilder, EchoedPrompt, ResponseBuilder, TokenUsage
 from .server_config import ServerConfig, ServerLimits
-from .validation import Admission, RequestValidator, from_refusal, num_top_logprobs
+from .validation import AdmissionControl, RequestValidator, from_refusal, num_top_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Handlers:
     def __init__(self, engine: AsyncEngine, config: ServerConfig, limits: ServerLimits) -> None:
         self._engine, self._log_requests = engine, config.log_requests
         self._validator = RequestValidator(engine, config)
-        self._admission = Admission(engine, config)
+        self._admission = AdmissionControl(engine, config)
         self._tokenizer = engine.tokenizer
         self._body_budget = BodyBudget(config.max_body_bytes, limits.max_bodies)
         self._metrics = Metrics(self._validator.model_names[0], engine.stats)
@@ -66,7 +66,7 @@ class Handlers:
         if isinstance(body, ChatRequest):
             return [await self._tokenizer.encode_chat([message.for_template() for message in body.messages])]
         texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
-        if texts:  # then all prompts are texts
+        if texts:  # a body has texts or token ids, never both
             return await self._tokenizer.encode(texts)
         return [prompt for prompt in body.prompts if not isinstance(prompt, str)]
 
@@ -138,8 +138,8 @@ class Handlers:
         health = self._engine.health
         if health.state == "failed":
             raise ApiError(503, f"the engine has failed: {health.reason}", code="failed")
-        names, max_total = self._validator.model_names, self._validator.max_total
-        return ModelList(data=[Model(id=name, created=self._created, max_model_len=max_total) for name in names])
+        names, max_model_len = self._validator.model_names, self._validator.max_model_len
+        return ModelList(data=[Model(id=name, created=self._created, max_model_len=max_model_len) for name in names])
 
     async def tokenize(self, request: Request) -> Tokens:
         """Serve POST /tokenize."""
@@ -152,7 +152,7 @@ class Handlers:
         else:
             (ids,) = await self._tokenizer.encode([body.prompt or ""])
         texts = await self._tokenizer.decode_each(ids) if body.return_token_strs else None
-        return Tokens(count=len(ids), max_model_len=self._validator.max_total, tokens=ids, token_strs=texts)
+        return Tokens(count=len(ids), max_model_len=self._validator.max_model_len, tokens=ids, token_strs=texts)
 
     async def detokenize(self, request: Request) -> Detokenized:
         """Serve POST /detokenize."""

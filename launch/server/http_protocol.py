@@ -17,7 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .api_errors import ApiError
 from .server_config import ServerLimits
 
-RESERVED_FILES = 256  # descriptors that connections leave free for restarted ranks and files
+RESERVED_FILES = 256  # connections leave these descriptors free for restarted ranks and files
 
 
 def raise_file_limit() -> None:

@@ -78,7 +78,8 @@ class PromptTimer:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._start = time.perf_counter()
-        self._first: dict[int, float] = {}  # by the index of the output
+        # Keys are the indices of the outputs.
+        self._first: dict[int, float] = {}
         self._last: dict[int, float] = {}
         self._num_tokens: dict[int, int] = {}
 

@@ -19,7 +19,7 @@ from .protocol import response_models as api
 MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not have
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
-ChoiceEvent = tuple[int, Event]  # with the index of the choice
+ChoiceEvent = tuple[int, Event]  # (index of the choice, event)
 
 
 @dataclass
@@ -28,7 +28,7 @@ class TokenUsage:
 
     num_prompt: int
     num_completion: int = 0
-    num_cached: dict[int, int] = field(default_factory=dict)  # of each prompt
+    num_cached: dict[int, int] = field(default_factory=dict)  # index of the prompt -> its cached tokens
 
     def update(self, prompt: int, event: Event) -> None:
         """Add the tokens of an event of the prompt with this number."""
@@ -62,7 +62,7 @@ class ResponseBuilder(ABC):
     def __init__(self, model: str, num_top: int | None) -> None:
         self._id, self._created = f"{self.id_prefix}-{secrets.token_hex(16)}", int(time.time())
         self._model = model
-        self._num_top = num_top  # candidates at each position; None without log-probabilities
+        self._num_top = num_top  # number of candidates at each position; None without log-probabilities
 
     async def stream(self, events: AsyncIterator[ChoiceEvent], usage: TokenUsage | None) -> AsyncIterator[BaseModel]:
         """Yield the chunks of a streamed response; with `usage`, the last chunk holds the token counts."""
@@ -101,7 +101,7 @@ class CompletionBuilder(ResponseBuilder):
     def __init__(self, model: str, n: int, echoes: Sequence[EchoedPrompt], num_top: int | None) -> None:
         super().__init__(model, num_top)
         self._n, self._echoes = n, echoes
-        self._text_offsets: dict[int, int] = {}  # of each choice: characters of the tokens so far
+        self._text_offsets: dict[int, int] = {}  # index of the choice -> characters so far
 
     def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
         if _has_news(event):
@@ -127,7 +127,7 @@ class CompletionBuilder(ResponseBuilder):
                 text, logprob, top = echo.first_token, None, None
             else:
                 text, logprob = candidates[token].decoded_token, _finite(candidates[token].logprob)
-                ordered = sorted(candidates.values(), key=lambda c: -c.rank)  # of equal texts, the likelier one stays
+                ordered = sorted(candidates.values(), key=lambda c: -c.rank)  # the likelier of equal texts stays
                 top = {c.decoded_token: _finite(c.logprob) for c in ordered}
             logprobs.tokens.append(text)
             logprobs.token_logprobs.append(logprob)
@@ -145,7 +145,7 @@ class ChatBuilder(ResponseBuilder):
 
     def __init__(self, model: str, num_top: int | None) -> None:
         super().__init__(model, num_top)
-        self._started: set[int] = set()  # choices with a chunk
+        self._started: set[int] = set()  # indices of the choices that have had a chunk
 
     def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
         if index not in self._started:

@@ -27,7 +27,7 @@ from .http_protocol import TimeoutHTTPProtocol, raise_file_limit
 from .server_config import ServerConfig, ServerLimits
 
 log = logging.getLogger(__name__)
-SHUTDOWN_S = 2  # for complete answers that are not yet sent when the engine has stopped
+SHUTDOWN_S = 2  # after the engine stops, complete answers have this time to be sent
 
 
 def serve(config: Config, options: ServerConfig, preflight: Preflight | None) -> None:
@@ -109,7 +109,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal and stop at the second; runs as a signal handler in place of uvicorn's."""
         if self._loop is None:
-            interrupt(sig)  # not serving yet
+            interrupt(sig)  # the server is not serving yet
         self._loop.call_soon_threadsafe(self._on_signal, sig)
 
     def _on_signal(self, number: int) -> None:

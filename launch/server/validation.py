@@ -1,4 +1,4 @@
-"""Checks of a request beyond its shape, its translation into SamplingParams, and its admission.
+"""Request validation beyond the schema, translation into SamplingParams, and admission control.
 
 The limits are the server's and the model's. A structured output may be requested by OpenAI's `response_format`, by
 vLLM's `structured_outputs` or by vLLM's older `guided_*` fields.
@@ -20,7 +20,7 @@ from .protocol.request_models import ChatRequest, CompletionRequest, GenerateReq
 from .server_config import ServerConfig
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may fill the context
-SAMPLING_FIELDS = (  # of the same name in SamplingParams
+SAMPLING_FIELDS = (  # SamplingParams has the same names
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "logit_bias", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "seed",
     "skip_special_tokens",
@@ -34,8 +34,8 @@ class RequestValidator:
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         limits = engine.limits
         self.model_names = config.served_model_name or [engine.name]
-        self.max_total = min(limits.max_length, config.max_total_tokens or limits.max_length)
-        self.max_input = min(self.max_total - 1, config.max_input_tokens or self.max_total)
+        self.max_model_len = min(limits.max_length, config.max_total_tokens or limits.max_length)
+        self._max_input = min(self.max_model_len - 1, config.max_input_tokens or self.max_model_len)
         self._config = config
         self._defaults = engine.default_params
         self._max_num_seqs, self._vocab_size = limits.max_num_seqs, limits.vocab_size
@@ -107,14 +107,14 @@ class RequestValidator:
     def _max_tokens(self, body: GenerateRequest, num_prompt_tokens: int) -> int:
         """Return the longest output in tokens; raises ApiError if prompt and output do not fit into the context."""
         requested, param, default = body.max_tokens, "prompt", COMPLETION_TOKENS
-        room = self.max_total - num_prompt_tokens
+        room = self.max_model_len - num_prompt_tokens
         if isinstance(body, ChatRequest):
             requested, param, default = body.max_completion_tokens or body.max_tokens, "messages", room
-        if num_prompt_tokens > self.max_input or (requested or 1) > room:
+        if num_prompt_tokens > self._max_input or (requested or 1) > room:
             message = (
-                f"This model's maximum context length is {self.max_total} tokens, at most {self.max_input} in a prompt."
-                f" However, you requested {num_prompt_tokens} in the {param} and {requested or 'at least 1'} in the"
-                " completion; send or ask for less."
+                f"This model's maximum context length is {self.max_model_len} tokens, at most {self._max_input} in a"
+                f" prompt. However, you requested {num_prompt_tokens} in the {param} and {requested or 'at least 1'} in"
+                " the completion; send or ask for less."
             )
             raise ApiError(400, message, param=param, code="context_length_exceeded")
         return requested or min(room, default)
@@ -127,8 +127,8 @@ class RequestValidator:
             raise ApiError(400, message, param=param, code=code)
 
 
-class Admission:
-    """The number of live requests and outputs, held below the limits of the configuration."""
+class AdmissionControl:
+    """Counts of the live requests and outputs, which it keeps below the limits of the configuration."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         self._engine, self._config = engine, config

@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from ...comm.format_bytes import format_bytes
+from ...comm.message_text import format_bytes
 from ..config import Config
 from .memory_plan import MemoryPlan
 

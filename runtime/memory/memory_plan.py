@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ...comm.format_bytes import format_bytes
+from ...comm.message_text import format_bytes
 from ..config import Config
 from ..model.model_config import DTYPES, ModelConfig
 

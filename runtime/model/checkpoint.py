@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from ...comm.error_text import first_line
+from ...comm.message_text import first_line
 from ..config import Config
 from .hf_config import HFConfigReader
 from .model_config import ModelConfig

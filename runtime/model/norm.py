@@ -1,4 +1,4 @@
-"""RMSNorm and the residual stream: the one place where tensor parallelism reduces.
+"""RMSNorm and the residual stream: the one place inside a layer where tensor parallelism reduces.
 
 The layers before a norm add to the residual stream. A single rank adds within its GEMM, and leaves the norm to the
 GEMM that follows. Of several ranks each has a partial sum, which the norm reduces over the ranks.

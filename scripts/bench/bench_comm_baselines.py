@@ -33,7 +33,7 @@ from lockstep.runtime.config import Config
 
 BASELINES = ("torch.distributed", "nccl window", "flashinfer")
 MAX_BLOCKS = 36
-RANK_DATA_BYTES = 8 << 20  # where FlashInfer's kernel keeps pointers, 64 bytes for each call in a graph
+RANK_DATA_BYTES = 8 << 20  # FlashInfer's kernel keeps pointers there, 64 bytes for each call in a graph
 
 
 class BaselineActor(CommBenchActor):

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "soak"))
 from server_process import ServerProcess, cpu_seconds
 
 TEXT = "And it came to pass in those days, that the king of Babylon said unto all the people of the land: Behold. "
-STEP_VARIABLE = "BENCH_STEP_S"  # in the environment of the server
+STEP_VARIABLE = "BENCH_STEP_S"  # environment variable of the server
 
 
 class TextExecutor:
@@ -45,7 +45,7 @@ class TextExecutor:
         self.locations: list[Any] = []
         self.stats = EngineStats()
         self._ids = Tokenizer(folder).encode(TEXT)
-        self._live: dict[int, list[int]] = {}  # uid -> tokens produced, tokens requested
+        self._live: dict[int, list[int]] = {}  # uid -> [tokens produced, tokens requested]
         self._ended: list[Any] = []
         self._step_s, self._due = float(os.environ[STEP_VARIABLE]), 0.0
 

@@ -22,12 +22,12 @@ from typing import Any
 
 from lockstep.launch.cli.main import main
 from lockstep.launch.cluster.ray_executor import RayExecutor
-from lockstep.launch.engine import output_queue
+from lockstep.launch.engine import event_streams
 from lockstep.launch.server.handlers import Handlers
 from lockstep.runtime.outputs import Event
 
 step_received_at = 0.0
-times_of: dict[int, tuple[float, float]] = {}  # by id of a live event: when its step arrived, when the loop got it
+times_of: dict[int, tuple[float, float]] = {}  # id of a live event -> (arrival of its step, arrival in the loop)
 to_loop_us: list[float] = []
 to_socket_us: list[float] = []
 writes: list[tuple[float, float]] = []  # time and CPU seconds of this process after each write
@@ -35,7 +35,7 @@ writes: list[tuple[float, float]] = []  # time and CPU seconds of this process a
 
 def measure_steps() -> None:
     """Note when each event's step arrived, and when the event reached the event loop."""
-    update, put, send = RayExecutor._update, output_queue.put_all, output_queue.send
+    update, put, send = RayExecutor._update, event_streams.put_all, event_streams.send
     step_of: dict[int, float] = {}
 
     def timed_update(self: RayExecutor, messages: list[bytes]) -> Any:
@@ -54,7 +54,7 @@ def measure_steps() -> None:
         put(items)
 
     RayExecutor._update = timed_update  # type: ignore[method-assign]
-    output_queue.send, output_queue.put_all = timed_send, timed_put
+    event_streams.send, event_streams.put_all = timed_send, timed_put
 
 
 def measure_joins() -> None:

@@ -20,7 +20,7 @@ from typing import IO
 MARK = "LOCKSTEP_SCRIPT_MARK"
 LOCKSTEP = ["-c", "from lockstep.launch.cli.main import main; main()"]
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-START_S, END_S = 120.0, 60.0  # limits for a start and for an end
+START_S, END_S = 120.0, 60.0  # longest waits for a start and for an end
 
 
 class ServerProcess:
@@ -33,7 +33,7 @@ class ServerProcess:
     def __init__(self, *flags: str, program: Sequence[str] = LOCKSTEP, **environment: str) -> None:
         self._mark = os.urandom(16).hex()
         self._log: IO[str] = tempfile.NamedTemporaryFile("w+", prefix="serve-", suffix=".log")  # noqa: SIM115 - kept
-        self._folder = Path(tempfile.mkdtemp(prefix="s-"))  # for its temporary files; short, as it will hold sockets
+        self._folder = Path(tempfile.mkdtemp(prefix="s-"))  # TMPDIR of the server; short, because it holds sockets
         self._shared_memory = shared_memory()
         self.process = subprocess.Popen(
             [sys.executable, "-u", *program, "serve", "--port=0", *flags],

@@ -34,7 +34,7 @@ from server_process import ServerProcess, cpu_seconds, short_name
 PROMPTS = ["In the beginning", "And the LORD spake unto Moses, saying,", "Blessed is", "The sons of", "Thou shalt not"]
 PROGRAM = [str(Path(__file__).with_name("measured_serve.py"))]
 WORDS = ["the", "king", "water", "house", "of", "and", "sons", "came", "land", "heart", "unto", "people", "children"]
-LINE_S = 60.0  # limit for each line of a stream
+LINE_S = 60.0  # longest wait for a line of a stream
 
 
 @dataclass(frozen=True)

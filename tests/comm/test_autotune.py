@@ -9,8 +9,8 @@ from typing import get_args
 import pytest
 from torch.distributed import HashStore
 
-from lockstep.comm import autotune
-from lockstep.comm.autotune import SIZES, Algorithm, TimingTable, autotune_all_reduce
+from lockstep.comm import all_reduce_policy
+from lockstep.comm.all_reduce_policy import SIZES, Algorithm, TimingTable, autotune_all_reduce
 from lockstep.comm.base import Communicator
 from lockstep.comm.rendezvous import Rendezvous
 
@@ -36,7 +36,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Times]:
         times.append({name: [generator.uniform(1, 100) for _ in SIZES] for name in ALGORITHMS})
         return times[-1]
 
-    monkeypatch.setattr(autotune, "_measure", measure)
+    monkeypatch.setattr(all_reduce_policy, "_measure", measure)
     return times
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lockstep.comm.base import CommError, Communicator, SingleRank
-from lockstep.comm.error_text import first_line
+from lockstep.comm.message_text import first_line
 from lockstep.comm.rendezvous import join_rendezvous
 
 from comm_failures import error_of

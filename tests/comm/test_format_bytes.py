@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lockstep.comm.format_bytes import format_bytes
+from lockstep.comm.message_text import format_bytes
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed import HashStore
 
-from lockstep.comm import shared_memory
+from lockstep.comm import connect as connecting
 from lockstep.comm.all_reduce_choice import AllReduce
-from lockstep.comm.all_reduce_policy import SLOT_BYTES, Policy
-from lockstep.comm.autotune import Algorithm, TimingTable
+from lockstep.comm.all_reduce_policy import SLOT_BYTES, Algorithm, Policy, TimingTable
 from lockstep.comm.base import CommError, Communicator, NotShared
+from lockstep.comm.connect import share_buffers, share_memory
 from lockstep.comm.rendezvous import Rendezvous
-from lockstep.comm.shared_memory import share_buffers, share_memory
-from lockstep.comm.slot_rotation import SlotRotation
 from lockstep.kernels import ops
 from lockstep.runtime import config
 from lockstep.runtime.model.linear import RowLinear
@@ -162,7 +160,7 @@ def share(monkeypatch: pytest.MonkeyPatch) -> Share:
 
     monkeypatch.setattr(peer_buffers, "peer_memory", here)
     monkeypatch.setattr(symmetric, "peer_memory", here)
-    monkeypatch.setattr(shared_memory, "_host", host)
+    monkeypatch.setattr(connecting, "_host", host)
 
     def run(
         size: int, faults: dict[int, set[str]], then: Callable[[Any], Any] = lambda buffers: buffers
@@ -189,13 +187,13 @@ def share(monkeypatch: pytest.MonkeyPatch) -> Share:
 # --- slots and policies -----------------------------------------------------------------------------------------------
 
 
-def slots_of(turns: SlotRotation, graph: int, length: int) -> list[int]:
+def slots_of(turns: peer_buffers.SlotRotation, graph: int, length: int) -> list[int]:
     return [turns.take(graph) for _ in range(length)]
 
 
 def test_slot_that_may_still_be_read_is_not_written() -> None:
     """In any order of graphs and eager calls, slots 1 and 2 are never used twice in a row."""
-    numbers, turns = itertools.count(1), SlotRotation()
+    numbers, turns = itertools.count(1), peer_buffers.SlotRotation()
     graphs = [slots_of(turns, next(numbers), length) for length in range(1, 6)]
     eager = [slots_of(turns, 0, length) for length in (1, 2)]
     for order in itertools.product([*graphs, *eager], repeat=3):
@@ -206,7 +204,7 @@ def test_slot_that_may_still_be_read_is_not_written() -> None:
 
 
 def test_peek_takes_no_slot() -> None:
-    turns = SlotRotation()
+    turns = peer_buffers.SlotRotation()
     for graph in (0, 4, 4, 4, 0, 5, 5, 0):
         assert turns.peek(graph) == turns.peek(graph) == turns.take(graph)
 
@@ -288,7 +286,10 @@ def test_ranks_share_their_memory_and_free_it(share: Share) -> None:
 
 def test_slots_do_not_overlap(share: Share) -> None:
     def starts(buffers: Any) -> tuple[list[int], int]:
-        views = [buffers._view(slot, (8192,), torch.uint8) for slot in range(3)]
+        views = []
+        for slot in range(3):
+            buffers._rotation = SimpleNamespace(peek=lambda capture, slot=slot: slot)
+            views.append(buffers.input((8192,), torch.uint8))
         assert buffers._bytes.data_ptr() == buffers._address
         return [view.data_ptr() - buffers._address for view in views], len(buffers._bytes)
 
@@ -323,8 +324,8 @@ def test_nccl_p2p_disable_is_respected(share: Share, monkeypatch: pytest.MonkeyP
 
 
 def test_host_is_the_boot_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_memory, "BOOT_ID", SimpleNamespace(read_text=lambda: f"{HOST}\n"))
-    assert shared_memory._host() == HOST
+    monkeypatch.setattr(connecting, "BOOT_ID", SimpleNamespace(read_text=lambda: f"{HOST}\n"))
+    assert connecting._host() == HOST
 
 
 def test_absent_rank_is_named(share: Share) -> None:
@@ -516,7 +517,7 @@ def test_nccl_alone_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise NotShared("rank 1: NCCL_P2P_DISABLE is set")
 
-    monkeypatch.setattr(shared_memory, "share_buffers", refuse)
+    monkeypatch.setattr(connecting, "share_buffers", refuse)
     rendezvous, options = Rendezvous(HashStore(), 0, 2, 1.0), {"device": CPU, "shares_device": False}
     nccl: Any = Recorder()
     assert share_memory(nccl, "auto", rendezvous, **options) is nccl  # type: ignore[arg-type]

@@ -62,6 +62,17 @@ def test_paths_exist(page: Path) -> None:
 
 
 @by_page
+def test_classes_and_their_members_exist(page: Path) -> None:
+    if page.name == "log.md" or page.parent.name == "results":  # what ran at an older commit
+        return
+    source = "\n".join(path.read_text() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    for name, member in re.findall(r"`([A-Z]+[a-z][A-Za-z]*)(?:\.(\w+))?(?![-\w])", prose(page)):
+        assert re.search(rf"\b{name}\b", source), f"there is no {name}"
+        body = re.search(rf"^class {name}\b.*?(?=^\S)", source, re.M | re.S)
+        assert not member or (body and re.search(rf"\b{member}\b", body[0])), f"{name} has no {member}"
+
+
+@by_page
 def test_lines_are_short(page: Path) -> None:
     generated = page.name == "flags.md"
     for number, line in enumerate(page.read_text().splitlines(), 1):
@@ -161,7 +172,7 @@ def test_architecture_lists_the_folders_in_the_order_of_imports() -> None:
 def test_the_kernels_page_lists_every_op_with_its_launch_and_source() -> None:
     source = (ROOT / "kernels/ops.py").read_text()
     launches = {name: module for module, name in re.findall(r'^@op\("(\w+)"\)\ndef (\w+)', source, re.M)}
-    listed = {}
+    listed: dict[str, str] = {}
     for ops, launch, sources in re.findall(
         r"^\| (`\w+`(?:, `\w+`)*) \|.*\| ([^|]*) \| ([^|]*) \|$", (ROOT / "docs/kernels.md").read_text(), re.M
     ):

@@ -16,8 +16,8 @@ from typing_extensions import Self
 from ....runtime.request import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from ....runtime.tokenizer import Message
 
-MAX_STOP_LENGTH = 1024  # characters of a stop string
-MAX_ENTRIES = 1024  # of logit_bias, stop_token_ids and the choices of a structured output
+MAX_STOP_LENGTH = 1024  # unit: characters
+MAX_ENTRIES = 1024  # applies to logit_bias, stop_token_ids and the choices of a structured output
 NEUTRAL_ONLY = "neutral only"  # marks a field that is not implemented: it takes only the values that change nothing
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -42,7 +42,7 @@ NeutralFalse = Annotated[FalseOnly | None, NEUTRAL_ONLY]
 NeutralTrue = Annotated[TrueOnly | None, NEUTRAL_ONLY]
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """A model without type coercion that refuses unknown fields, and unsupported fields that are not null."""
 
     model_config = ConfigDict(
@@ -60,12 +60,12 @@ class Strict(BaseModel):
         return self
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_usage: bool | None = None
     include_obfuscation: FalseOnly | None = None
 
 
-class JsonSchema(Strict):
+class JsonSchema(StrictModel):
     """OpenAI's wrapper of a JSON schema. The output always follows the schema, so `strict` changes nothing."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
@@ -74,14 +74,14 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(StrictModel):
     """OpenAI's `response_format`. The type `json_schema` without a schema means any object."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(Strict):
+class StructuredOutputs(StrictModel):
     """vLLM's `structured_outputs`: exactly one of json, regex, choice, grammar and json_object."""
 
     UNSUPPORTED: ClassVar = frozenset({"structural_tag", "whitespace_pattern"})
@@ -98,7 +98,7 @@ class StructuredOutputs(Strict):
     disable_fallback: bool | None = None
 
 
-class GenerateFields(Strict):
+class GenerateFields(StrictModel):
     """The fields that completions and chats have in common."""
 
     UNSUPPORTED: ClassVar = frozenset({
@@ -169,12 +169,12 @@ class CompletionRequest(GenerateFields):
         return cast("list[str] | list[list[int]]", [self.prompt] if is_single else self.prompt)
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(Strict):
+class ChatMessage(StrictModel):
     """One message of a conversation."""
 
     UNSUPPORTED: ClassVar = frozenset({
@@ -226,7 +226,7 @@ class ChatRequest(GenerateFields):
 GenerateRequest = CompletionRequest | ChatRequest
 
 
-class TokenizeRequest(Strict):
+class TokenizeRequest(StrictModel):
     """Body of POST /tokenize: a prompt or a conversation."""
 
     UNSUPPORTED: ClassVar = frozenset({"chat_template", "chat_template_kwargs", "tools"})
@@ -240,7 +240,7 @@ class TokenizeRequest(Strict):
     continue_final_message: NeutralFalse = None
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(StrictModel):
     """Body of POST /detokenize."""
 
     model: str | None = None

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from typer.testing import CliRunner, Result
 
-from lockstep.launch.bench.trace import Event, classify, kernel_times, read_events, union
+from lockstep.launch.bench.trace import TraceEvent, classify, kernel_times, read_events, union
 from lockstep.launch.bench.workload import nano, uniform
 from lockstep.launch.cli.main import app
 from lockstep.runtime.config import DEMO_MODEL, Config
@@ -350,4 +350,4 @@ def test_op_counts_without_the_ops_inside_it(data: st.DataObject) -> None:
 
 def test_union_of_intervals_that_touch_overlap_and_hide() -> None:
     spans = [(0, 2), (2, 3), (10, 20), (12, 15), (19, 21)]
-    assert union(Event("", start, stop, stop - start) for start, stop in spans) == 3 + 11
+    assert union(TraceEvent("", start, stop, stop - start) for start, stop in spans) == 3 + 11

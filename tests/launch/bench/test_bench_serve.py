@@ -99,7 +99,7 @@ def test_statistics_worked_out_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slo", "good"),
+    ("limits", "good"),
     [
         ({"ttft": 0.5}, True),
         ({"ttft": 0.49}, False),
@@ -107,8 +107,8 @@ def test_statistics_worked_out_by_hand() -> None:
         ({"e2el": 9, "tpot": 0.2}, False),
     ],
 )
-def test_good_request_meets_every_objective(slo: dict[str, float], good: bool) -> None:
-    assert is_good(BY_HAND, slo) == good
+def test_good_request_exceeds_no_limit(limits: dict[str, float], good: bool) -> None:
+    assert is_good(BY_HAND, limits) == good
 
 
 GAPS = st.lists(st.integers(0, 12), min_size=1, max_size=6)
@@ -425,13 +425,13 @@ def test_refused_first_request_ends_the_run() -> None:
         (["--request-rate=0"], "--request-rate 0.0 must be above 0"),
         (["--burstiness=nan"], "--burstiness nan must be above 0"),
         (["--random-range-ratio=1.5"], "--random-range-ratio 1.5 must be between 0 and 1"),
-        (["--dataset-name=sharegpt"], "sharegpt is read; give --dataset-path"),
-        (["--dataset-path=x"], "random is not read; drop --dataset-path"),
+        (["--dataset-name=sharegpt"], "sharegpt needs a file; give --dataset-path"),
+        (["--dataset-path=x"], "random takes no file; drop --dataset-path"),
         (["--percentile-metrics=ttft,speed"], "'speed', which is not one of ttft, tpot, itl, e2el"),
         (["--metric-percentiles=101"], "--metric-percentiles 101 must be numbers from 0 to 100"),
         (["--goodput", "ttft:500", "itl:3"], "--goodput itl:3 must be ttft:MS"),
         (["--metadata", "a=1", "b"], "--metadata b must be KEY=VALUE"),
-        (["--save-detailed"], "--save-detailed is about the file of results; add --save-result"),
+        (["--save-detailed"], "--save-detailed needs a result file; add --save-result"),
         (["--plot=/nowhere/x.png"], "there is no folder /nowhere"),
         (["--base-url=localhost:80"], "localhost:80 is not the URL of a server"),
         (["--port=9", "--ready-check-timeout-sec=0"], r"http://127.0.0.1:9 does not answer: .*; start it, or set"),

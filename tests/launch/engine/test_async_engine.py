@@ -28,13 +28,12 @@ import pytest
 
 from lockstep import LLM, SamplingParams, StructuredOutputsParams
 from lockstep.launch.cluster import actor_group
-from lockstep.launch.cluster.rank_actor import Endpoint
 from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.cluster.sockets import Address
-from lockstep.launch.cluster.worker import Worker
-from lockstep.launch.engine import async_engine, output_queue
+from lockstep.launch.cluster.worker import Endpoint, Worker
+from lockstep.launch.engine import async_engine, event_streams
 from lockstep.launch.engine.async_engine import AsyncEngine
-from lockstep.launch.engine.output_queue import OutputQueue
+from lockstep.launch.engine.event_streams import OutputQueue
 from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine
 from lockstep.runtime import startup
 from lockstep.runtime.config import DEMO_MODEL, Config
@@ -486,7 +485,7 @@ def test_slow_reader_does_not_delay_others(scripted: type[Scripted]) -> None:
     run(main())
 
 
-def test_output_queue_joins_waiting_events() -> None:
+def test_event_streams_joins_waiting_events() -> None:
     def event(index: int, *tokens: int, last: bool = False) -> Event:
         logprobs = [{token: Logprob(-1.0 * token, 1, str(token))} for token in tokens]
         text = "".join(map(str, tokens))
@@ -520,7 +519,7 @@ def test_event_loop_is_woken_once_a_step(scripted: type[Scripted]) -> None:
         loop.call_soon_threadsafe = counted  # type: ignore[assignment, method-assign]
         async with serving() as started:
             await asyncio.gather(*(tokens_of(started, seed, 50) for seed in range(20)))
-            events = sum(callback is output_queue.put_all for callback in calls)
+            events = sum(callback is event_streams.put_all for callback in calls)
             assert events <= scripted.started[0].stats.steps < 20 * 50
 
     run(main())

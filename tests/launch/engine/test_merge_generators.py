@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from lockstep.launch.engine.merge_generators import merge
+from lockstep.launch.engine.event_streams import merge
 
 
 class Stream:

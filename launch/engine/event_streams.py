@@ -1,14 +1,17 @@
-"""Events on their way from the engine thread to the asyncio tasks that wait for them."""
+"""Events on their way from the engine thread to the asyncio tasks that wait for them, and the merging of streams."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing, suppress
+from typing import TypeVar
 
 from ...runtime.ledger import Generation, Output
 from ...runtime.outputs import Event
 from ..errors import EngineFailed
+
+Item = TypeVar("Item")
 
 
 class OutputQueue:
@@ -90,3 +93,37 @@ def send(items: Iterable[tuple[OutputQueue, Event | EngineFailed]]) -> None:
 def put_all(batch: Iterable[tuple[OutputQueue, Event | EngineFailed]]) -> None:
     for queue, item in batch:
         queue.put(item)
+
+
+async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[tuple[int, Item], None]:
+    """Yield the items of all streams as they come, each with the number of its stream.
+
+    All streams are closed when this generator is closed or when one of them fails.
+    """
+    if len(streams) == 1:  # the usual case, without a task and a queue
+        async with aclosing(streams[0]) as stream:
+            async for item in stream:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, Item] | asyncio.Task[None]] = asyncio.Queue()
+
+    async def forward(number: int, stream: AsyncGenerator[Item, None]) -> None:
+        async for item in stream:
+            queue.put_nowait((number, item))
+
+    tasks = [asyncio.ensure_future(forward(i, stream)) for i, stream in enumerate(streams)]
+    for task in tasks:
+        task.add_done_callback(queue.put_nowait)
+    try:
+        num_running = len(tasks)
+        while num_running:
+            entry = await queue.get()
+            if isinstance(entry, tuple):
+                yield entry
+            else:
+                entry.result()  # raises the stream's exception
+                num_running -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

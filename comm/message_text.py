@@ -1,6 +1,11 @@
-"""Numbers of bytes as text."""
+"""Text for messages and logs: an error in one line, and numbers of bytes. Imports nothing."""
 
 from __future__ import annotations
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not empty, or the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def format_bytes(count: int) -> str:
