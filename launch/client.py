@@ -33,7 +33,7 @@ class Choice(msgspec.Struct):
         return self.text or (self.delta.content if self.delta else None) or ""
 
     @property
-    def opens(self) -> bool:
+    def is_role_only(self) -> bool:
         """True for the first event of a chat, which holds the role alone."""
         return self.delta is not None and self.delta.role is not None and not self.new_text
 

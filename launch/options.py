@@ -21,13 +21,13 @@ def with_config(command: Command) -> Command:
     return with_fields("config", Config)(command)
 
 
-def with_fields(parameter: str, of: type[Any], only: Sequence[str] = ()) -> Callable[[Command], Command]:
+def with_fields(parameter: str, options_type: type[Any], only: Sequence[str] = ()) -> Callable[[Command], Command]:
     """Return a decorator that makes the command's `parameter`, a dictionary, from one option for each field.
 
-    of    the dataclass with the fields; their metadata are those of `runtime.config.option`
-    only  the names of the fields to use; all fields if empty
+    options_type  the dataclass with the fields; their metadata are those of `runtime.config.option`
+    only          the names of the fields to use; all fields if empty
     """
-    fields = [f for f in dataclasses.fields(of) if not only or f.name in only]
+    fields = [f for f in dataclasses.fields(options_type) if not only or f.name in only]
 
     def decorate(command: Command) -> Command:
         def wrapped(**arguments: Any) -> None:
@@ -35,7 +35,7 @@ def with_fields(parameter: str, of: type[Any], only: Sequence[str] = ()) -> Call
             command(**{parameter: options}, **arguments)
 
         others = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != parameter]
-        parameters = [*_parameters(of, fields), *(p.replace(kind=p.KEYWORD_ONLY) for p in others)]
+        parameters = [*_parameters(options_type, fields), *(p.replace(kind=p.KEYWORD_ONLY) for p in others)]
         wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
         wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
@@ -44,9 +44,9 @@ def with_fields(parameter: str, of: type[Any], only: Sequence[str] = ()) -> Call
     return decorate
 
 
-def _parameters(of: type[Any], fields: Sequence[dataclasses.Field[Any]]) -> Iterator[inspect.Parameter]:
+def _parameters(options_type: type[Any], fields: Sequence[dataclasses.Field[Any]]) -> Iterator[inspect.Parameter]:
     """Yield typer's parameter for each field; metadata may hold `switch`, the only flag of a boolean option."""
-    hints = get_type_hints(of)
+    hints = get_type_hints(options_type)
     for f in fields:
         help_text = f.metadata["help"][:1].upper() + f.metadata["help"][1:] + "."
         flag = "--" + f.name.replace("_", "-")

@@ -49,9 +49,9 @@ class Config:
     )
     tensor_parallel_size: int = option(1, "number of ranks that share each layer, one per GPU", "--tp")
     device: Device = option("auto", "where to run; auto is cuda where there is a GPU")
-    dtype: DType = option("auto", "of weights and activations; auto is the checkpoint's on cuda, float32 on cpu")
+    dtype: DType = option("auto", "dtype of weights and activations; auto is the checkpoint's on cuda, float32 on cpu")
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens; the model's own if not given")
-    max_num_seqs: int = option(256, "requests that run at once")
+    max_num_seqs: int = option(256, "outputs generated at once; a request with n > 1 has n of them")
     max_num_batched_tokens: int = option(8192, "tokens computed in one step, over all requests")
     page_size: int = option(16, "tokens in one page of the KV cache")
     kv_layout: KVLayout = option("layer-first", "order of layers and pages in the KV cache")
@@ -100,31 +100,35 @@ class Config:
         for name, hint in get_type_hints(type(self)).items():
             value, choices = getattr(self, name), get_args(hint)
             if choices and all(isinstance(choice, str) for choice in choices):
-                self._check(name, value in choices, f"is not one of {', '.join(choices)}")
+                self._require(name, value in choices, f"is not one of {', '.join(choices)}")
             elif hint is int or (int in choices and value is not None):
                 is_integer = isinstance(value, int) and not isinstance(value, bool)
-                self._check(name, is_integer and value >= 1, "must be an integer >= 1")
+                self._require(name, is_integer and value >= 1, "must be an integer >= 1")
         for name in ("startup_timeout", "wait_for_resources", "step_timeout", "kv_cache_memory"):
             value = getattr(self, name)
-            self._check(name, value is None or value > 0, "must be above 0")
+            self._require(name, value is None or value > 0, "must be above 0")
         for name in ("gpus_per_rank", "gpu_memory_utilization"):
-            self._check(name, 0 < getattr(self, name) <= 1, "must be in (0, 1]")
+            self._require(name, 0 < getattr(self, name) <= 1, "must be in (0, 1]")
         is_absolute = self.nccl_library is None or Path(self.nccl_library).is_absolute()
-        self._check("nccl_library", is_absolute, "must be an absolute path: ranks run elsewhere")
-        self._check(
+        self._require("nccl_library", is_absolute, "must be an absolute path: ranks run elsewhere")
+        self._require(
             "max_num_batched_tokens",
             self.max_num_batched_tokens >= self.max_num_seqs,
             f"must be at least max_num_seqs ({self.max_num_seqs}), so that every running request gets its next token",
         )
         if self.deterministic:
-            self._check("all_reduce", self.all_reduce != "nccl", "adds in NCCL's order; not with deterministic")
-            self._check("attention_backend", self.attention_backend == "auto", "is not there with deterministic")
+            self._require(
+                "all_reduce", self.all_reduce != "nccl", "sums in NCCL's order, which --deterministic does not allow"
+            )
+            self._require(
+                "attention_backend", self.attention_backend == "auto", "cannot be combined with --deterministic"
+            )
         if self.num_pages is not None and self.kv_cache_memory is not None:
             raise ValueError("num_pages and kv_cache_memory both size the KV cache; give one of them")
 
-    def _check(self, name: str, holds: bool, rule: str) -> None:
-        if not holds:
-            raise ValueError(f"{name}={getattr(self, name)!r} {rule}")
+    def _require(self, name: str, condition: bool, error: str) -> None:
+        if not condition:
+            raise ValueError(f"{name}={getattr(self, name)!r} {error}")
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Config:
@@ -142,16 +146,16 @@ class Config:
             raise ValueError("attention_backend='flashinfer' needs a GPU; use auto or torch on a CPU")
         dtype = self.dtype
         if dtype == "auto":
-            # float32 on a CPU: exact equality between TP sizes and batches, and no slow emulated bfloat16.
+            # On a CPU, float32 gives equal tokens for all TP sizes and batches; bfloat16 is emulated and slow.
             dtype = "float32" if config.device == "cpu" else cast(DType, model.dtype)
         if self.deterministic and (config.device == "cpu" or dtype == "float32"):
             raise ValueError(
                 f"deterministic=True is for bfloat16 and float16 on GPUs, not {dtype} on {config.device}: leave it out;"
-                " float32 rounds too little to change a token"
+                " float32 rounding rarely changes a token"
             )
         limit = model.max_position_embeddings
         rule = f"is beyond the {limit} positions that the model was made for; use at most {limit}"
-        self._check("max_model_len", self.max_model_len is None or self.max_model_len <= limit, rule)
+        self._require("max_model_len", self.max_model_len is None or self.max_model_len <= limit, rule)
         return dataclasses.replace(config, dtype=dtype, max_model_len=self.max_model_len or limit)
 
     def placed(self, *, cuda: bool) -> Config:

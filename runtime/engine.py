@@ -10,19 +10,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .plan import Finished, StepOutput, StepPlan
+from .plan import RequestEnd, StepOutput, StepPlan
 from .request import Request
 from .runner.profiler import Profiler
 from .runner.runner import PendingStep, Runner
-from .scheduler.scheduler import Scheduled, Scheduler
+from .scheduler.scheduler import ScheduledStep, Scheduler
 from .stats import EngineStats, Profile
 
 
 @dataclass(frozen=True)
-class Launched:
+class InFlightStep:
     """A step that has been launched and not committed."""
 
-    scheduled: Scheduled
+    scheduled: ScheduledStep
     pending: PendingStep
     started: float  # by time.perf_counter, in seconds
 
@@ -38,9 +38,9 @@ class Engine:
         self._publish = publish
         self._overlap = overlap
         self.stats = EngineStats()
-        self._running: Launched | None = None
+        self._running: InFlightStep | None = None
         self._last_end = 0.0  # end of the last step, by time.perf_counter
-        self._finished: list[Finished] = []  # refused or cancelled since the last step
+        self._finished: list[RequestEnd] = []  # requests refused or cancelled since the last step
         self._profiler: Profiler | None = None
         self._profile: Profile | None = None
 
@@ -50,7 +50,7 @@ class Engine:
             try:
                 self.scheduler.add(request)
             except ValueError as error:
-                self._finished.append(Finished(request.uid, "abort", error=str(error)))
+                self._finished.append(RequestEnd(request.uid, "abort", error=str(error)))
 
     def cancel(self, uids: Sequence[int]) -> None:
         """End these requests with reason "abort", unless they have ended."""
@@ -82,7 +82,7 @@ class Engine:
         profile, self._profile = self._profile, None
         return profile
 
-    def _launch(self) -> Launched | None:
+    def _launch(self) -> InFlightStep | None:
         started = time.perf_counter()
         scheduled = self.scheduler.schedule()
         if self._profiler is not None:
@@ -96,9 +96,9 @@ class Engine:
         pending = self.runner.launch(scheduled.plan)
         self.stats.schedule_s += published - started
         self.stats.launch_s += time.perf_counter() - published
-        return Launched(scheduled, pending, started)
+        return InFlightStep(scheduled, pending, started)
 
-    def _commit(self, step: Launched) -> StepOutput:
+    def _commit(self, step: InFlightStep) -> StepOutput:
         waiting = time.perf_counter()
         sampled = step.pending.wait()
         arrived = time.perf_counter()

@@ -1,4 +1,7 @@
-"""The interface between the front end and the ranks, and its implementation for one rank in this process."""
+"""The front end's client of the engine, and its implementation for one rank in this process.
+
+An Executor takes requests and returns the outputs of steps. Unlike vLLM's model executor, it includes the scheduler.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ class Executor(Protocol):
     """The ranks that compute requests; every request must keep `limits`."""
 
     limits: Limits
-    startup: dict[str, float]  # as StartupTimer.record returned it
+    startup: dict[str, float]  # the result of StartupTimer.record
 
     @property
     def stats(self) -> EngineStats:
@@ -59,7 +62,7 @@ class Executor(Protocol):
         """Queue requests; returns at once."""
 
     def cancel(self, uids: Sequence[int]) -> None:
-        """End requests early; each still gets a Finished with reason "abort", unless it has ended already."""
+        """End requests early; each still gets a RequestEnd with reason "abort", unless it has ended already."""
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         """Return the outputs since the last call; wait up to timeout_s for the first. Raises if the ranks failed."""

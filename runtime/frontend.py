@@ -12,8 +12,8 @@ import msgspec
 import numpy as np
 
 from .executor import Executor
-from .ledger import Generation, Output
-from .plan import Finished, StepOutput, TokenLogprobs
+from .generation import Generation, Output
+from .plan import RequestEnd, StepOutput, TokenLogprobs
 from .request import Request, RequestRefused, SamplingParams
 from .sampling.grammar import Vocabulary, try_out
 from .tokenizer import Tokenizer
@@ -35,10 +35,10 @@ class Frontend:
     ) -> None:
         self.executor, self.tokenizer, self._vocabulary = executor, tokenizer, vocabulary
         self.eos_token_ids = list(eos_token_ids)
-        self.num_prefix_queries = 0  # tokens of requests that began: prompts, and what was generated before a failure
-        self.num_prefix_hits = 0  # of these, tokens found in the prefix cache
-        self.num_free_pages: int | None = None  # by the scheduler's account after its last step; None before the first
-        self._live: dict[int, Output] = {}  # by the request's uid
+        self.num_prefix_queries = 0  # tokens of started requests: prompts, and output before a failure
+        self.num_prefix_hits = 0  # those of num_prefix_queries found in the prefix cache
+        self.num_free_pages: int | None = None  # as of the scheduler's last step; None before the first
+        self._live: dict[int, Output] = {}  # unfinished outputs by the uid of their request
         self._uids = itertools.count()
         self._numbers = itertools.count()
 
@@ -139,7 +139,7 @@ class Frontend:
             changed[uid] = self._live.pop(uid)
             changed[uid].end(finished[uid].reason, finished[uid].error)
         stopped = [uid for uid, output in changed.items() if output.finished and uid not in finished]
-        if stopped:  # by a stop string, which the ranks do not know
+        if stopped:  # a stop string ended them, and the ranks do not look for stop strings
             self.executor.cancel(stopped)
         return changed
 
@@ -153,7 +153,7 @@ class Frontend:
             generation = output.generation
             self.num_prefix_hits += num_cached
             self.num_prefix_queries += len(generation.prompt_ids) + output.num_tokens
-            if output.num_tokens == 0:  # not submitted again
+            if output.num_tokens == 0:  # the request was not submitted again
                 num_cached = min(num_cached, len(generation.prompt_ids))
                 generation.num_cached_tokens = max(generation.num_cached_tokens, num_cached)
 
@@ -171,7 +171,7 @@ class Frontend:
         return Request(next(self._uids), tokens, len(tokens), request_params, stop_ids)
 
 
-def _append(output: Output, token: int, logprobs: TokenLogprobs | None, finished: Finished | None) -> None:
+def _append(output: Output, token: int, logprobs: TokenLogprobs | None, finished: RequestEnd | None) -> None:
     """Add a token to an output; if its text cannot be made, end this output and no other."""
     try:
         output.append(token, logprobs, finished)

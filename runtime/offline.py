@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .executor import Executor
 from .frontend import Frontend, Prompt
-from .ledger import Generation, Output
+from .generation import Generation, Output
 from .model.model_config import ModelConfig
 from .outputs import Event, RequestOutput
 from .request import RequestRefused, SamplingParams

@@ -42,7 +42,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     prompt_logprobs: PositionLogprobs | None = None
 
     @property
@@ -53,11 +53,11 @@ class RequestOutput:
 class Event(msgspec.Struct, frozen=True):  # one for each token: made six times as fast as a frozen dataclass
     """New tokens and text of one output. Each token is in one event; text comes once it is certain."""
 
-    index: int  # of the output, among the n of its prompt
+    index: int  # index of the output among the n of its prompt
     text: str
     token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None  # one for each of token_ids, if requested
-    finish_reason: FinishReason | None  # in the last event of this output
+    logprobs: list[dict[int, Logprob]] | None  # one entry for each of token_ids, if requested
+    finish_reason: FinishReason | None  # set in the last event of this output
     stop_reason: int | str | None  # as in CompletionOutput; the cause for "abort" and "error", if there is one
     prompt_token_ids: list[int]  # the same list in every event of a prompt
     num_cached_tokens: int

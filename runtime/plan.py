@@ -67,13 +67,13 @@ class PromptLogprobs(msgspec.Struct, frozen=True):
     logprobs: list[TokenLogprobs]
 
 
-class Finished(msgspec.Struct, frozen=True):
+class RequestEnd(msgspec.Struct, frozen=True):
     """The end of a request; exactly one per request."""
 
     uid: int
     reason: FinishReason
     stop_id: int | None = None  # the token id that ended it, for reason "stop"
-    error: str | None = None  # why the engine refused it ("abort"), or why its grammar failed ("error")
+    error: str | None = None  # reason for a refusal by the engine ("abort") or a failed grammar ("error")
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,7 +81,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
 
     uids: list[int] = []
     tokens: list[int] = []
-    finished: list[Finished] = []
+    finished: list[RequestEnd] = []
     logprobs: dict[int, TokenLogprobs] = {}  # by uid
     cached_tokens: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
     prompt_logprobs: dict[int, PromptLogprobs] = {}  # uid -> a chunk of its prompt
@@ -96,7 +96,7 @@ class Report(msgspec.Struct, frozen=True):
     profile: Profile | None
 
 
-class Admit(msgspec.Struct, frozen=True, tag=True):
+class Submit(msgspec.Struct, frozen=True, tag=True):
     """Queue requests."""
 
     requests: list[Request]
@@ -118,19 +118,19 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """End the loops of followers and leader."""
 
 
-Command = Admit | Cancel | StartProfile | Stop
+Command = Submit | Cancel | StartProfile | Stop
 
 
 def _array_to_bytes(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return np.ascontiguousarray(value, dtype=np.int32).tobytes()
-    raise TypeError(f"{type(value).__name__} does not travel between ranks")
+    raise TypeError(f"{type(value).__name__} cannot be sent between ranks")
 
 
 def _bytes_to_array(kind: type, value: Any) -> Any:
     if kind is np.ndarray:
         return np.frombuffer(value, dtype=np.int32).copy()  # the message's memory is read-only
-    raise TypeError(f"{kind.__name__} does not travel between ranks")
+    raise TypeError(f"{kind.__name__} cannot be sent between ranks")
 
 
 encode = msgspec.msgpack.Encoder(enc_hook=_array_to_bytes).encode

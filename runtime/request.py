@@ -112,7 +112,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
 
 
 class Request(msgspec.Struct, frozen=True):
-    """One output to generate, as the scheduler admits it. The front end keeps it until the output has ended.
+    """One output to generate, the unit that the scheduler admits: a prompt with n > 1 makes n requests.
 
     `tokens` are the prompt and, for a request that is submitted again, its generated tokens. `stop_ids` end the output;
     they include the EOS ids unless these are ignored. params.seed and params.max_tokens are set, and params.n is 1.

@@ -39,8 +39,8 @@ MAX_GRAPH_ROWS = 256  # larger decode steps run long enough to hide their launch
 class LoadedRank:
     """This process's rank with its weights loaded. Call `plan_memory`, then `allocate` once to get its Runner.
 
-    `config` is resolved, and `folder` holds the checkpoint. `timer` is given the duration of each phase. Raises
-    ValueError if the device is not there or the weights do not fit.
+    `config` is resolved, and `folder` holds the checkpoint. `timer` records the duration of each phase. Raises
+    ValueError if the device is missing or the weights do not fit.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Durations of the phases of a start-up.
 
-The time of a phase inside another counts for the inner one only: the times add up to no more than the whole. Imports
+The time of a phase inside another counts for the inner one only, so the sum of all is at most the whole. Imports
 before the timer was made are not included.
 """
 
@@ -18,7 +18,7 @@ class StartupTimer:
     """A stopwatch for one start-up, running since it was made: `with timer("weights"): ...`."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}  # of each phase, in the order in which they ended
+        self.seconds: dict[str, float] = {}  # seconds of each phase, in the order in which the phases ended
         self._started = time.perf_counter()
 
     @contextmanager

@@ -12,7 +12,7 @@ class EngineStats(msgspec.Struct):
 
     steps: int = 0
     decode_steps: int = 0  # steps of decoding requests only
-    prompt_tokens: int = 0  # computed: without prefix cache hits, but with those of preempted requests again
+    prompt_tokens: int = 0  # prompt tokens computed: no prefix cache hits; those of preempted requests count again
     output_tokens: int = 0
     decode_kv_tokens: int = 0  # tokens of keys and values read by decode steps, regardless of sliding windows
     preemptions: int = 0
@@ -35,6 +35,6 @@ class Profile(msgspec.Struct, frozen=True):
     num_steps: int
     trace: bytes  # a Chrome trace, JSON; empty if there were no decode steps
     device: str
-    weight_bytes: int  # read by each decode step: all weights (all experts, too), less an embedding read by rows
-    kv_token_bytes: int  # keys and values of one token, over all layers
-    copy_bytes_per_s: float  # read and written by a large copy on this device
+    weight_bytes: int  # bytes that each decode step reads: all weights, all experts too, less an embedding read by rows
+    kv_token_bytes: int  # bytes of the keys and values of one token, over all layers
+    copy_bytes_per_s: float  # bytes read and written per second by a large copy on this device

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-MAX_GRAMMAR_CHARS = 100_000  # of the schema, regex, choices or grammar as text
+MAX_GRAMMAR_CHARS = 100_000  # longest schema, regex, choices or grammar, as text
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 
 

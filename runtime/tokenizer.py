@@ -1,4 +1,4 @@
-"""Text to token ids and back: the checkpoint's tokenizer and chat template, and text that grows token by token."""
+"""Text to token ids and back: the checkpoint's tokenizer and chat template, and incremental detokenization."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .request import SamplingParams
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 LONGEST_PARTIAL = 8  # tokens that may be parts of one character; more of them are invalid UTF-8
-CONTEXT = 6  # tokens of the prompt that determine the spacing of the first output tokens
+PROMPT_CONTEXT_TOKENS = 6  # tokens of the prompt that determine the spacing of the first output tokens
 
 Message = dict[str, Any]
 
@@ -63,25 +63,25 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], *, skip_special_tokens: bool = True) -> None:
         self._decode = tokenizer.decode_ids
         self._skip = skip_special_tokens
-        self._ids = [int(i) for i in prompt[-CONTEXT:]]
-        self._window = 0  # start of the tokens that are decoded
-        self._done = len(self._ids)  # end of the tokens whose text has been returned
+        self._ids = [int(i) for i in prompt[-PROMPT_CONTEXT_TOKENS:]]
+        self._window = 0  # start of the tokens to decode
+        self._emitted = len(self._ids)  # end of the tokens that were returned as text
 
     def push(self, token: int) -> str:
         """Return the text that is certain with this token; may be empty."""
         self._ids.append(token)
-        return self._take(final=len(self._ids) - self._done > LONGEST_PARTIAL)
+        return self._take(final=len(self._ids) - self._emitted > LONGEST_PARTIAL)
 
     def flush(self) -> str:
         """Return the rest of the text; bytes of an incomplete character become replacement characters."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> str:
-        before = self._decode(self._ids[self._window : self._done], skip_special_tokens=self._skip)
+        before = self._decode(self._ids[self._window : self._emitted], skip_special_tokens=self._skip)
         now = self._decode(self._ids[self._window :], skip_special_tokens=self._skip)
         if now.endswith(REPLACEMENT) and not final:
             return ""
-        self._window, self._done = self._done, len(self._ids)
+        self._window, self._emitted = self._emitted, len(self._ids)
         return now[len(before) :]
 
 

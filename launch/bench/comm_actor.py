@@ -54,8 +54,8 @@ class AllReduceAlgorithm(ABC):
     def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
         """Return the collective of `count` elements, or None if the algorithm does not have it.
 
-        In place: the result overwrites the input. Algorithms over shared memory never do that: for them, the input
-        lies in the shared memory already, where a GEMM writes it.
+        In place: the result overwrites the input. Algorithms over peer buffers never do that: for them, the input is
+        in the peer buffer already, where a GEMM writes it.
         """
 
     def close(self) -> None:  # noqa: B027 - most have none
@@ -65,7 +65,7 @@ class AllReduceAlgorithm(ABC):
 class CommunicatorAllReduce(AllReduceAlgorithm):
     """`all_reduce` of a communicator, or `all_reduce_add_rms_norm` of rows of `columns` if they are given.
 
-    has_buffers  time only the communicator's shared buffers: sizes that do not fit into one are left out
+    has_buffers  time only the communicator's peer buffers, without sizes that do not fit into one
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class CommBenchActor(RankActor):
             wrong = self._verify_graph(timed, algorithm, count)
             length, times = spec.graph_length, max(1, spec.times // 4)
             us = graph_us(comm, lambda: timed.call(None), length=length, times=times, on_captured=timed.on_captured)
-        return Timing.measured(us, count * self.dtype.itemsize, self.size, wrong)
+        return Timing.from_time(us, count * self.dtype.itemsize, self.size, wrong)
 
     def _verify_eager(self, timed: TimedCall, algorithm: AllReduceAlgorithm, count: int) -> int:
         """Return the wrong elements of one call."""

@@ -59,7 +59,7 @@ def bench_comm(
     """Check and time all-reduces between ranks that are started as for a model; status 1 if any result is wrong.
 
     Times are those of the slowest rank. "In place" has the meaning of nccl-tests if an algorithm can do that. For
-    algorithms that read their input from shared memory it means that the input lies there already.
+    algorithms that read their input from peer buffers it means that the input is there already.
     """
     start_logging(log_level)
     config = Config.from_options(options)
@@ -113,7 +113,7 @@ def run_on_ranks(actor: type[CommBenchActor], config: Config, spec: CommBenchSpe
         print(*report.head(), sep="\n", file=out, flush=True)
         for name, modes in capabilities.modes.items():
             for mode in modes:
-                block = Block.merged(name, mode, spec.dtype, call("measure", name, mode))
+                block = Block.from_ranks(name, mode, spec.dtype, call("measure", name, mode))
                 report.blocks.append(block)
                 print(*lines(block), sep="\n", file=out, flush=True)
         call("close")

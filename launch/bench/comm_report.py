@@ -25,7 +25,7 @@ class CommBenchSpec:
     sizes: list[int]  # sizes in bytes
     dtype: str
     hidden_size: int  # columns of the residual stream
-    algorithms: list[str]  # empty: all that fit the ranks' communicator
+    algorithms: list[str]  # if empty, each one that fits the ranks' communicator
     warmup: int
     times: int
     graph_length: int
@@ -51,7 +51,7 @@ class Timing:
     wrong: int
 
     @classmethod
-    def measured(cls, time_us: float, nbytes: int, num_ranks: int, wrong: int) -> Timing:
+    def from_time(cls, time_us: float, nbytes: int, num_ranks: int, wrong: int) -> Timing:
         algbw = nbytes / time_us / 1e3
         return cls(time_us, algbw, algbw * 2 * (num_ranks - 1) / num_ranks, wrong)
 
@@ -82,7 +82,7 @@ class Block:
     lines: list[TableLine]
 
     @classmethod
-    def merged(cls, name: str, mode: Mode, dtype: str, ranks: Sequence[Sequence[TableLine]]) -> Block:
+    def from_ranks(cls, name: str, mode: Mode, dtype: str, ranks: Sequence[Sequence[TableLine]]) -> Block:
         """Merge the lines of all ranks."""
         table = []
         for lines in zip(*ranks, strict=True):

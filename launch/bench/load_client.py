@@ -66,11 +66,11 @@ class StreamReader:
         self._complete = False
 
     def add(self, chunk: Chunk, now: float) -> None:
-        """Record a chunk that came at `now`; a chunk with only the role or the finish reason has no token."""
+        """Record a chunk that arrived at `now`; a chunk with only the role or the finish reason has no token."""
         record = self.record
         for choice in chunk.choices:
-            closes = choice.finish_reason is not None and not choice.new_text and bool(record.chunk_times)
-            if not (choice.opens or closes):
+            is_finish_only = choice.finish_reason is not None and not choice.new_text and bool(record.chunk_times)
+            if not (choice.is_role_only or is_finish_only):
                 record.chunk_times.append(now)
             record.ended = now
             record.text += choice.new_text

@@ -35,10 +35,10 @@ class MultiValueCommand(TyperCommand):
     """A command without arguments; some options take several values: `--goodput ttft:500 tpot:50`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, list(_repeated(args, ("--goodput", "--metadata"))))
+        return super().parse_args(ctx, list(_repeat_options(args, ("--goodput", "--metadata"))))
 
 
-def _repeated(args: Sequence[str], options: Sequence[str]) -> Iterator[str]:
+def _repeat_options(args: Sequence[str], options: Sequence[str]) -> Iterator[str]:
     """Repeat the option before each of its further values."""
     current, values = "", 0
     for arg in args:

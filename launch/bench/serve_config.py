@@ -166,10 +166,10 @@ class ServeBenchConfig:
     @property
     def metadata_pairs(self) -> dict[str, str]:
         """The keys and values of --metadata."""
-        for pair in self.metadata or []:
-            if "=" not in pair:
-                raise ValueError(f"--metadata {pair} must be KEY=VALUE")
-        return dict((part.strip() for part in pair.split("=", 1)) for pair in self.metadata or [])  # type: ignore[misc]
+        pairs = [pair.partition("=") for pair in self.metadata or []]
+        if wrong := [key for key, sign, _ in pairs if not sign]:
+            raise ValueError(f"--metadata {wrong[0]} must be KEY=VALUE")
+        return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 def _flag(name: str) -> str:

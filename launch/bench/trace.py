@@ -90,11 +90,11 @@ def _nested(raw: list[dict[str, Any]]) -> list[TraceEvent]:
     raw = sorted(raw, key=lambda e: (e["tid"], e["ts"], -e["dur"]))
     ends = [(e["tid"], e["ts"] + e["dur"]) for e in raw]
     exclusive = [e["dur"] for e in raw]
-    open_: list[int] = []
+    enclosing: list[int] = []
     for i, event in enumerate(raw):
-        while open_ and (event["tid"], event["ts"]) >= ends[open_[-1]]:
-            open_.pop()
-        if open_:
-            exclusive[open_[-1]] -= event["dur"]
-        open_.append(i)
+        while enclosing and (event["tid"], event["ts"]) >= ends[enclosing[-1]]:
+            enclosing.pop()
+        if enclosing:
+            exclusive[enclosing[-1]] -= event["dur"]
+        enclosing.append(i)
     return [TraceEvent(e["name"], e["ts"], e["ts"] + e["dur"], t) for e, t in zip(raw, exclusive, strict=True)]

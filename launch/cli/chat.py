@@ -53,7 +53,7 @@ def talk(answer: Answer, out: TextIO) -> None:
 
 
 def remote(url: str, model: str | None) -> Answer:
-    """Return a function that asks the server at `url`, and its first model unless `model` names one."""
+    """Return a function that sends to the server at `url`, to its first model unless `model` names one."""
     import httpx
 
     from ..client import Events, connection, describe, first_model, refusal
@@ -78,7 +78,7 @@ def remote(url: str, model: str | None) -> Answer:
 
 
 def local(llm: LLM) -> Answer:
-    """Return a function that asks a model in this process."""
+    """Return a function that generates with a model in this process."""
 
     def answer(messages: list[Message], settings: dict[str, Any]) -> Iterator[str]:
         params = msgspec.structs.replace(llm.get_default_sampling_params(), **{"max_tokens": None, **settings})
@@ -97,7 +97,7 @@ def local(llm: LLM) -> Answer:
 
 @contextmanager
 def _held_interrupts() -> Iterator[Callable[[], bool]]:
-    """Hold Ctrl-C back and yield a function that tells if it came: a step of the engine must not be interrupted."""
+    """Hold Ctrl-C back, which must not interrupt a step, and yield a function that returns True after it."""
     signals: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, _: signals.append(number))
     try:

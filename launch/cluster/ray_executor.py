@@ -16,7 +16,7 @@ from ...runtime.config import Config
 from ...runtime.executor import RankLocation, Wakeup
 from ...runtime.memory.memory_plan import loading_speed, tightest
 from ...runtime.model.model_config import ModelConfig
-from ...runtime.plan import Admit, Cancel, StartProfile, StepOutput, Stop, decode_report, encode
+from ...runtime.plan import Cancel, StartProfile, StepOutput, Stop, Submit, decode_report, encode
 from ...runtime.request import Request
 from ...runtime.startup import plan_limits
 from ...runtime.startup_timer import StartupTimer, summary
@@ -64,7 +64,7 @@ class RayExecutor:
         if not self._live:
             self._last_report = time.perf_counter()
         self._live.update(request.uid for request in requests)
-        self._commands.send(encode(Admit(list(requests))))
+        self._commands.send(encode(Submit(list(requests))))
 
     def cancel(self, uids: Sequence[int]) -> None:
         if not self._closed:

@@ -23,7 +23,7 @@ from ...runtime.engine import Engine
 from ...runtime.memory.memory_plan import MemoryPlan
 from ...runtime.model.checkpoint import checkpoint_folder
 from ...runtime.model.model_config import ModelConfig
-from ...runtime.plan import Admit, Cancel, Report, StartProfile, StepPlan, Stop, decode_command, decode_plan, encode
+from ...runtime.plan import Cancel, Report, StartProfile, StepPlan, Stop, Submit, decode_command, decode_plan, encode
 from ...runtime.request import Limits
 from ...runtime.scheduler.scheduler import Scheduler
 from ...runtime.startup import LoadedRank
@@ -145,7 +145,7 @@ class Worker(RankActor):
         while True:
             for message in self._inbox.receive(0 if engine.has_work else None):
                 command = decode_command(message)
-                if isinstance(command, Admit):
+                if isinstance(command, Submit):
                     engine.add(command.requests)
                 elif isinstance(command, Cancel):
                     engine.cancel(command.uids)

@@ -44,9 +44,9 @@ def survey(config: Config, examine: Examine) -> Iterator[Finding]:
             try:
                 known_versions[ip], findings[ip] = ray.get(call, timeout=0)
             except RayError as error:
-                yield _silence_finding(ip, error)
+                yield _no_answer_finding(ip, error)
         yield versions_finding(known_versions)
-        yield from merged(findings)
+        yield from merge_findings(findings)
     finally:
         if not was_connected:
             ray.shutdown()
@@ -58,9 +58,9 @@ def candidates(config: Config, resources: Mapping[str, Mapping[str, float]]) -> 
     return [ip for ip, amounts in resources.items() if fitting(amounts, rank_resources)] or list(resources)
 
 
-def _silence_finding(ip: str, error: RayError) -> Finding:
+def _no_answer_finding(ip: str, error: RayError) -> Finding:
     text = f"no report within {NODE_S:.0f} s: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-    return Finding(f"node {ip}", "fail", text, "install the same lockstep there, and see that it is not overloaded")
+    return Finding(f"node {ip}", "fail", text, "install the same lockstep there, and check its load")
 
 
 def versions_finding(by_node: Mapping[str, Mapping[str, str]]) -> Finding:
@@ -77,13 +77,13 @@ def versions_finding(by_node: Mapping[str, Mapping[str, str]]) -> Finding:
     return Finding("equal versions", "ok", f"{', '.join(names)} on {len(by_node)} nodes")
 
 
-def merged(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
-    """Yield the findings of all nodes; one that is equal on all comes once, any other with the names of its nodes."""
-    ips_of: dict[Finding, list[str]] = {}
-    for ip, of_node in findings.items():
-        for finding in of_node:
-            ips_of.setdefault(finding, []).append(ip)
-    for finding, ips in ips_of.items():
+def merge_findings(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
+    """Yield a finding that is equal on all nodes once, and any other with the names of its nodes."""
+    ips_by_finding: dict[Finding, list[str]] = {}
+    for ip, node_findings in findings.items():
+        for finding in node_findings:
+            ips_by_finding.setdefault(finding, []).append(ip)
+    for finding, ips in ips_by_finding.items():
         everywhere = len(ips) == len(findings)
         yield finding if everywhere else replace(finding, name=f"{finding.name} on {', '.join(ips)}")
 
@@ -94,7 +94,7 @@ def _connect(config: Config) -> Finding:
 
 
 def addresses_finding(addresses: Sequence[str]) -> Finding:
-    if addresses == [LOOPBACK]:  # Ray takes it if it finds no route out, and then no other node can join
+    if addresses == [LOOPBACK]:  # Ray takes it without a route to the outside; no other node can join then
         remedy = "ray start --head --node-ip-address=ITS_IP lets others join"
         return warn(f"the only node calls itself {LOOPBACK}", remedy)
     return ok(f"connected, {len(addresses)} nodes")
@@ -103,8 +103,7 @@ def addresses_finding(addresses: Sequence[str]) -> Finding:
 def _examine_nodes(config: Config, examine: Examine, by_ip: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return a call on each node by its address; calls that have not ended after NODE_S are cancelled."""
     config = config.with_absolute_model()
-    # max_calls=1 gives each call a new process, which sees the GPUs.
-    task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_examine_node)
+    task = ray.remote(num_cpus=0, max_calls=1, max_retries=0)(_examine_node)  # a new process sees the GPUs
     pinned = {ip: NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for ip, node in by_ip.items()}
     calls = {ip: task.options(scheduling_strategy=node).remote(config, examine, ip) for ip, node in pinned.items()}
     _, silent = ray.wait(list(calls.values()), num_returns=len(calls), timeout=NODE_S)

@@ -24,7 +24,7 @@ CHECKS: dict[str, Check] = {
     "NCCL": machine_checks.check_nccl,
     "peer access": machine_checks.check_p2p,
     "interface": machine_checks.check_interface,
-    "shared memory": machine_checks.check_shared_memory,
+    "shared memory": machine_checks.check_dev_shm,
     "open files": machine_checks.check_open_files,
 }
 

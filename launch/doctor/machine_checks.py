@@ -1,4 +1,4 @@
-"""Checks of one machine: packages, GPUs, NCCL, network interface, shared memory and limits.
+"""Checks of one machine: packages, GPUs, NCCL, network interface, /dev/shm and limits.
 
 The `_finding` functions take numbers and text, so that tests can stand for any machine and need no GPU.
 """
@@ -141,7 +141,7 @@ def nccl_finding(version: str, path: str, mapped: Sequence[str], *, named_by_use
 def check_p2p(start: PlannedStart) -> Finding:
     """Check the copies between the GPUs of this machine."""
     if start.gpus < 2 or start.p2p is None:
-        return ok(f"skipped: {start.gpus} GPUs here that the ranks would use, and it takes two")
+        return ok(f"skipped: {start.gpus} GPUs here that the ranks would use, but a copy needs two")
     return p2p_finding(start.p2p.result())
 
 
@@ -194,14 +194,14 @@ def interface_finding(ip: str, can_bind: bool, addresses: Mapping[str, str]) -> 
     return ok(f"{name}, {ip}")
 
 
-def check_shared_memory(start: PlannedStart) -> Finding:
+def check_dev_shm(start: PlannedStart) -> Finding:
     """Check that /dev/shm has room for Ray's object store and NCCL."""
     ray = LOCAL_OBJECT_STORE_BYTES if start.starts_ray else 0
     nccl = NCCL_SHM_BYTES * start.config.tensor_parallel_size if start.gpus > 1 else 0
-    return shared_memory_finding(shutil.disk_usage("/dev/shm").free, ray, nccl)
+    return dev_shm_finding(shutil.disk_usage("/dev/shm").free, ray, nccl)
 
 
-def shared_memory_finding(free: int, ray: int, nccl: int) -> Finding:
+def dev_shm_finding(free: int, ray: int, nccl: int) -> Finding:
     """Return the finding for free bytes, and the bytes that a Ray cluster started here and NCCL take."""
     needed = f"{format_bytes(ray)} for Ray and {format_bytes(nccl)} for NCCL needed"
     text = f"{format_bytes(free)} free in /dev/shm, {needed}"

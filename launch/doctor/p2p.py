@@ -18,8 +18,7 @@ DEADLINE_S = 20.0
 NUM_ELEMENTS = 1 << 20  # each copy has this many int64
 GPU_FILES = "nvidia[0-9]*"  # the device files in /dev
 
-# A "staged" copy passes through host memory, a "wrong" one changes bits.
-PairResult = Literal["direct", "staged", "wrong"]
+PairResult = Literal["direct", "staged", "wrong"]  # staged: copied through host memory; wrong: bits changed
 PairResults = dict[str, PairResult]  # keys like "0 to 1"
 
 
@@ -45,8 +44,8 @@ class P2PCheck(ChildProcess):
 
 def start_p2p_check(config: Config) -> closing[P2PCheck] | nullcontext[None]:
     """Start the check if this machine has two GPUs that the ranks would use."""
-    several = config.device != "cpu" and config.tensor_parallel_size * config.gpus_per_rank > 1
-    if several and len(list(Path("/dev").glob(GPU_FILES))) > 1:
+    uses_several_gpus = config.device != "cpu" and config.tensor_parallel_size * config.gpus_per_rank > 1
+    if uses_several_gpus and len(list(Path("/dev").glob(GPU_FILES))) > 1:
         return closing(P2PCheck(config.tensor_parallel_size))
     return nullcontext()
 
@@ -63,8 +62,8 @@ def _copy(source: int, target: int) -> PairResult:
     import torch
 
     pattern = torch.randint(-(2**31), 2**31, (NUM_ELEMENTS,), generator=torch.Generator().manual_seed(source))
-    there = pattern.to(f"cuda:{source}").to(f"cuda:{target}")
-    back = there.to(f"cuda:{source}")
-    if not (torch.equal(there.cpu(), pattern) and torch.equal(back.cpu(), pattern)):
+    received = pattern.to(f"cuda:{source}").to(f"cuda:{target}")
+    returned = received.to(f"cuda:{source}")
+    if not (torch.equal(received.cpu(), pattern) and torch.equal(returned.cpu(), pattern)):
         return "wrong"
     return "direct" if torch.cuda.can_device_access_peer(source, target) else "staged"

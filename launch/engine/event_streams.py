@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing, suppress
 from typing import TypeVar
 
-from ...runtime.ledger import Generation, Output
+from ...runtime.generation import Generation, Output
 from ...runtime.outputs import Event
 from ..errors import EngineFailed
 

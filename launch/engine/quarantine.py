@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from ...runtime.ledger import Generation
+from ...runtime.generation import Generation
 from ...runtime.request import SamplingParams
 
 

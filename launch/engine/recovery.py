@@ -16,7 +16,7 @@ from typing import Literal
 
 from ...runtime.executor import Executor, Wakeup
 from ...runtime.frontend import Frontend
-from ...runtime.ledger import Generation
+from ...runtime.generation import Generation
 from ...runtime.plan import StepOutput
 from ...runtime.request import Request
 from ...runtime.stats import EngineStats

@@ -29,7 +29,7 @@ from ray.serve.schema import LoggingConfig
 
 from ...runtime.config import Config
 from ...runtime.executor import RankLocation, Wakeup
-from ...runtime.plan import Finished, StepOutput
+from ...runtime.plan import RequestEnd, StepOutput
 from ...runtime.request import Limits, Request
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded
@@ -102,7 +102,7 @@ class ReplicaExecutor:
         outputs = [output for message in messages if (output := self._update(decode(message))) is not None]
         if outputs:
             return outputs
-        refused = [Finished(uid, "abort", error=reason) for uid, reason in self._take(self._refused)]
+        refused = [RequestEnd(uid, "abort", error=reason) for uid, reason in self._take(self._refused)]
         if refused:
             return [StepOutput(finished=refused)]
         lost = self._take(self._lost)

@@ -43,7 +43,7 @@ class ApiError(Exception):
 
     def reply(self) -> ErrorReply:
         """Return the body of the response."""
-        message = shortened(str(self), MAX_MESSAGE)
+        message = shorten(str(self), MAX_MESSAGE)
         kind = TYPES.get(self.status, "invalid_request_error")
         return ErrorReply(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.code))
 
@@ -89,7 +89,7 @@ def from_validation_error(error: ValidationError, fields: dict[str, FieldInfo]) 
     path, field = _locate(first["loc"], fields)
     described = field is not None and bool(field.description)
     if kind in ("unknown_parameter", "unsupported_parameter") and not described:
-        name = shortened(context["name"], MAX_QUOTE)
+        name = shorten(context["name"], MAX_QUOTE)
         path = f"{path}.{name}" if path else name
         if kind == "unknown_parameter":
             return ApiError(400, f"Unknown parameter: '{path}'.", param=path, code=kind)
@@ -102,11 +102,11 @@ def from_validation_error(error: ValidationError, fields: dict[str, FieldInfo]) 
         return missing(path)
     rule = f"expected {field.description}" if field and field.description else first["msg"]
     if isinstance(value, (str, int, float)):
-        rule += f", but got {shortened(repr(value), MAX_QUOTE)}"
+        rule += f", but got {shorten(repr(value), MAX_QUOTE)}"
     return ApiError(400, f"Invalid '{path}': {rule}.", param=path, code=_code(kind, context))
 
 
-def shortened(text: str, max_length: int) -> str:
+def shorten(text: str, max_length: int) -> str:
     """Return `text`, cut to `max_length` characters with an ellipsis if it is longer."""
     return text if len(text) <= max_length else text[: max_length - 3] + "..."
 

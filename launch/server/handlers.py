@@ -115,7 +115,7 @@ class Handlers:
     async def _events(
         self, prompts: list[list[int]], params: list[SamplingParams], usage: TokenUsage
     ) -> AsyncGenerator[tuple[int, Event], None]:
-        """Yield the events of all prompts as they come, each with the index of its choice in the response.
+        """Yield the events of all prompts in the order of arrival, each with the index of its choice in the response.
 
         Updates `usage` and the metrics. Closing the generator cancels all outputs that have not ended.
         Raises ApiError when an output ends with an error, or because the server shuts down.

@@ -78,8 +78,7 @@ class PromptTimer:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._start = time.perf_counter()
-        # Keys are the indices of the outputs.
-        self._first: dict[int, float] = {}
+        self._first: dict[int, float] = {}  # index of the output -> time of its first token
         self._last: dict[int, float] = {}
         self._num_tokens: dict[int, int] = {}
 

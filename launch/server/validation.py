@@ -128,7 +128,7 @@ class RequestValidator:
 
 
 class AdmissionControl:
-    """Counts of the live requests and outputs, which it keeps below the limits of the configuration."""
+    """Counts live requests and outputs, and refuses requests above the limits of the configuration."""
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         self._engine, self._config = engine, config

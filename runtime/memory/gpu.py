@@ -19,7 +19,7 @@ from .memory_plan import MemoryPlan
 
 MIN_NAMED_BYTES = 100 * 2**20  # processes with less are not worth naming
 Phase = Literal["weights", "rehearsal", "KV cache", "graphs"]
-REMEDIES: dict[Phase, str] = {  # against running out of memory in a phase of the start-up
+REMEDIES: dict[Phase, str] = {  # remedies if a phase of the start-up runs out of memory
     "weights": "use a larger tensor_parallel_size",
     "rehearsal": "lower max_num_batched_tokens, max_num_seqs or max_model_len",
     "KV cache": "lower gpu_memory_utilization",
@@ -49,7 +49,7 @@ def devices(count: int) -> list[torch.device]:
 
 def plan_on_gpu(plan: MemoryPlan, config: Config, device: torch.device) -> MemoryPlan:
     """Return the plan of a rank that has loaded nothing yet, with the state of this GPU."""
-    gc.collect()  # an earlier runner in this process
+    gc.collect()  # frees an earlier runner of this process
     torch.cuda.empty_cache()
     used, total = read_gpu(device, config.gpus_per_rank)
     return replace(
@@ -86,7 +86,7 @@ def processes(device: torch.device) -> list[Process] | None:
 
 def processes_on(uuid: str) -> list[Process] | None:
     """Return all processes with memory on a GPU; None if NVML, or its package pynvml, cannot list them."""
-    # By UUID: NVML lists every GPU of the host, regardless of CUDA_VISIBLE_DEVICES.
+    # Find the GPU by UUID: NVML lists every GPU of the host, regardless of CUDA_VISIBLE_DEVICES.
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
@@ -107,7 +107,7 @@ def other_processes(device: torch.device) -> str:
 def describe_others(processes: Iterable[Process] | None, own_pid: int) -> str:
     """Return the end of an error message: `; also on this GPU: pid 4711 with 1.00 GiB`, or nothing."""
     by_pid = {process.pid: process for process in processes or ()}
-    if not by_pid:  # this process at least must be there: a container hides them
+    if not by_pid:  # a container hides the processes: at least this one must be listed
         return "; the processes on this GPU could not be listed"
     has_host_pids = own_pid not in by_pid  # a container has its own numbers
     others = ", ".join(str(p) for p in by_pid.values() if p.pid != own_pid and p.is_large)

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 GIB = 2**30
 CPU_KV_CACHE_GIB = 1.0  # without kv_cache_memory: other programs need the host's memory, too
 OWN_CONTEXT = 768 * 2**20  # a CUDA context takes some 500 MiB: with more in use at start, another process is there
-MIN_TOKENS = 2  # of KV cache for any request: one of its prompt, one of its output
+MIN_TOKENS = 2  # any request needs KV cache for two tokens: one of its prompt, one of its output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,13 @@ class MemoryPlan:
     page_bytes: int
     page_size: int  # tokens
     num_pages: int = 0
-    total: int | None = None  # of the GPU; None on a CPU, where memory is not measured
+    total: int | None = None  # memory of the GPU; None on a CPU, where it is not measured
     utilization: float = 1.0
     gpus_per_rank: float = 1.0
-    at_start: int = 0  # in use before this rank allocates: other processes, CUDA context
+    at_start: int = 0  # memory in use before this rank allocates: other processes, CUDA context
     graphs: int = 0
     num_graphs: int = 0
-    graph_rows: int = 0  # of the largest graph
+    graph_rows: int = 0  # rows of the largest graph
     workspaces: int = 0  # activations of the largest step, workspaces, tables, kernels, libraries
     other_processes: str = ""  # the end of an error message, as gpu.other_processes returns it
 
@@ -134,7 +134,7 @@ def parameters_of_rank(model: ModelConfig, ranks: int) -> int:
     Repeats the shapes of the layers; tests compare the two. A Decoder on torch's meta device could count itself, but
     importing torch takes 1.5 s, and `lockstep doctor` runs in 0.3 s without it.
     """
-    vocabulary = -(-model.vocab_size // ranks) * model.hidden_size  # of the embedding, or the head
+    vocabulary = -(-model.vocab_size // ranks) * model.hidden_size  # parameters of the embedding, or of the head
     mlps = sum(
         _experts_size(model, ranks) if model.has_experts(n) else _mlp_size(model, ranks)
         for n in range(model.num_layers)

@@ -15,12 +15,12 @@ class HostBatch:
     """The part of a step that is on the host: arrays int32, per token [T] or per row [B]."""
 
     slots: np.ndarray  # [T]: the slot of each token
-    positions: np.ndarray  # [T]: as in Batch
-    kv_slots: np.ndarray  # [T]: as in Batch
-    page_table: np.ndarray  # [B, P]: pages of each row, undefined beyond its length
+    positions: np.ndarray  # [T]: position of each token in its request
+    kv_slots: np.ndarray  # [T]: place of each token's K and V, page * page_size + offset
+    page_table: np.ndarray  # [B, P]: pages of each row, in order; undefined beyond its length
     query_starts: np.ndarray  # [B + 1]: row b has tokens query_starts[b]:query_starts[b + 1]
     kv_lengths: np.ndarray  # [B]: keys that the last token of the row sees, itself included
-    num_decoding: int  # the first rows, of one token each: they read no keys that another row stores in this step
+    num_decoding: int  # leading rows of one token each, which read no keys that another row stores in this step
 
     @property
     def num_rows(self) -> int:
@@ -31,14 +31,14 @@ class HostBatch:
 class Batch:
     """B rows (one request each) of T tokens in total, row after row. Decode rows have one token, prefill rows more.
 
-    Tensors are int32 on the device, for kernels; `host` is for the plans of attention backends.
+    Tensors are int32 on the device, for kernels. Attention backends make their plans from `host`.
     """
 
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]: position of each token in its request
-    kv_slots: Tensor  # [T]: page * page_size + offset, slot of its K and V; negative: not stored
-    owners: Tensor  # [T]: row of `pages` with the pages of each token
-    pages: Tensor  # [R, P]: pages in order; undefined beyond a row's length
+    kv_slots: Tensor  # [T]: page * page_size + offset, the place of its K and V; negative: not stored
+    page_table_rows: Tensor  # [T]: row of device_page_table for each token, its slot
+    device_page_table: Tensor  # [slots, P]: pages of each slot, in order; undefined beyond its length
     host: HostBatch
 
 

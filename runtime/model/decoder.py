@@ -21,7 +21,7 @@ from .embedding import Embedding, Head, Logits, vocabulary_shard
 from .kv_pool import AttentionShape, KVPool
 from .linear import MLP, ColumnLinear, MoE, Projection, RowLinear, shard_of
 from .model_config import ModelConfig
-from .norm import Normed, Residual, RMSNorm, norm_weight
+from .norm import NormInput, Residual, RMSNorm, norm_weight
 from .weights import Weights
 
 HEAD = "lm_head.weight"
@@ -50,7 +50,7 @@ class Attention:
         self.norm = QKNorm(q_norm, k_norm, config.norm_eps)
 
     def __call__(
-        self, normed: Normed, residual: Residual, cos_sin: Tensor, cache: KVCache, backend: AttentionBackend
+        self, normed: NormInput, residual: Residual, cos_sin: Tensor, cache: KVCache, backend: AttentionBackend
     ) -> None:
         """Add attention of `normed` [T, D] to `residual`; store its keys and values in `cache`."""
         heads = Heads(self.norm, cos_sin)
@@ -81,7 +81,7 @@ class DecoderLayer:
 class Decoder:
     """One rank's shard of a model, for positions below `max_positions`; `weights` are zero until they are loaded.
 
-    If batch_invariant, GEMMs give a token bitwise identical results in any batch.
+    With batch_invariant, which --deterministic sets, GEMMs give a token bitwise identical results in any batch.
     """
 
     def __init__(

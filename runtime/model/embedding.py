@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...comm.base import Communicator, SingleRank
 from ...kernels import ops
-from .norm import Normed, Residual
+from .norm import NormInput, Residual
 from .weights import Piece, Weights
 
 
@@ -43,13 +43,13 @@ class Embedding:
 
 
 class Head:
-    """The projection of hidden states to the logits of the rank's vocabulary shard."""
+    """The projection of hidden states to the logits of the rank's vocabulary shard; batch_invariant as in Decoder."""
 
     def __init__(self, comm: Communicator, weight: Tensor, vocab_size: int, *, batch_invariant: bool = False) -> None:
         self.comm, self.weight, self.vocab_size = comm, weight, vocab_size
         self.batch_invariant = batch_invariant
 
-    def __call__(self, hidden: Normed) -> Logits:
+    def __call__(self, hidden: NormInput) -> Logits:
         """Return the logits of rows [S, D], in their dtype."""
         norm, invariant = hidden.weight, self.batch_invariant
         shard = ops.linear(hidden.x, self.weight, norm=norm, eps=hidden.eps, batch_invariant=invariant)

@@ -25,8 +25,8 @@ class AttentionShape:
     """The layers, heads and pages of one rank, for its KV cache and its attention backend."""
 
     num_layers: int
-    num_heads: int  # of this rank, as are the key heads
-    num_kv_heads: int
+    num_heads: int  # query heads of this rank
+    num_kv_heads: int  # KV heads of this rank
     head_dim: int
     page_size: int
     dtype: torch.dtype

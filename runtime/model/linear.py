@@ -17,7 +17,7 @@ from torch import Tensor
 from ...comm.base import Communicator
 from ...kernels import ops
 from .model_config import Experts
-from .norm import Normed, Residual
+from .norm import NormInput, Residual
 from .weights import ALL, Piece, Weights
 
 
@@ -56,7 +56,7 @@ class ColumnLinear:
         self.weight = weights.add((total, in_features), matrix)
         self.bias = weights.add((total,), vector) if bias else None
 
-    def __call__(self, normed: Normed, *, gated: bool = False) -> Tensor:
+    def __call__(self, normed: NormInput, *, gated: bool = False) -> Tensor:
         """Return [T, the rank's rows] of rows [T, D], or `silu(first half) * second half` if gated."""
         x, norm, eps, invariant = normed.x, normed.weight, normed.eps, self.batch_invariant
         return ops.linear(x, self.weight, self.bias, norm=norm, eps=eps, gated=gated, batch_invariant=invariant)
@@ -74,7 +74,7 @@ class RowLinear:
         self.bias = weights.add((out_features,), [Piece(f"{name}.bias", (out_features,))]) if bias else None
         self.comm = comm
         self.batch_invariant = weights.batch_invariant
-        self.adds_bias = comm.rank == 0  # once in the sum
+        self.adds_bias = comm.rank == 0  # the sum over the ranks contains the bias once
 
     def __call__(self, x: Tensor, residual: Residual) -> None:
         """Add the projection of x [T, the rank's columns] to `residual`."""
@@ -97,7 +97,7 @@ class MLP:
         self.gate_up = ColumnLinear(weights, gate_up, hidden_size, bias=bias)
         self.down = RowLinear(weights, comm, f"{name}.down_proj", hidden_size, intermediate_size, bias=bias)
 
-    def __call__(self, normed: Normed, residual: Residual) -> None:
+    def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Add the MLP of rows [T, D] to `residual`."""
         self.down(self.gate_up(normed, gated=True), residual)
 
@@ -126,7 +126,7 @@ class MoE:
         self.gate_up = weights.add((n, 2 * size, hidden), gate_up)
         self.down = weights.add((n, hidden, size), down)
 
-    def __call__(self, normed: Normed, residual: Residual) -> None:
+    def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Leave the experts' sum for rows [T, D] in `residual`; the next norm adds it."""
         x = normed.tensor()
         logits = ops.linear(x, self.router, batch_invariant=self.batch_invariant)

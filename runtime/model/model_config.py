@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .hf_config import HFConfigReader
-from .rope import Rope
+from .rope import RopeConfig
 
 Windows = Literal["never", "always", "flagged", "flagged, upper layers"]
 
@@ -45,7 +45,7 @@ class Experts:
 
     num_experts: int
     num_per_token: int
-    intermediate_size: int  # of one expert
+    intermediate_size: int  # features of one expert
     normalized: bool  # the scores of a token's experts are scaled to sum up to 1
     layers: frozenset[int]
 
@@ -63,15 +63,15 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    rope: Rope
+    rope: RopeConfig
     qkv_bias: bool
-    output_bias: bool  # of the attention's output projection
+    output_bias: bool  # the attention's output projection has a bias
     mlp_bias: bool
     qk_norm: bool
     tie_word_embeddings: bool
-    windows: tuple[int | None, ...]  # of each layer: keys that a query sees, its own included; None for all
+    windows: tuple[int | None, ...]  # per layer: number of keys that a query sees, its own included; None for all
     experts: Experts | None
-    dtype: str  # of the checkpoint, one of DTYPES
+    dtype: str  # the checkpoint's dtype, one of DTYPES
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]  # ascending
 
@@ -99,7 +99,7 @@ class ModelConfig:
         head_dim = fields.integer("head_dim", max(hidden_size // num_heads, 1))
         attention_bias = architecture.bias_flags and fields.flag("attention_bias", False)
         sources = fields, HFConfigReader(generation or {}, "generation_config.json")
-        rope = Rope.from_hf(fields)
+        rope = RopeConfig.from_hf(fields)
         config = cls(
             architecture=name,
             vocab_size=fields.integer("vocab_size"),
@@ -129,7 +129,7 @@ class ModelConfig:
         return self.experts is not None and layer in self.experts.layers
 
     def kv_heads_of_rank(self, rank: int, size: int) -> range:
-        """Return the key heads of this rank's query heads; with more ranks than key heads, ranks share one."""
+        """Return the KV heads of this rank's query heads; with more ranks than KV heads, ranks share one."""
         count = max(self.num_kv_heads // size, 1)
         first = rank * self.num_kv_heads // size
         return range(first, first + count)
@@ -193,7 +193,7 @@ def _refuse_unsupported(fields: HFConfigReader) -> None:
 
 
 def _dtype(fields: HFConfigReader) -> str:
-    # Without either field: bfloat16, in which nearly all models of these families are published.
+    # The default is bfloat16, in which nearly all models of these families are published.
     name = fields.text("dtype", fields.text("torch_dtype", "bfloat16")).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"config.json: dtype {name!r} is not supported; the supported ones are {', '.join(DTYPES)}")

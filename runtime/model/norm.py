@@ -29,15 +29,15 @@ class Residual:
 
 
 @dataclass(frozen=True)
-class Normed:
-    """Rows [T, D] that their reader normalizes; without a weight they are normalized already."""
+class NormInput:
+    """Rows [T, D] for a layer that normalizes its input; without a weight they are normalized already."""
 
     x: Tensor
     weight: Tensor | None = None
     eps: float = 0.0
 
     def tensor(self) -> Tensor:
-        """Return the normalized rows, for a reader that is not a GEMM."""
+        """Return the normalized rows, for a layer that cannot normalize them in its GEMM."""
         return self.x if self.weight is None else ops.rms_norm(self.x, self.weight, self.eps)
 
 
@@ -49,9 +49,9 @@ class RMSNorm:
         self.eps = eps
         self.comm = comm
 
-    def __call__(self, residual: Residual) -> Normed:
+    def __call__(self, residual: Residual) -> NormInput:
         """Add the partial sum, reduced over the ranks, to the stream; return the norm of the stream."""
         partial, residual.partial = residual.partial, None
         if partial is None:
-            return Normed(residual.total, self.weight, self.eps)
-        return Normed(self.comm.all_reduce_add_rms_norm(partial, residual.total, self.weight, self.eps))
+            return NormInput(residual.total, self.weight, self.eps)
+        return NormInput(self.comm.all_reduce_add_rms_norm(partial, residual.total, self.weight, self.eps))

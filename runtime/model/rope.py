@@ -21,7 +21,7 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rope:
+class RopeConfig:
     """The parameters of the angles; each type reads only its fields."""
 
     type: str = "default"
@@ -36,7 +36,7 @@ class Rope:
     attention_factor: float = 1.0  # yarn: cosines and sines are multiplied by it
 
     @classmethod
-    def from_hf(cls, hf: HFConfigReader) -> Rope:
+    def from_hf(cls, hf: HFConfigReader) -> RopeConfig:
         """Read config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4)."""
         scaling = hf.nested("rope_scaling" if "rope_scaling" in hf else "rope_parameters")
         kind = scaling.text("rope_type", scaling.text("type", "default"))

@@ -26,7 +26,7 @@ class Piece:
     """A part of a checkpoint tensor: `weight[into] = checkpoint[name][read]`."""
 
     name: str
-    shape: tuple[int, ...]  # of the whole tensor in the checkpoint
+    shape: tuple[int, ...]  # shape of the whole tensor in the checkpoint
     read: tuple[slice, ...] = (ALL,)
     into: tuple[int | slice, ...] = (ALL,)
 
@@ -42,7 +42,7 @@ class Weight:
 
 
 class Weights(list[Weight]):
-    """The weights of one rank, in the order in which its layers made them; `batch_invariant` is for their GEMMs."""
+    """The weights of one rank, in the order of its layers; batch_invariant (--deterministic) is for their GEMMs."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, *, batch_invariant: bool = False) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from ..sampling.sampler import GREEDY, PARAMS, ROW_PARAMS, RowParams, sample_can
 from .rank_memory import RankMemory
 
 
-class Inputs:
+class GraphInputs:
     """The static inputs of a graph of `size` rows, in one buffer: a single copy brings a step to the device."""
 
     # Wider types come first, so that all fields are aligned.
@@ -57,13 +57,13 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Captured:
+class CapturedGraphs:
     """Two graphs of one size: a step that samples by Gumbel-max, and one that samples again, among candidates."""
 
     step: torch.cuda.CUDAGraph
     resample: torch.cuda.CUDAGraph
-    inputs: Inputs
-    logits: Logits  # of `size` rows
+    inputs: GraphInputs
+    logits: Logits  # logits of `size` rows
     sampled: Tensor  # [size] int32, by Gumbel-max
     resampled: Tensor  # [size] int32: `sampled`, or among candidates where the row has a top_k
 
@@ -78,13 +78,13 @@ class DecodeGraphs:
         self, memory: RankMemory, max_rows: int, *, reuse: torch.cuda.CUDAGraph | None = None, show_progress: bool
     ) -> None:
         self.max_rows, self.sizes, self._memory = max_rows, graph_sizes(max_rows), memory
-        self._captured: dict[int, Captured] = {}
+        self._captured: dict[int, CapturedGraphs] = {}
         pool_owner = reuse
-        # The largest size first: the smaller ones then fit into its memory.
+        # Capture the largest size first: the smaller ones then fit into its memory.
         for size in tqdm(self.sizes[::-1], desc="capture CUDA graphs", unit="graph", disable=not show_progress):
-            inputs = Inputs(size, memory.device)
+            inputs = GraphInputs(size, memory.device)
             inputs.fill(_decode_rows(0), np.empty(0, PARAMS), memory.tables.spare_slot)
-            # Once outside of the graphs: kernels are loaded and workspaces grow.
+            # The first run is outside of the graphs: it loads kernels and grows workspaces.
             self._resample(inputs, *self._step(inputs))
             step, resample = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             pool = pool_owner.pool() if pool_owner else None
@@ -93,7 +93,7 @@ class DecodeGraphs:
             pool_owner = pool_owner or step
             with torch.cuda.graph(resample, pool=pool_owner.pool(), capture_error_mode="thread_local"):
                 resampled = self._resample(inputs, logits, sampled)
-            self._captured[size] = Captured(step, resample, inputs, logits, sampled, resampled)
+            self._captured[size] = CapturedGraphs(step, resample, inputs, logits, sampled, resampled)
         self.largest = self._captured[self.max_rows].step  # keeps the memory pool of all of them alive
 
     def run(self, host: HostBatch, params: np.ndarray, *, with_candidates: bool) -> tuple[Logits, Tensor]:
@@ -111,7 +111,7 @@ class DecodeGraphs:
             captured.resample.replay()
         return captured.logits[:num_rows], (captured.resampled if with_candidates else captured.sampled)[:num_rows]
 
-    def _step(self, inputs: Inputs) -> tuple[Logits, Tensor]:
+    def _step(self, inputs: GraphInputs) -> tuple[Logits, Tensor]:
         memory, tables = self._memory, self._memory.tables
         rows = _decode_rows(inputs.size)
         batch = tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, rows)
@@ -121,7 +121,7 @@ class DecodeGraphs:
         tables.append(inputs.slots, inputs.positions, sampled)
         return logits, sampled
 
-    def _resample(self, inputs: Inputs, logits: Logits, sampled: Tensor) -> Tensor:
+    def _resample(self, inputs: GraphInputs, logits: Logits, sampled: Tensor) -> Tensor:
         resampled = torch.where(inputs.params.top_k > 0, sample_candidates(logits, inputs.params), sampled)
         self._memory.tables.append(inputs.slots, inputs.positions, resampled)
         return resampled

@@ -35,7 +35,7 @@ class Profiler:
 
     def _start(self) -> torch.profiler.profile:
         _synchronize(self._memory.device)  # so that the trace does not contain the step before
-        # On a GPU its kernels only: recording torch's ops as well would slow down the host, and leave gaps.
+        # On a GPU, record only kernels: recording torch's ops as well would slow down the host, and leave gaps.
         cuda = self._memory.device.type == "cuda"
         trace = torch.profiler.profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU])
         trace.start()

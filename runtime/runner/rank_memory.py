@@ -19,21 +19,22 @@ from ..plan import StepPlan
 from ..sampling.grammar_state import GrammarStates
 from ..sampling.sampler import Sampler
 
-NUM_BUFFERS = 3  # more than steps can be in flight
+NUM_BUFFERS = 3  # more buffers than steps can be in flight
 
 
 class SlotTables:
-    """The tokens and pages of a rank's slots: tokens on the device, pages on the host and on the device.
+    """The tokens of a rank's slots, on the device, and their page tables, on the host and on the device.
 
-    The pages on the device follow the steps: those of a step's rows are written before its layers run.
+    The device's page table follows the steps: the entries of a step's rows are written before its layers run.
     """
 
     def __init__(self, num_slots: int, max_length: int, page_size: int, device: torch.device) -> None:
         self.page_size = page_size
         self.spare_slot = num_slots  # receives the writes of padding rows
         self.tokens = torch.zeros(num_slots + 1, max_length, dtype=torch.int32, device=device)
-        self.pages = np.zeros((num_slots, -(-max_length // page_size)), np.int32)
-        self.device_pages = torch.zeros(num_slots + 1, self.pages.shape[1], dtype=torch.int32, device=device)
+        pages_per_slot = -(-max_length // page_size)
+        self.host_page_table = np.zeros((num_slots, pages_per_slot), np.int32)
+        self.device_page_table = torch.zeros(num_slots + 1, pages_per_slot, dtype=torch.int32, device=device)
 
     def update(self, plan: StepPlan) -> None:
         """Store the tokens of admitted requests, and the plan's page writes."""
@@ -41,7 +42,7 @@ class SlotTables:
             tokens = torch.from_numpy(admission.tokens).to(self.tokens.device, non_blocking=True)
             self.tokens[admission.slot, : len(tokens)] = tokens
         slot, index, page = plan.page_writes.reshape(-1, 3).T
-        self.pages[slot, index] = page
+        self.host_page_table[slot, index] = page
 
     def host_batch(self, plan: StepPlan) -> HostBatch:
         """Return the plan's rows, token by token."""
@@ -57,25 +58,25 @@ class SlotTables:
         return HostBatch(
             slots=slots,
             positions=positions,
-            kv_slots=self.pages[slots, page] * self.page_size + offset,
-            page_table=self.pages[plan.slots, : -(-int(kv_lengths.max()) // self.page_size)],
+            kv_slots=self.host_page_table[slots, page] * self.page_size + offset,
+            page_table=self.host_page_table[plan.slots, : -(-int(kv_lengths.max()) // self.page_size)],
             query_starts=np.append(np.int32(0), ends),
             kv_lengths=kv_lengths,
             num_decoding=plan.num_decoding,
         )
 
     def batch(self, plan: StepPlan, host: HostBatch) -> Batch:
-        """Return the step on the device, and write its rows' pages there."""
+        """Return the step on the device, and write its rows' page tables there."""
         device = self.tokens.device
         packed = to_device(np.stack((host.slots, host.positions, host.kv_slots)), device)
         rows = to_device(plan.slots, device).long()
-        self.device_pages[rows, : host.page_table.shape[1]] = to_device(host.page_table, device)
+        self.device_page_table[rows, : host.page_table.shape[1]] = to_device(host.page_table, device)
         slots, positions, kv_slots = packed.unbind(0)
         return self._batch(self.tokens[slots.long(), positions.long()], slots, positions, kv_slots, host)
 
     def decode_batch(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
         """Return a step of one token per row from device memory alone, each [B] int32; can be captured in a graph."""
-        ids = ops.begin_decode_(self.tokens, self.device_pages, slots, positions, kv_slots, self.page_size)
+        ids = ops.begin_decode_(self.tokens, self.device_page_table, slots, positions, kv_slots, self.page_size)
         return self._batch(ids, slots, positions, kv_slots, host)
 
     def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
@@ -84,7 +85,12 @@ class SlotTables:
 
     def _batch(self, ids: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
         return Batch(
-            token_ids=ids, positions=positions, kv_slots=kv_slots, owners=slots, pages=self.device_pages, host=host
+            token_ids=ids,
+            positions=positions,
+            kv_slots=kv_slots,
+            page_table_rows=slots,
+            device_page_table=self.device_page_table,
+            host=host,
         )
 
 
@@ -94,7 +100,7 @@ class TokenCopy:
 
     tokens: Tensor  # [S] int32, on the host
     comm: Communicator
-    done: torch.cuda.Event | None  # None: the tokens are there
+    done: torch.cuda.Event | None  # None: the tokens are on the host
 
     def wait(self) -> np.ndarray:
         """Return the tokens [S] int32; raises CommError if a collective before them does not end in time."""

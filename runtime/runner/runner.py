@@ -21,8 +21,8 @@ from .rank_memory import RankMemory, TokenCopy
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """One step's results; log-probabilities are there on rank 0 only."""
+class StepSamples:
+    """One step's results; only rank 0 has log-probabilities."""
 
     tokens: np.ndarray  # [S] int32, by sampled row
     logprobs: dict[int, TokenLogprobs]  # by index into `tokens`
@@ -40,7 +40,7 @@ class PendingStep:
     prompt_logprobs: PendingLogprobs | None = None
     failed: dict[int, str] = field(default_factory=dict)
 
-    def wait(self) -> Sampled:
+    def wait(self) -> StepSamples:
         """Wait for the device and return the step's results; raises CommError after a collective's deadline."""
         tokens = self.tokens.wait() if self.tokens is not None else np.empty(0, np.int32)
         logprobs = dict(self.logprobs.wait()) if self.logprobs is not None else {}
@@ -48,7 +48,7 @@ class PendingStep:
         for row, entry in self.prompt_logprobs.wait() if self.prompt_logprobs is not None else ():
             chunk = prompts.setdefault(row, PromptLogprobs(int(self.plan.starts[row]) + 1, []))
             chunk.logprobs.append(entry)
-        return Sampled(tokens, logprobs, prompts, self.failed)
+        return StepSamples(tokens, logprobs, prompts, self.failed)
 
 
 class Runner:
@@ -101,11 +101,11 @@ class Runner:
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs, host: HostBatch) -> PendingStep:
         """Launch a step of decoding rows as CUDA graphs."""
         params = self.memory.sampler.rows(host.slots, host.positions + 1)
-        needs_gather = bool(params["needs_gather"].any())
-        with_candidates = not needs_gather and bool((params["method"] == Method.CANDIDATES.value).any())
+        needs_full_logits = bool(params["needs_full_logits"].any())
+        with_candidates = not needs_full_logits and bool((params["method"] == Method.CANDIDATES.value).any())
         logits, tokens = graphs.run(host, params, with_candidates=with_candidates)
         self.memory.grammars.advance()
-        if needs_gather:
+        if needs_full_logits:
             return self._sample(plan, logits)
         return PendingStep(plan, self.memory.readback.start(tokens))
 
@@ -116,14 +116,14 @@ class Runner:
         positions = (plan.starts + plan.counts)[plan.sampled_rows]
         params = memory.sampler.params.take(slots)
         wants_logprobs = self.comm.rank == 0 and bool((params["logprobs"] >= 0).any())
-        if params["needs_gather"].any():
+        if params["needs_full_logits"].any():
             logits = logits.replicated()
         raw = logits.shard.clone() if wants_logprobs else logits.shard  # sampling may change its logits
         constrained = bool(memory.grammars.active[slots].any())
         failed = memory.grammars.mask(logits.shard, slots, positions) if constrained else {}
         sampled = memory.sampler.sample(logits, slots, positions, memory.tables.tokens)
-        owners, places = to_device_together((slots, positions - 1), memory.device)
-        memory.tables.append(owners, places, sampled)
+        device_slots, last_positions = to_device_together((slots, positions - 1), memory.device)
+        memory.tables.append(device_slots, last_positions, sampled)
         logprobs = sampled_logprobs(raw, sampled, params["logprobs"]) if wants_logprobs else None
         tokens = memory.readback.start(sampled)
         if constrained:

@@ -36,7 +36,7 @@ class Vocabulary:
     """A model's tokens, for grammars: its tokenizer.json in `folder`, and the facts of its config."""
 
     folder: Path
-    size: int  # of the logits, which may exceed the number of tokens
+    size: int  # number of logits, which may exceed the number of tokens
     eos_token_ids: tuple[int, ...]
 
     def matcher(self, params: StructuredOutputsParams) -> llguidance.LLMatcher:

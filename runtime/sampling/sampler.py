@@ -21,8 +21,8 @@ from ..model.embedding import Logits
 from ..plan import Admission
 from ..request import SamplingParams
 
-MAX_CANDIDATES = 64  # per row, where top-k keeps no more; one size, so that sums are bitwise equal in any batch
-PENALIZED_ROWS = 32  # at once
+MAX_CANDIDATES = 64  # candidates of a row where top-k keeps no more; a fixed size makes sums bitwise equal in any batch
+PENALIZED_ROWS = 32  # rows penalized at once, to bound the memory
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
 
@@ -55,13 +55,13 @@ PARAMS = np.dtype(
         ("repetition_penalty", np.float32),
         ("presence_penalty", np.float32),
         ("frequency_penalty", np.float32),
-        ("logprobs", np.int32),  # -1 for none, as below
-        ("prompt_logprobs", np.int32),
+        ("logprobs", np.int32),  # most likely tokens to report; -1 for no log-probabilities
+        ("prompt_logprobs", np.int32),  # the same for the prompt
         ("num_prompt_tokens", np.int32),
         ("method", np.int8),
         ("is_penalized", np.bool_),
         ("is_edited", np.bool_),  # logits are changed before sampling
-        ("needs_gather", np.bool_),  # the logits of the whole vocabulary are needed
+        ("needs_full_logits", np.bool_),  # the logits of the whole vocabulary are needed
     ]
 )
 GREEDY = np.zeros((), PARAMS)  # parameters of an empty slot and of padding
@@ -86,7 +86,7 @@ ROW_PARAMS = tuple(field.name for field in fields(RowParams))
 
 
 @dataclass(frozen=True)
-class Edits:
+class LogitEdits:
     """Changes of one request's logits that the arrays of all slots do not hold."""
 
     stop_ids: Tensor  # [n] int64, on the device
@@ -100,8 +100,8 @@ class Sampler:
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
         self.device = device
-        self.params = np.full(max_num_seqs, GREEDY)  # by slot
-        self._edits: list[Edits | None] = [None] * max_num_seqs
+        self.params = np.full(max_num_seqs, GREEDY)  # parameters of each slot
+        self._edits: list[LogitEdits | None] = [None] * max_num_seqs
 
     def admit(self, admission: Admission) -> None:
         """Store the parameters of a request that takes a slot; params.seed must be set."""
@@ -119,9 +119,9 @@ class Sampler:
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         edited = penalized or p.structured_outputs is not None or bool(p.logit_bias) or p.min_tokens > 0
         row["is_penalized"], row["is_edited"] = penalized, edited
-        row["needs_gather"] = edited or method >= Method.TOP_P or p.logprobs is not None
+        row["needs_full_logits"] = edited or method >= Method.TOP_P or p.logprobs is not None
         self.params[admission.slot] = row
-        self._edits[admission.slot] = self._edits_of(admission) if edited else None
+        self._edits[admission.slot] = self._logit_edits(admission) if edited else None
 
     def rows(self, slots: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Return the parameters [S] PARAMS of rows with new tokens at `positions` of `slots`, both [S] int32."""
@@ -133,9 +133,9 @@ class Sampler:
     def sample(self, logits: Logits, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
         """Return one token per row, [S] int32, the same on every rank.
 
-        logits     of S rows; if any row needs_gather they are replicated, and are changed in place
+        logits     of S rows; if any row needs_full_logits they are replicated, and are changed in place
         slots      [S] int32 on the host
-        positions  [S] int32 on the host: the place that the new token takes
+        positions  [S] int32 on the host: the position of the new token
         tokens     [slots, L] int32: the tokens of each slot, for the penalties
         """
         params = self.rows(slots, positions)
@@ -161,13 +161,13 @@ class Sampler:
                 sampled[index] = sample(logits[index], on_device[index])
         return sampled
 
-    def _edits_of(self, admission: Admission) -> Edits:
+    def _logit_edits(self, admission: Admission) -> LogitEdits:
         p = admission.params
         ids = partial(torch.tensor, dtype=torch.int64, device=self.device)
         # The mask of a grammar excludes stop ids before min_tokens.
         first_stop = 0 if p.structured_outputs is not None else admission.num_prompt_tokens + p.min_tokens
         biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.device)
-        return Edits(ids(admission.stop_ids), first_stop, ids(list(p.logit_bias)), biases)
+        return LogitEdits(ids(admission.stop_ids), first_stop, ids(list(p.logit_bias)), biases)
 
     def _penalize(
         self, logits: Tensor, rows: np.ndarray, params: np.ndarray, slots: np.ndarray, ends: np.ndarray, tokens: Tensor
@@ -181,16 +181,16 @@ class Sampler:
             *(a.astype(np.int64) for a in (rows, slots[rows], ends[rows], params["num_prompt_tokens"][rows])),
             *(params[f"{name}_penalty"][rows] for name in ("repetition", "presence", "frequency")),
         ]
-        index, owners, lengths, prompts, *penalties = to_device_together(columns, self.device)
+        index, device_slots, lengths, prompts, *penalties = to_device_together(columns, self.device)
         repetition, presence, frequency = (penalty[:, None] for penalty in penalties)
         length = int(ends[rows].max())
-        place = torch.arange(length, device=self.device)
-        exists = place < lengths[:, None]
-        ids = tokens[owners, :length].long() * exists  # the rest may be an earlier request's
+        position = torch.arange(length, device=self.device)
+        exists = position < lengths[:, None]
+        ids = tokens[device_slots, :length].long() * exists  # the rest may be an earlier request's
         values = logits[index]
-        seen = torch.zeros_like(values).scatter_add_(1, ids, exists.float()) > 0
-        counts = torch.zeros_like(values).scatter_add_(1, ids, (exists & (place >= prompts[:, None])).float())
-        values = torch.where(seen, torch.where(values > 0, values / repetition, values * repetition), values)
+        occurs = torch.zeros_like(values).scatter_add_(1, ids, exists.float()) > 0
+        counts = torch.zeros_like(values).scatter_add_(1, ids, (exists & (position >= prompts[:, None])).float())
+        values = torch.where(occurs, torch.where(values > 0, values / repetition, values * repetition), values)
         logits[index] = values - (frequency * counts + presence * (counts > 0))
 
 

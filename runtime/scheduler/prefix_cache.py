@@ -34,14 +34,14 @@ class Node:
         self.last_used = 0
 
 
-class RadixCache:
+class PrefixCache:
     """The tree and the pages that it owns."""
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.root = Node(NO_PAGES, NO_PAGES, None)
-        self.num_pages = 0  # owned by the tree
-        self.num_evictable = 0  # of these, in unlocked nodes
+        self.num_pages = 0  # pages that the tree owns
+        self.num_evictable = 0  # pages in unlocked nodes: leaves, and inner nodes that become leaves
         self._clock = 0  # logical time: eviction order must not depend on a wall clock
         # Heap of (last used, tie break, node); entries may be out of date.
         self._leaves: list[tuple[int, int, Node]] = []
@@ -105,12 +105,12 @@ class RadixCache:
             up = up.parent
 
     def evict(self, num_pages: int) -> np.ndarray:
-        """Remove and return the `num_pages` least recently used pages, the end of a sequence before its beginning."""
+        """Remove and return the least recently used pages, ends of sequences first; called by PagePool.allocate."""
         assert num_pages <= self.num_evictable, "evicting more than is evictable"
         freed: list[np.ndarray] = []
         while num_pages > 0:
             last_used, _, node = heapq.heappop(self._leaves)
-            if node.last_used != last_used or not self._is_evictable(node):
+            if node.last_used != last_used or not self._is_evictable_leaf(node):
                 continue  # out of date
             n = min(num_pages, len(node.pages))
             freed.append(node.pages[len(node.pages) - n :])
@@ -124,13 +124,13 @@ class RadixCache:
         keep = len(node.pages) - n
         if keep:
             node.pages, node.tokens = node.pages[:keep], node.tokens[: keep * self.page_size]
-            self._push_if_evictable(node)
+            self._push_if_evictable_leaf(node)
         else:
             parent = node.parent
             assert parent is not None
             del parent.children[self._key(node.tokens)]
             node.parent = None
-            self._push_if_evictable(parent)
+            self._push_if_evictable_leaf(parent)
 
     def _split(self, node: Node, n: int) -> Node:
         """Split `node` after n pages and return the upper part. Both copy: a view would keep the whole array alive."""
@@ -145,19 +145,19 @@ class RadixCache:
 
     def _touch(self, node: Node) -> None:
         node.last_used = self._clock
-        self._push_if_evictable(node)
+        self._push_if_evictable_leaf(node)
 
-    def _push_if_evictable(self, node: Node) -> None:
-        if self._is_evictable(node):
+    def _push_if_evictable_leaf(self, node: Node) -> None:
+        if self._is_evictable_leaf(node):
             self._num_pushes += 1
             heapq.heappush(self._leaves, (node.last_used, self._num_pushes, node))
             # Each use of a leaf leaves an outdated entry, and without eviction they would accumulate.
             if len(self._leaves) > 2 * self._num_leaves_kept + 1024:
-                self._leaves = [e for e in self._leaves if e[2].last_used == e[0] and self._is_evictable(e[2])]
+                self._leaves = [e for e in self._leaves if e[2].last_used == e[0] and self._is_evictable_leaf(e[2])]
                 heapq.heapify(self._leaves)
                 self._num_leaves_kept = len(self._leaves)
 
-    def _is_evictable(self, node: Node) -> bool:
+    def _is_evictable_leaf(self, node: Node) -> bool:
         return node.locks == 0 and not node.children and node.parent is not None
 
     def _key(self, tokens: np.ndarray) -> bytes:
@@ -166,11 +166,11 @@ class RadixCache:
 
 
 class PagePool:
-    """Page numbers without memory; evicts pages from the prefix tree when none is free."""
+    """Page numbers without memory; evicts pages from the prefix cache when none is free."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
-        self.tree = RadixCache(page_size)
+        self.tree = PrefixCache(page_size)
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack with page 0 on top
         self.num_free = num_pages
 

@@ -2,7 +2,7 @@
 
 Every step computes the next token of all decoding requests and fills the rest of its token budget with prompts, oldest
 first. Prefill and decode share one batch. When pages run out, the newest request is preempted: its pages go to the
-prefix tree or are freed, and it is computed again later. The oldest request is never preempted, so there is neither
+prefix cache or are freed, and it is computed again later. The oldest request is never preempted, so there is neither
 deadlock nor starvation.
 
 State advances when a step is scheduled, not when it has run. `schedule` may therefore be called again before the
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from ..plan import Admission, Finished, FinishReason, StepOutput, StepPlan, TokenLogprobs
+from ..plan import Admission, FinishReason, RequestEnd, StepOutput, StepPlan, TokenLogprobs
 from ..request import Limits, Request
 from .prefix_cache import NO_PAGES, Node, PagePool
 from .slots import Slots
@@ -38,17 +38,17 @@ class RunningRows(NamedTuple):
 
     decoding: np.ndarray  # [D] int32: slots that compute one token and sample the next
     full: np.ndarray  # [F] int32: those of `decoding` that need a page
-    chunk: PromptChunk | None  # of the one prompt in progress
+    chunk: PromptChunk | None  # next tokens of the one prompt in progress
     num_chunk_pages: int  # pages that the chunk needs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scheduled:
+class ScheduledStep:
     """A plan, and the requests that its sampled rows belonged to when it was made."""
 
     plan: StepPlan
-    slots: np.ndarray  # [S] int32: of the sampled rows
-    admission_ids: np.ndarray  # [S] int64: they differ from the slots' once another request has the slot
+    slots: np.ndarray  # [S] int32: the slot of each sampled row
+    admission_ids: np.ndarray  # [S] int64: admissions of these slots; a slot's id changes with its next request
     prompt_logprobs: dict[int, int]  # row of the plan -> uid, for requests with SamplingParams.prompt_logprobs
 
 
@@ -72,25 +72,25 @@ class Scheduler:
         self.limits.check(request)
         self.waiting.append(request)
 
-    def cancel(self, uid: int) -> Finished | None:
+    def cancel(self, uid: int) -> RequestEnd | None:
         """End a waiting or running request; return None if it has ended already."""
         for i, request in enumerate(self.waiting):
             if request.uid == uid:
                 del self.waiting[i]
                 self._preempted.discard(uid)
                 self._head_blocked = False
-                return Finished(uid, "abort")
+                return RequestEnd(uid, "abort")
         running = self.slots.running
         for slot in running[self.slots.uid[running] == uid].tolist():
             self._release(slot)
-            return Finished(uid, "abort")
+            return RequestEnd(uid, "abort")
         return None
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting) or len(self.slots.running) > 0
 
-    def schedule(self) -> Scheduled | None:
+    def schedule(self) -> ScheduledStep | None:
         """Return the next step, or None if there are no requests or all of them wait for results."""
         rows = self._make_room()
         if len(rows.full):
@@ -103,11 +103,11 @@ class Scheduler:
         if not self._head_blocked:
             budget = self.limits.max_num_batched_tokens - len(rows.decoding)
             admitted = self._admit(budget - sum(chunk.num_tokens for chunk in chunks), chunks)
-        return self._seal(rows.decoding, chunks, admitted)
+        return self._build_plan(rows.decoding, chunks, admitted)
 
     def commit(
         self,
-        scheduled: Scheduled,
+        scheduled: ScheduledStep,
         tokens: np.ndarray,
         logprobs: dict[int, TokenLogprobs] | None = None,
         failed: dict[int, str] | None = None,
@@ -124,13 +124,13 @@ class Scheduler:
         s = self.slots
         live = np.flatnonzero(s.admission_id[scheduled.slots] == scheduled.admission_ids)
         slots, tokens = scheduled.slots[live], tokens[live]
-        s.tokens[slots, s.known[slots]] = tokens
-        s.known[slots] += 1
-        known, uids = s.known[slots], s.uid[slots].tolist()
-        stopped = (s.stop_ids[slots] == tokens[:, None]).any(axis=1) & (known > s.min_length[slots])
-        for i in np.flatnonzero(stopped | (known == s.limit[slots])).tolist():
+        s.tokens[slots, s.num_known[slots]] = tokens
+        s.num_known[slots] += 1
+        lengths, uids = s.num_known[slots], s.uid[slots].tolist()
+        stopped = (s.stop_ids[slots] == tokens[:, None]).any(axis=1) & (lengths > s.min_length[slots])
+        for i in np.flatnonzero(stopped | (lengths == s.max_length[slots])).tolist():
             reason: FinishReason = "stop" if stopped[i] else "length"
-            finished.append(Finished(uids[i], reason, int(tokens[i]) if stopped[i] else None))
+            finished.append(RequestEnd(uids[i], reason, int(tokens[i]) if stopped[i] else None))
             self._release(int(slots[i]))
         cached_tokens, self._cached_tokens = self._cached_tokens, {}
         if logprobs:
@@ -144,8 +144,6 @@ class Scheduler:
             free_pages=self.pages.num_available,
         )
 
-    # -- the rows of requests that run
-
     def _make_room(self) -> RunningRows:
         """Preempt the newest requests until the rows of the others have their pages; return those rows."""
         while True:
@@ -157,9 +155,9 @@ class Scheduler:
     def _running_rows(self) -> RunningRows:
         s, running = self.slots, self.slots.running
         lengths = s.length[running]
-        pending = np.where(lengths < s.limit[running], lengths - s.computed[running], 0)
+        pending = np.where(lengths < s.max_length[running], lengths - s.num_computed[running], 0)
         decoding = running[pending == 1]
-        full = decoding[s.computed[decoding] >= s.num_pages[decoding] * self.limits.page_size]
+        full = decoding[s.num_computed[decoding] >= s.num_pages[decoding] * self.limits.page_size]
         prompts = np.flatnonzero(pending > 1)
         if len(prompts) == 0:
             return RunningRows(decoding, full, None, 0)
@@ -169,25 +167,23 @@ class Scheduler:
         return RunningRows(decoding, full, chunk, self._num_missing_pages(chunk))
 
     def _num_missing_pages(self, chunk: PromptChunk) -> int:
-        end = int(self.slots.computed[chunk.slot]) + chunk.num_tokens
+        end = int(self.slots.num_computed[chunk.slot]) + chunk.num_tokens
         return max(0, self.limits.pages_for(end) - int(self.slots.num_pages[chunk.slot]))
 
     def _extend_prompt(self, chunk: PromptChunk) -> None:
         """Allocate the pages of a chunk, and share the pages that it completes."""
         self.slots.append_pages(chunk.slot, self.pages.allocate(self._num_missing_pages(chunk)))
-        self._share(chunk.slot, int(self.slots.computed[chunk.slot]) + chunk.num_tokens)
+        self._share(chunk.slot, int(self.slots.num_computed[chunk.slot]) + chunk.num_tokens)
 
     def _preempt(self, slot: int) -> None:
         """Move a running request, with the tokens it has, to the front of the queue."""
         request = self.slots.requests[slot]
         assert request is not None
-        tokens = self.slots.tokens[slot, : self.slots.known[slot]].copy()
+        tokens = self.slots.tokens[slot, : self.slots.num_known[slot]].copy()
         self._release(slot)
         self.waiting.appendleft(msgspec.structs.replace(request, tokens=tokens))
         self._preempted.add(request.uid)
         self.num_preemptions += 1
-
-    # -- admission
 
     def _admit(self, budget: int, chunks: list[PromptChunk]) -> list[Admission]:
         """Admit waiting requests in order while slots, tokens and pages last; append their first chunks to `chunks`."""
@@ -203,7 +199,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             slot = self._occupy(request, node, pages)
-            chunk = PromptChunk(slot, min(len(request.tokens) - int(self.slots.computed[slot]), budget))
+            chunk = PromptChunk(slot, min(len(request.tokens) - int(self.slots.num_computed[slot]), budget))
             self._extend_prompt(chunk)
             budget -= chunk.num_tokens
             chunks.append(chunk)
@@ -222,8 +218,6 @@ class Scheduler:
         self._preempted.discard(request.uid)
         return slot
 
-    # -- the prefix cache
-
     def _match(self, request: Request) -> tuple[Node, np.ndarray]:
         """Return the longest cached prefix of a request's tokens: the tree's node, and the pages [n] int32.
 
@@ -238,7 +232,7 @@ class Scheduler:
     def _share(self, slot: int, end: int) -> None:
         """Give the tree the whole pages before token `end`, unless it has a copy by now; the slot keeps using them."""
         s, size, shared = self.slots, self.limits.page_size, int(self.slots.num_shared_pages[slot])
-        full = min(end, int(s.known[slot])) // size
+        full = min(end, int(s.num_known[slot])) // size
         if not self.limits.enable_prefix_caching or full == shared:
             return
         tree, tokens, above = self.pages.tree, s.tokens[slot, shared * size : full * size], s.prefix_nodes[slot]
@@ -249,9 +243,9 @@ class Scheduler:
             s.prefix_nodes[slot] = node
             s.num_shared_pages[slot] = full
 
-    # -- the plan
-
-    def _seal(self, decoding: np.ndarray, chunks: list[PromptChunk], admitted: list[Admission]) -> Scheduled | None:
+    def _build_plan(
+        self, decoding: np.ndarray, chunks: list[PromptChunk], admitted: list[Admission]
+    ) -> ScheduledStep | None:
         """Advance the state of all rows by the tokens they compute, and make the plan."""
         s = self.slots
         rows, counts = decoding, np.ones(len(decoding), np.int32)
@@ -260,9 +254,9 @@ class Scheduler:
             rows, counts = np.append(rows, slots), np.append(counts, lengths)
         if len(rows) == 0:
             return None
-        starts = s.computed[rows]
-        s.computed[rows] += counts
-        sampled = np.flatnonzero(s.computed[rows] == s.length[rows]).astype(np.int32)
+        starts = s.num_computed[rows]
+        s.num_computed[rows] += counts
+        sampled = np.flatnonzero(s.num_computed[rows] == s.length[rows]).astype(np.int32)
         slots = rows[sampled]
         s.length[slots] += 1
         plan = StepPlan(
@@ -279,16 +273,14 @@ class Scheduler:
         uids: dict[int, int] = {}
         if self._prompt_logprobs:
             uids = {row: int(s.uid[slot]) for row, slot in enumerate(rows.tolist()) if slot in self._prompt_logprobs}
-        return Scheduled(plan=plan, slots=slots, admission_ids=s.admission_id[slots], prompt_logprobs=uids)
+        return ScheduledStep(plan=plan, slots=slots, admission_ids=s.admission_id[slots], prompt_logprobs=uids)
 
-    # -- the end of a request
-
-    def _end_failed(self, scheduled: Scheduled, failed: dict[int, str]) -> list[Finished]:
+    def _end_failed(self, scheduled: ScheduledStep, failed: dict[int, str]) -> list[RequestEnd]:
         finished = []
         for i, reason in failed.items():
             slot = int(scheduled.slots[i])
             if self.slots.admission_id[slot] == scheduled.admission_ids[i]:
-                finished.append(Finished(int(self.slots.uid[slot]), "error", error=reason))
+                finished.append(RequestEnd(int(self.slots.uid[slot]), "error", error=reason))
                 self._release(slot)
         return finished
 
@@ -298,7 +290,7 @@ class Scheduler:
         pages = s.page_table[slot, : s.num_pages[slot]].copy()
         kept = shared
         if self.limits.enable_prefix_caching:
-            kept = int(min(s.computed[slot], s.known[slot])) // size
+            kept = int(min(s.num_computed[slot], s.num_known[slot])) // size
             tokens = s.tokens[slot, shared * size : kept * size]
             _, num_present = self.pages.tree.insert(tokens, pages[shared:kept], s.prefix_nodes[slot])
             self.pages.release(pages[shared : shared + num_present])

@@ -26,22 +26,22 @@ class Slots:
         self.page_table = np.zeros((n, limits.pages_for(limits.max_length)), np.int32)
         self.uid = np.zeros(n, np.int64)
         self.admission_id = np.full(n, -1, np.int64)  # unique per admission; -1 in a free slot
-        # Lengths in tokens. computed: KV scheduled; known: ids on the host; length: known plus those being sampled.
-        self.computed, self.known, self.length, self.limit = (np.zeros(n, np.int32) for _ in range(4))
+        # In tokens. num_computed: KV scheduled; num_known: ids on the host; length: num_known plus those being sampled.
+        self.num_computed, self.num_known, self.length, self.max_length = (np.zeros(n, np.int32) for _ in range(4))
         self.min_length = np.zeros(n, np.int32)  # up to this length no stop id ends the request
-        self.num_pages = np.zeros(n, np.int32)  # entries of the page table in use
-        self.num_shared_pages = np.zeros(n, np.int32)  # the first of these, which the tree owns
+        self.num_pages = np.zeros(n, np.int32)  # entries of the page table that are in use
+        self.num_shared_pages = np.zeros(n, np.int32)  # leading entries that the tree owns
         self.stop_ids = np.full((n, 1), -1, np.int32)  # padded with -1
         self.free = list(range(n - 1, -1, -1))
         self._num_admissions = 0
         self._page_writes: list[np.ndarray] = []  # [n, 3] int32 each: (slot, index, page)
 
-    def acquire(self, request: Request, node: Node, pages: np.ndarray, limit: int) -> int:
+    def acquire(self, request: Request, node: Node, pages: np.ndarray, max_length: int) -> int:
         """Return a slot that `request` now holds.
 
-        node   end of the request's cached prefix, locked
-        pages  [n] int32: the prefix's pages, which the tree keeps
-        limit  longest prompt plus output, in tokens
+        node        end of the request's cached prefix, locked
+        pages       [n] int32: the prefix's pages, which the tree keeps
+        max_length  longest prompt plus output, in tokens
         """
         slot, num_tokens = self.free.pop(), len(request.tokens)
         self.running = np.append(self.running, np.int32(slot))
@@ -51,9 +51,9 @@ class Slots:
         self.admission_id[slot] = self._num_admissions
         self._num_admissions += 1
         self.tokens[slot, :num_tokens] = request.tokens
-        self.known[slot] = self.length[slot] = num_tokens
-        self.computed[slot] = len(pages) * self._page_size
-        self.limit[slot] = limit
+        self.num_known[slot] = self.length[slot] = num_tokens
+        self.num_computed[slot] = len(pages) * self._page_size
+        self.max_length[slot] = max_length
         # A grammar that has nothing to add ends before min_tokens; until then its mask excludes stop ids.
         min_tokens = 0 if request.params.structured_outputs is not None else request.params.min_tokens
         self.min_length[slot] = request.num_prompt_tokens + min_tokens

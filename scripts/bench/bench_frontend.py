@@ -21,7 +21,7 @@ from typing import Any
 
 from lockstep.launch.cli import main as command_line
 from lockstep.launch.engine import async_engine
-from lockstep.runtime.plan import Finished, StepOutput
+from lockstep.runtime.plan import RequestEnd, StepOutput
 from lockstep.runtime.request import Limits
 from lockstep.runtime.stats import EngineStats
 from lockstep.runtime.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ class TextExecutor:
         self._live |= {request.uid: [0, request.params.max_tokens] for request in requests}
 
     def cancel(self, uids: Sequence[int]) -> None:
-        self._ended += [Finished(uid, "abort", None) for uid in uids if self._live.pop(uid, None)]
+        self._ended += [RequestEnd(uid, "abort", None) for uid in uids if self._live.pop(uid, None)]
 
     def poll(self, timeout_s: float) -> list[Any]:
         if not self._live and not self._ended:
@@ -68,7 +68,7 @@ class TextExecutor:
             self._live[uid][0] += 1
             if self._live[uid][0] == self._live[uid][1]:
                 del self._live[uid]
-                ended.append(Finished(uid, "length", None))
+                ended.append(RequestEnd(uid, "length", None))
         self._ended = []
         return [StepOutput(uids=uids, tokens=tokens, finished=ended, cached_tokens=cached)]
 

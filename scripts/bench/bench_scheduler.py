@@ -50,7 +50,7 @@ class SchedulerBenchmark:
             tokens = np.append(common, generator.integers(VOCAB, size=CONTEXT - STEPS // 2 - 200)).astype(np.int32)
             params = SamplingParams(max_tokens=4096, seed=uid)
             self.scheduler.add(Request(uid, tokens, len(tokens), params, [VOCAB - 1]))
-        while self.scheduler.waiting or (self.scheduler.slots.length > self.scheduler.slots.computed + 1).any():
+        while self.scheduler.waiting or (self.scheduler.slots.length > self.scheduler.slots.num_computed + 1).any():
             self.step()
 
     def step(self) -> tuple[float, ...]:

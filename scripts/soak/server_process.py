@@ -34,7 +34,7 @@ class ServerProcess:
         self._mark = os.urandom(16).hex()
         self._log: IO[str] = tempfile.NamedTemporaryFile("w+", prefix="serve-", suffix=".log")  # noqa: SIM115 - kept
         self._folder = Path(tempfile.mkdtemp(prefix="s-"))  # TMPDIR of the server; short, because it holds sockets
-        self._shared_memory = shared_memory()
+        self._dev_shm = dev_shm_files()
         self.process = subprocess.Popen(
             [sys.executable, "-u", *program, "serve", "--port=0", *flags],
             env=os.environ | {MARK: self._mark, "TMPDIR": str(self._folder)} | environment,
@@ -73,7 +73,7 @@ class ServerProcess:
         """Return the processes and files that are left `timeout_s` seconds after the end."""
 
         def find() -> list[str]:
-            files = [*self._folder.glob("*"), *(shared_memory() - self._shared_memory)]
+            files = [*self._folder.glob("*"), *(dev_shm_files() - self._dev_shm)]
             return [f"process {pid}: {command}" for pid, command in self.processes().items()] + [str(f) for f in files]
 
         wait(lambda: not find(), timeout_s)
@@ -94,8 +94,8 @@ def wait(condition: Callable[[], object], timeout_s: float) -> None:
         time.sleep(0.02)
 
 
-def shared_memory() -> set[Path]:
-    """Return the shared memory files of Ray, torch and NCCL on this machine."""
+def dev_shm_files() -> set[Path]:
+    """Return the files in /dev/shm of Ray, torch and NCCL on this machine."""
     return {path for path in Path("/dev/shm").glob("*") if re.search(r"ray|plasma|torch|nccl", path.name)}
 
 

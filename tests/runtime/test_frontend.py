@@ -14,9 +14,9 @@ import lockstep
 from lockstep import LLM, SamplingParams
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.frontend import Frontend
-from lockstep.runtime.ledger import Generation
+from lockstep.runtime.generation import Generation
 from lockstep.runtime.outputs import Event, RequestOutput
-from lockstep.runtime.plan import Finished, StepOutput
+from lockstep.runtime.plan import RequestEnd, StepOutput
 from lockstep.runtime.request import Limits, Request, RequestRefused
 from lockstep.runtime.tokenizer import Detokenizer, Tokenizer, default_sampling_params
 
@@ -91,7 +91,7 @@ class Scripted:
             for uid in uids:
                 self.live[uid] += 1
                 if self.live[uid] == len(self.tokens):
-                    finished.append(Finished(uid, "length"))
+                    finished.append(RequestEnd(uid, "length"))
                     del self.live[uid]
             outputs.append(StepOutput(uids=uids, tokens=tokens, finished=finished))
         return outputs
@@ -315,8 +315,8 @@ def test_default_sampling_params_are_the_checkpoints(llm: LLM, tmp_path: Path) -
         ({"attention_backend": "flashinfer", "device": "cpu"}, "attention_backend='flashinfer' needs a GPU"),
         ({"deterministic": True, "device": "cpu"}, "for bfloat16 and float16 on GPUs, not float32 on cpu"),
         ({"deterministic": True, "device": "cuda", "dtype": "float32"}, "not float32 on cuda"),
-        ({"deterministic": True, "all_reduce": "nccl"}, "all_reduce='nccl' adds in NCCL's order"),
-        ({"deterministic": True, "attention_backend": "torch"}, "attention_backend='torch' is not there with"),
+        ({"deterministic": True, "all_reduce": "nccl"}, "all_reduce='nccl' sums in NCCL's order"),
+        ({"deterministic": True, "attention_backend": "torch"}, "attention_backend='torch' cannot be combined with"),
         ({"gpus_per_rank": 2.0}, r"gpus_per_rank=2.0 must be in \(0, 1\]"),
         ({"num_pages": 4, "kv_cache_memory": 1.0}, "both size the KV cache"),
         ({"kv_cache_memory": 1e-9}, "raise kv_cache_memory"),

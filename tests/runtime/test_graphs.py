@@ -22,7 +22,7 @@ from lockstep.runtime.model.embedding import Logits
 from lockstep.runtime.model.kv_pool import AttentionShape
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.request import Request
-from lockstep.runtime.runner.graphs import DecodeGraphs, Inputs, graph_sizes
+from lockstep.runtime.runner.graphs import DecodeGraphs, GraphInputs, graph_sizes
 from lockstep.runtime.runner.rank_memory import PinnedReadback, TokenCopy
 
 from engines import request, run_engine
@@ -55,7 +55,7 @@ def capture(graph: ReplayedGraph, **options: Any) -> Iterator[None]:
 def use_replayed_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     step, resample, start = DecodeGraphs._step, DecodeGraphs._resample, PinnedReadback.start
 
-    def recorded_step(self: DecodeGraphs, inputs: Inputs) -> tuple[Logits, Tensor]:
+    def recorded_step(self: DecodeGraphs, inputs: GraphInputs) -> tuple[Logits, Tensor]:
         logits, sampled = step(self, inputs)
 
         def replay() -> None:
@@ -67,7 +67,7 @@ def use_replayed_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
             ReplayedGraph.capturing.function = replay
         return logits, sampled
 
-    def recorded_resample(self: DecodeGraphs, inputs: Inputs, logits: Logits, sampled: Tensor) -> Tensor:
+    def recorded_resample(self: DecodeGraphs, inputs: GraphInputs, logits: Logits, sampled: Tensor) -> Tensor:
         resampled = resample(self, inputs, logits, sampled)
         if ReplayedGraph.capturing is not None:
             ReplayedGraph.capturing.function = lambda: resampled.copy_(resample(self, inputs, logits, sampled))

@@ -22,13 +22,13 @@ from hypothesis.stateful import (
 )
 
 from lockstep.kernels import ops, reference
-from lockstep.runtime.scheduler.prefix_cache import Node, PagePool, RadixCache
+from lockstep.runtime.scheduler.prefix_cache import Node, PagePool, PrefixCache
 
 Prefix = tuple[int, ...]
 SETTINGS = settings(stateful_step_count=50)
 
 
-def walk(cache: RadixCache) -> list[Node]:
+def walk(cache: PrefixCache) -> list[Node]:
     """Every node but the root."""
     nodes = list(cache.root.children.values())
     for node in nodes:
@@ -102,7 +102,7 @@ class RadixMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = RadixCache(self.page_size)
+        self.cache = PrefixCache(self.page_size)
         self.model = Model(self.page_size)
         self.next_page = 0
         self.locked: list[tuple[Node, Prefix]] = []
@@ -228,9 +228,9 @@ def lines_run(work: Callable[[], Any]) -> int:
     return lines
 
 
-def wide_tree(num_leaves: int) -> RadixCache:
+def wide_tree(num_leaves: int) -> PrefixCache:
     """Leaves of two pages each, all below one page."""
-    cache = RadixCache(page_size=1)
+    cache = PrefixCache(page_size=1)
     for leaf in range(num_leaves):
         cache.insert(np.array([0, leaf, leaf], np.int32), np.arange(3, dtype=np.int32) + 3 * leaf)
     return cache
@@ -262,7 +262,7 @@ def test_stale_heap_entries_do_not_accumulate_without_eviction() -> None:
 
 def test_evicted_node_is_not_evicted_again() -> None:
     """The second insert uses the first leaf, then makes it an inner node that becomes a leaf again later."""
-    cache = RadixCache(page_size=1)
+    cache = PrefixCache(page_size=1)
     for number, tokens in enumerate(([1], [1, 2], [3])):
         cache.insert(np.array(tokens, np.int32), np.array([0, number][-len(tokens) :], np.int32))
     assert cache.evict(3).tolist() == [1, 0, 2]
@@ -277,7 +277,7 @@ def test_allocated_pages_do_not_change_when_others_are_released() -> None:
 
 
 def test_unlock_counts_as_use() -> None:
-    cache = RadixCache(page_size=1)
+    cache = PrefixCache(page_size=1)
     first, _ = cache.insert(np.array([1], np.int32), np.array([1], np.int32))
     cache.lock(first)
     cache.insert(np.array([2], np.int32), np.array([2], np.int32))
@@ -286,7 +286,7 @@ def test_unlock_counts_as_use() -> None:
 
 
 def test_split_node_does_not_keep_its_old_arrays_alive() -> None:
-    cache = RadixCache(page_size=1)
+    cache = PrefixCache(page_size=1)
     cache.insert(np.arange(10_000, dtype=np.int32), np.arange(10_000, dtype=np.int32))
     cache.match(np.arange(5, dtype=np.int32))
     cache.evict(9_995)
@@ -297,7 +297,7 @@ def test_split_node_does_not_keep_its_old_arrays_alive() -> None:
 
 
 def test_deep_path_is_evicted_from_its_end() -> None:
-    cache = RadixCache(page_size=2)
+    cache = PrefixCache(page_size=2)
     node = cache.root
     for turn in range(50):
         node, _ = cache.insert(np.array([turn, turn], np.int32), np.array([turn], np.int32), node)

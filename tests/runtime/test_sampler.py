@@ -134,12 +134,12 @@ def test_vocabulary_shards_sample_the_tokens_of_one_rank(params: list[SamplingPa
         s, actual = sampler(*params), []
         for position in range(10, 20):
             logits = Logits(comm, shard, vocab)
-            logits = logits.replicated() if s.params["needs_gather"][slots].any() else logits
+            logits = logits.replicated() if s.params["needs_full_logits"][slots].any() else logits
             actual.append(s.sample(logits, slots, np.full(len(params), position, np.int32), tokens).tolist())
         return actual
 
     expected = [one(position) for position in range(10, 20)]
-    assert not sampler(*FEW).params["needs_gather"].any()
+    assert not sampler(*FEW).params["needs_full_logits"].any()
     assert run_ranks(size, each) == [expected] * size
 
 
@@ -153,7 +153,7 @@ def test_candidates_give_the_tokens_of_the_whole_vocabulary(monkeypatch: pytest.
     for candidates in (sampler_module.MAX_CANDIDATES, 0):
         monkeypatch.setattr(sampler_module, "MAX_CANDIDATES", candidates)
         s = sampler(*params)
-        assert s.params["needs_gather"].all() == (candidates == 0)
+        assert s.params["needs_full_logits"].all() == (candidates == 0)
         positions = [np.full(len(params), p, np.int32) for p in range(50)]
         actual.append(
             [s.sample(whole(rows), slots, positions_of_rows, tokens).tolist() for positions_of_rows in positions]

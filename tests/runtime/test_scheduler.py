@@ -25,10 +25,10 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from lockstep.runtime.plan import Finished, StepPlan
+from lockstep.runtime.plan import RequestEnd, StepPlan
 from lockstep.runtime.request import Limits, Request, SamplingParams
-from lockstep.runtime.scheduler.prefix_cache import Node, RadixCache
-from lockstep.runtime.scheduler.scheduler import Scheduled, Scheduler
+from lockstep.runtime.scheduler.prefix_cache import Node, PrefixCache
+from lockstep.runtime.scheduler.scheduler import ScheduledStep, Scheduler
 
 VOCAB = 7
 MASK = 2**62 - 1
@@ -128,7 +128,7 @@ class Ledger:
 
     request: Request
     tokens: list[int] = field(default_factory=list)
-    finished: list[Finished] = field(default_factory=list)
+    finished: list[RequestEnd] = field(default_factory=list)
     first_start: int | None = None  # where its very first step began
     cached: list[int] = field(default_factory=list)
 
@@ -140,7 +140,7 @@ class Simulation:
         self.limits, self.depth = limits, depth
         self.scheduler, self.rank = Scheduler(limits), Rank(limits)
         self.ledger: dict[int, Ledger] = {}
-        self.in_flight: deque[tuple[Scheduled, np.ndarray]] = deque()
+        self.in_flight: deque[tuple[ScheduledStep, np.ndarray]] = deque()
         self.num_steps = 0
         self.admitted: list[int] = []  # in order of first admission
 
@@ -160,17 +160,19 @@ class Simulation:
         finished, entry = self.scheduler.cancel(uid), self.ledger[uid]
         assert (finished is None) == bool(entry.finished)
         if finished is not None:
-            assert finished == Finished(uid, "abort")
+            assert finished == RequestEnd(uid, "abort")
             entry.finished.append(finished)
 
     def schedule(self) -> bool:
         """Schedule a step and run it without committing its results; return False if there was nothing to compute."""
         s = self.scheduler.slots
-        admission_ids, before = s.admission_id.copy(), s.computed.copy()
+        admission_ids, before = s.admission_id.copy(), s.num_computed.copy()
         decoding = [
-            slot for slot in s.running if s.length[slot] == s.computed[slot] + 1 and s.length[slot] < s.limit[slot]
+            slot
+            for slot in s.running
+            if s.length[slot] == s.num_computed[slot] + 1 and s.length[slot] < s.max_length[slot]
         ]
-        prompts = [slot for slot in s.running if s.length[slot] > s.computed[slot] + 1]
+        prompts = [slot for slot in s.running if s.length[slot] > s.num_computed[slot] + 1]
         scheduled = self.scheduler.schedule()
         if scheduled is None:
             assert self.in_flight or not self.scheduler.has_work
@@ -178,10 +180,10 @@ class Simulation:
         plan = scheduled.plan
         assert int(plan.counts.sum()) <= self.limits.max_num_batched_tokens
         older = s.running[:-1]
-        assert (s.length[older] - s.computed[older] <= 1).all()  # one prompt in progress at a time: the newest
+        assert (s.length[older] - s.num_computed[older] <= 1).all()  # one prompt in progress at a time: the newest
         for slot in decoding + prompts[:1]:
             preempted = s.admission_id[slot] != admission_ids[slot]
-            assert preempted or (slot in plan.slots and s.computed[slot] > before[slot])
+            assert preempted or (slot in plan.slots and s.num_computed[slot] > before[slot])
             assert not preempted or slot != s.running[0]
         for admission in plan.admitted:
             entry = self.ledger[self.uid_in(admission.slot)]
@@ -496,7 +498,7 @@ def test_admission_leaves_a_page_for_each_running_request() -> None:
 def test_blocked_request_is_not_matched_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     simulation = Simulation(limits(num_pages=50), depth=1)
     tree, lookups = simulation.scheduler.pages.tree, []
-    monkeypatch.setattr(tree, "match", lambda *arguments: lookups.append(1) or RadixCache.match(tree, *arguments))
+    monkeypatch.setattr(tree, "match", lambda *arguments: lookups.append(1) or PrefixCache.match(tree, *arguments))
     simulation.add([0] * 30, max_tokens=15)
     simulation.add([1] * 40)
     for _ in range(4):

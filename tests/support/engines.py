@@ -14,7 +14,7 @@ from lockstep.comm.base import Communicator
 from lockstep.runtime.config import Config
 from lockstep.runtime.engine import Engine
 from lockstep.runtime.model.model_config import ModelConfig
-from lockstep.runtime.plan import Finished, StepOutput, Stop, TokenLogprobs, decode_plan, encode
+from lockstep.runtime.plan import RequestEnd, StepOutput, Stop, TokenLogprobs, decode_plan, encode
 from lockstep.runtime.request import Request, SamplingParams
 from lockstep.runtime.scheduler.scheduler import Scheduler
 from lockstep.runtime.startup import LoadedRank, plan_limits
@@ -29,7 +29,7 @@ class Results:
 
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}
-        self.finished: dict[int, Finished] = {}
+        self.finished: dict[int, RequestEnd] = {}
         self.logprobs: dict[int, list[TokenLogprobs]] = {}
         self.cached: dict[int, int] = {}
         self.prompts: dict[int, dict[int, TokenLogprobs]] = {}  # by uid and position

@@ -1,6 +1,6 @@
 """The protocol of attention backends, and two of them: plain PyTorch, and batch-invariant on a GPU.
 
-Shapes: B rows, T tokens, H query heads and Hkv key heads of this rank, E head size, K keys.
+Shapes: B rows, T tokens, H query heads and Hkv KV heads of this rank, E head size, K keys.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ....kernels.arguments import MAX_CHUNKS, KVCache, Pages, QKNorm, Rope
 from ..batch import Batch
 from ..kv_pool import AttentionShape
 
-HEAD_DIMS = (64, 128)  # of our decode kernel; FlashInfer also has 256
-MAX_GROUP = 8  # query heads per key head for which our decode kernel has room
+HEAD_DIMS = (64, 128)  # our decode kernel supports these; FlashInfer also has 256
+MAX_GROUP = 8  # query heads per KV head for which our decode kernel has room
 DTYPES = (torch.bfloat16, torch.float16)
-MAX_ROWS = 256  # per launch: the memory for partial results grows with them
-MIN_CHUNK = 512  # keys
+MAX_ROWS = 256  # rows of one launch: the memory for partial results grows with them
+MIN_CHUNK = 512  # least number of keys in a chunk
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def unsupported_reason(shape: AttentionShape) -> str | None:
     if shape.head_dim not in HEAD_DIMS:
         return f"there are no kernels for head_dim {shape.head_dim}"
     if shape.num_heads > MAX_GROUP * shape.num_kv_heads:
-        return f"{shape.num_heads} query heads on {shape.num_kv_heads} key heads are more than {MAX_GROUP} on each"
+        return f"{shape.num_heads} query heads on {shape.num_kv_heads} KV heads are more than {MAX_GROUP} on each"
     return None
 
 
@@ -108,7 +108,7 @@ class TorchAttention:
         last = (self._decode_lengths - 1).unsqueeze(1)  # [B, 1]
         num_pages = -(-self._longest_decode // page_size)
         pages = self._pages[self._decode_rows, :num_pages]
-        # Beyond a row's length its pages may be any number: read page 0 there, the mask hides it.
+        # Entries beyond a row's length may be any number: page 0 is read there, and the mask hides it.
         pages = pages.where(torch.arange(num_pages, device=q.device) <= last // page_size, 0)
         keys = torch.arange(num_pages * page_size, device=q.device)
         visible = _visible(last, keys, window)  # [B, K]
@@ -138,7 +138,7 @@ def _visible(positions: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 class BatchInvariantAttention:
-    """The AttentionBackend on a GPU: the result for a token is bitwise identical in any batch and chunk.
+    """The AttentionBackend of --deterministic: the result for a token is bitwise identical in any batch and chunk.
 
     For layers with one of `windows` and rows of up to `max_length` keys. The decode kernel computes every token: each
     token of a prompt is one decode row, after the keys of all tokens have been stored. The keys of a row are divided
@@ -172,7 +172,7 @@ class BatchInvariantAttention:
             rotate_and_store(qkv, heads, batch, cache)
         outputs = []
         for rows, partition in zip(self._slices, self._partitions[window], strict=True):
-            rope, pages = Rope(batch.positions[rows], heads.cos_sin), Pages(batch.pages, batch.owners[rows])
-            q, slots = qkv[rows], batch.kv_slots[rows]
-            outputs.append(ops.decode_attention(q, heads.norm, rope, cache, slots, pages, partition, self._scale))
+            q, kv_slots, rope = qkv[rows], batch.kv_slots[rows], Rope(batch.positions[rows], heads.cos_sin)
+            pages = Pages(batch.device_page_table, batch.page_table_rows[rows])
+            outputs.append(ops.decode_attention(q, heads.norm, rope, cache, kv_slots, pages, partition, self._scale))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

@@ -51,9 +51,9 @@ class FlashInferAttention:
         batch, n = self._batch, self._batch.host.num_decoding
         decoded = None
         if n:
-            rope, pages = Rope(batch.positions[:n], heads.cos_sin), Pages(batch.pages, batch.owners[:n])
-            slots, partition = batch.kv_slots[:n], self._partitions[window]
-            decoded = ops.decode_attention(qkv[:n], heads.norm, rope, cache, slots, pages, partition, self._scale)
+            rope, kv_slots = Rope(batch.positions[:n], heads.cos_sin), batch.kv_slots[:n]
+            pages, partition = Pages(batch.device_page_table, batch.page_table_rows[:n]), self._partitions[window]
+            decoded = ops.decode_attention(qkv[:n], heads.norm, rope, cache, kv_slots, pages, partition, self._scale)
             if n == batch.host.num_rows:
                 return decoded
         q = rotate_and_store(qkv, heads, batch, cache, slice(n, None))

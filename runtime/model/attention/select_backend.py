@@ -28,11 +28,11 @@ def select_backend(
     reason = unsupported_reason(shape)
     if reason is not None:
         if config.deterministic:
-            raise ValueError(f"deterministic=True cannot be honoured: {reason}; leave it out")
+            raise ValueError(f"deterministic=True cannot be used: {reason}; leave it out")
         if config.attention_backend == "flashinfer":
             raise ValueError(f"attention_backend='flashinfer' cannot be used: {reason}; use auto or torch")
         if announce:
-            log.warning("attention through plain torch, slowly: %s", reason)
+            log.warning("using slow PyTorch attention: %s", reason)
         return TorchAttention(scale)
     windows = set(model.windows)
     if config.deterministic:

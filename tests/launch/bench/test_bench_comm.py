@@ -131,8 +131,8 @@ def test_wrong_elements_are_counted(errors: int) -> None:
 
 
 def test_block_has_the_slowest_rank_and_all_wrong_elements() -> None:
-    ranks = [[TableLine(1000, 250, None, Timing.measured(us, 1000, 2, wrong))] for us, wrong in ((4.0, 1), (5.0, 2))]
-    block = Block.merged("nccl", "graph", "float32", ranks)
+    ranks = [[TableLine(1000, 250, None, Timing.from_time(us, 1000, 2, wrong))] for us, wrong in ((4.0, 1), (5.0, 2))]
+    block = Block.from_ranks("nccl", "graph", "float32", ranks)
     (line,) = block.lines
     assert line.in_place is not None
     assert (line.in_place.time_us, line.in_place.wrong, line.best_us) == (5.0, 3, 5.0)

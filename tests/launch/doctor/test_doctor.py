@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 
 from lockstep.launch.cli.main import main
 from lockstep.launch.doctor import machine_checks, p2p, planned_start
-from lockstep.launch.doctor.cluster_survey import addresses_finding, candidates, merged, versions_finding
+from lockstep.launch.doctor.cluster_survey import addresses_finding, candidates, merge_findings, versions_finding
 from lockstep.launch.doctor.diagnosis import CHECKS, LOCAL_CHECKS, diagnose
 from lockstep.launch.doctor.finding import Finding, run_check
 from lockstep.launch.doctor.machine_checks import (
@@ -29,6 +29,7 @@ from lockstep.launch.doctor.machine_checks import (
     check_interface,
     check_packages,
     cuda_of_torch,
+    dev_shm_finding,
     devices_finding,
     gpu_processes_finding,
     interface_finding,
@@ -36,7 +37,6 @@ from lockstep.launch.doctor.machine_checks import (
     open_files_finding,
     p2p_finding,
     packages_finding,
-    shared_memory_finding,
 )
 from lockstep.launch.doctor.model_checks import memory_finding
 from lockstep.launch.doctor.planned_start import PlannedStart, gpus_needed, has_driver, visible_gpus
@@ -290,8 +290,8 @@ def test_gpus_needed() -> None:
     ("free", "ray_bytes", "nccl", "status"),
     [(64, 80, 0, "warn"), (80, 80, 0, "ok"), (64, 80, 128, "fail"), (150, 80, 128, "warn"), (208, 80, 128, "ok")],
 )
-def test_shared_memory_findings(free: int, ray_bytes: int, nccl: int, status: str) -> None:
-    found = shared_memory_finding(free * MIB, ray_bytes * MIB, nccl * MIB)
+def test_dev_shm_findings(free: int, ray_bytes: int, nccl: int, status: str) -> None:
+    found = dev_shm_finding(free * MIB, ray_bytes * MIB, nccl * MIB)
     assert found.status == status
     assert (found.remedy != "") == (status != "ok")
 
@@ -405,7 +405,7 @@ def test_gpu_machine_passes() -> None:
 def test_equal_findings_of_all_nodes_are_merged() -> None:
     same, full = Finding("open files", "ok", "limit of 65536"), Finding("shared memory", "warn", "1 MiB free", "free")
     roomy = replace(full, status="ok", finding="9 GiB free", remedy="")
-    found = list(merged({"10.0.0.1": [same, full], "10.0.0.2": [same, roomy], "10.0.0.3": [same, roomy]}))
+    found = list(merge_findings({"10.0.0.1": [same, full], "10.0.0.2": [same, roomy], "10.0.0.3": [same, roomy]}))
     assert [finding.name for finding in found] == [
         "open files",
         "shared memory on 10.0.0.1",

@@ -39,9 +39,9 @@ from lockstep.runtime import startup
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor, RankLocation, Wakeup
 from lockstep.runtime.frontend import Frontend
-from lockstep.runtime.ledger import Generation, Output
+from lockstep.runtime.generation import Generation, Output
 from lockstep.runtime.outputs import CompletionOutput, Event, Logprob
-from lockstep.runtime.plan import Finished, StepOutput
+from lockstep.runtime.plan import RequestEnd, StepOutput
 from lockstep.runtime.request import Limits, Request, RequestRefused
 from lockstep.runtime.runner.runner import Runner
 from lockstep.runtime.stats import EngineStats, Profile
@@ -170,7 +170,7 @@ class Scripted:
         self.locations = [RankLocation(0, "nowhere", os.getpid())]
         self.live: dict[int, list[Any]] = {}  # request, length
         self.cancelled: list[int] = []
-        self.aborted: list[Finished] = []  # to report
+        self.aborted: list[RequestEnd] = []  # to report
         self.steps_left: float = float("inf")
         self.error: Exception = RankFailed("rank 1 on nowhere died: of the script")
         self.closed = False
@@ -185,7 +185,7 @@ class Scripted:
 
     def cancel(self, uids: Sequence[int]) -> None:
         self.cancelled += uids
-        self.aborted += [Finished(uid, "abort") for uid in uids if self.live.pop(uid, None) is not None]
+        self.aborted += [RequestEnd(uid, "abort") for uid in uids if self.live.pop(uid, None) is not None]
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         if self.live:
@@ -199,7 +199,7 @@ class Scripted:
             output.tokens.append(self.token(*turn))
             turn[1] += 1
             if turn[1] == turn[0].params.max_tokens:
-                output.finished.append(Finished(uid, "length"))
+                output.finished.append(RequestEnd(uid, "length"))
                 del self.live[uid]
         self.stats.steps += 1
         return [output] if output.uids or output.finished else []

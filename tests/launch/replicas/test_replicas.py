@@ -24,7 +24,7 @@ from lockstep.launch.cluster.sockets import PullSocket, WakeupEvent
 from lockstep.launch.errors import RequestsLost
 from lockstep.launch.server.server_config import ServerConfig
 from lockstep.runtime.outputs import RequestOutput
-from lockstep.runtime.plan import Finished, StepOutput
+from lockstep.runtime.plan import RequestEnd, StepOutput
 
 from processes import kill_marked, marked, new_mark
 from small import COMMAND, SMALL, SMALL_FLAGS
@@ -81,7 +81,7 @@ def test_lost_and_refused_requests_are_both_reported() -> None:
     executor._attempts = {0: 10, 1: 11, 2: 12}
     executor._calls = {uid: (number, Future()) for number, uid in executor._attempts.items()}
     executor._lost, executor._refused = deque([(0, "died"), (9, "out of date")]), deque([(1, "full")])
-    assert executor.poll(0.0) == [StepOutput(finished=[Finished(11, "abort", error="full")])]
+    assert executor.poll(0.0) == [StepOutput(finished=[RequestEnd(11, "abort", error="full")])]
     with pytest.raises(RequestsLost, match="died") as caught:
         executor.poll(0.0)
     assert caught.value.uids == [10]

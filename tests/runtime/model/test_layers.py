@@ -23,8 +23,8 @@ from lockstep.runtime.model.hf_config import HFConfigReader
 from lockstep.runtime.model.kv_pool import AttentionShape
 from lockstep.runtime.model.linear import MLP, ColumnLinear, MoE, Projection, RowLinear, shard_of
 from lockstep.runtime.model.model_config import Experts
-from lockstep.runtime.model.norm import Normed, Residual, RMSNorm
-from lockstep.runtime.model.rope import Rope
+from lockstep.runtime.model.norm import NormInput, Residual, RMSNorm
+from lockstep.runtime.model.rope import RopeConfig
 from lockstep.runtime.model.weights import Weights, load_weights
 
 from checkpoints import tiny_model
@@ -50,7 +50,7 @@ def _loaded(build: Callable[[Weights], Any], folder: Path) -> Any:
 def _added(layer: MLP | MoE, x: Tensor) -> Tensor:
     """Return the layer's contribution to the residual stream on this rank."""
     residual = Residual(torch.zeros_like(x))
-    layer(Normed(x), residual)
+    layer(NormInput(x), residual)
     return residual.total if residual.partial is None else residual.partial
 
 
@@ -111,7 +111,7 @@ def test_vocabulary_shards_equal_the_whole_vocabulary(size: int, vocab: int, tmp
     def run(comm: Communicator) -> tuple[Tensor, Tensor]:
         rows = _loaded(lambda weights: vocabulary_shard(weights, comm, "embed", vocab, D), tmp_path)
         assert len(rows) == -(-vocab // size)
-        return Embedding(comm, rows)(tokens).total, Head(comm, rows, vocab)(Normed(hidden)).gather()
+        return Embedding(comm, rows)(tokens).total, Head(comm, rows, vocab)(NormInput(hidden)).gather()
 
     for embedded, logits in run_ranks(size, run):
         assert torch.equal(embedded, saved["embed"][tokens.long()])
@@ -155,7 +155,7 @@ def test_column_then_row_equals_two_linears(size: int, tmp_path: Path) -> None:
 
         column, row = _loaded(build, tmp_path)
         residual = Residual(before.clone())
-        row(column(Normed(x)), residual)
+        row(column(NormInput(x)), residual)
         return residual.total + comm.all_reduce(residual.partial) if comm.size > 1 else residual.total
 
     before = _random(T, D)
@@ -187,8 +187,8 @@ def test_torch_attention_matches_definition(window: int | None, kv_heads: int) -
         token_ids=none,
         positions=torch.zeros_like(none),
         kv_slots=none,
-        owners=none,
-        pages=tables,
+        page_table_rows=none,
+        device_page_table=tables,
         host=host,
     )
     attention = TorchAttention(scale)
@@ -212,10 +212,10 @@ def _batch(
 ) -> Batch:
     """Rows of so many tokens, the last of so long prefixes, with their pages."""
     positions = np.concatenate([np.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)]).astype(np.int32)
-    owners = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    kv_slots = pages.numpy()[owners, positions // page_size] * page_size + positions % page_size
+    rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    kv_slots = pages.numpy()[rows, positions // page_size] * page_size + positions % page_size
     host = HostBatch(
-        slots=owners,
+        slots=rows,
         positions=positions,
         kv_slots=kv_slots,
         page_table=pages.numpy(),
@@ -227,8 +227,8 @@ def _batch(
         token_ids=torch.zeros(0),
         positions=torch.from_numpy(positions).to(device),
         kv_slots=torch.from_numpy(kv_slots).to(device),
-        owners=torch.from_numpy(owners).to(device),
-        pages=pages.to(device),
+        page_table_rows=torch.from_numpy(rows).to(device),
+        device_page_table=pages.to(device),
         host=host,
     )
 
@@ -321,7 +321,7 @@ def test_rope_table_matches_transformers(name: str) -> None:
     shape = {"head_dim": 64, "max_position_embeddings": 2048}
     model = tiny_model("LlamaForCausalLM", rope_parameters=dict(parameters), num_hidden_layers=1, **shape)
     cos, sin = model.model.rotary_emb(torch.empty(0), torch.arange(2048)[None])  # [1, P, E], each half twice
-    table = Rope.from_hf(HFConfigReader({"rope_parameters": parameters, **shape})).table(64, 2048)
+    table = RopeConfig.from_hf(HFConfigReader({"rope_parameters": parameters, **shape})).table(64, 2048)
     expected = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
     # Frequencies may differ in the last bit of float32: 2048 positions * 2^-23, times an attention factor below 2.
     torch.testing.assert_close(table, expected, atol=5e-4, rtol=0)

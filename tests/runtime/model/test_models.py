@@ -100,8 +100,8 @@ def _batch(step: Step, tables: Tensor, page_size: int) -> Batch:
         token_ids=torch.cat([_prompts()[n][start:stop] for n, start, stop in step]).int(),
         positions=positions.int(),
         kv_slots=kv_slots,
-        owners=rows.int(),
-        pages=tables.int(),
+        page_table_rows=rows.int(),
+        device_page_table=tables.int(),
         host=host,
     )
 

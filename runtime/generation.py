@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from .outputs import CompletionOutput, Event, Logprob, PositionLogprobs, RequestOutput
-from .plan import Finished, FinishReason, PromptLogprobs, TokenLogprobs
+from .plan import FinishReason, PromptLogprobs, RequestEnd, TokenLogprobs
 from .request import Request, SamplingParams
 from .tokenizer import Detokenizer, Tokenizer
 
@@ -39,7 +39,7 @@ class Output:
     def __init__(self, request: Request, generation: Generation, index: int, tokenizer: Tokenizer) -> None:
         self.request, self.generation, params = request, generation, request.params
         self.completion = CompletionOutput(index)
-        self.running = False  # the ranks have begun with it, as far as the front end knows
+        self.running = False  # the ranks have admitted the request
         if params.logprobs is not None:
             self.completion.logprobs, self.completion.cumulative_logprob = [], 0.0
         self._tokenizer = tokenizer
@@ -56,7 +56,7 @@ class Output:
     def num_tokens(self) -> int:
         return len(self.completion.token_ids)
 
-    def append(self, token: int, logprobs: TokenLogprobs | None = None, finished: Finished | None = None) -> None:
+    def append(self, token: int, logprobs: TokenLogprobs | None = None, finished: RequestEnd | None = None) -> None:
         """Add a token; `finished` comes with the last one. A stop string in the text ends the output before that."""
         completion, params = self.completion, self.request.params
         completion.token_ids.append(token)
