@@ -29,14 +29,14 @@ from .rendezvous import Rendezvous
 from .timing import graph_us
 
 log = logging.getLogger(__name__)
-COLUMNS = 4096  # of the residual stream, bfloat16
+COLUMNS = 4096  # columns of the timed residual stream, bfloat16
 SIZES = [8192 << shift for shift in range(0, 11, 2)]  # bytes: 8 KiB to 8 MiB
 GRAPH_LENGTH, REPLAYS = 10, 3
 EPS = 1e-5
 VERSION = 1  # raise it when a kernel changes: cached times are then ignored
-SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # by the kernels over peer buffers
-GATHER_BYTES = 1 << 20  # of each rank, up to which an all-gather goes through peer buffers
-SLOT_BYTES = SIZES[-1]  # the largest message in a peer buffer
+SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the kernels over peer buffers sum these
+GATHER_BYTES = 1 << 20  # an all-gather of at most this size per rank goes through peer buffers
+BUFFER_BYTES = SIZES[-1]  # the largest message in a peer buffer
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Policy:
     slices: bool = False  # larger messages go in slices of rows instead of to NCCL
 
     @classmethod
-    def only(cls, algorithm: Algorithm, largest: int = SLOT_BYTES, *, slices: bool = False) -> Policy:
+    def only(cls, algorithm: Algorithm, largest: int = BUFFER_BYTES, *, slices: bool = False) -> Policy:
         """Return the policy that uses one algorithm up to `largest` bytes, or in slices for all messages."""
         return cls(((largest, algorithm),), min(GATHER_BYTES, largest), slices)
 
@@ -76,7 +76,7 @@ class TimingTable:
 
     sizes: list[int]
     us: dict[Algorithm, list[float]]
-    cached: bool = False  # timed at an earlier start
+    cached: bool = False  # True if the times are from an earlier start
 
     def thresholds(self) -> list[tuple[int, Algorithm]]:
         """Return (largest size in bytes, fastest algorithm) in ascending order; NCCL serves larger messages."""
@@ -89,7 +89,7 @@ class TimingTable:
         return steps[:-1] if steps and steps[-1][1] == "nccl" else steps
 
     def lines(self) -> list[str]:
-        """Return the table for people; the fastest algorithm of each size has a star."""
+        """Return the table in human-readable lines; the fastest algorithm of each size has a star."""
         least = [min(column) for column in zip(*self.us.values(), strict=True)]
         head = f"all-reduce + norm, us{', of an earlier start' if self.cached else ''}"
         rows = [f"{head:<42}" + "".join(f"{format_bytes(nbytes):>9}" for nbytes in self.sizes)]

@@ -2,7 +2,7 @@
 
 A communicator is passed as an argument and is never global. Several ranks can then live in one process, and tensor
 parallelism is unit-tested on a CPU. Every call is collective: all ranks make the same calls in the same order, with the
-same shapes and dtypes. A rank whose peer does not arrive before the deadline raises a CommError.
+same shapes and dtypes. A rank raises CommError if a peer does not arrive before the deadline.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class CommError(RuntimeError):
     """A collective failed or timed out; the message names the rank, the operation and the cause."""
 
 
-class NotShared(RuntimeError):
-    """The ranks cannot share GPU memory; the message is the reason, the same on all ranks after they have agreed."""
+class PeerMemoryUnavailable(RuntimeError):
+    """The ranks cannot map each other's GPU memory; the message is the reason, after an agreement equal on all."""
 
 
 class Communicator(ABC):
@@ -28,8 +28,8 @@ class Communicator(ABC):
 
     rank: int
     size: int
-    description: str  # for the log: the implementation in use, and the reason
-    capturable: bool  # in a CUDA graph
+    description: str  # the implementation in use and the reason, for the log
+    capturable: bool  # True if a CUDA graph can capture the collectives
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The constructor of a rank's communicator: NCCL and shared memory between GPUs, gloo between CPUs.
+"""The constructor of a rank's communicator: NCCL and peer memory between GPUs, gloo between CPUs.
 
-Ranks of one host set up shared memory in the same steps. After each they exchange the results, so that all continue,
+Ranks of one host set up peer memory in the same steps. After each they exchange the results, so that all continue,
 or all stop with the same reason.
 """
 
@@ -16,8 +16,8 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
 from .all_reduce_choice import PEER_ALGORITHMS, Algorithm, AllReduce
-from .all_reduce_policy import SLOT_BYTES, Policy, autotune_all_reduce
-from .base import CommError, Communicator, NotShared, SingleRank
+from .all_reduce_policy import BUFFER_BYTES, Policy, autotune_all_reduce
+from .base import CommError, Communicator, PeerMemoryUnavailable, SingleRank
 from .gloo import GlooCommunicator
 from .message_text import first_line
 from .nccl import NcclCommunicator
@@ -50,7 +50,7 @@ def connect(
     shares_device    another rank may use the same GPU
     library          path of the libnccl to use between GPUs; torch's if None
     all_reduce       the algorithm of small all-reduces between GPUs; auto chooses by their size
-    batch_invariant  between GPUs: sums are bitwise identical in any batch; raises CommError if that is impossible
+    batch_invariant  set by --deterministic: sums between GPUs have the same bits in any batch; else raises CommError
     timeout_s        deadline of joining and of each collective; raises CommError after it
     """
     if size == 1:
@@ -68,7 +68,7 @@ def connect(
         return GlooCommunicator(rendezvous, own_ip=own_ip, reason=obstacle)
     blocks = _blocks_per_rank(device, size) if shares_device else None
     comm = NcclCommunicator(rendezvous, nccl=nccl, device=device, max_blocks=blocks)
-    return share_memory(
+    return with_peer_memory(
         comm, all_reduce, rendezvous, batch_invariant=batch_invariant, device=device, shares_device=shares_device
     )
 
@@ -96,7 +96,7 @@ def _require_equal(choices: list[str]) -> None:
         raise NcclError(f"the ranks differ: {listed}; give them all the same libnccl and the same NCCL_* environment")
 
 
-def share_memory(
+def with_peer_memory(
     nccl: NcclCommunicator,
     all_reduce: AllReduce,
     rendezvous: Rendezvous,
@@ -105,18 +105,18 @@ def share_memory(
     device: torch.device,
     shares_device: bool,
 ) -> Communicator:
-    """Return a communicator with shared memory for small messages, or `nccl`, with the reason in its description.
+    """Return a communicator with peer memory for small messages, or `nccl`, with the reason in its description.
 
-    The arguments are those of `connect`; "nccl" shares no memory. Batch-invariant sums use one algorithm for any size.
+    The arguments are those of `connect`; "nccl" maps no peer memory. Batch-invariant sums always use one algorithm.
     """
     if all_reduce == "nccl":
         return nccl
     try:
-        comm = share_buffers(nccl, rendezvous, device=device, slot_bytes=SLOT_BYTES, shares_device=shares_device)
-    except NotShared as reason:
+        comm = map_peer_buffers(nccl, rendezvous, device=device, buffer_bytes=BUFFER_BYTES, shares_device=shares_device)
+    except PeerMemoryUnavailable as reason:
         if batch_invariant:
-            raise CommError(f"batch-invariant sums need memory that all ranks map: {reason}") from reason
-        nccl.description += f"; no shared memory: {reason}"
+            raise CommError(f"batch-invariant sums need peer memory: {reason}") from reason
+        nccl.description += f"; no peer memory: {reason}"
         return nccl
     if batch_invariant:
         fixed = all_reduce if all_reduce != "auto" else "one-shot" if nccl.size == 2 else "two-shot"
@@ -126,28 +126,28 @@ def share_memory(
     return _autotuned(nccl, comm, rendezvous, device)
 
 
-def share_buffers(
-    nccl: NcclCommunicator, rendezvous: Rendezvous, *, device: torch.device, slot_bytes: int, shares_device: bool
+def map_peer_buffers(
+    nccl: NcclCommunicator, rendezvous: Rendezvous, *, device: torch.device, buffer_bytes: int, shares_device: bool
 ) -> SymmetricCommunicator:
     """Map and verify peer buffers on all ranks and return a communicator over them that sends all sums to NCCL.
 
-    slot_bytes  largest message in a buffer: a multiple of 16, equal on all ranks
-    Raises NotShared, on every rank with the same reason, if one rank cannot; CommError if one is silent.
+    buffer_bytes  largest message in a peer buffer: a multiple of 16, equal on all ranks
+    Raises PeerMemoryUnavailable, on every rank with the same reason, if one rank cannot; CommError if one is silent.
     """
     hosts = _agree(rendezvous, "host", _host)
     if len(set(hosts)) > 1:
-        raise NotShared("the ranks are on several hosts")
+        raise PeerMemoryUnavailable("the ranks are on several hosts")
     from .peer_buffers import PeerBuffers
     from .symmetric import SymmetricCommunicator
 
-    buffers = PeerBuffers(rendezvous, device=device, slot_bytes=slot_bytes, shares_device=shares_device)
+    buffers = PeerBuffers(rendezvous, device=device, buffer_bytes=buffer_bytes, shares_device=shares_device)
     try:
-        offers = _agree(rendezvous, "allocate", buffers.allocate)
-        _agree(rendezvous, "map", lambda: buffers.map(offers))
-        for turn in range(2):  # a peer that mapped a copy would still return the first pattern
+        handles = _agree(rendezvous, "allocate", buffers.allocate)
+        _agree(rendezvous, "map", lambda: buffers.map(handles))
+        for turn in range(2):  # in the second turn a peer that maps a copy still returns the first pattern
             _agree(rendezvous, f"verify {turn}", partial(buffers.verify, turn))
         buffers.set_timeout(buffers.timeout_s)
-    except NotShared:
+    except PeerMemoryUnavailable:
         buffers.close()
         raise
     return SymmetricCommunicator(nccl, buffers, Policy(()), device)
@@ -173,13 +173,13 @@ def _host() -> str:
 
 
 def _agree(rendezvous: Rendezvous, topic: str, step: Callable[[], str]) -> list[str]:
-    """Run a step on all ranks and return its results in rank order; raises NotShared if it fails on one of them."""
+    """Run a step on all ranks and return the results in rank order; raises PeerMemoryUnavailable if one rank fails."""
     try:
         result = "+" + step()
     except (RuntimeError, ImportError, OSError) as error:
         result = "-" + first_line(error)
-    results = rendezvous.exchange(f"shared memory/{topic}", result)
+    results = rendezvous.exchange(f"peer memory/{topic}", result)
     failures = [f"rank {rank}: {result[1:]}" for rank, result in enumerate(results) if result[0] == "-"]
     if failures:
-        raise NotShared("; ".join(failures))
+        raise PeerMemoryUnavailable("; ".join(failures))
     return [result[1:] for result in results]

@@ -54,9 +54,9 @@ class GlooCommunicator(Communicator):
     def _name(self) -> str:
         return f"rank {self.rank} of {self.size}"
 
-    def _wait(self, operation: str, work: dist.Work) -> None:
+    def _wait(self, operation: str, pending: dist.Work) -> None:
         try:
-            work.wait()
+            pending.wait()
         except RuntimeError as error:
             reason = f"failed or took longer than {self._timeout_s:.0f} s: {first_line(error)}"
             raise CommError(f"{self._name}: {operation} {reason}") from error

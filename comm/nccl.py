@@ -26,11 +26,11 @@ from .nccl_library import IN_PROGRESS, SUCCESS, SUM, UINT8, CommConfig, Nccl, Nc
 from .rendezvous import Rendezvous
 
 log = logging.getLogger(__name__)
-ABORT_S = 2.0  # for NCCL to abort; a thread that takes longer is left behind
-CLOSE_S = 3.0  # for NCCL to finish the queued work when the group is closed
+ABORT_S = 2.0  # NCCL may take this long to abort; a thread that takes longer is left behind
+CLOSE_S = 3.0  # when the group is closed, NCCL may take this long to finish the queued work
 SPIN_S = 0.01  # most waits are this short, and a sleep would then cost more than a busy core
 PAUSE_S = 0.0005
-CHECK_S = 0.1  # between two checks for an error while the device works
+CHECK_S = 0.1  # interval of the checks for an error while the device is busy
 
 
 class DeviceEvent(Protocol):
@@ -57,8 +57,8 @@ class NcclCommunicator(Communicator):
         self._nccl, self._max_blocks = nccl, max_blocks
         self._lock = threading.Lock()  # no thread may be inside NCCL during an abort, or enter it afterwards
         self._comm: int | None = None
-        self._operation, self._captured_operation = "joining", ""  # the latest ones, for messages
-        self._token = torch.zeros(1, device=device)  # also makes the CUDA context
+        self._operation, self._captured_operation = "joining", ""  # the latest ones; error messages name them
+        self._token = torch.zeros(1, device=device)  # this also creates the CUDA context
         self._device = self._token.device
         self._join(rendezvous)
         self.barrier()

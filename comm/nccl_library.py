@@ -192,7 +192,7 @@ def mapped_libraries() -> list[str]:
 
 
 def version_text(version: int) -> str:
-    """Return a version for people: 23203 -> "2.32.3"."""
+    """Return a human-readable version: 23203 -> "2.32.3"."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 

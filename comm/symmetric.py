@@ -29,9 +29,9 @@ class SymmetricCommunicator(Communicator):
 
     def __init__(self, nccl: NcclCommunicator, buffers: PeerBuffers, policy: Policy, device: torch.device) -> None:
         self.rank, self.size = nccl.rank, nccl.size
-        self.description = f"{nccl.description}; shared memory: {policy}"
+        self.description = f"{nccl.description}; peer memory: {policy}"
         self._nccl, self._buffers, self._policy, self._device = nccl, buffers, policy, device
-        self._step = 1  # counts the waits for results, for messages
+        self._step = 1  # counts the waits for results; error messages name it
         self._ended = False
         self._token = torch.zeros(16, dtype=torch.uint8, device=device)
 
@@ -59,7 +59,7 @@ class SymmetricCommunicator(Communicator):
         x = x.contiguous()
         out = torch.empty_like(x)
         launches = {"one-shot": peer_memory.one_shot_all_reduce, "two-shot": peer_memory.two_shot_all_reduce}
-        launches[algorithm](out, x, self._buffers.group, self._buffers.take_slot())
+        launches[algorithm](out, x, self._buffers.peers, self._buffers.take_buffer_index())
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -83,9 +83,10 @@ class SymmetricCommunicator(Communicator):
             return ops.add_rms_norm(self.all_reduce(x), residual, weight, eps)
         self._check()
         out, total = torch.empty_like(x), _aligned(residual)
-        x, weight, group, slot = _aligned(x), _aligned(weight), self._buffers.group, self._buffers.take_slot()
-        two_shot = algorithm == "two-shot"
-        peer_memory.all_reduce_add_rms_norm(out, x, total, weight, eps, group, slot, two_shot=two_shot)
+        x, weight = _aligned(x), _aligned(weight)
+        peers, buffer_index = self._buffers.peers, self._buffers.take_buffer_index()
+        two_shot = {"one-shot": False, "two-shot": True}[algorithm]
+        peer_memory.all_reduce_add_rms_norm(out, x, total, weight, eps, peers, buffer_index, two_shot=two_shot)
         if total is not residual:
             residual.copy_(total)
         return out
@@ -108,7 +109,7 @@ class SymmetricCommunicator(Communicator):
     def _gather(self, x: Tensor, operation: str) -> Tensor:
         out = x.new_empty(self.size, *x.shape)
         parts, part = out.view(-1).view(torch.uint8), x.view(-1).view(torch.uint8)
-        peer_memory.all_gather(parts, part, self._buffers.group, self._buffers.take_slot(), operation)
+        peer_memory.all_gather(parts, part, self._buffers.peers, self._buffers.take_buffer_index(), operation)
         return out
 
     def _wait(self, done: DeviceEvent) -> None:
@@ -131,7 +132,7 @@ class SymmetricCommunicator(Communicator):
 
 @dataclass(frozen=True)
 class _CheckedEvent:
-    """An event whose every query raises an error if a wait of the device has timed out."""
+    """An event; each query raises CommError if a wait of the device has timed out."""
 
     done: DeviceEvent
     comm: SymmetricCommunicator

@@ -1,4 +1,4 @@
-"""Arguments of ops that belong together. B rows or T tokens, H query heads, Hkv key heads, E head size."""
+"""Named tuples of op arguments. B rows or T tokens, H query heads, Hkv KV heads, E head size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-MAX_CHUNKS = 8  # per row of a KeyPartition with kv_chunk
+MAX_CHUNKS = 8  # the most chunks of a row in a KeyPartition with kv_chunk
 
 
 class KVCache(NamedTuple):
@@ -37,15 +37,15 @@ class Rope(NamedTuple):
 class Pages(NamedTuple):
     """A table of pages [R, P] int32, and for each row of a batch its row of that table, [B] int32.
 
-    The page of position p is `table[owners[b], p // page_size]`.
+    The page of position p is `table[table_rows[b], p // page_size]`.
     """
 
     table: Tensor
-    owners: Tensor
+    table_rows: Tensor
 
 
 class KeyPartition(NamedTuple):
-    """The work of `decode_attention` divided among thread blocks; made by `partition_keys`, once per step.
+    """The division of `decode_attention`'s keys among thread blocks, from `partition_keys`, once per step.
 
     table     int32, empty on a CPU; the layout is PartitionLayout of cuda/paged_attention.py
     window    a query at position p sees the keys p - window < j <= p; None: all j <= p

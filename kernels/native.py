@@ -27,9 +27,10 @@ class CompileError(RuntimeError):
 
 @functools.cache
 def prefix_compare() -> Callable[[np.ndarray, np.ndarray], int] | None:
-    """Return `common_prefix_length` of radix.cpp, or None (logged once) if it cannot be built: NumPy then serves."""
+    """Return the compiled common_prefix_length, or None (logged once) if it cannot be built: NumPy then serves."""
     try:
-        function = ctypes.CDLL(str(build_library("radix", source_text("radix.cpp")))).common_prefix_length
+        library = build_library("common_prefix_length", source_text("common_prefix_length.cpp"))
+        function = ctypes.CDLL(str(library)).common_prefix_length
     except (CompileError, OSError) as error:
         log.warning("prefix cache compares tokens with NumPy, about 5 us a comparison instead of 1 us: %s", error)
         return None

@@ -6,9 +6,9 @@ Every op on tensors exists three times under one name and one signature, which a
     reference.py  its definition in plain torch, for tensors on a CPU
     cuda/         its kernels, for tensors on a GPU
 
-`@op` makes the public function from the check, and names the module of cuda/. A trailing underscore means that an
+`@op(module)` makes the public function from the check; `module` is a file of cuda/. A trailing underscore means that an
 argument is updated in place. Argument errors are ValueErrors that name the tensor and the rule. Shapes: T tokens, B
-rows with one token each, S sampled rows, D hidden size, H query heads, Hkv key heads, E head size, I intermediate
+rows with one token each, S sampled rows, D hidden size, H query heads, Hkv KV heads, E head size, I intermediate
 size, V rows of a vocabulary shard.
 """
 
@@ -101,8 +101,8 @@ def linear(
     add_to  [T, F]  the result is added in place, and this is returned; not together with gated
     out     [T, F]  receives the result, and is returned; not together with gated or add_to
     On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed, and a row's result is bitwise
-    identical in any of these batches. With batch_invariant it is so in all batches, but slower; x must be bfloat16 or
-    float16, and weight rows must be whole 16-byte vectors.
+    identical in any of these batches. With batch_invariant (set by --deterministic) it is identical in all batches, but
+    slower; x must be bfloat16 or float16, and weight rows must be whole 16-byte vectors.
     """
     features = len(weight) // 2 if gated else len(weight)
     _require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
@@ -114,19 +114,21 @@ def linear(
             rule = f"must be [{len(x)}, {features}] {x.dtype}, contiguous, not gated, and alone"
             _require(fits and alone, name, target, rule)
     if batch_invariant and x.is_cuda:
-        whole = weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
+        aligned = weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
         half = x.dtype in (torch.bfloat16, torch.float16)
-        _require(whole and half, "weight", weight, "must have rows of whole, aligned 16-byte vectors of 16-bit floats")
+        _require(
+            aligned and half, "weight", weight, "must have rows of whole, aligned 16-byte vectors of 16-bit floats"
+        )
 
 
 @op("paged_attention")
-def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slots: Tensor) -> Tensor:
+def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_slots: Tensor) -> Tensor:
     """Norm and rotate q and k, store k and v in the cache, and return q: [T, H, E].
 
-    qkv    [T, (H + 2 Hkv) E]  heads of q, then k, then v; contiguous
-    rope   with positions of all T tokens
-    cache  updated in place at [slot // page_size, slot % page_size]
-    slots  [T]  int32 or int64; a negative slot is skipped
+    qkv       [T, (H + 2 Hkv) E]  heads of q, then k, then v; contiguous
+    rope      with positions of all T tokens
+    cache     updated in place at [slot // page_size, slot % page_size]
+    kv_slots  [T]  int32 or int64; a negative slot is skipped
     Computed in float32, rounded once. Converts k and v to the cache's dtype; float8_e4m3fn saturates at 448.
     """
     kv_heads, head_dim = cache.k.shape[2:]
@@ -138,7 +140,7 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slo
     _require(qkv.shape[1] > 2 * kv_heads * head_dim, "qkv", qkv, "must have heads of q, k and v")
     _require(rope.cos_sin.shape[-1] == head_dim, "cos_sin", rope.cos_sin, f"must be [P, {head_dim}]")
     rows = qkv.shape[:1]
-    for name, tensor in (("positions", rope.positions), ("slots", slots)):
+    for name, tensor in (("positions", rope.positions), ("kv_slots", kv_slots)):
         _require(tensor.shape == rows, name, tensor, f"must be {list(rows)}, one per row of qkv")
 
 
@@ -159,24 +161,24 @@ def decode_attention(
     norm: QKNorm,
     rope: Rope,
     cache: KVCache,
-    slots: Tensor,
+    kv_slots: Tensor,
     pages: Pages,
     partition: KeyPartition,
     scale: float,
 ) -> Tensor:
     """Do `rotate_and_store_` for one new token per row; return its attention over the pages of the row: [B, H E].
 
-    qkv, norm, rope, cache, slots  as for rotate_and_store_, with B rows; positions and slots are int32
+    qkv, norm, rope, cache, kv_slots  as for rotate_and_store_, with B rows; positions and kv_slots are int32
     pages      the pages of the keys at positions before `rope.positions[b]`
     partition  from partition_keys with these positions
-    scale      of the scores, before the softmax
+    scale      factor of the scores, before the softmax
     Heads of 64 or 128 elements in bfloat16 or float16 on a GPU; any on a CPU. If the partition has a kv_chunk, rows may
     be tokens of one request, provided that their keys are in the cache already.
     """
     _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
     table, rows = pages.table, qkv.shape[:1]
     _require(table.dim() == 2 and table.dtype == torch.int32, "pages", table, "must be [R, P] int32")
-    _check_int32(rows, positions=rope.positions, slots=slots, owners=pages.owners)
+    _check_int32(rows, positions=rope.positions, kv_slots=kv_slots, table_rows=pages.table_rows)
 
 
 @op("elementwise")
@@ -210,8 +212,10 @@ def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down
     scored = scores.shape == expert_ids.shape and scores.dtype == torch.float32
     _require(scored, "scores", scores, f"must be {list(expert_ids.shape)} float32")
     for name, tensor in (("x", x), ("gate_up", gate_up), ("down", down)):
-        whole = tensor.shape[-1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
-        _require(whole or not tensor.is_cuda, name, tensor, "must have rows of whole, aligned 16-byte vectors on a GPU")
+        aligned = tensor.shape[-1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+        _require(
+            aligned or not tensor.is_cuda, name, tensor, "must have rows of whole, aligned 16-byte vectors on a GPU"
+        )
 
 
 @op("token_sampling")

@@ -1,6 +1,6 @@
-"""Memory that the ranks of one host share by CUDA IPC, and the launches of allreduce.cu over it.
+"""Memory that the ranks of one host share by CUDA IPC, and the launches of peer_collectives.cu over it.
 
-Grids depend on sizes and the group alone: a block reads only what the same block of every peer has published.
+Grids depend only on sizes and the PeerTable: a block reads only what the same block of every peer has published.
 """
 
 from __future__ import annotations
@@ -15,40 +15,44 @@ from torch import Tensor
 
 from .cuda.kernel_launch import VECTOR_BYTES, c_name, kernel, num_multiprocessors, vector_width
 
-KINDS = ("barrier", "all_reduce", "all_gather", "all_reduce_add_rms_norm")  # as reported by late kernels
+OPERATIONS = ("barrier", "all_reduce", "all_gather", "all_reduce_add_rms_norm")  # timed-out kernels report an index
 MAX_RANKS = 8
-TIMEOUT_FIELD = MAX_RANKS + 2  # its index in a table
-HEADER_BYTES, UNIT = 4096, 16  # as in allreduce.cu
+TIMEOUT_FIELD = MAX_RANKS + 2  # the index of timeout_ns in the fields of a PeerTable
+HEADER_BYTES, UNIT = 4096, 16  # mirror those of peer_collectives.cu
 THREADS = 512
 MAX_BLOCKS = 36  # saturate NVLink, and leave multiprocessors to kernels beside them
-NORM_VECTORS = (1, 2, 4)  # of a row, in the registers of a thread: at most 16,384 elements in bfloat16
+NORM_VECTORS = (1, 2, 4)  # vectors of a row in a thread's registers: at most 16,384 elements in bfloat16
 
 
 @dataclass(frozen=True)
-class Group:
-    """The ranks as the kernels see them."""
+class PeerTable:
+    """The kernels' view of the ranks' peer buffers."""
 
-    table: Tensor  # int64: struct Group of allreduce.cu
-    size: int
-    blocks: int  # at most, of each launch
+    fields: Tensor  # int64 on the GPU: struct PeerTable of peer_collectives.cu
+    size: int  # the number of ranks
+    max_blocks: int  # per launch
 
 
-def table(buffers: list[int], words: Tensor, *, timeout_ns: int, slot_bytes: int, rank: int, alone: bool) -> list[int]:
-    """Return the fields of struct Group.
+def table_fields(
+    buffers: list[int], words: Tensor, *, timeout_ns: int, buffer_bytes: int, rank: int, alone: bool
+) -> list[int]:
+    """Return the fields of struct PeerTable.
 
-    words  host_words(MAX_RANKS + 1): for each rank the wait for it that timed out, then `stop`
+    buffers  the addresses of all ranks' buffers in this process
+    words    host_words(MAX_RANKS + 1): for each rank the wait for it that timed out, then `stop`
+    alone    no other rank shares this GPU
     """
     missing, stop = words.data_ptr(), words[MAX_RANKS:].data_ptr()
-    return [*buffers, *[0] * (MAX_RANKS - len(buffers)), missing, stop, timeout_ns, slot_bytes, rank, int(alone)]
+    return [*buffers, *[0] * (MAX_RANKS - len(buffers)), missing, stop, timeout_ns, buffer_bytes, rank, int(alone)]
 
 
 def allocate(nbytes: int, device: int) -> tuple[int, Tensor]:
     """Return zeroed memory of the GPU, outside of any pool so that it can be exported, as address and bytes."""
     with cupy.cuda.Device(device):
         pointer = cupy.cuda.runtime.malloc(nbytes)
-        whole = view(pointer, nbytes, device).zero_()
+        memory = view(pointer, nbytes, device).zero_()
         torch.cuda.synchronize(device)
-    return int(pointer), whole
+    return int(pointer), memory
 
 
 def view(pointer: int, nbytes: int, device: int) -> Tensor:
@@ -79,7 +83,7 @@ def unmap(pointer: int) -> None:
 
 
 def host_words(count: int) -> Tensor:
-    """Return zeroed int64 of the host that kernels read and write at the same address."""
+    """Return zeroed, pinned int64 in host memory, which kernels read and write at the same address."""
     return torch.zeros(count, dtype=torch.int64, pin_memory=True)
 
 
@@ -104,31 +108,40 @@ def capture() -> int:
 
 def prepare(size: int) -> None:
     """Compile the kernel of the first collective, which has a short deadline."""
-    kernel("allreduce.cu", f"all_gather<16, {size}>", early=True)
+    kernel("peer_collectives.cu", f"all_gather<16, {size}>", early=True)
 
 
-def one_shot_all_reduce(out: Tensor, x: Tensor, group: Group, slot: int) -> None:
+def one_shot_all_reduce(out: Tensor, x: Tensor, peers: PeerTable, buffer_index: int) -> None:
     """Compute `out = sum of x over the ranks`: each rank reads all of every peer."""
     v = vector_width(x.numel(), out, x)
-    launch = kernel("allreduce.cu", f"one_shot_all_reduce<{c_name(x)}, {v}, {group.size}>", early=True)
-    launch(_grid(x.nbytes, group), THREADS, out, x, np.int64(x.numel()), *_group_arguments(group, slot, "all_reduce"))
+    launch = kernel("peer_collectives.cu", f"one_shot_all_reduce<{c_name(x)}, {v}, {peers.size}>", early=True)
+    launch(
+        _grid(x.nbytes, peers),
+        THREADS,
+        out,
+        x,
+        np.int64(x.numel()),
+        *_peer_arguments(peers, buffer_index, "all_reduce"),
+    )
 
 
-def two_shot_all_reduce(out: Tensor, x: Tensor, group: Group, slot: int) -> None:
+def two_shot_all_reduce(out: Tensor, x: Tensor, peers: PeerTable, buffer_index: int) -> None:
     """Compute the same sum: each rank sums one chunk, then reads the peers' chunks."""
-    chunk = -(-x.numel() // (UNIT * group.size)) * UNIT
+    chunk = -(-x.numel() // (UNIT * peers.size)) * UNIT
     v = vector_width(chunk, out, x, strides=[x.numel()])
-    launch = kernel("allreduce.cu", f"two_shot_all_reduce<{c_name(x)}, {v}, {group.size}>", early=True)
-    grid, sizes = _grid(chunk * x.element_size(), group), (np.int64(x.numel()), np.int64(chunk))
-    launch(grid, THREADS, out, x, *sizes, *_group_arguments(group, slot, "all_reduce"))
+    launch = kernel("peer_collectives.cu", f"two_shot_all_reduce<{c_name(x)}, {v}, {peers.size}>", early=True)
+    grid, sizes = _grid(chunk * x.element_size(), peers), (np.int64(x.numel()), np.int64(chunk))
+    launch(grid, THREADS, out, x, *sizes, *_peer_arguments(peers, buffer_index, "all_reduce"))
 
 
-def all_gather(out: Tensor, x: Tensor, group: Group, slot: int, kind: str) -> None:
+def all_gather(out: Tensor, x: Tensor, peers: PeerTable, buffer_index: int, operation: str) -> None:
     """Compute `out[rank] = x of every rank`; both are bytes."""
     at = out.data_ptr() | x.data_ptr() | x.numel()
     v = next(v for v in (16, 4, 2, 1) if at % v == 0)
-    launch = kernel("allreduce.cu", f"all_gather<{v}, {group.size}>", early=True)
-    launch(_grid(x.numel(), group), THREADS, out, x, np.int64(x.numel()), *_group_arguments(group, slot, kind))
+    launch = kernel("peer_collectives.cu", f"all_gather<{v}, {peers.size}>", early=True)
+    launch(
+        _grid(x.numel(), peers), THREADS, out, x, np.int64(x.numel()), *_peer_arguments(peers, buffer_index, operation)
+    )
 
 
 def fits_norm(columns: int, dtype: torch.dtype) -> bool:
@@ -137,7 +150,15 @@ def fits_norm(columns: int, dtype: torch.dtype) -> bool:
 
 
 def all_reduce_add_rms_norm(
-    out: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, group: Group, slot: int, *, two_shot: bool
+    out: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    peers: PeerTable,
+    buffer_index: int,
+    *,
+    two_shot: bool,
 ) -> None:
     """Compute `residual += sum of x over the ranks; out = rms_norm(residual)`.
 
@@ -147,12 +168,12 @@ def all_reduce_add_rms_norm(
     v = _norm_vector(columns, x.dtype)  # by the shape, not by addresses: all ranks must round alike
     threads = min(THREADS, -(-columns // (32 * v)) * 32)
     vectors = next(n for n in NORM_VECTORS if n * threads * v >= columns)
-    name = f"all_reduce_add_rms_norm<{c_name(x)}, {v}, {group.size}, {vectors}, {str(two_shot).lower()}>"
+    name = f"all_reduce_add_rms_norm<{c_name(x)}, {v}, {peers.size}, {vectors}, {str(two_shot).lower()}>"
     sizes = np.float32(eps), np.int32(rows), np.int32(columns)
-    grid = min(rows, group.blocks), 1
-    launch = kernel("allreduce.cu", name, early=True)
-    group_arguments = _group_arguments(group, slot, "all_reduce_add_rms_norm")
-    launch(grid, threads, out, x, residual, weight, *sizes, *group_arguments)
+    grid = min(rows, peers.max_blocks), 1
+    launch = kernel("peer_collectives.cu", name, early=True)
+    peer_arguments = _peer_arguments(peers, buffer_index, "all_reduce_add_rms_norm")
+    launch(grid, threads, out, x, residual, weight, *sizes, *peer_arguments)
 
 
 def _norm_vector(columns: int, dtype: torch.dtype) -> int:
@@ -160,9 +181,9 @@ def _norm_vector(columns: int, dtype: torch.dtype) -> int:
     return v if columns % v == 0 else 1
 
 
-def _grid(nbytes: int, group: Group) -> tuple[int, int]:
-    return max(1, min(group.blocks, -(-nbytes // (THREADS * VECTOR_BYTES)))), 1
+def _grid(nbytes: int, peers: PeerTable) -> tuple[int, int]:
+    return max(1, min(peers.max_blocks, -(-nbytes // (THREADS * VECTOR_BYTES)))), 1
 
 
-def _group_arguments(group: Group, slot: int, kind: str) -> tuple[Tensor, np.int32, np.int32]:
-    return group.table, np.int32(slot), np.int32(KINDS.index(kind))
+def _peer_arguments(peers: PeerTable, buffer_index: int, operation: str) -> tuple[Tensor, np.int32, np.int32]:
+    return peers.fields, np.int32(buffer_index), np.int32(OPERATIONS.index(operation))

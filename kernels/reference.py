@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .arguments import KeyPartition, KVCache, Pages, QKNorm, Rope
 
-FP8_MAX = 448.0  # of float8_e4m3fn
+FP8_MAX = 448.0  # the maximum of float8_e4m3fn
 NO_CANDIDATE = torch.iinfo(torch.int64).min  # less than any candidate
 GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
@@ -55,9 +55,9 @@ def linear(
     return product if out is None else out.copy_(product)
 
 
-def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slots: Tensor) -> Tensor:
+def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_slots: Tensor) -> Tensor:
     q, k, v = _prepare_heads(qkv, norm, rope, cache)
-    _store_kv(k, v, cache, slots)
+    _store_kv(k, v, cache, kv_slots)
     return q
 
 
@@ -78,12 +78,12 @@ def _norm_and_rotate(x: Tensor, norm: Tensor | None, eps: float, rope: Rope) -> 
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _store_kv(k: Tensor, v: Tensor, cache: KVCache, slots: Tensor) -> None:
-    if (slots < 0).any():
-        kept = slots >= 0
-        k, v, slots = k[kept], v[kept], slots[kept]
+def _store_kv(k: Tensor, v: Tensor, cache: KVCache, kv_slots: Tensor) -> None:
+    if (kv_slots < 0).any():
+        kept = kv_slots >= 0
+        k, v, kv_slots = k[kept], v[kept], kv_slots[kept]
     page_size = cache.k.shape[1]
-    places = (slots.long() // page_size, slots.long() % page_size)
+    places = (kv_slots.long() // page_size, kv_slots.long() % page_size)
     for target, rows in ((cache.k, k), (cache.v, v)):
         if target.dtype == torch.float8_e4m3fn:  # torch turns values that are too large into NaN, and cannot index it
             stored = rows.float().clamp(-FP8_MAX, FP8_MAX).to(target.dtype)
@@ -101,18 +101,18 @@ def decode_attention(
     norm: QKNorm,
     rope: Rope,
     cache: KVCache,
-    slots: Tensor,
+    kv_slots: Tensor,
     pages: Pages,
     partition: KeyPartition,
     scale: float,
 ) -> Tensor:
     q, k, v = _prepare_heads(qkv, norm, rope, cache)
-    _store_kv(k, v, cache, slots)
+    _store_kv(k, v, cache, kv_slots)
     out, page_size, window = torch.empty_like(q), cache.k.shape[1], partition.window
     for row, position in enumerate(rope.positions.tolist()):
         first = 0 if window is None else max(0, position + 1 - window)
         old = torch.arange(first, position, device=q.device)
-        places = pages.table[pages.owners[row].long(), old // page_size].long(), old % page_size
+        places = pages.table[pages.table_rows[row].long(), old // page_size].long(), old % page_size
         keys = torch.cat((cache.k[places].to(q.dtype), k[row : row + 1])).transpose(0, 1)  # [Hkv, K, E]
         values = torch.cat((cache.v[places].to(q.dtype), v[row : row + 1])).transpose(0, 1)
         gqa = q.shape[1] != k.shape[1]

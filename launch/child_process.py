@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 EXIT_S = 2.0  # a killed process that is stuck in a driver is not waited for any longer
-STDERR_BYTES = 1 << 16  # of the end of stderr, to find its last line
+STDERR_BYTES = 1 << 16  # this much of the end of stderr is read, to find its last line
 
 
 class ChildFailed(RuntimeError):
@@ -41,7 +41,7 @@ class ChildProcess:
             self._process = subprocess.Popen(
                 command, stdin=stream, stdout=stream, stderr=self._stderr, start_new_session=True
             )
-        self.pid = self._process.pid  # also that of its session and group
+        self.pid = self._process.pid  # its session and group have the same id
         if memory_bytes is not None:
             resource.prlimit(self.pid, resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
 

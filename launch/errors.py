@@ -8,12 +8,12 @@ class PlacementError(RuntimeError):
 class RankFailed(RuntimeError):
     """A rank died, raised or hung; the message names the rank, its host and the cause.
 
-    `last_words` are the last lines of the rank's stderr, if they can be read from here.
+    `stderr_tail` has the last lines of the rank's stderr, if they can be read from here.
     """
 
-    def __init__(self, reason: str, last_words: str = "") -> None:
+    def __init__(self, reason: str, stderr_tail: str = "") -> None:
         super().__init__(reason)
-        self.last_words = last_words
+        self.stderr_tail = stderr_tail
 
 
 class EngineFailed(RuntimeError):
@@ -21,7 +21,7 @@ class EngineFailed(RuntimeError):
 
 
 class RequestCrashedEngine(EngineFailed):
-    """This request crashed the ranks repeatedly and is in quarantine; other requests continue."""
+    """This request crashed the engine repeatedly and is quarantined; other requests continue."""
 
 
 class RequestsLost(RuntimeError):

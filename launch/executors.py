@@ -1,4 +1,4 @@
-"""Choose and start the executor that fits a configuration: in this process, on Ray actors, or replicas."""
+"""The choice of an executor, the engine's client side: in this process, on Ray actors, or over replicas."""
 
 from __future__ import annotations
 
@@ -44,9 +44,8 @@ def start_replicas(config: Config, connection: Connection, replicas: int, max_qu
     try:
         from .replicas.replica_executor import ReplicaExecutor
     except ImportError as error:
-        raise ValueError(
-            f"replicas={replicas} needs Ray Serve, and {error.name} is missing; pip install 'lockstep[serve]'"
-        ) from error
+        remedy = f"{error.name} is missing; pip install 'lockstep[serve]'"
+        raise ValueError(f"replicas={replicas} needs Ray Serve, and {remedy}") from error
     return ReplicaExecutor(config, connection, replicas, max_queued)
 
 

@@ -37,19 +37,19 @@ def linear_layers() -> None:
 
 def attention() -> None:
     rows, heads, kv_heads = 70, 8, 2
-    positions, owners = integers([0, 1, 17, 300, 1999] * 14), torch.randperm(rows, device="cuda").int()
+    positions, table_rows = integers([0, 1, 17, 300, 1999] * 14), torch.randperm(rows, device="cuda").int()
     for size, page_size, window in ((64, 5, None), (128, 16, None), (128, 16, 50)):
         table = torch.randperm(rows * 400, device="cuda").int().view(rows, 400)
         cache = KVCache(*(random(rows * 400, page_size, kv_heads, size) for _ in range(2)))
         norm, cos_sin = QKNorm(random(size), random(size), 1e-6), torch.randn(2000, size, device="cuda")
-        slots = table[owners.long(), positions.long() // page_size] * page_size + positions % page_size
+        kv_slots = table[table_rows.long(), positions.long() // page_size] * page_size + positions % page_size
         for first in (0, 65, 67, 69):  # few rows and many take different blocks
             part = slice(first, rows)
             qkv, rope = random(rows - first, (heads + 2 * kv_heads) * size), Rope(positions[part], cos_sin)
             partition = ops.partition_keys(positions[part], kv_heads, window)
-            pages = Pages(table, owners[part])
-            ops.decode_attention(qkv, norm, rope, cache, slots[part], pages, partition, 0.1)
-            ops.rotate_and_store_(qkv, norm, rope, cache, slots[part])
+            pages = Pages(table, table_rows[part])
+            ops.decode_attention(qkv, norm, rope, cache, kv_slots[part], pages, partition, 0.1)
+            ops.rotate_and_store_(qkv, norm, rope, cache, kv_slots[part])
 
 
 def rows_tokens_and_tables() -> None:

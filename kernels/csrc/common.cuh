@@ -37,7 +37,7 @@ DEVICE float warp_sum(float x) {
     return x;
 }
 
-// The sum over all threads of the block, on every thread; blockDim.x is a multiple of 32.
+// Return the sum over all threads of the block, on every thread; blockDim.x is a multiple of 32.
 DEVICE float block_sum(float x) {
     __shared__ float partial[32];
     x = warp_sum(x);

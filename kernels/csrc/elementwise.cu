@@ -1,4 +1,4 @@
-// Kernels bound by memory: RMSNorm with residual, SiLU * up, the lookup of embeddings, and the tables of tokens and pages by slot.
+// Memory-bound kernels: RMSNorm with residual, SiLU * up, embedding lookup, and updates of the token and page tables.
 #include "common.cuh"
 
 // One block per row of `size` elements, N vectors per thread in registers. With a residual: residual += x, norm of the unrounded sum.

@@ -1,12 +1,12 @@
 // A mixture of experts without the host: group the pairs (token, choice) by expert, run two GEMMs over the groups, and sum the
 // choices of each token. Pair p is choice p % K of token p / K. No grid depends on the routing.
-#include "tensor.cuh"
+#include "mma.cuh"
 
 constexpr int DEPTH = 64;  // elements of a row in one stage: 128 bytes, eight chunks of 16 bytes
 
 DEVICE bool exists(long long expert, int experts) { return (unsigned long long)expert < (unsigned)experts; }
 
-// One block. order = the pairs by expert; tiles[i] = (expert, first index in `order`, rows, 0), with 0 rows for unused tiles.
+// The grid is one block. order = the pairs by expert; tiles[i] = (expert, first index in `order`, rows, 0), with 0 rows for unused tiles.
 // Within an expert the atomics decide the order, on which no result depends.
 template <int ROWS>
 __global__ void __launch_bounds__(1024) group_pairs(
@@ -40,7 +40,7 @@ DEVICE void load_matrices(unsigned (&to)[4], unsigned row) {
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
 }
 
-// The offset of a chunk of a row in a stage. The exclusive or spreads equal chunks of eight rows, read at once, over all banks.
+// Return the byte offset of a row's chunk in a stage. The exclusive or spreads equal chunks of eight rows, read at once, over the banks.
 DEVICE int swizzle(int row, int chunk) { return row * 2 * DEPTH + (chunk ^ row % 8) * 16; }
 
 // Multiply M x N tiles of a stage; first_row is the stage's first row of x, first_weight_row that of the weights.
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     store_sums<T, M, N, GATED>(out, sums, pair_of, rows, first_row, columns, first_column + first_weight_row / (GATED ? 2 : 1));
 }
 
-// The same GEMM in float32, which tensor cores would round: one warp for each pair and column.
+// The GEMM of grouped_gemm in float32, without tensor cores because they round: one warp for each pair and column.
 template <bool GATED>
 __global__ void __launch_bounds__(256) float32_gemm(
     float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weights, const long long* __restrict__ expert_ids,

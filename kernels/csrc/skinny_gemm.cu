@@ -5,12 +5,12 @@
 // columns 8 t .. 8 t + 7 of weight rows g and g + 8, and of row g of x. The weight goes from memory to registers to the tensor core,
 // DEPTH chunks ahead. The first chunks load before the kernel that computes x has ended.
 // A block goes through its tiles of 16 rows of the weight. Its warps share the columns of a tile; their sums are added at the end.
-#include "tensor.cuh"
+#include "mma.cuh"
 
-enum Epilogue { STORE, ADD, SILU };  // out = sum, out += sum, out = silu(gate) * up
+enum Epilogue { STORE, ADD, SILU };  // out = sum, out += sum, out = silu(gate) * up; gemm.py uses these names
 
-constexpr int ROWS = 8;    // of x, at most
-constexpr int CHUNK = 64;  // columns of a warp at once: whole 128-byte lines of the weight
+constexpr int ROWS = 8;    // the most rows of x
+constexpr int CHUNK = 64;  // columns that a warp processes at once: whole 128-byte lines of the weight
 
 // Copy x to shared memory, times the weight of the norm if there is one; squares[row] = the sum of squares of this warp's elements.
 template <typename T, int WARPS> DEVICE void stage_x(

@@ -1,4 +1,4 @@
-"""Ops bound by memory: norm, activation, the lookup of embeddings, and the tables of tokens and pages by slot."""
+"""Launches of memory-bound kernels: norm, activation, embedding lookup, and updates of the token and page tables."""
 
 from __future__ import annotations
 

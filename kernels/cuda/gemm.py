@@ -1,9 +1,10 @@
-"""Linear layers and experts: a kernel that streams the weight for few rows, cuBLAS for many, and grouped GEMMs."""
+"""Linear layers and experts: a skinny GEMM for up to 8 rows, cuBLAS for more, and grouped GEMMs."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,13 +23,14 @@ from .kernel_launch import (
     vector_width,
 )
 
-MAX_STREAMED_ROWS = 8  # of x in skinny_gemm.cu
-MAX_STAGED_BYTES = 100 * 1024  # of x in shared memory: two blocks share 227 KiB
-GROUP_THREADS = 1024  # of the one block that groups pairs by expert
+MAX_SKINNY_ROWS = 8  # rows of x; mirrors ROWS of skinny_gemm.cu
+MAX_STAGED_BYTES = 100 * 1024  # the most that x takes of shared memory: two blocks share 227 KiB
+GROUP_THREADS = 1024  # threads of the one block that groups pairs by expert
 # Tile shapes of the grouped GEMM by their rows: warps down and across, 16 x 16 tiles down and across a warp, stages.
 TILE_SHAPES = {16: (1, 4, 1, 1, 6), 64: (1, 4, 4, 2, 3), 128: (2, 4, 4, 2, 3)}
 
 Gemm = Callable[[Tensor, Tensor, Tensor], None]  # writes out from x and weights, with SiLU if gated
+Epilogue = Literal["STORE", "ADD", "SILU"]  # the names of Epilogue in skinny_gemm.cu
 
 
 def linear(
@@ -43,14 +45,15 @@ def linear(
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    streams = _can_stream(x, weight) and not batch_invariant
-    if norm is not None and not (streams and _can_fuse_norm(x, norm)):
+    skinny = _is_skinny(x, weight) and not batch_invariant
+    if norm is not None and not (skinny and _can_fuse_norm(x, norm)):
         x, norm = rms_norm(x, norm, eps), None
-    if streams:
+    if skinny:
         target = add_to if out is None else out
         if target is None:
             target = x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
-        _stream_weight(target, x, weight, norm, bias, eps, 2 if gated else 0 if add_to is None else 1)
+        epilogue: Epilogue = "SILU" if gated else "STORE" if add_to is None else "ADD"
+        _skinny_gemm(target, x, weight, norm, bias, eps, epilogue)
         return target
     if batch_invariant:
         product = _batch_invariant_linear(x.contiguous(), weight, bias, gated, out)
@@ -77,10 +80,11 @@ def _batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate
     return silu_and_mul(out) if gated and not fused else out
 
 
-def _can_stream(x: Tensor, weight: Tensor) -> bool:
-    whole = x.shape[1] % 8 == 0 and x.is_contiguous() and weight.is_contiguous()
+def _is_skinny(x: Tensor, weight: Tensor) -> bool:
+    """Return whether skinny_gemm takes these tensors."""
+    contiguous = x.shape[1] % 8 == 0 and x.is_contiguous() and weight.is_contiguous()
     aligned = x.data_ptr() % VECTOR_BYTES == 0 and weight.data_ptr() % VECTOR_BYTES == 0
-    return 0 < len(x) <= MAX_STREAMED_ROWS and x.dtype in (torch.bfloat16, torch.float16) and whole and aligned
+    return 0 < len(x) <= MAX_SKINNY_ROWS and x.dtype in (torch.bfloat16, torch.float16) and contiguous and aligned
 
 
 def _can_fuse_norm(x: Tensor, norm: Tensor) -> bool:
@@ -90,15 +94,15 @@ def _can_fuse_norm(x: Tensor, norm: Tensor) -> bool:
 
 
 def _staged_bytes(x: Tensor) -> int:
-    """Return the shared memory that x takes; see `stride` in skinny_gemm.cu."""
+    """Return how many bytes of shared memory x takes; see `stride` in skinny_gemm.cu."""
     return len(x) * (-(-x.shape[1] // 64) * 64 + 32) * x.element_size()
 
 
-def _stream_weight(
-    out: Tensor, x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, eps: float, epilogue: int
+def _skinny_gemm(
+    out: Tensor, x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, eps: float, epilogue: Epilogue
 ) -> None:
     (rows, size), features = x.shape, out.shape[1]
-    tiles, multiprocessors = -(-features // (8 if epilogue == 2 else 16)), num_multiprocessors(x.device.index)
+    tiles, multiprocessors = -(-features // (8 if epilogue == "SILU" else 16)), num_multiprocessors(x.device.index)
     # With few tiles, all warps of a multiprocessor share one. A short row has few chunks to prefetch, and an x that is
     # not in shared memory leaves few registers for them.
     shared_bytes = _staged_bytes(x)

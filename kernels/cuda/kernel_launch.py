@@ -24,13 +24,13 @@ C_NAMES = {
     torch.float8_e4m3fn: "fp8",
 }
 C_TYPES = {Tensor: ctypes.c_void_p, np.int64: ctypes.c_int64, np.int32: ctypes.c_int32, np.float32: ctypes.c_float}
-MAX_THREADS = 256  # the __launch_bounds__ of most kernels
+MAX_THREADS = 256  # per block; the __launch_bounds__ of most kernels
 VECTOR_BYTES = 16
-DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel must ask for more
+DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel that needs more must request it
 NULL = np.int64(0)
 
 Argument = Tensor | np.int64 | np.int32 | np.float32
-Launch = Callable[..., None]  # of grid, threads and Arguments
+Launch = Callable[..., None]  # takes grid, threads and Arguments
 
 
 def c_name(tensor: Tensor) -> str:

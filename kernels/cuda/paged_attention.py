@@ -1,4 +1,4 @@
-"""Attention over the pages of the KV cache: rotary embedding, stores of keys and values, decode attention."""
+"""Launches of decode attention over the paged KV cache, and of the rotary embedding and KV stores before prefill."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .kernel_launch import Argument, c_name, kernel, num_multiprocessors, option
 
 LOG2_E = 1.4426950408889634
 STORE_THREADS = 128
-PARTITION_THREADS = 1024  # of the one block that partitions keys
+PARTITION_THREADS = 1024  # threads of the one block that partitions keys
 
 
-def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slots: Tensor) -> Tensor:
+def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_slots: Tensor) -> Tensor:
     tokens, (pages, page_size, kv_heads, head_dim) = len(qkv), cache.k.shape
     heads = qkv.shape[1] // head_dim
     q = qkv.new_empty(tokens, heads - 2 * kv_heads, head_dim)
@@ -29,29 +29,31 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, slo
     strides = head_dim // 2, cache.k.stride(0), cache.k.stride(1)
     v = next(
         v
-        for v in (4, 2, 1)  # adjacent elements of a lane, as in decode.cu, so that both kernels round alike
+        for v in (4, 2, 1)  # adjacent elements of a lane, as in decode_attention.cu, so that both kernels round alike
         if pairs % v == 0
         and all(s % v == 0 for s in strides)
         and all(t.data_ptr() % (v * t.element_size()) == 0 for t in moved)
     )
-    launch = kernel("attention.cu", f"rotate_and_store<{c_name(qkv)}, {c_name(cache.k)}, {pairs}, {v}>", early=True)
-    heads_and_slots = _head_arguments(norm, Rope(rope.positions.int(), rope.cos_sin), cache, slots.int())
+    launch = kernel(
+        "rotate_and_store.cu", f"rotate_and_store<{c_name(qkv)}, {c_name(cache.k)}, {pairs}, {v}>", early=True
+    )
+    head_arguments = _head_arguments(norm, Rope(rope.positions.int(), rope.cos_sin), cache, kv_slots.int())
     shape = page_size, pages * page_size, heads, kv_heads, head_dim
-    launch((tokens, 1), STORE_THREADS, q, qkv, *heads_and_slots, *map(np.int32, shape))
+    launch((tokens, 1), STORE_THREADS, q, qkv, *head_arguments, *map(np.int32, shape))
     return q
 
 
-def _head_arguments(norm: QKNorm, rope: Rope, cache: KVCache, slots: Tensor) -> tuple[Argument, ...]:
+def _head_arguments(norm: QKNorm, rope: Rope, cache: KVCache, kv_slots: Tensor) -> tuple[Argument, ...]:
     norms = optional(norm.q), optional(norm.k), np.float32(norm.eps)
     strides = np.int64(cache.k.stride(0)), np.int64(cache.k.stride(1))
-    return *norms, rope.positions, rope.cos_sin, np.int32(len(rope.cos_sin)), *cache, *strides, slots
+    return *norms, rope.positions, rope.cos_sin, np.int32(len(rope.cos_sin)), *cache, *strides, kv_slots
 
 
 class PartitionLayout(NamedTuple):
-    """The division of a step's keys among blocks, and the layout of its tensor: the twin of Partition in partition.cuh.
+    """The division of a step's keys among blocks, and the layout of its tensor; mirrors Partition of key_partition.cuh.
 
     A chunk is `kv_chunk` keys of one row; the last chunk of a row may have fewer. A part is a run of chunks. The tensor
-    ends with a counter for each row and key head, after two counts, the rows' first chunks and the parts' first rows.
+    ends with a counter for each row and KV head, after two counts, the rows' first chunks and the parts' first rows.
     """
 
     warps: int  # per block
@@ -80,7 +82,7 @@ def partition_keys(positions: Tensor, kv_heads: int, window: int | None, kv_chun
     table = positions.new_zeros(2 + rows + 1 + layout.max_parts + rows * kv_heads)
     if rows:
         sizes = rows, window or 0, layout.kv_chunk, layout.min_chunks, layout.max_parts
-        launch = kernel("decode.cu", "partition_keys")
+        launch = kernel("decode_attention.cu", "partition_keys")
         launch((1, 1), PARTITION_THREADS, table, positions, *map(np.int32, sizes))
     return KeyPartition(table, window, kv_chunk)
 
@@ -90,7 +92,7 @@ def decode_attention(
     norm: QKNorm,
     rope: Rope,
     cache: KVCache,
-    slots: Tensor,
+    kv_slots: Tensor,
     pages: Pages,
     partition: KeyPartition,
     scale: float,
@@ -105,12 +107,12 @@ def decode_attention(
     partial = torch.empty(2 * layout.max_parts * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
     # With kv_chunk the previous kernel may have stored keys that this one reads: all keys of a prefill come first.
     early = partition.kv_chunk is None
-    launch = kernel("decode.cu", f"decode_attention<{c_name(qkv)}, {head_dim}, {layout.warps}>", early=early)
+    launch = kernel("decode_attention.cu", f"decode_attention<{c_name(qkv)}, {head_dim}, {layout.warps}>", early=early)
     grid, threads = (layout.max_parts * kv_heads, 1), 32 * layout.warps
-    heads_and_slots = *_head_arguments(norm, rope, cache, slots), np.int32(num_pages * page_size)
-    page_table = pages.table, np.int64(pages.table.stride(0)), pages.owners, np.int32(page_size)
+    head_arguments = *_head_arguments(norm, rope, cache, kv_slots), np.int32(num_pages * page_size)
+    page_table = pages.table, np.int64(pages.table.stride(0)), pages.table_rows, np.int32(page_size)
     keys = partition.table, *map(np.int32, (rows, partition.window or 0, layout.kv_chunk))
-    results = partial, partition.table[-rows * kv_heads :]  # and the counters
+    results = partial, partition.table[-rows * kv_heads :]  # partial results, then the counters
     shape = np.float32(scale * LOG2_E), np.int32(heads), np.int32(kv_heads)
-    launch(grid, threads, out, qkv, *heads_and_slots, *page_table, *keys, *results, *shape)
+    launch(grid, threads, out, qkv, *head_arguments, *page_table, *keys, *results, *shape)
     return out

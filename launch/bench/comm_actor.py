@@ -17,7 +17,7 @@ from torch import Tensor
 from ...comm.all_reduce_choice import PEER_ALGORITHMS, PeerAlgorithm
 from ...comm.all_reduce_policy import SUMMED_DTYPES, Policy
 from ...comm.base import Communicator
-from ...comm.connect import share_buffers
+from ...comm.connect import map_peer_buffers
 from ...comm.message_text import first_line
 from ...comm.nccl import NcclCommunicator
 from ...comm.rendezvous import Rendezvous
@@ -202,9 +202,9 @@ class CommBenchActor(RankActor):
         if self.dtype not in SUMMED_DTYPES:
             raise RuntimeError(f"does not add {self.dtype}")
         if self._symmetric is None:
-            slot_bytes, shares_device = -(-largest // 16) * 16, self.config.gpus_per_rank < 1
-            self._symmetric = share_buffers(
-                nccl, self._rendezvous, device=self._device, slot_bytes=slot_bytes, shares_device=shares_device
+            buffer_bytes, shares_device = -(-largest // 16) * 16, self.config.gpus_per_rank < 1
+            self._symmetric = map_peer_buffers(
+                nccl, self._rendezvous, device=self._device, buffer_bytes=buffer_bytes, shares_device=shares_device
             )
         return self._symmetric.with_policy(Policy.only(algorithm, largest))
 

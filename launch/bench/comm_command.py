@@ -99,9 +99,9 @@ def run_on_ranks(actor: type[CommBenchActor], config: Config, spec: CommBenchSpe
     with Undo() as stack:
         connection = stack.enter_context(closing(Connection(config)))
         placed = replace(config.placed(cuda=connection.has_gpus), all_reduce="nccl")  # the actors add the others
-        group = place(placed, connection.leaving)
-        stack.callback(while_connected, remove_placement_group, group)
-        ranks = ActorGroup(placed, group, connection.wakeup, connection.leaving, actor)
+        placement_group = place(placed, connection.shutting_down)
+        stack.callback(while_connected, remove_placement_group, placement_group)
+        ranks = ActorGroup(placed, placement_group, connection.wakeup, connection.shutting_down, actor)
         stack.callback(while_connected, ranks.close, 0)
 
         def call(method: str, *arguments: Any) -> list[Any]:

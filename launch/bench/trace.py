@@ -21,7 +21,7 @@ CLASSES = {
     "sampling": r"argmax|topk|top_p|candidates|multinomial|sort",
     "product": r"gemm|gemv|nvjet|cutlass|splitK|aten::(addmm|mm|bmm|linear|matmul)$",
     "norm": r"norm|aten::(mean|rsqrt)$",
-    "copy": r"mem(cpy|set)|copy|gather_rows|store_kv|aten::(cat|clone|fill_|_?index\w*)$",
+    "copy": r"mem(cpy|set)|copy|gather_rows|aten::(cat|clone|fill_|_?index\w*)$",
     "elementwise": r"elementwise|silu|rotate|aten::(__\w+__|bitwise_\w+|floor_divide|remainder|where|any|sum|[lg][et])$"
     r"|aten::(add|sub|mul|div|square|pow|exp|log)_?$",
 }

@@ -32,15 +32,15 @@ from .worker import Endpoint, RankActor, Worker
 # Prefixes of variables that are passed on to the ranks. All other settings of a rank are in Config.
 FORWARDED = ("NCCL_", "GLOO_", "OMP_", "HF_", "HUGGING_FACE_", "TORCH_", "CUDA_LAUNCH_")
 WATCH_S = 0.5
-OTHERS_S = 2.0  # after a rank has failed, for Ray to report the other ranks
-LAST_LINES, LAST_BYTES = 10, 8192  # of a failed rank's stderr
-RAY_MARKS = (":job_id:", ":actor_name:")  # lines that Ray writes there
-KILL_S = 5.0  # for Ray to end the processes
+OTHER_FAILURES_WAIT_S = 2.0  # after a rank has failed, Ray may take this long to report the others
+LAST_LINES, LAST_BYTES = 10, 8192  # an error shows this much of a failed rank's stderr
+RAY_MARKS = (":job_id:", ":actor_name:")  # Ray writes lines that start so to stderr
+KILL_S = 5.0  # Ray may take this long to end the processes
 TABLE_HEAD = ("rank", "node", "address", "interface", "GPU", "pid")
 
 
 @dataclass(frozen=True)
-class Failure:
+class RankFailure:
     """A rank's call that has ended too early, and Ray's report of it."""
 
     rank: int
@@ -52,8 +52,8 @@ class Failure:
         return self.error.cause if isinstance(self.error, RayTaskError) else None
 
     @property
-    def is_echo(self) -> bool:
-        """Whether another rank may have caused this failure: a CommError reports a peer that is gone or silent."""
+    def is_secondary(self) -> bool:
+        """True if another rank may have caused this failure: a CommError reports a peer that is gone or silent."""
         return isinstance(self.cause, CommError)
 
     @property
@@ -66,27 +66,27 @@ class Failure:
 
 
 class ActorGroup:
-    """An actor in each bundle of `group`, by default a Worker; `config` is resolved. Call `close` in any case.
+    """An actor in each bundle of `placement_group`, by default a Worker; `config` is resolved. Always call `close`.
 
-    `wakeup` is set when there is a `failure`. When `leaving` is set, `call` gives up.
+    `wakeup` is set when there is a `failure`. When `shutting_down` is set, `call` raises RankFailed.
     """
 
     def __init__(
         self,
         config: Config,
-        group: PlacementGroup,
+        placement_group: PlacementGroup,
         wakeup: WakeupEvent,
-        leaving: threading.Event,
+        shutting_down: threading.Event,
         actor: type[RankActor] | None = None,
     ) -> None:
-        self._group, self._wakeup, self._leaving = group, wakeup, leaving
+        self._placement_group, self._wakeup, self._shutting_down = placement_group, wakeup, shutting_down
         self.endpoints: list[Endpoint] = []  # set by the caller of `bind`
         self.failure: RankFailed | None = None
-        self._calls: list[Any] = []  # the last one of each rank
+        self._calls: list[Any] = []  # the latest call of each rank
         self._closing = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="lockstep-watch", daemon=True)
         ranks = range(config.tensor_parallel_size)
-        self._actors = [_start_actor(actor or Worker, rank, config, group) for rank in ranks]
+        self._actors = [_start_actor(actor or Worker, rank, config, placement_group) for rank in ranks]
 
     def call(self, method: str, deadline: float, *arguments: Any) -> list[Any]:
         """Call `method` on every rank and return the results in rank order.
@@ -105,8 +105,8 @@ class ActorGroup:
             failures = [failure for failure in self._ended() if failure.error is not None]
             if failures:
                 self._raise(self._find_cause(failures))
-            if silent and self._leaving.is_set():
-                raise RankFailed("the start was given up, because the service ends")
+            if silent and self._shutting_down.is_set():
+                raise RankFailed("the start was aborted: the server is shutting down")
         return list(ray.get(self._calls))
 
     def run(self) -> None:
@@ -116,7 +116,7 @@ class ActorGroup:
 
     def fail(self, reason: str, rank: int | None = None) -> None:
         """End all ranks and set `failure`, unless it is set; the last lines of `rank`'s stderr are kept in it."""
-        self.failure = self.failure or RankFailed(reason, self._last_words(rank))
+        self.failure = self.failure or RankFailed(reason, self._stderr_tail(rank))
         self._wakeup.set()
         for actor in self._actors:
             ray.kill(actor)
@@ -131,7 +131,7 @@ class ActorGroup:
         if self._calls:
             ray.wait(self._calls, num_returns=len(self._calls), timeout=KILL_S)
         if self._watcher.is_alive():
-            self._watcher.join()  # before Ray is shut down under it
+            self._watcher.join()  # it needs Ray, which may be shut down next
 
     def _watch(self) -> None:
         """Wait until a rank's `run` ends, and set `failure` to the cause."""
@@ -140,37 +140,37 @@ class ActorGroup:
                 done, _ = ray.wait(self._calls, num_returns=1, timeout=WATCH_S)
                 if done and not self._closing.is_set():
                     cause = self._find_cause(self._ended())
-                    silent_ranks = self._silent_ranks() if cause.is_echo else ""
+                    silent_ranks = self._silent_ranks() if cause.is_secondary else ""
                     self.fail(f"{self._describe(cause.rank)} {cause.reason}{silent_ranks}", cause.rank)
                     return
         finally:  # Ray ends this thread when the user shuts Ray down
             if not self._closing.is_set():
-                self.failure = self.failure or RankFailed("Ray was shut down under the ranks; close the LLM before")
+                self.failure = self.failure or RankFailed("Ray was shut down with ranks running; close the LLM first")
                 self._wakeup.set()
 
-    def _find_cause(self, failures: list[Failure]) -> Failure:
-        if all(failure.is_echo for failure in failures):
-            ray.wait(self._calls, num_returns=len(self._calls), timeout=OTHERS_S)
+    def _find_cause(self, failures: list[RankFailure]) -> RankFailure:
+        if all(failure.is_secondary for failure in failures):
+            ray.wait(self._calls, num_returns=len(self._calls), timeout=OTHER_FAILURES_WAIT_S)
             failures = self._ended()
-        return min(failures, key=lambda failure: failure.is_echo)
+        return min(failures, key=lambda failure: failure.is_secondary)
 
     def _silent_ranks(self) -> str:
         """Return text naming the ranks without a failure, for which the failed ones may have waited."""
         ended = {failure.rank for failure in self._ended()}
         silent = [self._describe(rank) for rank in range(len(self._calls)) if rank not in ended]
-        return f"; no word from {', '.join(silent)}" if silent else ""
+        return f"; no response from {', '.join(silent)}" if silent else ""
 
-    def _ended(self) -> list[Failure]:
+    def _ended(self) -> list[RankFailure]:
         ended, _ = ray.wait(self._calls, num_returns=len(self._calls), timeout=0)
-        return [Failure(rank, _error_of(call)) for rank, call in enumerate(self._calls) if call in ended]
+        return [RankFailure(rank, _error_of(call)) for rank, call in enumerate(self._calls) if call in ended]
 
-    def _raise(self, failure: Failure) -> None:
+    def _raise(self, failure: RankFailure) -> None:
         rank = self._describe(failure.rank)
         if isinstance(failure.cause, ValueError):
             raise ValueError(f"{failure.cause} ({rank})") from failure.error
-        raise RankFailed(f"{rank} {failure.reason}", self._last_words(failure.rank)) from failure.error
+        raise RankFailed(f"{rank} {failure.reason}", self._stderr_tail(failure.rank)) from failure.error
 
-    def _last_words(self, rank: int | None) -> str:
+    def _stderr_tail(self, rank: int | None) -> str:
         """Return the last lines of the rank's stderr, if it is a file on this machine."""
         if rank is None or not self.endpoints or self.endpoints[rank].host != socket.gethostname():
             return ""
@@ -186,22 +186,22 @@ class ActorGroup:
         """Return the rank's number and host: from its endpoint, or else from its bundle's node."""
         if self.endpoints:
             return str(self.endpoints[rank])
-        node = placement_group_table(self._group)["bundles_to_node_id"][rank]
+        node = placement_group_table(self._placement_group)["bundles_to_node_id"][rank]
         return f"rank {rank} on {next(n['NodeManagerAddress'] for n in ray.nodes() if n['NodeID'] == node)}"
 
 
-def _start_actor(kind: type[RankActor], rank: int, config: Config, group: PlacementGroup) -> Any:
-    actor = ray.remote(kind).options(
+def _start_actor(actor_type: type[RankActor], rank: int, config: Config, placement_group: PlacementGroup) -> Any:
+    actor = ray.remote(actor_type).options(
         num_cpus=1,
         num_gpus=config.gpus_per_rank if config.device == "cuda" else 0,
         max_restarts=0,
         max_task_retries=0,
-        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, placement_group_bundle_index=rank),
     )
-    return actor.remote(rank, config.tensor_parallel_size, config, forwarded())
+    return actor.remote(rank, config.tensor_parallel_size, config, forwarded_environment())
 
 
-def forwarded() -> dict[str, str]:
+def forwarded_environment() -> dict[str, str]:
     """Return the variables of this process's environment that all ranks get."""
     return {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
 
@@ -214,7 +214,7 @@ def rank_table(endpoints: Sequence[Endpoint]) -> str:
     lines = ["  ".join(row).rstrip() for row in cells]
     num_nodes = len({endpoint.host for endpoint in endpoints})
     title = f"{len(rows)} rank{'s' * (len(rows) > 1)} on {num_nodes} node{'s' * (num_nodes > 1)}"
-    names = ", ".join(sorted(forwarded())) or "nothing"
+    names = ", ".join(sorted(forwarded_environment())) or "nothing"
     return "\n  ".join([title, *lines, f"environment that they get from here: {names}"])
 
 

@@ -25,7 +25,7 @@ from .sockets import WakeupEvent
 
 log = logging.getLogger(__name__)
 CONNECT_S = 5.0  # Ray itself tries for two minutes
-REMOVE_S = 5.0  # for the last of Ray's processes to end
+REMOVE_S = 5.0  # the last of Ray's processes may take this long to end
 # Settings of a cluster that this process starts. Nothing reads its metrics, and telemetry leaves a thread behind at
 # each shutdown. Ray checks for a lack of memory once a second instead of four times.
 SYSTEM_CONFIG = {"enable_open_telemetry": False, "enable_metrics_collection": False}
@@ -36,19 +36,19 @@ class Connection:
     """This process's connection to Ray, for one executor after another; `close` ends a cluster that it started.
 
     `wakeup` wakes the thread that waits for an executor's output; it is also set when a rank fails. A start in progress
-    is given up when `leaving` is set. `has_gpus` is determined once: ranks that are started again after the loss of a
-    node must not run on a CPU.
+    is aborted when `shutting_down` is set. `has_gpus` is determined once: ranks that are started again after the loss
+    of a node must not run on a CPU.
     """
 
     def __init__(self, config: Config, replicas: int = 1) -> None:
         self.wakeup = WakeupEvent()
-        self.leaving = threading.Event()
+        self.shutting_down = threading.Event()
         with Undo() as stack:
             stack.callback(self.wakeup.close)
             is_local = start_ray(config, stack, replicas)
             self.ip = "127.0.0.1" if is_local else None  # the ranks' address; None: the address of each node
             self.has_gpus = bool(ray.cluster_resources().get("GPU", 0) > 0)
-            self.has_started = False  # ranks, at least once: from then on a missing node may come back
+            self.has_started = False  # the ranks, at least once: after that a missing node may come back
             self._open = stack.pop_all()
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from .sockets import WakeupEvent
 
-WAIT_S = 60.0  # for a step; the wakeup event and the executor's own deadline come before
+WAIT_S = 60.0  # longest wait for a step; the wakeup event and the executor's deadline come earlier
 
 
 class Driver(Protocol):
@@ -18,7 +18,7 @@ class Driver(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether requests are live."""
+        """True while requests are live."""
 
     def poll(self, timeout_s: float) -> None:
         """Wait up to timeout_s for the executor's next results and pass them on."""
@@ -30,17 +30,17 @@ class Driver(Protocol):
         """Handle what a command or `poll` raised; return whether the thread continues."""
 
     def detach(self) -> None:
-        """Stop submitting to the executor: what is left of the commands is called next, and then `close`."""
+        """Stop submitting to the executor; the remaining commands are called next, and then `close`."""
 
     def close(self) -> None:
         """End all requests and the executor; the last call."""
 
 
 class EngineThread:
-    """Runs commands and polls an executor by turns, until `stop` or until the driver gives up."""
+    """A thread that runs commands and polls an executor by turns, until `stop` or until the driver ends it."""
 
-    def __init__(self, driver: Driver, name: str, wakeup: WakeupEvent, leaving: threading.Event) -> None:
-        self._driver, self._wakeup, self._leaving = driver, wakeup, leaving
+    def __init__(self, driver: Driver, name: str, wakeup: WakeupEvent, shutting_down: threading.Event) -> None:
+        self._driver, self._wakeup, self._shutting_down = driver, wakeup, shutting_down
         self._commands: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -54,17 +54,13 @@ class EngineThread:
 
     def stop(self) -> None:
         """Let the thread end after its current turn, and wait for it; safe to call twice."""
-        self._leaving.set()
+        self._shutting_down.set()
         self._wakeup.set()
         self._thread.join()
 
-    @property
-    def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
     def _run(self) -> None:
         try:
-            while not self._leaving.is_set():
+            while not self._shutting_down.is_set():
                 try:
                     self._turn()
                 except Exception as error:  # noqa: BLE001 - the driver logs it; an executor in this process raises any
@@ -88,18 +84,18 @@ class EngineThread:
 
 
 class StallDetector:
-    """Finds an engine that makes no steps although requests are live; the executor gives up after --step-timeout."""
+    """A detector of an engine without steps although requests are live; the executor fails after --step-timeout."""
 
     def __init__(self, timeout_s: float = 30.0) -> None:
         self._timeout_s = timeout_s
         self._steps = -1
-        self._progress_at = time.monotonic()  # of the last update with a new step or without live requests
+        self._progress_at = time.monotonic()  # time of the last update with a new step or without live requests
 
     def update(self, steps: int, num_live: int) -> None:
         if steps != self._steps or num_live == 0:
             self._steps, self._progress_at = steps, time.monotonic()
 
     def problem(self) -> str | None:
-        """Return what is wrong if live requests have waited for a step longer than the timeout."""
+        """Return a description of the stall if live requests have waited for a step longer than the timeout."""
         silence_s = time.monotonic() - self._progress_at
         return None if silence_s < self._timeout_s else f"no step for {silence_s:.0f} s although requests are live"

@@ -9,38 +9,39 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.placement_group import placement_group as create_placement_group
 
 from ...runtime.config import Config
 from ..errors import PlacementError
 from .rank_resources import bundle, fitting
 
 log = logging.getLogger(__name__)
-WAIT_LIMIT_S = 60.0  # by default, for resources in use and for nodes that a failure has taken
+WAIT_LIMIT_S = 60.0  # default wait for resources in use and for nodes lost in a failure
 POLL_S = 1  # Ray takes whole seconds
 FIRST_REPORT_S, REPORT_S = 2.0, 10.0
 
 
-def place(config: Config, leaving: threading.Event, *, again: bool = False) -> PlacementGroup:
+def place(config: Config, shutting_down: threading.Event, *, again: bool = False) -> PlacementGroup:
     """Reserve a bundle for each rank (index = rank), on as few nodes as possible; `config` is resolved.
 
     Raises PlacementError if the cluster is too small: after a wait for more nodes, if the user configured one or the
     ranks are placed `again` after a failure, and at once otherwise. Raises it after a wait if the cluster is too busy.
     """
-    wanted = Wanted(bundle(config, cuda=config.device == "cuda"), config.tensor_parallel_size)
-    if config.wait_for_resources is None and not again and not wanted.fits():
-        raise PlacementError(wanted.shortage())
-    group = placement_group([wanted.bundle] * wanted.number, strategy="PACK")
+    resources = ResourceRequest(bundle(config, cuda=config.device == "cuda"), config.tensor_parallel_size)
+    if config.wait_for_resources is None and not again and not resources.fits():
+        raise PlacementError(resources.shortage())
+    placement_group = create_placement_group([resources.bundle] * resources.number, strategy="PACK")
     try:
-        _wait(group, wanted, config.wait_for_resources or WAIT_LIMIT_S, leaving)
+        _wait(placement_group, resources, config.wait_for_resources or WAIT_LIMIT_S, shutting_down)
     except BaseException:
-        remove_placement_group(group)
+        remove_placement_group(placement_group)
         raise
-    return group
+    return placement_group
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ResourceRequest:
     """`number` bundles of resources."""
 
     bundle: dict[str, float]
@@ -58,22 +59,24 @@ class Wanted:
         return f"{self} never fit in this Ray cluster: {_table()}; {remedies}"
 
 
-def _wait(group: PlacementGroup, wanted: Wanted, limit_s: float, leaving: threading.Event) -> None:
+def _wait(
+    placement_group: PlacementGroup, resources: ResourceRequest, limit_s: float, shutting_down: threading.Event
+) -> None:
     started = time.perf_counter()
     report = started + FIRST_REPORT_S
-    while not group.wait(POLL_S):
+    while not placement_group.wait(POLL_S):
         now = time.perf_counter()
-        if leaving.is_set():
-            raise PlacementError("the wait for resources was given up, because the service ends")
+        if shutting_down.is_set():
+            raise PlacementError("the wait for resources was aborted: the server is shutting down")
         if now - started >= limit_s:
             waited = f"{now - started:.0f} s"
-            if not wanted.fits():
-                raise PlacementError(f"after {waited}, {wanted.shortage()}")
+            if not resources.fits():
+                raise PlacementError(f"after {waited}, {resources.shortage()}")
             remedies = "free resources or raise --wait-for-gpus"
-            raise PlacementError(f"no room for {wanted} within {waited}, others hold it: {_table()}; {remedies}")
+            raise PlacementError(f"no room for {resources} within {waited}, others hold it: {_table()}; {remedies}")
         if now >= report:
-            cause = "others hold them" if wanted.fits() else "nodes are missing"
-            log.warning("waiting for %s, %.0f of %.0f s, %s: %s", wanted, now - started, limit_s, cause, _table())
+            cause = "others hold them" if resources.fits() else "nodes are missing"
+            log.warning("waiting for %s, %.0f of %.0f s, %s: %s", resources, now - started, limit_s, cause, _table())
             report = now + REPORT_S
 
 
@@ -87,6 +90,6 @@ def _amounts(resources: dict[str, float]) -> str:
 
 
 def _table() -> str:
-    """Return each node with its CPUs and GPUs, and what is free in all of them."""
+    """Return each node with its CPUs and GPUs, and the free resources of all of them."""
     amounts = [f"{n['NodeManagerAddress']} has {_amounts(n['Resources']) or 'no CPU or GPU'}" for n in nodes()]
     return f"{'; '.join(amounts)}; free in all: {_amounts(ray.available_resources()) or 'nothing'}"

@@ -1,4 +1,4 @@
-"""The Executor over Ray actors. Ray places, starts and watches the ranks; requests and results use our own sockets."""
+"""The engine's client side over Ray actors: Ray starts and watches the ranks; messages use our own sockets."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .actor_group import ActorGroup, rank_table
 from .connection import Connection, while_connected
 from .placement import place
 from .sockets import PullSocket, PushSocket
-from .worker import Loaded
+from .worker import LoadReport
 
 log = logging.getLogger(__name__)
-STOP_S = 5.0  # for the ranks to finish their step after the Stop command
+STOP_S = 5.0  # after the Stop command the ranks may take this long to finish their step
 
 
 class RayExecutor:
@@ -46,7 +46,7 @@ class RayExecutor:
         model.check_tensor_parallel(config.tensor_parallel_size)
         self._report_timeout_s = config.step_timeout + grace_s
         self._live: set[int] = set()  # uids of the requests that have not ended
-        self._last_report = 0.0  # or the first request after an idle time, of time.perf_counter
+        self._last_report = 0.0  # time.perf_counter at the last report, or at the first request after an idle time
         self._closed = False
         self._profile: Profile | None = None
         self.stats = EngineStats()
@@ -71,7 +71,7 @@ class RayExecutor:
             self._commands.send(encode(Cancel(list(uids))))
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
-        """As Executor.poll; returns early when the connection's wakeup event is set."""
+        """Do as Executor.poll, but return early when the connection's wakeup event is set."""
         if not self._closed:
             has_failed = self._ranks.failure is not None
             wait_s = 0.0 if has_failed else max(0.0, min(timeout_s, self._time_left()))
@@ -93,7 +93,7 @@ class RayExecutor:
         return profile
 
     def close(self) -> None:
-        """Stop the ranks, and end all that was started for them; safe to call twice."""
+        """Stop the ranks and release their resources; safe to call twice."""
         self._closed = True
         atexit.unregister(self.close)
         self._open.close()
@@ -116,11 +116,11 @@ class RayExecutor:
         config = user_config.resolved(model, cuda=connection.has_gpus).with_absolute_model()
         self._wakeup = connection.wakeup
         with self._phases("placement"):
-            group = place(config, connection.leaving, again=connection.has_started)
-        stack.callback(while_connected, remove_placement_group, group)
+            placement_group = place(config, connection.shutting_down, again=connection.has_started)
+        stack.callback(while_connected, remove_placement_group, placement_group)
         deadline = time.perf_counter() + config.startup_timeout
         with self._phases("actors"):
-            self._ranks = ranks = ActorGroup(config, group, connection.wakeup, connection.leaving)
+            self._ranks = ranks = ActorGroup(config, placement_group, connection.wakeup, connection.shutting_down)
             stack.callback(while_connected, ranks.close, STOP_S)
             ranks.endpoints = ranks.call("bind", deadline, connection.ip)
         if connection.ip is None:
@@ -137,9 +137,9 @@ class RayExecutor:
         log.info("%d ranks %s", len(ranks.endpoints), summary(self.startup))
 
     def _load(self, user_config: Config, config: Config, model: ModelConfig, deadline: float) -> None:
-        """Have the ranks load the model, plan the memory over all of them, and have them allocate it."""
+        """Let the ranks load the model, plan the memory of all ranks, and let them allocate it."""
         ranks = self._ranks
-        loaded: list[Loaded] = ranks.call("load", deadline, ranks.endpoints, self._outputs.address)
+        loaded: list[LoadReport] = ranks.call("load", deadline, ranks.endpoints, self._outputs.address)
         for endpoint, report in zip(ranks.endpoints, loaded, strict=True):
             weights = loading_speed(report.memory.weights, report.loading_s)
             log.info("%s: weights %s, %s on %s", endpoint, weights, config.dtype, report.device)

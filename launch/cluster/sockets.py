@@ -17,7 +17,7 @@ import zmq
 
 
 class WakeupEvent:
-    """Wakes the one thread that waits for it, from any other thread; it stays set until it is cleared.
+    """An event that wakes the one thread that waits for it, from any other thread; it stays set until it is cleared.
 
     Unlike a threading.Event it has a file descriptor, so that a thread can wait for it and for a socket at once.
     """
@@ -61,7 +61,7 @@ class Address:
 
 
 class PullSocket:
-    """Receives messages from any number of PushSockets."""
+    """The receiving end of any number of PushSockets."""
 
     def __init__(self, ip: str) -> None:
         public, secret = zmq.curve_keypair()
@@ -77,7 +77,7 @@ class PullSocket:
         self.address = Address(f"tcp://{ip}:{port}", public)
 
     def receive(self, timeout_s: float | None, wakeup: WakeupEvent | None = None) -> list[bytes]:
-        """Return all messages that are there, in order; wait up to timeout_s (None: without a limit) for the first.
+        """Return all messages that have arrived, in order; wait up to timeout_s (None: without a limit) for the first.
 
         Returns early, and perhaps without a message, when `wakeup` is set.
         """
@@ -108,7 +108,7 @@ class PullSocket:
 
 
 class PushSocket:
-    """Sends to one PullSocket without blocking: messages wait in memory until the other end takes them."""
+    """The sending end of one PullSocket; it does not block: messages wait in memory until the other end takes them."""
 
     def __init__(self, address: Address) -> None:
         public, secret = zmq.curve_keypair()

@@ -39,12 +39,12 @@ class Endpoint:
     rank: int
     host: str
     ip: str
-    interface: str  # that has this address; empty if unknown
+    interface: str  # network interface with this address; empty if unknown
     pid: int
-    gpus: list[str]  # assigned by Ray, as numbers on the host
-    stderr: str  # the file of its stderr, on that host
+    gpus: list[str]  # the host's numbers of the GPUs that Ray has assigned
+    stderr: str  # path of its stderr on that host
     inbox: Address
-    rendezvous_port: int  # of rank 0; 0 on the others
+    rendezvous_port: int  # rank 0 serves the rendezvous there; 0 on the others
 
     def __str__(self) -> str:
         gpus = "".join(f", GPU {gpu}" for gpu in self.gpus)
@@ -99,7 +99,7 @@ class RankActor:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadReport:
     """A rank's report after its weights are loaded and its largest step has been rehearsed."""
 
     memory: MemoryPlan
@@ -111,7 +111,7 @@ class Loaded:
 class Worker(RankActor):
     """One rank of a model."""
 
-    def load(self, endpoints: list[Endpoint], output: Address) -> Loaded:
+    def load(self, endpoints: list[Endpoint], output: Address) -> LoadReport:
         """Connect to the other ranks and load this rank's share of the weights."""
         self._phases = StartupTimer()
         folder = checkpoint_folder(self.config.model, self.config.revision)
@@ -123,7 +123,7 @@ class Worker(RankActor):
             self._outputs = PushSocket(output)
             self._followers = [PushSocket(e.inbox) for e in endpoints[1:]]
         memory, seconds = self._loaded.plan_memory(), self._phases.seconds["weights"]
-        return Loaded(memory, seconds, str(self._loaded.device), comm.description)
+        return LoadReport(memory, seconds, str(self._loaded.device), comm.description)
 
     def allocate(self, limits: Limits) -> dict[str, float]:
         """Allocate the KV cache, of the same size on all ranks; return the seconds of each start-up phase."""

@@ -48,19 +48,19 @@ class AsyncEngineStats(msgspec.Struct, frozen=True):
     """A reading of the engine's state, as seen from the front end."""
 
     num_live: int  # outputs that have not ended
-    running: int  # of these, outputs that the ranks have begun with
+    running: int  # live outputs that the ranks have started
     waiting: int
     kv_usage: float  # 0 to 1: pages of the running outputs; shared pages count for each output
-    free_pages: int  # of the KV cache, by the scheduler's account after its last step
+    free_pages: int  # free pages of the KV cache after the scheduler's last step
     prefix_hits: int  # tokens found in the prefix cache; only grows
     prefix_queries: int  # tokens looked up in the prefix cache; only grows
-    engine: EngineStats  # of all ranks since the start, restarted ones included
+    engine: EngineStats  # counters since the start, including those before a restart
     restarts: int
     ranks: list[RankStatus]
 
 
 class AsyncEngine:
-    """A model for asyncio tasks: `start` it, `generate`, and `close` it in any case.
+    """A model for asyncio tasks: `start` it, `generate`, and always `close` it.
 
     Ranks that fail are started again, up to max_restarts times within restart_window seconds. With several replicas
     Ray Serve replaces a failed one without a limit; up to max_queued requests wait for a place in any of them.
@@ -79,7 +79,7 @@ class AsyncEngine:
         self.name = config.model
         self._max_restarts, self._restart_window = max_restarts, restart_window
         self._replicas, self._max_queued = replicas, max_queued
-        self._closing_since = 0.0  # of time.time; 0 before `close`
+        self._closing_since = 0.0  # time.time at the first `close`; 0 before
         self._active: set[asyncio.Future[None]] = set()  # one for each `generate` in progress
         self._thread: EngineThread | None = None
 
@@ -94,10 +94,10 @@ class AsyncEngine:
             stack.callback(self._grammars.close)
             connection = connect_ray(self.config, self._replicas)
             if connection is None:
-                wakeup, leaving = WakeupEvent(), threading.Event()
+                wakeup, shutting_down = WakeupEvent(), threading.Event()
                 stack.callback(wakeup.close)
             else:
-                wakeup, leaving = connection.wakeup, connection.leaving
+                wakeup, shutting_down = connection.wakeup, connection.shutting_down
                 stack.callback(connection.close)
             if self._replicas > 1:
                 assert connection is not None
@@ -107,7 +107,7 @@ class AsyncEngine:
             frontend = Frontend(start_ranks(), tokenizer, model.eos_token_ids)
             limits = self._max_restarts, self._restart_window
             self._engine = RecoveringEngine(frontend, start_ranks, stack.pop_all(), *limits)
-        self._thread = EngineThread(self._engine, "lockstep-engine", wakeup, leaving)
+        self._thread = EngineThread(self._engine, "lockstep-engine", wakeup, shutting_down)
         self._thread.start()
         atexit.register(self._stop)
 
@@ -148,10 +148,10 @@ class AsyncEngine:
         )
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
-        """Yield the events of a prompt of token ids until its n outputs have ended; leaving early cancels the rest.
+        """Yield the events of a prompt of token ids until its n outputs have ended; closing it cancels the rest.
 
-        Raises RequestRefused before anything starts, RequestCrashedEngine if this request crashes the ranks every
-        time, and EngineFailed if the ranks have failed for good. While they are started again, it pauses.
+        Raises RequestRefused before anything starts, RequestCrashedEngine if this request crashes the engine
+        repeatedly, and EngineFailed if the ranks have failed for good. It pauses while the ranks restart.
         """
         ended = asyncio.get_running_loop().create_future()
         self._active.add(ended)
@@ -162,12 +162,10 @@ class AsyncEngine:
                 self._check()
             generation = self._engine.frontend.prepare(prompt, params)
             if self._engine.quarantine.refuses(generation):
-                raise RequestCrashedEngine(
-                    "this request has ended its ranks every time, not long ago; it is not tried again"
-                )
+                raise RequestCrashedEngine("this request recently crashed the engine and is quarantined")
             assert self._thread is not None
             queue, num_unfinished = OutputQueue(generation), params.n
-            self._thread.post(partial(self._engine.admit, queue))
+            self._thread.post(partial(self._engine.submit, queue))
             try:
                 while num_unfinished > 0:
                     for event in await queue.get():
@@ -192,7 +190,7 @@ class AsyncEngine:
             await asyncio.to_thread(self._stop)
 
     def _check(self) -> None:
-        """Raise EngineFailed if a request cannot be admitted, now or after the ranks have been started again."""
+        """Raise EngineFailed if a request cannot be submitted, now or after the ranks have been started again."""
         if self._closing_since:
             raise EngineFailed(f"{CLOSING}; no new requests")
         if self._engine.health.state == "failed":

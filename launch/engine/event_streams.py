@@ -23,7 +23,7 @@ class OutputQueue:
     def __init__(self, generation: Generation) -> None:
         self.generation = generation
         self.loop = asyncio.get_running_loop()
-        self._events: dict[int, Event] = {}  # by output
+        self._events: dict[int, Event] = {}  # index of the output -> its joined events
         self._failure: EngineFailed | None = None
         self._ready = asyncio.Event()
 
@@ -51,7 +51,7 @@ class OutputQueues:
     """The queues of the live generations, filled by the engine thread."""
 
     def __init__(self) -> None:
-        self._queues: dict[int, OutputQueue] = {}  # by the generation's number
+        self._queues: dict[int, OutputQueue] = {}  # number of the generation -> its queue
 
     def __len__(self) -> int:
         return len(self._queues)
@@ -67,7 +67,7 @@ class OutputQueues:
         self._queues.pop(generation.number, None)
 
     def deliver(self, outputs: Iterable[Output]) -> None:
-        """Put what is new of these outputs into their queues; queues of finished generations are removed."""
+        """Put the new events of these outputs into their queues; queues of finished generations are removed."""
         pairs = [(output, self._queues.get(output.generation.number)) for output in outputs]
         send([(queue, output.take_event()) for output, queue in pairs if queue is not None])
         for output, _ in pairs:

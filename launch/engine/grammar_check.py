@@ -20,13 +20,13 @@ from ...runtime.structured_outputs import StructuredOutputsParams
 from ..child_process import ChildFailed, ChildProcess
 
 log = logging.getLogger(__name__)
-START_S = 60.0  # Python and the tokenizer, on a busy machine
+START_S = 60.0  # start of Python and the tokenizer on a busy machine
 MEMORY_BYTES = 4 * 2**30
-MOST_PASSED = 256  # grammars that are not compiled again here
+MOST_PASSED = 256  # this many grammars are remembered and not compiled again
 
 
 class GrammarCheck:
-    """Compiles grammars, within `time_limit_s` each, in a process that starts with the first and ends at `close`."""
+    """A compiler of grammars, within `time_limit_s` each, in a process from the first one until `close`."""
 
     def __init__(self, vocabulary: Vocabulary, time_limit_s: float = 2.0) -> None:
         self._vocabulary, self.time_limit_s = vocabulary, time_limit_s
@@ -35,7 +35,7 @@ class GrammarCheck:
         self._passed: OrderedDict[bytes, None] = OrderedDict()
 
     async def check(self, params: StructuredOutputsParams) -> None:
-        """Compile a grammar; raises RequestRefused naming what is wrong or which limit was reached."""
+        """Compile a grammar; raises RequestRefused naming the mistake or the limit that was reached."""
         error = await asyncio.get_running_loop().run_in_executor(self._thread, self._problem, params)
         if error is not None:
             raise RequestRefused(error)

@@ -1,9 +1,10 @@
-"""Crash quarantine: find by trial the request that crashes the ranks every time, and refuse it for a while.
+"""Crash quarantine: find by trial the request that crashes the engine repeatedly, and refuse it for a while.
 
-A step has no randomness, so a crash that a request causes happens again at the same token. A request is a candidate if
-it was live in two crashes in a row and got no token in between. Candidates are tested one at a time, the newest first,
-while all others are paused. One that gets its next token is cleared; if the ranks crash again, it is the cause.
-After other crashes, as of a killed process or a lost node, requests do get their next token.
+A crash is a failure of the ranks while requests are live. A step has no randomness, so a crash that a request causes
+happens again at the same token. A request is a suspect if it was live in two crashes in a row and got no token in
+between. Suspects are tested one at a time, the newest first, while all others are paused. A suspect that gets its next
+token is cleared; if there is another crash, it is the cause. After other crashes, such as a killed process or a lost
+node, requests do get their next token.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from ...runtime.request import SamplingParams
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a request at a crash of the ranks."""
+    """The progress of a request at a crash of the engine."""
 
-    lengths: list[int]  # of its outputs, in tokens
-    num_crashes: int  # in a row, without a token in between
+    lengths: list[int]  # number of tokens in each output
+    num_crashes: int  # crashes in a row, without a token in between
 
 
 @dataclass(frozen=True)
-class Quarantined:
-    """A request that crashed the ranks: the same one is refused until a time of time.monotonic."""
+class QuarantinedRequest:
+    """A request that crashed the engine: the same one is refused until a time of time.monotonic."""
 
     prompt_ids: list[int]
     params: SamplingParams
@@ -37,20 +38,20 @@ class Quarantined:
 
 
 class CrashQuarantine:
-    """The generations that must not run now, and the requests that crashed the ranks within `window_s` seconds."""
+    """The generations that must not run now, and the requests that crashed the engine within `window_s` seconds."""
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
         self._progress: WeakKeyDictionary[Generation, Progress] = WeakKeyDictionary()
-        self.candidates: list[Generation] = []  # yet to be tested, the oldest first
+        self.suspects: list[Generation] = []  # not tested yet, the oldest first
         self._tested: Generation | None = None
-        self._held: list[Generation] = []  # others, paused until all candidates have been tested
-        self._quarantined: list[Quarantined] = []
+        self._held: list[Generation] = []  # others, paused until all suspects have been tested
+        self._quarantined: list[QuarantinedRequest] = []
 
     @property
     def paused(self) -> list[Generation]:
         """All generations that must not run now."""
-        return [*self.candidates, *self._held]
+        return [*self.suspects, *self._held]
 
     def on_crash(self, live: Iterable[Generation]) -> tuple[Generation, int] | None:
         """Note a crash with these live; return the generation that caused it and its crashes, once that is known."""
@@ -63,29 +64,29 @@ class CrashQuarantine:
             return tested, num_crashes[tested]
         lengths = {g: [output.num_tokens for output in g.outputs] for g in running}
         self._progress.update({g: Progress(lengths[g], num_crashes[g]) for g in running})
-        self.candidates += [g for g in running if num_crashes[g] > 1]
-        self.candidates.sort(key=lambda generation: generation.number)
-        if self.candidates:
+        self.suspects += [g for g in running if num_crashes[g] > 1]
+        self.suspects.sort(key=lambda generation: generation.number)
+        if self.suspects:
             self._held += [g for g in running if num_crashes[g] == 1]
         return None
 
     def hold(self, generation: Generation) -> bool:
-        """Pause a new generation if candidates are being tested; return whether it is paused."""
-        if not self.candidates and self._tested is None:
+        """Pause a new generation if suspects are being tested; return whether it is paused."""
+        if not self.suspects and self._tested is None:
             return False
         self._held.append(generation)
         return True
 
     def advance(self) -> tuple[list[Generation], list[Generation]]:
-        """Test the next candidate once the last one is cleared; return the generations to pause and to resume."""
+        """Test the next suspect once the last one is cleared; return the generations to pause and to resume."""
         tested, cleared = self._tested, list[Generation]()
         if tested is not None:
             if not tested.finished and self._num_crashes(tested):
                 return [], []
             cleared = [] if tested.finished else [tested]
             self._tested = None
-        while self.candidates and self._tested is None:
-            newest = self.candidates.pop()
+        while self.suspects and self._tested is None:
+            newest = self.suspects.pop()
             self._tested = None if newest.finished else newest
         if self._tested is not None:
             self._held += cleared
@@ -94,18 +95,18 @@ class CrashQuarantine:
         return [], [generation for generation in held if not generation.finished]
 
     def refuses(self, generation: Generation) -> bool:
-        """Return whether the same request crashed the ranks not long ago: clients retry by themselves."""
+        """Return whether the same request crashed the engine recently; clients retry automatically."""
         now = time.monotonic()
         request = (generation.prompt_ids, _params(generation))
         return any(entry.until > now and (entry.prompt_ids, entry.params) == request for entry in self._quarantined)
 
     def _quarantine(self, generation: Generation) -> None:
         self._progress.clear()
-        self.candidates.clear()
+        self.suspects.clear()
         self._held.clear()
         now = time.monotonic()
         self._quarantined = [entry for entry in self._quarantined if entry.until > now]
-        self._quarantined.append(Quarantined(generation.prompt_ids, _params(generation), now + self._window_s))
+        self._quarantined.append(QuarantinedRequest(generation.prompt_ids, _params(generation), now + self._window_s))
 
     def _num_crashes(self, generation: Generation) -> int:
         """Return the crashes in a row with it live, during which one of its outputs got no token."""

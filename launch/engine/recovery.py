@@ -25,7 +25,7 @@ from .event_streams import OutputQueue, OutputQueues, send
 from .quarantine import CrashQuarantine
 
 log = logging.getLogger(__name__)
-CLOSING = "the service ends"  # the reason for clients
+CLOSING = "the server is shutting down"  # clients see this reason
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Health:
 
     state: Literal["ready", "recovering", "draining", "failed"]
     reason: str = ""
-    since: float = field(default_factory=time.time)  # of time.time
-    restarts: int = 0  # of the ranks, so far
+    since: float = field(default_factory=time.time)
+    restarts: int = 0  # number of times that the ranks were started again
 
 
 class NullExecutor:
-    """Stands in for an executor that has failed: requests stay in the ledger, and no results come."""
+    """A stand-in for an executor that has failed: requests stay in the ledger, and no results come."""
 
     def __init__(self, failed: Executor) -> None:
         self.limits, self.locations = failed.limits, failed.locations
@@ -79,8 +79,8 @@ class RecoveringEngine:
         self.health = Health("ready")
         self._start_executor, self._resources = start_executor, resources
         self._max_restarts, self._restart_window = max_restarts, restart_window
-        self._failures: list[float] = []  # within the window, of time.monotonic
-        self._previous_stats = EngineStats()  # of the executors that have failed
+        self._failures: list[float] = []  # times of time.monotonic, within the window
+        self._previous_stats = EngineStats()  # sum over the executors that have failed
 
     @property
     def stats(self) -> EngineStats:
@@ -91,8 +91,8 @@ class RecoveringEngine:
     def busy(self) -> bool:
         return len(self.queues) > 0
 
-    def admit(self, queue: OutputQueue) -> None:
-        """Start a generation whose events go to `queue`."""
+    def submit(self, queue: OutputQueue) -> None:
+        """Submit the generation of `queue`, which receives its events."""
         if self.health.state == "failed":
             send([(queue, EngineFailed(self.health.reason))])
         else:
@@ -106,7 +106,7 @@ class RecoveringEngine:
     def poll(self, timeout_s: float) -> None:
         if self.health.state == "recovering":
             self._restart()
-        self._test_next_candidate()
+        self._test_next_suspect()
         self.queues.deliver(self.frontend.poll(timeout_s))
 
     def wait(self, wakeup: Wakeup) -> None:
@@ -116,7 +116,7 @@ class RecoveringEngine:
         if isinstance(error, RequestsLost):
             self._reroute(error)
         elif isinstance(error, RankFailed):
-            log.error("%s%s", error, f"\nthe last it wrote:\n{error.last_words}" if error.last_words else "")
+            log.error("%s%s", error, f"\nits last lines of stderr:\n{error.stderr_tail}" if error.stderr_tail else "")
             self._on_ranks_failed(str(error))
         else:  # a rank in this process: its step raises anything
             log.error("the engine failed", exc_info=error)
@@ -153,7 +153,7 @@ class RecoveringEngine:
         if cause is None:
             return 0
         generation, num_crashes = cause
-        message = f"this request has ended its ranks {num_crashes} times, the last time as the only suspect: {reason}"
+        message = f"this request crashed the engine {num_crashes} times, the last time running alone: {reason}"
         same = [g for g in self.frontend.generations if g is generation or self.quarantine.refuses(g)]
         log.error("request %d ends, %d like it: %s", generation.number, len(same) - 1, message)
         self.frontend.cancel(same, message)
@@ -171,8 +171,8 @@ class RecoveringEngine:
             if generation not in paused and not generation.finished:
                 self.frontend.resume(generation)
 
-    def _test_next_candidate(self) -> None:
-        """Run the next generation that may crash the ranks, once the last one has been cleared."""
+    def _test_next_suspect(self) -> None:
+        """Run the next suspect alone, once the last one has been cleared."""
         to_pause, to_resume = self.quarantine.advance()
         if to_pause:  # a message to the ranks
             self.frontend.withdraw(output.request.uid for generation in to_pause for output in generation.outputs)
@@ -189,9 +189,9 @@ class RecoveringEngine:
         except (PlacementError, ValueError, OSError) as error:  # another attempt would not help
             self._fail(f"the ranks cannot be started again: {error}; before, {self.health.reason}")
             return
-        count = len(self.quarantine.candidates)
+        count = len(self.quarantine.suspects)
         if count:
-            log.warning("%d requests were live in two failures and came no further: they are tried one by one", count)
+            log.warning("%d requests were live in two crashes and made no progress; running them one at a time", count)
         self.frontend.resubmit(executor, self.quarantine.paused)
         self._set_health("ready")
         log.info("back after %.1f s: %d outputs go on", time.perf_counter() - started, len(self.frontend.live))
@@ -218,5 +218,5 @@ class RecoveringEngine:
 def _close(executor: Executor) -> None:
     try:
         executor.close()
-    except Exception:  # of Ray, where more than the ranks is broken
+    except Exception:  # Ray raises any if more than the ranks is broken
         log.exception("the ranks did not end in order")

@@ -24,7 +24,7 @@ from ...runtime.model.checkpoint import find_model
 from ...runtime.plan import StepOutput
 from ...runtime.request import Limits, Request
 from ...runtime.stats import EngineStats
-from ..cluster.actor_group import forwarded
+from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
 from ..cluster.engine_thread import EngineThread, StallDetector
 from ..cluster.ray_executor import RayExecutor
@@ -38,10 +38,10 @@ log = logging.getLogger(__name__)
 class FrontendInfo:
     """The front end's addresses and settings for its replicas; travels through Ray."""
 
-    address: Address  # of its PullSocket
-    lifeline: tuple[str, int]  # ip, port; a connection to it breaks when the front end ends
-    ip: str | None  # for the ranks' sockets: the loopback address if there is only one machine
-    environment: dict[str, str]  # for the ranks
+    address: Address  # its PullSocket receives the replicas' messages
+    lifeline: tuple[str, int]  # (ip, port); a connection to it breaks when the front end ends
+    ip: str | None  # the ranks' sockets use it: the loopback address if there is only one machine
+    environment: dict[str, str]  # the ranks get these variables
 
 
 class ReplicaReady(msgspec.Struct, frozen=True, tag=True):
@@ -69,7 +69,7 @@ class Replica:
 
     def __init__(self, config: Config, frontend: FrontendInfo) -> None:
         logging.getLogger("lockstep").setLevel(logging.INFO)
-        for name in forwarded():  # Ray has set these for this process; they are not for the ranks
+        for name in forwarded_environment():  # Ray has set these for this process; they are not for the ranks
             del os.environ[name]
         os.environ.update(frontend.environment)
         context = serve.get_replica_context()
@@ -79,20 +79,20 @@ class Replica:
         self._connection.ip = frontend.ip
         self._executor = RayExecutor(config, model, self._connection)
         self._outputs = PushSocket(frontend.address)
-        self._calls: dict[int, asyncio.Future[None]] = {}  # by the request's uid; done when the request has ended
+        self._calls: dict[int, asyncio.Future[None]] = {}  # uid -> future that is done when the request has ended
         self._stall = StallDetector()
         self._failure: RankFailed | None = None
         self._outputs.send(encode(ReplicaReady(self._name, self._executor.limits, self._executor.locations)))
         self._lifeline = socket.create_connection(frontend.lifeline)
         self._lifeline.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         threading.Thread(target=self._watch_frontend, name="lockstep-lifeline", daemon=True).start()
-        self._thread = EngineThread(self, "lockstep-replica", self._connection.wakeup, self._connection.leaving)
+        self._thread = EngineThread(self, "lockstep-replica", self._connection.wakeup, self._connection.shutting_down)
         self._thread.start()
 
     async def run(self, request: Request) -> None:
         """Return when the request has ended; a call that is cancelled ends it."""
         ended = asyncio.get_running_loop().create_future()
-        self._thread.post(partial(self._admit, request, ended))
+        self._thread.post(partial(self._submit, request, ended))
         try:
             await ended
         except asyncio.CancelledError:
@@ -146,7 +146,7 @@ class Replica:
         self._executor.close()
         self._connection.close()
 
-    def _admit(self, request: Request, ended: asyncio.Future[None]) -> None:
+    def _submit(self, request: Request, ended: asyncio.Future[None]) -> None:
         self._calls[request.uid] = ended
         if self._failure is None:
             self._executor.submit([request])
@@ -165,7 +165,7 @@ class Replica:
         """Delete the application when its front end is gone; Serve itself would keep it."""
         with suppress(OSError):
             self._lifeline.recv(1)
-        if not self._connection.leaving.is_set():
+        if not self._connection.shutting_down.is_set():
             log.warning("the front end is gone: %s ends", self._app)
             serve.delete(self._app, _blocking=False)
 

@@ -1,7 +1,8 @@
-"""The Executor over replicas: Ray Serve chooses one for each request, and the tokens come back over our own socket.
+"""The Executor over replicas: the engine's client side, which holds no part of the model.
 
-Each submission of a request is an attempt with its own number, by which late messages of a lost replica are recognized
-and dropped. Requests of a lost replica are reported as RequestsLost; the front end submits them to the others.
+Ray Serve chooses a replica for each request, and the tokens come back over our own socket. Each submission of a request
+is an attempt with its own number, by which late messages of a lost replica are recognized and dropped. Requests of a
+lost replica are reported as RequestsLost; the front end submits them to the others.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ...runtime.executor import RankLocation, Wakeup
 from ...runtime.plan import RequestEnd, StepOutput
 from ...runtime.request import Limits, Request
 from ...runtime.stats import EngineStats, Profile
-from ..cluster.actor_group import forwarded
+from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection, while_connected
 from ..cluster.sockets import PullSocket
 from ..errors import PlacementError, RankFailed, RequestsLost
@@ -42,8 +43,8 @@ from .router import PrefixRouter
 
 log = logging.getLogger(__name__)
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 30.0
-END_S = 10.0  # for a replica to end its ranks
-AFFINITY_PAGES = 1 << 16  # of each replica's cache, in the router, if the number of its pages is not configured
+END_S = 10.0  # a replica may take this long to end its ranks
+AFFINITY_PAGES = 1 << 16  # the router assumes this cache size of each replica if num_pages is not configured
 POLL_S = 0.2
 
 
@@ -55,13 +56,13 @@ class ReplicaExecutor:
         self._num_replicas = num_replicas
         self._name = f"lockstep-{uuid.uuid4().hex[:8]}"
         self._numbers = itertools.count()
-        self._attempts: dict[int, int] = {}  # number of an attempt -> uid of its request
-        self._calls: dict[int, tuple[int, Future[None]]] = {}  # uid -> its attempt, Serve's call
-        self._lost: deque[tuple[int, str]] = deque()  # attempts whose replica has failed, and the reason
-        self._refused: deque[tuple[int, str]] = deque()  # attempts that Ray Serve refuses, and the reason
-        self._ready: dict[str, ReplicaReady] = {}  # by the replica's name, the latest num_replicas
-        self._stats: dict[str, EngineStats] = {}  # of each replica, lost ones included
-        self._free_pages: dict[str, int | None] = {}  # of each replica, after its last step
+        self._attempts: dict[int, int] = {}  # attempt -> uid of its request
+        self._calls: dict[int, tuple[int, Future[None]]] = {}  # uid -> (attempt, Serve's call)
+        self._lost: deque[tuple[int, str]] = deque()  # (attempt, reason) after the failure of a replica
+        self._refused: deque[tuple[int, str]] = deque()  # (attempt, reason) of Ray Serve's refusal
+        self._ready: dict[str, ReplicaReady] = {}  # replica -> its report; the latest num_replicas
+        self._stats: dict[str, EngineStats] = {}  # replica -> its counters; lost ones included
+        self._free_pages: dict[str, int | None] = {}  # replica -> its free pages after its last step
         self._lifelines: list[socket.socket] = []
         self._loop = asyncio.new_event_loop()
         with Undo() as stack:
@@ -97,7 +98,7 @@ class ReplicaExecutor:
                 call.cancel()
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
-        """As Executor.poll; raises RequestsLost if requests have lost their replica and no outputs have come."""
+        """Do as Executor.poll; raise RequestsLost if requests have lost their replica and no outputs have come."""
         messages = self._inbox.receive(0.0 if self._lost or self._refused else timeout_s, self._connection.wakeup)
         outputs = [output for message in messages if (output := self._update(decode(message))) is not None]
         if outputs:
@@ -115,7 +116,7 @@ class ReplicaExecutor:
         self._inbox.wait(self._connection.wakeup)
 
     def start_profile(self, num_steps: int) -> None:
-        raise ValueError("a profile is of one group of ranks; start one without replicas")
+        raise ValueError("a profile needs a single group of ranks; start without replicas")
 
     def take_profile(self) -> Profile | None:
         return None
@@ -133,7 +134,8 @@ class ReplicaExecutor:
         stack.callback(self._end_lifelines)
         threading.Thread(target=self._loop.run_forever, name="lockstep-replica-calls", daemon=True).start()
         stack.callback(self._loop.call_soon_threadsafe, self._loop.stop)
-        frontend = FrontendInfo(self._inbox.address, lifeline.getsockname()[:2], self._connection.ip, forwarded())
+        address, environment = lifeline.getsockname()[:2], forwarded_environment()
+        frontend = FrontendInfo(self._inbox.address, address, self._connection.ip, environment)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
@@ -169,8 +171,8 @@ class ReplicaExecutor:
             if status is not None and status.status == "DEPLOY_FAILED":
                 reports = [d.message for d in status.deployments.values() if d.message] or [status.message]
                 raise PlacementError(f"the replicas do not start: {_last_line(reports[0])}")
-            if self._connection.leaving.is_set():
-                raise RankFailed("the start was given up, because the service ends")
+            if self._connection.shutting_down.is_set():
+                raise RankFailed("the start was aborted: the server is shutting down")
             if time.perf_counter() > deadline:
                 progress = f"{len(self._ready)} of {self._num_replicas} replicas"
                 raise RankFailed(f"{progress} are ready after startup_timeout; raise it, or look at serve status")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-SPREAD = 8  # requests that a replica may have more than the least busy one and still be chosen for its cache
+SPREAD = 8  # a replica with this many requests more than the least busy one may be chosen for its cache
 
 
 class PrefixAffinity:
@@ -23,7 +23,7 @@ class PrefixAffinity:
 
     def __init__(self, page_size: int, num_pages: int) -> None:
         self._page_size, self._num_pages = page_size, num_pages
-        self._pages: dict[str, OrderedDict[int, None]] = {}  # of each replica, the least recently used first
+        self._pages: dict[str, OrderedDict[int, None]] = {}  # replica -> its pages, the least recently used first
 
     def num_cached(self, tokens: np.ndarray, replica: str) -> int:
         """Return how many of the first `tokens` are in the replica's cache."""

@@ -1,4 +1,4 @@
-"""Shared memory between ranks: slots, agreement, errors and the end; on a GPU, with the kernels.
+"""Peer memory between ranks: buffers, agreement, errors and the end; on a GPU, with the kernels.
 
 Without a GPU the ranks are threads and the memory is the host's. The GPU tests share device 0 as those of test_nccl.py.
 """
@@ -29,9 +29,9 @@ from torch.distributed import HashStore
 
 from lockstep.comm import connect as connecting
 from lockstep.comm.all_reduce_choice import AllReduce
-from lockstep.comm.all_reduce_policy import SLOT_BYTES, Algorithm, Policy, TimingTable
-from lockstep.comm.base import CommError, Communicator, NotShared
-from lockstep.comm.connect import share_buffers, share_memory
+from lockstep.comm.all_reduce_policy import BUFFER_BYTES, Algorithm, Policy, TimingTable
+from lockstep.comm.base import CommError, Communicator, PeerMemoryUnavailable
+from lockstep.comm.connect import map_peer_buffers, with_peer_memory
 from lockstep.comm.rendezvous import Rendezvous
 from lockstep.kernels import ops
 from lockstep.runtime import config
@@ -74,13 +74,13 @@ class HostMemory:
 class HostPeers:
     """A stand-in for kernels/peer_memory.py of one rank, which is a thread; `faults` name its failures."""
 
-    KINDS, MAX_RANKS, HEADER_BYTES, TIMEOUT_FIELD = ("barrier",), 8, 4096, 10
+    OPERATIONS, MAX_RANKS, HEADER_BYTES, TIMEOUT_FIELD = ("barrier",), 8, 4096, 10
 
     def __init__(self, shared: HostMemory, rank: int, faults: set[str]) -> None:
         self.shared, self.rank, self.faults = shared, rank, faults
 
-    def Group(self, table: Tensor, size: int, blocks: int) -> SimpleNamespace:  # a class of that name
-        return SimpleNamespace(blocks=blocks)
+    def PeerTable(self, fields: Tensor, size: int, max_blocks: int) -> SimpleNamespace:  # a class of that name
+        return SimpleNamespace(max_blocks=max_blocks)
 
     def allocate(self, nbytes: int, device: Any) -> tuple[int, Tensor]:
         if "no memory" in self.faults:
@@ -121,11 +121,11 @@ class HostPeers:
     def prepare(self, size: int) -> None:
         return
 
-    def table(self, arenas: list[int], words: Tensor, **fields: Any) -> list[int]:
+    def table_fields(self, arenas: list[int], words: Tensor, **fields: Any) -> list[int]:
         self.arenas = arenas
         return [*arenas, *[0] * (14 - len(arenas))]
 
-    def all_gather(self, out: Tensor, x: Tensor, group: Any, slot: int, kind: str) -> None:
+    def all_gather(self, out: Tensor, x: Tensor, peers: Any, slot: int, operation: str) -> None:
         """Do as the kernel, with a barrier of threads in place of the flags."""
         start, memory = self.HEADER_BYTES, self.shared.memory
         memory[self.arenas[self.rank]][start : start + len(x)] = x
@@ -150,7 +150,7 @@ Share = Callable[..., tuple[list[Any], HostMemory]]
 
 @pytest.fixture
 def share(monkeypatch: pytest.MonkeyPatch) -> Share:
-    """Returns the result or error of `share_buffers`, or of `then(its buffers)`, on each rank, some with faults."""
+    """Return the result or error of `map_peer_buffers`, or of `then(its buffers)`, on each rank, with faults."""
     here = PeersOfThread()
 
     def host() -> str:
@@ -169,12 +169,12 @@ def share(monkeypatch: pytest.MonkeyPatch) -> Share:
 
         def rank(number: int) -> Any:
             here.peers = HostPeers(memory, number, faults.get(number, set()))
-            options: dict[str, Any] = {"device": CPU, "slot_bytes": 8192, "shares_device": True}
+            options: dict[str, Any] = {"device": CPU, "buffer_bytes": 8192, "shares_device": True}
             try:
                 if "absent" in here.peers.faults:
                     return None
                 rendezvous = Rendezvous(store, number, size, 2.0)
-                return then(share_buffers(Recorder(number, size), rendezvous, **options)._buffers)  # type: ignore[arg-type]
+                return then(map_peer_buffers(Recorder(number, size), rendezvous, **options)._buffers)  # type: ignore[arg-type]
             except RuntimeError as error:
                 return error
 
@@ -184,33 +184,33 @@ def share(monkeypatch: pytest.MonkeyPatch) -> Share:
     return run
 
 
-# --- slots and policies -----------------------------------------------------------------------------------------------
+# --- buffers and policies --------------------------------------------------------------------------------------------
 
 
-def slots_of(turns: peer_buffers.SlotRotation, graph: int, length: int) -> list[int]:
+def indices_of(turns: peer_buffers.BufferRotation, graph: int, length: int) -> list[int]:
     return [turns.take(graph) for _ in range(length)]
 
 
-def test_slot_that_may_still_be_read_is_not_written() -> None:
-    """In any order of graphs and eager calls, slots 1 and 2 are never used twice in a row."""
-    numbers, turns = itertools.count(1), peer_buffers.SlotRotation()
-    graphs = [slots_of(turns, next(numbers), length) for length in range(1, 6)]
-    eager = [slots_of(turns, 0, length) for length in (1, 2)]
+def test_buffer_that_may_still_be_read_is_not_written() -> None:
+    """In any order of graphs and eager calls, buffers 1 and 2 are never used twice in a row."""
+    numbers, turns = itertools.count(1), peer_buffers.BufferRotation()
+    graphs = [indices_of(turns, next(numbers), length) for length in range(1, 6)]
+    eager = [indices_of(turns, 0, length) for length in (1, 2)]
     for order in itertools.product([*graphs, *eager], repeat=3):
-        run = [slot for part in order for slot in part]
+        run = [index for part in order for index in part]
         assert all(b != a or a == 0 for a, b in itertools.pairwise(run)), run
-    assert all(slot == 0 for slot in eager[1])
+    assert all(index == 0 for index in eager[1])
     assert graphs[4] == [0, 1, 2, 1, 2]
 
 
-def test_peek_takes_no_slot() -> None:
-    turns = peer_buffers.SlotRotation()
+def test_peek_takes_no_buffer() -> None:
+    turns = peer_buffers.BufferRotation()
     for graph in (0, 4, 4, 4, 0, 5, 5, 0):
         assert turns.peek(graph) == turns.peek(graph) == turns.take(graph)
 
 
 def test_constants_are_those_of_the_kernels() -> None:
-    source, host = (KERNELS / "allreduce.cu").read_text(), (KERNELS.parent / "peer_memory.py").read_text()
+    source, host = (KERNELS / "peer_collectives.cu").read_text(), (KERNELS.parent / "peer_memory.py").read_text()
 
     def number(pattern: str, text: str) -> int:
         return int(re.search(pattern, text)[1])  # type: ignore[index]
@@ -237,17 +237,17 @@ def test_policy_takes_the_fastest_at_the_next_size_that_was_timed(times: list[tu
         assert policy.algorithm(nbytes, torch.bfloat16) == ("nccl" if nbytes == 0 else fastest)
 
 
-def test_policy_of_one_algorithm_serves_what_fits_into_a_slot() -> None:
+def test_policy_of_one_algorithm_serves_what_fits_into_a_buffer() -> None:
     algorithms: tuple[Algorithm, ...] = ("one-shot", "two-shot")
     for algorithm in algorithms:
         policy = Policy.only(algorithm)
-        assert {policy.algorithm(n, torch.float32) for n in (1, 4096, SLOT_BYTES)} == {algorithm}
-        assert policy.algorithm(SLOT_BYTES + 1, torch.float32) == "nccl"
+        assert {policy.algorithm(n, torch.float32) for n in (1, 4096, BUFFER_BYTES)} == {algorithm}
+        assert policy.algorithm(BUFFER_BYTES + 1, torch.float32) == "nccl"
         assert policy.algorithm(4096, torch.int64) == "nccl"
-    assert SLOT_BYTES % 16 == 0
+    assert BUFFER_BYTES % 16 == 0
 
 
-def test_policy_slices_rows_of_more_than_a_slot() -> None:
+def test_policy_slices_rows_of_more_than_a_buffer() -> None:
     policy = Policy.only("one-shot", 64, slices=True)
     x = torch.arange(30.0).view(10, 3)  # 12 bytes a row: five rows a slice
     assert [len(part) for part in policy.sliced(x)] == [5, 5]
@@ -272,7 +272,7 @@ def test_ranks_share_their_memory_and_free_it(share: Share) -> None:
         x = buffers.input((4, 8), torch.bfloat16)
         x.fill_(buffers.rank)
         comm = symmetric.SymmetricCommunicator(Recorder(buffers.rank, buffers.size), buffers, Policy(()), CPU)
-        result = buffers.group.blocks, comm.all_gather(x)
+        result = buffers.peers.max_blocks, comm.all_gather(x)
         buffers.close()
         return result
 
@@ -284,11 +284,11 @@ def test_ranks_share_their_memory_and_free_it(share: Share) -> None:
     assert not memory.memory
 
 
-def test_slots_do_not_overlap(share: Share) -> None:
+def test_buffers_do_not_overlap(share: Share) -> None:
     def starts(buffers: Any) -> tuple[list[int], int]:
         views = []
-        for slot in range(3):
-            buffers._rotation = SimpleNamespace(peek=lambda capture, slot=slot: slot)
+        for index in range(3):
+            buffers._rotation = SimpleNamespace(peek=lambda graph_id, index=index: index)
             views.append(buffers.input((8192,), torch.uint8))
         assert buffers._bytes.data_ptr() == buffers._address
         return [view.data_ptr() - buffers._address for view in views], len(buffers._bytes)
@@ -304,15 +304,15 @@ REFUSALS = {
     "no memory": "rank 1: cudaErrorMemoryAllocation: out of memory",
     "no mapping": "rank 1: cannot map the memory of rank 0 (cudaErrorInvalidValue: invalid argument)",
     "mirror": "rank 1: the memory of rank 0, 2 reads differently here",
-    "deaf": "rank 1: what rank 0 writes does not arrive",
+    "deaf": "rank 1: writes of rank 0 do not arrive",
 }
 
 
 @pytest.mark.parametrize("fault", REFUSALS)
-def test_failure_of_one_rank_refuses_shared_memory_on_all(fault: str, share: Share) -> None:
+def test_failure_of_one_rank_refuses_peer_memory_on_all(fault: str, share: Share) -> None:
     errors, memory = share(3, {1: {fault}})
     assert {str(error) for error in errors} == {REFUSALS[fault]}
-    assert all(isinstance(error, NotShared) for error in errors)
+    assert all(isinstance(error, PeerMemoryUnavailable) for error in errors)
     assert memory.log.count("map") == memory.log.count("unmap")
     assert len(memory.memory) == (2 if fault == "mirror" else 0)  # the mirror's copies belong to the test
 
@@ -341,7 +341,7 @@ def test_memory_that_a_peer_may_still_use_is_not_freed(
     _, memory = share(2, {}, lambda buffers: buffers.close() if buffers.rank == 0 else None)
     assert "free" not in memory.log
     assert len(memory.memory) == 2
-    assert "left to the end of the process: rank 0 of 2: no message within 0 s from rank 1" in caplog.text
+    assert "mapped until the process ends: rank 0 of 2: no message within 0 s from rank 1" in caplog.text
 
 
 # --- one rank of the group --------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ class Recorder(Communicator):
 class RecordingBuffers:
     """A stand-in for PeerBuffers that records its calls, and reports a timeout if it is given one."""
 
-    timeout_s, group = 1.8, None
+    timeout_s, peers = 1.8, None
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -388,7 +388,7 @@ class RecordingBuffers:
         self.calls.append("input")
         return torch.empty(shape, dtype=dtype)
 
-    def take_slot(self) -> int:
+    def take_buffer_index(self) -> int:
         return 0
 
     def timeout(self) -> Any:
@@ -515,17 +515,17 @@ def test_aborted_group_raises_on_every_call(rank: Rank) -> None:
 
 def test_nccl_alone_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
-        raise NotShared("rank 1: NCCL_P2P_DISABLE is set")
+        raise PeerMemoryUnavailable("rank 1: NCCL_P2P_DISABLE is set")
 
-    monkeypatch.setattr(connecting, "share_buffers", refuse)
+    monkeypatch.setattr(connecting, "map_peer_buffers", refuse)
     rendezvous, options = Rendezvous(HashStore(), 0, 2, 1.0), {"device": CPU, "shares_device": False}
     nccl: Any = Recorder()
-    assert share_memory(nccl, "auto", rendezvous, **options) is nccl  # type: ignore[arg-type]
-    assert nccl.description == "NCCL; no shared memory: rank 1: NCCL_P2P_DISABLE is set"
-    with pytest.raises(CommError, match=r"^batch-invariant sums need memory that all ranks map: rank 1: NCCL_P2P"):
-        share_memory(nccl, "auto", rendezvous, batch_invariant=True, **options)  # type: ignore[arg-type]
+    assert with_peer_memory(nccl, "auto", rendezvous, **options) is nccl  # type: ignore[arg-type]
+    assert nccl.description == "NCCL; no peer memory: rank 1: NCCL_P2P_DISABLE is set"
+    with pytest.raises(CommError, match=r"^batch-invariant sums need peer memory: rank 1: NCCL_P2P"):
+        with_peer_memory(nccl, "auto", rendezvous, batch_invariant=True, **options)  # type: ignore[arg-type]
     untouched: Any = Recorder()
-    assert share_memory(untouched, "nccl", rendezvous, **options) is untouched  # type: ignore[arg-type]
+    assert with_peer_memory(untouched, "nccl", rendezvous, **options) is untouched  # type: ignore[arg-type]
     assert untouched.description == "NCCL"
 
 

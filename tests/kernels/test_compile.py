@@ -12,7 +12,7 @@ from lockstep.kernels import native
 
 pytestmark = pytest.mark.emulator
 INSTANCES = {
-    "allreduce.cu": [
+    "peer_collectives.cu": [
         *(
             f"{name}<{t}>"
             for name in ("one_shot_all_reduce", "two_shot_all_reduce")
@@ -25,7 +25,7 @@ INSTANCES = {
             for two_steps in ("false", "true")
         ),
     ],
-    "sample.cu": [
+    "token_sampling.cu": [
         *(f"gumbel_argmax<{shape}>" for shape in ("bf16, 8, false", "float, 4, true", "f16, 1, false")),
         *(f"topk_candidates<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1", "long long, 2")),
         *(f"sample_top_p<{shape}>" for shape in ("bf16, 8", "float, 4", "f16, 1")),
@@ -33,11 +33,11 @@ INSTANCES = {
         "sample_topk",
     ],
     "skinny_gemm.cu": [
-        f"skinny_gemm<{t}, {warps}, {depth}, {staged}, {finish}>"
+        f"skinny_gemm<{t}, {warps}, {depth}, {staged}, {epilogue}>"
         for t, warps, depth, staged in (("bf16", 8, 4, "true"), ("f16", 8, 2, "true"), ("bf16", 16, 2, "false"))
-        for finish in (0, 1, 2)
+        for epilogue in ("STORE", "ADD", "SILU")
     ],
-    "decode.cu": [
+    "decode_attention.cu": [
         "partition_keys",
         *(f"decode_attention<{shape}>" for shape in ("f16, 64, 4", "bf16, 128, 4", "bf16, 128, 8")),
     ],
@@ -54,7 +54,7 @@ INSTANCES = {
         "weighted_sum<bf16, 8>",
         "weighted_sum<float, 1>",
     ],
-    "attention.cu": [
+    "rotate_and_store.cu": [
         f"rotate_and_store<{t}, {t}, {p}, {min(p, 4)}>" for t in ("bf16", "f16", "float") for p in (1, 2, 4, 8)
     ],
     "elementwise.cu": [

@@ -86,13 +86,13 @@ DECODED = [(1, 2, 1, 64), (5, 8, 2, 64), (5, 6, 1, 128), (12, 3, 3, 64)]
 def test_decode_attention(rows: int, heads: int, kv_heads: int, size: int, window: int | None) -> None:
     positions = torch.tensor([700, 0, 1, 17, 64, 300, 199, 5, 5, 31, 32, 33], dtype=torch.int32)[:rows]
     table = torch.randperm(rows * 145, dtype=torch.int32).view(rows, 145)
-    owners = torch.randperm(rows, dtype=torch.int32)
-    slots = table[owners.long(), positions.long() // 5] * 5 + positions % 5
+    table_rows = torch.randperm(rows, dtype=torch.int32)
+    slots = table[table_rows.long(), positions.long() // 5] * 5 + positions % 5
     slots[2:3] = -1
     qkv, norm = random(rows, (heads + 2 * kv_heads) * size), QKNorm(random(size) + 2, random(size) + 2, 1e-6)
     cache = KVCache(*(random(rows * 145, 5, kv_heads, size) for _ in range(2)))
     partition = emulator.emulated().partition_keys(positions, kv_heads, window)
-    rope, pages = Rope(positions, torch.randn(701, size)), Pages(table, owners)
+    rope, pages = Rope(positions, torch.randn(701, size)), Pages(table, table_rows)
     # The kernel leaves the counters of the partition at zero for the next layer; the definition does not touch them.
     check("decode_attention", qkv, norm, rope, cache, slots, pages, partition, 0.1, factor=4)
 
@@ -122,7 +122,7 @@ def test_sampling(rows: int, vocab: int, dtype: torch.dtype) -> None:
 # A source, a mistake in it, and the test that must fail: a missing barrier, a missing wait, a wait for too little.
 FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
     "skinny_gemm.cu": ("__syncthreads();\n        for (int i", "for (int i", lambda: test_linear(8, 24, 1024, BF16)),
-    "decode.cu": (
+    "decode_attention.cu": (
         "wait_all_copies();",
         "",
         lambda: test_decode_attention(*DECODED[1], None),
@@ -162,14 +162,14 @@ def test_decode_attention_with_kv_chunk_is_bitwise_equal_in_any_batch(window: in
     rows, heads, kv_heads, size, kv_chunk = 7, 4, 2, 64, 48
     positions = torch.tensor([0, kv_chunk * 8, kv_chunk, kv_chunk - 1, 1, 200, 333], dtype=torch.int32)
     table = torch.randperm(rows * 26, dtype=torch.int32).view(rows, 26)
-    owners = torch.randperm(rows, dtype=torch.int32)
-    slots = table[owners.long(), positions.long() // 16] * 16 + positions % 16
+    table_rows = torch.randperm(rows, dtype=torch.int32)
+    slots = table[table_rows.long(), positions.long() // 16] * 16 + positions % 16
     cache = KVCache(*(random(rows * 26, 16, kv_heads, size) for _ in range(2)))
     qkv, cos_sin = random(rows, (heads + 2 * kv_heads) * size), torch.randn(500, size)
 
     def attention(rows: slice, module: Any, kv_chunk: int | None) -> Tensor:
         partition = module.partition_keys(positions[rows], kv_heads, window, kv_chunk)
-        norm, rope, pages = QKNorm(None, None, 0.0), Rope(positions[rows], cos_sin), Pages(table, owners[rows])
+        norm, rope, pages = QKNorm(None, None, 0.0), Rope(positions[rows], cos_sin), Pages(table, table_rows[rows])
         result: Tensor = module.decode_attention(qkv[rows], norm, rope, cache, slots[rows], pages, partition, 0.1)
         return result
 

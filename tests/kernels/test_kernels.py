@@ -387,18 +387,20 @@ def test_decode_attention(
     positions = torch.tensor([0, 1, 17, 64, 999, 300, 3000][: 5 if device == "cpu" else 7], dtype=torch.int32)
     rows, num_pages = len(positions), 3000 // page_size + 1
     table = torch.randperm(rows * num_pages).int().view(rows, num_pages)
-    owners = torch.randperm(rows).int()
-    slots = table[owners.long(), positions.long() // page_size] * page_size + positions % page_size
+    table_rows = torch.randperm(rows).int()
+    slots = table[table_rows.long(), positions.long() // page_size] * page_size + positions % page_size
     slots[1] = -1  # padding of a graph stores nothing
     k_cache, v_cache = (torch.randn(rows * num_pages, page_size, kv_heads, size).to(dtype) for _ in range(2))
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * size).to(dtype)
     q_norm, k_norm = (torch.rand(size).to(dtype) + 0.5 for _ in range(2))
     cos_sin = torch.randn(3001, size)
-    inputs = [t.to(device) for t in (qkv, q_norm, k_norm, positions, cos_sin, k_cache, v_cache, slots, table, owners)]
-    qkv, q_norm, k_norm, positions, cos_sin, k_cache, v_cache, slots, table, owners = inputs
+    inputs = [
+        t.to(device) for t in (qkv, q_norm, k_norm, positions, cos_sin, k_cache, v_cache, slots, table, table_rows)
+    ]
+    qkv, q_norm, k_norm, positions, cos_sin, k_cache, v_cache, slots, table, table_rows = inputs
     norm, rope, cache = QKNorm(q_norm, k_norm, 1e-6), Rope(positions, cos_sin), KVCache(k_cache, v_cache)
     expected_cache = KVCache(k_cache.clone(), v_cache.clone())
-    partition, pages = ops.partition_keys(positions, kv_heads, window), Pages(table, owners)
+    partition, pages = ops.partition_keys(positions, kv_heads, window), Pages(table, table_rows)
     for _ in range(2):  # what one layer leaves behind must not disturb the next
         out = ops.decode_attention(qkv, norm, rope, cache, slots, pages, partition, 0.1).unflatten(1, (heads, size))
     q = ops.rotate_and_store_(qkv, norm, rope, expected_cache, slots)
@@ -411,7 +413,7 @@ def test_decode_attention(
         if row == 1:
             continue
         visible = range(0 if window is None else max(0, position - window + 1), position)
-        page = table[owners[row].long()].tolist()
+        page = table[table_rows[row].long()].tolist()
         places = [(page[j // page_size], j % page_size) for j in visible]
         keys = torch.stack([*(k_cache[p, o] for p, o in places), new.k[row, 0]]).double()
         values = torch.stack([*(v_cache[p, o] for p, o in places), new.v[row, 0]]).double()
@@ -430,13 +432,13 @@ def test_decode_attention_of_many_rows(rows: int, heads: int, kv_heads: int, win
     positions[::5] = 0
     positions[3] = 9000
     table = torch.randperm(rows * 563, device="cuda").int().view(rows, 563)
-    owners = torch.randperm(rows, device="cuda").int()
-    slots = table[owners.long(), positions.long() // 16] * 16 + positions % 16
+    table_rows = torch.randperm(rows, device="cuda").int()
+    slots = table[table_rows.long(), positions.long() // 16] * 16 + positions % 16
     cache = KVCache(*torch.randn(2, rows * 563, 16, kv_heads, 64, device="cuda").bfloat16())
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * 64, device="cuda").bfloat16()
     rope = Rope(positions, torch.randn(9001, 64, device="cuda"))
     partition = ops.partition_keys(positions, kv_heads, window)
-    inputs = qkv, QKNorm(None, None, 0.0), rope, cache, slots, Pages(table, owners), partition, 0.1
+    inputs = qkv, QKNorm(None, None, 0.0), rope, cache, slots, Pages(table, table_rows), partition, 0.1
     outputs = [ops.decode_attention(*inputs) for _ in range(3)]
     assert all(torch.equal(outputs[0], again) for again in outputs)
     assert_close(outputs[0], reference.decode_attention(*inputs).double(), 2)
@@ -452,15 +454,15 @@ def test_decode_attention_with_kv_chunk_is_bitwise_equal_in_any_batch(
     positions = torch.randint(0, kv_chunk * 8, (rows,), dtype=torch.int32, device="cuda")
     positions[:5] = torch.tensor([0, kv_chunk * 8, kv_chunk, kv_chunk - 1, 1])
     table = torch.randperm(rows * 100, device="cuda").int().view(rows, 100)
-    owners = torch.randperm(rows, device="cuda").int()
-    slots = table[owners.long(), positions.long() // 16] * 16 + positions % 16
+    table_rows = torch.randperm(rows, device="cuda").int()
+    slots = table[table_rows.long(), positions.long() // 16] * 16 + positions % 16
     cache = KVCache(*torch.randn(2, rows * 100, 16, kv_heads, size, device="cuda").bfloat16())
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * size, device="cuda").bfloat16()
     cos_sin = torch.randn(kv_chunk * 8 + 1, size, device="cuda")
 
     def attention(rows: slice, kv_chunk: int | None) -> torch.Tensor:
         partition = ops.partition_keys(positions[rows], kv_heads, window, kv_chunk)
-        norm, rope, pages = QKNorm(None, None, 0.0), Rope(positions[rows], cos_sin), Pages(table, owners[rows])
+        norm, rope, pages = QKNorm(None, None, 0.0), Rope(positions[rows], cos_sin), Pages(table, table_rows[rows])
         return ops.decode_attention(qkv[rows], norm, rope, cache, slots[rows], pages, partition, 0.1)
 
     together = attention(slice(None), kv_chunk)
@@ -516,7 +518,7 @@ def test_wrong_argument_is_named_with_the_rule() -> None:
     with pytest.raises(ValueError, match="residual"):
         ops.add_rms_norm(x, torch.zeros(3, 8), torch.zeros(8), 1e-5)
     cache = KVCache(torch.zeros(4, 2, 1, 8), torch.zeros(4, 2, 1, 8))
-    with pytest.raises(ValueError, match="slots"):
+    with pytest.raises(ValueError, match="kv_slots"):
         store(x.view(2, 1, 8), x.view(2, 1, 8), cache, torch.zeros(3, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"v_cache .* must have the shape of k_cache"):
         store(x.view(2, 1, 8), x.view(2, 1, 8), KVCache(cache.k, cache.v[1:]), torch.zeros(2, dtype=torch.int32))

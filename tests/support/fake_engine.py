@@ -106,7 +106,7 @@ class FakeService:
         return {token: found.pop(token)} | found
 
     async def close(self, drain_timeout: float = 0.0) -> None:
-        self.health = Health("draining", "the service ends")
+        self.health = Health("draining", "the server is shutting down")
         until = time.monotonic() + drain_timeout
         while self.live and time.monotonic() < until:
             await asyncio.sleep(0.005)

@@ -258,7 +258,6 @@ KERNELS = {
     "void sample_top_p<float>(...)": "sampling",
     "void partition_keys(...)": "attention",
     "void gather_rows<uint4, int>(...)": "copy",
-    "void store_kv<float, float>(...)": "copy",
     "void skinny_gemm<__nv_bfloat16, 4>(...)": "product",
     "void grouped_gemm<__nv_bfloat16>(...)": "product",
     "void float32_gemm<float>(...)": "product",

@@ -27,7 +27,7 @@ REPORT_S = STEP_S + GRACE_S + 30  # and a busy machine
 # Who speaks first: the rank on this side, which waited; the owner of a leader on the other side; or Ray.
 WAITED = (
     r"rank (?P<one>\d) on node-[ab] \(10\.213\.7\.\d\), pid \d+ failed: CommError: rank (?P=one) of 2:"
-    r" all_\w+ failed or took longer than 2 s: .*; no word from rank \d on node-[ab] \("
+    r" all_\w+ failed or took longer than 2 s: .*; no response from rank \d on node-[ab] \("
 )
 SILENT = r"no step has ended for \d+ s, step_timeout is over: rank 0 on node-b"
 NODE_DIED = r"rank \d on node-b \(10\.213\.7\.2\), pid \d+ died: The actor died because its node has died.*heartbeats"

@@ -4,30 +4,30 @@
 // waits for their signals, and reads their slots. Sums are in rank order and in float32: bitwise identical on all ranks. A signal is
 // the number of a round, which each block counts on the device. It only grows, so that a graph can be replayed. Block b reads only
 // what blocks b of the peers have published: the shares depend on sizes and grid, which are equal on all ranks.
-// SlotRotation in comm/peer_buffers.py proves that no rank writes into a slot that a slow peer still reads.
+// BufferRotation in comm/peer_buffers.py proves that no rank writes into a slot that a slow peer still reads.
 //
-// A wait ends at a timeout, or when the host sets `stop`. The rank then has garbage, and never signals its peers again: they time
-// out as well. The host finds the missing ranks in `missing`.
+// A wait ends at a timeout, or when the host sets `stop`. The rank's results are then invalid, and it never signals its peers
+// again: they time out as well. The host finds the missing ranks in `missing`.
 #include "common.cuh"
 
-constexpr int RANKS = 8, BLOCKS = 64;  // at most
+constexpr int RANKS = 8, BLOCKS = 64;  // the maxima
 constexpr int HEADER_BYTES = 4096;     // before the first slot
 constexpr int UNIT = 16;               // elements: the share of a block is a multiple of it, for any vector width
-constexpr int POLLS = 256;             // of a signal, between two looks at the clock and at `stop`
+constexpr int POLLS = 256;             // polls of a signal between two reads of the clock and of `stop`
 
 struct Header {                              // at the start of a buffer, zero at first
     unsigned signals[BLOCKS][RANKS];         // the round that a block of each peer has reached; written by the peers
-    unsigned rounds[BLOCKS], has_timed_out;  // of this rank's blocks
+    unsigned rounds[BLOCKS], has_timed_out;  // the state of this rank's blocks
 };
 
-struct Group {  // one rank's view, constant
+struct PeerTable {  // one rank's view of all ranks, constant; its fields are those of table_fields() in peer_memory.py
     char* buffers[RANKS];
-    unsigned long long* missing;  // on the host: for each rank (kind << 32 | round) of the wait that timed out
+    unsigned long long* missing;  // on the host: for each rank (operation << 32 | round) of the wait that timed out
     const unsigned* stop;         // on the host: not zero ends all waits
-    long long timeout_ns, slot_bytes, rank, alone;  // alone on its GPU: the next kernel may take the rest of it early
+    long long timeout_ns, slot_bytes, rank, alone;  // alone: no other rank shares this GPU, so the next kernel may start early
 };
 
-// Between ranks. Loads never come from L1, which does not see the writes of peers.
+// Stores and loads between ranks. Loads never come from L1, which does not see the writes of peers.
 DEVICE void store_release(unsigned* flag, unsigned value) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(flag), "r"(value) : "memory");
 }
@@ -72,7 +72,7 @@ template <typename T, int V> DEVICE void copy(T* to, const T* from) {
     *reinterpret_cast<Vec<T, V>*>(to) = *reinterpret_cast<const Vec<T, V>*>(from);
 }
 
-// f(i) for the vectors of this block's share of `count` elements, of which only `length` exist.
+// Call f(i) for each vector in this block's share of `count` elements, of which only `length` exist.
 template <int V, typename F> DEVICE void for_each_vector(long long count, long long length, F f) {
     const unsigned units = (count + UNIT - 1) / UNIT, share = (units + gridDim.x - 1) / gridDim.x;
     const long long first = (long long)blockIdx.x * share * UNIT, stop = min(min(count, length), first + (long long)share * UNIT);
@@ -81,24 +81,24 @@ template <int V, typename F> DEVICE void for_each_vector(long long count, long l
 
 // One block's part in a collective of N ranks: publish, arrive_and_wait, read the slots, release.
 template <typename T, int V, int N> struct Collective {
-    const Group& group;
+    const PeerTable& peers;
     Header* header;
     T* slots[N];  // of all ranks
     unsigned round;
-    int rank, slot, kind;
+    int rank, slot, operation;
     bool timed_out;
 
-    DEVICE Collective(const Group* group, int slot, int kind) : group(*group), slot(slot), kind(kind) {
-        if (group->alone) launch_next();
-        rank = group->rank;
-        header = reinterpret_cast<Header*>(group->buffers[rank]);
+    DEVICE Collective(const PeerTable* peers, int slot, int operation) : peers(*peers), slot(slot), operation(operation) {
+        if (peers->alone) launch_next();
+        rank = peers->rank;
+        header = reinterpret_cast<Header*>(peers->buffers[rank]);
         UNROLL for (int p = 0; p < N; ++p) slots[p] = slot_of(p);
         wait_for_previous();
         load_relaxed(round, &header->rounds[blockIdx.x]);
         timed_out = load_from_peer<unsigned, 1>(&header->has_timed_out).at[0];
     }
 
-    DEVICE T* slot_of(int peer) const { return reinterpret_cast<T*>(group.buffers[peer] + HEADER_BYTES + slot * group.slot_bytes); }
+    DEVICE T* slot_of(int peer) const { return reinterpret_cast<T*>(peers.buffers[peer] + HEADER_BYTES + slot * peers.slot_bytes); }
 
     DEVICE T* local_slot() const { return slot_of(rank); }
 
@@ -117,7 +117,7 @@ template <typename T, int V, int N> struct Collective {
         const int peer = threadIdx.x;
         bool failed = false;
         if (peer < N && peer != rank && !timed_out) {
-            store_release(&reinterpret_cast<Header*>(group.buffers[peer])->signals[blockIdx.x][rank], round);
+            store_release(&reinterpret_cast<Header*>(peers.buffers[peer])->signals[blockIdx.x][rank], round);
             failed = !wait_for(peer);
         }
         timed_out |= __syncthreads_or(failed);
@@ -130,9 +130,9 @@ template <typename T, int V, int N> struct Collective {
             if (polls % POLLS) continue;
             const long long now = now_ns();
             if (start == 0) start = now;
-            const bool stopped = load_from_peer<unsigned, 1>(group.stop).at[0];
-            if (!stopped && now - start < group.timeout_ns) continue;
-            if (!stopped) store_relaxed(group.missing + peer, (unsigned long long)kind << 32 | round);
+            const bool stopped = load_from_peer<unsigned, 1>(peers.stop).at[0];
+            if (!stopped && now - start < peers.timeout_ns) continue;
+            if (!stopped) store_relaxed(peers.missing + peer, (unsigned long long)operation << 32 | round);
             header->has_timed_out = 1;
             return false;
         }
@@ -165,8 +165,8 @@ template <typename T, int V, int N> struct Collective {
 // out = sum of x over the ranks; every rank reads all slots.
 template <typename T, int V, int N>
 __global__ void __launch_bounds__(512, 1) one_shot_all_reduce(
-    T* out, const T* x, long long total, const Group* group, int slot, int kind) {
-    Collective<T, V, N> collective(group, slot, kind);
+    T* out, const T* x, long long total, const PeerTable* peers, int slot, int operation) {
+    Collective<T, V, N> collective(peers, slot, operation);
     collective.publish(x, total, total);
     collective.arrive_and_wait();
     for_each_vector<V>(total, total, [&](long long i) { collective.store_sum(out + i, i); });
@@ -176,8 +176,8 @@ __global__ void __launch_bounds__(512, 1) one_shot_all_reduce(
 // The same sum in two steps: each rank sums its chunk in place, in its slot, then reads the chunks of the others.
 template <typename T, int V, int N>
 __global__ void __launch_bounds__(512, 1) two_shot_all_reduce(
-    T* out, const T* x, long long total, long long chunk, const Group* group, int slot, int kind) {
-    Collective<T, V, N> collective(group, slot, kind);
+    T* out, const T* x, long long total, long long chunk, const PeerTable* peers, int slot, int operation) {
+    Collective<T, V, N> collective(peers, slot, operation);
     collective.publish(x, total, chunk);
     collective.arrive_and_wait();
     const long long start = collective.rank * chunk;
@@ -197,8 +197,8 @@ __global__ void __launch_bounds__(512, 1) two_shot_all_reduce(
 // out [N, total] = x of every rank, as bytes. With total = 0 it is a barrier.
 template <int V, int N>
 __global__ void __launch_bounds__(512, 1) all_gather(
-    unsigned char* out, const unsigned char* x, long long total, const Group* group, int slot, int kind) {
-    Collective<unsigned char, V, N> collective(group, slot, kind);
+    unsigned char* out, const unsigned char* x, long long total, const PeerTable* peers, int slot, int operation) {
+    Collective<unsigned char, V, N> collective(peers, slot, operation);
     collective.publish(x, total, total);
     collective.arrive_and_wait();
     for_each_vector<V>(total, total, [&](long long i) {
@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(512, 1) all_gather(
 template <typename T, int V, int N, int R, bool TWO_SHOT>
 __global__ void __launch_bounds__(512, 1) all_reduce_add_rms_norm(
     T* out, const T* x, T* residual, const T* __restrict__ weight, float eps, int rows, int size,
-    const Group* group, int slot, int kind) {
-    Collective<T, V, N> collective(group, slot, kind);
+    const PeerTable* peers, int slot, int operation) {
+    Collective<T, V, N> collective(peers, slot, operation);
     T* local = collective.local_slot();
     auto for_each_row_vector = [&](int first, int stop, auto f) {  // of columns [first, stop) in the rows of this block
         for (int row = blockIdx.x; row < rows; row += gridDim.x)

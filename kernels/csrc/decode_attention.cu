@@ -1,18 +1,19 @@
 // decode_attention: norm and rotation of q and k, the store of k and v, and attention over pages, for one new token per row.
 //
-// partition_keys divides the keys of all rows into parts, once per step for all layers. A block has one part of one key head, with
-// the query heads of that key head. It goes through its part row by row: a KeyRange is the keys of one row in a part. Of the blocks
-// of a row, the last to finish merges their partial results, in the order of the parts: rounding does not depend on timing.
+// partition_keys divides the keys of all rows into parts, once per step for all layers. A block processes one part of
+// one KV head, with the query heads of that KV head. It goes through its part row by row: a KeyRange is the keys of one row in a
+// part. The last block of a row to finish merges the row's partial results in the order of the parts, so rounding does not depend
+// on timing.
 // Adjacent blocks have the heads of one part, so that they read a page at about the same time.
 //
 // Both products run on tensor cores, straight from registers (see skinny_gemm.cu for the order of the columns). Lane (g, t) = (lane / 4,
 // lane % 4) loads elements 8 t .. 8 t + 7 of every 32 elements of keys g and g + 8. The first product is [keys, elements] x [elements,
 // heads]; movmatrix transposes its result and the values for the second, [elements, keys] x [keys, heads].
-#include "heads.cuh"
-#include "partition.cuh"
+#include "head_norm_rope.cuh"
+#include "key_partition.cuh"
 
-constexpr int TILE = 16;      // keys of a warp at once
-constexpr int MAX_GROUP = 8;  // query heads of one key head
+constexpr int TILE = 16;      // keys that a warp processes at once
+constexpr int MAX_GROUP = 8;  // query heads of one KV head
 
 DEVICE unsigned transpose(unsigned x) {
     unsigned y;
@@ -20,7 +21,7 @@ DEVICE unsigned transpose(unsigned x) {
     return y;
 }
 
-// One block.
+// The grid is one block.
 extern "C" __global__ void __launch_bounds__(1024) partition_keys(
     int* __restrict__ data, const int* __restrict__ positions, int rows, int window, int kv_chunk, int min_chunks, int max_parts) {
     const Partition<int> partition{data, rows};
@@ -56,25 +57,25 @@ template <int HEAD_DIM> struct SoftmaxState {
 };
 
 template <typename T, int HEAD_DIM, int WARPS> struct DecodeShared {
-    // Two stages: of this range and of the next.
+    // Two stages: one for this range, one for the next.
     alignas(16) T projected[2][MAX_GROUP + 2][HEAD_DIM];  // q's heads, then k, then v
     alignas(16) T query[MAX_GROUP][HEAD_DIM + 32];
     alignas(16) T key[HEAD_DIM];
     alignas(16) T norms[2][HEAD_DIM];
     alignas(16) float angles[2][HEAD_DIM];  // cosines, then sines
-    // The results of the warps, then of the new token.
+    // The partial results of the warps; the last element of max_score and weight_sum is that of the new token.
     float acc[WARPS][MAX_GROUP][HEAD_DIM + 17];  // 17: no two lanes on one bank
     float max_score[WARPS + 1][MAX_GROUP], weight_sum[WARPS + 1][MAX_GROUP];
 };
 
-// One block of the kernel: its arguments, its place, and its steps.
+// The state of one block of the kernel: its arguments, its part and head, and the steps that it takes.
 template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     static constexpr int THREADS = 32 * WARPS, BLOCKS = HEAD_DIM / 32;
     static constexpr int PARTIAL = HEAD_DIM + 2;  // floats of a head's partial result: acc, max_score, weight_sum
 
     const T *qkv, *q_norm, *k_norm;
     T *k_cache, *v_cache;
-    const int *positions, *slots, *page_table, *owners;
+    const int *positions, *kv_slots, *page_table, *page_table_rows;
     const float* cos_sin;
     long long page_stride, slot_stride, page_table_stride;
     float eps, scale;
@@ -84,7 +85,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     unsigned* counters;
 
     DecodeShared<T, HEAD_DIM, WARPS>& s;
-    int part, head, num_parts, num_chunks, stop;  // stop: the chunk after those of this part
+    int part, head, num_parts, num_chunks, stop;  // stop: the first chunk of the next part
 
     // A warp's tile of 16 keys and values in registers: elements 32 j + 8 t .. + 7 of key g in [j][0], of key g + 8 in [j][1].
     // While the warp computes with a tile, it replaces each register by that of the next tile.
@@ -96,14 +97,16 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     DEVICE KeyRange range_at(int chunk, int row) const {
         if (chunk >= stop) return KeyRange{0, 0, 0, 0, chunk, 0, 0, 0, page_table};
         const int* starts = partition.starts();
-        const int row_chunks = starts[row + 1] - starts[row], from = chunk - starts[row], to = min(row_chunks, from + stop - chunk);
+        const int row_chunks = starts[row + 1] - starts[row];
+        const int first_chunk = chunk - starts[row], end_chunk = min(row_chunks, first_chunk + stop - chunk);
         const int position = positions[row], first = position - num_visible_keys(position, window);
-        const int begin = min(position, first + from * kv_chunk), end = min(position, first + to * kv_chunk);
-        return KeyRange{row, begin, end, position, chunk, from, to, row_chunks, page_table + owners[row] * page_table_stride};
+        const int begin = min(position, first + first_chunk * kv_chunk), end = min(position, first + end_chunk * kv_chunk);
+        const int* pages = page_table + page_table_rows[row] * page_table_stride;
+        return KeyRange{row, begin, end, position, chunk, first_chunk, end_chunk, row_chunks, pages};
     }
 
     DEVICE KeyRange range_after(const KeyRange& range) const {
-        return range_at(range.chunk + range.to - range.from, range.row + range.has_new_token());
+        return range_at(range.chunk + range.end_chunk - range.first_chunk, range.row + range.has_new_token());
     }
 
     DEVICE bool is_rotated(const KeyRange& range) const { return range.position >= 0 && range.position < table_rows; }
@@ -141,13 +144,13 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     }
 
     DEVICE void store_new_token(int row, const T* value) const {
-        const int slot = slots[row];
+        const int slot = kv_slots[row];
         const long long at = slot / page_size * page_stride + slot % page_size * slot_stride + head * HEAD_DIM;
         for (int i = threadIdx.x; i < HEAD_DIM && slot >= 0 && slot < num_slots; i += THREADS)
             k_cache[at + i] = s.key[i], v_cache[at + i] = value[i];
     }
 
-    // The key g of a warp's first tile in a range.
+    // Return the position of key g in a warp's first tile of a range.
     DEVICE int first_token(const KeyRange& range) const { return range.begin + warp_id() * TILE + group_id(); }
     DEVICE long long offset(const KeyRange& range, int token) const {
         token = min(token, range.end - 1);
@@ -218,7 +221,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
         }
     }
 
-    // The new token is one more result, of one key: its score is the maximum, its weight 1.
+    // Add the new token as the result of one key: its score is the maximum, its weight 1.
     DEVICE void attend_new_token(bool has_new_token) const {
         for (int h = warp_id(); h < group; h += WARPS) {
             float dot = 0.f;
@@ -233,8 +236,8 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     DEVICE int first_chunk(int part) const { return (int)((long long)part * num_chunks / num_parts); }
     DEVICE int part_of(int chunk) const { return (int)(((chunk + 1ll) * num_parts - 1) / num_chunks); }
 
-    // The partial results of a row's part, for each head of the group. A part has two places: for a row that began in an earlier
-    // part, and for a row that begins in this one.
+    // Return the memory for a row's partial results in a part, for each head of the group. A part has two: one for a row that began
+    // in an earlier part, one for a row that begins in this one.
     DEVICE float* partial_result(int part, int first_part) const {
         return partial + (2ll * (part * kv_heads + head) + (part == first_part)) * (group * PARTIAL);
     }
@@ -294,21 +297,21 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     }
 };
 
-// Grid: max_parts * kv_heads blocks.
+// The grid is max_parts * kv_heads blocks.
 template <typename T, int HEAD_DIM, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attention(
     T* __restrict__ out, const T* qkv, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows,
-    T* k_cache, T* v_cache, long long page_stride, long long slot_stride, const int* __restrict__ slots, int num_slots,
-    const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ owners, int page_size,
+    T* k_cache, T* v_cache, long long page_stride, long long slot_stride, const int* __restrict__ kv_slots, int num_slots,
+    const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ page_table_rows, int page_size,
     const int* __restrict__ partition, int rows, int window, int kv_chunk, float* partial, unsigned* counters,
     float scale, int heads, int kv_heads) {
     __shared__ DecodeShared<T, HEAD_DIM, WARPS> shared;
     launch_next();
     DecodeBlock<T, HEAD_DIM, WARPS> block{
-        qkv, q_norm, k_norm, k_cache, v_cache, positions, slots, page_table, owners, cos_sin, page_stride, slot_stride, page_table_stride,
-        eps, scale, table_rows, num_slots, page_size, window, kv_chunk, heads, kv_heads, heads / kv_heads, {partition, rows}, partial,
-        counters, shared};
+        qkv, q_norm, k_norm, k_cache, v_cache, positions, kv_slots, page_table, page_table_rows, cos_sin,
+        page_stride, slot_stride, page_table_stride, eps, scale, table_rows, num_slots, page_size, window, kv_chunk,
+        heads, kv_heads, heads / kv_heads, {partition, rows}, partial, counters, shared};
     block.part = blockIdx.x / kv_heads, block.head = blockIdx.x % kv_heads;
     block.num_parts = block.partition.num_parts(), block.num_chunks = block.partition.num_chunks();
     if (block.part >= block.num_parts) return;
@@ -336,9 +339,9 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
         block.write_state(state);
         block.attend_new_token(range.has_new_token());
         __syncthreads();
-        const int first_chunk = range.chunk - range.from;
-        const int first_part = range.is_whole_row() ? block.part : block.part_of(first_chunk);
-        const int last_part = range.is_whole_row() ? block.part : block.part_of(first_chunk + range.row_chunks - 1);
+        const int row_start = range.chunk - range.first_chunk;
+        const int first_part = range.is_whole_row() ? block.part : block.part_of(row_start);
+        const int last_part = range.is_whole_row() ? block.part : block.part_of(row_start + range.row_chunks - 1);
         T* result = out + ((long long)range.row * heads + block.head * block.group) * HEAD_DIM;
         block.merge_warps(result, range, first_part, value);
         if (!range.is_whole_row() && block.is_last_block(range.row, last_part - first_part + 1))

@@ -1,4 +1,4 @@
-// Tensor cores, and the copies of 16 bytes from global to shared memory that feed them in the background.
+// The tensor cores' matrix multiply-accumulate (MMA), and asynchronous copies of 16 bytes from global to shared memory.
 #pragma once
 #include "common.cuh"
 
@@ -33,7 +33,7 @@ DEVICE void copy_async(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));
 }
 
-// Past L1; or write zeros without reading, if not `inside`.
+// Copy 16 bytes past L1, or write zeros without reading if not `inside`.
 DEVICE void copy_async(unsigned to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }

@@ -1,4 +1,4 @@
-// From logits to tokens: Gumbel-max over a whole row (gumbel_argmax, merge_candidates), among the top-k candidates of a row
+// Sampling of tokens: Gumbel-max over a whole row (gumbel_argmax, merge_candidates), among the top-k candidates of a row
 // (topk_candidates, sample_topk), or among the tokens that top-p and min-p keep (sample_top_p). The contracts are in ops.py.
 //
 // Gumbel-max: the token argmax_v score(v) - log E(v), E(v) = -log u(v), is a sample from softmax(score). u(v) in (0, 1) is hashed
@@ -9,7 +9,7 @@ typedef unsigned long long u64;
 
 constexpr long long NO_CANDIDATE = -0x7fffffffffffffffll - 1;  // less than any candidate
 constexpr int TOPK_ITEMS = 32;     // elements of a row in a thread of topk_candidates
-constexpr int TOPK_THREADS = 128;  // of topk_candidates and sample_topk, and the maximum count of both
+constexpr int TOPK_THREADS = 128;  // threads of topk_candidates and sample_topk, and the maximum count of both
 
 // The finalizer of SplitMix64 (Steele, Lea and Flood, 2014).
 DEVICE u64 mix(u64 x) {
@@ -31,7 +31,7 @@ DEVICE float score_of(long long candidate) {
 }
 
 DEVICE int token_of(long long candidate) { return (int)(0xffffffffu - (unsigned)candidate); }
-// The 52 random bits of a token.
+// Return the 52 random bits of a token.
 DEVICE u64 random_bits(u64 key, int token) { return mix(key + 0x9E3779B97F4A7C15ull * (u64)token) >> 12; }
 
 // score - log E. double: the 52 bits stay apart also for a small E, which decides.
@@ -50,7 +50,7 @@ DEVICE float upper_bound(float score, u64 bits) {
     return score - __logf(rest) + 1e-3f + 1e-6f * fminf(fabsf(score), 1e30f);
 }
 
-// The greatest upper 32 bits of 1 - u with which a score can reach the threshold: score - log(1 - u) >= threshold.
+// Return the greatest upper 32 bits of 1 - u with which a score can reach the threshold: score - log(1 - u) >= threshold.
 DEVICE unsigned max_rest(float score, float threshold) {
     const float rest = __expf(score - threshold + 1e-3f + 1e-6f * fminf(fabsf(score), 1e30f));
     return rest < 0.99f ? (unsigned)(rest * 0x1p32f) : 0xffffffffu;
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(1024) sample_top_p(
         const int token = token_of(block_max(best));
         if (token < 0) break;  // impossible: the most likely token is always kept
         rejected = pack(to_float(row[token]), token);
-        float mass_above = 0.f;  // of more likely tokens
+        float mass_above = 0.f;  // the mass of more likely tokens
         for_each([&](const Vec<T, V>& values, int first, int count) {
             UNROLL for (int i = 0; i < V; ++i) {
                 if (i >= count || pack(to_float(values.at[i]), first + i) <= rejected) continue;

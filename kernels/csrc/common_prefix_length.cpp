@@ -1,4 +1,4 @@
-// The length of the common prefix of two token arrays, for the prefix tree. NumPy twin: common_prefix_length in reference.py.
+// The length of the common prefix of two token arrays, for the prefix cache. Mirrors common_prefix_length of reference.py.
 #include <cstdint>
 #include <cstring>
 

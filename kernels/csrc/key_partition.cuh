@@ -2,10 +2,10 @@
 #pragma once
 #include "common.cuh"
 
-// The keys in the cache that a row attends to; its new key comes on top.
+// Return how many keys in the cache a row attends to, excluding its new key.
 DEVICE int num_visible_keys(int position, int window) { return window > 0 ? min(position, window - 1) : position; }
 
-// The tensor that partition_keys writes; its Python twin is PartitionLayout in paged_attention.py. A chunk is kv_chunk keys of one
+// The tensor that partition_keys writes; PartitionLayout in paged_attention.py mirrors it. A chunk is kv_chunk keys of one
 // row; the last chunk of a row may have fewer, and a row has at least one chunk. A part is a run of chunks:
 //   num_parts = min(max_parts, num_chunks, max(rows, num_chunks / min_chunks)); part p starts at chunk p * num_chunks / num_parts.
 template <typename Int> struct Partition {
@@ -44,7 +44,7 @@ DEVICE int scan_chunks(int* starts, const int* __restrict__ positions, int rows,
     return total;
 }
 
-// The row that has a chunk: starts[row] <= chunk < starts[row + 1].
+// Return the row of a chunk: starts[row] <= chunk < starts[row + 1].
 DEVICE int row_of(const int* starts, int rows, int chunk) {
     int low = 0, high = rows;
     while (high - low > 1) {
@@ -56,13 +56,13 @@ DEVICE int row_of(const int* starts, int rows, int chunk) {
 
 // The keys of one row in a part.
 struct KeyRange {
-    int row, begin, end;  // the keys [begin, end) of the row
-    int position;         // of the row's new token
-    int chunk;            // the first, in the sequence of all chunks
-    int from, to;         // the chunks [from, to) of the row
+    int row, begin, end;         // the keys [begin, end) of the row
+    int position;                // the position of the row's new token
+    int chunk;                   // the index of the first chunk in the sequence of all chunks
+    int first_chunk, end_chunk;  // the chunks [first_chunk, end_chunk) of the row
     int row_chunks;
     const int* pages;
 
-    DEVICE bool has_new_token() const { return to == row_chunks; }
-    DEVICE bool is_whole_row() const { return to - from == row_chunks; }
+    DEVICE bool has_new_token() const { return end_chunk == row_chunks; }
+    DEVICE bool is_whole_row() const { return end_chunk - first_chunk == row_chunks; }
 };

@@ -1,8 +1,12 @@
 // One head of q, k or v between its projection and attention; bitwise identical in all kernels.
 #pragma once
-#include "tensor.cuh"
+#include "mma.cuh"
 
-// A warp has one head. Lane l holds P pairs (x[i], x[size / 2 + i]), for V adjacent i from V l, then from V (l + 32), and so on.
+// A warp processes one head of `size` elements. A lane holds P pairs (x[i], x[size / 2 + i]), in runs of V adjacent i.
+// For P = 4, V = 2 and size = 256 the lanes hold these i, and the second elements at 128 + i:
+//
+//     i     0 1   2 3  ..  62 63   64 65   66 67  ..  126 127
+//     lane   0     1   ..    31      0       1    ..     31
 template <int P> struct Pairs { float first[P], second[P]; };
 
 template <int V> DEVICE int pair_at(int p) { return (threadIdx.x % 32 + p / V * 32) * V; }
@@ -19,10 +23,10 @@ template <int P, int V, typename T> DEVICE Pairs<P> load_head(const T* from, int
     return x;
 }
 
-// Norm over the head if `norm` is not null, rotation by `angles` (cosines, then sines) if not null, then rounding:
-// (a, b) -> (a cos - b sin, b cos + a sin) for each pair.
+// Apply the norm over the head if `norm` is not null, rotate each pair (a, b) to (a cos - b sin, b cos + a sin) if `angles`
+// (cosines, then sines) is not null, round, and store the head.
 template <int P, int V, typename T, typename C>
-DEVICE void finish_head(C* to, const Pairs<P>& x, const T* norm, float eps, const float* angles, int size) {
+DEVICE void norm_rotate_store_head(C* to, const Pairs<P>& x, const T* norm, float eps, const float* angles, int size) {
     const int half = size / 2;
     float squares = 0.f;
     UNROLL for (int p = 0; p < P; ++p) squares += x.first[p] * x.first[p] + x.second[p] * x.second[p];
@@ -48,5 +52,5 @@ DEVICE void finish_head(C* to, const Pairs<P>& x, const T* norm, float eps, cons
 
 template <int P, int V, typename T, typename C>
 DEVICE void prepare_head(C* to, const T* from, const T* norm, float eps, const float* angles, int size) {
-    finish_head<P, V>(to, load_head<P, V>(from, size), norm, eps, angles, size);
+    norm_rotate_store_head<P, V>(to, load_head<P, V>(from, size), norm, eps, angles, size);
 }
