@@ -79,7 +79,7 @@ class Config:
     )
     all_reduce: AllReduce = option(
         "auto",
-        "all-reduce between GPUs: NCCL, our one-shot or two-shot kernels over shared memory, or auto, the fastest of"
+        "all-reduce between GPUs: NCCL, our one-shot or two-shot kernels over peer memory, or auto, the fastest of"
         " them for each size as measured at start-up",
     )
     startup_timeout: float = option(600.0, "seconds within which the ranks must be placed, loaded and connected")
