@@ -88,19 +88,29 @@ REQUIRED: dict[str, list[Any]] = {
     "ncclAllReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
     "ncclAllGather": [c_void_p, c_void_p, c_size_t, c_int, _COMM, _STREAM],
 }
-# The functions for symmetric memory. A library may lack them: call `require` before the first use.
+# The rest of the API. A library may lack these functions: call `require` before the first use.
 OPTIONAL: dict[str, list[Any]] = {
+    "ncclCommInitRank": [_OUT, c_int, UniqueId, c_int],
+    "ncclCommSplit": [_COMM, c_int, c_int, _OUT, POINTER(CommConfig)],
+    "ncclReduceScatter": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
+    "ncclBroadcast": [c_void_p, c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
+    "ncclReduce": [c_void_p, c_void_p, c_size_t, c_int, c_int, c_int, _COMM, _STREAM],
+    "ncclSend": [c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
+    "ncclRecv": [c_void_p, c_size_t, c_int, c_int, _COMM, _STREAM],
+    "ncclGroupStart": [],
+    "ncclGroupEnd": [],
     "ncclMemAlloc": [_OUT, c_size_t],
     "ncclMemFree": [c_void_p],
+    "ncclCommRegister": [_COMM, c_void_p, c_size_t, _OUT],
+    "ncclCommDeregister": [_COMM, c_void_p],
     "ncclCommWindowRegister": [_COMM, c_void_p, c_size_t, _OUT, c_int],
     "ncclCommWindowDeregister": [_COMM, c_void_p],
 }
+OLDEST = 21800  # the version that has all functions without an entry here
 SINCE = {
-    "ncclMemAlloc": 21900,
-    "ncclMemFree": 21900,
-    "ncclCommWindowRegister": 22700,
-    "ncclCommWindowDeregister": 22700,
-}
+    "ncclMemAlloc": 21900, "ncclMemFree": 21900, "ncclCommRegister": 21900, "ncclCommDeregister": 21900,
+    "ncclCommWindowRegister": 22700, "ncclCommWindowDeregister": 22700,
+}  # fmt: skip
 
 
 class Nccl:
@@ -133,7 +143,7 @@ class Nccl:
         """Raise NcclError that names the functions that this library lacks, if any."""
         missing = self._missing(functions)
         if missing:
-            since = version_text(max(SINCE[name] for name in missing))
+            since = version_text(max(SINCE.get(name, OLDEST) for name in missing))
             raise NcclError(f"{self} at {self.path} lacks {', '.join(missing)}; use {since} or newer")
 
     def reduction_type(self, dtype: torch.dtype) -> int:

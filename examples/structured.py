@@ -16,7 +16,7 @@ SCHEMA = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "pattern": "^[A-Z][a-z]{2,8}$"},
-        "age": {"type": "integer", "maximum": 969},
+        "age": {"type": "integer", "minimum": 0, "maximum": 969},
     },
     "required": ["name", "age"],
     "additionalProperties": False,

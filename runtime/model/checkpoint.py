@@ -45,10 +45,11 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         if not fetch:
             kind = ValueError if constants.HF_HUB_OFFLINE else NotFetched
-            raise kind(f"{model} is no folder here and not downloaded yet; hf download {model}") from error
+            raise kind(f"{model} is no folder here and not downloaded yet; hf download {model}") from None
+        # The hub's errors are chains of 70 lines, whose first line says it all.
         raise ValueError(
             f"{model} is no folder here and could not be fetched from the hub: {first_line(error)}"
-        ) from error
+        ) from None
 
 
 def find_model(config: Config) -> tuple[Path, ModelConfig]:

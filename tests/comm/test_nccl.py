@@ -197,7 +197,7 @@ def test_installed_library_has_the_functions() -> None:
     if path is None:
         pytest.skip("torch has mapped no libnccl here, and GPU_TEST_LIBNCCL is not set")
     nccl = Nccl(path)
-    nccl.require(*(name for name in loading.OPTIONAL if loading.SINCE[name] <= nccl.version))
+    nccl.require(*(name for name in loading.OPTIONAL if loading.SINCE.get(name, loading.OLDEST) <= nccl.version))
     assert len(nccl.unique_id()) == 128  # works without a GPU, and by value and pointer as declared
     with pytest.raises(NcclError, match=r"^invalid handle failed: invalid argument"):
         nccl.check(4, "invalid handle")
@@ -219,6 +219,8 @@ def test_library_without_required_functions_is_refused_by_name(build: Callable[.
     with pytest.raises(NcclError, match=r"lacks ncclCommFinalize; use a libnccl of 2.18 or newer$"):
         Nccl(str(build("LACKS_FINALIZE")))
     old = Nccl(str(build("LACKS_WINDOWS", "VERSION=22605")))
+    with pytest.raises(NcclError, match=r" lacks ncclSend; use 2.18.0 or newer$"):  # the stub has no ncclSend
+        old.require("ncclSend")
     old.require("ncclMemAlloc")
     with pytest.raises(NcclError, match=r"^NCCL 2.26.5 at .* lacks ncclCommWindowRegister; use 2.27.0 or newer$"):
         old.require("ncclMemAlloc", "ncclCommWindowRegister")
