@@ -42,6 +42,12 @@ def interrupt(number: int, frame: object = None) -> NoReturn:
     raise Terminated if _terminated else KeyboardInterrupt
 
 
+def raise_if_terminated() -> None:
+    """Raise Terminated if SIGTERM has come: Python drops the exception where a destructor runs at that moment."""
+    if _terminated:
+        raise Terminated
+
+
 def status_of(end: SystemExit) -> int | str | None:
     """Return the exit status: code that knows KeyboardInterrupt only reports SIGTERM as Ctrl-C."""
     return 128 + signal.SIGTERM if _terminated and end.code == INTERRUPTED else end.code
