@@ -7,7 +7,9 @@ mask is no solution: processes that are started meanwhile inherit the mask.
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +17,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 ENDING = (signal.SIGINT, signal.SIGTERM)
+RESEND_S = 0.01
 INTERRUPTED = 128 + signal.SIGINT
 _waiting = False
 _terminated = False
@@ -27,6 +30,18 @@ class Terminated(KeyboardInterrupt):
 def end_on_sigterm() -> None:
     """Let SIGTERM end the process in order from now on, as Ctrl-C does."""
     signal.signal(signal.SIGTERM, interrupt)
+    sys.unraisablehook = resend_dropped
+
+
+def resend_dropped(unraisable: sys.UnraisableHookArgs) -> None:
+    """Send a signal again if Python dropped its exception, as it does while a destructor runs."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        number = signal.SIGTERM if issubclass(unraisable.exc_type, Terminated) else signal.SIGINT
+        timer = threading.Timer(RESEND_S, os.kill, (os.getpid(), number))  # in this call it would be dropped again
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def end_at_once() -> None:
@@ -40,12 +55,6 @@ def interrupt(number: int, frame: object = None) -> NoReturn:
     global _terminated
     _terminated = number == signal.SIGTERM
     raise Terminated if _terminated else KeyboardInterrupt
-
-
-def raise_if_terminated() -> None:
-    """Raise Terminated if SIGTERM has come: Python drops the exception where a destructor runs at that moment."""
-    if _terminated:
-        raise Terminated
 
 
 def status_of(end: SystemExit) -> int | str | None:

@@ -20,7 +20,7 @@ import uvicorn
 from ...runtime.config import Config
 from ..doctor.preflight import Preflight
 from ..engine.async_engine import AsyncEngine
-from ..signals import interrupt, raise_if_terminated, signals_wait
+from ..signals import interrupt, signals_wait
 from .app import create_app
 from .handlers import Handlers
 from .http_protocol import TimeoutHTTPProtocol, raise_file_limit
@@ -40,9 +40,7 @@ def serve(config: Config, options: ServerConfig, preflight: Preflight | None) ->
             config, max_restarts=options.max_restarts, replicas=options.replicas, max_queued=options.max_queued
         )
         try:
-            raise_if_terminated()
             engine.start()
-            raise_if_terminated()
             signal_number = asyncio.run(serve_until_signal(engine, options, listener))
         finally:
             with signals_wait():
