@@ -18,6 +18,7 @@ import torch
 from ..comm.base import SingleRank
 from .config import Config
 from .engine import Engine
+from .memory.memory_plan import MemoryPlan
 from .model.model_config import ModelConfig
 from .plan import StepOutput
 from .request import Limits, Request
@@ -30,11 +31,19 @@ log = logging.getLogger(__name__)
 
 
 class RankLocation(msgspec.Struct, frozen=True):
-    """The host and process of one rank."""
+    """The host, process and memory of one rank."""
 
     rank: int
     host: str
     pid: int
+    device: str = ""  # "GPU 0 (NVIDIA H200, 139.81 GiB)"
+    weight_bytes: int = 0
+    kv_cache_bytes: int = 0
+
+    def with_memory(self, plan: MemoryPlan, limits: Limits) -> RankLocation:
+        """Return this location with the device and the memory of a rank that has loaded its weights."""
+        kv_cache = plan.page_bytes * limits.num_pages
+        return msgspec.structs.replace(self, device=plan.place, weight_bytes=plan.weights, kv_cache_bytes=kv_cache)
 
 
 class Wakeup(Protocol):
@@ -92,7 +101,8 @@ class LocalExecutor:
         self.memory = loaded.plan_memory()
         self.limits = plan_limits(config, resolved, model, self.memory)
         runner = loaded.allocate(self.limits)
-        self.locations = [RankLocation(0, socket.gethostname(), os.getpid())]
+        location = RankLocation(0, socket.gethostname(), os.getpid())
+        self.locations = [location.with_memory(self.memory, self.limits)]
         self.startup = timer.record()
         log.info(summary(self.startup))
         self._engine = Engine(Scheduler(self.limits), runner, publish=lambda plan: None, overlap=runner.overlaps)

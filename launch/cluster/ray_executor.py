@@ -102,10 +102,6 @@ class RayExecutor:
         """Wait for `wakeup`, which must be the connection's: it is also set when a rank fails."""
         wakeup.wait()
 
-    @property
-    def locations(self) -> list[RankLocation]:
-        return [RankLocation(e.rank, e.host, e.pid) for e in self._ranks.endpoints]
-
     def _start(self, user_config: Config, model: ModelConfig, stack: Undo, connection: Connection) -> None:
         """Start the ranks; each step adds to `stack` what undoes it."""
         if not ray.is_initialized():  # the next call would start Ray again, with other options
@@ -146,6 +142,10 @@ class RayExecutor:
         log.info("communication: %s", loaded[0].communication)
         self.memory = tightest([report.memory for report in loaded])
         self.limits = plan_limits(user_config, config, model, self.memory)
+        self.locations = [
+            RankLocation(e.rank, e.host, e.pid).with_memory(report.memory, self.limits)
+            for e, report in zip(ranks.endpoints, loaded, strict=True)
+        ]
         self._phases.add_slowest(ranks.call("allocate", deadline, self.limits))
 
     def _update(self, messages: list[bytes]) -> list[StepOutput]:

@@ -12,11 +12,11 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
 
 import msgspec
 
 from ...runtime.config import Config
+from ...runtime.executor import RankLocation
 from ...runtime.frontend import Frontend
 from ...runtime.model.checkpoint import find_model
 from ...runtime.outputs import Event
@@ -32,16 +32,7 @@ from ..signals import Undo
 from .async_tokenizer import AsyncTokenizer
 from .event_streams import OutputQueue
 from .grammar_check import GrammarCheck
-from .recovery import CLOSING, Health, RecoveringEngine
-
-
-class RankStatus(NamedTuple):
-    """The place and state of a rank; ranks in this process have its pid."""
-
-    rank: int
-    host: str
-    pid: int
-    state: Literal["running", "ended"]
+from .recovery import CLOSING, EngineEvent, Health, RecoveringEngine
 
 
 class AsyncEngineStats(msgspec.Struct, frozen=True):
@@ -56,7 +47,8 @@ class AsyncEngineStats(msgspec.Struct, frozen=True):
     prefix_queries: int  # tokens looked up in the prefix cache; only grows
     engine: EngineStats  # counters since the start, including those before a restart
     restarts: int
-    ranks: list[RankStatus]
+    ranks: Sequence[RankLocation]  # the last ones, if the ranks have failed
+    events: list[EngineEvent]
 
 
 class AsyncEngine:
@@ -132,8 +124,6 @@ class AsyncEngine:
         lengths = (len(output.generation.prompt_ids) + output.num_tokens for output in running)
         pages = sum(-(-length // self.limits.page_size) for length in lengths)
         total, free = self._replicas * self.limits.num_pages, frontend.num_free_pages
-        health = self._engine.health
-        state: Literal["running", "ended"] = "running" if health.state == "ready" else "ended"
         return AsyncEngineStats(
             num_live=len(live),
             running=len(running),
@@ -143,8 +133,9 @@ class AsyncEngine:
             prefix_hits=frontend.num_prefix_hits,
             prefix_queries=frontend.num_prefix_queries,
             engine=self._engine.stats,
-            restarts=health.restarts,
-            ranks=[RankStatus(r.rank, r.host, r.pid, state) for r in frontend.executor.locations],
+            restarts=self._engine.health.restarts,
+            ranks=frontend.executor.locations,
+            events=list(self._engine.events),
         )
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ...runtime.executor import Executor, Wakeup
 from ...runtime.frontend import Frontend
@@ -25,6 +26,7 @@ from .event_streams import OutputQueue, OutputQueues, send
 from .quarantine import CrashQuarantine
 
 log = logging.getLogger(__name__)
+MOST_EVENTS = 100  # this many are kept
 CLOSING = "the server is shutting down"  # clients see this reason
 
 
@@ -36,6 +38,13 @@ class Health:
     reason: str = ""
     since: float = field(default_factory=time.time)
     restarts: int = 0  # number of times that the ranks were started again
+
+
+class EngineEvent(NamedTuple):
+    """A failure or a recovery, for people to read."""
+
+    at: float  # time.time()
+    event: str
 
 
 class NullExecutor:
@@ -77,6 +86,7 @@ class RecoveringEngine:
         self.queues = OutputQueues()
         self.quarantine = CrashQuarantine(restart_window)
         self.health = Health("ready")
+        self.events: deque[EngineEvent] = deque(maxlen=MOST_EVENTS)
         self._start_executor, self._resources = start_executor, resources
         self._max_restarts, self._restart_window = max_restarts, restart_window
         self._failures: list[float] = []  # times of time.monotonic, within the window
@@ -142,6 +152,7 @@ class RecoveringEngine:
             recent = recent[: len(recent) - max(0, num_crashes - 1)]  # all crashes by one request count as one
         self._failures = [*recent, now]
         if len(recent) < self._max_restarts:
+            self._note(reason)
             self._set_health("recovering", reason)
         else:
             self._fail(f"{reason}; given up after {len(recent)} restarts within {self._restart_window:g} s")
@@ -163,7 +174,9 @@ class RecoveringEngine:
     def _reroute(self, lost: RequestsLost) -> None:
         """Continue the requests of a failed replica in others, with their generated tokens."""
         rerouted = self.frontend.withdraw(lost.uids)
-        log.error("a replica has failed, %d requests go on elsewhere: %s", len(rerouted), lost)
+        message = f"a replica has failed, {len(rerouted)} requests go on elsewhere: {lost}"
+        self._note(message)
+        log.error("%s", message)
         stopped = [*rerouted, *self.quarantine.paused]
         self._blame(str(lost), rerouted)
         paused = self.quarantine.paused
@@ -194,11 +207,14 @@ class RecoveringEngine:
             log.warning("%d requests were live in two crashes and made no progress; running them one at a time", count)
         self.frontend.resubmit(executor, self.quarantine.paused)
         self._set_health("ready")
-        log.info("back after %.1f s: %d outputs go on", time.perf_counter() - started, len(self.frontend.live))
+        message = f"back after {time.perf_counter() - started:.1f} s: {len(self.frontend.live)} outputs go on"
+        self._note(message)
+        log.info("%s", message)
 
     def _fail(self, reason: str) -> None:
         """Fail for good: end all requests, and refuse new ones, with this reason."""
         log.error("%s", reason)
+        self._note(reason)
         self._set_health("failed", reason)
         generations = self.queues.generations
         self.frontend.cancel(generations, reason)
@@ -213,6 +229,9 @@ class RecoveringEngine:
 
     def _set_health(self, state: Literal["ready", "recovering", "failed"], reason: str = "") -> None:
         self.health = Health(state, reason, restarts=self.health.restarts)
+
+    def _note(self, event: str) -> None:
+        self.events.append(EngineEvent(time.time(), event))
 
 
 def _close(executor: Executor) -> None:

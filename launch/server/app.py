@@ -28,7 +28,14 @@ from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeR
 from .protocol.response_models import ChatCompletion, Completion, Detokenized, Healthy, ModelList, Tokens, Version
 
 REF = "#/components/schemas/{model}"
-PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}  # it has a chat and the engine's state
+PAGE = Path(__file__).parent / "page"  # a chat, and a live view of the engine
+PAGE_FILES = {f"/{path.relative_to(PAGE)}": path for path in sorted(PAGE.rglob("*.*"))} | {"/": PAGE / "index.html"}
+PAGE_HEADERS = {  # the page loads nothing from other hosts, and no other page shows it in a frame
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; "
+    "frame-ancestors 'none'; form-action 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": meaning}
     for status, meaning in {
@@ -65,13 +72,13 @@ def create_app(handlers: Handlers, keys: Sequence[str]) -> ASGIApp:
             responses=ERRORS | {200: {"content": content}}, openapi_extra=body and _body_schema(body),
         )  # fmt: skip
     app.add_route("/stats", handlers.stats, include_in_schema=False)
-    for path in PAGE:
+    for path in PAGE_FILES:
         app.add_route(path, _send_page_file, include_in_schema=False)
     return RequireKey(app, keys)
 
 
 async def _send_page_file(request: Request) -> Response:
-    return FileResponse(Path(__file__).parent / "page" / PAGE[request.url.path])
+    return FileResponse(PAGE_FILES[request.url.path], headers=PAGE_HEADERS)
 
 
 class DocumentedApp(FastAPI):

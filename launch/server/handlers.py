@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Send
@@ -185,12 +186,14 @@ class Handlers:
         """Serve GET /stats, the statistics of the engine for the page."""
         stats, health = self._engine.stats(), self._engine.health
         engine = stats.engine
+        rank_state = "running" if health.state in ("ready", "draining") else "ended"
         fields = {
             "state": health.state, "reason": health.reason, "restarts": stats.restarts,
             "running": stats.running, "waiting": stats.waiting, "kv_usage": stats.kv_usage,
-            "cached_tokens": stats.prefix_hits, "prompt_tokens": engine.prompt_tokens,
-            "output_tokens": engine.output_tokens, "steps": engine.steps, "preemptions": engine.preemptions,
-            "ranks": [rank._asdict() for rank in stats.ranks],
+            "cached_tokens": stats.prefix_hits, "prefix_queries": stats.prefix_queries,
+            **msgspec.structs.asdict(engine),
+            "ranks": [{**msgspec.structs.asdict(rank), "state": rank_state} for rank in stats.ranks],
+            "events": [event._asdict() for event in stats.events],
         }  # fmt: skip
         return JSONResponse(fields)
 

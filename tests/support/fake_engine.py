@@ -11,12 +11,13 @@ from typing import Any, cast
 import httpx
 import openai
 
-from lockstep.launch.engine.async_engine import AsyncEngine, AsyncEngineStats, RankStatus
+from lockstep.launch.engine.async_engine import AsyncEngine, AsyncEngineStats
 from lockstep.launch.engine.async_tokenizer import AsyncTokenizer
-from lockstep.launch.engine.recovery import Health
+from lockstep.launch.engine.recovery import EngineEvent, Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server.run import Server, bind, create_uvicorn_config
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
+from lockstep.runtime.executor import RankLocation
 from lockstep.runtime.outputs import Event, Logprob
 from lockstep.runtime.request import Limits, SamplingParams
 from lockstep.runtime.stats import EngineStats
@@ -59,8 +60,8 @@ class FakeService:
 
     def stats(self) -> AsyncEngineStats:
         engine = EngineStats(steps=self.steps, preemptions=3)
-        ranks = [RankStatus(0, "host", 1, "running")]
-        return AsyncEngineStats(self.live, self.live, self.waiting, 0.25, 384, 10, 40, engine, 2, ranks)
+        ranks, events = [RankLocation(0, "host", 1)], [EngineEvent(5.0, "rank 0 died")]
+        return AsyncEngineStats(self.live, self.live, self.waiting, 0.25, 384, 10, 40, engine, 2, ranks, events)
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
         if self.health.state in ("failed", "draining"):

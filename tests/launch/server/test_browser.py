@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.skipif(PROGRAM is None, reason="the tests of the page need chromium"),
 ]
 SERVE = ["serve", "--device=cpu", "--port=0", "--num-pages=2048", "--max-num-seqs=4", "--served-model-name=demo"]
+USAGE = {"stream_options": {"include_usage": True}}
 QUESTION = "Who was Moses?"
 # Records the stats that the page reads and their times, so that the test computes rates from the same values.
 RECORD = """
@@ -40,11 +41,12 @@ Response.prototype.json = async function () {
 WATCH = """
 window.texts = [];
 new MutationObserver(() => {
-  const text = document.querySelector("#conversation").lastChild?.textContent;
+  const text = document.querySelector("#conversation").lastChild?.querySelector?.(".body")?.textContent.trim();
   if (text && text !== window.texts.at(-1)) window.texts.push(text);
 }).observe(document.querySelector("#conversation"), { childList: true, subtree: true, characterData: true });
 """
-ROWS = "[...document.querySelectorAll('TABLE tr')].map((row) => [...row.children].map((cell) => cell.textContent))"
+ROWS = "[...document.querySelectorAll('TABLE')].map((row) => [...row.children].map((cell) => cell.textContent))"
+FIGURES, RANKS = ROWS.replace("TABLE", "#figures div"), ROWS.replace("TABLE", "#ranks tr")
 IDLE = "document.querySelector('#stop').hidden && document.querySelectorAll('.turn').length > 1"
 
 
@@ -85,6 +87,7 @@ def page(browser: Browser, server: tuple[str, int]) -> Iterator[Browser]:
 
 
 def choose(page: Browser, **parameters: object) -> None:
+    page.evaluate("document.querySelector('#settings').open = true")
     for name, value in parameters.items():
         page.type(f"input[name={name}]", str(value))
 
@@ -95,8 +98,15 @@ def ask(page: Browser, question: str = QUESTION) -> None:
 
 
 def turns(page: Browser) -> list[tuple[str, str]]:
-    script = "[...document.querySelectorAll('.turn')].map((turn) => [turn.dataset.role, turn.textContent])"
-    return [tuple(turn) for turn in page.evaluate(script)]
+    """Return the role and the text of each turn, or why it failed; Markdown joins white space."""
+    text = "(turn.querySelector('.failure') ?? turn.querySelector('.body')).textContent"
+    script = f"[...document.querySelectorAll('.turn')].map((turn) => [turn.dataset.role, {text}])"
+    return [(role, joined(text)) for role, text in page.evaluate(script)]
+
+
+def joined(text: str) -> str:
+    """Return the text with single spaces."""
+    return " ".join(text.split())
 
 
 def sent(page: Browser) -> dict[str, Any]:
@@ -123,7 +133,7 @@ def test_answer_streams_and_conversation_continues(page: Browser, server: tuple[
     page.wait(IDLE)
     conversation = [{"role": "user", "content": QUESTION}]
     first = reply(server[0], conversation, temperature=0, max_tokens=60)
-    assert turns(page) == [("you", QUESTION), ("demo", first)]
+    assert turns(page) == [("you", QUESTION), ("demo", joined(first))]
     texts = [text for text in page.evaluate("window.texts") if text != QUESTION]
     assert len(texts) > 5, "it came in pieces"
     assert all(after.startswith(before) for before, after in pairwise(texts))
@@ -133,7 +143,7 @@ def test_answer_streams_and_conversation_continues(page: Browser, server: tuple[
     assert sent(page)["messages"] == conversation
     assert turns(page)[2:] == [
         ("you", "And <b>who</b> was Aaron?"),
-        ("demo", reply(server[0], conversation, temperature=0, max_tokens=60)),
+        ("demo", joined(reply(server[0], conversation, temperature=0, max_tokens=60))),
     ]
 
 
@@ -143,14 +153,15 @@ def test_parameters_reach_the_request(page: Browser, server: tuple[str, int]) ->
     ask(page)
     page.wait(IDLE)
     messages = [{"role": "user", "content": QUESTION}]
-    assert sent(page) == {"model": "demo", "messages": messages, "stream": True, **parameters}
-    assert turns(page)[1] == ("demo", reply(server[0], messages, **parameters))
+    assert sent(page) == {"model": "demo", "messages": messages, "stream": True, **USAGE, **parameters}
+    first = reply(server[0], messages, **parameters)
+    assert turns(page)[1] == ("demo", joined(first))
     choose(page, temperature="", top_p="", max_tokens=2, seed="")
     ask(page)
     page.wait("document.querySelectorAll('.turn').length === 4 && document.querySelector('#stop').hidden")
     assert sent(page) == {
-        "model": "demo", "stream": True, "max_tokens": 2,
-        "messages": [*messages, {"role": "assistant", "content": turns(page)[1][1]}, *messages],
+        "model": "demo", "stream": True, **USAGE, "max_tokens": 2,
+        "messages": [*messages, {"role": "assistant", "content": first}, *messages],
     }  # fmt: skip
 
 
@@ -172,14 +183,15 @@ def test_stop_button_cancels_the_output(page: Browser, server: tuple[str, int]) 
     page.wait(IDLE)
     wait_until(lambda: gauges(server[0])["num_requests_running"] == 0)
     assert gauges(server[0])["num_requests_waiting"] == 0
-    stopped = turns(page)[1][1]
-    answer = reply(server[0], **{**sent(page), "stream": False})
-    assert answer.startswith(stopped)
-    assert 40 < len(stopped) < len(answer), "what had come stays"
+    shown, body = turns(page)[1][1], {**sent(page), "stream": False, "stream_options": None}
     choose(page, temperature=0, max_tokens=5)
     ask(page)
     page.wait("document.querySelectorAll('.turn').length === 4 && document.querySelector('#stop').hidden")
-    assert sent(page)["messages"][1] == {"role": "assistant", "content": stopped}
+    kept = sent(page)["messages"][1]
+    answer = reply(server[0], **body)
+    assert kept["role"] == "assistant"
+    assert answer.startswith(kept["content"])
+    assert 30 < len(shown) <= len(kept["content"]) < len(answer), "what had come stays"
 
 
 def test_new_conversation_forgets_the_old_one(page: Browser, server: tuple[str, int]) -> None:
@@ -202,7 +214,7 @@ def shown(stats: dict[str, Any], before: dict[str, Any]) -> dict[str, str]:
     steps = stats["steps"] - before["steps"]
     return {
         "running": str(stats["running"]), "waiting": str(stats["waiting"]),
-        "KV cache in use": f"{100 * stats['kv_usage']:.1f} %", "prompt tokens found in it": str(stats["cached_tokens"]),
+        "KV cache in use": f"{100 * stats['kv_usage']:.1f} %", "prefix cache hits, tokens": str(stats["cached_tokens"]),
         "output tokens/s": f"{(stats['output_tokens'] - before['output_tokens']) / seconds:.0f}",
         "prompt tokens/s": f"{(stats['prompt_tokens'] - before['prompt_tokens']) / seconds:.0f}",
         "ms a step": f"{1000 * seconds / steps:.2f}" if steps else "idle",
@@ -212,7 +224,7 @@ def shown(stats: dict[str, Any], before: dict[str, Any]) -> dict[str, str]:
 
 def agree(page: Browser) -> dict[str, Any]:
     """Compare the page's table with the stats that it read last, and return these."""
-    before, stats, rows = page.evaluate(f"[...window.seen.slice(-2), {ROWS.replace('TABLE', '#engine')}]")
+    before, stats, rows = page.evaluate(f"[...window.seen.slice(-2), {FIGURES}]")
     cells, expected = dict(rows), shown(stats, before)
     assert cells.keys() == expected.keys()
     for name, text in expected.items():
@@ -238,7 +250,7 @@ def test_live_view_agrees_with_metrics(page: Browser, server: tuple[str, int]) -
         assert (stats["running"], stats["waiting"]) == (4, 2)
         assert (metrics["num_requests_running"], metrics["num_requests_waiting"]) == (4, 2)
         assert 0 < stats["kv_usage"] <= metrics["kv_cache_usage_perc"] < 1, "it grows"
-        assert page.evaluate(f"Number({ROWS.replace('TABLE', '#engine')}[4][1])") > 0, "tokens/s"
+        assert page.evaluate(f"Number({FIGURES}[4][1])") > 0, "tokens/s"
     page.wait("window.seen.at(-1).running === 0 && window.seen.at(-1).steps === window.seen.at(-2).steps")
     stats, metrics = agree(page), gauges(url)
     for name, metric in {
@@ -247,8 +259,8 @@ def test_live_view_agrees_with_metrics(page: Browser, server: tuple[str, int]) -
         "preemptions": "num_preemptions_total", "restarts": "engine_restarts_total",
     }.items():  # fmt: skip
         assert stats[name] == metrics[metric], name
-    ((rank, state),) = page.evaluate(ROWS.replace("TABLE", "#ranks"))
-    assert (rank.startswith("0 on "), rank.endswith(f", pid {pid}"), state) == (True, True, "running")
+    (rank,) = page.evaluate(f"{RANKS}.slice(1)")
+    assert (rank[0], rank[2], rank[3], rank[-1]) == ("0", str(pid), "the CPU", "running")
 
 
 def test_refusal_is_shown_and_question_restored(browser: Browser, server: tuple[str, int]) -> None:
@@ -285,3 +297,72 @@ def test_key_in_the_address_is_enough(browser: Browser, run: Callable[..., Runni
     browser.wait(IDLE)
     assert turns(browser)[1][1]
     assert browser.complaints() == []
+
+
+# One answer of the API with each part that the page draws, as server-sent events.
+DELTAS = [
+    {"role": "assistant", "reasoning_content": "Let me "},
+    {"reasoning_content": "think."},
+    {"content": "# Title\n\n**bold** `code` <b>tag</b> [a](https://a.example) [b](javascript:alert(1)) "},
+    {"content": "![i](https://b.example/i.png)\n\n```\nx = 1\n```\n"},
+    {"tool_calls": [{"index": 0, "id": "c", "type": "function", "function": {"name": "find", "arguments": ""}}]},
+    {"tool_calls": [{"index": 0, "function": {"arguments": '{"a":'}}]},
+    {"tool_calls": [{"index": 0, "function": {"arguments": " 1}"}}]},
+]
+ANSWER = "".join(f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n" for delta in DELTAS)
+REPLACE_ANSWER = """
+const sendRequest = window.fetch;
+window.fetch = async (url, options) =>
+  String(url).endsWith("/v1/chat/completions") ? new Response(ANSWER) : sendRequest(url, options);
+"""
+
+
+def test_markdown_thinking_and_tool_calls_are_drawn(page: Browser) -> None:
+    page.evaluate(REPLACE_ANSWER.replace("ANSWER", json.dumps(ANSWER + "data: [DONE]\n\n")))
+    ask(page)
+    page.wait(IDLE)
+    answer = "document.querySelector('.turn:last-child')"
+    assert page.evaluate(f"{answer}.querySelector('.thinking p').textContent") == "Let me think."
+    assert page.evaluate(f"{answer}.querySelector('.thinking').open") is False
+    assert page.evaluate(f"{answer}.querySelector('.call summary').textContent") == "Tool call: find"
+    assert page.evaluate(f"{answer}.querySelector('.call code').textContent") == '{"a": 1}'
+    body = page.evaluate(f"{answer}.querySelector('.body').innerHTML")
+    for html in ("<h1>Title</h1>", "<strong>bold</strong>", "<code>code</code>", "&lt;b&gt;tag&lt;/b&gt;", "x = 1"):
+        assert html in body, html
+    links = page.evaluate(f"[...{answer}.querySelectorAll('a')].map((a) => a.href)")
+    assert links == ["https://a.example/", "https://b.example/i.png"], "no script, and no image from another host"
+    assert "<img" not in body
+
+
+def test_edit_and_regenerate(page: Browser, server: tuple[str, int]) -> None:
+    choose(page, temperature=0, max_tokens=5)
+    ask(page)
+    page.wait(IDLE)
+    first = turns(page)
+    page.click("#regenerate")
+    page.wait(f"performance.getEntriesByName('{server[0]}/v1/chat/completions').length === 2 && {IDLE}")
+    assert turns(page) == first
+    page.click(".turn .tools button")
+    assert page.evaluate("document.querySelector('#question').value") == QUESTION
+    assert turns(page) == []
+    ask(page, "Who was Aaron?")
+    page.wait(IDLE)
+    assert sent(page)["messages"] == [{"role": "user", "content": "Who was Aaron?"}]
+
+
+def test_views_themes_and_phone_width(page: Browser) -> None:
+    page.click("#to-engine")
+    page.wait("document.querySelectorAll('#charts canvas').length === 4")
+    page.wait("Number(document.querySelector('#charts .u-series:nth-child(2) .u-value').textContent) >= 0")
+    assert not page.evaluate("document.querySelector('#question').offsetParent")
+    grounds = []
+    for theme in ("light", "dark", "auto"):
+        page.click("#theme")
+        assert page.text("#theme") == f"Theme: {theme}"
+        grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert grounds[0] != grounds[1]
+    page.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+    for view in ("engine", "chat"):
+        page.click(f"#to-{view}")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
+    page.call("Emulation.clearDeviceMetricsOverride")
