@@ -20,7 +20,7 @@ from ..bench.commands import app as bench
 from ..doctor.preflight import Preflight
 from ..errors import PlacementError, RankFailed
 from ..options import LogLevel, start_logging, with_config, with_fields
-from ..server.server_config import ServerConfig
+from ..server.server_config import BatchOptions, ServerConfig
 from ..signals import end_at_once, end_on_sigterm, signals_wait, status_of
 from .chat import chat
 from .generate import GenerateOptions, generate
@@ -74,6 +74,23 @@ def serve_command(config: dict[str, Any], server_options: dict[str, Any], *, log
             from ..server.run import serve  # imports the web framework and torch, which takes seconds
 
         serve(runtime_config, options, preflight)
+
+
+@app.command("run-batch")
+@with_config
+@with_fields("batch_options", BatchOptions)
+def run_batch_command(config: dict[str, Any], batch_options: dict[str, Any], *, log_level: LogLevel = "info") -> None:
+    """Answer a file of requests in OpenAI's batch format; run it again to continue. Status 1 if one is an error."""
+    start_logging(log_level)
+    options, runtime_config = BatchOptions(**batch_options), Config.from_options(config)
+    with redirect_stdout(sys.stderr):
+        with signals_wait():
+            from ..server.run_batch import run_batch
+
+        num_answers, num_errors = run_batch(runtime_config, options)
+    print(f"{num_answers} answers in {options.output_file}, {num_errors} of them errors", file=sys.stderr)
+    if num_errors:
+        raise typer.Exit(1)
 
 
 @app.command("chat")

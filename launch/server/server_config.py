@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ...runtime.config import option
 
@@ -56,6 +57,20 @@ class ServerConfig:
         for name in ("api_key", "served_model_name"):
             if any(not text.strip() for text in getattr(self, name) or []):
                 raise ValueError(f"an empty {name} would match nothing or everything; give a text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """The options of `lockstep run-batch` beside those of Config."""
+
+    input_file: Path = option(Path(), "requests in OpenAI's batch format, one JSON object a line", "-i")
+    output_file: Path = option(Path(), "the answers; requests that it has answers to are not sent again", "-o")
+    served_model_name: list[str] | None = option(None, "name of the model in requests; repeat for several")
+
+    def __post_init__(self) -> None:
+        for name in ("input_file", "output_file"):
+            if getattr(self, name) == Path():
+                raise ValueError(f"no {name}; give --{name.replace('_', '-')} FILE")
 
 
 @dataclass(frozen=True, kw_only=True)

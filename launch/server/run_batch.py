@@ -1,0 +1,97 @@
+"""`lockstep run-batch`: answer a file of requests through the server's own application, without a port."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+
+import httpx
+import transformers.models.auto.tokenization_auto  # noqa: F401 - imported here, where the command holds signals back
+from tqdm import tqdm
+
+from ...runtime.config import Config
+from ..engine.async_engine import AsyncEngine
+from ..errors import RankFailed
+from ..signals import signals_wait
+from .app import create_app
+from .batch_file import AnswerFile, BatchRequest, read_requests
+from .handlers import Handlers
+from .server_config import BatchOptions, ServerConfig, ServerLimits
+
+log = logging.getLogger(__name__)
+IN_FLIGHT = 2  # requests sent at once, in batches of the largest size: the next ones are tokenized meanwhile
+WAIT_S = 2.0  # after an answer that asks to wait
+HEADERS = {"content-type": "application/json"}
+
+
+def run_batch(config: Config, options: BatchOptions) -> tuple[int, int]:
+    """Answer the requests of the input file that the output file has no answer to.
+
+    Returns the numbers of answers in the output file, and of those that are errors.
+    Raises ValueError for a wrong file before the model is loaded, and RankFailed if the ranks fail for good: the
+    answers until then are in the output file, and the same command continues.
+    """
+    requests = read_requests(options.input_file)
+    with closing(AnswerFile(options.output_file)) as answers:
+        left = [request for request in requests if request.custom_id not in answers.answered]
+        log.info("%d requests, %d of them answered before", len(requests), len(requests) - len(left))
+        if left:
+            _start_and_answer(config, options, left, answers, len(requests))
+        return len(answers.answered), answers.num_errors
+
+
+def _start_and_answer(
+    config: Config, options: BatchOptions, left: Sequence[BatchRequest], answers: AnswerFile, total: int
+) -> None:
+    num_left = len(left)
+    server_config = ServerConfig(
+        served_model_name=options.served_model_name, max_concurrent_requests=num_left, max_queued=num_left * 128
+    )
+    engine = AsyncEngine(config, max_restarts=server_config.max_restarts)
+    try:
+        engine.start()
+        asyncio.run(_answer_all(engine, server_config, left, answers, total))
+    finally:
+        with signals_wait():
+            asyncio.run(engine.close())
+
+
+async def _answer_all(
+    engine: AsyncEngine, config: ServerConfig, left: Sequence[BatchRequest], answers: AnswerFile, total: int
+) -> None:
+    app, iterator = create_app(Handlers(engine, config, ServerLimits()), []), iter(left)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    num_senders = min(len(left), IN_FLIGHT * engine.limits.max_num_seqs)
+    with tqdm(total=total, initial=total - len(left), unit=" requests", desc="batch") as progress:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
+            senders = [
+                asyncio.ensure_future(_send_some(client, engine, iterator, answers, progress))
+                for _ in range(num_senders)
+            ]
+            try:
+                await asyncio.gather(*senders)
+            finally:
+                for sender in senders:
+                    sender.cancel()
+                await asyncio.gather(*senders, return_exceptions=True)
+
+
+async def _send_some(
+    client: httpx.AsyncClient,
+    engine: AsyncEngine,
+    requests: Iterator[BatchRequest],
+    answers: AnswerFile,
+    progress: tqdm[None],
+) -> None:
+    """Send requests, one after the other, until there are none left."""
+    for request in requests:
+        response = await client.post(request.url, content=bytes(request.body), headers=HEADERS)
+        while response.status_code in (429, 503):
+            if engine.health.state == "failed":
+                raise RankFailed(f"{engine.health.reason}; the same command continues this batch")
+            await asyncio.sleep(WAIT_S)
+            response = await client.post(request.url, content=bytes(request.body), headers=HEADERS)
+        answers.append(request, response.status_code, response.content)
+        progress.update()
