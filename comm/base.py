@@ -30,6 +30,7 @@ class Communicator(ABC):
     size: int
     description: str  # the implementation in use and the reason, for the log
     capturable: bool  # True if a CUDA graph can capture the collectives
+    uses_rendezvous = False  # True if the rendezvous must stay open until `close`
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:

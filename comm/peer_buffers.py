@@ -184,10 +184,6 @@ class PeerBuffers:
             self._rendezvous.exchange("peer buffers/unmapped", timeout_s=CLOSE_S)
             if address:
                 peer_memory.free(address)
-            if self.rank == 0:  # its process may serve the store: it leaves last
-                self._rendezvous.exchange("peer buffers/left", timeout_s=CLOSE_S)
-            else:
-                self._rendezvous.post("peer buffers/left")
         except RuntimeError as error:  # CommError, or CUDA's
             log.warning("peer memory stays mapped until the process ends: %s", error)
 

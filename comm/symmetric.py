@@ -26,6 +26,7 @@ class SymmetricCommunicator(Communicator):
     """
 
     capturable = True
+    uses_rendezvous = True
 
     def __init__(self, nccl: NcclCommunicator, buffers: PeerBuffers, policy: Policy, device: torch.device) -> None:
         self.rank, self.size = nccl.rank, nccl.size

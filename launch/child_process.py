@@ -5,20 +5,24 @@ Work that may hang or take all memory runs in a process, because a process can b
 
 from __future__ import annotations
 
+import math
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 EXIT_S = 2.0  # a killed process that is stuck in a driver is not waited for any longer
+PACKAGES = str(Path(__file__).parents[2])  # the folder that this process imports lockstep from
 STDERR_BYTES = 1 << 16  # this much of the end of stderr is read, to find its last line
 
 
@@ -30,16 +34,30 @@ class ChildProcess:
     """One Python process, with a socket as its stdin and stdout; `calling` makes its arguments.
 
     It has its own session: Ctrl-C does not reach it, and `close` also ends the processes that it has started. Its data
-    segment is limited to `memory_bytes`, unless that is None.
+    segment is limited to `memory_bytes`, unless that is None. It inherits the file descriptors `inherited`, and this
+    process's environment unless another one is given.
     """
 
-    def __init__(self, arguments: Sequence[str], *, memory_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        memory_bytes: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        inherited: Sequence[int] = (),
+    ) -> None:
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self._socket, child_end = socket.socketpair()
         with child_end:
             command, stream = [sys.executable, *arguments], child_end.fileno()
             self._process = subprocess.Popen(
-                command, stdin=stream, stdout=stream, stderr=self._stderr, start_new_session=True
+                command,
+                stdin=stream,
+                stdout=stream,
+                stderr=self._stderr,
+                env=environment,
+                pass_fds=inherited,
+                start_new_session=True,
             )
         self.pid = self._process.pid  # its session and group have the same id
         if memory_bytes is not None:
@@ -51,6 +69,12 @@ class ChildProcess:
         with suppress(BrokenPipeError, ConnectionResetError):  # the process has ended, and `answer` raises the reason
             self._socket.sendall(line + b"\n")
         return self.answer(timeout_s)
+
+    def has_answer(self, timeout_s: float) -> bool:
+        """Wait up to timeout_s; return whether `answer` would return or raise at once."""
+        poller = select.poll()  # select.select takes low descriptors only
+        poller.register(self._socket, select.POLLIN)
+        return bool(poller.poll(math.ceil(timeout_s * 1000)))
 
     def answer(self, timeout_s: float) -> Any:
         """Return the value in the next line of JSON.
@@ -90,5 +114,9 @@ class ChildProcess:
 
 
 def calling(function: Callable[[], None]) -> list[str]:
-    """Return the arguments of a Python process that calls a function of a module."""
-    return ["-c", f"from {function.__module__} import {function.__name__} as main; main()"]
+    """Return the arguments of a Python process that calls a function of a module of lockstep.
+
+    The process does not import from the current folder, where a file may have the name of any module.
+    """
+    module = f"from {function.__module__} import {function.__name__} as main"
+    return ["-c", f"import sys; sys.path = [*filter(None, sys.path), {PACKAGES!r}]; {module}; main()"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..runtime.config import Config
 from ..runtime.executor import Executor, LocalExecutor
 from ..runtime.model.model_config import ModelConfig
+from .cluster.ray_address import uses_local_ray
 from .signals import signals_wait
 
 if TYPE_CHECKING:
@@ -50,4 +50,4 @@ def start_replicas(config: Config, connection: Connection, replicas: int, max_qu
 
 
 def _in_process(config: Config) -> bool:
-    return config.tensor_parallel_size == 1 and not (config.ray_address or os.environ.get("RAY_ADDRESS"))
+    return uses_local_ray(config) and config.tensor_parallel_size == 1

@@ -22,4 +22,5 @@ class LLM(OfflineLLM):
         self.config = Config.from_options({"model": model, **options})
         folder, model_config = find_model(self.config)
         tokenizer = Tokenizer(folder)
-        super().__init__(start_executor(self.config, model_config, folder), model_config, folder, tokenizer)
+        executor = start_executor(self.config, model_config, folder)
+        super().__init__(executor, model_config, folder, tokenizer, self.config.generation_config)

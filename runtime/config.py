@@ -69,6 +69,11 @@ class Config:
     )
     overlap_scheduling: bool = option(True, "on a GPU, schedule a step while the one before still runs")
     load_format: LoadFormat = option("auto", "auto reads safetensors; dummy fills the weights with random numbers")
+    generation_config: str = option(
+        "auto",
+        "sampling defaults: auto takes them from the checkpoint's generation_config.json, lockstep leaves that file"
+        " out, else the folder of another generation_config.json",
+    )
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     ray_address: str | None = option(
         None, "address of a running Ray cluster, or auto; RAY_ADDRESS if set, else a local one is started"
@@ -166,9 +171,10 @@ class Config:
         return dataclasses.replace(self, device=device)
 
     def with_absolute_model(self) -> Config:
-        """Return this Config for a process with another working folder, where a relative path names another folder."""
-        folder = Path(self.model).expanduser()
-        return dataclasses.replace(self, model=str(folder.resolve())) if folder.is_dir() else self
+        """Return this Config with absolute paths of folders, for a process with another working folder."""
+        paths = {name: Path(getattr(self, name)).expanduser() for name in ("model", "generation_config")}
+        folders = {name: str(path.resolve()) for name, path in paths.items() if path.is_dir()}
+        return dataclasses.replace(self, **folders)  # type: ignore[arg-type]
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 
 from .plan import RequestEnd, StepOutput, StepPlan
@@ -17,6 +18,8 @@ from .runner.runner import PendingStep, Runner
 from .scheduler.scheduler import ScheduledStep, Scheduler
 from .stats import EngineStats, Profile
 
+COMPILATION_S = 0.01  # longest wait for a grammar between two looks for commands
+
 
 @dataclass(frozen=True)
 class InFlightStep:
@@ -25,6 +28,14 @@ class InFlightStep:
     scheduled: ScheduledStep
     pending: PendingStep
     started: float  # by time.perf_counter, in seconds
+
+
+@dataclass(frozen=True)
+class CompilingRequest:
+    """A request whose grammar is being compiled; other requests are scheduled meanwhile."""
+
+    request: Request
+    grammar: Future[object]
 
 
 class Engine:
@@ -40,6 +51,7 @@ class Engine:
         self.stats = EngineStats()
         self._running: InFlightStep | None = None
         self._last_end = 0.0  # end of the last step, by time.perf_counter
+        self._compiling: dict[int, CompilingRequest] = {}  # by uid
         self._finished: list[RequestEnd] = []  # requests refused or cancelled since the last step
         self._profiler: Profiler | None = None
         self._profile: Profile | None = None
@@ -47,24 +59,30 @@ class Engine:
     def add(self, requests: Sequence[Request]) -> None:
         """Queue requests; one that can never run ends with the next step, with reason "abort" and the rule."""
         for request in requests:
-            try:
-                self.scheduler.add(request)
-            except ValueError as error:
-                self._finished.append(RequestEnd(request.uid, "abort", error=str(error)))
+            structured = request.params.structured_outputs
+            if structured is None:
+                self._queue(request)
+            else:
+                grammar = self.runner.memory.grammars.compile(structured)
+                self._compiling[request.uid] = CompilingRequest(request, grammar)
 
     def cancel(self, uids: Sequence[int]) -> None:
         """End these requests with reason "abort", unless they have ended."""
         for uid in uids:
-            if (finished := self.scheduler.cancel(uid)) is not None:
+            if self._compiling.pop(uid, None) is not None:
+                self._finished.append(RequestEnd(uid, "abort"))
+            elif (finished := self.scheduler.cancel(uid)) is not None:
                 self._finished.append(finished)
 
     @property
     def has_work(self) -> bool:
         is_busy = self.scheduler.has_work or self._running is not None or self._profiler is not None
-        return is_busy or bool(self._finished)
+        return is_busy or bool(self._finished) or bool(self._compiling)
 
     def step(self) -> StepOutput:
         """Launch a step, if there is anything to compute, and return the output of a finished one."""
+        if self._compiling:
+            self._queue_compiled()
         before, self._running = self._running, self._launch()
         if not self._overlap:
             before, self._running = self._running, None
@@ -81,6 +99,21 @@ class Engine:
         """Return a complete profile, once."""
         profile, self._profile = self._profile, None
         return profile
+
+    def _queue(self, request: Request) -> None:
+        try:
+            self.scheduler.add(request)
+        except ValueError as error:
+            self._finished.append(RequestEnd(request.uid, "abort", error=str(error)))
+
+    def _queue_compiled(self) -> None:
+        """Queue the requests whose grammar has been compiled; wait for one a moment if there is nothing else to do."""
+        if not self.scheduler.has_work and self._running is None:
+            wait((entry.grammar for entry in self._compiling.values()), COMPILATION_S, FIRST_COMPLETED)
+        for uid, entry in list(self._compiling.items()):
+            if entry.grammar.done():
+                del self._compiling[uid]
+                self._queue(entry.request)
 
     def _launch(self) -> InFlightStep | None:
         started = time.perf_counter()

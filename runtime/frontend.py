@@ -7,10 +7,12 @@ import logging
 import secrets
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
+from copy import copy
 
 import msgspec
 import numpy as np
 
+from .detokenizer import Detokenizer
 from .executor import Executor
 from .generation import Generation, Output
 from .plan import RequestEnd, StepOutput, TokenLogprobs
@@ -45,21 +47,17 @@ class Frontend:
     def prepare(self, prompt: Prompt, params: SamplingParams) -> Generation:
         """Check a prompt and make its requests, without starting them; raises RequestRefused with the way out."""
         tokens = self._tokenize(prompt)
-        text, has_logprobs = prompt if isinstance(prompt, str) else None, params.prompt_logprobs is not None
-        generation = Generation(next(self._numbers), text, tokens.tolist(), has_logprobs=has_logprobs)
         first_seed = params.seed if params.seed is not None else secrets.randbits(63)
-        for index in range(params.n):
-            if index == 1:  # one request is enough for the prompt's log-probabilities
-                params = msgspec.structs.replace(params, prompt_logprobs=None)
-            request = self._request(tokens, params, first_seed + index)
-            generation.outputs.append(Output(request, generation, index, self.tokenizer))
+        # One request is enough for the prompt's log-probabilities.
+        others = msgspec.structs.replace(params, prompt_logprobs=None)
+        requests = [self._request(tokens, others if i else params, first_seed + i) for i in range(params.n)]
         try:
-            self.executor.limits.check(generation.outputs[0].request)
+            self.executor.limits.check(requests[0])
             if params.structured_outputs is not None and self._vocabulary is not None:
                 try_out(self._vocabulary, params.structured_outputs)
         except ValueError as error:
             raise RequestRefused(str(error)) from error
-        return generation
+        return self._generation(prompt, tokens.tolist(), requests)
 
     def submit(self, generations: Iterable[Generation], *, paused: bool = False) -> None:
         """Start the requests of prepared generations; `paused` ones are live, and start with `resume`."""
@@ -125,7 +123,7 @@ class Frontend:
         self._count_prefix_hits(step.cached_tokens)
         for uid, chunk in step.prompt_logprobs.items():
             if uid in self._live:
-                self._live[uid].generation.add_prompt_logprobs(chunk, self.tokenizer)
+                self._live[uid].generation.add_prompt_logprobs(chunk, self.tokenizer.token_bytes)
         if step.free_pages is not None:
             self.num_free_pages = step.free_pages
         for uid, token in zip(step.uids, step.tokens, strict=True):
@@ -157,8 +155,22 @@ class Frontend:
                 num_cached = min(num_cached, len(generation.prompt_ids))
                 generation.num_cached_tokens = max(generation.num_cached_tokens, num_cached)
 
+    def _generation(self, prompt: Prompt, prompt_ids: list[int], requests: list[Request]) -> Generation:
+        text, params = prompt if isinstance(prompt, str) else None, requests[0].params
+        has_logprobs = params.prompt_logprobs is not None
+        generation = Generation(next(self._numbers), text, prompt_ids, has_logprobs=has_logprobs)
+        skip = params.skip_special_tokens
+        detokenizer = Detokenizer(self.tokenizer.token_bytes, prompt_ids, skip_special_tokens=skip)
+        for index, request in enumerate(requests):
+            generation.outputs.append(Output(request, generation, index, copy(detokenizer)))
+        return generation
+
     def _tokenize(self, prompt: Prompt) -> np.ndarray:
         if isinstance(prompt, str):
+            try:
+                prompt.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"the prompt is no text: a lone surrogate at position {error.start}") from error
             return np.array(self.tokenizer.encode(prompt) if prompt else [], np.int32)
         return _token_array(prompt)
 

@@ -6,13 +6,15 @@ sampling parameters with the seed. The ranks hold nothing that is not here.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import msgspec
 import numpy as np
 
+from .detokenizer import Detokenizer, TokenBytes
 from .outputs import CompletionOutput, Event, Logprob, PositionLogprobs, RequestOutput
 from .plan import FinishReason, PromptLogprobs, RequestEnd, TokenLogprobs
 from .request import Request, SamplingParams
-from .tokenizer import Detokenizer, Tokenizer
 
 
 class StopChecker:
@@ -36,16 +38,15 @@ class StopChecker:
 class Output:
     """One output of a generation: its request, its tokens and text so far, and how much of them was streamed."""
 
-    def __init__(self, request: Request, generation: Generation, index: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, generation: Generation, index: int, detokenizer: Detokenizer) -> None:
         self.request, self.generation, params = request, generation, request.params
         self.completion = CompletionOutput(index)
         self.running = False  # the ranks have admitted the request
         if params.logprobs is not None:
             self.completion.logprobs, self.completion.cumulative_logprob = [], 0.0
-        self._tokenizer = tokenizer
+            self.completion.text_offsets = []
+        self._detokenizer = detokenizer
         self._stops = StopChecker(params)
-        skip = params.skip_special_tokens
-        self._detokenizer = Detokenizer(tokenizer, generation.prompt_ids, skip_special_tokens=skip)
         self._num_streamed_chars = self._num_streamed_tokens = 0
 
     @property
@@ -60,14 +61,12 @@ class Output:
         """Add a token; `finished` comes with the last one. A stop string in the text ends the output before that."""
         completion, params = self.completion, self.request.params
         completion.token_ids.append(token)
-        if logprobs is not None:
-            assert completion.logprobs is not None
-            assert completion.cumulative_logprob is not None
-            completion.logprobs.append(_candidates(self._tokenizer, token, logprobs))
-            completion.cumulative_logprob += logprobs.token
         searched = len(completion.text)
         is_stop_token = finished is not None and finished.stop_id is not None
-        if not is_stop_token or params.include_stop_str_in_output:
+        is_shown = not is_stop_token or params.include_stop_str_in_output
+        if logprobs is not None:
+            self._add_logprobs(token, logprobs, is_shown)
+        if is_shown:
             completion.text += self._detokenizer.push(token)
         if finished is not None:
             completion.text += self._detokenizer.flush()
@@ -78,6 +77,22 @@ class Output:
             self.end("stop", string)
         elif finished is not None:
             self.end(finished.reason, finished.stop_id if finished.stop_id in params.stop_token_ids else None)
+
+    def _add_logprobs(self, token: int, logprobs: TokenLogprobs, is_shown: bool) -> None:
+        """Add the log-probabilities of a token before its text; the text of a stop token is not shown."""
+        completion, detokenizer = self.completion, self._detokenizer
+        assert completion.logprobs is not None
+        assert completion.text_offsets is not None
+        assert completion.cumulative_logprob is not None
+        hidden = detokenizer.skipped_ids if is_shown else detokenizer.skipped_ids | {token}
+        entries = candidates(detokenizer.token_bytes, token, logprobs, hidden)
+        piece, num_before = detokenizer.peek(token) if is_shown else (b"", 0)
+        if piece != entries[token].token_bytes:  # the first token of a text, which may lose its space
+            text = piece.decode(errors=detokenizer.token_bytes.errors)
+            entries[token] = msgspec.structs.replace(entries[token], decoded_token=text, token_bytes=piece)
+        completion.logprobs.append(entries)
+        completion.text_offsets.append(len(completion.text) + num_before)
+        completion.cumulative_logprob += logprobs.token
 
     def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         self.completion.finish_reason, self.completion.stop_reason = reason, stop_reason
@@ -100,6 +115,7 @@ class Output:
             num_cached_tokens=generation.num_cached_tokens,
             prompt_logprobs=generation.prompt_logprobs,
             prompt=prompt,
+            text_offsets=None if completion.text_offsets is None else completion.text_offsets[first_token:],
         )
 
     def resumed(self) -> Request:
@@ -128,19 +144,23 @@ class Generation:
             str(self.number), self.prompt, self.prompt_ids, completions, self.num_cached_tokens, self.prompt_logprobs
         )
 
-    def add_prompt_logprobs(self, chunk: PromptLogprobs, tokenizer: Tokenizer) -> None:
+    def add_prompt_logprobs(self, chunk: PromptLogprobs, token_bytes: TokenBytes) -> None:
         """Add the log-probabilities of a chunk of the prompt; positions that have some keep them."""
         assert self.prompt_logprobs is not None
         for position, logprobs in enumerate(chunk.logprobs, start=chunk.start):
             if self.prompt_logprobs[position] is None:
-                self.prompt_logprobs[position] = _candidates(tokenizer, self.prompt_ids[position], logprobs)
+                self.prompt_logprobs[position] = candidates(token_bytes, self.prompt_ids[position], logprobs)
 
 
-def _candidates(tokenizer: Tokenizer, token: int, logprobs: TokenLogprobs) -> dict[int, Logprob]:
-    """Return the token itself first, then the likeliest tokens at its position."""
+def candidates(
+    token_bytes: TokenBytes, token: int, logprobs: TokenLogprobs, hidden: Collection[int] = ()
+) -> dict[int, Logprob]:
+    """Return the token itself first, then the likeliest at its position; `hidden` tokens add no bytes to a text."""
     likeliest = {
-        candidate: Logprob(value, rank, tokenizer.decode([candidate], skip_special_tokens=False))
+        candidate: Logprob(
+            value, rank, token_bytes.text(candidate), b"" if candidate in hidden else token_bytes[candidate]
+        )
         for rank, (candidate, value) in enumerate(zip(logprobs.top_ids, logprobs.top, strict=True), start=1)
     }
-    text = tokenizer.decode([token], skip_special_tokens=False)
-    return {token: Logprob(logprobs.token, logprobs.rank, text)} | likeliest
+    piece = b"" if token in hidden else token_bytes[token]
+    return {token: Logprob(logprobs.token, logprobs.rank, token_bytes.text(token), piece)} | likeliest

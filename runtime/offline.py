@@ -12,11 +12,12 @@ from tqdm import tqdm
 from .executor import Executor
 from .frontend import Frontend, Prompt
 from .generation import Generation, Output
+from .model.generation_config import default_sampling_params
 from .model.model_config import ModelConfig
 from .outputs import Event, RequestOutput
 from .request import RequestRefused, SamplingParams
 from .sampling.grammar import Vocabulary
-from .tokenizer import Message, Tokenizer, default_sampling_params
+from .tokenizer import Message, Tokenizer
 
 POLL_S = 1.0
 Prompts = Prompt | Sequence[Prompt]
@@ -28,11 +29,16 @@ class OfflineLLM:
     """Generates for lists of prompts; use it as a context manager, or call `close`."""
 
     def __init__(
-        self, executor: Executor, model: ModelConfig, folder: Path, tokenizer: Tokenizer | None = None
+        self,
+        executor: Executor,
+        model: ModelConfig,
+        folder: Path,
+        tokenizer: Tokenizer | None = None,
+        generation_config: str = "auto",
     ) -> None:
         self.executor = executor
         self.tokenizer = tokenizer or Tokenizer(folder)
-        self._defaults = default_sampling_params(folder)
+        self._defaults = default_sampling_params(folder, generation_config)
         vocabulary = Vocabulary(folder, model.vocab_size, model.eos_token_ids)
         self._frontend = Frontend(executor, self.tokenizer, model.eos_token_ids, vocabulary)
 

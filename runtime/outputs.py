@@ -9,13 +9,13 @@ import msgspec
 from .plan import FinishReason
 
 
-@dataclass(frozen=True)
-class Logprob:
+class Logprob(msgspec.Struct, frozen=True):
     """One candidate at one position."""
 
     logprob: float
     rank: int  # 1 is the most likely token
-    decoded_token: str
+    decoded_token: str  # with U+FFFD for a part of a character
+    token_bytes: bytes = b""  # the bytes that the token adds to the text; none for a special token that is skipped
 
 
 PositionLogprobs = list[dict[int, Logprob] | None]  # by token id, for each position; None for the first of a prompt
@@ -30,6 +30,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    text_offsets: list[int] | None = None  # with logprobs: where each token begins in `text`, in characters
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop string, or the id that is not the model's EOS
 
@@ -63,6 +64,7 @@ class Event(msgspec.Struct, frozen=True):  # one for each token: made six times 
     num_cached_tokens: int
     prompt_logprobs: PositionLogprobs | None = None  # the same list in every event of a prompt
     prompt: int = 0  # index of the prompt in the call of LLM.stream
+    text_offsets: list[int] | None = None  # as in CompletionOutput, one entry for each of token_ids
 
     @property
     def finished(self) -> bool:
@@ -73,5 +75,8 @@ class Event(msgspec.Struct, frozen=True):  # one for each token: made six times 
         events = [self, *later]
         token_ids = [token for event in events for token in event.token_ids]
         logprobs = None if self.logprobs is None else [entry for event in events for entry in event.logprobs or ()]
+        offsets = None if self.text_offsets is None else [i for event in events for i in event.text_offsets or ()]
         text = "".join(event.text for event in events)
-        return msgspec.structs.replace(events[-1], text=text, token_ids=token_ids, logprobs=logprobs)
+        return msgspec.structs.replace(
+            events[-1], text=text, token_ids=token_ids, logprobs=logprobs, text_offsets=offsets
+        )

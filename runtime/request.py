@@ -15,6 +15,10 @@ from .structured_outputs import StructuredOutputsParams
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
+# Below this temperature sampling is greedy, as in vLLM (_SAMPLING_EPS). Divided by it, logits up to 3e33 are finite in
+# float32 (3e27 after a repetition penalty), and a token whose logit is less by 0.001 is e^100 times less likely.
+MIN_TEMPERATURE = 1e-5
+MAX_REPETITION_PENALTY = 1_000_000
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -53,9 +57,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         _require(self.top_p > 0, "top_p", self.top_p, "must be in (0, 1]; 1 keeps every token")
         self._integer("top_k", -1)
         self._number("min_p", 0, 1)
-        self._number("repetition_penalty", 0, math.inf)
-        repetition = self.repetition_penalty
-        _require(repetition > 0, "repetition_penalty", repetition, "must be above 0; 1 is neutral")
+        self._number("repetition_penalty", 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
         self._number("presence_penalty", -2, 2)
         self._number("frequency_penalty", -2, 2)
         self._integer("min_tokens", 0)
@@ -70,8 +72,15 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             self._integer("seed", -(2**63), 2**63 - 1)
         self._check_bias()
         self._check_stops()
+        if self.structured_outputs is not None:
+            structured = StructuredOutputsParams.from_value(self.structured_outputs)
+            msgspec.structs.force_setattr(self, "structured_outputs", structured)
         if self.structured_outputs is not None and self.ignore_eos:
             raise ValueError("ignore_eos=True does not go with structured_outputs, which end with the EOS token")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def stop_strings(self) -> Sequence[str]:

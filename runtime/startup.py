@@ -16,6 +16,7 @@ import torch
 from ..comm.base import Communicator
 from .config import Config
 from .memory.gpu import Phase, named_out_of_memory, other_processes, plan_on_gpu, read_gpu
+from .memory.host_memory import check_host_memory
 from .memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, loading_speed, plan_weights
 from .model.attention.select_backend import select_backend
 from .model.decoder import Decoder
@@ -57,6 +58,7 @@ class LoadedRank:
         plan = plan_weights(config, model)
         self._plan = plan_on_gpu(plan, config, self.device) if config.device == "cuda" else plan
         check_weights(self._plan)
+        check_host_memory(self._plan, config, model)
         self._rehearsed: torch.cuda.CUDAGraph | None = None  # keeps the memory pool of the rehearsal's graphs
         with self._phase("weights"):
             self._decoder = self._load(folder)
@@ -77,6 +79,8 @@ class LoadedRank:
         announce = self.comm.rank == 0
         with self._phase("KV cache"):
             memory = self._allocate_memory(limits.num_pages, limits.max_length, announce=announce)
+        with self._timer("grammars"):
+            memory.grammars.preload()
         with self._phase("graphs"):
             graphs = self._capture(memory, announce=announce)
         gc.collect()
@@ -109,7 +113,7 @@ class LoadedRank:
             tables=SlotTables(config.max_num_seqs, max_length, config.page_size, device),
             pool=KVPool(shape, num_pages, device, config.kv_layout),
             sampler=Sampler(config.max_num_seqs, device),
-            grammars=GrammarStates(self._vocabulary, config.max_num_seqs),
+            grammars=GrammarStates(self._vocabulary if self.comm.rank == 0 else None, config.max_num_seqs),
             readback=PinnedReadback(config.max_num_seqs, self.comm, device),
             attention=select_backend(config, self.model, shape, self._timer, announce=announce),
         )

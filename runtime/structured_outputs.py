@@ -11,7 +11,18 @@ from typing import Any
 import msgspec
 
 MAX_GRAMMAR_CHARS = 100_000  # longest schema, regex, choices or grammar, as text
-KINDS = ("json", "regex", "choice", "grammar", "json_object")
+TYPES: dict[str, type | tuple[type, ...]] = {
+    "json": (str, dict),
+    "regex": str,
+    "choice": (list, tuple),
+    "grammar": str,
+    "json_object": bool,
+}
+NAMES = {
+    "json": "a JSON schema as text or dictionary", "regex": "a string", "choice": "a list of strings",
+    "grammar": "a string", "json_object": "True",
+}  # fmt: skip
+KINDS = tuple(TYPES)
 
 
 class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -34,13 +45,26 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, forbid_
         kinds = [kind for kind in KINDS if getattr(self, kind) not in (None, False)]
         if len(kinds) != 1:
             raise _refused(f"has {' and '.join(kinds) or 'nothing'}; give exactly one of {', '.join(KINDS)}")
-        if self.disable_any_whitespace and self.kind not in ("json", "json_object"):
+        kind = kinds[0]
+        if not isinstance(getattr(self, kind), TYPES[kind]):
+            raise _refused(f"has {kind} of type {type(getattr(self, kind)).__name__}; give {NAMES[kind]}")
+        if self.disable_any_whitespace and kind not in ("json", "json_object"):
             raise _refused(f"has disable_any_whitespace with {self.kind}; it is for json and json_object")
-        is_invalid = self.choice is not None and not all(isinstance(c, str) and c for c in self.choice)
-        if is_invalid or self.choice == []:
+        if self.choice is not None and not (self.choice and all(isinstance(c, str) and c for c in self.choice)):
             raise _refused("has a choice that is not a list of non-empty strings")
         if len(self.text) > MAX_GRAMMAR_CHARS:
             raise _refused(f"has {len(self.text)} characters of {self.kind}; at most {MAX_GRAMMAR_CHARS}")
+
+    @classmethod
+    def from_value(cls, value: object) -> StructuredOutputsParams:
+        """Return `value`, which may be a dictionary of the fields; raises ValueError naming a wrong type or field."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            raise _refused(f"{value!r:.64} is not a StructuredOutputsParams or a dictionary of its fields")
+        if unknown := [name for name in value if name not in cls.__struct_fields__]:
+            raise _refused(f"has the unknown field {unknown[0]!r:.64}; there is {', '.join(cls.__struct_fields__)}")
+        return cls(**value)
 
     @property
     def kind(self) -> str:

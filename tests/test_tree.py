@@ -29,7 +29,8 @@ kernels/cuda
 kernels
 comm
 runtime: config outputs plan request startup_timer stats structured_outputs version
-runtime/model: batch checkpoint hf_config kv_pool linear model_config norm rope weights
+runtime/model: end_tokens generation_config hf_config tensor_files tokenizer_files
+runtime/model: batch checkpoint kv_pool linear model_config norm rope weights
 runtime/model/attention
 runtime/model
 runtime/memory
@@ -37,7 +38,7 @@ runtime/sampling
 runtime/scheduler
 runtime/runner
 runtime
-launch: child_process client errors options signals
+launch: child_process client errors options signals standard_streams
 launch/cluster
 launch/replicas
 launch

@@ -119,9 +119,8 @@ class CommBenchActor(RankActor):
     def prepare(self, endpoints: list[Endpoint], spec: CommBenchSpec) -> RankCapabilities:
         """Connect to the other ranks and set up every algorithm that all ranks can run."""
         self.spec, self.dtype = spec, getattr(torch, spec.dtype)
-        self._comm = self.connect(endpoints[0])
+        self._comm = self.connect(endpoints)
         self._device = torch.device(self.config.device, 0) if self.config.device == "cuda" else torch.device("cpu")
-        assert self._store is not None
         self._rendezvous = Rendezvous(self._store, self.rank, self.size, self.config.step_timeout)
         self._algorithms: dict[str, AllReduceAlgorithm] = {}
         self._symmetric: SymmetricCommunicator | None = None

@@ -93,8 +93,8 @@ def run_on_ranks(actor: type[CommBenchActor], config: Config, spec: CommBenchSpe
     with signals_wait():
         from ..cluster.connection import Connection
     from ..cluster.actor_group import ActorGroup
-    from ..cluster.connection import while_connected
     from ..cluster.placement import place
+    from ..cluster.ray_client import while_connected
 
     with Undo() as stack:
         connection = stack.enter_context(closing(Connection(config)))

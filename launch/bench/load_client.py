@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,6 +21,7 @@ from .datasets import Prompt
 from .serve_config import ServeBenchConfig
 from .serve_metrics import Record
 
+log = logging.getLogger(__name__)
 POLL_S = 0.5
 Send = Callable[[Prompt], Awaitable[Record]]
 
@@ -105,7 +107,7 @@ async def connect_to_server(config: ServeBenchConfig, model: str | None) -> Asyn
 
 async def _wait_ready(client: httpx.AsyncClient, timeout_s: float, model: str | None) -> str:
     """Request the list of models until there is an answer; returns the first model, or `model`."""
-    deadline = time.perf_counter() + timeout_s
+    deadline, is_announced = time.perf_counter() + timeout_s, False
     while True:
         try:
             response = await client.get("/v1/models")
@@ -117,6 +119,9 @@ async def _wait_ready(client: httpx.AsyncClient, timeout_s: float, model: str | 
             reason = str(refusal(response.status_code, response.content))
         if time.perf_counter() >= deadline:
             raise ValueError(f"{client.base_url} does not answer: {reason}; start it, or set --base-url")
+        if not is_announced:
+            log.warning("%s does not answer (%s); waiting for up to %.0f s", client.base_url, reason, timeout_s)
+            is_announced = True
         await asyncio.sleep(POLL_S)
 
 

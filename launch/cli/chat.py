@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Answer = Callable[[list[Message], dict[str, Any]], Iterator[str]]  # (conversation, settings) -> pieces of text
+ANSWER_S = 10.0  # a server has this time to list its models
+NUMBERS = {int: "an integer", float: "a number"}
 SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "seed": int}
 HELP = f"/clear forgets the conversation, /set NAME VALUE sets one of {', '.join(SETTINGS)}, /exit ends"
 
@@ -53,18 +55,26 @@ def talk(answer: Answer, out: TextIO) -> None:
 
 
 def remote(url: str, model: str | None) -> Answer:
-    """Return a function that sends to the server at `url`, to its first model unless `model` names one."""
+    """Return a function that sends to the server at `url`, to its first model unless `model` names one.
+
+    Raises ValueError if the server does not answer.
+    """
     import httpx
 
     from ..client import Events, connection, describe, first_model, refusal
 
     options = connection(url)
+    try:
+        with httpx.Client(**options | {"timeout": ANSWER_S}) as client:
+            models = client.get("/v1/models")
+    except httpx.HTTPError as error:
+        raise ValueError(f"no server answers at {url}: {describe(error)}") from error
+    name = model or first_model(models)
 
     def answer(messages: list[Message], settings: dict[str, Any]) -> Iterator[str]:
         events = Events()
         try:
             with httpx.Client(**options) as client:
-                name = model or first_model(client.get("/v1/models"))
                 body = {"model": name, "messages": messages, "stream": True, **settings}
                 with client.stream("POST", "/v1/chat/completions", json=body) as response:
                     if response.status_code != 200:
@@ -131,12 +141,22 @@ def _run_command(words: list[str], messages: list[Message], settings: dict[str, 
             return "a new conversation"
         case ["/set", name, value] if name in SETTINGS:
             try:
-                SamplingParams(**{name: SETTINGS[name](value)})
+                settings[name] = _parse_setting(name, value)
             except ValueError as error:
                 return f"error: {error}"
-            settings[name] = SETTINGS[name](value)
             return f"{name} is {value}"
     return HELP
+
+
+def _parse_setting(name: str, text: str) -> Any:
+    """Return the number in `text`; raises ValueError if it is none, or not one that the setting may have."""
+    kind = SETTINGS[name]
+    try:
+        value: Any = kind(text)
+    except ValueError:
+        raise ValueError(f"{name}={text:.32} is not {NUMBERS[kind]}") from None
+    SamplingParams(**{name: value})
+    return value
 
 
 def _named_model(config: dict[str, Any]) -> str | None:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 
-from ...runtime.config import option
+from ...runtime.config import Config, option
+from ...runtime.model.checkpoint import check_local_model
 from ...runtime.outputs import CompletionOutput, Event, Logprob, RequestOutput
 from ...runtime.request import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
@@ -59,6 +60,8 @@ def generate(config: dict[str, Any], options: GenerateOptions) -> None:
     """Print the outputs of all prompts during generation; raises ValueError before the model is loaded."""
     if options.logprobs is not None and not options.as_json:
         raise ValueError("--logprobs is printed with --json only; add --json")
+    if sys.stdout is None:
+        raise ValueError("stdout is closed, and the outputs have nowhere to go; open it")
     prompts = _read_prompts(options.prompt or [], options.prompt_file or [])
     sampling = _sampling_fields(options)
     SamplingParams(**sampling)
@@ -76,6 +79,7 @@ def generate(config: dict[str, Any], options: GenerateOptions) -> None:
 @contextmanager
 def open_llm(config: dict[str, Any]) -> Iterator[LLM]:
     """Yield the model of `config`; within the block, print to stderr what Ray and libraries print to stdout."""
+    check_local_model(Config.from_options(config))
     with signals_wait():  # torch and transformers take seconds, which --help and a wrong flag need not wait for
         import transformers.models.auto.tokenization_auto  # noqa: F401 - LLM would import it outside of this block
 
@@ -89,11 +93,14 @@ def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:
     prompts = list(texts)
     for path in files:
         try:
-            prompts.append(path.read_text().rstrip("\n"))
+            prompts.append(path.read_text("utf-8").rstrip("\n"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"prompt file {path}: {error}") from error
     if not prompts and sys.stdin is not None and not sys.stdin.isatty():
-        prompts = [sys.stdin.read().rstrip("\n")]
+        try:
+            prompts = [sys.stdin.read().rstrip("\n")]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt from stdin: {error}") from error
     if not prompts:
         raise ValueError("no prompt; give --prompt TEXT, --prompt-file FILE, or pipe one in")
     if "" in prompts:

@@ -8,13 +8,16 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import json
+import os
 import sys
+from collections.abc import Sequence
 from contextlib import closing, nullcontext, redirect_stdout
 from typing import Annotated, Any
 
 import typer
 
 from ...runtime.config import Config
+from ...runtime.model.checkpoint import check_local_model
 from ...runtime.version import __version__
 from ..bench.commands import app as bench
 from ..doctor.preflight import Preflight
@@ -22,6 +25,7 @@ from ..errors import PlacementError, RankFailed
 from ..options import LogLevel, start_logging, with_config, with_fields
 from ..server.server_config import BatchOptions, ServerConfig
 from ..signals import end_at_once, end_on_sigterm, signals_wait, status_of
+from ..standard_streams import protect_standard_streams
 from .chat import chat
 from .generate import GenerateOptions, generate
 
@@ -34,8 +38,12 @@ def main() -> None:
 
     Exit status: 2 for a wrong option or value, 1 for missing resources or a failed rank, 128 + number for a signal.
     """
+    protect_standard_streams()
     end_on_sigterm()
+    # Processes that libraries start, such as multiprocessing's, import nothing from the current folder (Python 3.11).
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
+        check_encoding(sys.argv[1:])
         app()
     except (ValueError, PlacementError, RankFailed) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,6 +51,13 @@ def main() -> None:
     except SystemExit as end:
         atexit.register(end_at_once)  # runs first at exit: the ranks have stopped, and signals need not be handled
         sys.exit(status_of(end))
+
+
+def check_encoding(arguments: Sequence[str]) -> None:
+    """Raise ValueError for an argument that is not UTF-8: neither a tokenizer nor Ray takes it."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise ValueError(f"the argument {os.fsencode(argument)!r} is not UTF-8; encode it as UTF-8")
 
 
 @app.callback(invoke_without_command=True)
@@ -69,7 +84,9 @@ def serve_command(config: dict[str, Any], server_options: dict[str, Any], *, log
     """Serve the model over HTTP, as OpenAI does."""
     start_logging(log_level)
     options, runtime_config = ServerConfig(**server_options), Config.from_options(config)
-    with closing(Preflight(runtime_config)) if options.preflight else nullcontext() as preflight:
+    check_local_model(runtime_config)
+    checks = closing(Preflight(runtime_config)) if options.preflight else nullcontext()
+    with redirect_stdout(sys.stderr), checks as preflight:  # nobody may read stdout, where libraries print
         with signals_wait():
             from ..server.run import serve  # imports the web framework and torch, which takes seconds
 
@@ -83,6 +100,7 @@ def run_batch_command(config: dict[str, Any], batch_options: dict[str, Any], *, 
     """Answer a file of requests in OpenAI's batch format; run it again to continue. Status 1 if one is an error."""
     start_logging(log_level)
     options, runtime_config = BatchOptions(**batch_options), Config.from_options(config)
+    check_local_model(runtime_config)
     with redirect_stdout(sys.stderr):
         with signals_wait():
             from ..server.run_batch import run_batch

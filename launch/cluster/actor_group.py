@@ -23,10 +23,10 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...comm.base import CommError
+from ...comm.message_sockets import WakeupEvent
 from ...comm.message_text import first_line
 from ...runtime.config import Config
 from ..errors import RankFailed
-from .sockets import WakeupEvent
 from .worker import Endpoint, RankActor, Worker
 
 # Prefixes of variables that are passed on to the ranks. All other settings of a rank are in Config.

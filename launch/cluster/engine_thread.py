@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from .sockets import WakeupEvent
+from ...comm.message_sockets import WakeupEvent
 
 WAIT_S = 60.0  # longest wait for a step; the wakeup event and the executor's deadline come earlier
 

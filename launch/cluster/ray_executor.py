@@ -12,6 +12,7 @@ from contextlib import closing
 import ray
 from ray.util.placement_group import remove_placement_group
 
+from ...comm.message_sockets import PullSocket, PushSocket
 from ...runtime.config import Config
 from ...runtime.executor import RankLocation, Wakeup
 from ...runtime.memory.memory_plan import loading_speed, tightest
@@ -24,9 +25,9 @@ from ...runtime.stats import EngineStats, Profile
 from ..errors import PlacementError, RankFailed
 from ..signals import Undo
 from .actor_group import ActorGroup, rank_table
-from .connection import Connection, while_connected
+from .connection import Connection
 from .placement import place
-from .sockets import PullSocket, PushSocket
+from .ray_client import while_connected
 from .worker import LoadReport
 
 log = logging.getLogger(__name__)

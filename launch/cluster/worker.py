@@ -8,28 +8,26 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 import torch
-from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
 from ...comm.base import Communicator
 from ...comm.connect import connect
-from ...comm.rendezvous import join_rendezvous, open_rendezvous
+from ...comm.message_sockets import Address, PullSocket, PushSocket
+from ...comm.rendezvous import RankStore
 from ...runtime.config import Config
 from ...runtime.engine import Engine
 from ...runtime.memory.memory_plan import MemoryPlan
-from ...runtime.model.checkpoint import checkpoint_folder
-from ...runtime.model.model_config import ModelConfig
+from ...runtime.model.checkpoint import checkpoint_folder, read_model
 from ...runtime.plan import Cancel, Report, StartProfile, StepPlan, Stop, Submit, decode_command, decode_plan, encode
 from ...runtime.request import Limits
 from ...runtime.scheduler.scheduler import Scheduler
 from ...runtime.startup import LoadedRank
 from ...runtime.startup_timer import StartupTimer
 from .network import interface_of
-from .sockets import Address, PullSocket, PushSocket
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Endpoint:
     gpus: list[str]  # the host's numbers of the GPUs that Ray has assigned
     stderr: str  # path of its stderr on that host
     inbox: Address
-    rendezvous_port: int  # rank 0 serves the rendezvous there; 0 on the others
+    rendezvous: Address
 
     def __str__(self) -> str:
         gpus = "".join(f", GPU {gpu}" for gpu in self.gpus)
@@ -57,7 +55,6 @@ class RankActor:
     def __init__(self, rank: int, size: int, config: Config, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         self.rank, self.size, self.config = rank, size, config
-        self._store: Store | None = None
         if config.device == "cpu":
             # Not from os.environ: Ray sets OMP_NUM_THREADS=1 in its workers.
             cores = len(os.sched_getaffinity(0)) // size
@@ -67,23 +64,19 @@ class RankActor:
         """Open this rank's ports on `ip`, by default the node's address in the cluster; return the endpoint."""
         self._ip = ip or ray.util.get_node_ip_address()
         interface = interface_of(self._ip)
-        if ip is None and interface:
-            # Otherwise NCCL chooses an interface by name, perhaps one that the other nodes cannot reach.
+        if interface:
+            # Otherwise NCCL chooses an interface by name: one that other hosts can reach, or that other ranks cannot.
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
-        self._inbox = PullSocket(self._ip)
-        port = 0
-        if self.rank == 0 and self.size > 1:
-            self._store = store = open_rendezvous(self._ip, self.config.startup_timeout)
-            port = store.port
+        self._inbox, self._store = PullSocket(self._ip), RankStore(self._ip)
         host, pid, gpus = socket.gethostname(), os.getpid(), [str(gpu) for gpu in ray.get_gpu_ids()]
         stderr = os.readlink("/proc/self/fd/2")
-        return Endpoint(self.rank, host, self._ip, interface, pid, gpus, stderr, self._inbox.address, port)
+        addresses = self._inbox.address, self._store.address
+        return Endpoint(self.rank, host, self._ip, interface, pid, gpus, stderr, *addresses)
 
-    def connect(self, leader: Endpoint) -> Communicator:
-        """Connect to the other ranks; `leader` is rank 0's endpoint."""
-        if self.size > 1 and self._store is None:
-            address = (leader.ip, leader.rendezvous_port)
-            self._store = join_rendezvous(address, self.rank, self.config.startup_timeout)
+    def connect(self, endpoints: Sequence[Endpoint]) -> Communicator:
+        """Connect to the other ranks, given in rank order."""
+        addresses = [endpoint.rendezvous for endpoint in endpoints]
+        self._store.join(self.rank, addresses, self.config.startup_timeout)
         return connect(
             self.rank,
             self.size,
@@ -115,10 +108,12 @@ class Worker(RankActor):
         """Connect to the other ranks and load this rank's share of the weights."""
         self._phases = StartupTimer()
         folder = checkpoint_folder(self.config.model, self.config.revision)
-        model = ModelConfig.from_folder(folder)
+        model = read_model(self.config, folder)
         with self._phases("connecting"):
-            comm = self.connect(endpoints[0])
-        self._loaded = LoadedRank(self.config, model, Path(folder), comm, self._phases)
+            comm = self.connect(endpoints)
+        if not comm.uses_rendezvous:
+            self._store.close()
+        self._loaded = LoadedRank(self.config, model, folder, comm, self._phases)
         if self.rank == 0:
             self._outputs = PushSocket(output)
             self._followers = [PushSocket(e.inbox) for e in endpoints[1:]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,7 +17,6 @@ from ...runtime.config import Config
 from ..cluster.connection import start_ray
 from ..cluster.placement import nodes
 from ..cluster.rank_resources import bundle, fitting
-from ..signals import Undo
 from .finding import Finding, ok, run_check, warn
 from .machine_checks import devices_finding, uses_gpus, versions
 from .planned_start import LOOPBACK, PlannedStart
@@ -89,7 +89,7 @@ def merge_findings(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Findin
 
 
 def _connect(config: Config) -> Finding:
-    start_ray(config, Undo())  # this connects to an address and starts nothing, so there is nothing to undo
+    start_ray(config, threading.Event())  # this connects to an address and starts nothing
     return addresses_finding([node["NodeManagerAddress"] for node in nodes()])
 
 
@@ -116,4 +116,17 @@ def _examine_node(config: Config, examine: Examine, ip: str) -> tuple[dict[str, 
     """Return the versions and findings of this node; Ray runs it on each node."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         del os.environ["CUDA_VISIBLE_DEVICES"]  # Ray hides the GPUs from tasks that take none
-    return versions(PlannedStart(config, ip)), list(examine(config, ip, alone=False))
+    token = run_check("Ray token", lambda: token_finding(authenticated=_needs_token()))
+    return versions(PlannedStart(config, ip)), [token, *examine(config, ip, alone=False)]
+
+
+def token_finding(*, authenticated: bool) -> Finding:
+    if not authenticated:
+        remedy = "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on every node (docs/security.md)"
+        return warn("every process that reaches this Ray cluster can run code on it: it asks for no token", remedy)
+    return ok("the cluster refuses clients without its token")
+
+
+def _needs_token() -> bool:
+    """Return whether the node that runs this asks for a token: its processes inherit the mode."""
+    return bool(ray._raylet.get_authentication_mode() == ray._raylet.AuthenticationMode.TOKEN)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from ...runtime.config import Config
+from ..cluster.ray_address import uses_local_ray
 from . import machine_checks, model_checks
 from .finding import Finding, run_check
 from .p2p import start_p2p_check
@@ -19,6 +19,7 @@ CHECKS: dict[str, Check] = {
     "tensor parallel": model_checks.check_tensor_parallel,
     "checkpoint": model_checks.check_checkpoint,
     "tokenizer": model_checks.check_tokenizer,
+    "generation config": model_checks.check_generation_config,
     "memory": model_checks.check_memory,
     "neighbours": machine_checks.check_gpu_processes,
     "NCCL": machine_checks.check_nccl,
@@ -31,7 +32,7 @@ CHECKS: dict[str, Check] = {
 
 def diagnose(config: Config) -> Iterator[Finding]:
     """Yield each finding about a start with `config` as soon as its check ends."""
-    if (config.ray_address or os.environ.get("RAY_ADDRESS", "local")) == "local":
+    if uses_local_ray(config):
         yield from examine(config, LOOPBACK, alone=True)
         return
     from .cluster_survey import survey  # imports Ray: half a second

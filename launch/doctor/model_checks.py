@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import tokenizers
@@ -10,7 +10,12 @@ import tokenizers
 from ...comm.message_text import first_line, format_bytes
 from ...runtime.config import Config
 from ...runtime.memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, plan_weights
-from ...runtime.model.checkpoint import check_files
+from ...runtime.model.checkpoint import fit_weights
+from ...runtime.model.generation_config import RECOMMENDED, default_sampling_params
+from ...runtime.model.model_config import ModelConfig
+from ...runtime.model.tensor_files import TensorFiles
+from ...runtime.model.tokenizer_files import check_tokenizer_files
+from ...runtime.request import SamplingParams
 from ...runtime.tokenizer import Tokenizer
 from .finding import Finding, fail, ok, warn
 from .planned_start import PlannedStart
@@ -24,30 +29,39 @@ def check_tensor_parallel(start: PlannedStart) -> Finding:
 
 
 def check_checkpoint(start: PlannedStart) -> Finding:
-    """Check the headers of the checkpoint's files."""
+    """Check that the headers of the checkpoint's files fit config.json."""
     if start.config.load_format == "dummy":
         return ok("skipped: load_format is dummy")
-    files = check_files(start.folder)
-    return ok(f"{len(files)} safetensors, {format_bytes(sum(file.stat().st_size for file in files))}, headers readable")
+    model = fit_weights(ModelConfig.from_config_file(start.folder), start.folder)
+    with ExitStack() as stack:
+        files = TensorFiles(start.folder, "np", stack).paths
+    size = format_bytes(sum(file.stat().st_size for file in files))
+    return ok("; ".join((f"{len(files)} safetensors, {size}, headers fit config.json", *model.notes)))
+
+
+def check_generation_config(start: PlannedStart) -> Finding:
+    """Check the sampling defaults that the checkpoint recommends."""
+    choice = start.config.generation_config
+    params = default_sampling_params(start.folder, choice)
+    changed = [f"{name} {getattr(params, name)}" for name in RECOMMENDED.values() if _is_changed(params, name)]
+    return ok(f"{', '.join(changed) or 'no recommendation'}, generation_config={choice}")
 
 
 def check_tokenizer(start: PlannedStart) -> Finding:
     """Check that the tokenizer can be loaded."""
+    check_tokenizer_files(start.folder)
     path = start.folder / "tokenizer.json"
     if not path.is_file():
-        try:
-            Tokenizer(start.folder)
-        except ValueError as error:
-            return fail(first_line(error), "fetch the checkpoint's tokenizer files")
+        Tokenizer(start.folder)
         return ok("no tokenizer.json, so transformers converts what there is at every start")
     try:
-        settings = start.folder / "tokenizer_config.json"
-        if settings.is_file():
-            json.loads(settings.read_text())
         # transformers, which only wraps this class, takes two seconds
         vocab_size = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size()
     except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception
-        return fail(f"{path} cannot be read ({first_line(error)})", "fetch the file again")
+        return fail(
+            f"{path} cannot be read by tokenizers {tokenizers.__version__} ({first_line(error)})",
+            "fetch the file again, or install the version that wrote it",
+        )
     return ok(f"tokenizer.json, {vocab_size:,} tokens")
 
 
@@ -65,6 +79,10 @@ def check_memory(start: PlannedStart) -> Finding:
         weights = format_bytes(plan.weights)
         return warn(f"{weights} of weights on each rank, and no GPU here to hold them", "see devices")
     return memory_finding(config, resolved, plan, _available_host_memory())
+
+
+def _is_changed(params: SamplingParams, name: str) -> bool:
+    return bool(getattr(params, name) != getattr(SamplingParams(), name))
 
 
 def memory_finding(config: Config, resolved: Config, plan: MemoryPlan, host: int) -> Finding:

@@ -9,10 +9,11 @@ import math
 from contextlib import suppress
 from ctypes import CDLL
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ...runtime.config import Config
-from ...runtime.model.checkpoint import checkpoint_folder
+from ...runtime.model.checkpoint import checkpoint_folder, fit_weights
 from ...runtime.model.model_config import ModelConfig
 from .p2p import P2PCheck
 
@@ -39,10 +40,13 @@ class PlannedStart:
         """The folder of the checkpoint, which is not fetched."""
         return checkpoint_folder(self.config.model, self.config.revision, fetch=False)
 
-    @property
+    @cached_property
     def model(self) -> ModelConfig:
-        """The model's configuration, read from the folder."""
-        return ModelConfig.from_folder(self.folder)
+        """The model's configuration, read from the folder; check_checkpoint reports weights that do not fit it."""
+        model = ModelConfig.from_config_file(self.folder)
+        with suppress(ValueError):
+            return model if self.config.load_format == "dummy" else fit_weights(model, self.folder)
+        return model
 
 
 def visible_gpus() -> int:

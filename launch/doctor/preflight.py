@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 
 from ...runtime.config import Config
 from ..child_process import ChildFailed, ChildProcess, calling
+from ..cluster.ray_address import ray_address
 
 log = logging.getLogger(__name__)
 DEADLINE_S = 120.0  # a cluster's nodes have 60 s to answer
@@ -23,6 +24,7 @@ class Preflight(ChildProcess):
     """The checks, running in a child process; always call `close`."""
 
     def __init__(self, config: Config) -> None:
+        ray_address(config)  # a wrong one is refused at once
         self._config = config
         super().__init__([*calling(print_findings), json.dumps(dataclasses.asdict(config))])
 

@@ -15,17 +15,18 @@ from functools import partial
 
 import msgspec
 
+from ...comm.message_sockets import WakeupEvent
 from ...runtime.config import Config
 from ...runtime.executor import RankLocation
 from ...runtime.frontend import Frontend
 from ...runtime.model.checkpoint import find_model
+from ...runtime.model.generation_config import default_sampling_params
 from ...runtime.outputs import Event
 from ...runtime.request import Limits, SamplingParams
 from ...runtime.sampling.grammar import Vocabulary
 from ...runtime.stats import EngineStats
-from ...runtime.tokenizer import Tokenizer, default_sampling_params
+from ...runtime.tokenizer import Tokenizer
 from ..cluster.engine_thread import EngineThread
-from ..cluster.sockets import WakeupEvent
 from ..errors import EngineFailed, RequestCrashedEngine
 from ..executors import connect_ray, start_executor, start_replicas
 from ..signals import Undo
@@ -80,7 +81,7 @@ class AsyncEngine:
         folder, model = find_model(self.config)
         tokenizer = Tokenizer(folder)
         self.tokenizer = AsyncTokenizer(tokenizer)
-        self.default_params = default_sampling_params(folder)
+        self.default_params = default_sampling_params(folder, self.config.generation_config)
         self._grammars = GrammarCheck(Vocabulary(folder, model.vocab_size, model.eos_token_ids))
         with Undo() as stack:
             stack.callback(self._grammars.close)

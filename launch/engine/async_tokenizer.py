@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from ...runtime.detokenizer import PromptText, locate_tokens
 from ...runtime.request import RequestRefused
 from ...runtime.tokenizer import Message, Tokenizer
 
@@ -48,9 +49,12 @@ class AsyncTokenizer:
         return await self._run(lambda: self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens), "tokens")
 
     async def decode_each(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each id by itself, special tokens included."""
-        decode = self._tokenizer.decode
-        return await self._run(lambda: [decode([i], skip_special_tokens=False) for i in ids], "tokens")
+        """Return the text of each id after another one, special tokens included."""
+        return await self._run(lambda: [self._tokenizer.token_bytes.text(i) for i in ids], "tokens")
+
+    async def locate_tokens(self, ids: Sequence[int], text: str | None = None) -> PromptText:
+        """Return where each token of a prompt begins in its text, or in the text of `ids` with all special tokens."""
+        return await self._run(lambda: locate_tokens(self._tokenizer.token_bytes, ids, text), "prompt")
 
     async def _run(self, call: Callable[[], Result], param: str) -> Result:
         future = asyncio.get_running_loop().run_in_executor(self._threads, call)

@@ -1,7 +1,8 @@
 """A check of clients' grammars in a child process, which is killed when a grammar takes too long.
 
 The compiler counts its work and stops at its limits (runtime/sampling/grammar.py). The time and memory limits here are
-for work that it does not count. Only grammars that pass reach the ranks.
+for work that it does not count. The process also computes a few masks, and refuses a grammar whose masks are slow.
+Only grammars that pass reach the ranks.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ class GrammarCheck:
 
     async def check(self, params: StructuredOutputsParams) -> None:
         """Compile a grammar; raises RequestRefused naming the mistake or the limit that was reached."""
-        error = await asyncio.get_running_loop().run_in_executor(self._thread, self._problem, params)
+        line = msgspec.json.encode(params)
+        if line in self._passed:  # it does not wait for the grammars that are being compiled
+            return
+        error = await asyncio.get_running_loop().run_in_executor(self._thread, self._problem, line, params.kind)
         if error is not None:
             raise RequestRefused(error)
 
@@ -45,14 +49,13 @@ class GrammarCheck:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._kill()
 
-    def _problem(self, params: StructuredOutputsParams) -> str | None:
+    def _problem(self, line: bytes, kind: str) -> str | None:
         """Return why this grammar cannot be used, or None; grammars that have passed are remembered."""
-        line = msgspec.json.encode(params)
         if line in self._passed:
             self._passed.move_to_end(line)
             return None
         error = self._start() if self._process is None else None
-        error = error or self._compile(line, params.kind)
+        error = error or self._compile(line, kind)
         if error is None:
             self._passed[line] = None
             if len(self._passed) > MOST_PASSED:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import socket
-import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +16,7 @@ from functools import partial
 import msgspec
 from ray import serve
 
+from ...comm.message_sockets import Address, PushSocket, WakeupEvent
 from ...runtime.config import Config
 from ...runtime.executor import RankLocation
 from ...runtime.model.checkpoint import find_model
@@ -28,7 +27,6 @@ from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
 from ..cluster.engine_thread import EngineThread, StallDetector
 from ..cluster.ray_executor import RayExecutor
-from ..cluster.sockets import Address, PushSocket, WakeupEvent
 from ..errors import RankFailed
 
 log = logging.getLogger(__name__)
@@ -39,7 +37,6 @@ class FrontendInfo:
     """The front end's addresses and settings for its replicas; travels through Ray."""
 
     address: Address  # its PullSocket receives the replicas' messages
-    lifeline: tuple[str, int]  # (ip, port); a connection to it breaks when the front end ends
     ip: str | None  # the ranks' sockets use it: the loopback address if there is only one machine
     environment: dict[str, str]  # the ranks get these variables
 
@@ -83,9 +80,7 @@ class Replica:
         self._stall = StallDetector()
         self._failure: RankFailed | None = None
         self._outputs.send(encode(ReplicaReady(self._name, self._executor.limits, self._executor.locations)))
-        self._lifeline = socket.create_connection(frontend.lifeline)
-        self._lifeline.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        threading.Thread(target=self._watch_frontend, name="lockstep-lifeline", daemon=True).start()
+        self._outputs.watch(self._end_application)
         self._thread = EngineThread(self, "lockstep-replica", self._connection.wakeup, self._connection.shutting_down)
         self._thread.start()
 
@@ -161,10 +156,8 @@ class Replica:
             with suppress(RuntimeError):  # the loop has ended, and with it all calls
                 ended.get_loop().call_soon_threadsafe(_settle, ended, failure)
 
-    def _watch_frontend(self) -> None:
+    def _end_application(self) -> None:
         """Delete the application when its front end is gone; Serve itself would keep it."""
-        with suppress(OSError):
-            self._lifeline.recv(1)
         if not self._connection.shutting_down.is_set():
             log.warning("the front end is gone: %s ends", self._app)
             serve.delete(self._app, _blocking=False)

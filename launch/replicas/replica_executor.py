@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import socket
 import threading
 import time
 import uuid
@@ -28,14 +27,15 @@ from ray.serve.config import ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
 
+from ...comm.message_sockets import PullSocket
 from ...runtime.config import Config
 from ...runtime.executor import RankLocation, Wakeup
 from ...runtime.plan import RequestEnd, StepOutput
 from ...runtime.request import Limits, Request
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded_environment
-from ..cluster.connection import Connection, while_connected
-from ..cluster.sockets import PullSocket
+from ..cluster.connection import Connection
+from ..cluster.ray_client import while_connected
 from ..errors import PlacementError, RankFailed, RequestsLost
 from ..signals import Undo
 from .replica import FrontendInfo, Replica, ReplicaReady, StepReport, decode
@@ -63,7 +63,6 @@ class ReplicaExecutor:
         self._ready: dict[str, ReplicaReady] = {}  # replica -> its report; the latest num_replicas
         self._stats: dict[str, EngineStats] = {}  # replica -> its counters; lost ones included
         self._free_pages: dict[str, int | None] = {}  # replica -> its free pages after its last step
-        self._lifelines: list[socket.socket] = []
         self._loop = asyncio.new_event_loop()
         with Undo() as stack:
             started = time.perf_counter()
@@ -129,13 +128,9 @@ class ReplicaExecutor:
         ip = self._connection.ip or ray.util.get_node_ip_address()
         self._inbox = PullSocket(ip)
         stack.callback(self._inbox.close)
-        lifeline = socket.create_server((ip, 0), family=socket.AF_INET6 if ":" in ip else socket.AF_INET)
-        self._lifeline = stack.enter_context(lifeline)
-        stack.callback(self._end_lifelines)
         threading.Thread(target=self._loop.run_forever, name="lockstep-replica-calls", daemon=True).start()
         stack.callback(self._loop.call_soon_threadsafe, self._loop.stop)
-        address, environment = lifeline.getsockname()[:2], forwarded_environment()
-        frontend = FrontendInfo(self._inbox.address, address, self._connection.ip, environment)
+        frontend = FrontendInfo(self._inbox.address, self._connection.ip, forwarded_environment())
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
@@ -202,7 +197,6 @@ class ReplicaExecutor:
     def _update(self, message: ReplicaReady | StepReport) -> StepOutput | None:
         """Take a message of a replica; return the output that it has for current attempts."""
         if isinstance(message, ReplicaReady):
-            self._lifelines.append(self._lifeline.accept()[0])
             self._ready[message.replica] = message
             self._ready = dict(list(self._ready.items())[-self._num_replicas :])
             return None
@@ -247,10 +241,6 @@ class ReplicaExecutor:
         attempt, call = self._calls.pop(uid, (-1, None))
         self._attempts.pop(attempt, None)
         return call
-
-    def _end_lifelines(self) -> None:
-        for lifeline in self._lifelines:
-            lifeline.close()
 
 
 def _last_line(text: str) -> str:

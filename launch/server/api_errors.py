@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -15,6 +16,7 @@ from .protocol.request_models import NEUTRAL_ONLY
 
 MAX_MESSAGE = 600  # unit: characters
 MAX_QUOTE = 64  # longest quote of a value from the request, in characters
+FOLDERS = re.compile(r"(?<![\w/:.~-])/(?:[^\s/'\":;,()]+/)+(?=[^\s/'\":;,()])")  # of an absolute path, without its name
 RETRY_AFTER_S = {429: 1, 503: 5}
 TYPES = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable"}
 BOUND_CODES = dict.fromkeys(("le", "lt"), "above_max_value") | dict.fromkeys(("ge", "gt"), "below_min_value")
@@ -43,7 +45,8 @@ class ApiError(Exception):
 
     def reply(self) -> ErrorReply:
         """Return the body of the response."""
-        message = shorten(str(self), MAX_MESSAGE)
+        text = without_folders(str(self)) if self.status >= 500 else str(self)  # others quote the client's own text
+        message = shorten(text, MAX_MESSAGE)
         kind = TYPES.get(self.status, "invalid_request_error")
         return ErrorReply(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.code))
 
@@ -54,9 +57,14 @@ class ApiError(Exception):
             headers["x-should-retry"] = "false"  # OpenAI's clients would retry after a 500
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
-        if self.status in (413, 500):
-            headers["connection"] = "close"  # the rest of the body is not read; uvicorn closes after an exception
+        if self.status == 500:
+            headers["connection"] = "close"  # uvicorn closes after an exception
         return Response(self.reply().model_dump_json(), self.status, headers, "application/json")
+
+
+def without_folders(text: str) -> str:
+    """Return `text` with absolute paths reduced to their last names: clients need not know the server's folders."""
+    return FOLDERS.sub("", text)
 
 
 def invalid(param: str, rule: str) -> ApiError:

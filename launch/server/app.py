@@ -24,8 +24,10 @@ from ...runtime.version import __version__
 from ..errors import EngineFailed
 from .api_errors import ApiError, ErrorReply, as_api_error
 from .handlers import Handlers
+from .host_check import check_origin
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .protocol.response_models import ChatCompletion, Completion, Detokenized, Healthy, ModelList, Tokens, Version
+from .server_config import ServerConfig
 
 REF = "#/components/schemas/{model}"
 PAGE = Path(__file__).parent / "page"  # a chat, and a live view of the engine
@@ -40,7 +42,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": meaning}
     for status, meaning in {
         400: "The request is invalid, or asks for something that is not implemented",
-        401: "The API key is missing or unknown", 404: "The model does not exist", 413: "The body is too long",
+        401: "The API key is missing or unknown", 403: "The Host header names another server",
+        404: "The model does not exist", 413: "The body is too long",
         429: "The server is busy; try again later", 500: "The server failed",
         503: "The engine is down, restarting or shutting down; try again later",
     }.items()
@@ -48,8 +51,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 HANDLED = (ApiError, RequestRefused, EngineFailed, HTTPException, ClientDisconnect, Exception)
 
 
-def create_app(handlers: Handlers, keys: Sequence[str]) -> ASGIApp:
-    """Return the application; without keys, it serves everyone."""
+def create_app(handlers: Handlers, config: ServerConfig) -> ASGIApp:
+    """Return the application; without API keys, it serves everyone."""
+    keys = config.api_key or []
     app = DocumentedApp(
         title="lockstep", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         exception_handlers=dict.fromkeys(HANDLED, _on_error),
@@ -74,7 +78,7 @@ def create_app(handlers: Handlers, keys: Sequence[str]) -> ASGIApp:
     app.add_route("/stats", handlers.stats, include_in_schema=False)
     for path in PAGE_FILES:
         app.add_route(path, _send_page_file, include_in_schema=False)
-    return RequireKey(app, keys)
+    return check_origin(AnswerHead(RequireKey(app, keys)), config)
 
 
 async def _send_page_file(request: Request) -> Response:
@@ -101,6 +105,16 @@ class DocumentedApp(FastAPI):
 def _body_schema(body: type[BaseModel]) -> dict[str, Any]:
     schema = {"$ref": REF.format(model=body.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+class AnswerHead:
+    """Answers HEAD as GET; uvicorn leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, send)
 
 
 class RequireKey:

@@ -13,18 +13,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 
+from ...runtime.detokenizer import PromptText
 from ...runtime.outputs import Event
 from ...runtime.request import RequestRefused, SamplingParams
 from ...runtime.version import __version__
 from ..cluster.engine_thread import StallDetector
 from ..engine.async_engine import AsyncEngine
 from ..engine.event_streams import merge
-from .api_errors import ApiError
+from .api_errors import ApiError, without_folders
 from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_json
 from .metrics import Metrics, PromptTimer
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .protocol.response_models import Detokenized, Healthy, Model, ModelList, Tokens, Version
-from .response_builders import ChatBuilder, CompletionBuilder, EchoedPrompt, ResponseBuilder, TokenUsage
+from .response_builders import ChatBuilder, CompletionBuilder, ResponseBuilder, TokenUsage
 from .server_config import ServerConfig, ServerLimits
 from .validation import AdmissionControl, RequestValidator, from_refusal, num_top_logprobs
 
@@ -77,12 +78,15 @@ class Handlers:
             return ChatBuilder(model, num_top)
         return CompletionBuilder(model, body.n or 1, await self._echo(body, prompts) if body.echo else [], num_top)
 
-    async def _echo(self, body: CompletionRequest, prompts: list[list[int]]) -> list[EchoedPrompt]:
-        """Return the texts of the prompts, for `echo`."""
-        skip, echoes = body.skip_special_tokens is not False, []
+    async def _echo(self, body: CompletionRequest, prompts: list[list[int]]) -> list[PromptText]:
+        """Return the prompts for `echo`: texts as they came, and the texts of token ids with all special tokens."""
+        echoes = []
         for prompt, ids in zip(body.prompts, prompts, strict=True):
-            text = prompt if isinstance(prompt, str) else await self._tokenizer.decode(ids, skip_special_tokens=skip)
-            echoes.append(EchoedPrompt(text, await self._tokenizer.decode(ids[:1], skip_special_tokens=True)))
+            text = prompt if isinstance(prompt, str) else None
+            if text is not None and body.logprobs is None:
+                echoes.append(PromptText(text))
+            else:
+                echoes.append(await self._tokenizer.locate_tokens(ids, text))
         return echoes
 
     async def _generate(
@@ -188,7 +192,7 @@ class Handlers:
         engine = stats.engine
         rank_state = "running" if health.state in ("ready", "draining") else "ended"
         fields = {
-            "state": health.state, "reason": health.reason, "restarts": stats.restarts,
+            "state": health.state, "reason": without_folders(health.reason), "restarts": stats.restarts,
             "running": stats.running, "waiting": stats.waiting, "kv_usage": stats.kv_usage,
             "cached_tokens": stats.prefix_hits, "prefix_queries": stats.prefix_queries,
             **msgspec.structs.asdict(engine),

@@ -1,14 +1,18 @@
-"""uvicorn's HTTP protocol with deadlines for slow clients and a limit of connections.
+"""uvicorn's HTTP protocol with deadlines for slow clients, half-closed connections and a limit of connections.
 
 A request has `request_timeout_s` to arrive. Response bytes beyond the socket's write buffer of 64 KiB have
 `response_timeout_s` to be read. A connection that misses a deadline is aborted, and its request is cancelled like that
 of a client that disconnects. So a slow client holds neither a place in the batch nor memory.
+
+A client that has closed its side after the request gets its answer. The rest of a body that is refused is read, within
+limits: otherwise the kernel would reset the connection, and the client would lose the response.
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
+from contextlib import suppress
 from typing import Any
 
 import h11
@@ -17,6 +21,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from .api_errors import ApiError
 from .server_config import ServerLimits
 
+PROBE_S = (0.05, 1.0)  # times between the first two probes of a half-closed connection, and between later ones
+MAX_DRAINED_BYTES = 64 * 2**20  # of the body of a request that has been answered
+LINGER_S = 1.0  # a connection stays open for this long after the server has closed its side
 RESERVED_FILES = 256  # connections leave these descriptors free for restarted ranks and files
 
 
@@ -40,6 +47,9 @@ class TimeoutHTTPProtocol(H11Protocol):
         self._limits = limits
         self._request_timer: asyncio.TimerHandle | None = None
         self._response_timer: asyncio.TimerHandle | None = None
+        self._probe_timer: asyncio.TimerHandle | None = None  # runs after the client has closed its side
+        self._is_refused = False  # what still comes is not read as HTTP
+        self._drained_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -48,11 +58,28 @@ class TimeoutHTTPProtocol(H11Protocol):
         self._update_request_timer()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._update_request_timer()
+        is_drained = self._is_refused or (self.cycle is not None and self.cycle.response_complete and self._has_body())
+        self._drained_bytes = self._drained_bytes + len(data) if is_drained else 0
+        if self._drained_bytes > MAX_DRAINED_BYTES:
+            self.transport.close()
+        elif not self._is_refused:
+            super().data_received(data)
+            self._update_request_timer()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection open if a whole request has arrived and is not answered."""
+        if self.cycle is None or self.cycle.more_body or self.cycle.response_complete or self._is_refused:
+            return False
+        if self._probe_timer is None:
+            self._probe(PROBE_S[0])
+        return True
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._probe_timer is not None and self.cycle.response_complete:  # no other request was sent before the end
+            self.transport.close()
+        elif self._has_body() and any(name == b"expect" for name, _ in self.headers):
+            self._linger()  # the client may send the body, or not and another request
         self._update_request_timer()
         if self.transport.get_write_buffer_size():  # the client must also read the end of the response in time
             self._start_response_timer()
@@ -69,12 +96,12 @@ class TimeoutHTTPProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for timer in (self._request_timer, self._response_timer):
+        for timer in (self._request_timer, self._response_timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(ApiError(400, msg, code="invalid_request"))
+        self._refuse(ApiError(400, msg, code="invalid_request"), lingers=True)
 
     def _update_request_timer(self) -> None:
         """Run the timer while a request arrives; uvicorn's keep-alive timeout covers idle connections."""
@@ -95,7 +122,23 @@ class TimeoutHTTPProtocol(H11Protocol):
         if self.transport.get_write_buffer_size():
             self.transport.abort()
 
-    def _refuse(self, error: ApiError) -> None:
+    def _has_body(self) -> bool:
+        """Return whether a part of the request's body has not been read."""
+        return self.conn.their_state is h11.SEND_BODY
+
+    def _probe(self, next_s: float) -> None:
+        """Send a few bytes before the response: if the client is gone, the kernel says so at the next write.
+
+        A client that has closed its side and one that is gone look the same until then.
+        """
+        cycle = self.cycle
+        if cycle.response_complete or self.transport.is_closing():
+            return
+        if not cycle.response_started and cycle.scope["http_version"] == "1.1":
+            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
+        self._probe_timer = self.loop.call_later(next_s, self._probe, PROBE_S[1])
+
+    def _refuse(self, error: ApiError, *, lingers: bool = False) -> None:
         """Send the error unless a response has begun, then close the connection."""
         response = error.response()
         headers: list[tuple[bytes, bytes]] = [*response.raw_headers, (b"connection", b"close")]
@@ -103,4 +146,14 @@ class TimeoutHTTPProtocol(H11Protocol):
             start, body = h11.Response(status_code=error.status, headers=headers), h11.Data(data=bytes(response.body))
             for event in (start, body, h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
+        if lingers and not self.transport.is_closing():
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Close this side, and the connection when the client has had time to read the response."""
+        self._is_refused = True
+        with suppress(OSError):  # the client may be gone
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from pydantic import BaseModel
 
+from ...runtime.detokenizer import PromptText
 from ...runtime.outputs import Event, Logprob
 from .protocol import response_models as api
 
@@ -42,14 +43,6 @@ class TokenUsage:
             total_tokens=self.num_prompt + self.num_completion,
             prompt_tokens_details=api.PromptDetails(cached_tokens=sum(self.num_cached.values())),
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class EchoedPrompt:
-    """A prompt to be repeated before its output."""
-
-    text: str
-    first_token: str  # the text of the first token, which has no log-probability
 
 
 class ResponseBuilder(ABC):
@@ -98,43 +91,34 @@ class CompletionBuilder(ResponseBuilder):
 
     id_prefix, chunk_type, response_type = "cmpl", api.Completion, api.Completion
 
-    def __init__(self, model: str, n: int, echoes: Sequence[EchoedPrompt], num_top: int | None) -> None:
+    def __init__(self, model: str, n: int, echoes: Sequence[PromptText], num_top: int | None) -> None:
         super().__init__(model, num_top)
         self._n, self._echoes = n, echoes
-        self._text_offsets: dict[int, int] = {}  # index of the choice -> characters so far
+        self._started: set[int] = set()  # indices of the choices that have had a part
 
     def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
         if _has_news(event):
             yield self._choice(index, event)
 
     def _choice(self, index: int, event: Event) -> BaseModel:
-        is_first = index not in self._text_offsets
-        echo = self._echoes[index // self._n] if is_first and self._echoes else None
+        prompt = self._echoes[index // self._n] if self._echoes else PromptText("")
+        is_first = index not in self._started
+        self._started.add(index)
         return api.CompletionChoice(
-            index=index, text=(echo.text if echo else "") + event.text, logprobs=self._logprobs(index, event, echo),
+            index=index, text=prompt.text + event.text if is_first else event.text,
+            logprobs=None if self._num_top is None else self._logprobs(event, prompt, with_prompt=is_first),
             finish_reason=_finish_reason(event), stop_reason=event.stop_reason,
         )  # fmt: skip
 
-    def _logprobs(self, index: int, event: Event, echo: EchoedPrompt | None) -> api.CompletionLogprobs | None:
-        offset = self._text_offsets.setdefault(index, 0)
-        if self._num_top is None:
-            return None
+    def _logprobs(self, event: Event, prompt: PromptText, *, with_prompt: bool) -> api.CompletionLogprobs:
         logprobs = api.CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
-        prompt = zip(event.prompt_token_ids, event.prompt_logprobs or (), strict=True) if echo else ()
-        for token, candidates in [*prompt, *_tokens(event)]:
-            if candidates is None:
-                assert echo is not None, "only a prompt's first token has no candidates"
-                text, logprob, top = echo.first_token, None, None
-            else:
-                text, logprob = candidates[token].decoded_token, _finite(candidates[token].logprob)
-                ordered = sorted(candidates.values(), key=lambda c: -c.rank)  # the likelier of equal texts stays
-                top = {c.decoded_token: _finite(c.logprob) for c in ordered}
-            logprobs.tokens.append(text)
-            logprobs.token_logprobs.append(logprob)
-            logprobs.top_logprobs.append(top)
-            logprobs.text_offset.append(offset)
-            offset += len(text)
-        self._text_offsets[index] = offset
+        if with_prompt and prompt.pieces:
+            positions = zip(event.prompt_token_ids, event.prompt_logprobs or (), strict=True)
+            for (token, candidates), piece, offset in zip(positions, prompt.pieces, prompt.offsets, strict=True):
+                _add_token(logprobs, _token_text(piece.decode(errors="replace"), piece), token, candidates, offset)
+        for (token, candidates), offset in zip(_tokens(event), event.text_offsets or (), strict=True):
+            text = _token_text(candidates[token].decoded_token, candidates[token].token_bytes)
+            _add_token(logprobs, text, token, candidates, len(prompt.text) + offset)
         return logprobs
 
 
@@ -193,10 +177,47 @@ def _finish_reason(event: Event) -> api.FinishReason | None:
     return event.finish_reason
 
 
+def _add_token(
+    logprobs: api.CompletionLogprobs, text: str, token: int, candidates: dict[int, Logprob] | None, offset: int
+) -> None:
+    """Add a token; only the first one of a prompt has no candidates."""
+    logprobs.tokens.append(text)
+    logprobs.token_logprobs.append(_finite(candidates[token].logprob) if candidates else None)
+    logprobs.top_logprobs.append(_top_logprobs(text, token, candidates) if candidates else None)
+    logprobs.text_offset.append(offset)
+
+
+def _top_logprobs(text: str, token: int, candidates: dict[int, Logprob]) -> dict[str, float]:
+    """Return the log-probabilities by text, the sampled token first; a token with a text that is taken is named by id.
+
+    The sampled token has the same text here as in `tokens`: evaluations look it up, to see if it is the likeliest.
+    """
+    top = {text: _finite(candidates[token].logprob)}
+    for other, logprob in sorted(candidates.items(), key=lambda item: item[1].rank):
+        if other != token:
+            name = _token_text(logprob.decoded_token, logprob.token_bytes)
+            top[f"token_id:{other}" if name in top else name] = _finite(logprob.logprob)
+    return top
+
+
+def _token_text(text: str, piece: bytes, prefix: str = "bytes:") -> str:
+    """Return the text of a token, as OpenAI writes it for a part of a character: `bytes:\\xe2\\x82`."""
+    if REPLACEMENT not in text or _is_utf8(piece):
+        return text
+    return prefix + piece.decode(errors="backslashreplace")
+
+
+def _is_utf8(piece: bytes) -> bool:
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _candidate(logprob: Logprob) -> api.Candidate:
-    text = logprob.decoded_token
-    parts = None if REPLACEMENT in text else list(text.encode())
-    return api.Candidate(token=text, logprob=_finite(logprob.logprob), bytes=parts)
+    text = _token_text(logprob.decoded_token, logprob.token_bytes, prefix="")
+    return api.Candidate(token=text, logprob=_finite(logprob.logprob), bytes=list(logprob.token_bytes))
 
 
 def _finite(logprob: float) -> float:

@@ -21,12 +21,14 @@ from ...runtime.config import Config
 from ..doctor.preflight import Preflight
 from ..engine.async_engine import AsyncEngine
 from ..signals import interrupt, signals_wait
+from ..standard_streams import Throttle
 from .app import create_app
 from .handlers import Handlers
 from .http_protocol import TimeoutHTTPProtocol, raise_file_limit
 from .server_config import ServerConfig, ServerLimits
 
 log = logging.getLogger(__name__)
+STRANGERS = ("uvicorn.error", "asyncio")  # loggers of messages that clients cause
 SHUTDOWN_S = 2  # after the engine stops, complete answers have this time to be sent
 
 
@@ -78,11 +80,13 @@ def create_uvicorn_config(
     engine: AsyncEngine, options: ServerConfig, limits: ServerLimits | None = None
 ) -> uvicorn.Config:
     """Return uvicorn's configuration with the application."""
+    for name in STRANGERS:
+        logging.getLogger(name).addFilter(Throttle())
     limits = limits or ServerLimits()
     handlers = Handlers(engine, options, limits)
     protocol = cast("type[asyncio.Protocol]", partial(TimeoutHTTPProtocol, limits=limits))
     return uvicorn.Config(
-        create_app(handlers, options.api_key or []), http=protocol, ws="none", lifespan="off", log_config=None,
+        create_app(handlers, options), http=protocol, ws="none", lifespan="off", log_config=None,
         access_log=False, server_header=False, callback_notify=handlers.update_stall_detector, timeout_notify=1,
         timeout_graceful_shutdown=SHUTDOWN_S,
     )  # fmt: skip

@@ -61,7 +61,7 @@ def _start_and_answer(
 async def _answer_all(
     engine: AsyncEngine, config: ServerConfig, left: Sequence[BatchRequest], answers: AnswerFile, total: int
 ) -> None:
-    app, iterator = create_app(Handlers(engine, config, ServerLimits()), []), iter(left)
+    app, iterator = create_app(Handlers(engine, config, ServerLimits()), config), iter(left)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     num_senders = min(len(left), IN_FLIGHT * engine.limits.max_num_seqs)
     with tqdm(total=total, initial=total - len(left), unit=" requests", desc="batch") as progress:

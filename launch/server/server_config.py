@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ...runtime.config import option
 MIB = 2**20
 # The largest values that SamplingParams takes (runtime/request.py), repeated here to keep `lockstep --help` fast.
 HIGHEST = {"port": 65535, "max_n": 128, "max_stop_strings": 16, "max_logprobs": 20}
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 LOWEST = {"port": 0, "max_queued": 0, "max_logprobs": 0, "max_restarts": 0}  # the lowest value of other fields is 1
 
 
@@ -28,6 +30,14 @@ class ServerConfig:
             "flags": (),
             "envvar": "LOCKSTEP_API_KEY",
         },
+    )
+    allowed_hosts: list[str] | None = option(
+        None,
+        "name in Host headers that is accepted beside loopback ones, * is any; repeat for several. Without it a server "
+        "on a loopback address accepts loopback names only, and others accept any",
+    )
+    cors_origins: list[str] | None = option(
+        None, "origin whose pages may use this server from a browser, such as https://example.com; repeat for several"
     )
     served_model_name: list[str] | None = option(None, "name of the model in requests; repeat for several")
     max_concurrent_requests: int = option(1024, "requests answered at once; more are refused with 429")
@@ -54,7 +64,10 @@ class ServerConfig:
                     raise ValueError(f"{f.name}={value} must be {rule}")
         if not 0 <= self.drain_timeout < float("inf"):
             raise ValueError(f"drain_timeout={self.drain_timeout} must be finite and at least 0 seconds")
-        for name in ("api_key", "served_model_name"):
+        for origin in self.cors_origins or []:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                raise ValueError(f"cors_origins={origin!r} is not an origin; give a scheme, a host and perhaps a port")
+        for name in ("api_key", "served_model_name", "allowed_hosts"):
             if any(not text.strip() for text in getattr(self, name) or []):
                 raise ValueError(f"an empty {name} would match nothing or everything; give a text")
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
-
-from safetensors import SafetensorError, safe_open
 
 from ...comm.message_text import first_line
 from ..config import Config
-from .hf_config import HFConfigReader
+from .generation_config import default_sampling_params
 from .model_config import ModelConfig
+from .tensor_files import TensorFiles, check_finite, check_shapes
+from .tokenizer_files import check_tokenizer_files
 
-MAX_NAMED = 8  # entries of a list in an error message
+log = logging.getLogger(__name__)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -53,54 +56,75 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
 
 
 def find_model(config: Config) -> tuple[Path, ModelConfig]:
-    """Return the checkpoint's folder and its ModelConfig; raises ValueError if no rank could load it."""
+    """Return the checkpoint's folder and its ModelConfig; raises ValueError if no rank could load it.
+
+    Logs what a user should know about the files.
+    """
     folder = checkpoint_folder(config.model, config.revision)
-    model = ModelConfig.from_folder(folder)
+    model = check_folder(config, folder)
     model.check_tensor_parallel(config.tensor_parallel_size)
-    if config.load_format != "dummy":
-        check_files(folder)  # before any rank is started
+    for note in model.notes:
+        log.info("%s", note)
     return folder, model
 
 
-def check_files(folder: str | Path) -> list[Path]:
-    """Open every safetensors file of a checkpoint; raises ValueError naming the first that cannot be read."""
-    paths = checkpoint_files(Path(folder))
-    for path in paths:
-        with open_file(path, "np"):
-            pass
-    return paths
+def check_local_model(config: Config) -> None:
+    """Raise ValueError if the model is a folder here with files that cannot be used; other models pass.
+
+    Takes tens of milliseconds: a command calls it before it imports torch and transformers, which take seconds.
+    """
+    folder = Path(config.model).expanduser()
+    if folder.is_dir():
+        check_folder(config, folder)
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the files named by the index; else model.safetensors; else every *.safetensors in the folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = HFConfigReader.from_file(index).nested("weight_map")
-        names = sorted({weight_map.text(tensor) for tensor in weight_map.values})
-        absent = [name for name in names if not (folder / name).is_file()]
-        if absent:
-            raise ValueError(f"{folder} lacks {format_names(absent)} named in {index.name}; fetch the missing files")
-        return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights at all"]
-        raise ValueError(
-            f"{folder} has no *.safetensors ({format_names(others)}); save the checkpoint as safetensors, "
-            "or try the runtime without it with load_format='dummy'"
-        )
-    return files
+def check_folder(config: Config, folder: Path) -> ModelConfig:
+    """Return the ModelConfig of a checkpoint; raises ValueError naming the first file that cannot be used."""
+    model = read_model(config, folder)
+    check_tokenizer_files(folder)
+    default_sampling_params(folder, config.generation_config)
+    return model
 
 
-def open_file(path: Path, framework: Literal["pt", "np"]) -> Any:
-    """Open a file for torch or NumPy tensors; raises ValueError if it cannot be read."""
-    try:
-        return safe_open(path, framework=framework)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is corrupt or incomplete ({error}); fetch the file again") from error
+def read_model(config: Config, folder: Path) -> ModelConfig:
+    """Return the ModelConfig of a checkpoint; raises ValueError for a file that cannot be read or does not fit."""
+    model = ModelConfig.from_folder(folder, config.generation_config)
+    return model if config.load_format == "dummy" else fit_weights(model, folder)
 
 
-def format_names(names: Sequence[str]) -> str:
-    """Return the first MAX_NAMED names, and the number of others, as text."""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
+def fit_weights(model: ModelConfig, folder: Path) -> ModelConfig:
+    """Check the headers of the weights; return `model`, with untied embeddings if its head differs from them.
+
+    Every process decides this from the same bytes, so that all ranks and the memory plan agree.
+    """
+    with ExitStack() as stack:
+        tensors = TensorFiles(folder, "np", stack)
+        dimensions = _dimensions(model)
+        check_shapes(dimensions, tensors)
+        # Only vectors, which are small: the ranks check every number when they load.
+        check_finite([name for name, shape in dimensions.items() if len(shape) == 1], tensors)
+        if model.tie_word_embeddings and HEAD in tensors and not tensors.equal(HEAD, EMBEDDING):
+            note = f"config.json ties the word embeddings, but {HEAD} differs from {EMBEDDING}: both are used"
+            return replace(model, tie_word_embeddings=False, notes=(*model.notes, note))
+    return model
+
+
+def _dimensions(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
+    """Return the shapes of tensors that have each dimension of config.json.
+
+    They are compared before any memory is allocated: a config.json with absurd numbers could ask for all of it.
+    """
+    hidden, layer = model.hidden_size, "model.layers.0"
+    shapes: dict[str, tuple[int, ...]] = {
+        EMBEDDING: (model.vocab_size, hidden),
+        f"{layer}.self_attn.q_proj.weight": (model.num_heads * model.head_dim, hidden),
+        f"{layer}.self_attn.k_proj.weight": (model.num_kv_heads * model.head_dim, hidden),
+    }
+    dense = [n for n in range(model.num_layers) if not model.has_experts(n)]
+    if dense:
+        shapes[f"model.layers.{dense[0]}.mlp.gate_proj.weight"] = (model.intermediate_size, hidden)
+    if model.experts is not None and len(dense) < model.num_layers:
+        mlp = f"model.layers.{min(model.experts.layers)}.mlp"
+        shapes[f"{mlp}.gate.weight"] = (model.experts.num_experts, hidden)
+        shapes[f"{mlp}.experts.0.gate_proj.weight"] = (model.experts.intermediate_size, hidden)
+    return shapes | {f"model.layers.{n}.input_layernorm.weight": (hidden,) for n in range(model.num_layers)}

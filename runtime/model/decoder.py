@@ -17,14 +17,13 @@ from ...comm.base import Communicator
 from ...kernels.arguments import KVCache, QKNorm
 from .attention.backend import AttentionBackend, Heads
 from .batch import Batch
+from .checkpoint import EMBEDDING, HEAD
 from .embedding import Embedding, Head, Logits, vocabulary_shard
 from .kv_pool import AttentionShape, KVPool
 from .linear import MLP, ColumnLinear, MoE, Projection, RowLinear, shard_of
 from .model_config import ModelConfig
 from .norm import NormInput, Residual, RMSNorm, norm_weight
 from .weights import Weights
-
-HEAD = "lm_head.weight"
 
 
 class Attention:
@@ -100,7 +99,7 @@ class Decoder:
         self.weights = weights = Weights(dtype, device, batch_invariant=batch_invariant)
         vocab, hidden, tied = config.vocab_size, config.hidden_size, config.tie_word_embeddings
         ignored = (HEAD,) if tied else ()
-        rows = vocabulary_shard(weights, comm, "model.embed_tokens.weight", vocab, hidden, ignored=ignored)
+        rows = vocabulary_shard(weights, comm, EMBEDDING, vocab, hidden, ignored=ignored)
         self.embedding = Embedding(comm, rows)
         self.layers = [DecoderLayer(weights, comm, config, layer) for layer in range(config.num_layers)]
         self.norm = RMSNorm(weights, comm, "model.norm", hidden, config.norm_eps)

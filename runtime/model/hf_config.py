@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
+
+MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = 1e30  # float32 ends at 3.4e38
+MAX_JSON_BYTES = 256 * 2**20  # the index of the largest checkpoint has 20 MB
 
 
 class HFConfigReader:
-    """The fields of `values`; `source` names them in messages. Numbers must be above 0.
+    """The fields of `values`; `source` names them in messages. Numbers must be above 0 and finite.
 
     A field must exist unless there is a default; lists and objects are empty if absent. Null counts as absent, as it
     does in transformers.
@@ -22,9 +28,12 @@ class HFConfigReader:
     @classmethod
     def from_file(cls, path: Path) -> HFConfigReader:
         """Read a file; raises ValueError if it is not one JSON object."""
+        check_regular(path)
         try:
+            if path.stat().st_size > MAX_JSON_BYTES:
+                raise ValueError(f"it has more than {MAX_JSON_BYTES:,} bytes")
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not valid JSON ({error}); fetch the file again") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a {type(values).__name__}, not a JSON object; fetch the file again")
@@ -33,14 +42,16 @@ class HFConfigReader:
     def __contains__(self, name: str) -> bool:
         return self.values.get(name) is not None
 
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None, *, minimum: int = 1, maximum: int = MAX_INTEGER) -> int:
         value = self._value(name, default)
-        self._check(name, _is_integer(value) and value >= minimum, f"an integer of at least {minimum}")
+        holds = is_integer(value) and minimum <= value <= maximum
+        self._check(name, holds, f"an integer of at least {minimum} and at most {maximum}")
         return int(value)
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str, default: float | None = None, *, maximum: float = MAX_NUMBER) -> float:
         value = self._value(name, default)
-        self._check(name, (_is_integer(value) or isinstance(value, float)) and value > 0, "a number above 0")
+        is_number = is_integer(value) or isinstance(value, float)
+        self._check(name, is_number and 0 < value <= maximum, f"a number above 0 and at most {maximum:g}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -59,10 +70,10 @@ class HFConfigReader:
         return list(value)
 
     def integers(self, name: str) -> list[int]:
-        """Return the integers `name`, a list or a single one, each at least 0; empty if absent."""
+        """Return the integers `name`, a list or a single one; empty if absent."""
         value = self._value(name, [])
         integers = value if isinstance(value, list) else [value]
-        self._check(name, all(_is_integer(x) and x >= 0 for x in integers), "an integer or a list of integers")
+        self._check(name, all(is_integer(x) for x in integers), "an integer or a list of integers")
         return integers
 
     def nested(self, name: str) -> HFConfigReader:
@@ -78,8 +89,39 @@ class HFConfigReader:
 
     def _check(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
-            raise ValueError(f"{self.source}: {name} is {self.values[name]!r}, it must be {rule}")
+            raise ValueError(
+                f"{self.source}: {name} is {shortened(self.values.get(name))}, it must be {rule};"
+                " use the file that came with the checkpoint"
+            )
 
 
-def _is_integer(value: Any) -> bool:
+def check_regular(path: Path) -> None:
+    """Raise ValueError if `path` cannot be read as a regular file: reading a FIFO or a device would never end."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); fetch the file again") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
+        raise ValueError(f"{path} is {kind}, it must be a regular file; fetch the file again")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); change its permissions") from error
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is a file at `path`; raises ValueError if it cannot be read, or is a broken link."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); change the permissions of its folder") from error
+    check_regular(path)
+    return True
+
+
+def is_integer(value: object) -> bool:
+    """Return whether a value from JSON is an integer; true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -6,12 +6,15 @@ Both formats are supported: `torch_dtype`, `rope_theta` and `rope_scaling` of tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, Literal
 
-from .hf_config import HFConfigReader
+from .end_tokens import EndTokens
+from .generation_config import generation_fields, not_applied
+from .hf_config import HFConfigReader, exists
 from .rope import RopeConfig
 
 Windows = Literal["never", "always", "flagged", "flagged, upper layers"]
@@ -26,15 +29,35 @@ class Architecture:
     qk_norm: bool = False  # RMSNorm of each query and key head
     experts: bool = False  # a mixture of experts in place of some MLPs
     windows: Windows = "never"  # sliding_window of config.json applies; "flagged": if use_sliding_window is set
+    defaults: Mapping[str, int]  # fields that config.json may leave out, as in transformers' class of the family
 
+
+LLAMA = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048,
+}  # fmt: skip
+QWEN2 = LLAMA | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+}  # fmt: skip
+MISTRAL = LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+QWEN3_MOE = QWEN2 | {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+}  # fmt: skip
 
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(bias_flags=True),
-    "MistralForCausalLM": Architecture(windows="always"),
-    "Qwen2ForCausalLM": Architecture(qkv_bias=True, windows="flagged, upper layers"),
-    "Qwen3ForCausalLM": Architecture(bias_flags=True, qk_norm=True, windows="flagged, upper layers"),
-    "Qwen3MoeForCausalLM": Architecture(bias_flags=True, qk_norm=True, experts=True, windows="flagged"),
+    "LlamaForCausalLM": Architecture(bias_flags=True, defaults=LLAMA),
+    "MistralForCausalLM": Architecture(windows="always", defaults=MISTRAL),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True, windows="flagged, upper layers", defaults=QWEN2),
+    "Qwen3ForCausalLM": Architecture(
+        bias_flags=True, qk_norm=True, windows="flagged, upper layers", defaults=QWEN2 | {"head_dim": 128}
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        bias_flags=True, qk_norm=True, experts=True, windows="flagged", defaults=QWEN3_MOE
+    ),
 }
+MAX_LAYERS = 10_000
+MAX_POSITIONS = 100_000_000  # the rotary table of a rank has a row for each
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # itemsize in bytes
 
@@ -74,42 +97,54 @@ class ModelConfig:
     dtype: str  # the checkpoint's dtype, one of DTYPES
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]  # ascending
+    notes: tuple[str, ...] = field(default=(), compare=False)  # sentences for the log about the checkpoint's files
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> ModelConfig:
-        """Read config.json and the end tokens of generation_config.json; raises ValueError naming the wrong field."""
+    def from_folder(cls, folder: str | Path, generation_config: str = "auto") -> ModelConfig:
+        """Read config.json and the EOS tokens of all files; raises ValueError naming the wrong field.
+
+        generation_config  where generation_config.json is; see Config
+        """
         folder = Path(folder)
+        model, fields = cls.from_config_file(folder), HFConfigReader.from_file(folder / "config.json")
+        generation = generation_fields(folder, generation_config)
+        end = EndTokens.from_files(folder, model.vocab_size, (fields, generation))
+        notes = (*end.notes, *_ignored_fields(fields, generation, generation_config))
+        return replace(model, eos_token_ids=end.ids, notes=notes)
+
+    @classmethod
+    def from_config_file(cls, folder: Path) -> ModelConfig:
+        """Read config.json alone."""
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
-        if not (folder / "config.json").is_file():
+        if not exists(folder / "config.json"):
             raise ValueError(f"{folder} has no config.json, so it is not a model; give the folder of a checkpoint")
-        generation = folder / "generation_config.json"
-        extra = HFConfigReader.from_file(generation).values if generation.is_file() else {}
-        return cls.from_hf(HFConfigReader.from_file(folder / "config.json").values, extra)
+        return cls.from_hf(HFConfigReader.from_file(folder / "config.json").values)
 
     @classmethod
-    def from_hf(cls, hf: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
-        """Read the contents of config.json and generation_config.json."""
-        fields = HFConfigReader(hf)
-        name, architecture = _architecture(fields)
+    def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
+        """Read the contents of config.json."""
+        name, architecture = _architecture(HFConfigReader(hf))
+        fields = HFConfigReader({**architecture.defaults, **hf})
         _refuse_unsupported(fields)
-        num_layers = fields.integer("num_hidden_layers")
+        num_layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
         num_heads = fields.integer("num_attention_heads")
         hidden_size = fields.integer("hidden_size")
         head_dim = fields.integer("head_dim", max(hidden_size // num_heads, 1))
         attention_bias = architecture.bias_flags and fields.flag("attention_bias", False)
-        sources = fields, HFConfigReader(generation or {}, "generation_config.json")
+        vocab_size = fields.integer("vocab_size")
+        end = EndTokens.of({"config.json": fields.integers("eos_token_id")}, vocab_size)
         rope = RopeConfig.from_hf(fields)
         config = cls(
             architecture=name,
-            vocab_size=fields.integer("vocab_size"),
+            vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=fields.integer("intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=fields.integer("num_key_value_heads", num_heads),
             head_dim=head_dim,
-            norm_eps=fields.number("rms_norm_eps", 1e-6),
+            norm_eps=fields.number("rms_norm_eps", 1e-6, maximum=1.0),
             rope=rope,
             qkv_bias=architecture.qkv_bias or attention_bias,
             output_bias=attention_bias,
@@ -119,8 +154,9 @@ class ModelConfig:
             windows=_windows(fields, architecture.windows, num_layers),
             experts=_experts(fields, num_layers) if architecture.experts else None,
             dtype=_dtype(fields),
-            max_position_embeddings=max(fields.integer("max_position_embeddings"), rope.extended_positions),
-            eos_token_ids=tuple(sorted({token for source in sources for token in source.integers("eos_token_id")})),
+            max_position_embeddings=_num_positions(fields, rope),
+            eos_token_ids=end.ids,
+            notes=end.notes,
         )
         config._check()
         return config
@@ -176,27 +212,48 @@ def _architecture(fields: HFConfigReader) -> tuple[str, Architecture]:
         if name in ARCHITECTURES:
             return name, ARCHITECTURES[name]
     raise ValueError(
-        f"config.json: architecture {', '.join(names) or 'not given'} is not supported; "
+        f"config.json: architecture {', '.join(shortened(n)[1:-1] for n in names) or 'not given'} is not supported; "
         f"the supported ones are {', '.join(ARCHITECTURES)}"
     )
 
 
+def _ignored_fields(fields: HFConfigReader, generation: HFConfigReader, choice: str) -> Iterator[str]:
+    """Yield a sentence on each kind of field that would change the output elsewhere and has no effect here."""
+    if "auto_map" in fields:
+        yield "config.json: auto_map names Python code of the checkpoint, which is never run"
+    names = [] if choice == "lockstep" else not_applied(generation)
+    if names:
+        yield f"{generation.source}: {', '.join(names)} of transformers' generate have no effect here"
+
+
+def _num_positions(fields: HFConfigReader, rope: RopeConfig) -> int:
+    positions = max(fields.integer("max_position_embeddings", maximum=MAX_POSITIONS), rope.extended_positions)
+    if positions > MAX_POSITIONS:
+        raise ValueError(
+            f"config.json: factor {rope.factor:g} extends {rope.original_positions} positions to {positions}; "
+            f"they must be at most {MAX_POSITIONS}"
+        )
+    return positions
+
+
 def _refuse_unsupported(fields: HFConfigReader) -> None:
     if "quantization_config" in fields:
-        method = fields.nested("quantization_config").text("quant_method", "unknown")
+        method = shortened(fields.nested("quantization_config").text("quant_method", "unknown"))[1:-1]
         raise ValueError(
             f"config.json: quantization_config ({method}) is not supported; use the checkpoint in bfloat16 or float16"
         )
     act = fields.text("hidden_act", "silu")
     if act != "silu":
-        raise ValueError(f"config.json: hidden_act {act!r} is not supported; it must be 'silu'")
+        raise ValueError(f"config.json: hidden_act {shortened(act)} is not supported; it must be 'silu'")
 
 
 def _dtype(fields: HFConfigReader) -> str:
     # The default is bfloat16, in which nearly all models of these families are published.
     name = fields.text("dtype", fields.text("torch_dtype", "bfloat16")).removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"config.json: dtype {name!r} is not supported; the supported ones are {', '.join(DTYPES)}")
+        raise ValueError(
+            f"config.json: dtype {shortened(name)} is not supported; the supported ones are {', '.join(DTYPES)}"
+        )
     return name
 
 

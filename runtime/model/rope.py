@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any
 
 from .hf_config import HFConfigReader
@@ -38,10 +39,20 @@ class RopeConfig:
     @classmethod
     def from_hf(cls, hf: HFConfigReader) -> RopeConfig:
         """Read config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (transformers 4)."""
-        scaling = hf.nested("rope_scaling" if "rope_scaling" in hf else "rope_parameters")
+        scaling = hf.nested("rope_scaling")
+        if not scaling.values:
+            scaling = hf.nested("rope_parameters")
+        nested = [name for name, value in scaling.values.items() if isinstance(value, dict)]
+        if nested:
+            raise ValueError(
+                f"{scaling.source}: {shortened(nested[0])} is an object; parameters per layer type are not supported"
+            )
         kind = scaling.text("rope_type", scaling.text("type", "default"))
         if kind not in ROPE_TYPES:
-            raise ValueError(f"rope type {kind!r} is not supported; the supported ones are {', '.join(ROPE_TYPES)}")
+            raise ValueError(
+                f"{scaling.source}: rope type {shortened(kind)} is not supported; the supported ones are "
+                f"{', '.join(ROPE_TYPES)}"
+            )
         if scaling.number("partial_rotary_factor", hf.number("partial_rotary_factor", 1.0)) != 1.0:
             raise ValueError(f"{hf.source}: partial_rotary_factor is not supported; every dimension must be rotated")
         theta = scaling.number("rope_theta", hf.number("rope_theta", 10000.0))
@@ -57,9 +68,24 @@ class RopeConfig:
             "original_positions": hf.integer("original_max_position_embeddings", original),
         }
         if kind == "yarn":
-            return cls(**scaled, **_yarn(scaling, positions / original))
-        scaled |= {name: scaling.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
-        return cls(**scaled)
+            scaled |= _yarn(scaling, positions / original)
+        else:
+            scaled |= {name: scaling.number(name) for name in ("factor", "low_freq_factor", "high_freq_factor")}
+        rope = cls(**scaled)
+        rope._check(scaling.source)
+        return rope
+
+    def _check(self, source: str) -> None:
+        """Raise ValueError for parameters between which nothing can be interpolated."""
+        if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"{source}: high_freq_factor is {self.high_freq_factor:g}, it must be above low_freq_factor,"
+                f" {self.low_freq_factor:g}; use the file that came with the checkpoint"
+            )
+        if self.type == "yarn" and self.theta <= 1:
+            raise ValueError(
+                f"{source}: rope_theta is {self.theta:g}, it must be above 1; use the checkpoint's own file"
+            )
 
     @property
     def extended_positions(self) -> int:

@@ -1,7 +1,8 @@
 """One rank's steps: turn each plan into tensors, logits and next tokens.
 
 A runner's state follows from the plans alone: the tokens and pages of every slot, and how to sample. All ranks execute
-the same plans and sample from the same candidates, so they hold the same next tokens without exchanging them.
+the same plans and sample from the same candidates, so they hold the same next tokens without exchanging them. In a
+step with a grammar they take the tokens of rank 0, which alone computes masks.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ class Runner:
         constrained = bool(memory.grammars.active[slots].any())
         failed = memory.grammars.mask(logits.shard, slots, positions) if constrained else {}
         sampled = memory.sampler.sample(logits, slots, positions, memory.tables.tokens)
+        if constrained:  # rank 0 alone has the masks
+            sampled = self.comm.all_gather(sampled.long())[0].int()
         device_slots, last_positions = to_device_together((slots, positions - 1), memory.device)
         memory.tables.append(device_slots, last_positions, sampled)
         logprobs = sampled_logprobs(raw, sampled, params["logprobs"]) if wants_logprobs else None

@@ -1,30 +1,42 @@
 """Schemas, regexes, choices and grammars as llguidance matchers, which compute the tokens that may come next.
 
-The cost of a matcher is limited by counts of operations, not by time: all ranks then refuse the same grammars at the
-same token, on busy hosts too. A server tries its clients' grammars in a process of this module (`python -m`), which
-answers each with a line of JSON and may be killed at any time.
+The work of a matcher is limited twice: by counts of operations, and by time (grammar_budget.py). A server tries its
+clients' grammars in a process of this module (`python -m`), which answers each with a line of JSON and may be killed
+at any time.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import re
 import sys
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import llguidance
 import msgspec
+import numpy as np
 from llguidance import gbnf_to_lark
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from ..structured_outputs import StructuredOutputsParams
+from .grammar_budget import GrammarCost, MaskBudget
 
 # Two blanks, or a new line with its indentation: without a limit a confused model writes blanks for ever.
 WHITESPACE = r"([ \t]{1,2}|\n[ \t]{0,64})"
 # The lexer's initial fuel also bounds the time of a mask. That of (a{1000}){1000} over 128k tokens takes 25 ms at this
-# limit, and 1.7 s at llguidance's default of a million. An enum of 3,000 strings needs more than 30,000.
-LIMITS = llguidance.LLParserLimits(initial_lexer_fuel=50_000, verbose_errors=False)
+# limit, and 1.7 s at llguidance's default of a million. An enum of 3,000 strings needs more than 30,000. A state of the
+# lexer takes 1 to 2 kB.
+LIMITS = llguidance.LLParserLimits(
+    initial_lexer_fuel=50_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
+)
+GBNF_RULE = re.compile(r"^[ \t]*([a-zA-Z0-9_-]+)\s*::=", re.MULTILINE)
 MAX_REASON = 300  # characters
+TRIED_TOKENS = 16  # a grammar is tried with this many tokens before it is accepted
+NO_EXTENSION = "no token of this model's vocabulary can come next"
 
 
 class GrammarError(ValueError):
@@ -39,9 +51,43 @@ class Vocabulary:
     size: int  # number of logits, which may exceed the number of tokens
     eos_token_ids: tuple[int, ...]
 
-    def matcher(self, params: StructuredOutputsParams) -> llguidance.LLMatcher:
-        """Return a matcher at the beginning of an output; raises GrammarError."""
-        return _compile(self, params.kind, params.text, params.disable_any_whitespace).deep_copy()
+    def compile(self, params: StructuredOutputsParams) -> CompiledGrammar:
+        """Return the compiled grammar, at once if it has been compiled before; raises GrammarError."""
+        compiled = _compiled(self, params.kind, params.text, params.disable_any_whitespace)
+        if isinstance(compiled, str):
+            raise GrammarError(compiled)
+        return compiled
+
+
+class CompiledGrammar:
+    """A compiled grammar; its matchers share the states of one lexer, which remain when their requests have ended."""
+
+    def __init__(self, vocabulary: Vocabulary, kind: str, text: str, compact: bool) -> None:
+        self.cost = GrammarCost()
+        self._tokenizer = load_tokenizer(vocabulary)
+        try:
+            self._grammar = _to_llguidance(kind, text, compact)
+        except Exception as error:  # gbnf_to_lark raises Exception itself for wrong rules
+            raise GrammarError(f"structured_outputs={kind} cannot be used: {_describe(error)}") from error
+        self._pristine = self._compile()
+        warnings = "; ".join(self._pristine.get_grammar_warnings())  # parts of the grammar that would be ignored
+        if self._pristine.is_error() or warnings:
+            reason = failure_reason(self._pristine) if self._pristine.is_error() else _one_line(warnings)
+            raise GrammarError(f"structured_outputs={kind} cannot be used: {reason}")
+
+    def matcher(self) -> llguidance.LLMatcher:
+        """Return a matcher at the beginning of an output."""
+        return self._pristine.deep_copy()
+
+    def renew(self) -> None:
+        """Give later matchers a new lexer. The old one is full: of the states of many requests, or of one too large."""
+        self._pristine = self._compile()
+
+    def _compile(self) -> llguidance.LLMatcher:
+        """Return a matcher that is never advanced, with a lexer that has computed the first mask."""
+        matcher = llguidance.LLMatcher(self._tokenizer, self._grammar, limits=LIMITS, log_level=0)
+        matcher.deep_copy().compute_bitmask()
+        return matcher
 
 
 @lru_cache(maxsize=2)
@@ -49,28 +95,23 @@ def load_tokenizer(vocabulary: Vocabulary) -> llguidance.LLTokenizer:
     """Load the tokens as bytes, 1 s for 128k of them; raises GrammarError if that is not possible."""
     path = vocabulary.folder / "tokenizer.json"
     if not path.is_file():
-        raise GrammarError(f"structured_outputs=... needs the tokenizer in {path}, which is not there")
+        raise GrammarError("structured_outputs=... needs a tokenizer.json in the model's folder, which has none")
     if not vocabulary.eos_token_ids:
         raise GrammarError("structured_outputs=... needs a model with an end-of-sequence token to end the output")
     try:
         return llguidance.LLTokenizer(str(path), n_vocab=vocabulary.size, eos_token=list(vocabulary.eos_token_ids))
     except ValueError as error:
-        raise GrammarError(f"structured_outputs=... cannot use {path}: {_one_line(str(error))}") from error
+        reason = _one_line(str(error).replace(str(path), path.name))
+        raise GrammarError(f"structured_outputs=... cannot use the model's tokenizer.json: {reason}") from error
 
 
-@lru_cache(maxsize=64)
-def _compile(vocabulary: Vocabulary, kind: str, text: str, compact: bool) -> llguidance.LLMatcher:
-    """Return a matcher to copy, which is never advanced: each request starts from the same state, at the same cost."""
+@lru_cache(maxsize=32)
+def _compiled(vocabulary: Vocabulary, kind: str, text: str, compact: bool) -> CompiledGrammar | str:
+    """Return the compiled grammar, or the error, which is also found once."""
     try:
-        grammar = _to_llguidance(kind, text, compact)
-    except (ValueError, LookupError, RecursionError, gbnf_to_lark.GbnfToLarkError) as error:
-        raise GrammarError(f"structured_outputs={kind} cannot be used: {_one_line(str(error))}") from error
-    matcher = llguidance.LLMatcher(load_tokenizer(vocabulary), grammar, limits=LIMITS, log_level=0)
-    warnings = "; ".join(matcher.get_grammar_warnings())  # parts of the grammar that would be ignored
-    if matcher.is_error() or warnings:
-        reason = failure_reason(matcher) if matcher.is_error() else _one_line(warnings)
-        raise GrammarError(f"structured_outputs={kind} cannot be used: {reason}")
-    return matcher
+        return CompiledGrammar(vocabulary, kind, text, compact)
+    except GrammarError as error:
+        return str(error)
 
 
 def _to_llguidance(kind: str, text: str, compact: bool) -> str:
@@ -82,26 +123,53 @@ def _to_llguidance(kind: str, text: str, compact: bool) -> str:
         return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=blanks)  # type: ignore[arg-type]
     if kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(text)
-    if kind == "choice":
+    if kind == "choice":  # one terminal: thousands of alternatives in a rule exceed a limit of the parser
         literals = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
-        return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(literals))
-    return llguidance.LLMatcher.grammar_from_lark(gbnf_to_lark.any_to_lark(text))
+        return llguidance.LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(literals))
+    lark = gbnf_to_lark.any_to_lark(text)
+    defined = GBNF_RULE.findall(text) if lark != text else []
+    if twice := [name for i, name in enumerate(defined) if name in defined[:i]]:
+        raise ValueError(f"Rule '{twice[0]}' is defined twice")
+    return llguidance.LLMatcher.grammar_from_lark(lark)
 
 
 def try_out(vocabulary: Vocabulary, params: StructuredOutputsParams) -> None:
-    """Compile a grammar and compute its first mask, as a rank would; raises GrammarError."""
-    matcher = vocabulary.matcher(params)
-    matcher.compute_bitmask()
-    if matcher.is_error():
-        raise GrammarError(f"structured_outputs={params.kind} cannot be used: {failure_reason(matcher)}")
+    """Compile a grammar and try it with random tokens that it allows; raises GrammarError for errors and slowness."""
+    _try_tokens(vocabulary.compile(params), vocabulary.size, params.kind)
+
+
+def _try_tokens(compiled: CompiledGrammar, vocab_size: int, kind: str) -> None:
+    matcher, budget, rng = compiled.matcher(), MaskBudget(), random.Random(0)
+    mask = allocate_token_bitmask(1, vocab_size)
+    for number in range(TRIED_TOKENS):
+        budget.begin_step()
+        started = time.thread_time()
+        fill_next_token_bitmask(matcher, mask)
+        budget.add_mask(compiled.cost, time.thread_time() - started)
+        budget.enforce([compiled.cost])
+        if compiled.cost.is_banned:
+            raise GrammarError(f"structured_outputs={kind} cannot be used: {compiled.cost.verdict}")
+        if matcher.is_error():
+            reason = failure_reason(matcher)
+            if number == 0 or reason != NO_EXTENSION:  # the model may choose tokens that do not lead to a dead end
+                raise GrammarError(f"structured_outputs={kind} cannot be used: {reason}")
+        allowed = np.flatnonzero(np.unpackbits(mask[0].view(np.uint8), bitorder="little")[:vocab_size])
+        if matcher.is_stopped() or not len(allowed) or not matcher.consume_token(int(rng.choice(allowed))):
+            return
 
 
 def failure_reason(matcher: llguidance.LLMatcher) -> str:
     """Return, in one line, why a matcher stopped: the limit, or that no token can come next."""
     error = matcher.get_error()
     if not error or error.startswith("NoExtension"):
-        return "no token of this model's vocabulary can come next"
+        return NO_EXTENSION
     return _one_line(error)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return _one_line(str(error)) or type(error).__name__
 
 
 def _one_line(reason: str) -> str:
@@ -110,6 +178,17 @@ def _one_line(reason: str) -> str:
     if len(line) > MAX_REASON:
         line = line[max(0, line.rfind("error: ")) :]
     return line if len(line) <= MAX_REASON else line[: MAX_REASON - 3] + "..."
+
+
+def _problem(vocabulary: Vocabulary, line: bytes) -> str | None:
+    """Return why a grammar cannot be used, or None; nothing is cached, because this process has little memory."""
+    params = msgspec.json.decode(line, type=StructuredOutputsParams)
+    try:
+        compiled = CompiledGrammar(vocabulary, params.kind, params.text, params.disable_any_whitespace)
+        _try_tokens(compiled, vocabulary.size, params.kind)
+    except GrammarError as error:
+        return str(error)
+    return None
 
 
 def main() -> None:
@@ -123,12 +202,7 @@ def main() -> None:
         answer = str(error)
     print(json.dumps(answer), flush=True)  # ready
     for line in sys.stdin.buffer:
-        try:
-            try_out(vocabulary, msgspec.json.decode(line, type=StructuredOutputsParams))
-            answer = None
-        except GrammarError as error:
-            answer = str(error)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(_problem(vocabulary, line)), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ..plan import Admission
 from ..request import SamplingParams
 
 MAX_CANDIDATES = 64  # candidates of a row where top-k keeps no more; a fixed size makes sums bitwise equal in any batch
+MIN_TOP_P = float(np.finfo(np.float32).tiny)  # less would be 0, with which no token is kept
 PENALIZED_ROWS = 32  # rows penalized at once, to bound the memory
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
@@ -29,7 +30,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, odd: the incremen
 class Method(IntEnum):
     """The way to sample a row."""
 
-    GUMBEL_MAX = 0  # among all tokens; greedy at temperature 0
+    GUMBEL_MAX = 0  # among all tokens, also greedily
     CANDIDATES = 1  # among the top k tokens, k <= MAX_CANDIDATES
     TOP_P = 2  # top-p and min-p over the whole vocabulary
     SORT = 3  # top-k above MAX_CANDIDATES, over the sorted vocabulary
@@ -37,7 +38,7 @@ class Method(IntEnum):
     @classmethod
     def of(cls, p: SamplingParams) -> Method:
         """Return the cheapest method that gives the distribution of `p`."""
-        if p.temperature == 0 or (p.top_k <= 0 and p.top_p == 1 and p.min_p == 0):
+        if p.is_greedy or (p.top_k <= 0 and p.top_p == 1 and p.min_p == 0):
             return cls.GUMBEL_MAX
         if p.top_k <= 0:
             return cls.TOP_P
@@ -110,8 +111,10 @@ class Sampler:
         method = Method.of(p)
         row["key"] = _mix(np.array([p.seed % 2**64], np.uint64)).view(np.int64)[0]
         row["top_k"] = 0 if method is Method.GUMBEL_MAX else max(p.top_k, 0)
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        for name in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             row[name] = getattr(p, name)
+        row["temperature"] = 0 if p.is_greedy else p.temperature
+        row["top_p"] = max(p.top_p, MIN_TOP_P)
         row["logprobs"] = -1 if p.logprobs is None else p.logprobs
         row["prompt_logprobs"] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
         row["num_prompt_tokens"] = admission.num_prompt_tokens

@@ -91,7 +91,7 @@ async def stream(port: int, tokens: int) -> int:
     """Return the number of chunks of one answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     body = json.dumps({"prompt": "In the", "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True})
-    head = ["POST /v1/completions HTTP/1.1", "host: x", "connection: close", "content-type: application/json"]
+    head = ["POST /v1/completions HTTP/1.1", "host: localhost", "connection: close", "content-type: application/json"]
     writer.write("\r\n".join([*head, f"content-length: {len(body)}", "", body]).encode())
     answer = bytearray()
     while piece := await reader.read(1 << 16):

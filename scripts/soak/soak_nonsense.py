@@ -187,7 +187,8 @@ Client = Callable[[random.Random, socket.socket], None]
 def request_bytes(path: str = "/v1/completions", **changes: Any) -> bytes:
     """Return a whole HTTP request for a stream."""
     body = json.dumps({"prompt": "In the", "max_tokens": 400, "ignore_eos": True, "stream": True} | changes).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += f"content-length: {len(body)}\r\n\r\n"
     return head.encode() + body
 
 
@@ -240,18 +241,22 @@ def pipelined(rng: random.Random, connection: socket.socket) -> None:
 
 def bad_chunks(rng: random.Random, connection: socket.socket) -> None:
     """Send a chunked body with an invalid length."""
-    head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+    head = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += b"transfer-encoding: chunked\r\n\r\n"
     connection.sendall(head + b'5\r\n{"pro\r\nZZZZ\r\n' + rng.randbytes(50))
 
 
 def two_lengths(rng: random.Random, connection: socket.socket) -> None:
     """Send two content lengths."""
-    connection.sendall(b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n{}{}{}")
+    connection.sendall(
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-length: 5\r\ncontent-length: 6\r\n\r\n{}{}{}"
+    )
 
 
 def long_body_that_stops(rng: random.Random, connection: socket.socket) -> None:
     """Send a part of a long body."""
-    head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 4000000\r\n\r\n"
+    head = b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += b"content-length: 4000000\r\n\r\n"
     connection.sendall(head + b" " * 300_000)
 
 

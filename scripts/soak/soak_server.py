@@ -73,7 +73,9 @@ async def stream(address: tuple[str, int], body: bytes) -> tuple[Answer, str, in
     """Read one stream on a new connection; returns the answer, its id, and the number of chunks."""
     reader, writer = await asyncio.open_connection(*address)
     try:
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
+        )
         writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
         status = await asyncio.wait_for(reader.readline(), LINE_S)
         if b" 200 " not in status:

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep.comm.base import CommError, Communicator, SingleRank
+from lockstep.comm.base import Communicator, SingleRank
 from lockstep.comm.message_text import first_line
-from lockstep.comm.rendezvous import join_rendezvous
 
 from comm_failures import error_of
 from rank_processes import run_processes
@@ -132,11 +131,6 @@ def test_collective_fails_when_a_peer_dies() -> None:
 def test_collective_fails_at_its_deadline_when_a_peer_is_silent() -> None:
     message, _ = run_processes(2, never_arrives, timeout_s=2.0)
     assert "took longer than 2 s" in message
-
-
-def test_missing_rendezvous_is_named_by_its_address() -> None:
-    with pytest.raises(CommError, match=r"rank 1 could not reach rank 0 at 127.0.0.1:1"):
-        join_rendezvous(("127.0.0.1", 1), 1, 1.0)
 
 
 def test_first_line_of_an_error() -> None:

@@ -17,7 +17,7 @@ import torch
 from lockstep.comm.all_reduce_choice import AllReduce
 from lockstep.comm.base import CommError, Communicator
 from lockstep.comm.connect import connect
-from lockstep.comm.rendezvous import open_rendezvous
+from lockstep.comm.rendezvous import RankStore
 
 from rank_processes import on_gpus, run_processes
 
@@ -90,7 +90,8 @@ def is_left(comm: Communicator) -> tuple[str, float]:
 
 @pytest.mark.gpu
 def test_a_peer_that_never_joins_is_named() -> None:
-    store = open_rendezvous("127.0.0.1", 3.0)
+    store, silent = RankStore("127.0.0.1"), RankStore("127.0.0.1")
+    store.join(0, [store.address, silent.address], 3.0)
     started = time.monotonic()
     with pytest.raises(CommError, match=r"^rank 0 of 2: no message within 3 s from rank 1$"):
         connect(0, 2, store=store, own_ip="127.0.0.1", device=torch.device("cuda", 0), timeout_s=3.0)

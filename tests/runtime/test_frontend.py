@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import lockstep
 from lockstep import LLM, SamplingParams
@@ -18,7 +16,7 @@ from lockstep.runtime.generation import Generation
 from lockstep.runtime.outputs import Event, RequestOutput
 from lockstep.runtime.plan import RequestEnd, StepOutput
 from lockstep.runtime.request import Limits, Request, RequestRefused
-from lockstep.runtime.tokenizer import Detokenizer, Tokenizer, default_sampling_params
+from lockstep.runtime.tokenizer import Tokenizer
 
 PROMPT = "And the LORD said unto Moses"
 
@@ -32,34 +30,6 @@ def tokenizer() -> Tokenizer:
 def llm() -> Iterator[LLM]:
     with LLM(device="cpu", num_pages=400, max_num_seqs=16) as llm:
         yield llm
-
-
-# -- text that grows token by token
-
-
-@given(text=st.text(max_size=60), prompt=st.text(max_size=10))
-def test_detokenizer_pieces_join_to_the_text(tokenizer: Tokenizer, text: str, prompt: str) -> None:
-    before, ids = tokenizer.encode(prompt), tokenizer._tokenizer.encode(text, add_special_tokens=False)
-    detokenizer = Detokenizer(tokenizer, before)
-    pieces = [detokenizer.push(i) for i in ids]
-    assert "".join(pieces) + detokenizer.flush() == text
-    assert all("\N{REPLACEMENT CHARACTER}" not in p for p in pieces) or "\N{REPLACEMENT CHARACTER}" in text
-
-
-@given(ids=st.lists(st.integers(0, 2047), max_size=60))
-def test_detokenizer_of_any_tokens_equals_the_tokenizer(tokenizer: Tokenizer, ids: list[int]) -> None:
-    detokenizer = Detokenizer(tokenizer, [])
-    found = "".join(detokenizer.push(i) for i in ids) + detokenizer.flush()
-    whole = tokenizer.decode(ids)
-    # Invalid bytes may be given out in other groups than in one go; everything else is the same.
-    assert found.replace("\N{REPLACEMENT CHARACTER}", "") == whole.replace("\N{REPLACEMENT CHARACTER}", "")
-
-
-def test_detokenizer_holds_back_half_a_character(tokenizer: Tokenizer) -> None:
-    ids = tokenizer._tokenizer.encode("\N{SLIGHTLY SMILING FACE}", add_special_tokens=False)
-    assert len(ids) == 4
-    detokenizer = Detokenizer(tokenizer, [])
-    assert [detokenizer.push(i) for i in ids] == ["", "", "", "\N{SLIGHTLY SMILING FACE}"]
 
 
 # -- stop strings, cancellation, refusals
@@ -145,6 +115,60 @@ def test_include_stop_str_in_output(tokenizer: Tokenizer) -> None:
     assert run(frontend, frontend.prepare([5], params))[0] == "And the LORD"
 
 
+@pytest.mark.parametrize("burst", [1, 4])
+def test_stop_strings_are_looked_for_after_min_tokens(tokenizer: Tokenizer, burst: int) -> None:
+    """Against a search by hand: a stop string counts if it ends in a token after the first `min_tokens`."""
+    ids = tokenizer._tokenizer.encode("unto Moses unto Aaron unto me unto", add_special_tokens=False)
+    lengths = [len(tokenizer.decode(ids[: i + 1])) for i in range(len(ids))]
+    text = tokenizer.decode(ids)
+    for min_tokens in range(len(ids)):
+        searched = lengths[min_tokens - 1] if min_tokens else 0
+        expected = next(i for i in range(len(text)) if text.startswith("unto", i) and i + 4 > searched)
+        for includes in (False, True):
+            frontend = Frontend(Scripted(ids, burst), tokenizer, [1])
+            params = SamplingParams(
+                stop="unto", min_tokens=min_tokens, max_tokens=99, include_stop_str_in_output=includes
+            )
+            actual, pieces = run(frontend, frontend.prepare([5], params))
+            assert actual == "".join(pieces) == text[: expected + 4 * includes]
+
+
+def test_stop_string_of_a_character_in_several_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer._tokenizer.encode("So€me \N{SLIGHTLY SMILING FACE}€ text", add_special_tokens=False)
+    for stop, expected in (
+        ("€", "So"),
+        ("\N{SLIGHTLY SMILING FACE}", "So€me "),
+        (" \N{SLIGHTLY SMILING FACE}€", "So€me"),
+    ):
+        frontend = Frontend(Scripted(ids), tokenizer, [1])
+        text, pieces = run(frontend, frontend.prepare([5], SamplingParams(stop=stop, max_tokens=99)))
+        assert text == "".join(pieces) == expected
+    frontend = Frontend(Scripted(ids), tokenizer, [1])
+    text, _ = run(frontend, frontend.prepare([5], SamplingParams(stop="\N{REPLACEMENT CHARACTER}", max_tokens=99)))
+    assert text == "So€me \N{SLIGHTLY SMILING FACE}€ text", "a part of a character is no text yet"
+
+
+@pytest.mark.parametrize("num_before", range(1, 7))
+def test_output_that_fails_within_a_character_continues_there(tokenizer: Tokenizer, num_before: int) -> None:
+    ids = tokenizer._tokenizer.encode("a\N{SLIGHTLY SMILING FACE}€ text", add_special_tokens=False)
+    frontend = Frontend(Scripted(ids), tokenizer, [1])
+    generation = frontend.prepare([5], SamplingParams(max_tokens=99))
+    frontend.submit([generation])
+    pieces = [output.take_event().text for _ in range(num_before) for output in frontend.poll(0)]
+    again = Scripted(ids[num_before:])  # new ranks have the prompt and the tokens so far, and generate the rest
+    frontend.resubmit(again)
+    while not generation.finished:
+        pieces += [output.take_event().text for output in frontend.poll(0)]
+    assert "".join(pieces) == generation.outputs[0].completion.text == "a\N{SLIGHTLY SMILING FACE}€ text"
+
+
+def test_output_that_ends_within_a_character(tokenizer: Tokenizer) -> None:
+    ids = tokenizer._tokenizer.encode("a\N{SLIGHTLY SMILING FACE}", add_special_tokens=False)[:-1]
+    frontend = Frontend(Scripted(ids), tokenizer, [1])
+    text, pieces = run(frontend, frontend.prepare([5], SamplingParams(max_tokens=99)))
+    assert text == "".join(pieces) == tokenizer.decode(ids) == "a\N{REPLACEMENT CHARACTER}"
+
+
 def test_cancelled_output_keeps_its_tokens(tokenizer: Tokenizer) -> None:
     frontend = Frontend(Scripted(range(100, 200)), tokenizer, [1])
     generation = frontend.prepare([5], SamplingParams(max_tokens=100))
@@ -206,6 +230,16 @@ def test_n_outputs_equal_n_requests(llm: LLM) -> None:
     assert [o.token_ids for o in three.outputs] == [s.outputs[0].token_ids for s in single]
     assert len({tuple(o.token_ids) for o in three.outputs}) == 3
     assert [o.index for o in three.outputs] == [0, 1, 2]
+
+
+def test_min_tokens_exclude_eos_and_stop_ids(llm: LLM) -> None:
+    free = llm.generate(PROMPT, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)[0].outputs[0].token_ids
+    params = SamplingParams(
+        temperature=0, max_tokens=8, min_tokens=5, stop_token_ids=sorted(set(free)), logit_bias={1: 100.0}
+    )
+    output = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0]
+    assert not {1, *free} & set(output.token_ids[:5]), "the EOS token is the likeliest all along"
+    assert (output.token_ids[5:], output.finish_reason) == ([1], "stop")
 
 
 def test_outputs_without_seed_differ(llm: LLM) -> None:
@@ -291,9 +325,8 @@ def test_max_tokens_none_generates_to_the_end_of_the_context() -> None:
         assert len(found.outputs[0].token_ids) == 24
 
 
-def test_default_sampling_params_are_the_checkpoints(llm: LLM, tmp_path: Path) -> None:
+def test_default_sampling_params_are_the_checkpoints(llm: LLM) -> None:
     assert llm.get_default_sampling_params().temperature < 1
-    assert default_sampling_params(tmp_path) == SamplingParams()
 
 
 # -- Config

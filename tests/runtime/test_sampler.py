@@ -19,7 +19,7 @@ from transformers import (
 from lockstep.comm.base import Communicator, SingleRank
 from lockstep.runtime.model.embedding import Logits
 from lockstep.runtime.plan import Admission
-from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.request import MAX_REPETITION_PENALTY, MIN_TEMPERATURE, SamplingParams
 from lockstep.runtime.sampling import sampler as sampler_module
 from lockstep.runtime.sampling.sampler import Sampler
 
@@ -269,6 +269,51 @@ def test_tiny_temperature_is_nearly_greedy(logits: torch.Tensor) -> None:
     assert draw(SamplingParams(temperature=1e-4, seed=4), logits, 50)[logits.argmax()] == 1
 
 
+ALL_METHODS: list[dict[str, Any]] = [
+    {},
+    {"top_k": 5},
+    {"top_k": 5, "top_p": 0.9},
+    {"top_p": 0.9},
+    {"min_p": 0.5},
+    {"top_k": 70},
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", ALL_METHODS, ids=str)
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-38, 1e-36, 9.9e-6, MIN_TEMPERATURE])
+@pytest.mark.parametrize("scale", [1.0, 1e9, 1e30])
+def test_tiny_temperatures_are_greedy(temperature: float, options: dict[str, Any], scale: float, device: str) -> None:
+    """Also where logits divided by the temperature are not finite in float32."""
+    torch.manual_seed(1)
+    logits = torch.randn(VOCAB) * scale
+    logits[40], logits[9] = 5 * scale, 4 * scale  # many tokens before 40 are above 0
+    logits[[3, 30]] = -torch.inf
+    p = SamplingParams(temperature=temperature, seed=4, **options)
+    assert draw(p, logits.to(device), 50)[40] == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_k": 70}], ids=str)
+def test_tiny_top_p_is_greedy(logits: torch.Tensor, options: dict[str, Any], device: str) -> None:
+    for top_p in (5e-324, 1e-46, 1e-40, 1e-38):
+        p = SamplingParams(temperature=1.0, top_p=top_p, seed=4, **options)
+        assert draw(p, logits.to(device), 50)[logits.argmax()] == 1
+
+
+@pytest.mark.parametrize("penalty", [1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY])
+def test_extreme_repetition_penalties_stay_finite(penalty: float) -> None:
+    """A repeated token wins with the least one and loses with the greatest, at the lowest temperature, too."""
+    logits = torch.full((VOCAB,), 1e3)
+    logits[:2] = 2e3  # tokens 0 and 1 are the likeliest; 0 has been in the prompt
+    for options in ({}, {"top_k": 5}, {"top_p": 0.9}, {"top_k": 70}):
+        p = SamplingParams(temperature=MIN_TEMPERATURE, repetition_penalty=penalty, seed=1, **options)
+        actual = sampler(p).sample(
+            whole(logits[None]), np.zeros(1, np.int32), np.array([4], np.int32), torch.zeros(1, 8, dtype=torch.int32)
+        )
+        assert actual.tolist() == [0 if penalty < 1 else 1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -285,7 +330,8 @@ def test_tiny_temperature_is_nearly_greedy(logits: torch.Tensor) -> None:
         ({"n": True}, "n=True must be an integer"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"min_tokens": 20}, r"min_tokens=20 must be at most max_tokens \(16\)"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 must be above 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be between 1e-06 and 1000000"),
+        ({"repetition_penalty": 1e39}, "repetition_penalty=1e"),
         ({"presence_penalty": 3}, "presence_penalty=3 must be between -2 and 2"),
         ({"frequency_penalty": -3}, "frequency_penalty=-3"),
         ({"logprobs": 21}, "logprobs=21 must be between 0 and 20"),

@@ -6,10 +6,8 @@ says by partial matching whether a text may still become a match: it shares noth
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,11 @@ from lockstep.runtime.request import Request
 from lockstep.runtime.sampling.grammar import GrammarError, Vocabulary, try_out
 from lockstep.runtime.sampling.grammar_state import mask_tokens_
 
-from checkpoints import tiny_checkpoint
+from checkpoints import ASCII_TEXTS as TEXTS
+from checkpoints import ascii_checkpoint
 from engines import Results, request, run_engine
 
 EOS = 2
-CHARACTERS = string.printable[:95]
-PAIRS = [a + b for a, b in itertools.product('abc1, {}":', repeat=2)][: 131 - 3 - len(CHARACTERS)]
-TEXTS = ["<pad>", "<bos>", "<eos>", *CHARACTERS, *PAIRS]
 # Its own pattern, with what `regex` wants; outputs of a random model would rarely end without an upper end.
 PATTERN = r"[ab]{2,6}(, ?(c|1{2,4}|[x-z]+!)){1,3}"
 SCHEMA = {
@@ -52,26 +48,7 @@ CHOICES = ["a", "ab", 'b"1\\', "cab, {}"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama with the 131 tokens of TEXTS."""
-    folder = tmp_path_factory.mktemp("structured")
-    tiny_checkpoint(folder, "LlamaForCausalLM", max_position_embeddings=256)
-    spelled = {text.replace(" ", "Ġ"): i for i, text in enumerate(TEXTS)}
-    assert len(spelled) == 131
-    special = [
-        {"id": i, "content": TEXTS[i], "special": True, "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False} for i in range(3)
-    ]  # fmt: skip
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "post_processor": None, "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": spelled, "merges": [], "ignore_merges": True, "dropout": None,
-                  "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                  "fuse_unk": False, "byte_fallback": False},
-    }  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return folder
+    return ascii_checkpoint(tmp_path_factory.mktemp("structured"))
 
 
 def constrained(

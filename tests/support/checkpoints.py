@@ -5,7 +5,9 @@ Norm weights and biases are random too: transformers starts them at ones and zer
 
 from __future__ import annotations
 
+import itertools
 import json
+import string
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +87,30 @@ def to_transformers4(folder: Path) -> None:
         rope_theta=theta,
         rope_scaling=None if kind == "default" else {"type": kind, **rope},
     )
+
+
+_CHARACTERS = string.printable[:95]
+_PAIRS = [a + b for a, b in itertools.product('abc1, {}":', repeat=2)][: 131 - 3 - len(_CHARACTERS)]
+ASCII_TEXTS = ["<pad>", "<bos>", "<eos>", *_CHARACTERS, *_PAIRS]
+
+
+def ascii_checkpoint(folder: Path) -> Path:
+    """Make a tiny random Llama with the 131 tokens of ASCII_TEXTS, and return its folder."""
+    tiny_checkpoint(folder, "LlamaForCausalLM", max_position_embeddings=256)
+    spelled = {text.replace(" ", "Ġ"): i for i, text in enumerate(ASCII_TEXTS)}
+    assert len(spelled) == 131
+    special = [
+        {"id": i, "content": ASCII_TEXTS[i], "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False} for i in range(3)
+    ]  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": special, "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None, "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": spelled, "merges": [], "ignore_merges": True, "dropout": None,
+                  "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                  "fuse_unk": False, "byte_fallback": False},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder

@@ -17,11 +17,12 @@ from lockstep.launch.engine.recovery import EngineEvent, Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server.run import Server, bind, create_uvicorn_config
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
+from lockstep.runtime.detokenizer import Detokenizer
 from lockstep.runtime.executor import RankLocation
 from lockstep.runtime.outputs import Event, Logprob
 from lockstep.runtime.request import Limits, SamplingParams
 from lockstep.runtime.stats import EngineStats
-from lockstep.runtime.tokenizer import Detokenizer, Tokenizer
+from lockstep.runtime.tokenizer import Tokenizer
 
 from waiting import wait_until
 
@@ -68,7 +69,8 @@ class FakeService:
             raise EngineFailed(self.health.reason)
         ids = list(prompt)
         self.asked.append((ids, params))
-        texts = [Detokenizer(self._sync, ids) for _ in range(params.n)]
+        texts = [Detokenizer(self._sync.token_bytes, ids) for _ in range(params.n)]
+        lengths = [0] * params.n
         explained: list[dict[int, Logprob] | None] | None = None
         if params.prompt_logprobs is not None:
             explained = [None, *(self.candidates(token, params.prompt_logprobs) for token in ids[1:])]
@@ -87,9 +89,14 @@ class FakeService:
                 reason = "abort" if self.closed else "length" if last else None
                 for index in range(params.n):
                     token = 100 + (sum(ids) * 31 + (params.seed or 0) * 7 + index * 13 + position * 17) % 1800
+                    offsets = [lengths[index] + texts[index].peek(token)[1]]
                     text = texts[index].push(token) + (texts[index].flush() if last else "")
+                    lengths[index] += len(text)
                     logprobs = None if params.logprobs is None else [self.candidates(token, params.logprobs)]
-                    yield Event(index, text, [token], logprobs, reason, None, ids, 4, explained)  # type: ignore[arg-type]
+                    yield Event(
+                        index, text, [token], logprobs, reason, None, ids, 4, explained,
+                        text_offsets=None if params.logprobs is None else offsets,
+                    )  # type: ignore[arg-type]  # fmt: skip
             ended = True
         finally:
             self.live -= params.n
@@ -100,11 +107,15 @@ class FakeService:
         """The chosen token is always the second best; the last one is impossible."""
         others = [t for t in range(300, 300 + number + 1) if t != token][:number]
         ids = [*others[:1], token, *others[1:]] if number else [token]
-        found = {t: Logprob(-1.0 - i, i + 1, self._sync.decode([t])) for i, t in enumerate(ids[: max(number, 1)])}
-        found.setdefault(token, Logprob(-2.0, 2, self._sync.decode([token])))
+        found = {t: self._logprob(t, -1.0 - i, i + 1) for i, t in enumerate(ids[: max(number, 1)])}
+        found.setdefault(token, self._logprob(token, -2.0, 2))
         if number > 2:
-            found[ids[number - 1]] = Logprob(float("-inf"), number, self._sync.decode([ids[number - 1]]))
+            found[ids[number - 1]] = self._logprob(ids[number - 1], float("-inf"), number)
         return {token: found.pop(token)} | found
+
+    def _logprob(self, token: int, value: float, rank: int) -> Logprob:
+        token_bytes = self._sync.token_bytes
+        return Logprob(value, rank, token_bytes.text(token), token_bytes[token])
 
     async def close(self, drain_timeout: float = 0.0) -> None:
         self.health = Health("draining", "the server is shutting down")
@@ -160,5 +171,5 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
 
 def expected_text(tokenizer: Tokenizer, ids: list[int], number: int, seed: int = 0, index: int = 0) -> str:
     tokens = [100 + (sum(ids) * 31 + seed * 7 + index * 13 + p * 17) % 1800 for p in range(number)]
-    detokenizer = Detokenizer(tokenizer, ids)
+    detokenizer = Detokenizer(tokenizer.token_bytes, ids)
     return "".join(detokenizer.push(t) for t in tokens) + detokenizer.flush()

@@ -21,7 +21,7 @@ from ray import cloudpickle
 
 from lockstep.comm.base import CommError, Communicator
 from lockstep.comm.connect import connect
-from lockstep.comm.rendezvous import join_rendezvous, open_rendezvous
+from lockstep.comm.rendezvous import RankStore
 
 Job = Callable[[Communicator], Any]
 LINGER_S = 30.0
@@ -84,11 +84,11 @@ def run_processes(
     function = _by_value(job)
     idle = False
     try:
-        port = None
         for rank, process in enumerate(ranks):
-            process.connection.send((rank, size, port, function, options | (dict(each[rank]) if each else {})))
-            if rank == 0:
-                port = process.receive(patience_s)
+            process.connection.send((rank, size, function, options | (dict(each[rank]) if each else {})))
+        addresses = [process.receive(patience_s) for process in ranks]
+        for process in ranks:
+            process.connection.send(addresses)
         results = [process.receive(patience_s) for process in ranks]
         for process in ranks:
             if process.is_alive:
@@ -126,17 +126,12 @@ def _serve(requests: Connection) -> None:
         _run(requests, *request)
 
 
-def _run(
-    requests: Connection, rank: int, size: int, port: int | None, function: bytes, options: dict[str, Any]
-) -> None:
+def _run(requests: Connection, rank: int, size: int, function: bytes, options: dict[str, Any]) -> None:
     faulthandler.dump_traceback_later(options.pop("tell_after_s"), exit=False)  # where this rank waits
     timeout_s = options.pop("timeout_s")
-    if rank == 0:
-        store = open_rendezvous("127.0.0.1", timeout_s)
-        requests.send(store.port)
-    else:
-        assert port is not None
-        store = join_rendezvous(("127.0.0.1", port), rank, timeout_s)
+    store = RankStore("127.0.0.1")
+    requests.send(store.address)
+    store.join(rank, requests.recv(), timeout_s)
     device = torch.device(options.pop("device"))
     gpus = options.pop("gpus", size)
     if device.type == "cuda":
@@ -150,7 +145,8 @@ def _run(
     if requests.poll(LINGER_S):  # a rank that leaves closes connections that the others may still be using
         requests.recv()
     faulthandler.cancel_dump_traceback_later()
-    comm = store = None  # type: ignore[assignment]
+    comm = None  # type: ignore[assignment]
+    store.close()
     gc.collect()
 
 

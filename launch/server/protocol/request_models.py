@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
@@ -27,7 +27,13 @@ Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_ENTRIES, fail
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+TokenKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]  # int() takes "05", " 5" and "5_0" too
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[
+    dict[TokenKey, Bias],
+    Field(max_length=MAX_ENTRIES),
+    AfterValidator(lambda biases: {int(key): bias for key, bias in biases.items()}),
+]
 
 
 def _require_boolean(value: Any) -> Any:
@@ -117,8 +123,8 @@ class GenerateFields(StrictModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[
-        dict[TokenId, Bias] | None,
-        Field(max_length=MAX_ENTRIES, description="token ids mapped to numbers from -100 to 100"),
+        Biases | None,
+        Field(description="token ids mapped to numbers from -100 to 100"),
     ] = None
     max_tokens: Count | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None

@@ -34,9 +34,10 @@ class Reply(BaseModel):
 
 
 class CompletionLogprobs(BaseModel):
-    """Log-probabilities of a completion: entry i of each list belongs to token i, which begins at `text_offset`.
+    """Log-probabilities of a completion: entry i of each list belongs to token i.
 
-    The first token of an echoed prompt has null in place of its log-probabilities.
+    `text[text_offset[i]:]` begins with `tokens[i]`. The first token of an echoed prompt has null in place of its
+    log-probabilities.
     """
 
     tokens: list[str]
@@ -63,11 +64,11 @@ class Completion(Reply):
 
 
 class Candidate(BaseModel):
-    """One candidate at one position; `bytes` is null for a token that is a part of a character."""
+    """One candidate at one position; `bytes` is empty for a token that has no text, as a special token."""
 
     token: str
     logprob: float
-    bytes: list[int] | None
+    bytes: list[int]
 
 
 class TokenCandidates(Candidate):

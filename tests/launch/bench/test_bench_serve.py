@@ -442,6 +442,15 @@ def test_invalid_options_are_refused(arguments: list[str], message: str) -> None
         CliRunner().invoke(app, ["bench", "serve", *arguments], catch_exceptions=False)
 
 
+def test_waiting_for_a_server_is_announced_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    options = ["--base-url=http://127.0.0.1:9", "--ready-check-timeout-sec=1"]
+    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:9 does not answer"):
+        CliRunner().invoke(app, ["bench", "serve", *options], catch_exceptions=False)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("http://127.0.0.1:9 does not answer (")
+    assert line.endswith("waiting for up to 1 s")
+
+
 def test_plot_without_matplotlib_is_refused_before_any_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with stub_server(completion) as stub:

@@ -65,15 +65,20 @@ def test_server_refusal_is_shown_and_conversation_continues() -> None:
 
 
 def test_unreachable_server_is_reported() -> None:
-    ended = chat(["hello"], "--url=http://127.0.0.1:9")
-    assert ended.exit_code == 0
-    assert "error: http://127.0.0.1:9: " in ended.stdout
+    for model in ([], ["named"]):
+        ended = chat(["hello"], *model, "--url=http://127.0.0.1:9")
+        assert ended.exit_code != 0
+        assert isinstance(ended.exception, ValueError)
+        assert str(ended.exception).startswith("no server answers at http://127.0.0.1:9: ")
 
 
 @pytest.mark.parametrize(
     ("line", "reply"),
     [
-        ("/set temperature warm", "error: could not convert string to float: 'warm'"),
+        ("/set temperature warm", "error: temperature=warm is not a number"),
+        ("/set top_k 1.5", "error: top_k=1.5 is not an integer"),
+        ("/set max_tokens 9" + "9" * 5000, "is not an integer"),
+        ("/set temperature nan", "error: temperature=nan must be between 0 and 2"),
         ("/set temperature 3", "error: temperature=3.0 must be between 0 and 2"),
         ("/set n 2", "/set NAME VALUE sets one of temperature"),
         ("/what", "/set NAME VALUE sets one of temperature"),

@@ -21,7 +21,13 @@ from packaging.requirements import Requirement
 
 from lockstep.launch.cli.main import main
 from lockstep.launch.doctor import machine_checks, p2p, planned_start
-from lockstep.launch.doctor.cluster_survey import addresses_finding, candidates, merge_findings, versions_finding
+from lockstep.launch.doctor.cluster_survey import (
+    addresses_finding,
+    candidates,
+    merge_findings,
+    token_finding,
+    versions_finding,
+)
 from lockstep.launch.doctor.diagnosis import CHECKS, LOCAL_CHECKS, diagnose
 from lockstep.launch.doctor.finding import Finding, run_check
 from lockstep.launch.doctor.machine_checks import (
@@ -193,8 +199,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], set[str], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), {"checkpoint"}, "no *.safetensors"),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), {"tokenizer"}, "no usable tokenizer"),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text("{"), {"tokenizer"}, "tokenizer.json cannot be read"),
-    "settings": (lambda f: (f / "tokenizer_config.json").write_text("{"), {"tokenizer"}, "cannot be read"),
-    "no config": (lambda f: (f / "config.json").unlink(), {"tensor parallel", "memory"}, "has no config.json"),
+    "settings": (lambda f: (f / "tokenizer_config.json").write_text("{"), {"tokenizer"}, "not valid JSON"),
+    "generation": (
+        lambda f: (f / "generation_config.json").write_text('{"top_p": 2}'), {"generation config"}, "top_p=2",
+    ),
+    "no config": (
+        lambda f: (f / "config.json").unlink(), {"tensor parallel", "checkpoint", "memory"}, "has no config.json",
+    ),
 }  # fmt: skip
 
 
@@ -218,7 +229,7 @@ def test_dummy_weights_need_no_checkpoint(checkpoint: Path) -> None:
 
 def test_hub_model_is_not_fetched() -> None:
     found = findings_of(model="nobody/nothing", max_num_seqs=8)
-    assert failed(found) == {"tensor parallel", "checkpoint", "tokenizer", "memory"}
+    assert failed(found) == {"tensor parallel", "checkpoint", "tokenizer", "generation config", "memory"}
     assert found["checkpoint"].remedy == "hf download nobody/nothing"
 
 
@@ -436,6 +447,14 @@ def test_loopback_cluster_is_a_warning() -> None:
     assert "--node-ip-address" in lonely.remedy
 
 
+def test_cluster_without_a_token_is_a_warning() -> None:
+    assert token_finding(authenticated=True).status == "ok"
+    is_open = token_finding(authenticated=False)
+    assert is_open.status == "warn"
+    assert "run code" in is_open.finding
+    assert "RAY_AUTH_MODE=token" in is_open.remedy
+
+
 @pytest.mark.usefixtures("no_cluster")
 def test_missing_cluster_fails(command: Command) -> None:
     status, out = command("--ray-address=127.0.0.1:9", "--log-level=error")
@@ -448,7 +467,7 @@ def test_cluster_nodes_examine_themselves(ray_cluster: dict[str, str], checkpoin
     asked = {"model": str(checkpoint), "ray_address": "auto", "max_num_seqs": 8}
     found = findings_of(tensor_parallel_size=2, **asked)
     assert failed(found) == {"checkpoint"}
-    assert list(found) == ["Ray cluster", "devices", "equal versions", *CHECKS]
+    assert list(found) == ["Ray cluster", "devices", "equal versions", "Ray token", *CHECKS]
     assert ray.util.get_node_ip_address() in found["interface"].finding
     assert failed(findings_of(tensor_parallel_size=8, **asked)) >= {"devices", "checkpoint"}
     assert ray.is_initialized(), "a connection that was there before is left"

@@ -27,9 +27,9 @@ from typing import Any
 import pytest
 
 from lockstep import LLM, SamplingParams, StructuredOutputsParams
+from lockstep.comm.message_sockets import Address
 from lockstep.launch.cluster import actor_group
 from lockstep.launch.cluster.ray_executor import RayExecutor
-from lockstep.launch.cluster.sockets import Address
 from lockstep.launch.cluster.worker import Endpoint, Worker
 from lockstep.launch.engine import async_engine, event_streams
 from lockstep.launch.engine.async_engine import AsyncEngine

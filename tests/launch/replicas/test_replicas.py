@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from lockstep import LLM, SamplingParams
-from lockstep.launch.cluster.sockets import PullSocket, WakeupEvent
+from lockstep.comm.message_sockets import PullSocket, WakeupEvent
 from lockstep.launch.errors import RequestsLost
 from lockstep.launch.server.server_config import ServerConfig
 from lockstep.runtime.outputs import RequestOutput

@@ -77,6 +77,10 @@ BAD: list[tuple[str, dict[str, Any], str, str | None]] = [  # body, changes, par
     ("completions", {"logit_bias": {"x": 1}}, "logit_bias", None),
     ("completions", {"logit_bias": {"2048": 1}}, "logit_bias", "invalid_value"),
     ("completions", {"logit_bias": {"-1": 1}}, "logit_bias", None),
+    *(
+        ("completions", {"logit_bias": {key: 1}}, "logit_bias", None)
+        for key in ("05", " 5", "5 ", "+5", "5_0", "５", "5.0", "", "5\n", "00", "0x5", "99999999999")
+    ),
     ("completions", {"logit_bias": {"5": 101}}, "logit_bias", "decimal_above_max_value"),
     ("completions", {"logit_bias": {"5": "1"}}, "logit_bias", "invalid_type"),
     ("completions", {"logit_bias": [5]}, "logit_bias", "invalid_type"),

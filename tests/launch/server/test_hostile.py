@@ -51,8 +51,8 @@ def connect(running: Running, **options: int) -> socket.socket:
 
 
 def head_of(body: bytes, path: str = "/v1/completions") -> bytes:
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-    return head.encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(body)}\r\n\r\n".encode()
 
 
 def is_closed(raw: socket.socket) -> bool:

@@ -81,12 +81,12 @@ def test_completion_logprobs(shared: Running) -> None:
 
 def test_echo(shared: Running, tokenizer: Tokenizer) -> None:
     plain = shared.openai.completions.create(model="demo", prompt=PROMPT, max_tokens=4).choices[0].text
-    for prompt in (PROMPT, tokenizer.encode(PROMPT)):
+    for prompt, echoed in ((PROMPT, PROMPT), (tokenizer.encode(PROMPT), f"<|bos|>{PROMPT}")):
         response = shared.openai.completions.create(model="demo", prompt=prompt, max_tokens=4, echo=True, n=2)
-        assert response.choices[0].text == PROMPT + plain
-        assert response.choices[1].text.startswith(PROMPT)
+        assert response.choices[0].text == echoed + plain, "ids are echoed with all special tokens, as in vLLM"
+        assert response.choices[1].text.startswith(echoed)
         stream = shared.openai.completions.create(model="demo", prompt=prompt, max_tokens=4, echo=True, stream=True)
-        assert "".join(c.choices[0].text for c in stream) == PROMPT + plain
+        assert "".join(c.choices[0].text for c in stream) == echoed + plain
 
 
 def test_echo_with_logprobs(shared: Running, tokenizer: Tokenizer) -> None:
@@ -100,12 +100,13 @@ def test_echo_with_logprobs(shared: Running, tokenizer: Tokenizer) -> None:
     logprobs = response.logprobs
     assert logprobs is not None
     assert plain.logprobs is not None
-    assert logprobs.tokens == [tokenizer.decode([i]) for i in ids] + plain.logprobs.tokens
+    texts = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    assert logprobs.tokens == texts + plain.logprobs.tokens
     assert logprobs.token_logprobs == [None, *[-2.0] * (len(ids) - 1 + 4)]
     assert logprobs.top_logprobs is not None
     assert logprobs.top_logprobs[0] is None
     assert logprobs.top_logprobs[len(ids) :] == plain.logprobs.top_logprobs
-    starts = [0, *itertools.accumulate(map(len, logprobs.tokens))]
+    starts = [0, *itertools.accumulate(map(len, logprobs.tokens[1:]), initial=0)]  # <|bos|> is not in the text
     assert logprobs.text_offset == starts[:-1]
     stream = [c.choices[0] for c in shared.openai.completions.create(**request, echo=True, stream=True)]
     assert [t for c in stream if c.logprobs for t in c.logprobs.tokens or []] == logprobs.tokens

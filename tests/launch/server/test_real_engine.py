@@ -105,6 +105,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [  # fields of a request, the f
         "guided_json", "schema too large"),
     ({"guided_json": {"enum": [f"{i * 7919}" * 2 for i in range(5000)]}}, "guided_json", "limit"),
     ({"guided_grammar": "root ::= " * 3000}, "guided_grammar", "Expected name"),
+    ({"guided_grammar": 'root ::= "a" missing'}, "guided_grammar", "Rule 'missing' not found"),
+    ({"guided_grammar": 'root ::= "a"\nroot ::= "b"'}, "guided_grammar", "Rule 'root' is defined twice"),
+    ({"guided_grammar": 'other ::= "a"'}, "guided_grammar", "No 'root' rule found"),
 ]  # fmt: skip
 
 

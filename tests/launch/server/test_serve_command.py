@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from lockstep.launch import signals
 
 from fake_engine import KEY, PROMPT, Running
 from small import COMMAND, SMALL_FLAGS
+from waiting import wait_until
 
 SERVE = ["serve", *SMALL_FLAGS]
 
@@ -59,6 +62,49 @@ def test_serve_command(serve: Callable[..., subprocess.Popen[str]]) -> None:
     process.send_signal(signal.SIGTERM)
     assert list(stream)[-1].choices[0].finish_reason in ("length", "stop"), "live requests may end"
     assert process.wait(30) == 0
+
+
+@pytest.mark.process
+def test_server_goes_on_while_nobody_reads_stderr(serve: Callable[..., subprocess.Popen[str]]) -> None:
+    """Strangers and requests log far more than the pipe holds."""
+    process = serve("--port=0", "--log-requests", "--max-concurrent-requests=100")
+    url = httpx.URL(address(process))
+    assert process.stderr is not None
+    fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+    for _ in range(200):
+        with socket.create_connection((url.host, url.port or 0), timeout=10) as stranger:
+            stranger.sendall(b"\x16\x03\x01 garbage\r\n\r\n")
+            assert stranger.recv(20).startswith(b"HTTP/1.1 400")
+    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}) as client:
+        for _ in range(80):  # a line of about 100 bytes each
+            assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    assert process.stderr.read().count("Invalid HTTP request") < 20, "a line a second"
+
+
+@pytest.mark.process
+def test_server_runs_without_standard_streams() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*COMMAND, *SERVE, f"--port={port}"]
+    with subprocess.Popen(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *command]) as process:
+        try:
+            wait_until(lambda: _answers(f"http://127.0.0.1:{port}/health"))
+            body = {"prompt": PROMPT, "max_tokens": 3}
+            assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body).status_code == 200
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.process

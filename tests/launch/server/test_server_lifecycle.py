@@ -33,8 +33,8 @@ def test_disconnect_cancels_within_a_step(run: Callable[..., Running], stream: b
     service.step_s = 0.05
     body = json.dumps({**COMPLETION, "prompt": [PROMPT] * prompts, "max_tokens": 400, "n": 2, "stream": stream})
     raw = socket.create_connection(running.port.getsockname())
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
-    raw.sendall(f"{head}\r\n\r\n{body}".encode())
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    raw.sendall(f"{head}content-length: {len(body)}\r\n\r\n{body}".encode())
     wait_until(lambda: service.steps > 3)
     left = service.steps
     raw.close()
@@ -42,6 +42,27 @@ def test_disconnect_cancels_within_a_step(run: Callable[..., Running], stream: b
     assert max(service.cancelled) - left < 100 * prompts, "of 400 steps each"
     assert service.live == 0
     assert running.post("/v1/completions", {**COMPLETION, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("OSError: [Errno 2] No such file: '/srv/models/llama/a.safetensors'", "No such file: 'a.safetensors'"),
+        ('cannot read "/home/user/x y/model.json"; see http://host/docs/page', "see http://host/docs/page"),
+        ("rank 1 on host: /opt/venv/lib/python3.12/torch/x.py:12, in /root/lockstep", "host: x.py:12, in lockstep"),
+        ("40/100 pages, /tmp is full, 3 tokens/s", "40/100 pages, /tmp is full, 3 tokens/s"),
+    ],
+)
+def test_errors_show_no_folders_of_the_server(run: Callable[..., Running], reason: str, shown: str) -> None:
+    running = run()
+    fake(running).fails = EngineFailed(reason)
+    streamed = running.post("/v1/completions", {**COMPLETION, "stream": True}).text
+    whole = running.post("/v1/completions", COMPLETION)
+    fake(running).health = Health("failed", reason)
+    answers = [whole, running.http.get("/health"), running.http.get("/v1/models"), running.http.get("/stats")]
+    for text in (streamed, *(answer.text for answer in answers)):
+        assert shown in text
+        assert not re.search(r"/(srv|home|opt|root)", text), text
 
 
 def test_many_disconnects(run: Callable[..., Running]) -> None:

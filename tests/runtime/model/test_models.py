@@ -201,15 +201,6 @@ def test_defaults_of_a_minimal_config() -> None:
     assert (config.dtype, config.eos_token_ids, config.windows) == ("bfloat16", (), (None, None))
 
 
-@pytest.mark.parametrize(
-    ("in_config", "in_generation", "expected"),
-    [(2, None, (2,)), (2, [9, 2, 5], (2, 5, 9)), ([7, 3], 4, (3, 4, 7)), (None, 8, (8,)), (0, None, (0,))],
-)
-def test_eos_token_ids_of_both_files_are_merged(in_config: Any, in_generation: Any, expected: tuple[int, ...]) -> None:
-    generation = {"eos_token_id": in_generation}
-    assert ModelConfig.from_hf({**HF, "eos_token_id": in_config}, generation).eos_token_ids == expected
-
-
 def test_mistral_window_unless_null() -> None:
     mistral = {**HF, "architectures": ["MistralForCausalLM"]}
     assert ModelConfig.from_hf(mistral).windows[0] == 4096  # as transformers

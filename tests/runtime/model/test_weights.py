@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lockstep.comm.base import Communicator, SingleRank
-from lockstep.runtime.model import checkpoint as files_module
+from lockstep.runtime.model import tensor_files as files_module
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.model.weights import Piece, Weights, fill_dummy, load_weights
@@ -68,6 +68,9 @@ class Counting:
 
             def get_shape(self) -> list[int]:
                 return self.slice.get_shape()
+
+            def get_dtype(self) -> str:
+                return self.slice.get_dtype()
 
             def __getitem__(self, index: Any) -> Tensor:
                 part = self.slice[index]

@@ -1,7 +1,8 @@
 """Message sockets between the front end, the leader and the followers: ZeroMQ PUSH to PULL, encrypted with CURVE.
 
 The receiving end binds a free port of its node's address; its address and public key travel through Ray. Only a holder
-of that key can connect, and no message is ever unpickled.
+of that key can connect, and no message is ever unpickled. Messages travel in frames of limited size, so that a peer
+without the key cannot make the receiving end buffer more than one frame for each connection.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ import math
 import os
 import select
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+FRAME_BYTES = 1 << 16
+CURVE_BYTES = 64  # a frame grows by less than this when CURVE encrypts it
 
 
 class WakeupEvent:
@@ -68,6 +74,7 @@ class PullSocket:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.LINGER, 0)
         self._socket.set(zmq.RCVHWM, 0)
+        self._socket.set(zmq.MAXMSGSIZE, FRAME_BYTES + CURVE_BYTES)
         self._socket.set(zmq.CURVE_SERVER, 1)
         self._socket.set(zmq.CURVE_SECRETKEY, secret)
         if ":" in ip:
@@ -85,7 +92,7 @@ class PullSocket:
         if self._poll(None if timeout_s is None else math.ceil(timeout_s * 1000), wakeup):
             with suppress(zmq.Again):
                 while True:
-                    messages.append(self._socket.recv(zmq.NOBLOCK))
+                    messages.append(self._receive(zmq.NOBLOCK))
         return messages
 
     def wait(self, wakeup: WakeupEvent) -> None:
@@ -94,10 +101,14 @@ class PullSocket:
 
     def receive_one(self) -> bytes:
         """Wait for the next message, without a time limit: the process is ended if none can come."""
-        return self._socket.recv()
+        return self._receive()
 
     def close(self) -> None:
         self._socket.close()
+
+    def _receive(self, flags: int = 0) -> bytes:
+        frames = self._socket.recv_multipart(flags)
+        return frames[0] if len(frames) == 1 else b"".join(frames)
 
     def _poll(self, timeout_ms: int | None, wakeup: WakeupEvent | None) -> bool:
         poller = zmq.Poller()
@@ -115,6 +126,7 @@ class PushSocket:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set(zmq.LINGER, 1000)  # ms: the last message is still sent when the process ends
         self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.TCP_KEEPALIVE, 1)  # notices a peer that has vanished with its host
         self._socket.set(zmq.CURVE_PUBLICKEY, public)
         self._socket.set(zmq.CURVE_SECRETKEY, secret)
         self._socket.set(zmq.CURVE_SERVERKEY, address.key)
@@ -122,8 +134,25 @@ class PushSocket:
             self._socket.set(zmq.IPV6, 1)
         self._socket.connect(address.url)
 
+    def watch(self, on_loss: Callable[[], None]) -> None:
+        """Call `on_loss` in a thread when the other end is closed or cannot be reached; call this method once."""
+        monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED | zmq.EVENT_MONITOR_STOPPED
+        )
+
+        def wait() -> None:
+            if recv_monitor_message(monitor)["event"] != zmq.EVENT_MONITOR_STOPPED:  # `close` stops it
+                on_loss()
+
+        threading.Thread(target=wait, name="lockstep-watch-peer", daemon=True).start()
+
     def send(self, message: bytes) -> None:
-        self._socket.send(message)
+        if len(message) <= FRAME_BYTES:
+            self._socket.send(message)
+        else:
+            self._socket.send_multipart(
+                [message[start : start + FRAME_BYTES] for start in range(0, len(message), FRAME_BYTES)]
+            )
 
     def close(self) -> None:
         self._socket.close()

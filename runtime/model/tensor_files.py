@@ -1,0 +1,185 @@
+"""The safetensors files of a checkpoint as one mapping from names to tensors. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from .hf_config import HFConfigReader, check_regular, exists
+
+INDEX = "model.safetensors.index.json"
+MAX_NAMED = 8  # entries of a list in an error message
+COMPARED_BYTES = 16 * 2**20  # compared at once
+# The dtypes of weights, with the unsigned integer of their size and the bits of the exponent in it, which are all set
+# in NaN and infinity: NumPy has no bfloat16.
+EXPONENTS = {
+    "F64": ("<u8", np.uint64(0x7FF0000000000000)),
+    "F32": ("<u4", np.uint32(0x7F800000)),
+    "F16": ("<u2", np.uint16(0x7C00)),
+    "BF16": ("<u2", np.uint16(0x7F80)),
+}
+
+
+class TensorFiles(Mapping[str, Any]):
+    """The tensors of all files, by name, as safetensors slices: only what is indexed is read.
+
+    Open until `stack` closes. Raises ValueError naming the file that is missing, cannot be read, or has a tensor that
+    another one has, too.
+    """
+
+    def __init__(self, folder: Path, framework: Literal["pt", "np"], stack: ExitStack) -> None:
+        self.folder = folder
+        self._slices: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
+        weight_map = _weight_map(folder)
+        for path in _paths(folder, weight_map):
+            file = stack.enter_context(_open(path, framework))
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                if weight_map.get(name, path.name) != path.name:
+                    continue  # the index takes this one from another file
+                if name in self._paths:
+                    raise ValueError(
+                        f"{path} and {self._paths[name].name} both have {name}; remove one of the files, or add {INDEX}"
+                    )
+                self._slices[name], self._paths[name] = file.get_slice(name), path
+
+    def __getitem__(self, name: str) -> Any:
+        return self._slices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slices)
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that have tensors."""
+        return sorted(set(self._paths.values()))
+
+    def path(self, name: str) -> Path:
+        """Return the file of a tensor."""
+        return self._paths[name]
+
+    def equal(self, a: str, b: str) -> bool:
+        """Return whether two tensors have the same dtype, shape and bytes."""
+        slices = self[a], self[b]
+        if slices[0].get_dtype() != slices[1].get_dtype() or slices[0].get_shape() != slices[1].get_shape():
+            return False
+        left, right = self._bytes(a), self._bytes(b)
+        starts = range(0, len(left), COMPARED_BYTES)
+        return all(np.array_equal(left[n : n + COMPARED_BYTES], right[n : n + COMPARED_BYTES]) for n in starts)
+
+    def is_finite(self, name: str) -> bool:
+        """Return whether no number of a floating-point tensor is NaN or infinite; reads all of it."""
+        dtype, exponent = EXPONENTS[self[name].get_dtype()]
+        bits = np.frombuffer(self._bytes(name).tobytes(), dtype)
+        return bool(np.all(bits & exponent != exponent))
+
+    def _bytes(self, name: str) -> np.ndarray:
+        """Return the bytes of a tensor, mapped from its file."""
+        path = self._paths[name]
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            start, end = json.loads(file.read(header_size))[name]["data_offsets"]
+        return np.memmap(path, np.uint8, "r", 8 + header_size)[start:end]
+
+
+def check_shapes(
+    expected: Mapping[str, tuple[int, ...]], tensors: TensorFiles, ignored: Container[str] | None = None
+) -> None:
+    """Raise ValueError naming the tensors that are missing, of another shape, or no floating-point numbers.
+
+    ignored  the only names that may be in the files beside the expected ones; None allows all names
+    """
+    shapes = {name: tuple(tensors[name].get_shape()) for name in expected if name in tensors}
+    dtypes = {name: tensors[name].get_dtype() for name in shapes}
+    problems = {
+        "missing": [name for name in expected if name not in tensors],
+        "unexpected": []
+        if ignored is None
+        else [name for name in tensors if name not in expected and name not in ignored and not _is_redundant(name)],
+        "misshapen": [
+            f"{name} {list(shape)} instead of {list(expected[name])}"
+            for name, shape in shapes.items()
+            if shape != expected[name]
+        ],
+        f"of a dtype other than {', '.join(EXPONENTS)}": [
+            f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in EXPONENTS
+        ],
+    }
+    texts = [f"{len(names)} {kind}: {format_names(names)}" for kind, names in problems.items() if names]
+    if texts:
+        raise ValueError(f"{tensors.folder} does not fit its config.json, {'; '.join(texts)}; use matching files")
+
+
+def check_finite(names: Sequence[str], tensors: TensorFiles) -> None:
+    """Raise ValueError naming the tensors with a number that is not finite; reads all of them."""
+    wrong = [name for name in names if not tensors.is_finite(name)]
+    if wrong:
+        raise ValueError(not_finite(tensors.path(wrong[0]), wrong))
+
+
+def not_finite(path: Path, names: Sequence[str]) -> str:
+    """Return the message about tensors of which one number makes every output nonsense."""
+    return f"{path}: NaN or infinite numbers in {format_names(names)}; fetch the file again"
+
+
+def _is_redundant(name: str) -> bool:
+    """Return True for rotary frequencies, which old checkpoints hold and the config determines."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return the file name of each tensor as the index has it; empty without an index."""
+    index = folder / INDEX
+    if not exists(index):
+        return {}
+    weight_map = HFConfigReader.from_file(index).nested("weight_map")
+    names = {tensor: weight_map.text(tensor) for tensor in weight_map.values}
+    if not names:
+        raise ValueError(f"{index} has an empty weight_map; fetch the file again")
+    outside = [name for name in names.values() if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index} names {outside[0][:80]!r}, it must name files of its own folder; fetch it again")
+    return names
+
+
+def _paths(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:
+    """Return the files named by the index; else model.safetensors; else every *.safetensors in the folder."""
+    if weight_map:
+        names = sorted(set(weight_map.values()))
+        absent = [name for name in names if not exists(folder / name)]
+        if absent:
+            raise ValueError(f"{folder} lacks {format_names(absent)} named in {INDEX}; fetch the missing files")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    files = [single] if exists(single) else sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = sorted(path.name for path in folder.glob("*.bin")) or ["no weights at all"]
+        raise ValueError(
+            f"{folder} has no *.safetensors ({format_names(others)}); save the checkpoint as safetensors, "
+            "or try the runtime without it with load_format='dummy'"
+        )
+    return files
+
+
+def _open(path: Path, framework: Literal["pt", "np"]) -> Any:
+    """Open a file for torch or NumPy tensors; raises ValueError if it cannot be read."""
+    check_regular(path)
+    try:
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is corrupt or incomplete ({error}); fetch the file again") from error
+
+
+def format_names(names: Sequence[str]) -> str:
+    """Return the first MAX_NAMED names, and the number of others, as text."""
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + more

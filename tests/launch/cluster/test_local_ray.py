@@ -1,0 +1,175 @@
+"""A local Ray of our own: closed to others whatever the environment says, interruptible, and gone with its owner."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from processes import kill_marked, marked, new_mark
+from small import COMMAND, SMALL_FLAGS
+from waiting import holds_within, left_after, wait_until
+
+pytestmark = pytest.mark.process
+NIGHTLY = pytest.mark.nightly
+
+# Start, use, restart and end a cluster, as an owner with settings of its own that must come back.
+OWNER = """
+import json, os, sys, threading
+import ray
+from lockstep.launch.cluster.local_ray import LocalRay
+
+@ray.remote
+def environment():
+    return dict(os.environ), sys.path
+
+def auth():
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
+
+before = auth()
+for turn in range(int(sys.argv[1])):
+    cluster = LocalRay(1, threading.Event())
+    inside, path = ray.get(environment.remote())
+    report = {"address": cluster.address, "node": ray.nodes()[0]["NodeManagerAddress"], "path": path,
+              "folder": str(cluster.folder.path), "mode": inside["RAY_AUTH_MODE"]}
+    print(json.dumps(report), flush=True)
+    if sys.argv[2:] == ["wait"]:
+        sys.stdin.read()
+    cluster.close()
+    cluster.close()
+    assert auth() == before, auth()
+    assert not os.path.exists(report["folder"])
+    assert not ray.is_initialized()
+"""
+# What another user of this machine can try: connect with no token, or with one of its own.
+STRANGER = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1])
+print("let in")
+"""
+
+
+@pytest.fixture
+def mark() -> Iterator[dict[str, str]]:
+    """The mark of one test's processes, of which none may be left."""
+    mark = new_mark()
+    yield mark
+    left = left_after(15, lambda: marked(mark))
+    kill_marked(mark)
+    assert not left
+
+
+def start_owner(
+    mark: dict[str, str], turns: int, *arguments: str, cwd: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", OWNER, str(turns), *arguments]
+    pipe, variables = subprocess.PIPE, {**os.environ, **mark, **environment}
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=variables)
+
+
+def test_cluster_of_a_user_without_home_lets_no_stranger_in(mark: dict[str, str], tmp_path: Path) -> None:
+    """The mode is set to disabled, and HOME holds no token: the cluster has its own, and restarts with another one."""
+    owner = start_owner(mark, 1, "wait", HOME="/nonexistent", RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="secret")
+    assert owner.stdout is not None
+    report = json.loads(owner.stdout.readline())
+    assert report["mode"] == "token"
+    assert report["node"] == "127.0.0.1"
+    assert report["address"].startswith("127.0.0.1:")
+    folder = Path(report["folder"])
+    assert [folder.stat().st_mode & 0o777, (folder / "token").stat().st_mode & 0o777] == [0o700, 0o600]
+    for settings in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}):
+        tried = subprocess.Popen(
+            [sys.executable, "-c", STRANGER, report["address"]], text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, env={**os.environ, **mark, **settings},
+        )  # fmt: skip
+        assert tried.stderr is not None
+        said = tried.stderr.readline()
+        tried.kill()
+        out, rest = tried.communicate()
+        assert "Unauthenticated" in said, said + rest
+        assert out == ""
+    _, err = owner.communicate(timeout=60)
+    assert owner.returncode == 0, err
+
+
+@NIGHTLY
+def test_cluster_starts_again_in_the_same_process(mark: dict[str, str]) -> None:
+    owner = start_owner(mark, 2)
+    out, err = owner.communicate(timeout=180)
+    assert owner.returncode == 0, err
+    assert len(set(out.splitlines())) == 2
+
+
+@pytest.mark.parametrize("victims", ["owner", pytest.param("owner and helper", marks=NIGHTLY)])
+def test_nothing_is_left_after_a_kill(mark: dict[str, str], victims: str) -> None:
+    """The helper removes the folder; if it is killed too, the next start does."""
+    owner = start_owner(mark, 1, "wait")
+    assert owner.stdout is not None
+    folder = Path(json.loads(owner.stdout.readline())["folder"])
+    helpers = list(marked(mark, "serve_cluster")) if victims != "owner" else []
+    for pid in [owner.pid, *helpers]:
+        os.kill(pid, signal.SIGKILL)
+    owner.wait(10)
+    assert not left_after(20 if not helpers else 65, lambda: marked(mark))
+    if helpers:
+        from lockstep.launch.cluster.session_folder import sweep
+
+        assert folder.exists()
+        sweep()
+    assert holds_within(5, lambda: not folder.exists())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=NIGHTLY)])
+def test_signal_while_ray_starts_ends_the_command_in_seconds(mark: dict[str, str], number: signal.Signals) -> None:
+    command = [*COMMAND, "generate", "--tp=2", "--prompt=In the", *SMALL_FLAGS]
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **mark}, start_new_session=True,
+    )  # fmt: skip
+    wait_until(lambda: marked(mark, "serve_cluster"))
+    started = time.monotonic()
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "starting Ray on this machine" in err
+    assert "interrupted while Ray was starting" in err
+    assert "Traceback" not in err
+    assert not left_after(5, lambda: marked(mark))
+    assert time.monotonic() - started < 15
+
+
+# fmt: off
+SHADOWS = (
+    "json", "numpy", "tokenize", "torch", "signal", "ray", "msgspec", "zmq", "transformers", "socket", "lockstep",
+)
+# fmt: on
+
+
+@pytest.fixture
+def shadowed(tmp_path: Path) -> Path:
+    """A folder with modules that have the names of real ones, and end a process that imports them."""
+    for name in SHADOWS:
+        path = tmp_path / name / "__init__.py" if name == "lockstep" else tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("import os; open(os.path.join(os.path.dirname(__file__), 'imported'), 'w'); os._exit(9)")
+    return tmp_path
+
+
+def test_files_in_the_current_folder_are_not_imported(mark: dict[str, str], shadowed: Path) -> None:
+    """The command, its helpers and the ranks; the console script has its own folder on the path, not the current."""
+    program = f"import sys; sys.path = [p for p in sys.path if p]; {COMMAND[-1]}"
+    command = [*COMMAND[:-1], program, "generate", *SMALL_FLAGS, "--tp=2", "--prompt=In the", "--max-tokens=3"]
+    done = subprocess.run(
+        command, cwd=shadowed, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
+        env={**os.environ, **mark},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not list(shadowed.rglob("imported"))

@@ -1,0 +1,200 @@
+"""What happens on a connection: half-closed clients, refused bodies, HEAD, and the hosts and origins of browsers."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+import httpx
+import pytest
+
+from lockstep.launch.server import http_protocol
+from lockstep.launch.server.server_config import ServerConfig
+
+from fake_engine import COMPLETION, KEY, Running, error_of, fake
+from waiting import wait_until
+
+GET_ROUTES = ("/health", "/metrics", "/v1/models", "/version", "/stats", "/openapi.json", "/", "/page.css")
+
+
+def request_of(body: dict[str, object]) -> bytes:
+    content = json.dumps({**COMPLETION, **body}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(content)}\r\n"
+    return head.encode() + b"content-type: application/json\r\n\r\n" + content
+
+
+def exchange(running: Running, sent: bytes) -> bytes:
+    """Send, close this side, and return everything that comes back."""
+    with socket.create_connection(running.port.getsockname(), timeout=20) as raw:
+        raw.sendall(sent)
+        raw.shutdown(socket.SHUT_WR)
+        received = b""
+        while piece := raw.recv(1 << 16):
+            received += piece
+    return received
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_half_closed_client_gets_its_answer(run: Callable[..., Running], stream: bool) -> None:
+    running = run()
+    fake(running).step_s = 0.05  # the answer takes longer than the first probes
+    received = exchange(running, request_of({"max_tokens": 5, "stream": stream, "seed": 3}))
+    expected = running.post("/v1/completions", {**COMPLETION, "max_tokens": 5, "seed": 3}).json()["choices"][0]["text"]
+    if stream:
+        assert received.count(b"data: ") == 6
+        assert b"data: [DONE]" in received
+    else:
+        assert json.loads(received.rpartition(b"\r\n\r\n")[2])["choices"][0]["text"] == expected
+    assert fake(running).cancelled == []
+
+
+def test_half_closed_client_may_pipeline_and_use_http_1_0(shared: Running) -> None:
+    get = b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    assert exchange(shared, get * 3).count(b'{"version"') == 3
+    assert exchange(shared, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_client_that_is_gone_is_still_cancelled(run: Callable[..., Running], stream: bool) -> None:
+    running = run()
+    fake(running).step_s = 0.05
+    with socket.create_connection(running.port.getsockname()) as raw:
+        raw.sendall(request_of({"max_tokens": 400, "stream": stream}))
+        wait_until(lambda: fake(running).live == 1)
+    wait_until(lambda: fake(running).live == 0)
+    assert len(fake(running).cancelled) == 1
+    assert fake(running).steps < 100
+
+
+def test_half_request_is_dropped(shared: Running) -> None:
+    assert exchange(shared, request_of({})[:-5]) == b""
+
+
+def test_http_client_reads_413_after_its_body(run: Callable[..., Running]) -> None:
+    """The kernel would reset a connection that is closed with unread data."""
+    running = run(max_body_bytes=10_000)
+    for headers in ({}, {"transfer-encoding": "chunked"}):
+        connection = http.client.HTTPConnection(*running.port.getsockname(), timeout=20)
+        pieces = (b" " * 100_000 for _ in range(300))
+        sized = {"content-type": "application/json"} | (headers or {"content-length": "30000000"})
+        connection.request("POST", "/v1/completions", pieces, sized, encode_chunked=bool(headers))
+        response = connection.getresponse()
+        assert (response.status, json.load(response)["error"]["code"]) == (413, "request_too_large")
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200, "the connection can be used again"
+        connection.close()
+
+
+def test_refused_body_is_read_up_to_a_limit(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_protocol, "MAX_DRAINED_BYTES", 100_000)
+    running = run(max_body_bytes=10_000)
+    with socket.create_connection(running.port.getsockname(), timeout=20) as raw:
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        raw.sendall(f"{head}content-length: {10**9}\r\n\r\n".encode())
+        with pytest.raises(ConnectionError):
+            raw.sendall(b" " * 10**8)
+    wait_until(lambda: not running.server.server_state.connections)
+
+
+def test_body_that_waits_for_100_continue_is_not_read_as_a_request(run: Callable[..., Running]) -> None:
+    running = run(max_body_bytes=10_000)
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    with socket.create_connection(running.port.getsockname(), timeout=20) as raw:
+        raw.sendall(f"{head}expect: 100-continue\r\ncontent-length: 20000\r\n\r\n".encode())
+        received = b""
+        while piece := raw.recv(1 << 16):  # until the server closes its side
+            received += piece
+        assert received.startswith(b"HTTP/1.1 413")
+        raw.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+        with suppress(ConnectionResetError):
+            assert raw.recv(100) == b"", "this is not read as a request"
+
+
+@pytest.mark.parametrize("path", GET_ROUTES)
+def test_head_is_get_without_body(shared: Running, path: str) -> None:
+    head, get = shared.http.head(path), shared.http.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path not in ("/metrics", "/stats"):  # they change
+        assert head.headers["content-length"] == get.headers["content-length"]
+
+
+def test_head_needs_a_route_and_a_key(run: Callable[..., Running]) -> None:
+    running = run(api_key=[KEY])
+    assert running.http.head("/health").status_code == 200
+    assert running.http.head("/v1/models").status_code == 401
+    authorized = {"authorization": f"Bearer {KEY}"}
+    assert running.http.head("/v1/models", headers=authorized).status_code == 200
+    assert running.http.head("/v1/completions", headers=authorized).status_code == 405
+    assert running.http.head("/nothing", headers=authorized).status_code == 404
+
+
+LOOPBACK = ["localhost", "LOCALHOST:80", "127.0.0.1", "127.3.2.1:8000", "[::1]", "[::1]:8000", "localhost.", "[0:0::1]"]
+OTHERS = ["evil.com", "evil.com:8000", "localhost.evil.com", "127.0.0.1.evil.com", "evil.com@localhost", "[::2]", "",
+          "localhost:8000:80", "192.168.0.1", "0.0.0.0", "127.0.0.1/", "[::1", "2130706433"]  # fmt: skip
+
+
+def test_other_hosts_are_refused_on_loopback(shared: Running) -> None:
+    for path in ("/", "/health", "/v1/models"):
+        for host in LOOPBACK:
+            assert shared.http.get(path, headers={"host": host}).status_code == 200, host
+        for host in OTHERS:
+            response = shared.http.get(path, headers={"host": host})
+            assert (response.status_code, error_of(response)["code"]) == (403, "host_not_allowed"), host
+    assert "evil.com" in error_of(shared.http.get("/", headers={"host": "evil.com"}))["message"]
+    long = shared.http.get("/", headers={"host": "x" * 5000})
+    assert long.status_code == 403
+
+
+def test_allowed_hosts(run: Callable[..., Running]) -> None:
+    running = run(allowed_hosts=["LLM.example.com", "10.0.0.5"], api_key=[KEY])
+    for host in ("llm.example.com", "LLM.example.com:443", "10.0.0.5:8000", "localhost"):
+        assert running.http.get("/health", headers={"host": host}).status_code == 200, host
+    assert running.http.get("/health", headers={"host": "evil.com"}).status_code == 403
+    assert run(allowed_hosts=["*"]).http.get("/health", headers={"host": "evil.com"}).status_code == 200
+
+
+def test_all_hosts_are_served_beyond_loopback(run: Callable[..., Running]) -> None:
+    running = run(host="0.0.0.0")
+    assert running.http.get("/health", headers={"host": "llm.example.com"}).status_code == 200
+    named = run(host="0.0.0.0", allowed_hosts=["llm.example.com"])
+    assert named.http.get("/health", headers={"host": "evil.com"}).status_code == 403
+
+
+def preflight(running: Running, origin: str) -> httpx.Response:
+    headers = {"origin": origin, "access-control-request-method": "POST",
+               "access-control-request-headers": "authorization, content-type"}  # fmt: skip
+    return running.http.options("/v1/chat/completions", headers=headers)
+
+
+def test_cors_is_off_by_default(shared: Running) -> None:
+    assert preflight(shared, "https://a.example").status_code == 405
+    response = shared.http.get("/v1/models", headers={"origin": "https://a.example"})
+    assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_cors_origins(run: Callable[..., Running]) -> None:
+    running = run(cors_origins=["https://a.example"], api_key=[KEY])
+    allowed = preflight(running, "https://a.example")
+    assert allowed.status_code == 200, "a preflight carries no key"
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    assert "authorization" in allowed.headers["access-control-allow-headers"].lower()
+    assert preflight(running, "https://b.example").status_code == 400
+    for key, status in ((KEY, 200), ("wrong", 401)):  # scripts may read the error too
+        headers = {"origin": "https://a.example", "authorization": f"Bearer {key}"}
+        response = running.post("/v1/completions", COMPLETION, headers=headers)
+        assert response.status_code == status
+        assert response.headers["access-control-allow-origin"] == "https://a.example"
+    other = running.post("/v1/completions", COMPLETION, headers={"origin": "https://b.example"})
+    assert "access-control-allow-origin" not in other.headers
+    evil = running.http.options("/v1/models", headers={"host": "evil.com", "origin": "https://a.example"})
+    assert evil.status_code == 403
+
+
+@pytest.mark.parametrize("origin", ["example.com", "https://a.example/", "https://a.example/path", "null", ""])
+def test_invalid_cors_origins_are_refused(origin: str) -> None:
+    with pytest.raises(ValueError, match="is not an origin"):
+        ServerConfig(cors_origins=[origin])
