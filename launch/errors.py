@@ -16,6 +16,10 @@ class RankFailed(RuntimeError):
         self.stderr_tail = stderr_tail
 
 
+class RayLost(RankFailed):
+    """Ray has ended, and with it the ranks, whatever they were doing; the message names the process and the cause."""
+
+
 class EngineFailed(RuntimeError):
     """The engine takes no requests: its ranks have failed for good, or it is closed. The message says why."""
 
@@ -30,3 +34,7 @@ class RequestsLost(RuntimeError):
     def __init__(self, uids: list[int], reason: str) -> None:
         super().__init__(reason)
         self.uids = uids
+
+
+class TokenizerBusy(RuntimeError):
+    """A text cannot be tokenized now, because of other requests' texts or a process that did not start."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from packaging.version import Version
 
 from ..runtime.config import Config
 from ..runtime.executor import Executor, LocalExecutor
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from .cluster.connection import Connection
 
 log = logging.getLogger(__name__)
+AUTHENTICATED_SERVE = Version("2.58")  # the first version whose replicas ask for the token at each of their ports
 
 
 def connect_ray(config: Config, replicas: int = 1) -> Connection | None:
@@ -40,7 +44,11 @@ def start_executor(config: Config, model: ModelConfig, folder: Path, connection:
 
 
 def start_replicas(config: Config, connection: Connection, replicas: int, max_queued: int) -> Executor:
-    """Start several groups of ranks behind one Executor; raises ValueError if Ray Serve is not installed."""
+    """Start several groups of ranks behind one Executor; raises ValueError without a Ray Serve that fits."""
+    version = metadata.version("ray")
+    if Version(version) < AUTHENTICATED_SERVE:
+        reason = f"needs Ray {AUTHENTICATED_SERVE} or later, and this is {version}: it would run code of everybody"
+        raise ValueError(f"replicas={replicas} {reason} who reaches a replica; pip install 'lockstep[serve]'")
     try:
         from .replicas.replica_executor import ReplicaExecutor
     except ImportError as error:

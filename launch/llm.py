@@ -7,8 +7,8 @@ from typing import Any
 from ..runtime.config import DEMO_MODEL, Config
 from ..runtime.model.checkpoint import find_model
 from ..runtime.offline import OfflineLLM
-from ..runtime.tokenizer import Tokenizer
 from .executors import start_executor
+from .text_process import IsolatedTokenizer
 
 
 class LLM(OfflineLLM):
@@ -21,6 +21,11 @@ class LLM(OfflineLLM):
     def __init__(self, model: str = DEMO_MODEL, **options: Any) -> None:
         self.config = Config.from_options({"model": model, **options})
         folder, model_config = find_model(self.config)
-        tokenizer = Tokenizer(folder)
+        self._isolated = tokenizer = IsolatedTokenizer(folder)
         executor = start_executor(self.config, model_config, folder)
         super().__init__(executor, model_config, folder, tokenizer, self.config.generation_config)
+
+    def close(self) -> None:
+        """End the ranks and the process of the chat template; they have ended when this returns. Safe to call twice."""
+        self._isolated.close()
+        super().close()

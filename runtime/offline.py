@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from .chat_template import Message
 from .executor import Executor
 from .frontend import Frontend, Prompt
 from .generation import Generation, Output
@@ -17,7 +18,7 @@ from .model.model_config import ModelConfig
 from .outputs import Event, RequestOutput
 from .request import RequestRefused, SamplingParams
 from .sampling.grammar import Vocabulary
-from .tokenizer import Message, Tokenizer
+from .tokenizer import Tokenizer
 
 POLL_S = 1.0
 Prompts = Prompt | Sequence[Prompt]

@@ -9,7 +9,7 @@ import msgspec
 from .plan import FinishReason
 
 
-class Logprob(msgspec.Struct, frozen=True):
+class Logprob(msgspec.Struct, frozen=True, gc=False):  # an answer has up to 500,000: the collector skips them
     """One candidate at one position."""
 
     logprob: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +89,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if a token id in these parameters is not one of the model's."""
         for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
-            for i in ids:
-                _require(0 <= i < vocab_size, name, i, f"is not a token id; the model has ids 0 to {vocab_size - 1}")
+            wrong = [i for i in (min(ids), max(ids)) if not 0 <= i < vocab_size] if ids else []
+            rule = f"is not a token id; the model has ids 0 to {vocab_size - 1}"
+            _require(not wrong, name, wrong[0] if wrong else None, rule)
 
     def _integer(self, name: str, low: int, high: float = math.inf) -> None:
         value = getattr(self, name)
@@ -104,7 +105,10 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
 
     def _check_bias(self) -> None:
         _require(isinstance(self.logit_bias, dict), "logit_bias", self.logit_bias, "must map token ids to numbers")
-        for token, bias in self.logit_bias.items():
+        biases = self.logit_bias.values()
+        is_valid = _are(int, self.logit_bias) and _are(float, biases) and not math.isnan(sum(biases))
+        is_valid = is_valid and max(map(abs, biases), default=0) <= 100
+        for token, bias in () if is_valid else self.logit_bias.items():
             _require(isinstance(token, int), "logit_bias", token, "must have integer token ids as keys")
             number = isinstance(bias, (int, float)) and abs(bias) <= 100
             _require(number, f"logit_bias[{token}]", bias, "must be between -100 and 100")
@@ -116,7 +120,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         _require(count <= MAX_STOP_STRINGS, "stop", count, f"strings are too many; at most {MAX_STOP_STRINGS}")
         for s in self.stop_strings:
             _require(isinstance(s, str) and s != "", "stop", s, "must be a non-empty string")
-        for i in self.stop_token_ids:
+        for i in () if _are(int, self.stop_token_ids) else self.stop_token_ids:
             _require(isinstance(i, int) and not isinstance(i, bool), "stop_token_ids", i, "must be integers")
 
 
@@ -177,6 +181,11 @@ class Limits:
             invalid = lowest if lowest < 0 else highest
             raise ValueError(f"token id {invalid} in the prompt; the model has ids 0 to {self.vocab_size - 1}")
         request.params.check_vocabulary(self.vocab_size)
+
+
+def _are(kind: type, values: Iterable[Any]) -> bool:
+    """Return whether all values are of exactly this type: fast, for parameters with a thousand entries."""
+    return set(map(type, values)) <= {kind}
 
 
 def _range(low: float, high: float) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .chat_template import Message, render_chat
 from .detokenizer import TokenBytes
+from .text_worker import ChatJob, TokenizerState, encode
 from .tokenizer_loader import load_tokenizer
-
-Message = dict[str, Any]
 
 
 class Tokenizer:
@@ -20,24 +20,47 @@ class Tokenizer:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"the tokenizer in {folder} has no fast version; convert it to tokenizer.json")
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self._tokenizer.split_special_tokens
+        self._backend = backend
         self._decode: Callable[..., str] = backend.decode
         self.token_bytes = TokenBytes(backend)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a prompt, with the special tokens that the tokenizer adds."""
-        return [int(i) for i in self._tokenizer.encode(text)]
+        return encode(self._backend, text)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation in the chat template, up to the assistant's answer."""
-        from jinja2.exceptions import TemplateError
+    def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
+        """Return the token ids of a conversation in the chat template; the arguments are those of `chat_job`."""
+        job = self.chat_job(messages, variables)
+        return encode(self._backend, render_chat(job.template, job.messages, job.variables), add_special_tokens=False)
 
-        if not self._tokenizer.chat_template:
+    def chat_job(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> ChatJob:
+        """Return what renders and tokenizes a conversation, up to the assistant's answer.
+
+        variables  for the template, as in `render_chat`; `chat_template` replaces the checkpoint's template
+        Raises ValueError without a chat template.
+        """
+        variables = {**self._tokenizer.special_tokens_map, **(variables or {})}
+        variables.setdefault("add_generation_prompt", not variables.get("continue_final_message"))
+        template = variables.pop("chat_template", None)
+        if not template and not self._tokenizer.chat_template:
             raise ValueError("this model's tokenizer has no chat template; use generate with a prompt instead of chat")
-        try:
-            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"the chat template does not accept these messages: {error}") from error
-        return [int(i) for i in self._tokenizer.encode(text, add_special_tokens=False)]
+        template = self._tokenizer.get_chat_template(template, variables.get("tools"))
+        return ChatJob(template, list(messages), variables)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._tokenizer.chat_template)
+
+    def to_json(self) -> str:
+        """Return the tokenizer as the text of a tokenizer.json."""
+        return str(self._backend.to_str())
+
+    def state(self, time_limit_s: float, niceness: int = 0) -> TokenizerState:
+        """Return what a process needs to tokenize like this."""
+        return TokenizerState(self.to_json(), bool(self._backend.encode_special_tokens), time_limit_s, niceness)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of these ids alone."""

@@ -40,7 +40,7 @@ def _reason(folder: Path, error: BaseException) -> str:
     kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
     file = folder / "tokenizer.json"
     if not exists(file):
-        return f"no tokenizer.json, and {kind}{first_line(error)[:MAX_REASON]}"
+        return f"no tokenizer.json, and {kind}{' '.join(str(error).split())[:MAX_REASON]}"
     try:
         tokenizers.Tokenizer.from_file(str(file))
     except Exception as cause:  # noqa: BLE001 - the library raises plain Exception

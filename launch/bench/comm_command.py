@@ -94,15 +94,14 @@ def run_on_ranks(actor: type[CommBenchActor], config: Config, spec: CommBenchSpe
         from ..cluster.connection import Connection
     from ..cluster.actor_group import ActorGroup
     from ..cluster.placement import place
-    from ..cluster.ray_client import while_connected
 
     with Undo() as stack:
         connection = stack.enter_context(closing(Connection(config)))
         placed = replace(config.placed(cuda=connection.has_gpus), all_reduce="nccl")  # the actors add the others
-        placement_group = place(placed, connection.shutting_down)
-        stack.callback(while_connected, remove_placement_group, placement_group)
-        ranks = ActorGroup(placed, placement_group, connection.wakeup, connection.shutting_down, actor)
-        stack.callback(while_connected, ranks.close, 0)
+        placement_group = place(placed, connection)
+        stack.callback(connection.while_usable, remove_placement_group, placement_group)
+        ranks = ActorGroup(placed, placement_group, connection, actor)
+        stack.callback(ranks.close, 0)
 
         def call(method: str, *arguments: Any) -> list[Any]:
             return ranks.call(method, time.perf_counter() + config.startup_timeout, *arguments)

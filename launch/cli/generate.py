@@ -60,8 +60,6 @@ def generate(config: dict[str, Any], options: GenerateOptions) -> None:
     """Print the outputs of all prompts during generation; raises ValueError before the model is loaded."""
     if options.logprobs is not None and not options.as_json:
         raise ValueError("--logprobs is printed with --json only; add --json")
-    if sys.stdout is None:
-        raise ValueError("stdout is closed, and the outputs have nowhere to go; open it")
     prompts = _read_prompts(options.prompt or [], options.prompt_file or [])
     sampling = _sampling_fields(options)
     SamplingParams(**sampling)

@@ -21,7 +21,7 @@ from ...runtime.model.checkpoint import check_local_model
 from ...runtime.version import __version__
 from ..bench.commands import app as bench
 from ..doctor.preflight import Preflight
-from ..errors import PlacementError, RankFailed
+from ..errors import EngineFailed, PlacementError, RankFailed
 from ..options import LogLevel, start_logging, with_config, with_fields
 from ..server.server_config import BatchOptions, ServerConfig
 from ..signals import end_at_once, end_on_sigterm, signals_wait, status_of
@@ -36,7 +36,7 @@ app.add_typer(bench, name="bench")
 def main() -> None:
     """Run the command; an error that a user can act on is one line on stderr, without a traceback.
 
-    Exit status: 2 for a wrong option or value, 1 for missing resources or a failed rank, 128 + number for a signal.
+    Exit status: 2 for a wrong option or value, 1 for missing resources or failed ranks, 128 + number for a signal.
     """
     protect_standard_streams()
     end_on_sigterm()
@@ -45,7 +45,7 @@ def main() -> None:
     try:
         check_encoding(sys.argv[1:])
         app()
-    except (ValueError, PlacementError, RankFailed) as error:
+    except (ValueError, PlacementError, RankFailed, EngineFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
     except SystemExit as end:

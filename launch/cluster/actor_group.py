@@ -23,10 +23,10 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ...comm.base import CommError
-from ...comm.message_sockets import WakeupEvent
 from ...comm.message_text import first_line
 from ...runtime.config import Config
 from ..errors import RankFailed
+from .connection import Connection
 from .worker import Endpoint, RankActor, Worker
 
 # Prefixes of variables that are passed on to the ranks. All other settings of a rank are in Config.
@@ -68,18 +68,17 @@ class RankFailure:
 class ActorGroup:
     """An actor in each bundle of `placement_group`, by default a Worker; `config` is resolved. Always call `close`.
 
-    `wakeup` is set when there is a `failure`. When `shutting_down` is set, `call` raises RankFailed.
+    The connection's `wakeup` is set when there is a `failure`. `call` raises what the connection's `check` raises.
     """
 
     def __init__(
         self,
         config: Config,
         placement_group: PlacementGroup,
-        wakeup: WakeupEvent,
-        shutting_down: threading.Event,
+        connection: Connection,
         actor: type[RankActor] | None = None,
     ) -> None:
-        self._placement_group, self._wakeup, self._shutting_down = placement_group, wakeup, shutting_down
+        self._placement_group, self._connection = placement_group, connection
         self.endpoints: list[Endpoint] = []  # set by the caller of `bind`
         self.failure: RankFailed | None = None
         self._calls: list[Any] = []  # the latest call of each rank
@@ -102,11 +101,10 @@ class ActorGroup:
                 ranks = ", ".join(self._describe(self._calls.index(call)) for call in silent)
                 raise RankFailed(f"no answer to {method} from {ranks} within startup_timeout; raise it, or look there")
             _, silent = ray.wait(self._calls, num_returns=len(self._calls), timeout=min(WATCH_S, left))
+            self._connection.check()
             failures = [failure for failure in self._ended() if failure.error is not None]
             if failures:
                 self._raise(self._find_cause(failures))
-            if silent and self._shutting_down.is_set():
-                raise RankFailed("the start was aborted: the server is shutting down")
         return list(ray.get(self._calls))
 
     def run(self) -> None:
@@ -117,21 +115,24 @@ class ActorGroup:
     def fail(self, reason: str, rank: int | None = None) -> None:
         """End all ranks and set `failure`, unless it is set; the last lines of `rank`'s stderr are kept in it."""
         self.failure = self.failure or RankFailed(reason, self._stderr_tail(rank))
-        self._wakeup.set()
+        self._connection.wakeup.set()
         for actor in self._actors:
             ray.kill(actor)
 
     def close(self, timeout_s: float) -> None:
-        """Wait up to timeout_s for the ranks to end, then kill them."""
+        """Wait up to timeout_s for the ranks to end, then kill them; if Ray is lost, they have ended."""
         self._closing.set()
+        self._connection.while_usable(self._end, timeout_s)
+        if self._watcher.is_alive():
+            self._watcher.join()  # it needs Ray, which may be shut down next
+
+    def _end(self, timeout_s: float) -> None:
         if self.failure is None and self._watcher.is_alive():
             ray.wait(self._calls, num_returns=len(self._calls), timeout=timeout_s)
         for actor in self._actors:
             ray.kill(actor)
         if self._calls:
             ray.wait(self._calls, num_returns=len(self._calls), timeout=KILL_S)
-        if self._watcher.is_alive():
-            self._watcher.join()  # it needs Ray, which may be shut down next
 
     def _watch(self) -> None:
         """Wait until a rank's `run` ends, and set `failure` to the cause."""
@@ -146,7 +147,7 @@ class ActorGroup:
         finally:  # Ray ends this thread when the user shuts Ray down
             if not self._closing.is_set():
                 self.failure = self.failure or RankFailed("Ray was shut down with ranks running; close the LLM first")
-                self._wakeup.set()
+                self._connection.wakeup.set()
 
     def _find_cause(self, failures: list[RankFailure]) -> RankFailure:
         if all(failure.is_secondary for failure in failures):

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
-import time
+from collections.abc import Callable
+from typing import Any
 
 import ray
 
 from ...comm.message_sockets import WakeupEvent
 from ...runtime.config import Config
-from ..errors import PlacementError
+from ..errors import PlacementError, RankFailed, RayLost
 from ..signals import Undo
 from .local_ray import LOOPBACK, LocalRay
 from .ray_address import LOCAL, ray_address
-from .ray_client import join_ray
+from .ray_client import while_connected
+from .remote_ray import RemoteRay
 
 log = logging.getLogger(__name__)
-CONNECT_S = 5.0  # Ray itself tries for two minutes
 
 
 class Connection:
@@ -27,52 +27,76 @@ class Connection:
 
     `wakeup` wakes the thread that waits for an executor's output; it is also set when a rank fails. A start in progress
     is aborted when `shutting_down` is set. `has_gpus` is determined once: ranks that are started again after the loss
-    of a node must not run on a CPU.
+    of a node must not run on a CPU. `check` raises when Ray is lost; `restore` then starts a local cluster, or joins
+    another one, again.
     """
 
     def __init__(self, config: Config, replicas: int = 1) -> None:
         self.wakeup = WakeupEvent()
         self.shutting_down = threading.Event()
+        self._config, self._replicas = config, replicas
         with Undo() as stack:
             stack.callback(self.wakeup.close)
-            self.local = start_ray(config, self.shutting_down, replicas)  # None: the cluster is not ours
-            stack.callback(self._close_local)
-            self.ip = LOOPBACK if self.local else None  # the ranks' address; None: the address of each node
+            self._ray = self._start_ray()
+            stack.callback(self._close_ray)
+            # The address of all ranks; None: each has the address of its node.
+            self.ip = LOOPBACK if isinstance(self._ray, LocalRay) else None
             self.has_gpus = bool(ray.cluster_resources().get("GPU", 0) > 0)
             self.has_started = False  # the ranks, at least once: after that a missing node may come back
             self._open = stack.pop_all()
+
+    @property
+    def failure(self) -> RayLost | None:
+        """The reason why Ray is lost, once a thread has noticed it; wakeup is set then."""
+        return self._ray.failure if self._ray else None
+
+    def is_lost(self) -> bool:
+        """Return whether Ray is lost at this moment; not for use in a step, although it is fast."""
+        return self._ray is not None and self._ray.check() is not None
+
+    def check(self) -> None:
+        """Raise RayLost if Ray is lost, and RankFailed if the server shuts down."""
+        if self.shutting_down.is_set():
+            raise RankFailed("the start was aborted: the server is shutting down")
+        if self.is_lost():
+            assert self.failure is not None
+            raise self.failure
+
+    def while_usable(self, end: Callable[..., Any], *arguments: Any) -> None:
+        """Call `end`, unless Ray is lost or the user has shut it down: the call would hang, or start Ray again."""
+        if not self.is_lost():
+            while_connected(end, *arguments)
+
+    def restore(self) -> None:
+        """Connect to Ray again if it is lost; raises RankFailed if that fails, and may be called again."""
+        if self.is_lost():
+            self._close_ray()
+            try:
+                self._ray = self._start_ray()
+            except PlacementError as error:
+                raise RankFailed(str(error)) from error
 
     def close(self) -> None:
         """Disconnect; safe to call twice."""
         self._open.close()
 
-    def _close_local(self) -> None:
-        if self.local:
-            self.local.close()
+    def _start_ray(self) -> LocalRay | RemoteRay | None:
+        return start_ray(self._config, self.shutting_down, self.wakeup, self._replicas)
+
+    def _close_ray(self) -> None:
+        if self._ray:
+            self._ray.close()
 
 
-def start_ray(config: Config, shutting_down: threading.Event, replicas: int = 1) -> LocalRay | None:
-    """Connect this process to Ray; return the local cluster that it has started for that, which must be closed."""
+def start_ray(
+    config: Config, shutting_down: threading.Event, wakeup: WakeupEvent, replicas: int = 1
+) -> LocalRay | RemoteRay | None:
+    """Connect this process to Ray; return the connection, which must be closed, or None if the process has one."""
     if ray.is_initialized():
         log.info("using the Ray cluster that this process is connected to")
         return None
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = ray_address(config)
     if address == LOCAL:
-        return LocalRay(max(os.cpu_count() or 1, replicas * config.tensor_parallel_size), shutting_down)
-    started = time.perf_counter()
-    _check_reachable(address)
-    join_ray(address)
-    log.info("Ray cluster: %s, connected in %.1f s", address, time.perf_counter() - started)
-    return None
-
-
-def _check_reachable(address: str) -> None:
-    """Raise PlacementError within CONNECT_S if no server listens at host:port."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return  # "auto", and addresses that Ray refuses at once
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
-    except OSError as error:
-        raise PlacementError(f"no Ray cluster at {address}: {error}; see that it runs and is reachable") from error
+        return LocalRay(max(os.cpu_count() or 1, replicas * config.tensor_parallel_size), shutting_down, wakeup)
+    return RemoteRay(address, wakeup)

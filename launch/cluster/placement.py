@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from ray.util.placement_group import placement_group as create_placement_group
 
 from ...runtime.config import Config
 from ..errors import PlacementError
+from .connection import Connection
 from .rank_resources import bundle, fitting
 
 log = logging.getLogger(__name__)
@@ -22,20 +22,21 @@ POLL_S = 1  # Ray takes whole seconds
 FIRST_REPORT_S, REPORT_S = 2.0, 10.0
 
 
-def place(config: Config, shutting_down: threading.Event, *, again: bool = False) -> PlacementGroup:
+def place(config: Config, connection: Connection, *, again: bool = False) -> PlacementGroup:
     """Reserve a bundle for each rank (index = rank), on as few nodes as possible; `config` is resolved.
 
     Raises PlacementError if the cluster is too small: after a wait for more nodes, if the user configured one or the
     ranks are placed `again` after a failure, and at once otherwise. Raises it after a wait if the cluster is too busy.
+    Raises what `connection.check` raises.
     """
     resources = ResourceRequest(bundle(config, cuda=config.device == "cuda"), config.tensor_parallel_size)
     if config.wait_for_resources is None and not again and not resources.fits():
         raise PlacementError(resources.shortage())
     placement_group = create_placement_group([resources.bundle] * resources.number, strategy="PACK")
     try:
-        _wait(placement_group, resources, config.wait_for_resources or WAIT_LIMIT_S, shutting_down)
+        _wait(placement_group, resources, config.wait_for_resources or WAIT_LIMIT_S, connection)
     except BaseException:
-        remove_placement_group(placement_group)
+        connection.while_usable(remove_placement_group, placement_group)
         raise
     return placement_group
 
@@ -59,15 +60,12 @@ class ResourceRequest:
         return f"{self} never fit in this Ray cluster: {_table()}; {remedies}"
 
 
-def _wait(
-    placement_group: PlacementGroup, resources: ResourceRequest, limit_s: float, shutting_down: threading.Event
-) -> None:
+def _wait(placement_group: PlacementGroup, resources: ResourceRequest, limit_s: float, connection: Connection) -> None:
     started = time.perf_counter()
     report = started + FIRST_REPORT_S
     while not placement_group.wait(POLL_S):
         now = time.perf_counter()
-        if shutting_down.is_set():
-            raise PlacementError("the wait for resources was aborted: the server is shutting down")
+        connection.check()
         if now - started >= limit_s:
             waited = f"{now - started:.0f} s"
             if not resources.fits():

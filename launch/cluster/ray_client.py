@@ -37,7 +37,7 @@ def join_ray(address: str) -> None:
     """Connect this process to the cluster at host:port or "auto"; raises PlacementError if it cannot."""
     # Otherwise ray.shutdown resets SIGTERM to its default below Python, and a SIGTERM that comes before our own end is
     # complete leaves processes behind. Python's faulthandler, which Ray enables, still reports crashes.
-    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
+    ray._private.ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True  # Ray reads the variable when it is imported
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, job_config=IsolatedJob(), logging_level=logging.ERROR, log_to_driver=False)
@@ -60,6 +60,17 @@ def join_on_loopback(address: str) -> None:
             join_ray(address)
     finally:
         constants.ENABLE_RAY_CLUSTER = enabled
+
+
+@contextmanager
+def ray_prints_nothing() -> Iterator[None]:
+    """Keep Ray from printing messages such as the last lines of the raylet's log when the raylet has ended."""
+    worker = ray._private.worker
+    original, worker.print_to_stdstream = worker.print_to_stdstream, lambda data, ignore_prefix: None
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = original
 
 
 def while_connected(end: Callable[..., Any], *arguments: Any) -> None:

@@ -27,7 +27,6 @@ from ..signals import Undo
 from .actor_group import ActorGroup, rank_table
 from .connection import Connection
 from .placement import place
-from .ray_client import while_connected
 from .worker import LoadReport
 
 log = logging.getLogger(__name__)
@@ -54,8 +53,13 @@ class RayExecutor:
         self._phases = StartupTimer()
         with Undo() as stack:
             with self._phases("Ray"):
-                used_connection = connection or stack.enter_context(closing(Connection(config)))
-            self._start(config, model, stack, used_connection)
+                self._connection = connection or stack.enter_context(closing(Connection(config)))
+                self._connection.restore()
+            try:
+                self._start(config, model, stack)
+            except Exception:
+                self._connection.check()  # if Ray is lost, that is the cause of the other failures
+                raise
             self._open = stack.pop_all()
         if connection is None:
             atexit.register(self.close)  # runs before Ray's exit, which would end the ranks under their watcher
@@ -73,6 +77,8 @@ class RayExecutor:
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         """Do as Executor.poll, but return early when the connection's wakeup event is set."""
+        if self._connection.failure is not None:  # although ranks on other machines may still send
+            self._check()
         if not self._closed:
             has_failed = self._ranks.failure is not None
             wait_s = 0.0 if has_failed else max(0.0, min(timeout_s, self._time_left()))
@@ -103,8 +109,9 @@ class RayExecutor:
         """Wait for `wakeup`, which must be the connection's: it is also set when a rank fails."""
         wakeup.wait()
 
-    def _start(self, user_config: Config, model: ModelConfig, stack: Undo, connection: Connection) -> None:
+    def _start(self, user_config: Config, model: ModelConfig, stack: Undo) -> None:
         """Start the ranks; each step adds to `stack` what undoes it."""
+        connection = self._connection
         if not ray.is_initialized():  # the next call would start Ray again, with other options
             raise PlacementError("Ray was shut down in this process; connect to it again")
         may_get_gpus = user_config.wait_for_resources is not None and not connection.has_gpus
@@ -113,12 +120,12 @@ class RayExecutor:
         config = user_config.resolved(model, cuda=connection.has_gpus).with_absolute_model()
         self._wakeup = connection.wakeup
         with self._phases("placement"):
-            placement_group = place(config, connection.shutting_down, again=connection.has_started)
-        stack.callback(while_connected, remove_placement_group, placement_group)
+            placement_group = place(config, connection, again=connection.has_started)
+        stack.callback(connection.while_usable, remove_placement_group, placement_group)
         deadline = time.perf_counter() + config.startup_timeout
         with self._phases("actors"):
-            self._ranks = ranks = ActorGroup(config, placement_group, connection.wakeup, connection.shutting_down)
-            stack.callback(while_connected, ranks.close, STOP_S)
+            self._ranks = ranks = ActorGroup(config, placement_group, connection)
+            stack.callback(ranks.close, STOP_S)
             ranks.endpoints = ranks.call("bind", deadline, connection.ip)
         if connection.ip is None:
             log.info("%s", rank_table(ranks.endpoints))
@@ -161,8 +168,10 @@ class RayExecutor:
     def _check(self) -> None:
         if self._closed:
             raise RankFailed("the ranks were ended by close(); make a new LLM")
-        if self._ranks.failure is not None:
-            raise self._ranks.failure
+        failure = self._connection.failure or self._ranks.failure
+        if failure is not None:
+            self._connection.is_lost()  # look now: the ranks may have ended with Ray, a moment ago
+            raise self._connection.failure or failure
 
     def _time_left(self) -> float:
         """Return the seconds until the ranks count as hung without a report: a leader that hangs reports nothing."""

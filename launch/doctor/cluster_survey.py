@@ -13,6 +13,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ...comm.message_sockets import WakeupEvent
 from ...runtime.config import Config
 from ..cluster.connection import start_ray
 from ..cluster.placement import nodes
@@ -89,7 +90,7 @@ def merge_findings(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Findin
 
 
 def _connect(config: Config) -> Finding:
-    start_ray(config, threading.Event())  # this connects to an address and starts nothing
+    start_ray(config, threading.Event(), WakeupEvent())  # this connects to an address and starts nothing
     return addresses_finding([node["NodeManagerAddress"] for node in nodes()])
 
 

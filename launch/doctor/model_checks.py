@@ -11,7 +11,7 @@ from ...comm.message_text import first_line, format_bytes
 from ...runtime.config import Config
 from ...runtime.memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, plan_weights
 from ...runtime.model.checkpoint import fit_weights
-from ...runtime.model.generation_config import RECOMMENDED, default_sampling_params
+from ...runtime.model.generation_config import RECOMMENDED, default_sampling_params, generation_fields
 from ...runtime.model.model_config import ModelConfig
 from ...runtime.model.tensor_files import TensorFiles
 from ...runtime.model.tokenizer_files import check_tokenizer_files
@@ -42,6 +42,7 @@ def check_checkpoint(start: PlannedStart) -> Finding:
 def check_generation_config(start: PlannedStart) -> Finding:
     """Check the sampling defaults that the checkpoint recommends."""
     choice = start.config.generation_config
+    generation_fields(start.folder, choice).integers("eos_token_id")
     params = default_sampling_params(start.folder, choice)
     changed = [f"{name} {getattr(params, name)}" for name in RECOMMENDED.values() if _is_changed(params, name)]
     return ok(f"{', '.join(changed) or 'no recommendation'}, generation_config={choice}")

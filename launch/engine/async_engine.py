@@ -81,9 +81,11 @@ class AsyncEngine:
         folder, model = find_model(self.config)
         tokenizer = Tokenizer(folder)
         self.tokenizer = AsyncTokenizer(tokenizer)
+        self.tokenizer.start()
         self.default_params = default_sampling_params(folder, self.config.generation_config)
         self._grammars = GrammarCheck(Vocabulary(folder, model.vocab_size, model.eos_token_ids))
         with Undo() as stack:
+            stack.callback(self.tokenizer.close)
             stack.callback(self._grammars.close)
             connection = connect_ray(self.config, self._replicas)
             if connection is None:

@@ -1,69 +1,167 @@
-"""The tokenizer off the event loop: a pool of threads, and a time limit for each call."""
+"""The tokenizer off the event loop: lanes for short texts, for conversations, and for everything long.
+
+Short texts have threads of this process to themselves, and a text in them takes milliseconds. Chat templates and long
+texts run in two other processes (launch/text_process.py). So neither hostile texts nor templates delay short texts.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar, cast
 
+import msgspec
+
+from ...runtime.chat_template import Message
 from ...runtime.detokenizer import PromptText, locate_tokens
-from ...runtime.request import RequestRefused
-from ...runtime.tokenizer import Message, Tokenizer
+from ...runtime.text_worker import MAX_TOKENS, DecodeJob, EncodeJob, Job
+from ...runtime.token_bounds import max_chars_per_token
+from ...runtime.tokenizer import Tokenizer
+from ..errors import TokenizerBusy
+from ..text_process import TIME_LIMIT_S, TextProcess, TextRefused, encode_job
 
 NUM_THREADS = 4
+SHORT_CHARS = 16_384  # the longest texts of a request that threads of this process tokenize; 8 ms
+SHORT_TOKENS = 4096  # the most token ids that they turn into text
+SHORT_JOB_BYTES = 65_536  # the longest conversation of the second lane, with its template
+LONG_TIME_LIMIT_S = 30.0
+LONG_NICENESS = 10  # the engine and short requests go first
+WAIT_S = 30.0  # longest wait for a result, including the jobs before it
+MAX_WAITING_BYTES = 16 * 2**20  # jobs that wait or run in a lane
 Result = TypeVar("Result")
 
 
-class TokenizationRefused(RequestRefused):
-    """The text of the request's field `param` cannot be tokenized, or (`timed_out`) not within the time limit."""
+class TokenizationRefused(TextRefused):
+    """The text of the request's field `param` cannot be tokenized."""
 
-    def __init__(self, message: str, param: str, *, timed_out: bool = False) -> None:
-        super().__init__(message)
-        self.param, self.timed_out = param, timed_out
+    def __init__(self, message: str, param: str, code: str = "invalid_value") -> None:
+        super().__init__(message, code)
+        self.param = param
+
+
+class TextLane:
+    """The jobs of a TextProcess, in the order of their arrival."""
+
+    def __init__(self, process: TextProcess) -> None:
+        self._process = process
+        self._thread = ThreadPoolExecutor(1, "lockstep-text")  # waits for the process
+        self._num_bytes = 0  # of jobs that wait or run
+
+    def start(self) -> None:
+        """Start the process without waiting for it."""
+        self._thread.submit(self._process.start)
+
+    async def run(self, job: bytes) -> Any:
+        """Return the result of a job; raises TokenizerBusy if too many bytes of jobs wait, and as `TextProcess.run`."""
+        if self._num_bytes and self._num_bytes + len(job) > MAX_WAITING_BYTES:
+            raise TokenizerBusy(f"the server is tokenizing {self._num_bytes} bytes of long texts; try again later")
+        self._num_bytes += len(job)
+        try:
+            return await result_of(self._thread.submit(self._process.run, job))
+        finally:
+            self._num_bytes -= len(job)
+
+    def close(self) -> None:
+        """End the process, and later jobs with TokenizerBusy; safe to call twice."""
+        self._process.close()
 
 
 class AsyncTokenizer:
-    """A Tokenizer for asyncio tasks; every method raises TokenizationRefused after `time_limit_s` seconds."""
+    """A Tokenizer for asyncio tasks.
 
-    def __init__(self, tokenizer: Tokenizer, time_limit_s: float = 30.0) -> None:
-        self._tokenizer, self._time_limit_s = tokenizer, time_limit_s
+    Its methods raise TokenizationRefused if the input is at fault, and TokenizerBusy if other requests' input is.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, time_limit_s: float = TIME_LIMIT_S) -> None:
+        self._tokenizer = tokenizer
+        self._chars_per_token = max_chars_per_token(tokenizer.to_json())
         self._threads = ThreadPoolExecutor(NUM_THREADS, "lockstep-tokenizer")
-        tokenizer.encode("a")  # the first call completes the set-up, which is not safe in two threads at once
+        self._chats = TextLane(TextProcess(tokenizer, time_limit_s))
+        self._long = TextLane(TextProcess(tokenizer, max(time_limit_s, LONG_TIME_LIMIT_S), LONG_NICENESS))
 
-    async def encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each prompt."""
-        return await self._run(lambda: [self._tokenizer.encode(prompt) for prompt in prompts], "prompt")
+    def start(self) -> None:
+        """Start the process of the conversations ahead of the first one."""
+        if self._tokenizer.has_chat_template:
+            self._chats.start()
 
-    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation; raises TokenizationRefused if the chat template rejects it."""
+    async def encode(self, prompts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
+        """Return the token ids of each prompt; refuses one that has more characters than `max_tokens` tokens can."""
+        max_chars = self._max_chars(max_tokens)
+        for prompt in prompts:
+            if len(prompt) > max_chars:
+                rule = f"at most {max_chars} fit into {max_tokens} tokens"
+                message = f"the prompt is too long: {len(prompt)} characters, {rule}; send less"
+                raise TokenizationRefused(message, "prompt", "context_length_exceeded")
+        if sum(map(len, prompts)) > SHORT_CHARS:
+            return cast("list[list[int]]", await self._run(self._long, EncodeJob(list(prompts)), "prompt"))
+        return await self._in_thread(lambda: [self._tokenizer.encode(prompt) for prompt in prompts])
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        max_tokens: int = MAX_TOKENS,
+    ) -> list[int]:
+        """Return the token ids of a conversation; `messages` and `variables` are those of `Tokenizer.chat_job`.
+
+        Refuses a conversation that has more characters in its template than `max_tokens` tokens can have.
+        """
         try:
-            return await self._run(lambda: self._tokenizer.encode_chat(messages), "messages")
-        except RequestRefused:
-            raise
+            job = self._tokenizer.chat_job(messages, variables)
         except ValueError as error:
             raise TokenizationRefused(str(error), "messages") from error
+        job = msgspec.structs.replace(job, max_chars=self._max_chars(max_tokens))
+        return cast("list[int]", await self._run(self._chats, job, "messages"))
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """Return the text of these ids, with or without the special tokens."""
-        return await self._run(lambda: self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens), "tokens")
+        if len(ids) > SHORT_TOKENS:
+            return cast("str", await self._run(self._long, DecodeJob(list(ids), skip_special_tokens), "tokens"))
+        return await self._in_thread(lambda: self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     async def decode_each(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each id after another one, special tokens included."""
-        return await self._run(lambda: [self._tokenizer.token_bytes.text(i) for i in ids], "tokens")
+
+        def decode() -> list[str]:
+            texts = {i: self._tokenizer.token_bytes.text(i) for i in set(ids)}
+            return [texts[i] for i in ids]
+
+        return await self._in_thread(decode)
 
     async def locate_tokens(self, ids: Sequence[int], text: str | None = None) -> PromptText:
         """Return where each token of a prompt begins in its text, or in the text of `ids` with all special tokens."""
-        return await self._run(lambda: locate_tokens(self._tokenizer.token_bytes, ids, text), "prompt")
+        return await self._in_thread(lambda: locate_tokens(self._tokenizer.token_bytes, ids, text))
 
-    async def _run(self, call: Callable[[], Result], param: str) -> Result:
-        future = asyncio.get_running_loop().run_in_executor(self._threads, call)
+    def close(self) -> None:
+        """End the processes; short texts can still be tokenized. Safe to call twice."""
+        self._chats.close()
+        self._long.close()
+
+    def _max_chars(self, max_tokens: int) -> int:
+        """Return the most characters in so many tokens; sys.maxsize if the tokenizer has no bound."""
+        return sys.maxsize if self._chars_per_token is None else self._chars_per_token * max_tokens
+
+    async def _run(self, lane: TextLane, job: Job, param: str) -> Any:
         try:
-            # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the result.
-            done, _ = await asyncio.wait((future,), timeout=self._time_limit_s)
-        finally:
-            future.cancel()
-        if not done:
-            message = f"{param} took more than {self._time_limit_s:.0f} s to turn into tokens or text; send less"
-            raise TokenizationRefused(message, param, timed_out=True)
-        return future.result()
+            line = encode_job(job)
+            return await (self._long if len(line) > SHORT_JOB_BYTES else lane).run(line)
+        except TextRefused as error:
+            raise TokenizationRefused(str(error), param, error.code) from error
+
+    async def _in_thread(self, call: Callable[[], Result]) -> Result:
+        return await result_of(self._threads.submit(call))
+
+
+async def result_of(job: Future[Result]) -> Result:
+    """Wait for the result of a thread; raises TokenizerBusy after WAIT_S, and takes back a job that has not begun."""
+    future = asyncio.wrap_future(job)
+    try:
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the result.
+        done, _ = await asyncio.wait((future,), timeout=WAIT_S)
+    finally:
+        future.cancel()
+    if not done:
+        raise TokenizerBusy(f"the server is busy: this request waited {WAIT_S:g} s for its tokens; try again later")
+    return future.result()

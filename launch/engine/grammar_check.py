@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
 
@@ -23,7 +23,12 @@ from ..child_process import ChildFailed, ChildProcess
 log = logging.getLogger(__name__)
 START_S = 60.0  # start of Python and the tokenizer on a busy machine
 MEMORY_BYTES = 4 * 2**30
+MOST_WAITING = 16  # more grammars than this are not compiled at once: each may take the time limit and a new start
 MOST_PASSED = 256  # this many grammars are remembered and not compiled again
+
+
+class GrammarsWaiting(RequestRefused):
+    """Too many other grammars are being compiled; the request may be sent again."""
 
 
 class GrammarCheck:
@@ -33,14 +38,22 @@ class GrammarCheck:
         self._vocabulary, self.time_limit_s = vocabulary, time_limit_s
         self._thread = ThreadPoolExecutor(1, "lockstep-grammars")  # waits for the process, one grammar at a time
         self._process: ChildProcess | None = None
+        self._num_ends = 0  # times that the process has ended by itself
         self._passed: OrderedDict[bytes, None] = OrderedDict()
+        self._answers: dict[bytes, Future[str | None]] = {}  # of the grammars that are being compiled, or wait for it
 
     async def check(self, params: StructuredOutputsParams) -> None:
-        """Compile a grammar; raises RequestRefused naming the mistake or the limit that was reached."""
+        """Compile a grammar; raises RequestRefused naming the mistake or the limit, or GrammarsWaiting."""
         line = msgspec.json.encode(params)
         if line in self._passed:  # it does not wait for the grammars that are being compiled
             return
-        error = await asyncio.get_running_loop().run_in_executor(self._thread, self._problem, line, params.kind)
+        answer = self._answers.get(line)
+        if answer is None:
+            if len(self._answers) >= MOST_WAITING:
+                raise GrammarsWaiting(f"{MOST_WAITING} other grammars are being compiled; try again later")
+            answer = self._answers[line] = self._thread.submit(self._problem, line, params.kind)
+            answer.add_done_callback(lambda _: self._answers.pop(line, None))
+        error = await asyncio.shield(asyncio.wrap_future(answer))  # other requests may wait for the same answer
         if error is not None:
             raise RequestRefused(error)
 
@@ -54,13 +67,19 @@ class GrammarCheck:
         if line in self._passed:
             self._passed.move_to_end(line)
             return None
-        error = self._start() if self._process is None else None
-        error = error or self._compile(line, kind)
+        num_ends = self._num_ends
+        error = self._attempt(line, kind)
+        if self._num_ends > num_ends:  # perhaps something else has ended the process, and long ago
+            error = self._attempt(line, kind)
         if error is None:
             self._passed[line] = None
             if len(self._passed) > MOST_PASSED:
                 self._passed.popitem(last=False)
         return error
+
+    def _attempt(self, line: bytes, kind: str) -> str | None:
+        error = self._start() if self._process is None else None
+        return error or self._compile(line, kind)
 
     def _start(self) -> str | None:
         """Start the process; return why no grammar can be used, or None."""
@@ -84,6 +103,7 @@ class GrammarCheck:
             reason = f"{action} takes more than {timeout_s:g} s to compile; give a simpler one"
         except ChildFailed as error:
             log.warning("the grammar compiler ended: %s", error)
+            self._num_ends += 1
             reason = f"{action} ended the compiler, which has {MEMORY_BYTES // 2**30} GiB of memory; give a simpler one"
         self._kill()
         return reason

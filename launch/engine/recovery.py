@@ -21,7 +21,7 @@ from ...runtime.generation import Generation
 from ...runtime.plan import StepOutput
 from ...runtime.request import Request
 from ...runtime.stats import EngineStats
-from ..errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine, RequestsLost
+from ..errors import EngineFailed, PlacementError, RankFailed, RayLost, RequestCrashedEngine, RequestsLost
 from .event_streams import OutputQueue, OutputQueues, send
 from .quarantine import CrashQuarantine
 
@@ -127,10 +127,10 @@ class RecoveringEngine:
             self._reroute(error)
         elif isinstance(error, RankFailed):
             log.error("%s%s", error, f"\nits last lines of stderr:\n{error.stderr_tail}" if error.stderr_tail else "")
-            self._on_ranks_failed(str(error))
+            self._on_ranks_failed(str(error), may_be_request=not isinstance(error, RayLost))
         else:  # a rank in this process: its step raises anything
             log.error("the engine failed", exc_info=error)
-            self._on_ranks_failed(f"{type(error).__name__}: {error}")
+            self._on_ranks_failed(f"{type(error).__name__}: {error}", may_be_request=True)
         return True
 
     def detach(self) -> None:
@@ -143,11 +143,14 @@ class RecoveringEngine:
         _close(self._detached)
         self._resources.close()
 
-    def _on_ranks_failed(self, reason: str) -> None:
-        """Have the ranks started again by the next `poll`, unless that has happened too often."""
+    def _on_ranks_failed(self, reason: str, *, may_be_request: bool) -> None:
+        """Have the ranks started again by the next `poll`, unless that has happened too often.
+
+        With `may_be_request` a live request may have caused the failure, and is blamed if it does so repeatedly.
+        """
         executor, now = self._replace_executor(), time.monotonic()
         recent = [then for then in self._failures if now - then < self._restart_window]
-        if not isinstance(executor, NullExecutor):  # the ranks had requests
+        if may_be_request and not isinstance(executor, NullExecutor):  # the ranks had requests
             num_crashes = self._blame(reason, self.frontend.generations)
             recent = recent[: len(recent) - max(0, num_crashes - 1)]  # all crashes by one request count as one
         self._failures = [*recent, now]

@@ -35,7 +35,6 @@ from ...runtime.request import Limits, Request
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
-from ..cluster.ray_client import while_connected
 from ..errors import PlacementError, RankFailed, RequestsLost
 from ..signals import Undo
 from .replica import FrontendInfo, Replica, ReplicaReady, StepReport, decode
@@ -64,9 +63,14 @@ class ReplicaExecutor:
         self._stats: dict[str, EngineStats] = {}  # replica -> its counters; lost ones included
         self._free_pages: dict[str, int | None] = {}  # replica -> its free pages after its last step
         self._loop = asyncio.new_event_loop()
+        connection.restore()
         with Undo() as stack:
             started = time.perf_counter()
-            self._start(max_queued, stack)
+            try:
+                self._start(max_queued, stack)
+            except Exception:
+                connection.check()  # if Ray is lost, that is the cause of the other failures
+                raise
             self.limits = self._common_limits()
             seconds = time.perf_counter() - started
             self._open = stack.pop_all()
@@ -102,6 +106,8 @@ class ReplicaExecutor:
         outputs = [output for message in messages if (output := self._update(decode(message))) is not None]
         if outputs:
             return outputs
+        if self._connection.failure is not None or (self._lost and self._connection.is_lost()):
+            self._connection.check()
         refused = [RequestEnd(uid, "abort", error=reason) for uid, reason in self._take(self._refused)]
         if refused:
             return [StepOutput(finished=refused)]
@@ -133,8 +139,9 @@ class ReplicaExecutor:
         frontend = FrontendInfo(self._inbox.address, self._connection.ip, forwarded_environment())
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        serve.context._set_global_client(None)  # after a loss of Ray it is that of another cluster
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
-        stack.callback(while_connected, serve.delete, self._name)
+        stack.callback(self._connection.while_usable, serve.delete, self._name)
         replicas = self._deployment(max_queued).bind(self._config, frontend)
         target = serve.RunTarget(replicas, name=self._name, route_prefix=None)
         (self._handle,) = serve.run_many([target], wait_for_applications_running=False)
@@ -166,8 +173,7 @@ class ReplicaExecutor:
             if status is not None and status.status == "DEPLOY_FAILED":
                 reports = [d.message for d in status.deployments.values() if d.message] or [status.message]
                 raise PlacementError(f"the replicas do not start: {_last_line(reports[0])}")
-            if self._connection.shutting_down.is_set():
-                raise RankFailed("the start was aborted: the server is shutting down")
+            self._connection.check()
             if time.perf_counter() > deadline:
                 progress = f"{len(self._ready)} of {self._num_replicas} replicas"
                 raise RankFailed(f"{progress} are ready after startup_timeout; raise it, or look at serve status")

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from ...runtime.request import RequestRefused
 from ..engine.async_tokenizer import TokenizationRefused
-from ..errors import EngineFailed, RequestCrashedEngine
+from ..errors import EngineFailed, RequestCrashedEngine, TokenizerBusy
 from .protocol.request_models import NEUTRAL_ONLY
 
 MAX_MESSAGE = 600  # unit: characters
@@ -77,7 +77,7 @@ def missing(param: str) -> ApiError:
     return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
 
 
-def as_api_error(error: ApiError | RequestRefused | EngineFailed) -> ApiError:
+def as_api_error(error: ApiError | RequestRefused | EngineFailed | TokenizerBusy) -> ApiError:
     """Return the response to a request that the server or the engine refuses, or that the engine cannot finish."""
     if isinstance(error, ApiError):
         return error
@@ -85,8 +85,10 @@ def as_api_error(error: ApiError | RequestRefused | EngineFailed) -> ApiError:
         return ApiError(500, str(error), code="request_ends_ranks")
     if isinstance(error, EngineFailed):
         return ApiError(503, f"the engine has failed: {error}", code="engine_failed")
+    if isinstance(error, TokenizerBusy):
+        return ApiError(429, str(error), code="rate_limit_exceeded")
     if isinstance(error, TokenizationRefused):
-        return ApiError(400, str(error), param=error.param, code="too_complex" if error.timed_out else "invalid_value")
+        return ApiError(400, str(error), param=error.param, code=error.code)
     return ApiError(400, str(error), code="invalid_value")
 
 

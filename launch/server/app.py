@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...runtime.request import RequestRefused
 from ...runtime.version import __version__
-from ..errors import EngineFailed
+from ..errors import EngineFailed, TokenizerBusy
 from .api_errors import ApiError, ErrorReply, as_api_error
 from .handlers import Handlers
 from .host_check import check_origin
@@ -48,7 +48,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "The engine is down, restarting or shutting down; try again later",
     }.items()
 }  # fmt: skip
-HANDLED = (ApiError, RequestRefused, EngineFailed, HTTPException, ClientDisconnect, Exception)
+HANDLED = (ApiError, RequestRefused, EngineFailed, TokenizerBusy, HTTPException, ClientDisconnect, Exception)
 
 
 def create_app(handlers: Handlers, config: ServerConfig) -> ASGIApp:
@@ -160,7 +160,7 @@ def _digest(key: bytes) -> bytes:
 async def _on_error(request: Request, error: Exception) -> Response:
     """Answer an error of a handler, or Starlette's for an unknown route or a method that a route does not have."""
     match error:
-        case ApiError() | RequestRefused() | EngineFailed():
+        case ApiError() | RequestRefused() | EngineFailed() | TokenizerBusy():
             return as_api_error(error).response()
         case HTTPException():
             path = request.url.path[:64]

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import msgspec
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Send
@@ -20,7 +21,9 @@ from ...runtime.version import __version__
 from ..cluster.engine_thread import StallDetector
 from ..engine.async_engine import AsyncEngine
 from ..engine.event_streams import merge
+from .answer_thread import make_long
 from .api_errors import ApiError, without_folders
+from .body_structure import MAX_ITEMS
 from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_json
 from .metrics import Metrics, PromptTimer
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
@@ -40,7 +43,8 @@ class Handlers:
         self._validator = RequestValidator(engine, config)
         self._admission = AdmissionControl(engine, config)
         self._tokenizer = engine.tokenizer
-        self._body_budget = BodyBudget(config.max_body_bytes, limits.max_bodies)
+        max_items = max(MAX_ITEMS, 2 * self._validator.max_model_len)
+        self._body_budget = BodyBudget(config.max_body_bytes, limits.max_bodies, max_items)
         self._metrics = Metrics(self._validator.model_names[0], engine.stats)
         self._stall_detector = StallDetector(limits.stall_timeout_s)
         self._created = int(time.time())
@@ -59,6 +63,7 @@ class Handlers:
         async def answer(send: Send) -> None:
             with self._admission.admit(num_outputs):
                 prompts = await self._encode(body)
+                self._validator.check_echo(body, sum(map(len, prompts)))
                 await self._generate(body, prompts, await self._builder(body, prompts), send)
 
         return StreamingAnswer(answer)
@@ -66,10 +71,11 @@ class Handlers:
     async def _encode(self, body: GenerateRequest) -> list[list[int]]:
         """Return the token ids of each prompt; a chat has one prompt."""
         if isinstance(body, ChatRequest):
-            return [await self._tokenizer.encode_chat([message.for_template() for message in body.messages])]
+            messages = [message.for_template() for message in body.messages]
+            return [await self._tokenizer.encode_chat(messages, max_tokens=self._validator.max_input)]
         texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
         if texts:  # a body has texts or token ids, never both
-            return await self._tokenizer.encode(texts)
+            return await self._tokenizer.encode(texts, self._validator.max_input)
         return [prompt for prompt in body.prompts if not isinstance(prompt, str)]
 
     async def _builder(self, body: GenerateRequest, prompts: list[list[int]]) -> ResponseBuilder:
@@ -146,7 +152,7 @@ class Handlers:
         names, max_model_len = self._validator.model_names, self._validator.max_model_len
         return ModelList(data=[Model(id=name, created=self._created, max_model_len=max_model_len) for name in names])
 
-    async def tokenize(self, request: Request) -> Tokens:
+    async def tokenize(self, request: Request) -> Response:
         """Serve POST /tokenize."""
         body = await read_body(request, TokenizeRequest, self._body_budget)
         self._validator.check_model(body.model)
@@ -157,14 +163,18 @@ class Handlers:
         else:
             (ids,) = await self._tokenizer.encode([body.prompt or ""])
         texts = await self._tokenizer.decode_each(ids) if body.return_token_strs else None
-        return Tokens(count=len(ids), max_model_len=self._validator.max_model_len, tokens=ids, token_strs=texts)
+        limit = self._validator.max_model_len
+        return await _json_response(
+            Tokens.model_construct(count=len(ids), max_model_len=limit, tokens=ids, token_strs=texts)
+        )
 
-    async def detokenize(self, request: Request) -> Detokenized:
+    async def detokenize(self, request: Request) -> Response:
         """Serve POST /detokenize."""
         body = await read_body(request, DetokenizeRequest, self._body_budget)
         self._validator.check_model(body.model)
         self._validator.check_token_ids(body.tokens, "tokens")
-        return Detokenized(prompt=await self._tokenizer.decode(body.tokens, skip_special_tokens=False))
+        text = await self._tokenizer.decode(body.tokens, skip_special_tokens=False)
+        return await _json_response(Detokenized.model_construct(prompt=text))
 
     async def health(self, request: Request) -> Healthy:
         """Serve GET /health: 503 with the reason unless the engine is ready and makes progress."""
@@ -204,3 +214,7 @@ class Handlers:
     async def metrics(self, request: Request) -> Response:
         """Serve GET /metrics."""
         return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+async def _json_response(reply: BaseModel) -> Response:
+    return Response(await make_long(lambda: reply.model_dump_json().encode()), media_type="application/json")

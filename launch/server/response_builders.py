@@ -10,13 +10,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from pydantic import BaseModel
 
 from ...runtime.detokenizer import PromptText
 from ...runtime.outputs import Event, Logprob
+from .answer_thread import make_long
 from .protocol import response_models as api
 
+LONG_EVENTS = 64  # with more events or candidates, a choice is made in the thread for long answers
+LONG_CANDIDATES = 1000  # these take 2 ms
 MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not have
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -60,18 +64,32 @@ class ResponseBuilder(ABC):
     async def stream(self, events: AsyncIterator[ChoiceEvent], usage: TokenUsage | None) -> AsyncIterator[BaseModel]:
         """Yield the chunks of a streamed response; with `usage`, the last chunk holds the token counts."""
         async for index, event in events:
-            for choice in self._chunk_choices(index, event):
+            for choice in await self._new_choices(index, event):
                 yield self._make(self.chunk_type, [choice])
         if usage is not None:
             yield self._make(self.chunk_type, [], usage)
 
-    async def whole(self, events: AsyncIterator[ChoiceEvent], usage: TokenUsage) -> BaseModel:
-        """Return the response after the last event."""
+    async def whole(self, events: AsyncIterator[ChoiceEvent], usage: TokenUsage) -> list[bytes]:
+        """Return the response after the last event, as pieces of JSON: one for each choice, and those around them."""
         by_choice: dict[int, list[Event]] = {}
         async for index, event in events:
             by_choice.setdefault(index, []).append(event)
-        choices = [self._choice(index, first.joined(*later)) for index, (first, *later) in sorted(by_choice.items())]
-        return self._make(self.response_type, choices, usage)
+        choices: list[bytes] = []
+        for index, (first, *later) in sorted(by_choice.items()):
+            make = partial(self._choice_json, index, first, later)
+            is_long = len(later) > LONG_EVENTS or _num_candidates(first) > LONG_CANDIDATES
+            choices += [b"," if choices else b"", await make_long(make) if is_long else make()]
+        reply = self._make(self.response_type, [], usage).model_dump_json().encode()
+        head, _, tail = reply.partition(b'"choices":[]')
+        return [head + b'"choices":[', *choices, b"]" + tail]
+
+    async def _new_choices(self, index: int, event: Event) -> list[BaseModel]:
+        if _num_candidates(event) > LONG_CANDIDATES:  # those of a prompt, or of a client that reads slowly
+            return await make_long(lambda: list(self._chunk_choices(index, event)))
+        return list(self._chunk_choices(index, event))
+
+    def _choice_json(self, index: int, first: Event, later: list[Event]) -> bytes:
+        return self._choice(index, first.joined(*later)).model_dump_json().encode()
 
     @abstractmethod
     def _choice(self, index: int, event: Event) -> BaseModel:
@@ -160,6 +178,12 @@ class ChatBuilder(ResponseBuilder):
             sampled = _candidate(candidates[token]).model_dump()
             content.append(api.TokenCandidates(**sampled, top_logprobs=[_candidate(c) for c in top]))
         return api.ChatLogprobs(content=content)
+
+
+def _num_candidates(event: Event) -> int:
+    positions = [*(event.prompt_logprobs or ())[-1:], *(event.logprobs or ())[:1]]
+    num_positions = len(event.prompt_logprobs or ()) + len(event.logprobs or ())
+    return num_positions * max((len(candidates or ()) for candidates in positions), default=0)
 
 
 def _has_news(event: Event) -> bool:

@@ -20,6 +20,7 @@ import uvicorn
 from ...runtime.config import Config
 from ..doctor.preflight import Preflight
 from ..engine.async_engine import AsyncEngine
+from ..errors import EngineFailed
 from ..signals import interrupt, signals_wait
 from ..standard_streams import Throttle
 from .app import create_app
@@ -33,11 +34,15 @@ SHUTDOWN_S = 2  # after the engine stops, complete answers have this time to be 
 
 
 def serve(config: Config, options: ServerConfig, preflight: Preflight | None) -> None:
-    """Serve until a signal: the first one drains, the second one stops at once with status 128 + its number."""
+    """Serve until a signal: the first one drains, the second one stops at once with status 128 + its number.
+
+    Raises EngineFailed when the engine has failed for good, unless options.keep_alive_on_engine_death is set.
+    """
     raise_file_limit()
     with bind(options) as listener:  # before the model is loaded: a port in use is reported at once
         if preflight is not None:
             preflight.verify()
+            preflight.close()  # it has ended, and is waited for
         engine = AsyncEngine(
             config, max_restarts=options.max_restarts, replicas=options.replicas, max_queued=options.max_queued
         )
@@ -71,8 +76,10 @@ async def serve_until_signal(engine: AsyncEngine, options: ServerConfig, listene
     """Serve until the engine has drained; returns the number of a second signal that ended the draining early."""
     if not options.api_key and listener.getsockname()[0] not in ("127.0.0.1", "::1"):
         log.warning("every client that reaches %s can use this server: there is no --api-key", options.host)
-    server = Server(create_uvicorn_config(engine, options), engine, options.drain_timeout)
+    server = Server(create_uvicorn_config(engine, options), engine, options)
     await server.serve(sockets=[listener])
+    if server.failure:
+        raise EngineFailed(server.failure)
     return server.forced_by
 
 
@@ -95,10 +102,12 @@ def create_uvicorn_config(
 class Server(uvicorn.Server):
     """uvicorn's server, which keeps answering (/health and new requests with 503) while the engine drains."""
 
-    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, drain_timeout: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: AsyncEngine, options: ServerConfig) -> None:
         super().__init__(config)
         self.forced_by: int | None = None  # the signal that ended the draining early
-        self._engine, self._drain_timeout = engine, drain_timeout
+        self.failure = ""  # the reason of the engine's failure, if that ends the server
+        self._engine, self._drain_timeout = engine, options.drain_timeout
+        self._outlives_engine = options.keep_alive_on_engine_death
         self._draining: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -109,6 +118,13 @@ class Server(uvicorn.Server):
         for listener in sockets or []:
             host, port = listener.getsockname()[:2]
             log.info("serving %s on http://%s:%d", self._engine.name, f"[{host}]" if ":" in host else host, port)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end, for uvicorn ten times a second; when the engine has failed, a supervisor must act."""
+        health = self._engine.health
+        if health.state == "failed" and not self._outlives_engine:
+            self.failure = health.reason
+        return await super().on_tick(counter) or bool(self.failure)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal and stop at the second; runs as a signal handler in place of uvicorn's."""

@@ -51,6 +51,9 @@ class ServerConfig:
     max_body_bytes: int = option(4 * MIB, "longest body of a request, in bytes; a longer one is refused with 413")
     drain_timeout: float = option(30.0, "seconds that live requests get to end after SIGTERM or Ctrl-C")
     max_restarts: int = option(3, "times that a failed group of ranks is started again within ten minutes")
+    keep_alive_on_engine_death: bool = option(
+        False, "answer with 503 when the engine has failed for good, in place of an end with status 1"
+    )
     preflight: bool = option(True, "before the start, look for what would make it fail, as lockstep doctor does")
     log_requests: bool = option(False, "log a line for each request, without its text")
 

@@ -15,11 +15,13 @@ import msgspec
 from ...runtime.request import RequestRefused, SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ..engine.async_engine import AsyncEngine
+from ..engine.grammar_check import GrammarsWaiting
 from .api_errors import ApiError, invalid, missing
 from .protocol.request_models import ChatRequest, CompletionRequest, GenerateRequest, ResponseFormat
 from .server_config import ServerConfig
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may fill the context
+MAX_ECHOED_CANDIDATES = 500_000  # 20 MB of JSON
 SAMPLING_FIELDS = (  # SamplingParams has the same names
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "logit_bias", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "seed",
@@ -35,7 +37,7 @@ class RequestValidator:
         limits = engine.limits
         self.model_names = config.served_model_name or [engine.name]
         self.max_model_len = min(limits.max_length, config.max_total_tokens or limits.max_length)
-        self._max_input = min(self.max_model_len - 1, config.max_input_tokens or self.max_model_len)
+        self.max_input = min(self.max_model_len - 1, config.max_input_tokens or self.max_model_len)
         self._config = config
         self._defaults = engine.default_params
         self._max_num_seqs, self._vocab_size = limits.max_num_seqs, limits.vocab_size
@@ -76,6 +78,15 @@ class RequestValidator:
             raise ApiError(400, str(error), param=param, code="invalid_value") from error
         return params
 
+    def check_echo(self, body: GenerateRequest, num_prompt_tokens: int) -> None:
+        """Raise ApiError if an echo repeats too many candidates of log-probabilities, which come all at once."""
+        num_top = num_top_logprobs(body)
+        candidates = 0 if num_top is None or not body.echo else num_prompt_tokens * (num_top + 1)
+        if candidates > MAX_ECHOED_CANDIDATES:
+            rule = f"repeats {num_prompt_tokens} tokens with {num_top} candidates each, {candidates} in all"
+            way_out = f"an answer has at most {MAX_ECHOED_CANDIDATES}; lower logprobs or send fewer prompts at once"
+            raise invalid("echo", f"{rule}, but {way_out}")
+
     def check_model(self, name: str | None) -> None:
         """Raise 404 for a model that this server does not have."""
         if name is not None and name not in self.model_names:
@@ -110,9 +121,9 @@ class RequestValidator:
         room = self.max_model_len - num_prompt_tokens
         if isinstance(body, ChatRequest):
             requested, param, default = body.max_completion_tokens or body.max_tokens, "messages", room
-        if num_prompt_tokens > self._max_input or (requested or 1) > room:
+        if num_prompt_tokens > self.max_input or (requested or 1) > room:
             message = (
-                f"This model's maximum context length is {self.max_model_len} tokens, at most {self._max_input} in a"
+                f"This model's maximum context length is {self.max_model_len} tokens, at most {self.max_input} in a"
                 f" prompt. However, you requested {num_prompt_tokens} in the {param} and {requested or 'at least 1'} in"
                 " the completion; send or ask for less."
             )
@@ -176,6 +187,8 @@ def structured_outputs(body: GenerateRequest) -> StructuredOutputsParams | None:
 
 def from_refusal(error: RequestRefused, body: GenerateRequest) -> ApiError:
     """Return the response to a request that the engine refuses; a grammar it cannot use names the request's field."""
+    if isinstance(error, GrammarsWaiting):
+        return ApiError(429, str(error), code="rate_limit_exceeded")
     is_grammar = str(error).startswith("structured_outputs=")
     param = next(iter(_structured_fields(body)), None) if is_grammar else None
     return ApiError(400, str(error), param=param, code="invalid_value")

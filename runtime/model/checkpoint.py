@@ -117,6 +117,7 @@ def _dimensions(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     hidden, layer = model.hidden_size, "model.layers.0"
     shapes: dict[str, tuple[int, ...]] = {
         EMBEDDING: (model.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
         f"{layer}.self_attn.q_proj.weight": (model.num_heads * model.head_dim, hidden),
         f"{layer}.self_attn.k_proj.weight": (model.num_kv_heads * model.head_dim, hidden),
     }

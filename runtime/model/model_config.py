@@ -242,6 +242,7 @@ def _refuse_unsupported(fields: HFConfigReader) -> None:
         raise ValueError(
             f"config.json: quantization_config ({method}) is not supported; use the checkpoint in bfloat16 or float16"
         )
+    fields.text("model_type", "")  # transformers reads it for the tokenizer
     act = fields.text("hidden_act", "silu")
     if act != "silu":
         raise ValueError(f"config.json: hidden_act {shortened(act)} is not supported; it must be 'silu'")

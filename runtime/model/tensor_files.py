@@ -94,12 +94,12 @@ class TensorFiles(Mapping[str, Any]):
 def check_shapes(
     expected: Mapping[str, tuple[int, ...]], tensors: TensorFiles, ignored: Container[str] | None = None
 ) -> None:
-    """Raise ValueError naming the tensors that are missing, of another shape, or no floating-point numbers.
+    """Raise ValueError naming the tensors that are missing or of another shape, and all that hold no weights' dtype.
 
     ignored  the only names that may be in the files beside the expected ones; None allows all names
     """
     shapes = {name: tuple(tensors[name].get_shape()) for name in expected if name in tensors}
-    dtypes = {name: tensors[name].get_dtype() for name in shapes}
+    dtypes = {name: tensors[name].get_dtype() for name in tensors if not _is_redundant(name)}
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": []

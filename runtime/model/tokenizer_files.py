@@ -72,6 +72,20 @@ def eos_token_id(folder: Path) -> int | None:
     return next((i for i, (token, _) in enumerate(vocab) if token == text), None)
 
 
+def tokenizer_of_size(path: Path, vocab_size: int) -> str:
+    """Return a tokenizer.json as JSON, without the added tokens that a model with vocab_size logits cannot sample.
+
+    Returns its path if there are none. Raises ValueError if it is no tokenizer.
+    """
+    content = path.read_bytes()
+    added: AddedTokens = _decode(content, AddedTokens, path)
+    if all(token.id < vocab_size for token in added.added_tokens):
+        return str(path)
+    tokenizer = msgspec.json.decode(content)
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < vocab_size]
+    return msgspec.json.encode(tokenizer).decode()
+
+
 def _eos_text(folder: Path) -> str | None:
     """Return the EOS token of tokenizer_config.json, else that of special_tokens_map.json, as older versions wrote."""
     for name in (SETTINGS, SPECIAL_TOKENS):
@@ -94,14 +108,15 @@ def _check_fields(fields: HFConfigReader) -> None:
         if not i.isdecimal():
             raise ValueError(f"{decoder.source} has the key {i[:40]!r}, it must be a token id; fetch the file again")
         decoder.nested(i).text("content")
-    for name in ("tokenizer_class", "padding_side", "truncation_side"):
-        if name in fields:
-            fields.text(name)
+    fields.text("tokenizer_class", "")
+    for name in ("padding_side", "truncation_side"):
+        if fields.text(name, "left") not in ("left", "right"):
+            raise ValueError(f"{fields.source}: {name} must be 'left' or 'right'; fetch the file again")
     if not isinstance(fields.values.get("chat_template"), (list, dict)):  # one, or several by name
         fields.text("chat_template", "")
-    if isinstance(fields.values.get("auto_map"), list):
-        return  # as old versions of transformers wrote
-    fields.nested("auto_map")
+    for name in ("auto_map", "extra_special_tokens"):
+        if not isinstance(fields.values.get(name), list):  # old versions of transformers wrote lists
+            fields.nested(name)
 
 
 def _decode(content: bytes, kind: Any, path: Path) -> Any:

@@ -123,7 +123,7 @@ class Runner:
         constrained = bool(memory.grammars.active[slots].any())
         failed = memory.grammars.mask(logits.shard, slots, positions) if constrained else {}
         sampled = memory.sampler.sample(logits, slots, positions, memory.tables.tokens)
-        if constrained:  # rank 0 alone has the masks
+        if constrained and self.comm.size > 1:  # rank 0 alone has the masks
             sampled = self.comm.all_gather(sampled.long())[0].int()
         device_slots, last_positions = to_device_together((slots, positions - 1), memory.device)
         memory.tables.append(device_slots, last_positions, sampled)

@@ -22,6 +22,7 @@ import numpy as np
 from llguidance import gbnf_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
+from ..model.tokenizer_files import tokenizer_of_size
 from ..structured_outputs import StructuredOutputsParams
 from .grammar_budget import GrammarCost, MaskBudget
 
@@ -99,7 +100,8 @@ def load_tokenizer(vocabulary: Vocabulary) -> llguidance.LLTokenizer:
     if not vocabulary.eos_token_ids:
         raise GrammarError("structured_outputs=... needs a model with an end-of-sequence token to end the output")
     try:
-        return llguidance.LLTokenizer(str(path), n_vocab=vocabulary.size, eos_token=list(vocabulary.eos_token_ids))
+        tokenizer = tokenizer_of_size(path, vocabulary.size)
+        return llguidance.LLTokenizer(tokenizer, n_vocab=vocabulary.size, eos_token=list(vocabulary.eos_token_ids))
     except ValueError as error:
         reason = _one_line(str(error).replace(str(path), path.name))
         raise GrammarError(f"structured_outputs=... cannot use the model's tokenizer.json: {reason}") from error

@@ -5,18 +5,17 @@ from __future__ import annotations
 import subprocess
 import time
 from contextlib import closing
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from lockstep.launch.child_process import ChildFailed, ChildProcess, calling
+from lockstep.launch.cli.main import main
 
 from waiting import wait_until
 
 DOUBLE = "import json, sys\nfor line in sys.stdin: print(json.dumps(2 * json.loads(line)), flush=True)"
-
-
-def print_ready() -> None:
-    print('"ready"')
 
 
 def test_requests_are_answered_in_turn() -> None:
@@ -26,13 +25,30 @@ def test_requests_are_answered_in_turn() -> None:
         assert child.request(f'"{long}"'.encode(), 20) == 2 * long
 
 
-def test_calling_runs_a_function_of_a_module() -> None:
-    arguments = calling(print_ready)
-    module = print_ready.__module__
-    assert arguments == ["-c", f"from {module} import print_ready as main; main()"]
-    program = "import json, sys; print(json.dumps(sys.argv[1:]))"
-    with closing(ChildProcess(["-c", program, "a", "2"])) as child:
-        assert child.answer(20) == ["a", "2"]
+def test_calling_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json", "typer", "logging", "msgspec"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong file')")
+    (tmp_path / "lockstep").mkdir()
+    (tmp_path / "lockstep" / "__init__.py").write_text("raise SystemExit('the wrong folder')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    command = [*calling(main), "--version"]  # its answer, `lockstep 0.1.0`, is no JSON
+    with closing(ChildProcess(command)) as child, pytest.raises(msgspec.DecodeError):
+        child.answer(60)
+    with closing(ChildProcess(["-c", "import json"])) as child, pytest.raises(ChildFailed, match="the wrong file"):
+        child.answer(60)
+
+
+def test_arguments_environment_and_files_are_passed_on(tmp_path: Path) -> None:
+    answer = "[sys.argv[1:], os.environ.get('A'), os.fstat(int(sys.argv[1])).st_ino]"
+    program = f"import json, os, sys; print(json.dumps({answer}))"
+    with (tmp_path / "file").open("w") as file:
+        arguments = ["-c", program, str(file.fileno())]
+        with closing(ChildProcess(arguments, environment={"A": "b"}, inherited=[file.fileno()])) as child:
+            assert child.has_answer(60)
+            assert child.answer(1) == [[str(file.fileno())], "b", (tmp_path / "file").stat().st_ino]
+    with closing(ChildProcess(["-c", "import time; time.sleep(60)"])) as silent:
+        assert not silent.has_answer(0.1)
 
 
 def test_failed_process_gives_the_last_line_of_stderr() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncGenerator, Sequence
+from functools import cache
 from typing import Any, cast
 
 import httpx
@@ -34,12 +35,18 @@ COMPLETION = {"model": "demo", "prompt": PROMPT, "max_tokens": 4}
 CHAT_BODY = {"model": "demo", "messages": CHAT, "max_tokens": 4}
 
 
+@cache
+def _shared_tokenizer(tokenizer: Tokenizer) -> AsyncTokenizer:
+    """One set of processes for all services; they end with this one."""
+    return AsyncTokenizer(tokenizer)
+
+
 class FakeService:
     """The service's interface; tokens are a function of prompt, seed and position, a step takes `step_s` seconds."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.name = "demo"
-        self.tokenizer = AsyncTokenizer(tokenizer)
+        self.tokenizer = _shared_tokenizer(tokenizer)
         self._sync = tokenizer
         self.limits = Limits(
             max_model_len=MAX_LEN,
@@ -136,7 +143,7 @@ class Running:
         self.port = bind(config)
         self.url = f"http://127.0.0.1:{self.port.getsockname()[1]}"
         own = cast(AsyncEngine, service)
-        self.server = Server(create_uvicorn_config(own, config, limits), own, config.drain_timeout)
+        self.server = Server(create_uvicorn_config(own, config, limits), own, config)
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.port])))
         self.thread.start()
         wait_until(lambda: self.server.started)

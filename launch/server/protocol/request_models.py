@@ -13,8 +13,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
+from ....runtime.chat_template import Message
 from ....runtime.request import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
-from ....runtime.tokenizer import Message
 
 MAX_STOP_LENGTH = 1024  # unit: characters
 MAX_ENTRIES = 1024  # applies to logit_bias, stop_token_ids and the choices of a structured output
@@ -29,9 +29,18 @@ Count = Annotated[int, Field(ge=1, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]  # int() takes "05", " 5" and "5_0" too
 Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+def _require_few_entries(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_ENTRIES:  # pydantic makes an error for each wrong entry
+        raise ValueError(f"it has {len(value)} entries; at most {MAX_ENTRIES}")
+    return value
+
+
 Biases = Annotated[
     dict[TokenKey, Bias],
     Field(max_length=MAX_ENTRIES),
+    BeforeValidator(_require_few_entries),
     AfterValidator(lambda biases: {int(key): bias for key, bias in biases.items()}),
 ]
 
@@ -124,7 +133,7 @@ class GenerateFields(StrictModel):
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[
         Biases | None,
-        Field(description="token ids mapped to numbers from -100 to 100"),
+        Field(description=f"up to {MAX_ENTRIES} token ids mapped to numbers from -100 to 100"),
     ] = None
     max_tokens: Count | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None

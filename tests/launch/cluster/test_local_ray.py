@@ -24,6 +24,7 @@ NIGHTLY = pytest.mark.nightly
 OWNER = """
 import json, os, sys, threading
 import ray
+from lockstep.comm.message_sockets import WakeupEvent
 from lockstep.launch.cluster.local_ray import LocalRay
 
 @ray.remote
@@ -35,7 +36,7 @@ def auth():
 
 before = auth()
 for turn in range(int(sys.argv[1])):
-    cluster = LocalRay(1, threading.Event())
+    cluster = LocalRay(1, threading.Event(), WakeupEvent())
     inside, path = ray.get(environment.remote())
     report = {"address": cluster.address, "node": ray.nodes()[0]["NodeManagerAddress"], "path": path,
               "folder": str(cluster.folder.path), "mode": inside["RAY_AUTH_MODE"]}

@@ -93,6 +93,17 @@ def stream(client: httpx.Client, count: int) -> str:
     return "".join(choice["text"] for choice in choices)
 
 
+def refuses_calls(port: int) -> bool:
+    """Return whether Ray Serve's gRPC server refuses a call without a token, before it unpickles the request."""
+    import grpc  # with Ray Serve
+
+    method = "/ray.serve.ASGIService/HandleRequest"
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary(method)(b"", timeout=20)
+        return bool(caught.value.code() == grpc.StatusCode.UNAUTHENTICATED)
+
+
 @pytest.mark.parametrize(
     ("flags", "allowed"),
     [
@@ -106,7 +117,9 @@ def test_ports_are_on_loopback_and_of_known_processes(tmp_path: Path, flags: lis
     with serving(tmp_path / "log", mark, *flags) as client:
         assert stream(client, 20)
         found = listeners(marked(mark))
-        assert not [listener for listener in found if not listener.address.is_loopback]
+        beyond = [listener for listener in found if not listener.address.is_loopback]
+        assert all(listener.title.startswith("ray::ServeReplica") for listener in beyond)
+        assert all(refuses_calls(listener.port) for listener in beyond)
         assert not [listener for listener in found if re.search(allowed, listener.title) is None]
         if flags == ["--tp=1"]:
             assert [listener.port for listener in found] == [client.base_url.port]

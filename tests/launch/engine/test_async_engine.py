@@ -34,7 +34,7 @@ from lockstep.launch.cluster.worker import Endpoint, Worker
 from lockstep.launch.engine import async_engine, event_streams
 from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.launch.engine.event_streams import OutputQueue
-from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RequestCrashedEngine
+from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RayLost, RequestCrashedEngine
 from lockstep.runtime import startup
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor, RankLocation, Wakeup
@@ -158,6 +158,7 @@ class Scripted:
     started: list[Scripted]
     starting: Callable[[], None]
     step_s = 0.0
+    first_error: Exception = RankFailed("rank 1 on nowhere died: of the script")
     deadly: dict[int, int]  # seed of a request -> the token at which the ranks fail
 
     def __init__(self, *_: Any) -> None:
@@ -172,7 +173,7 @@ class Scripted:
         self.cancelled: list[int] = []
         self.aborted: list[RequestEnd] = []  # to report
         self.steps_left: float = float("inf")
-        self.error: Exception = RankFailed("rank 1 on nowhere died: of the script")
+        self.error = type(self).first_error
         self.closed = False
         type(self).started.append(self)
 
@@ -296,6 +297,26 @@ def test_crashing_request_ends_alone(scripted: type[Scripted], deadly: dict[int,
             assert started.health.restarts == 3 * len(deadly)
             assert len(started._engine._failures) == len(deadly)
             assert started.stats().num_live == 0
+
+    run(main())
+
+
+def test_lost_ray_is_no_requests_fault(scripted: type[Scripted], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if it is lost again and again at the same token."""
+    scripted.deadly = {4: 3}
+    monkeypatch.setattr(scripted, "first_error", RayLost("the local Ray cluster is lost: of the script"))
+
+    async def main() -> None:
+        async with serving(max_restarts=9) as started:
+
+            def lose_ray() -> None:
+                scripted.deadly = {4: 3} if len(scripted.started) < 5 else {}
+
+            scripted.starting = lose_ray
+            answers = await asyncio.gather(*(tokens_of(started, seed, 20) for seed in range(6)))
+            assert answers == [[of_script(seed, 20)] for seed in range(6)]
+            assert started.health.restarts == 5
+            assert not started._engine.quarantine.suspects
 
     run(main())
 

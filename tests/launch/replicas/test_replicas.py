@@ -21,8 +21,10 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 from lockstep.comm.message_sockets import PullSocket, WakeupEvent
+from lockstep.launch import executors
 from lockstep.launch.errors import RequestsLost
 from lockstep.launch.server.server_config import ServerConfig
+from lockstep.runtime.config import Config
 from lockstep.runtime.outputs import RequestOutput
 from lockstep.runtime.plan import RequestEnd, StepOutput
 
@@ -89,6 +91,12 @@ def test_lost_and_refused_requests_are_both_reported() -> None:
     assert executor._attempts == {2: 12}
     executor._inbox.close()
     executor._connection.wakeup.close()
+
+
+def test_ray_serve_with_an_open_port_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors.metadata, "version", lambda name: "2.57.1")
+    with pytest.raises(ValueError, match=r"^replicas=2 needs Ray 2.58 or later, and this is 2.57.1: "):
+        executors.start_replicas(Config(), None, 2, 8)  # type: ignore[arg-type]
 
 
 class Server:

@@ -6,7 +6,6 @@ The scripts in scripts/soak run here for a few seconds; scripts/results/ has the
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,17 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lockstep.launch.server.server_config import ServerLimits
 
 from fake_engine import COMPLETION, Running, error_of, fake
-from small import COMMAND, SMALL, as_flags
+from small import COMMAND
+from soak_scripts import FLAGS, script
 from waiting import wait_until
 
-SCRIPTS = Path(__file__).parents[3] / "scripts" / "soak"
 PHASES = [  # of a start and an end, but for the phase that is tested daily
     "the interpreter starts",
     "torch is imported",
@@ -38,7 +36,6 @@ PHASES = [  # of a start and an end, but for the phase that is tested daily
     "streaming",
     "draining",
 ]
-FLAGS = as_flags({**SMALL, "num_pages": 512, "max_num_seqs": 16})
 
 
 def connect(running: Running, **options: int) -> socket.socket:
@@ -168,17 +165,6 @@ def test_invalid_http_gets_an_error_envelope(run: Callable[..., Running]) -> Non
         assert json.loads(body)["error"]["code"] == "invalid_request"
 
 
-def script(name: str, *arguments: str) -> dict[str, Any]:
-    """Return the JSON at the end of a script that must succeed."""
-    command = [sys.executable, str(SCRIPTS / name), *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 @pytest.mark.process
 @pytest.mark.serial
 @pytest.mark.parametrize(
@@ -198,6 +184,19 @@ def test_bad_requests_and_bad_clients() -> None:
     assert sum(result["statuses"].values()) == 650
     assert sum(result["clients"].values()) == 66
     assert result["after"]["descriptors"] <= result["before"]["descriptors"]
+
+
+@pytest.mark.process
+@pytest.mark.serial
+@pytest.mark.parametrize(
+    ("seconds", "factor", "attacks"),
+    [(1, 100, ["--only=of a letter", "--only=long message"]), pytest.param(5, 8, [], marks=pytest.mark.soak)],
+)
+def test_innocent_clients_beside_expensive_requests(seconds: int, factor: int, attacks: list[str]) -> None:
+    """The factor is far above that of an idle machine (3): these cores are shared, and prompts took 25 s once."""
+    result = script("soak_attacks.py", f"--seconds={seconds}", f"--factor={factor}", *attacks, "--", "--device=cpu")
+    assert len(result) > len(attacks)
+    assert all(set(figures["innocent"]) == {"200"} for name, figures in result.items() if name != "wrong")
 
 
 @pytest.mark.soak

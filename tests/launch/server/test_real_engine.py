@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
 
@@ -148,6 +149,35 @@ def test_grammar_compiler_failure_costs_one_request(real: Running, monkeypatch: 
     monkeypatch.undo()
     assert real.post("/v1/completions", body).json()["choices"][0]["text"] == "a" * len(fault)
     wait_until(lambda: compiler._process.poll() is not None)
+
+
+def test_new_grammars_wait_in_a_short_queue(real: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = cast(AsyncEngine, real.service)._grammars
+    problem, may_go_on = check._problem, threading.Event()
+
+    def wait_and_compile(line: bytes, kind: str) -> str | None:
+        may_go_on.wait(30)
+        return problem(line, kind)
+
+    monkeypatch.setattr(check, "_problem", wait_and_compile)
+    body = {**COMPLETION, "max_tokens": 2}
+    statuses: list[int] = []
+
+    def send(pattern: str) -> None:
+        statuses.append(real.post("/v1/completions", {**body, "guided_regex": pattern}).status_code)
+
+    same = ["[ab]{7}"] * 30  # they share one place
+    threads = [threading.Thread(target=send, args=(p,)) for p in (*same, *(f"[ab]{{{i + 10}}}" for i in range(15)))]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(check._answers) == 16)
+    refused = real.post("/v1/completions", {**body, "guided_regex": "[ab]{99}"})
+    assert (refused.status_code, error_of(refused)["code"]) == (429, "rate_limit_exceeded")
+    may_go_on.set()
+    for thread in threads:
+        thread.join()
+    assert statuses == [200] * 45
+    assert real.post("/v1/completions", {**body, "guided_regex": "[ab]{99}"}).status_code == 200
 
 
 def test_disconnect_frees_the_engine(real: Running) -> None:

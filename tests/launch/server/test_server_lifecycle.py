@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import signal
@@ -18,10 +19,11 @@ import pytest
 from lockstep.launch.engine.recovery import Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server import http_io
-from lockstep.launch.server.server_config import ServerLimits
+from lockstep.launch.server.run import bind, serve_until_signal
+from lockstep.launch.server.server_config import ServerConfig, ServerLimits
 from lockstep.runtime.tokenizer import Tokenizer
 
-from fake_engine import CHAT, COMPLETION, PROMPT, Running, error_of, fake
+from fake_engine import CHAT, COMPLETION, PROMPT, FakeService, Running, error_of, fake
 from waiting import wait_until
 
 
@@ -103,7 +105,7 @@ def test_recovery_pauses_streams(run: Callable[..., Running]) -> None:
 
 
 def test_engine_failure_is_reported(run: Callable[..., Running]) -> None:
-    running = run()
+    running = run(keep_alive_on_engine_death=True)
     service = fake(running)
     service.fails = EngineFailed("rank 1 died too often")
     response = running.post("/v1/completions", COMPLETION)
@@ -117,6 +119,32 @@ def test_engine_failure_is_reported(run: Callable[..., Running]) -> None:
         response = call()
         assert response.status_code == 503
         assert "rank 1 died too often" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+def test_engine_failure_ends_the_server(run: Callable[..., Running], is_draining: bool) -> None:
+    """Streams get their error before, and `serve` raises it for the exit status and the last line."""
+    running = run(drain_timeout=30)
+    service = fake(running)
+    service.step_s, service.fails = 0.3, EngineFailed("Ray's raylet was killed")  # at the third token
+    stream = iter(running.openai.completions.create(model="demo", prompt=PROMPT, max_tokens=400, stream=True))
+    next(stream)
+    if is_draining:
+        running.server.handle_exit(signal.SIGTERM, None)
+        wait_until(lambda: service.health.state == "draining")
+    service.health = Health("failed", "Ray's raylet was killed")
+    with pytest.raises(openai.APIError, match="raylet was killed"):
+        list(stream)
+    running.thread.join(30)
+    assert not running.thread.is_alive()
+    assert running.server.failure == "Ray's raylet was killed"
+
+
+def test_serve_raises_the_failure_of_the_engine(tokenizer: Tokenizer) -> None:
+    service, options = FakeService(tokenizer), ServerConfig(port=0)
+    service.health = Health("failed", "Ray's raylet was killed")
+    with bind(options) as listener, pytest.raises(EngineFailed, match=r"^Ray's raylet was killed$"):
+        asyncio.run(serve_until_signal(cast(Any, service), options, listener))
 
 
 def test_health_detects_a_stall(run: Callable[..., Running]) -> None:

@@ -1,0 +1,302 @@
+"""Kill processes of a server while clients stream from it, and check that no stream is wrong or lost.
+
+    python scripts/soak/soak_kills.py --seconds 300 -- --tp 2 --device cpu
+    python scripts/soak/soak_kills.py --kill raylet:SIGKILL --phase load -- --tp 2 --device cpu
+    python scripts/soak/soak_kills.py --kill rank:SIGKILL --kill gcs_server:SIGKILL -- --tp 2 --device cpu
+
+With --seconds, one or two random processes get a random signal every few seconds. With --kill, these processes get
+their signals at once, in one phase: "start" (as soon as all of them exist), "load", "recovery" (while the ranks
+start again after the loss of one), "ray-recovery" (while Ray starts again after the loss of the raylet), "drain".
+Flags after `--` go to the server.
+
+Each stream has a seed, and its text is compared with that of an undisturbed server. Two of the streams have a grammar
+that no other request has. A server may end with status 1 and the reason in its last line; then another one is started,
+as a supervisor does, and its clients' streams do not count. Faults are: wrong text, an error or no end of a stream of
+a server that lives, an end with another status or without a reason, processes that are left at the end.
+
+Prints one line for each kill and for each fault. The last line is JSON. The exit status is 1 if there were faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import httpx
+from process_tree import process_tree
+from server_process import ServerProcess, wait
+
+NUM_STREAMS = 16
+STREAM_S = 150.0  # a stream without an end for so long is lost
+END_S = 90.0
+NOTICE = re.compile(r"ERROR|error:|WARNING the grammar compiler")
+SIGNALS = ("SIGKILL", "SIGKILL", "SIGSEGV", "SIGSTOP")
+SERVER = "server"
+FIRST_VICTIMS = {"recovery": "rank", "ray-recovery": "raylet"}  # by phase
+PHASES = ("start", "load", *FIRST_VICTIMS, "drain")
+
+
+@dataclass
+class Outcome:
+    """The counts of the whole run."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    right: int = 0
+    wrong: int = 0
+    lost: int = 0
+    restarts: int = 0
+    exits: list[str] = field(default_factory=list)  # last lines of servers that have ended
+    faults: list[str] = field(default_factory=list)
+
+    def fault(self, text: str) -> None:
+        self.faults.append(text)
+        print(f"FAULT: {text}", flush=True)
+
+
+def body_of(number: int, unique: int, length: int) -> dict[str, object]:
+    """Return a request; numbers 14 and 15 have a grammar of their own."""
+    body: dict[str, object] = {
+        "prompt": ["In the beginning", "And it came to pass", "The king", "Blessed is"][number % 4], "seed": number,
+        "max_tokens": length, "temperature": 0.9, "stream": True, "ignore_eos": True,
+    }  # fmt: skip
+    if number >= 14:
+        body |= {"structured_outputs": {"regex": grammar(unique)}, "ignore_eos": False}
+    return body
+
+
+def grammar(unique: int) -> str:
+    return f"(([a-z]{{2,6}} ){{8,30}}){unique}"
+
+
+async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object]) -> str:
+    """Return the text of a stream; raises RuntimeError for an error of the server."""
+    text, finished = "", False
+    async with client.stream("POST", url + "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            raise RuntimeError(f"HTTP {response.status_code}: {(await response.aread()).decode()[:300]}")
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(str(event["error"])[:300])
+                text += event["choices"][0]["text"]
+                finished = finished or event["choices"][0]["finish_reason"] in ("stop", "length")
+    if not finished:
+        raise RuntimeError("the stream ended early")
+    return text
+
+
+class Clients:
+    """Sixteen clients of one server; each starts its next stream at once."""
+
+    def __init__(self, server: ServerProcess, outcome: Outcome, expected: list[str], length: int) -> None:
+        self._server, self._outcome, self._expected, self._length = server, outcome, expected, length
+        self._numbers = itertools.count(1000)
+        self.num_answers = 0
+
+    async def run(self, until: asyncio.Event, url: str) -> None:
+        async with httpx.AsyncClient(timeout=httpx.Timeout(STREAM_S)) as client:
+            await asyncio.gather(*(self._repeat(client, url, number, until) for number in range(NUM_STREAMS)))
+
+    async def _repeat(self, client: httpx.AsyncClient, url: str, number: int, until: asyncio.Event) -> None:
+        while not until.is_set() and self._server.process.poll() is None:
+            unique = next(self._numbers)
+            try:
+                text = await asyncio.wait_for(stream(client, url, body_of(number, unique, self._length)), STREAM_S)
+            except Exception as error:  # noqa: BLE001 - anything is a lost stream
+                await asyncio.sleep(0.5)
+                await self._lose(number, error)
+                continue
+            self.num_answers += 1
+            is_right = re.fullmatch(grammar(unique), text) if number >= 14 else text == self._expected[number]
+            if is_right:
+                self._outcome.right += 1
+            else:
+                self._outcome.wrong += 1
+                self._outcome.fault(f"stream {number} is wrong: {text[:200]!r}")
+
+    async def _lose(self, number: int, error: Exception) -> None:
+        """Count a stream as lost, unless the server is about to end."""
+        deadline = time.monotonic() + 10
+        while self._server.process.poll() is None and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        if self._server.process.poll() is None and not self._server.drains:
+            self._outcome.lost += 1
+            self._outcome.fault(f"stream {number} is lost: {type(error).__name__}: {error}")
+
+
+class Soak:
+    """One server after another, its clients, and the kills."""
+
+    def __init__(self, flags: list[str], length: int, seed: int) -> None:
+        self.flags = ["--max-restarts=1000", "--step-timeout=8", "--max-num-seqs=16", "--drain-timeout=60", *flags]
+        self.outcome, self.length, self.chance = Outcome(), length, random.Random(seed)
+        self.expected: list[str] = []
+
+    def start(self) -> KillableServer:
+        return KillableServer(*self.flags)
+
+    async def learn(self, server: KillableServer, url: str) -> None:
+        """Note the texts of an undisturbed server."""
+        async with httpx.AsyncClient(timeout=STREAM_S) as client:
+            bodies = [body_of(number, 999, self.length) for number in range(NUM_STREAMS)]
+            self.expected = await asyncio.gather(*(stream(client, url, body) for body in bodies))
+
+    async def kill_at_random(self, seconds: float, least_s: float, most_s: float) -> None:
+        """Serve for some seconds and send random signals."""
+        deadline, server = time.monotonic() + seconds, self.start()
+        while time.monotonic() < deadline:
+            url = await asyncio.to_thread(server.url)
+            if not self.expected:
+                await self.learn(server, url)
+                deadline = time.monotonic() + seconds
+            done = asyncio.Event()
+            clients = asyncio.create_task(Clients(server, self.outcome, self.expected, self.length).run(done, url))
+            while time.monotonic() < deadline and server.process.poll() is None:
+                await asyncio.sleep(self.chance.uniform(least_s, most_s))
+                for _ in range(self.chance.choice([1, 1, 2])):
+                    self._kill_random(server)
+            done.set()
+            await clients
+            await self.end(server)
+            if time.monotonic() < deadline:
+                server = self.start()
+
+    def _kill_random(self, server: KillableServer) -> None:
+        tree = process_tree(server.process.pid)
+        if tree and server.process.poll() is None:
+            role = self.chance.choice(sorted(set(tree.values())))
+            # A grammar whose compiler is stopped is refused, rightly: it has taken too long.
+            self.kill(server, role, self.chance.choice(SIGNALS if role != "grammar compiler" else SIGNALS[:3]))
+
+    async def kill_in_phase(self, kills: list[str], phase: str) -> None:
+        """Send the signals once, in this phase, and wait for the streams."""
+        server = self.start()
+        targets = [tuple(kill.rsplit(":", 1)) for kill in kills]
+        if phase == "start":
+            for role, number in targets:
+                await asyncio.to_thread(wait, lambda r=role: server.pids(r) or server.process.poll() is not None, END_S)
+                self.kill(server, role, number)
+            await asyncio.to_thread(wait, lambda: "on http://" in server.log() or server.ended, END_S)
+            await self.end(server)
+            return
+        url = await asyncio.to_thread(server.url)
+        await self.learn(server, url)
+        done = asyncio.Event()
+        clients = Clients(server, self.outcome, self.expected, self.length)
+        running = asyncio.create_task(clients.run(done, url))
+        await asyncio.sleep(1.0)
+        done.set()  # each client's stream in progress is its last one
+        if phase in FIRST_VICTIMS:
+            await self._start_recovery(server, FIRST_VICTIMS[phase], targets[0][0])
+        if phase == "drain":
+            server.drains = True
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.3)
+        for role, number in targets:
+            self.kill(server, role, number)
+        await running
+        if phase == "drain" and self.outcome.right < NUM_STREAMS and not server.ended:
+            self.outcome.fault(f"only {self.outcome.right} of {NUM_STREAMS} streams ended while draining")
+        await self.end(server)
+
+    async def _start_recovery(self, server: KillableServer, victim: str, next_victim: str) -> None:
+        """Kill a process; return when there is another one with its role, and one of the next role."""
+        before = set(server.pids(victim))
+        self.kill(server, victim, "SIGKILL")
+        await asyncio.to_thread(
+            wait, lambda: (set(server.pids(victim)) - before and server.pids(next_victim)) or server.ended, END_S
+        )
+
+    def kill(self, server: KillableServer, role: str, name: str) -> None:
+        """Send the signal to one of the processes with this role."""
+        pids = [server.process.pid] if role == SERVER else server.pids(role)
+        if not pids:
+            print(f"no process has the role {role}", flush=True)
+            return
+        pid = self.chance.choice(pids)
+        with suppress(ProcessLookupError):
+            os.kill(pid, getattr(signal, name))
+        server.killed.append((time.monotonic(), role, name, len(server.log())))
+        self.outcome.kills[f"{role} {name}"] += 1
+        print(f"{time.strftime('%H:%M:%S')} {name} to {role} ({pid})", flush=True)
+
+    async def end(self, server: KillableServer) -> None:
+        """End the server, if it lives, and check how it has ended and what is left."""
+        was_killed = any(role == SERVER for _, role, _, _ in server.killed)
+        if server.process.poll() is None and not server.drains:
+            server.drains = True
+            server.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(wait, lambda: server.process.poll() is not None, END_S)
+        status, log = server.process.poll(), server.log()
+        self.outcome.restarts += log.count("back after")
+        last = log.strip().rpartition("\n")[2]
+        if status is None:
+            self.outcome.fault(f"the server does not end; the last line of its log: {last}")
+        elif status != 0 and not was_killed:
+            self.outcome.exits.append(f"status {status}: {last}")
+            print(f"the server has ended with status {status}: {last}", flush=True)
+            if status not in (1, 2) or "error: " not in last:
+                self.outcome.fault(f"status {status} after: {log[-1500:]}")
+        if "Traceback" in log:
+            self.outcome.fault(f"a traceback: {log[log.index('Traceback') - 300 :][:3000]}")
+        remains = await asyncio.to_thread(server.remains, 15)
+        if remains:
+            self.outcome.fault(f"left behind: {remains}")
+        server.kill()
+
+
+class KillableServer(ServerProcess):
+    """A server, the signals that its processes got, and whether it drains."""
+
+    def __init__(self, *flags: str) -> None:
+        super().__init__(*flags)
+        self.killed: list[tuple[float, str, str, int]] = []
+        self.drains = False
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def pids(self, role: str) -> list[int]:
+        return [pid for pid, found in process_tree(self.process.pid).items() if found == role]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0, help="time of random kills")
+    parser.add_argument("--pause", type=float, nargs=2, default=(1, 20), help="shortest and longest time between kills")
+    parser.add_argument("--kill", action="append", default=[], help="ROLE:SIGNAL; repeat for several at once")
+    parser.add_argument("--phase", choices=PHASES, default="load", help="when --kill happens")
+    parser.add_argument("--length", type=int, default=400, help="tokens of a stream")
+    parser.add_argument("--seed", type=int, default=1, help="of the random kills")
+    parser.add_argument("--log", action="store_true", help="print the log of the server at the end")
+    parser.add_argument("flags", nargs="*", help="flags of the server")
+    options = parser.parse_args()
+    soak = Soak(options.flags, options.length, options.seed)
+    if options.kill:
+        asyncio.run(soak.kill_in_phase(options.kill, options.phase))
+    else:
+        asyncio.run(soak.kill_at_random(options.seconds, *options.pause))
+    outcome = soak.outcome
+    print(json.dumps({
+        "kills": sum(outcome.kills.values()), "by role": dict(sorted(outcome.kills.items())), "right": outcome.right,
+        "wrong": outcome.wrong, "lost": outcome.lost, "restarts": outcome.restarts, "exits": outcome.exits,
+        "faults": len(outcome.faults),
+    }))  # fmt: skip
+    return 1 if outcome.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

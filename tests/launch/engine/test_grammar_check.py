@@ -1,0 +1,77 @@
+"""The grammar compiler's process: killed from outside, it is replaced, and no request notices."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lockstep.launch.child_process import ChildProcess
+from lockstep.launch.engine import grammar_check
+from lockstep.launch.engine.grammar_check import GrammarCheck
+from lockstep.runtime.config import DEMO_MODEL
+from lockstep.runtime.request import RequestRefused
+from lockstep.runtime.sampling.grammar import Vocabulary
+from lockstep.runtime.structured_outputs import StructuredOutputsParams
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture
+def check() -> Iterator[GrammarCheck]:
+    started = GrammarCheck(Vocabulary(Path(DEMO_MODEL), 2048, [1]), time_limit_s=20.0)
+    yield started
+    started.close()
+
+
+def compile_regex(check: GrammarCheck, regex: str) -> None:
+    asyncio.run(check.check(StructuredOutputsParams(regex=regex)))
+
+
+def pid(check: GrammarCheck) -> int:
+    assert check._process is not None
+    return check._process.pid
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_compiler_killed_while_idle_is_replaced(check: GrammarCheck, number: signal.Signals) -> None:
+    compile_regex(check, "a")
+    first = pid(check)
+    os.kill(first, number)
+    compile_regex(check, "b")
+    assert pid(check) != first
+
+
+def test_compiler_killed_while_it_compiles_compiles_again(check: GrammarCheck, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_regex(check, "a")
+    first = pid(check)
+    os.kill(first, signal.SIGSTOP)  # so that it has the request, and no answer
+
+    def kill_later() -> None:
+        time.sleep(0.3)
+        os.kill(first, signal.SIGKILL)
+
+    threading.Thread(target=kill_later).start()
+    compile_regex(check, "b")
+    assert pid(check) != first
+
+
+def test_compiler_that_ends_twice_refuses_the_grammar(check: GrammarCheck, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the grammar's fault, and others are compiled."""
+
+    class DyingProcess(ChildProcess):
+        def request(self, line: bytes, timeout_s: float) -> object:
+            if b"deadly" in line:
+                os.kill(self.pid, signal.SIGKILL)
+            return super().request(line, timeout_s)
+
+    monkeypatch.setattr(grammar_check, "ChildProcess", DyingProcess)
+    with pytest.raises(RequestRefused, match=r"^structured_outputs=regex ended the compiler, which has 4 GiB"):
+        compile_regex(check, "deadly")
+    compile_regex(check, "a")
