@@ -56,7 +56,8 @@ class TextProcess:
                 self._process.request(msgspec.json.encode(state), START_S)
             except (ChildFailed, OSError) as error:  # TimeoutError is an OSError
                 self._kill()
-                log.exception("the process that tokenizes cannot be started")
+                if not self._closed:  # by another thread, which has ended it
+                    log.exception("the process that tokenizes cannot be started")
                 raise TokenizerBusy(f"the process that tokenizes cannot be started: {error}") from error
         return self._process
 

@@ -10,6 +10,11 @@ from ..comm.message_text import first_line
 MAX_REASON = 300  # characters of a template's error that a message repeats
 
 Message = dict[str, Any]
+RESERVED_TEMPLATE_KWARGS = frozenset({  # arguments of transformers' functions, and what templates always get
+    "conversation", "conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "self",
+})  # fmt: skip
 
 
 def render_chat(template: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ LoadFormat = Literal["auto", "dummy"]
 AttentionChoice = Literal["auto", "flashinfer", "torch"]
 
 DEMO_MODEL = str(Path(__file__).parent.parent / "launch" / "demo")
+DEMO_NAME = "lockstep-demo"  # its name in the API of a server
 
 
 class ModelDefaults(Protocol):

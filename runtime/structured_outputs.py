@@ -17,19 +17,22 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "choice": (list, tuple),
     "grammar": str,
     "json_object": bool,
+    "llguidance": str,
 }
 NAMES = {
     "json": "a JSON schema as text or dictionary", "regex": "a string", "choice": "a list of strings",
-    "grammar": "a string", "json_object": "True",
+    "grammar": "a string", "json_object": "True", "llguidance": "a string",
 }  # fmt: skip
 KINDS = tuple(TYPES)
 
 
 class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Exactly one of `json` (a JSON schema, as text or as a dictionary), `regex`, `choice`, `grammar`, `json_object`.
+    """Exactly one constraint of an output: `json`, `regex`, `choice`, `grammar`, `json_object` or `llguidance`.
 
     The whole output matches it (as with Python's `re.fullmatch`), unless max_tokens or a stop string cuts it short.
-    grammar  Lark, in llguidance's dialect, or GBNF
+    json        a JSON schema, as text or as a dictionary
+    grammar     Lark, in llguidance's dialect, or GBNF
+    llguidance  a list of grammars in llguidance's JSON form
     Between the parts of a JSON text there may be two blanks, or a new line and its indentation; with
     disable_any_whitespace there is no whitespace.
     """
@@ -39,6 +42,7 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, frozen=True, forbid_
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    llguidance: str | None = None
     disable_any_whitespace: bool = False
 
     def __post_init__(self) -> None:

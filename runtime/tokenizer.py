@@ -13,9 +13,12 @@ from .tokenizer_loader import load_tokenizer
 
 
 class Tokenizer:
-    """The tokenizer of the checkpoint in `folder`; raises ValueError if transformers cannot load it."""
+    """The tokenizer of the checkpoint in `folder`; raises ValueError if transformers cannot load it.
 
-    def __init__(self, folder: Path) -> None:
+    chat_template  takes the place of the checkpoint's own
+    """
+
+    def __init__(self, folder: Path, chat_template: str | None = None) -> None:
         self._tokenizer = load_tokenizer(folder)
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -26,10 +29,32 @@ class Tokenizer:
         self._backend = backend
         self._decode: Callable[..., str] = backend.decode
         self.token_bytes = TokenBytes(backend)
+        if chat_template is not None:
+            self._set_template(chat_template)
+        added = backend.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: int(i) for i, token in added if token.special}
+        self.response_template: dict[str, Any] | None = getattr(self._tokenizer, "response_template", None)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a prompt, with the special tokens that the tokenizer adds."""
         return encode(self._backend, text)
+
+    def _set_template(self, chat_template: str) -> None:
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+        self._tokenizer.chat_template = chat_template
+        try:
+            self._tokenizer.apply_chat_template([{"role": "user", "content": ""}], tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error
+        except (TemplateError, TypeError, LookupError, ValueError):
+            pass  # it wants another conversation
+
+    @property
+    def chat_template(self) -> str:
+        """The chat template, or all of them as one text; empty without one."""
+        templates = self._tokenizer.chat_template or ""
+        return "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
 
     def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
         """Return the token ids of a conversation in the chat template; the arguments are those of `chat_job`."""

@@ -11,8 +11,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
 case $tier in
-  fast) left_out="ray or process or emulator or nightly or soak or browser or netns" profile=dev ;;
-  daily) left_out="nightly or soak or browser or netns" profile=ci ;;
+  fast) left_out="ray or process or emulator or nightly or soak or browser or netns or clients" profile=dev ;;
+  daily) left_out="nightly or soak or browser or netns or clients" profile=ci ;;
   full) left_out="" profile=full ;;
 esac
 export HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-$profile}

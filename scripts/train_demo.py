@@ -55,9 +55,18 @@ CONFIG: dict[str, Any] = {  # keys as transformers 4 writes them; transformers 5
     "torch_dtype": "bfloat16",
 }
 GENERATION = {"bos_token_id": BOS, "eos_token_id": EOS, "do_sample": True, "temperature": 0.7, "top_p": 0.9}
-CHAT_TEMPLATE = (  # builds the text of `dialogue`; a system message looks like the user's
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' + message['content'] + eos_token }}"
+
+CHAT_TEMPLATE = (  # builds the text of `dialogue`; a system message looks like the user's, tools are in Hermes format
+    "{{ bos_token }}{% if tools %}{{ '<|user|># Tools\n' }}"
+    "{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    '{{ \'Answer with <tool_call>\n{"name": NAME, "arguments": OBJECT}\n</tool_call> to call one.\n\' }}{% endif %}'
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>' + (message['content'] or '') }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    '{{ \'<tool_call>\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
+    "{{ (call.function.arguments | tojson) + '}\n</tool_call>' }}{% endfor %}{{ eos_token }}"
+    "{% elif message['role'] == 'tool' %}"
+    "{{ '<|user|><tool_response>\n' + message['content'] + '\n</tool_response>' }}"
     "{% else %}{{ '<|user|>' + message['content'] }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )

@@ -36,6 +36,7 @@ runtime/memory
 runtime/sampling
 runtime/scheduler
 runtime/runner
+runtime/chat
 runtime
 launch: child_process client errors options signals standard_streams text_process
 launch/cluster

@@ -16,7 +16,7 @@ from functools import partial
 import msgspec
 
 from ...comm.message_sockets import WakeupEvent
-from ...runtime.config import Config
+from ...runtime.config import DEMO_MODEL, DEMO_NAME, Config
 from ...runtime.executor import RankLocation
 from ...runtime.frontend import Frontend
 from ...runtime.model.checkpoint import find_model
@@ -25,6 +25,7 @@ from ...runtime.outputs import Event
 from ...runtime.request import Limits, SamplingParams
 from ...runtime.sampling.grammar import Vocabulary
 from ...runtime.stats import EngineStats
+from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.tokenizer import Tokenizer
 from ..cluster.engine_thread import EngineThread
 from ..errors import EngineFailed, RequestCrashedEngine
@@ -57,6 +58,7 @@ class AsyncEngine:
 
     Ranks that fail are started again, up to max_restarts times within restart_window seconds. With several replicas
     Ray Serve replaces a failed one without a limit; up to max_queued requests wait for a place in any of them.
+    A `chat_template` takes the place of the checkpoint's.
     """
 
     def __init__(
@@ -67,11 +69,13 @@ class AsyncEngine:
         restart_window: float = 600.0,
         replicas: int = 1,
         max_queued: int = 1024,
+        chat_template: str | None = None,
     ) -> None:
         self.config = config
-        self.name = config.model
+        self.name = DEMO_NAME if config.model == DEMO_MODEL else config.model
         self._max_restarts, self._restart_window = max_restarts, restart_window
         self._replicas, self._max_queued = replicas, max_queued
+        self._chat_template = chat_template
         self._closing_since = 0.0  # time.time at the first `close`; 0 before
         self._active: set[asyncio.Future[None]] = set()  # one for each `generate` in progress
         self._thread: EngineThread | None = None
@@ -79,7 +83,7 @@ class AsyncEngine:
     def start(self) -> None:
         """Load the model and start the ranks; blocks until requests can run. Raises the errors of LLM."""
         folder, model = find_model(self.config)
-        tokenizer = Tokenizer(folder)
+        tokenizer = Tokenizer(folder, self._chat_template)
         self.tokenizer = AsyncTokenizer(tokenizer)
         self.tokenizer.start()
         self.default_params = default_sampling_params(folder, self.config.generation_config)
@@ -140,6 +144,10 @@ class AsyncEngine:
             ranks=frontend.executor.locations,
             events=list(self._engine.events),
         )
+
+    async def check_grammar(self, params: StructuredOutputsParams) -> None:
+        """Compile a constraint of outputs in the process for it; raises RequestRefused if it cannot be used."""
+        await self._grammars.check(params)
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
         """Yield the events of a prompt of token ids until its n outputs have ended; closing it cancels the rest.

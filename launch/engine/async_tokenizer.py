@@ -86,6 +86,21 @@ class AsyncTokenizer:
         if self._tokenizer.has_chat_template:
             self._chats.start()
 
+    @property
+    def chat_template(self) -> str:
+        """The chat template; empty without one."""
+        return self._tokenizer.chat_template
+
+    @property
+    def response_template(self) -> dict[str, Any] | None:
+        """The tokenizer's description of answers for transformers' parser, if it has one."""
+        return self._tokenizer.response_template
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The ids of the special tokens by their text."""
+        return self._tokenizer.special_tokens
+
     async def encode(self, prompts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
         """Return the token ids of each prompt; refuses one that has more characters than `max_tokens` tokens can."""
         max_chars = self._max_chars(max_tokens)

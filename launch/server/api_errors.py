@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -12,13 +12,20 @@ from starlette.responses import Response
 from ...runtime.request import RequestRefused
 from ..engine.async_tokenizer import TokenizationRefused
 from ..errors import EngineFailed, RequestCrashedEngine, TokenizerBusy
-from .protocol.request_models import NEUTRAL_ONLY
+from .protocol.strict_model import NEUTRAL_ONLY
 
 MAX_MESSAGE = 600  # unit: characters
 MAX_QUOTE = 64  # longest quote of a value from the request, in characters
 FOLDERS = re.compile(r"(?<![\w/:.~-])/(?:[^\s/'\":;,()]+/)+(?=[^\s/'\":;,()])")  # of an absolute path, without its name
 RETRY_AFTER_S = {429: 1, 503: 5}
 TYPES = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable"}
+ANTHROPIC_TYPES = {
+    401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error",
+}  # fmt: skip
+RESPONSES_PARAMS = {  # fields of a chat by their names in the Responses API
+    "messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"
+}  # fmt: skip
 BOUND_CODES = dict.fromkeys(("le", "lt"), "above_max_value") | dict.fromkeys(("ge", "gt"), "below_min_value")
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
@@ -36,6 +43,18 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
+class AnthropicErrorDetail(BaseModel):
+    type: str
+    message: str
+
+
+class AnthropicErrorReply(BaseModel):
+    """Anthropic's error envelope."""
+
+    type: Literal["error"] = "error"
+    error: AnthropicErrorDetail
+
+
 class ApiError(Exception):
     """An error response; `param` is the request field at fault."""
 
@@ -50,8 +69,13 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "invalid_request_error")
         return ErrorReply(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.code))
 
-    def response(self) -> Response:
-        """Return the HTTP response with its headers."""
+    def anthropic_reply(self) -> AnthropicErrorReply:
+        """Return the body of the response in Anthropic's envelope."""
+        kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return AnthropicErrorReply(error=AnthropicErrorDetail(type=kind, message=shorten(str(self), MAX_MESSAGE)))
+
+    def response(self, path: str = "") -> Response:
+        """Return the HTTP response with its headers, in the envelope of the API that `path` belongs to."""
         headers = {"retry-after": str(RETRY_AFTER_S[self.status])} if self.status in RETRY_AFTER_S else {}
         if self.code == "request_ends_ranks":
             headers["x-should-retry"] = "false"  # OpenAI's clients would retry after a 500
@@ -59,7 +83,12 @@ class ApiError(Exception):
             headers["www-authenticate"] = "Bearer"
         if self.status == 500:
             headers["connection"] = "close"  # uvicorn closes after an exception
-        return Response(self.reply().model_dump_json(), self.status, headers, "application/json")
+        if path.startswith("/v1/messages"):
+            return Response(self.anthropic_reply().model_dump_json(), self.status, headers, "application/json")
+        reply = self.reply()
+        if path == "/v1/responses":
+            reply.error.param = RESPONSES_PARAMS.get(self.param or "", self.param)
+        return Response(reply.model_dump_json(), self.status, headers, "application/json")
 
 
 def without_folders(text: str) -> str:
@@ -104,6 +133,8 @@ def from_validation_error(error: ValidationError, fields: dict[str, FieldInfo]) 
         if kind == "unknown_parameter":
             return ApiError(400, f"Unknown parameter: '{path}'.", param=path, code=kind)
         return _unsupported(path)
+    if kind == "missing_content":
+        return missing(f"{path}.content")
     if kind == "json_invalid" or path is None:
         return ApiError(400, f"the body is not valid for this route: {first['msg']}", code="invalid_json")
     if field is not None and NEUTRAL_ONLY in field.metadata:
@@ -132,7 +163,7 @@ def _locate(loc: tuple[int | str, ...], fields: dict[str, FieldInfo]) -> tuple[s
     for step in loc:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif (name := f"{parent}.{step}") in fields or (name := step) in fields:
+        elif (name := f"{parent}.{step}" if parent else step) in fields:
             path, field, parent = f"{path}.{step}" if path else step, fields[name], step
             if field.description or NEUTRAL_ONLY in field.metadata:  # the description or mark covers all nested fields
                 break

@@ -22,11 +22,22 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...runtime.request import RequestRefused
 from ...runtime.version import __version__
 from ..errors import EngineFailed, TokenizerBusy
-from .api_errors import ApiError, ErrorReply, as_api_error
+from .api_errors import AnthropicErrorReply, ApiError, ErrorReply, as_api_error
 from .handlers import Handlers
 from .host_check import check_origin
+from .protocol.anthropic_models import CountTokensRequest, MessagesRequest
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from .protocol.response_models import ChatCompletion, Completion, Detokenized, Healthy, ModelList, Tokens, Version
+from .protocol.response_models import (
+    ChatCompletion,
+    Completion,
+    Detokenized,
+    Healthy,
+    InputTokens,
+    ModelList,
+    Tokens,
+    Version,
+)
+from .protocol.responses_models import ResponsesRequest
 from .server_config import ServerConfig
 
 REF = "#/components/schemas/{model}"
@@ -62,6 +73,9 @@ def create_app(handlers: Handlers, config: ServerConfig) -> ASGIApp:
     for path, handler, body, reply, other_content in (
         ("/v1/completions", handlers.completions, CompletionRequest, Completion, "text/event-stream"),
         ("/v1/chat/completions", handlers.chat, ChatRequest, ChatCompletion, "text/event-stream"),
+        ("/v1/responses", handlers.responses, ResponsesRequest, None, "text/event-stream"),
+        ("/v1/messages", handlers.messages, MessagesRequest, None, "text/event-stream"),
+        ("/v1/messages/count_tokens", handlers.count_tokens, CountTokensRequest, InputTokens, None),
         ("/v1/models", handlers.models, None, ModelList, None),
         ("/tokenize", handlers.tokenize, TokenizeRequest, Tokens, None),
         ("/detokenize", handlers.detokenize, DetokenizeRequest, Detokenized, None),
@@ -70,10 +84,12 @@ def create_app(handlers: Handlers, config: ServerConfig) -> ASGIApp:
         ("/metrics", handlers.metrics, None, None, "text/plain"),
     ):
         content: dict[str, Any] = {other_content: {}} if other_content else {}
+        if body is not None and reply is None:
+            content["application/json"] = {"schema": {"type": "object"}}
         app.add_api_route(
             path, handler, methods=["GET" if body is None else "POST"], response_model=reply,
             response_class=Response if reply is None else JSONResponse,
-            responses=ERRORS | {200: {"content": content}}, openapi_extra=body and _body_schema(body),
+            responses=_errors(path) | {200: {"content": content}}, openapi_extra=body and _body_schema(body),
         )  # fmt: skip
     app.add_route("/stats", handlers.stats, include_in_schema=False)
     for path in PAGE_FILES:
@@ -92,7 +108,10 @@ class DocumentedApp(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         schema = get_openapi(title=self.title, version=self.version, routes=self.routes)
-        bodies = (CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
+        bodies = (
+            CompletionRequest, ChatRequest, ResponsesRequest, MessagesRequest, CountTokensRequest, TokenizeRequest,
+            DetokenizeRequest,
+        )  # fmt: skip
         _, models = models_json_schema([(body, "validation") for body in bodies], ref_template=REF)
         schema["components"]["schemas"] |= models["$defs"]
         if self.has_keys:
@@ -100,6 +119,13 @@ class DocumentedApp(FastAPI):
             schema["security"] = [{"key": []}]
             schema["paths"]["/health"]["get"]["security"] = []
         return schema
+
+
+def _errors(path: str) -> dict[int | str, dict[str, Any]]:
+    """Return the documentation of the errors of a route, in the envelope of its API."""
+    if not path.startswith("/v1/messages"):
+        return ERRORS
+    return {status: error | {"model": AnthropicErrorReply} for status, error in ERRORS.items()}
 
 
 def _body_schema(body: type[BaseModel]) -> dict[str, Any]:
@@ -120,7 +146,7 @@ class AnswerHead:
 class RequireKey:
     """Passes requests that carry one of the keys, and all requests to /health; without keys, passes everything.
 
-    A browser sends the key as the password of HTTP basic authentication.
+    A browser sends the key as the password of HTTP basic authentication, Anthropic's clients as x-api-key.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
@@ -132,12 +158,13 @@ class RequireKey:
             await self._app(scope, receive, send)
         else:
             error = ApiError(401, "this server needs a valid API key; send the header Authorization: Bearer KEY")
-            response = error.response()
+            response = error.response(scope["path"])
             response.headers["WWW-Authenticate"] = 'Basic realm="lockstep", charset="UTF-8"'  # so browsers prompt
             await response(scope, receive, send)
 
     def _has_key(self, scope: Scope) -> bool:
-        authorization = dict(scope["headers"]).get(b"authorization", b"")
+        headers = dict(scope["headers"])
+        authorization = headers.get(b"authorization") or b"Bearer " + headers.get(b"x-api-key", b"")
         scheme, _, key = authorization.partition(b" ")
         if scheme.lower() == b"basic":  # browsers send any user name, and the key as the password
             key = _password(key)
@@ -159,14 +186,14 @@ def _digest(key: bytes) -> bytes:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     """Answer an error of a handler, or Starlette's for an unknown route or a method that a route does not have."""
+    path = request.url.path
     match error:
         case ApiError() | RequestRefused() | EngineFailed() | TokenizerBusy():
-            return as_api_error(error).response()
+            return as_api_error(error).response(path)
         case HTTPException():
-            path = request.url.path[:64]
-            response = ApiError(error.status_code, f"{request.method} {path}: {error.detail}").response()
+            response = ApiError(error.status_code, f"{request.method} {path[:64]}: {error.detail}").response(path)
             response.headers.update(error.headers or {})
             return response
         case ClientDisconnect():
             return Response(status_code=400)  # no client is left to read it
-    return ApiError(500, "the server failed to answer; its log says why", code="internal_error").response()
+    return ApiError(500, "the server failed to answer; its log says why", code="internal_error").response(path)

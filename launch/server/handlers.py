@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 from pydantic import BaseModel
@@ -24,13 +25,23 @@ from ..engine.event_streams import merge
 from .answer_thread import make_long
 from .api_errors import ApiError, without_folders
 from .body_structure import MAX_ITEMS
+from .chat_preparation import ChatPreparer, PreparedChat
+from .chat_translation import as_chat
 from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_json
+from .messages_builder import MessagesBuilder
 from .metrics import Metrics, PromptTimer
+from .protocol.anthropic_models import CountTokensRequest, MessagesRequest
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
-from .protocol.response_models import Detokenized, Healthy, Model, ModelList, Tokens, Version
-from .response_builders import ChatBuilder, CompletionBuilder, ResponseBuilder, TokenUsage
+from .protocol.response_models import Detokenized, Healthy, InputTokens, Model, ModelList, Tokens, Version
+from .protocol.responses_models import ResponsesRequest
+from .response_builders import ChatBuilder, CompletionBuilder, ResponseBuilder
+from .responses_builder import ResponsesBuilder
 from .server_config import ServerConfig, ServerLimits
-from .validation import AdmissionControl, RequestValidator, from_refusal, num_top_logprobs
+from .token_usage import TokenUsage
+from .validation import AdmissionControl, RequestValidator, from_refusal, num_top_logprobs, structured_outputs
+
+AnyBuilder = ResponseBuilder | ResponsesBuilder | MessagesBuilder
+NewBuilder = Callable[[str, TokenUsage, PreparedChat], AnyBuilder]  # (name of the model, usage, chat)
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +56,7 @@ class Handlers:
         self._tokenizer = engine.tokenizer
         max_items = max(MAX_ITEMS, 2 * self._validator.max_model_len)
         self._body_budget = BodyBudget(config.max_body_bytes, limits.max_bodies, max_items)
+        self._chats = ChatPreparer(engine.tokenizer, engine.check_grammar, config)
         self._metrics = Metrics(self._validator.model_names[0], engine.stats)
         self._stall_detector = StallDetector(limits.stall_timeout_s)
         self._created = int(time.time())
@@ -57,32 +69,55 @@ class Handlers:
         """Serve POST /v1/chat/completions."""
         return self._answer(await read_body(request, ChatRequest, self._body_budget))
 
-    def _answer(self, body: GenerateRequest) -> Response:
+    async def responses(self, request: Request) -> Response:
+        """Serve POST /v1/responses."""
+        body = await read_body(request, ResponsesRequest, self._body_budget)
+        return self._answer(as_chat(body), partial(ResponsesBuilder, body))
+
+    async def messages(self, request: Request) -> Response:
+        """Serve POST /v1/messages."""
+        return self._answer(as_chat(await read_body(request, MessagesRequest, self._body_budget)), MessagesBuilder)
+
+    async def count_tokens(self, request: Request) -> InputTokens:
+        """Serve POST /v1/messages/count_tokens."""
+        body = as_chat(await read_body(request, CountTokensRequest, self._body_budget))
+        self._validator.check_model(body.model)
+        return InputTokens(input_tokens=len(await self._chats.prompt(body)))
+
+    def _answer(self, body: GenerateRequest, new_builder: NewBuilder | None = None) -> Response:
+        """Return the response to a checked body; `new_builder` is that of the API if it is not the body's own."""
         num_outputs = self._validator.check(body)
+        if isinstance(body, ChatRequest):
+            self._chats.check(body)
 
         async def answer(send: Send) -> None:
             with self._admission.admit(num_outputs):
-                prompts = await self._encode(body)
-                self._validator.check_echo(body, sum(map(len, prompts)))
-                await self._generate(body, prompts, await self._builder(body, prompts), send)
+                if isinstance(body, ChatRequest):
+                    chat = await self._chats.prepare(body, structured_outputs(body), self._validator.max_input)
+                    await self._generate(body, [chat.prompt], send, chat, new_builder)
+                else:
+                    prompts = await self._encode(body)
+                    self._validator.check_echo(body, sum(map(len, prompts)))
+                    await self._generate(body, prompts, send)
 
         return StreamingAnswer(answer)
 
-    async def _encode(self, body: GenerateRequest) -> list[list[int]]:
-        """Return the token ids of each prompt; a chat has one prompt."""
-        if isinstance(body, ChatRequest):
-            messages = [message.for_template() for message in body.messages]
-            return [await self._tokenizer.encode_chat(messages, max_tokens=self._validator.max_input)]
+    async def _encode(self, body: CompletionRequest) -> list[list[int]]:
+        """Return the token ids of each prompt."""
         texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
         if texts:  # a body has texts or token ids, never both
             return await self._tokenizer.encode(texts, self._validator.max_input)
         return [prompt for prompt in body.prompts if not isinstance(prompt, str)]
 
-    async def _builder(self, body: GenerateRequest, prompts: list[list[int]]) -> ResponseBuilder:
+    async def _builder(
+        self, body: GenerateRequest, prompts: list[list[int]], usage: TokenUsage, chat: PreparedChat | None
+    ) -> ResponseBuilder:
         model, num_top = body.model or self._validator.model_names[0], num_top_logprobs(body)
         if isinstance(body, ChatRequest):
-            return ChatBuilder(model, num_top)
-        return CompletionBuilder(model, body.n or 1, await self._echo(body, prompts) if body.echo else [], num_top)
+            assert chat is not None
+            return ChatBuilder(model, num_top, usage, chat, keeps_reasoning=body.include_reasoning is not False)
+        echoes = await self._echo(body, prompts) if body.echo else []
+        return CompletionBuilder(model, num_top, usage, body.n or 1, echoes)
 
     async def _echo(self, body: CompletionRequest, prompts: list[list[int]]) -> list[PromptText]:
         """Return the prompts for `echo`: texts as they came, and the texts of token ids with all special tokens."""
@@ -96,19 +131,28 @@ class Handlers:
         return echoes
 
     async def _generate(
-        self, body: GenerateRequest, prompts: list[list[int]], builder: ResponseBuilder, send: Send
-    ) -> None:
+        self, body: GenerateRequest, prompts: list[list[int]], send: Send, chat: PreparedChat | None = None,
+        new_builder: NewBuilder | None = None,
+    ) -> None:  # fmt: skip
         """Generate the outputs of all prompts and send the response, as a stream if the body says so."""
-        params = [self._validator.sampling_params(body, len(ids)) for ids in prompts]
+        constraint = chat.constraint if chat else structured_outputs(body)
+        params = [self._validator.sampling_params(body, len(ids), constraint) for ids in prompts]
+        if chat is not None and chat.keeps_special_tokens:
+            params = [msgspec.structs.replace(p, skip_special_tokens=False) for p in params]
         usage, started, outcome = TokenUsage(sum(map(len, prompts))), time.perf_counter(), "failed"
+        if chat is not None and new_builder is not None:
+            builder: AnyBuilder = new_builder(body.model or self._validator.model_names[0], usage, chat)
+        else:
+            builder = await self._builder(body, prompts, usage, chat)
         try:
             async with aclosing(self._events(prompts, params, usage)) as events:
                 if body.stream:
                     options = body.stream_options
                     with_usage = options is not None and bool(options.include_usage)
-                    await send_events(send, builder.stream(events, usage if with_usage else None))
+                    chunks = builder.stream(events, with_usage=with_usage)
+                    await send_events(send, chunks, builder.failure, builder.end_of_stream)
                 else:
-                    await send_json(send, await builder.whole(events, usage))
+                    await send_json(send, await builder.whole(events))
             outcome = "answered"
         except RequestRefused as error:
             raise from_refusal(error, body) from error
@@ -159,7 +203,7 @@ class Handlers:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either a prompt or messages", param="prompt", code="invalid_value")
         if body.messages is not None:
-            ids = await self._tokenizer.encode_chat([message.for_template() for message in body.messages])
+            ids = await self._chats.prompt(body)
         else:
             (ids,) = await self._tokenizer.encode([body.prompt or ""])
         texts = await self._tokenizer.decode_each(ids) if body.return_token_strs else None

@@ -7,8 +7,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
@@ -127,10 +128,22 @@ async def send_json(send: Send, pieces: Sequence[bytes]) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def send_events(send: Send, chunks: AsyncIterator[BaseModel]) -> None:
-    """Send each chunk as a server-sent event, then [DONE].
+class NamedEvent(NamedTuple):
+    """A server-sent event with a name, as OpenAI's Responses and Anthropic's Messages have them."""
 
-    An error before the first chunk is raised; a later one is sent as the last event.
+    name: str
+    data: dict[str, Any]
+
+
+Chunk = BaseModel | NamedEvent
+
+
+async def send_events(
+    send: Send, chunks: AsyncIterator[Chunk], as_event: Callable[[ApiError], Chunk], end: bytes
+) -> None:
+    """Send each chunk as a server-sent event, then the bytes `end`.
+
+    An error before the first chunk is raised; a later one is sent as the last event, which `as_event` makes of it.
     """
     first = await anext(chunks)
     await _start(send, "text/event-stream; charset=utf-8", cache_control="no-cache", x_accel_buffering="no")
@@ -139,12 +152,15 @@ async def send_events(send: Send, chunks: AsyncIterator[BaseModel]) -> None:
         async for chunk in chunks:
             await _send_event(send, chunk)
     except (ApiError, RequestRefused, EngineFailed) as error:
-        await _send_event(send, as_api_error(error).reply())
-    await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+        await _send_event(send, as_event(as_api_error(error)))
+    await send({"type": "http.response.body", "body": end})
 
 
-async def _send_event(send: Send, chunk: BaseModel) -> None:
-    line = b"data: " + chunk.model_dump_json().encode() + b"\n\n"
+async def _send_event(send: Send, chunk: Chunk) -> None:
+    if isinstance(chunk, NamedEvent):
+        line = b"event: %b\ndata: %b\n\n" % (chunk.name.encode(), msgspec.json.encode(chunk.data))
+    else:
+        line = b"data: " + chunk.model_dump_json().encode() + b"\n\n"
     await send({"type": "http.response.body", "body": line, "more_body": True})
 
 

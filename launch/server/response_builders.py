@@ -9,15 +9,19 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from pydantic import BaseModel
 
+from ...runtime.chat.call_readers import AnswerPart
 from ...runtime.detokenizer import PromptText
 from ...runtime.outputs import Event, Logprob
+from .answer_reader import AnswerFields, AnswerReader, ParsedAnswer, ParsedCall
 from .answer_thread import make_long
+from .api_errors import ApiError
+from .chat_preparation import PreparedChat
 from .protocol import response_models as api
+from .token_usage import TokenUsage
 
 LONG_EVENTS = 64  # with more events or candidates, a choice is made in the thread for long answers
 LONG_CANDIDATES = 1000  # these take 2 ms
@@ -27,49 +31,28 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 ChoiceEvent = tuple[int, Event]  # (index of the choice, event)
 
 
-@dataclass
-class TokenUsage:
-    """The token counts of a request, so far."""
-
-    num_prompt: int
-    num_completion: int = 0
-    num_cached: dict[int, int] = field(default_factory=dict)  # index of the prompt -> its cached tokens
-
-    def update(self, prompt: int, event: Event) -> None:
-        """Add the tokens of an event of the prompt with this number."""
-        self.num_completion += len(event.token_ids)
-        self.num_cached[prompt] = event.num_cached_tokens
-
-    def usage(self) -> api.Usage:
-        """Return the counts as OpenAI's object."""
-        return api.Usage(
-            prompt_tokens=self.num_prompt, completion_tokens=self.num_completion,
-            total_tokens=self.num_prompt + self.num_completion,
-            prompt_tokens_details=api.PromptDetails(cached_tokens=sum(self.num_cached.values())),
-        )  # fmt: skip
-
-
 class ResponseBuilder(ABC):
     """Builds the response of one request, streamed or whole."""
 
     id_prefix: str
     chunk_type: type[BaseModel]
     response_type: type[BaseModel]
+    end_of_stream = b"data: [DONE]\n\n"
 
-    def __init__(self, model: str, num_top: int | None) -> None:
+    def __init__(self, model: str, num_top: int | None, usage: TokenUsage) -> None:
         self._id, self._created = f"{self.id_prefix}-{secrets.token_hex(16)}", int(time.time())
-        self._model = model
+        self._model, self._usage = model, usage
         self._num_top = num_top  # number of candidates at each position; None without log-probabilities
 
-    async def stream(self, events: AsyncIterator[ChoiceEvent], usage: TokenUsage | None) -> AsyncIterator[BaseModel]:
-        """Yield the chunks of a streamed response; with `usage`, the last chunk holds the token counts."""
+    async def stream(self, events: AsyncIterator[ChoiceEvent], *, with_usage: bool) -> AsyncIterator[BaseModel]:
+        """Yield the chunks of a streamed response; `with_usage` the last chunk holds the token counts."""
         async for index, event in events:
             for choice in await self._new_choices(index, event):
                 yield self._make(self.chunk_type, [choice])
-        if usage is not None:
-            yield self._make(self.chunk_type, [], usage)
+        if with_usage:
+            yield self._make(self.chunk_type, [], self._usage)
 
-    async def whole(self, events: AsyncIterator[ChoiceEvent], usage: TokenUsage) -> list[bytes]:
+    async def whole(self, events: AsyncIterator[ChoiceEvent]) -> list[bytes]:
         """Return the response after the last event, as pieces of JSON: one for each choice, and those around them."""
         by_choice: dict[int, list[Event]] = {}
         async for index, event in events:
@@ -79,7 +62,7 @@ class ResponseBuilder(ABC):
             make = partial(self._choice_json, index, first, later)
             is_long = len(later) > LONG_EVENTS or _num_candidates(first) > LONG_CANDIDATES
             choices += [b"," if choices else b"", await make_long(make) if is_long else make()]
-        reply = self._make(self.response_type, [], usage).model_dump_json().encode()
+        reply = self._make(self.response_type, [], self._usage).model_dump_json().encode()
         head, _, tail = reply.partition(b'"choices":[]')
         return [head + b'"choices":[', *choices, b"]" + tail]
 
@@ -90,6 +73,10 @@ class ResponseBuilder(ABC):
 
     def _choice_json(self, index: int, first: Event, later: list[Event]) -> bytes:
         return self._choice(index, first.joined(*later)).model_dump_json().encode()
+
+    def failure(self, error: ApiError) -> BaseModel:
+        """Return the event of an error within a stream."""
+        return error.reply()
 
     @abstractmethod
     def _choice(self, index: int, event: Event) -> BaseModel:
@@ -109,13 +96,15 @@ class CompletionBuilder(ResponseBuilder):
 
     id_prefix, chunk_type, response_type = "cmpl", api.Completion, api.Completion
 
-    def __init__(self, model: str, n: int, echoes: Sequence[PromptText], num_top: int | None) -> None:
-        super().__init__(model, num_top)
+    def __init__(
+        self, model: str, num_top: int | None, usage: TokenUsage, n: int, echoes: Sequence[PromptText]
+    ) -> None:
+        super().__init__(model, num_top, usage)
         self._n, self._echoes = n, echoes
         self._started: set[int] = set()  # indices of the choices that have had a part
 
     def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
-        if _has_news(event):
+        if event.text or event.logprobs or event.finish_reason:
             yield self._choice(index, event)
 
     def _choice(self, index: int, event: Event) -> BaseModel:
@@ -141,33 +130,62 @@ class CompletionBuilder(ResponseBuilder):
 
 
 class ChatBuilder(ResponseBuilder):
-    """Builds responses of /v1/chat/completions."""
+    """Builds responses of /v1/chat/completions; the chunk of an event has all fields that the event adds to."""
 
     id_prefix, chunk_type, response_type = "chatcmpl", api.ChatChunk, api.ChatCompletion
 
-    def __init__(self, model: str, num_top: int | None) -> None:
-        super().__init__(model, num_top)
-        self._started: set[int] = set()  # indices of the choices that have had a chunk
+    def __init__(
+        self, model: str, num_top: int | None, usage: TokenUsage, chat: PreparedChat, *, keeps_reasoning: bool = True
+    ) -> None:
+        super().__init__(model, num_top, usage)
+        self._chat, self._keeps_reasoning = chat, keeps_reasoning
+        self._readers: dict[int, tuple[AnswerReader, AnswerFields]] = {}  # by the index of the choice
+        self._parts: dict[int, list[AnswerPart]] = {}  # of each choice, for a whole response
+
+    async def whole(self, events: AsyncIterator[ChoiceEvent]) -> list[bytes]:
+        """Return the JSON of the response after the last event, in pieces."""
+        return await super().whole(self._noted(events))
 
     def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
-        if index not in self._started:
-            self._started.add(index)
+        reader, fields = self._reader(index)
+        if index not in self._parts:
+            self._parts[index] = []
             role = api.ChatDelta(role="assistant", content="")
             yield api.ChatChunkChoice(index=index, delta=role, logprobs=None, finish_reason=None, stop_reason=None)
-        if _has_news(event):
+        delta = _delta(fields.sort(reader.read(event)))
+        if delta or event.logprobs or event.finish_reason:
             yield api.ChatChunkChoice(
-                index=index, delta=api.ChatDelta(content=event.text) if event.text else api.ChatDelta(),
-                logprobs=self._logprobs(event) if event.logprobs else None,
-                finish_reason=_finish_reason(event), stop_reason=event.stop_reason,
+                index=index, delta=delta, logprobs=self._logprobs(event) if event.logprobs else None,
+                finish_reason=reader.end(event), stop_reason=event.stop_reason,
             )  # fmt: skip
 
     def _choice(self, index: int, event: Event) -> BaseModel:
-        finish_reason = _finish_reason(event)
+        reader, fields = self._readers[index]
+        answer, finish_reason = fields.sort(self._parts[index]), reader.end(event)
         assert finish_reason is not None, "the engine ends every output with a reason"
-        return api.ChatChoice(
-            index=index, message=api.ChatAnswer(content=event.text), logprobs=self._logprobs(event),
-            finish_reason=finish_reason, stop_reason=event.stop_reason,
+        calls = [api.ToolCall(id=c.id, function=api.CalledFunction(name=c.name, arguments=c.arguments))
+                 for c in answer.calls.values()]  # fmt: skip
+        message = api.ChatAnswer(
+            content=None if calls and not answer.content else answer.content, reasoning=answer.reasoning or None,
+            reasoning_content=answer.reasoning or None, tool_calls=calls or None,
         )  # fmt: skip
+        return api.ChatChoice(
+            index=index, message=message, logprobs=self._logprobs(event), finish_reason=finish_reason,
+            stop_reason=event.stop_reason,
+        )  # fmt: skip
+
+    async def _noted(self, events: AsyncIterator[ChoiceEvent]) -> AsyncIterator[ChoiceEvent]:
+        """Yield the events, each after its parts have been noted."""
+        async for index, event in events:
+            self._parts.setdefault(index, []).extend(self._reader(index)[0].read(event))
+            yield index, event
+
+    def _reader(self, index: int) -> tuple[AnswerReader, AnswerFields]:
+        """Return what reads the events of a choice, and what sorts their parts into fields."""
+        if index not in self._readers:
+            reader = AnswerReader(self._chat, self._usage, keeps_reasoning=self._keeps_reasoning)
+            self._readers[index] = reader, AnswerFields(self._chat.id_length)
+        return self._readers[index]
 
     def _logprobs(self, event: Event) -> api.ChatLogprobs | None:
         if self._num_top is None:
@@ -180,14 +198,29 @@ class ChatBuilder(ResponseBuilder):
         return api.ChatLogprobs(content=content)
 
 
+def _delta(answer: ParsedAnswer) -> api.ChatDelta:
+    """Return the delta of a chunk; the first part of a call has its id and name."""
+    delta = api.ChatDelta()
+    if answer.content:
+        delta["content"] = answer.content
+    if answer.reasoning:
+        delta["reasoning_content"] = delta["reasoning"] = answer.reasoning
+    if answer.calls:
+        delta["tool_calls"] = [_call_delta(index, call) for index, call in answer.calls.items()]
+    return delta
+
+
+def _call_delta(index: int, call: ParsedCall) -> api.ToolCallDelta:
+    if not call.id:
+        return api.ToolCallDelta(index=index, function=api.FunctionDelta(arguments=call.arguments))
+    function = api.FunctionDelta(name=call.name, arguments=call.arguments)
+    return api.ToolCallDelta(index=index, id=call.id, type="function", function=function)
+
+
 def _num_candidates(event: Event) -> int:
     positions = [*(event.prompt_logprobs or ())[-1:], *(event.logprobs or ())[:1]]
     num_positions = len(event.prompt_logprobs or ()) + len(event.logprobs or ())
     return num_positions * max((len(candidates or ()) for candidates in positions), default=0)
-
-
-def _has_news(event: Event) -> bool:
-    return bool(event.text or event.logprobs or event.finish_reason)
 
 
 def _tokens(event: Event) -> list[tuple[int, dict[int, Logprob]]]:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import cast
 
@@ -39,13 +40,15 @@ def serve(config: Config, options: ServerConfig, preflight: Preflight | None) ->
     Raises EngineFailed when the engine has failed for good, unless options.keep_alive_on_engine_death is set.
     """
     raise_file_limit()
+    chat_template = _read_template(options.chat_template)
     with bind(options) as listener:  # before the model is loaded: a port in use is reported at once
         if preflight is not None:
             preflight.verify()
             preflight.close()  # it has ended, and is waited for
         engine = AsyncEngine(
-            config, max_restarts=options.max_restarts, replicas=options.replicas, max_queued=options.max_queued
-        )
+            config, max_restarts=options.max_restarts, replicas=options.replicas, max_queued=options.max_queued,
+            chat_template=chat_template,
+        )  # fmt: skip
         try:
             engine.start()
             signal_number = asyncio.run(serve_until_signal(engine, options, listener))
@@ -54,6 +57,17 @@ def serve(config: Config, options: ServerConfig, preflight: Preflight | None) ->
                 asyncio.run(engine.close())
     if signal_number is not None:
         sys.exit(128 + signal_number)
+
+
+def _read_template(path: str | None) -> str | None:
+    """Return the text of the file of --chat-template; raises ValueError if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat_template={path!r} cannot be read: {error}") from error
+    return text
 
 
 def bind(options: ServerConfig) -> socket.socket:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from ...runtime.chat.parser_names import ReasoningParserName, ToolCallParserName
 from ...runtime.config import option
 
 MIB = 2**20
@@ -40,6 +44,12 @@ class ServerConfig:
         None, "origin whose pages may use this server from a browser, such as https://example.com; repeat for several"
     )
     served_model_name: list[str] | None = option(None, "name of the model in requests; repeat for several")
+    chat_template: str | None = option(None, "file with a Jinja chat template, in place of the checkpoint's")
+    default_chat_template_kwargs: str | None = option(
+        None, "JSON object of variables for the chat template; chat_template_kwargs of a request go before them"
+    )
+    tool_call_parser: ToolCallParserName = option("auto", "format of tool calls; auto finds it in the chat template")
+    reasoning_parser: ReasoningParserName = option("auto", "format of reasoning; auto finds it in the chat template")
     max_concurrent_requests: int = option(1024, "requests answered at once; more are refused with 429")
     max_queued: int = option(1024, "outputs that wait for a place in the batch; more are refused with 429")
     max_input_tokens: int | None = option(None, "longest prompt, in tokens; what fits if not given")
@@ -67,12 +77,23 @@ class ServerConfig:
                     raise ValueError(f"{f.name}={value} must be {rule}")
         if not 0 <= self.drain_timeout < float("inf"):
             raise ValueError(f"drain_timeout={self.drain_timeout} must be finite and at least 0 seconds")
+        if not isinstance(self.template_kwargs, dict):
+            raise ValueError(f"default_chat_template_kwargs={self.default_chat_template_kwargs!r} is no JSON object")
         for origin in self.cors_origins or []:
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ValueError(f"cors_origins={origin!r} is not an origin; give a scheme, a host and perhaps a port")
         for name in ("api_key", "served_model_name", "allowed_hosts"):
             if any(not text.strip() for text in getattr(self, name) or []):
                 raise ValueError(f"an empty {name} would match nothing or everything; give a text")
+
+    @cached_property
+    def template_kwargs(self) -> dict[str, Any]:
+        """The parsed default_chat_template_kwargs."""
+        try:
+            return json.loads(self.default_chat_template_kwargs or "{}")  # type: ignore[no-any-return]
+        except ValueError as error:
+            text = self.default_chat_template_kwargs
+            raise ValueError(f"default_chat_template_kwargs={text!r} is not JSON: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

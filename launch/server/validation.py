@@ -61,15 +61,17 @@ class RequestValidator:
             raise invalid("n", f"makes {num_prompts * n} outputs, but this server holds {limit}; send less at once")
         return num_prompts * n
 
-    def sampling_params(self, body: GenerateRequest, num_prompt_tokens: int) -> SamplingParams:
+    def sampling_params(
+        self, body: GenerateRequest, num_prompt_tokens: int, constraint: StructuredOutputsParams | None
+    ) -> SamplingParams:
         """Return the sampling parameters; those that the request leaves out are the model's recommendation."""
         max_tokens, num_top = self._max_tokens(body, num_prompt_tokens), num_top_logprobs(body)
         fields = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
-        structured = structured_outputs(body)
+        prompt_logprobs = num_top if isinstance(body, CompletionRequest) and body.echo else None
         try:
             params = msgspec.structs.replace(
                 self._defaults, **fields, max_tokens=max_tokens, logprobs=num_top,
-                prompt_logprobs=num_top if body.echo else None, structured_outputs=structured,
+                prompt_logprobs=prompt_logprobs, structured_outputs=constraint,
             )  # fmt: skip
             params.check_vocabulary(self._vocab_size)
         except ValueError as error:

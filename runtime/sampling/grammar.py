@@ -67,7 +67,7 @@ class CompiledGrammar:
         self.cost = GrammarCost()
         self._tokenizer = load_tokenizer(vocabulary)
         try:
-            self._grammar = _to_llguidance(kind, text, compact)
+            self._grammar = to_llguidance(kind, text, compact)
         except Exception as error:  # gbnf_to_lark raises Exception itself for wrong rules
             raise GrammarError(f"structured_outputs={kind} cannot be used: {_describe(error)}") from error
         self._pristine = self._compile()
@@ -116,7 +116,10 @@ def _compiled(vocabulary: Vocabulary, kind: str, text: str, compact: bool) -> Co
         return str(error)
 
 
-def _to_llguidance(kind: str, text: str, compact: bool) -> str:
+def to_llguidance(kind: str, text: str, compact: bool) -> str:
+    """Return a constraint as llguidance's JSON list of grammars; raises ValueError or LookupError for a wrong one."""
+    if kind == "llguidance":
+        return text
     if kind in ("json", "json_object"):
         schema = json.loads(text)
         if not isinstance(schema, dict):

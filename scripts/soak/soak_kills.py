@@ -10,9 +10,9 @@ start again after the loss of one), "ray-recovery" (while Ray starts again after
 Flags after `--` go to the server.
 
 Each stream has a seed, and its text is compared with that of an undisturbed server. Two of the streams have a grammar
-that no other request has. A server may end with status 1 and the reason in its last line; then another one is started,
-as a supervisor does, and its clients' streams do not count. Faults are: wrong text, an error or no end of a stream of
-a server that lives, an end with another status or without a reason, processes that are left at the end.
+that no other request has, and two are chats. A server may end with status 1 and the reason in its last line; then
+another one is started, as a supervisor does, and its clients' streams do not count. Faults are: wrong text, an error or
+no end of a stream of a server that lives, an end with another status or without a reason, processes that are left.
 
 Prints one line for each kill and for each fault. The last line is JSON. The exit status is 1 if there were faults.
 """
@@ -37,11 +37,12 @@ import httpx
 from process_tree import process_tree
 from server_process import ServerProcess, wait
 
-NUM_STREAMS = 16
+NUM_STREAMS, CHATS = 16, (12, 13)
 STREAM_S = 150.0  # a stream without an end for so long is lost
 END_S = 90.0
 NOTICE = re.compile(r"ERROR|error:|WARNING the grammar compiler")
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGSEGV", "SIGSTOP")
+HAVE_TIME_LIMITS = ("grammar compiler", "text process")
 SERVER = "server"
 FIRST_VICTIMS = {"recovery": "rank", "ray-recovery": "raylet"}  # by phase
 PHASES = ("start", "load", *FIRST_VICTIMS, "drain")
@@ -65,11 +66,12 @@ class Outcome:
 
 
 def body_of(number: int, unique: int, length: int) -> dict[str, object]:
-    """Return a request; numbers 14 and 15 have a grammar of their own."""
+    """Return a request; numbers 12 and 13 are chats, 14 and 15 have a grammar of their own."""
+    prompt = ["In the beginning", "And it came to pass", "The king", "Blessed is"][number % 4]
     body: dict[str, object] = {
-        "prompt": ["In the beginning", "And it came to pass", "The king", "Blessed is"][number % 4], "seed": number,
-        "max_tokens": length, "temperature": 0.9, "stream": True, "ignore_eos": True,
+        "seed": number, "max_tokens": length, "temperature": 0.9, "stream": True, "ignore_eos": True,
     }  # fmt: skip
+    body |= {"messages": [{"role": "user", "content": prompt}]} if number in CHATS else {"prompt": prompt}
     if number >= 14:
         body |= {"structured_outputs": {"regex": grammar(unique)}, "ignore_eos": False}
     return body
@@ -82,7 +84,8 @@ def grammar(unique: int) -> str:
 async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object]) -> str:
     """Return the text of a stream; raises RuntimeError for an error of the server."""
     text, finished = "", False
-    async with client.stream("POST", url + "/v1/completions", json=body) as response:
+    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
+    async with client.stream("POST", url + path, json=body) as response:
         if response.status_code != 200:
             raise RuntimeError(f"HTTP {response.status_code}: {(await response.aread()).decode()[:300]}")
         async for line in response.aiter_lines():
@@ -90,8 +93,9 @@ async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object]) -
                 event = json.loads(line[6:])
                 if "error" in event:
                     raise RuntimeError(str(event["error"])[:300])
-                text += event["choices"][0]["text"]
-                finished = finished or event["choices"][0]["finish_reason"] in ("stop", "length")
+                choice = event["choices"][0]
+                text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
+                finished = finished or choice["finish_reason"] in ("stop", "length")
     if not finished:
         raise RuntimeError("the stream ended early")
     return text
@@ -177,8 +181,8 @@ class Soak:
         tree = process_tree(server.process.pid)
         if tree and server.process.poll() is None:
             role = self.chance.choice(sorted(set(tree.values())))
-            # A grammar whose compiler is stopped is refused, rightly: it has taken too long.
-            self.kill(server, role, self.chance.choice(SIGNALS if role != "grammar compiler" else SIGNALS[:3]))
+            # A grammar or a text is refused, rightly, if its process is stopped: it has taken too long.
+            self.kill(server, role, self.chance.choice(SIGNALS[:3] if role in HAVE_TIME_LIMITS else SIGNALS))
 
     async def kill_in_phase(self, kills: list[str], phase: str) -> None:
         """Send the signals once, in this phase, and wait for the streams."""
@@ -250,7 +254,7 @@ class Soak:
             if status not in (1, 2) or "error: " not in last:
                 self.outcome.fault(f"status {status} after: {log[-1500:]}")
         if "Traceback" in log:
-            self.outcome.fault(f"a traceback: {log[log.index('Traceback') - 300 :][:3000]}")
+            self.outcome.fault(f"a traceback: {log[max(0, log.index('Traceback') - 300) :][:3000]}")
         remains = await asyncio.to_thread(server.remains, 15)
         if remains:
             self.outcome.fault(f"left behind: {remains}")

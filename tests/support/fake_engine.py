@@ -23,6 +23,7 @@ from lockstep.runtime.executor import RankLocation
 from lockstep.runtime.outputs import Event, Logprob
 from lockstep.runtime.request import Limits, SamplingParams
 from lockstep.runtime.stats import EngineStats
+from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Tokenizer
 
 from waiting import wait_until
@@ -59,6 +60,7 @@ class FakeService:
         self.default_params = SamplingParams(temperature=0.7)
         self.health = Health("ready")
         self.step_s = 0.0
+        self.script: str | None = None  # the text of all answers, in place of pseudo-random tokens
         self.paused = False
         self.fails: EngineFailed | None = None
         self.asked: list[tuple[list[int], SamplingParams]] = []
@@ -70,6 +72,9 @@ class FakeService:
         engine = EngineStats(steps=self.steps, preemptions=3)
         ranks, events = [RankLocation(0, "host", 1)], [EngineEvent(5.0, "rank 0 died")]
         return AsyncEngineStats(self.live, self.live, self.waiting, 0.25, 384, 10, 40, engine, 2, ranks, events)
+
+    async def check_grammar(self, params: StructuredOutputsParams) -> None:
+        """Take every grammar."""
 
     async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
         if self.health.state in ("failed", "draining"):
@@ -85,17 +90,21 @@ class FakeService:
         ended = False
         assert params.max_tokens is not None
         try:
-            for position in range(params.max_tokens):
+            script = None if self.script is None else self._sync.encode(self.script)
+            for position in range(min(params.max_tokens, len(script or range(params.max_tokens)))):
                 await asyncio.sleep(self.step_s)
                 while self.paused:
                     await asyncio.sleep(0.002)
                 if self.fails is not None and position == 2:
                     raise self.fails
                 self.steps += 1
-                last = position == params.max_tokens - 1
-                reason = "abort" if self.closed else "length" if last else None
+                is_complete = script is not None and position == len(script) - 1
+                last = is_complete or position == params.max_tokens - 1
+                end = "stop" if is_complete else "length"
+                reason = "abort" if self.closed else end if last else None
                 for index in range(params.n):
                     token = 100 + (sum(ids) * 31 + (params.seed or 0) * 7 + index * 13 + position * 17) % 1800
+                    token = token if script is None else script[position]
                     offsets = [lengths[index] + texts[index].peek(token)[1]]
                     text = texts[index].push(token) + (texts[index].flush() if last else "")
                     lengths[index] += len(text)

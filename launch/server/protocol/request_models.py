@@ -6,19 +6,26 @@ other servers implement, takes null alone. Null always means the same as leaving
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, cast
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
-from typing_extensions import Self
 
-from ....runtime.chat_template import Message
+from ....runtime.chat_template import RESERVED_TEMPLATE_KWARGS
 from ....runtime.request import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
+from .message_models import (
+    Messages,
+    ToolChoice,
+    ToolDefinitions,
+)
+from .strict_model import NEUTRAL_ONLY, FalseOnly, NeutralFalse, NeutralTrue, StrictModel
 
 MAX_STOP_LENGTH = 1024  # unit: characters
 MAX_ENTRIES = 1024  # applies to logit_bias, stop_token_ids and the choices of a structured output
-NEUTRAL_ONLY = "neutral only"  # marks a field that is not implemented: it takes only the values that change nothing
+MAX_TEMPLATE_KWARGS = 65536  # characters of chat_template_kwargs as JSON
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
@@ -45,34 +52,19 @@ Biases = Annotated[
 ]
 
 
-def _require_boolean(value: Any) -> Any:
-    if not isinstance(value, bool):  # pydantic takes 0.0 for Literal[False]
-        raise ValueError("it must be a boolean")
-    return value
+def _check_template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    if reserved := RESERVED_TEMPLATE_KWARGS & kwargs.keys():
+        rule = "{name} is not for the template; it is a field of the request, or not implemented"
+        raise PydanticCustomError("reserved_name", rule, {"name": min(reserved)})
+    if len(json.dumps(kwargs)) > MAX_TEMPLATE_KWARGS:
+        rule = "it has more than {limit} characters of JSON"
+        raise PydanticCustomError("too_long", rule, {"limit": MAX_TEMPLATE_KWARGS})
+    return kwargs
 
 
-FalseOnly = Annotated[Literal[False], BeforeValidator(_require_boolean)]
-TrueOnly = Annotated[Literal[True], BeforeValidator(_require_boolean)]
-NeutralFalse = Annotated[FalseOnly | None, NEUTRAL_ONLY]
-NeutralTrue = Annotated[TrueOnly | None, NEUTRAL_ONLY]
-
-
-class StrictModel(BaseModel):
-    """A model without type coercion that refuses unknown fields, and unsupported fields that are not null."""
-
-    model_config = ConfigDict(
-        strict=True, extra="allow", allow_inf_nan=False, json_schema_extra={"additionalProperties": False}
-    )
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="after")
-    def _refuse_other_fields(self) -> Self:
-        for name, value in (self.model_extra or {}).items():
-            if name not in self.UNSUPPORTED:
-                raise PydanticCustomError("unknown_parameter", "unknown field", {"name": name})
-            if value is not None:
-                raise PydanticCustomError("unsupported_parameter", "unsupported field", {"name": name})
-        return self
+TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_check_template_kwargs)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Metadata = Annotated[dict[str, Any], Field(max_length=64)]
 
 
 class StreamOptions(StrictModel):
@@ -113,17 +105,9 @@ class StructuredOutputs(StrictModel):
     disable_fallback: bool | None = None
 
 
-class GenerateFields(StrictModel):
-    """The fields that completions and chats have in common."""
+class SamplingFields(StrictModel):
+    """How tokens are sampled, and where an output ends."""
 
-    UNSUPPORTED: ClassVar = frozenset({
-        "allowed_token_ids", "bad_words", "cache_salt", "guided_decoding_backend", "guided_whitespace_pattern",
-        "kv_transfer_params", "length_penalty", "logits_processors", "metadata", "priority", "prompt_logprobs",
-        "truncate_prompt_tokens", "vllm_xargs",
-    })  # fmt: skip
-
-    model: str | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
@@ -135,7 +119,6 @@ class GenerateFields(StrictModel):
         Biases | None,
         Field(description=f"up to {MAX_ENTRIES} token ids mapped to numbers from -100 to 100"),
     ] = None
-    max_tokens: Count | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop: Annotated[
         Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None,
@@ -146,10 +129,26 @@ class GenerateFields(StrictModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+
+
+class GenerateFields(SamplingFields):
+    """The fields that completions and chats have in common."""
+
+    UNSUPPORTED: ClassVar = frozenset({
+        "allowed_token_ids", "bad_words", "cache_salt", "guided_decoding_backend", "guided_whitespace_pattern",
+        "kv_transfer_params", "length_penalty", "logits_processors", "priority", "prompt_logprobs",
+        "truncate_prompt_tokens", "vllm_xargs",
+    })  # fmt: skip
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    max_tokens: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     safety_identifier: str | None = None
+    metadata: Metadata | None = None
+    prompt_cache_key: str | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Annotated[str | dict[str, Any] | None, Field(description="a JSON schema, as an object or text")] = None
@@ -184,75 +183,52 @@ class CompletionRequest(GenerateFields):
         return cast("list[str] | list[list[int]]", [self.prompt] if is_single else self.prompt)
 
 
-class TextPart(StrictModel):
-    type: Literal["text"]
-    text: str
+class TemplateFields(StrictModel):
+    """The fields that decide how a conversation becomes a prompt."""
+
+    tools: ToolDefinitions | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
-class ChatMessage(StrictModel):
-    """One message of a conversation."""
-
-    UNSUPPORTED: ClassVar = frozenset({
-        "annotations", "audio", "function_call", "name", "reasoning_content", "refusal", "tool_call_id", "tool_calls"
-    })  # fmt: skip
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)],
-        Field(description="a string or a list of text parts; images and audio are not implemented"),
-    ]
-
-    def for_template(self) -> Message:
-        """Return the message for a chat template, which knows the role `system` and takes one string.
-
-        Parts are joined by a new line, as in vLLM.
-        """
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
-
-
-class ChatRequest(GenerateFields):
+class ChatRequest(GenerateFields, TemplateFields):
     """Body of POST /v1/chat/completions."""
 
     UNSUPPORTED: ClassVar = GenerateFields.UNSUPPORTED | {
-        "audio", "best_of", "chat_template", "chat_template_kwargs", "documents", "functions", "include_reasoning",
-        "mm_processor_kwargs", "prediction", "reasoning_effort", "tools", "verbosity", "web_search_options",
+        "audio", "best_of", "chat_template", "documents", "functions", "mm_processor_kwargs", "prediction",
+        "verbosity", "web_search_options",
     }  # fmt: skip
 
     messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    include_reasoning: bool | None = None
+    echo: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: NeutralFalse = None
-    add_generation_prompt: NeutralTrue = None
     add_special_tokens: NeutralFalse = None
-    continue_final_message: NeutralFalse = None
-    echo: NeutralFalse = None
     function_call: Annotated[Literal["none"] | None, NEUTRAL_ONLY] = None
     modalities: Annotated[list[Literal["text"]] | None, NEUTRAL_ONLY] = None
-    tool_choice: Annotated[Literal["none"] | None, NEUTRAL_ONLY] = None
 
 
 GenerateRequest = CompletionRequest | ChatRequest
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(TemplateFields):
     """Body of POST /tokenize: a prompt or a conversation."""
 
-    UNSUPPORTED: ClassVar = frozenset({"chat_template", "chat_template_kwargs", "tools"})
+    UNSUPPORTED: ClassVar = frozenset({"chat_template"})
 
     model: str | None = None
     prompt: str | None = None
     messages: Messages | None = None
     return_token_strs: bool | None = None
-    add_generation_prompt: NeutralTrue = None
     add_special_tokens: NeutralTrue = None
-    continue_final_message: NeutralFalse = None
 
 
 class DetokenizeRequest(StrictModel):
@@ -263,11 +239,23 @@ class DetokenizeRequest(StrictModel):
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
-    """Return the fields of a request and of its nested models by name, or as `parent.name` where names are equal."""
-    fields = StreamOptions.model_fields | TextPart.model_fields | ChatMessage.model_fields | model.model_fields
-    nested: dict[str, type[BaseModel]] = {
-        "response_format": ResponseFormat, "json_schema": JsonSchema, "structured_outputs": StructuredOutputs
-    }  # fmt: skip
-    for parent, part in nested.items():
-        fields |= {f"{parent}.{field.alias or name}": field for name, field in part.model_fields.items()}
+    """Return the fields of a request by name, and those of its nested models as `parent.name`."""
+    fields: dict[str, FieldInfo] = {}
+    _add_fields(fields, model, "")
     return fields
+
+
+def _add_fields(fields: dict[str, FieldInfo], model: type[BaseModel], prefix: str) -> None:
+    for name, field in model.model_fields.items():
+        key = field.alias or name
+        if prefix + key not in fields:
+            fields[prefix + key] = field
+            for nested in _models_in(field.annotation):
+                _add_fields(fields, nested, f"{key}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
 from typing_extensions import TypedDict
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class PromptDetails(BaseModel):
     cached_tokens: int
+
+
+class CompletionDetails(BaseModel):
+    reasoning_tokens: int
 
 
 class Usage(BaseModel):
@@ -19,6 +23,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
 
 
 class Reply(BaseModel):
@@ -82,10 +87,33 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str
+
+
+class ToolCall(BaseModel):
+    """A complete call of a tool; `arguments` is JSON text."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatAnswer(BaseModel):
+    """The message of an answer; reasoning and calls are left out where there are none."""
+
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        kept = ("role", "content", "refusal")
+        return {name: value for name, value in handler(self).items() if name in kept or value is not None}
 
 
 class ChatChoice(BaseModel):
@@ -102,11 +130,30 @@ class ChatCompletion(Reply):
     usage: Usage
 
 
+class FunctionDelta(TypedDict, total=False):
+    """The name of a call, once, and the new part of its arguments."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallDelta(TypedDict, total=False):
+    """The new part of the call with this index; its first part has `id`, `type` and the name."""
+
+    index: int
+    id: str
+    type: Literal["function"]
+    function: FunctionDelta
+
+
 class ChatDelta(TypedDict, total=False):
     """The new part of a message in a stream."""
 
     role: Literal["assistant"]
     content: str
+    reasoning: str
+    reasoning_content: str
+    tool_calls: list[ToolCallDelta]
 
 
 class ChatChunkChoice(BaseModel):
@@ -140,6 +187,12 @@ class Tokens(BaseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
+
+
+class InputTokens(BaseModel):
+    """The reply of /v1/messages/count_tokens."""
+
+    input_tokens: int
 
 
 class Detokenized(BaseModel):

@@ -79,7 +79,10 @@ def test_lost_and_refused_requests_are_both_reported() -> None:
     from lockstep.launch.replicas.replica_executor import ReplicaExecutor  # needs Ray Serve
 
     executor: Any = ReplicaExecutor.__new__(ReplicaExecutor)  # without a cluster
-    executor._inbox, executor._connection = PullSocket("127.0.0.1"), SimpleNamespace(wakeup=WakeupEvent())
+    executor._inbox, executor._connection = (
+        PullSocket("127.0.0.1"),
+        SimpleNamespace(wakeup=WakeupEvent(), failure=None, is_lost=lambda: False),
+    )
     executor._attempts = {0: 10, 1: 11, 2: 12}
     executor._calls = {uid: (number, Future()) for number, uid in executor._attempts.items()}
     executor._lost, executor._refused = deque([(0, "died"), (9, "out of date")]), deque([(1, "full")])

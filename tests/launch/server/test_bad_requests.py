@@ -9,6 +9,11 @@ import pytest
 
 from fake_engine import CHAT, CHAT_BODY, COMPLETION, MAX_LEN, Running, error_of, fake
 
+
+def tool(name: str, parameters: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
 GONE = ...  # a value that leaves the field out
 BAD: list[tuple[str, dict[str, Any], str, str | None]] = [  # body, changes, param, code
     ("completions", {"prompt": GONE}, "prompt", "missing_required_parameter"),
@@ -32,13 +37,19 @@ BAD: list[tuple[str, dict[str, Any], str, str | None]] = [  # body, changes, par
     ("chat/completions", {"messages": "hello"}, "messages", "invalid_type"),
     ("chat/completions", {"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
     ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "invalid_value"),
-    ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+    ("chat/completions", {"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "invalid_value"),
     ("chat/completions", {"messages": [*CHAT, {"role": "user", "content": None}]}, "messages[1].content",
-        "invalid_type"),
+        "missing_required_parameter"),
     ("chat/completions", {"messages": [{"role": "user", "content": [
         {"type": "image_url", "image_url": {"url": "http://x"}}]}]}, "messages[0].content", None),
-    ("chat/completions", {"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name",
-        "unsupported_parameter"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "x", "tool_call_id": "y"}]}, "messages[0]",
+        "invalid_value"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "x", "reasoning": "y"}]}, "messages[0]",
+        "invalid_value"),
+    ("chat/completions", {"messages": [{"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f"}}]}]},
+        "messages[0].tool_calls[0].function.arguments", "missing_required_parameter"),
+    ("chat/completions", {"messages": [{"role": "assistant", "content": "x", "annotations": [1]}]},
+        "messages[0].annotations", "unsupported_parameter"),
     ("chat/completions", {"messages": [{"role": "user", "content": "x", "colour": 1}]}, "messages[0].colour",
         "unknown_parameter"),
     ("chat/completions", {"max_tokens": MAX_LEN}, "messages", "context_length_exceeded"),
@@ -98,13 +109,27 @@ BAD: list[tuple[str, dict[str, Any], str, str | None]] = [  # body, changes, par
     ("completions", {"stream": True, "stream_options": {"tools": None}}, "stream_options.tools", "unknown_parameter"),
     ("completions", {"x" * 10_000: 1}, "x" * 61 + "...", "unknown_parameter"),
     *[("chat/completions", {name: value}, name, "unsupported_parameter") for name, value in {
-        "tools": [{"type": "function"}], "tool_choice": "auto", "functions": [], "function_call": "auto",
+        "functions": [], "function_call": "auto",
         "guided_decoding_backend": "x", "guided_whitespace_pattern": " ", "audio": {"voice": "x"},
-        "modalities": ["text", "audio"], "chat_template": "{{ 1 }}", "chat_template_kwargs": {"a": 1},
+        "modalities": ["text", "audio"], "chat_template": "{{ 1 }}",
         "prompt_logprobs": 1, "use_beam_search": True,
-        "reasoning_effort": "low", "best_of": 2, "store": True, "metadata": {}, "priority": 1, "bad_words": ["a"],
-        "continue_final_message": True, "prediction": {}, "documents": [],
+        "best_of": 2, "store": True, "priority": 1, "bad_words": ["a"], "prediction": {}, "documents": [],
     }.items()],
+    ("chat/completions", {"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+    ("chat/completions", {"tools": [{"type": "web_search"}]}, "tools[0].type", "invalid_value"),
+    ("chat/completions", {"tools": [tool("a b")]}, "tools[0].function.name", None),
+    ("chat/completions", {"tools": [tool("a"), tool("a")]}, "tools", "invalid_value"),
+    ("chat/completions", {"tools": [tool("a", {"type": "array"})]}, "tools[0].function.parameters", "invalid_value"),
+    ("chat/completions", {"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    ("chat/completions", {"tool_choice": "any", "tools": [tool("a")]}, "tool_choice", None),
+    ("chat/completions", {"tool_choice": {"type": "function", "function": {"name": "b"}}, "tools": [tool("a")]},
+        "tool_choice", "invalid_value"),
+    ("chat/completions", {"reasoning_effort": "huge"}, "reasoning_effort", "invalid_value"),
+    ("chat/completions", {"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "invalid_value"),
+    ("chat/completions", {"chat_template_kwargs": {"a": "x" * 70_000}}, "chat_template_kwargs", "invalid_value"),
+    ("chat/completions", {"chat_template_kwargs": [1]}, "chat_template_kwargs", "invalid_type"),
+    ("chat/completions", {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message",
+        "invalid_value"),
     ("completions", {"response_format": {"type": "yaml"}}, "response_format.type", "invalid_value"),
     ("completions", {"response_format": {"type": "json_schema"}}, "response_format.json_schema",
         "missing_required_parameter"),

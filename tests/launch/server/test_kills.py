@@ -54,8 +54,9 @@ def test_rank_killed_under_load_is_restarted(number: str) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGSEGV"])
-def test_grammar_compiler_killed_is_replaced(number: str) -> None:
-    result = kill(f"grammar compiler:{number}")
+@pytest.mark.parametrize("role", ["grammar compiler", "text process"])
+def test_process_for_one_input_killed_is_replaced(role: str, number: str) -> None:
+    result = kill(f"{role}:{number}")
     assert (result["right"], result["restarts"]) == (STREAMS, 0)
 
 

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lockstep.launch.server.response_builders import ChatBuilder, CompletionBuilder, ResponseBuilder, TokenUsage
+from lockstep.launch.server.chat_preparation import PreparedChat
+from lockstep.launch.server.response_builders import ChatBuilder, CompletionBuilder, ResponseBuilder
+from lockstep.launch.server.token_usage import TokenUsage
 from lockstep.runtime.detokenizer import Detokenizer, PromptText, TokenBytes, locate_tokens
 from lockstep.runtime.generation import Generation, Output, candidates
 from lockstep.runtime.outputs import Event
@@ -55,19 +57,26 @@ def events(kind: str, prompt: list[int], ids: list[int], **options: Any) -> list
     return made
 
 
+CONTENT_ONLY = PreparedChat([], lambda: None, None, False, 24, "")
+
+
+def completion_builder(echoes: list[PromptText], num_top: int | None) -> CompletionBuilder:
+    return CompletionBuilder("m", num_top, TokenUsage(0), 1, echoes)
+
+
 async def in_turn(made: list[Event]) -> AsyncIterator[tuple[int, Event]]:
     for event in made:
         yield 0, event
 
 
 def whole(builder: ResponseBuilder, made: list[Event]) -> Any:
-    response: Any = asyncio.run(builder.whole(in_turn(made), TokenUsage(0)))
+    response: Any = builder.response_type.model_validate_json(b"".join(asyncio.run(builder.whole(in_turn(made)))))
     return response.choices[0]
 
 
 def streamed(builder: ResponseBuilder, made: list[Event]) -> list[Any]:
     async def chunks() -> list[Any]:
-        return [chunk async for chunk in builder.stream(in_turn(made), None)]
+        return [chunk async for chunk in builder.stream(in_turn(made), with_usage=False)]
 
     return [choice for chunk in asyncio.run(chunks()) for choice in chunk.choices]
 
@@ -90,12 +99,12 @@ def check_completion(choice: Any, num_candidates: int, specials: set[str]) -> No
 def test_completions(kind: str, prompt: list[int], ids: list[int], skip: bool, shows_stop: bool, echo: bool) -> None:
     made = events(kind, prompt, ids, skip_special_tokens=skip, include_stop_str_in_output=shows_stop)
     echoes = [locate_tokens(token_bytes(kind), prompt)] if echo else []
-    choice = whole(CompletionBuilder("m", 1, echoes, 4), made)
+    choice = whole(completion_builder(echoes, 4), made)
     assert choice.text == (echoes[0].text if echo else "") + "".join(event.text for event in made)
     assert len(choice.logprobs.tokens) == len(ids) + (len(prompt) if echo else 0)
     specials = {"<s>", "</s>", "[TOOL]"} if skip else set()
     check_completion(choice, 5, specials)
-    chunks = streamed(CompletionBuilder("m", 1, echoes, 4), made)
+    chunks = streamed(completion_builder(echoes, 4), made)
     for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
         assert [x for c in chunks for x in getattr(c.logprobs, name)] == getattr(choice.logprobs, name)
     assert "".join(c.text for c in chunks) == choice.text
@@ -105,7 +114,7 @@ def test_completions(kind: str, prompt: list[int], ids: list[int], skip: bool, s
 @given(prompt=IDS, ids=SOME, skip=st.booleans(), shows_stop=st.booleans())
 def test_chats(kind: str, prompt: list[int], ids: list[int], skip: bool, shows_stop: bool) -> None:
     made = events(kind, [5, *prompt], ids, skip_special_tokens=skip, include_stop_str_in_output=shows_stop)
-    choice = whole(ChatBuilder("m", 3), made)
+    choice = whole(ChatBuilder("m", 3, TokenUsage(0), CONTENT_ONLY), made)
     entries = choice.logprobs.content
     assert len(entries) == len(ids)
     before = Detokenizer(token_bytes(kind), [5, *prompt], skip_special_tokens=skip)._partial
@@ -113,7 +122,7 @@ def test_chats(kind: str, prompt: list[int], ids: list[int], skip: bool, shows_s
     assert data.decode(errors=token_bytes(kind).errors) == choice.message.content
     for entry in entries:
         assert [c.logprob for c in entry.top_logprobs] == [-1.0, -1.5, -2.0]
-    chunks = streamed(ChatBuilder("m", 3), made)
+    chunks = streamed(ChatBuilder("m", 3, TokenUsage(0), CONTENT_ONLY), made)
     assert [entry for c in chunks if c.logprobs for entry in c.logprobs.content] == entries
 
 
@@ -125,11 +134,11 @@ def names(kind: str, *tokens: str) -> list[int]:
 def test_parts_of_a_character_are_named_as_openai_does() -> None:
     ids = names("llama", "▁Hello", "<0xE2>", "<0x82>", "<0xAC>", "day", "</s>")
     made = events("llama", names("llama", "▁a"), ids)
-    choice = whole(CompletionBuilder("m", 1, [], 4), made)
+    choice = whole(completion_builder([], 4), made)
     assert choice.text == " Hello€day"
     assert choice.logprobs.tokens == [" Hello", r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac", "day", "</s>"]
     assert choice.logprobs.text_offset == [0, 6, 6, 6, 7, 10]
-    entries = whole(ChatBuilder("m", 0), made).logprobs.content
+    entries = whole(ChatBuilder("m", 0, TokenUsage(0), CONTENT_ONLY), made).logprobs.content
     assert [entry.token for entry in entries] == [" Hello", r"\xe2", r"\x82", r"\xac", "day", "</s>"]
     assert [entry.bytes for entry in entries] == [list(b" Hello"), [0xE2], [0x82], [0xAC], list(b"day"), []]
 
@@ -140,7 +149,7 @@ def test_tokens_that_differ_in_a_space_or_not_at_all_stay_apart() -> None:
     logprobs = TokenLogprobs(-1.0, 1, [spaced, a, unknown, unknown - 1], [-1.0, -2.0, -3.0, -4.0])
     entries = candidates(table, spaced, logprobs)
     event = Event(0, " a", [spaced], [entries], "length", None, [a], 0, text_offsets=[0])
-    choice = whole(CompletionBuilder("m", 1, [], 4), [event])
+    choice = whole(completion_builder([], 4), [event])
     assert choice.logprobs.top_logprobs == [{" a": -1.0, "a": -2.0, "": -3.0, f"token_id:{unknown - 1}": -4.0}]
 
 
@@ -148,7 +157,7 @@ def test_echoed_text_keeps_its_own_spaces() -> None:
     """Llama-2's tokenizer puts a space before a text, and a special token that is no part of it."""
     prompt, ids = names("llama", "<s>", "▁Hello", "▁world"), names("llama", "▁good", "day", "</s>")
     echo = locate_tokens(token_bytes("llama"), prompt, "Hello world")
-    choice = whole(CompletionBuilder("m", 1, [echo], 4), events("llama", prompt, ids))
+    choice = whole(completion_builder([echo], 4), events("llama", prompt, ids))
     assert choice.text == "Hello world goodday"
     assert choice.logprobs.tokens == ["<s>", "Hello", " world", " good", "day", "</s>"]
     assert choice.logprobs.text_offset == [0, 0, 5, 11, 16, 19]
@@ -159,7 +168,7 @@ def test_echoed_ids_that_end_within_a_character() -> None:
     echo = locate_tokens(token_bytes("llama"), prompt)
     made = events("llama", prompt, ids)
     assert "".join(event.text for event in made) == "€day"
-    choice = whole(CompletionBuilder("m", 1, [echo], 4), made)
+    choice = whole(completion_builder([echo], 4), made)
     assert choice.text == "Hello€day"
     assert choice.logprobs.text_offset == [0, 5, 5, 5, 6, 9]
-    assert whole(CompletionBuilder("m", 1, [PromptText("Hello")], None), made).text == "Hello€day"
+    assert whole(completion_builder([PromptText("Hello")], None), made).text == "Hello€day"

@@ -1,0 +1,206 @@
+"""The request bodies of Anthropic's Messages API, and their translation into a chat."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from ....runtime.request import MAX_STOP_STRINGS
+from .message_models import MAX_TOOLS, ToolName
+from .request_models import Count, Metadata, ReasoningEffort, Stop
+from .responses_models import ChatFields, InputModel
+from .strict_model import StrictModel
+
+CacheControl = dict[str, Any]
+
+
+class TextBlock(InputModel):
+    type: Literal["text"]
+    text: str
+    cache_control: CacheControl | None = None
+    citations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+def _as_blocks(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+TEXTS_ONLY = Field(description="a string or a list of text blocks; images and documents are not implemented")
+TextBlocks = Annotated[list[TextBlock], BeforeValidator(_as_blocks), TEXTS_ONLY]
+
+
+class ThinkingBlock(InputModel):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str | None = None
+    cache_control: CacheControl | None = None
+
+
+class ToolUseBlock(InputModel):
+    type: Literal["tool_use"]
+    id: Annotated[str, Field(max_length=256)]
+    name: Annotated[str, Field(max_length=256)]
+    input: dict[str, Any]
+    cache_control: CacheControl | None = None
+    caller: dict[str, Any] | None = None
+
+
+class ToolResultBlock(InputModel):
+    """The result of a call; `is_error` is for the reader of the conversation and has no effect."""
+
+    type: Literal["tool_result"]
+    tool_use_id: Annotated[str, Field(max_length=256)]
+    content: TextBlocks | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+def _kind(block: Any) -> Any:
+    return block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
+
+
+Block = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ThinkingBlock, Tag("thinking")]
+    | Annotated[ToolUseBlock, Tag("tool_use")]
+    | Annotated[ToolResultBlock, Tag("tool_result")],
+    Discriminator(
+        _kind,
+        custom_error_type="unknown_block",
+        custom_error_message="expected a block of type text, thinking, tool_use or tool_result",
+    ),
+]
+
+
+class AnthropicMessage(StrictModel):
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[list[Block], BeforeValidator(_as_blocks)]
+
+    def chat_messages(self) -> Iterator[ChatFields]:
+        """Yield the messages of a chat: results of tools each have one, before the rest."""
+        results = [block for block in self.content if isinstance(block, ToolResultBlock)]
+        for block in results:
+            content = "\n".join(part.text for part in block.content or ())
+            yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+        text = "\n".join(block.text for block in self.content if isinstance(block, TextBlock))
+        message: ChatFields = {"role": self.role, "content": text}
+        thoughts = [block.thinking for block in self.content if isinstance(block, ThinkingBlock)]
+        if thoughts:
+            message["reasoning_content"] = "\n".join(thoughts)
+        calls = [_call(block) for block in self.content if isinstance(block, ToolUseBlock)]
+        if calls:
+            message["tool_calls"] = calls
+        if text or not results or thoughts or calls:
+            yield message
+
+
+def _call(block: ToolUseBlock) -> ChatFields:
+    arguments = json.dumps(block.input, ensure_ascii=False)
+    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
+
+
+class AnthropicTool(StrictModel):
+    """A tool of the client; those of Anthropic's servers are refused."""
+
+    type: Literal["custom"] | None = None
+    name: ToolName
+    description: str | None = None
+    input_schema: Annotated[dict[str, Any], Field(description="a JSON schema of type object")]
+    strict: bool | None = None
+    cache_control: CacheControl | None = None
+    eager_input_streaming: bool | None = None
+
+    def chat_tool(self) -> ChatFields:
+        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
+        return {"type": "function", "function": function | {"strict": self.strict}}
+
+
+class AnthropicToolChoice(StrictModel):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    def chat_choice(self) -> str | ChatFields:
+        if self.type == "tool":
+            return {"type": "function", "function": {"name": self.name or ""}}
+        return "required" if self.type == "any" else self.type
+
+
+class ThinkingOptions(StrictModel):
+    """Whether to think; the model decides how long, as `budget_tokens` is not a limit in Anthropic's API either."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Count | None = None
+    display: str | None = None
+
+
+class OutputFormat(StrictModel):
+    type: Literal["json_schema"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema", description="a JSON schema")]
+
+
+class OutputConfig(StrictModel):
+    effort: ReasoningEffort | None = None
+    format: OutputFormat | None = None
+
+
+class CountTokensRequest(StrictModel):
+    """Body of POST /v1/messages/count_tokens."""
+
+    UNSUPPORTED: ClassVar = frozenset({"container", "context_management", "mcp_servers", "speed"})
+
+    model: str
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1, fail_fast=True)]
+    system: TextBlocks | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: ThinkingOptions | None = None
+    output_config: OutputConfig | None = None
+    cache_control: CacheControl | None = None
+
+    def chat_fields(self) -> ChatFields:
+        """Return the fields of the chat request that computes the answer."""
+        config, choice, thinking = self.output_config, self.tool_choice, self.thinking
+        fields: ChatFields = {
+            "model": self.model,
+            "messages": list(_messages(self.system or (), self.messages)),
+            "tools": [tool.chat_tool() for tool in self.tools or ()],
+            "tool_choice": choice and choice.chat_choice(),
+            "reasoning_effort": config and config.effort,
+            "chat_template_kwargs": thinking and {"enable_thinking": thinking.type != "disabled"},
+        }
+        if choice is not None and choice.disable_parallel_tool_use:
+            fields["parallel_tool_calls"] = False
+        if config is not None and config.format is not None:
+            schema = {"name": "answer", "schema": config.format.schema_}
+            fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+        return fields
+
+
+class MessagesRequest(CountTokensRequest):
+    """Body of POST /v1/messages."""
+
+    max_tokens: Count
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    stop_sequences: Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
+    metadata: Metadata | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+    def chat_fields(self) -> ChatFields:
+        """Return the fields of the chat request that computes the answer."""
+        same = ("stream", "temperature", "top_p", "top_k")
+        fields = super().chat_fields() | {name: getattr(self, name) for name in same}
+        return fields | {"max_completion_tokens": self.max_tokens, "stop": self.stop_sequences or None}
+
+
+def _messages(system: Sequence[TextBlock], messages: Sequence[AnthropicMessage]) -> Iterator[ChatFields]:
+    if system:
+        yield {"role": "system", "content": "\n".join(block.text for block in system)}
+    for message in messages:
+        yield from message.chat_messages()

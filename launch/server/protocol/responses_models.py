@@ -1,0 +1,269 @@
+"""The request body of OpenAI's Responses API, and its translation into a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+from typing_extensions import Self
+
+from .message_models import MAX_TOOLS, ToolName
+from .request_models import Count, Metadata, ReasoningEffort, SamplingFields, TemplateKwargs
+from .strict_model import FalseOnly, NeutralFalse, StrictModel
+
+ChatFields = dict[str, Any]  # fields of a ChatRequest, or of one of its messages
+
+
+class InputModel(StrictModel):
+    """A part of the input; clients send back what they got, with null for each field that they know."""
+
+    @model_validator(mode="after")
+    def _refuse_other_fields(self) -> Self:
+        for name, value in (self.model_extra or {}).items():
+            if value is not None:
+                raise PydanticCustomError("unknown_parameter", "unknown field", {"name": name})
+        return self
+
+
+class InputText(InputModel):
+    """A text of a message; annotations and log-probabilities of an earlier answer have no effect."""
+
+    type: Literal["input_text", "output_text", "text", "reasoning_text", "summary_text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
+def _as_parts(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+TEXTS_ONLY = Field(description="a string or a list of text parts; images, audio and files are not implemented")
+Texts = Annotated[list[InputText], BeforeValidator(_as_parts), TEXTS_ONLY]
+
+
+class InputMessage(InputModel):
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Texts
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class InputCall(InputModel):
+    type: Literal["function_call"]
+    call_id: Annotated[str, Field(max_length=256)]
+    name: Annotated[str, Field(max_length=256)]
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class InputCallOutput(InputModel):
+    type: Literal["function_call_output"]
+    call_id: Annotated[str, Field(max_length=256)]
+    output: Texts
+    id: str | None = None
+    status: str | None = None
+
+
+class InputReasoning(InputModel):
+    """Reasoning of an earlier answer; its summary counts only if its text is not there."""
+
+    type: Literal["reasoning"]
+    summary: list[InputText] | None = None
+    content: list[InputText] | None = None
+    encrypted_content: str | None = None
+    id: str | None = None
+    status: str | None = None
+
+
+def _kind(item: Any) -> Any:
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+def _as_items(value: Any) -> Any:
+    return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[InputCall, Tag("function_call")]
+    | Annotated[InputCallOutput, Tag("function_call_output")]
+    | Annotated[InputReasoning, Tag("reasoning")],
+    Discriminator(
+        _kind,
+        custom_error_type="unknown_item",
+        custom_error_message="expected a message, function_call, function_call_output or reasoning",
+    ),
+]
+
+
+class ResponsesFunction(StrictModel):
+    """A function that the model may call; `strict` changes nothing where its schema can be followed."""
+
+    type: Literal["function"]
+    name: ToolName
+    description: str | None = None
+    parameters: Annotated[dict[str, Any] | None, Field(description="a JSON schema of type object")] = None
+    strict: bool | None = None
+
+
+class ResponsesTool(StrictModel):
+    """The choice of one function."""
+
+    type: Literal["function"]
+    name: str
+
+
+class ResponsesReasoning(StrictModel):
+    """How much to think; answers have the reasoning itself in place of a summary."""
+
+    effort: ReasoningEffort | None = None
+    summary: Literal["auto", "concise", "detailed", "none"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class TextFormat(StrictModel):
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema", description="a JSON schema")] = None
+    strict: bool | None = None
+
+
+class TextOptions(StrictModel):
+    format: TextFormat | None = None
+    verbosity: Annotated[Literal["medium"] | None, "neutral only"] = None
+
+
+class ResponsesStreamOptions(StrictModel):
+    include_obfuscation: FalseOnly | None = None
+
+
+class ResponsesRequest(SamplingFields):
+    """Body of POST /v1/responses; nothing is stored."""
+
+    UNSUPPORTED: ClassVar = frozenset({"conversation", "max_tool_calls", "previous_response_id", "prompt"})
+
+    model: str | None = None
+    input: Annotated[list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(_as_items)]
+    instructions: str | None = None
+    max_output_tokens: Count | None = None
+    stream: bool | None = None
+    stream_options: ResponsesStreamOptions | None = None
+    store: NeutralFalse = None
+    background: NeutralFalse = None
+    truncation: Annotated[Literal["disabled"] | None, "neutral only"] = None
+    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    tools: Annotated[list[ResponsesFunction], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | ResponsesTool | None,
+        Field(description='none, auto, required or {"type": "function", "name": NAME}'),
+    ] = None
+    parallel_tool_calls: bool | None = None
+    reasoning: ResponsesReasoning | None = None
+    text: TextOptions | None = None
+    top_logprobs: Annotated[Literal[0] | None, "neutral only"] = None
+    service_tier: Literal["auto", "default"] | None = None
+    metadata: Metadata | None = None
+    client_metadata: Metadata | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+
+    def chat_fields(self) -> ChatFields:
+        """Return the fields of the chat request that computes the answer."""
+        choice = self.tool_choice
+        if isinstance(choice, ResponsesTool):
+            choice = {"type": "function", "function": {"name": choice.name}}  # type: ignore[assignment]
+        fields = {
+            "messages": list(_merge_system(_messages(self.instructions, self.input))),
+            "max_completion_tokens": self.max_output_tokens,
+            "tools": [{"type": "function", "function": _function(tool)} for tool in self.tools or ()],
+            "tool_choice": choice,
+            "reasoning_effort": self.reasoning.effort if self.reasoning else None,
+            "response_format": _response_format(self.text.format if self.text else None),
+        }
+        same = ("model", "stream", "parallel_tool_calls", "chat_template_kwargs", *SamplingFields.model_fields)
+        return fields | {name: getattr(self, name) for name in same}
+
+
+def _function(tool: ResponsesFunction) -> ChatFields:
+    return tool.model_dump(exclude={"type"}, exclude_none=True)
+
+
+def _response_format(text_format: TextFormat | None) -> ChatFields | None:
+    if text_format is None:
+        return None
+    if text_format.type != "json_schema":
+        return {"type": text_format.type}
+    schema = text_format.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
+    return {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
+
+
+def _messages(instructions: str | None, items: Sequence[InputItem]) -> Iterator[ChatFields]:
+    """Yield the messages; items of the assistant that follow each other are one message."""
+    if instructions:
+        yield {"role": "system", "content": instructions}
+    turn: ChatFields | None = None
+    for item in items:
+        if isinstance(item, (InputCall, InputReasoning)) or (
+            isinstance(item, InputMessage) and item.role == "assistant"
+        ):
+            if turn is not None and _begins_turn(item, turn):
+                yield turn
+                turn = None
+            turn = turn or {"role": "assistant"}
+            _add_to_turn(turn, item)
+            continue
+        if turn is not None:
+            yield turn
+            turn = None
+        if isinstance(item, InputCallOutput):
+            yield {"role": "tool", "tool_call_id": item.call_id, "content": _join(item.output)}
+        else:
+            yield {"role": item.role, "content": _join(item.content)}
+    if turn is not None:
+        yield turn
+
+
+def _begins_turn(item: InputItem, turn: ChatFields) -> bool:
+    """Return whether an item of the assistant begins another message."""
+    if isinstance(item, InputReasoning):
+        return bool(turn.get("content") or turn.get("tool_calls"))
+    return isinstance(item, InputMessage) and ("content" in turn or "tool_calls" in turn)
+
+
+def _add_to_turn(turn: ChatFields, item: InputMessage | InputCall | InputReasoning) -> None:
+    if isinstance(item, InputReasoning):
+        turn["reasoning_content"] = turn.get("reasoning_content", "") + _join(item.content or item.summary or ())
+    elif isinstance(item, InputCall):
+        function = {"name": item.name, "arguments": item.arguments}
+        turn.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+    else:
+        turn["content"] = _join(item.content)
+
+
+def _join(parts: Sequence[InputText]) -> str:
+    return "\n".join(part.text for part in parts)
+
+
+def _merge_system(messages: Iterator[ChatFields]) -> Iterator[ChatFields]:
+    """Join the system messages at the beginning, of which many templates take one only."""
+    texts: list[str] = []
+    rest: list[ChatFields] = []
+    for message in messages:
+        if not rest and message["role"] in ("system", "developer"):
+            texts.append(message["content"])
+        else:
+            rest.append(message)
+    if texts:
+        yield {"role": "system", "content": "\n\n".join(texts)}
+    yield from rest

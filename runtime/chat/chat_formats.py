@@ -1,0 +1,166 @@
+"""The formats in which models reason and call tools, and how they are found from a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from .call_readers import CallReader, JsonCallReader, MistralReader, XmlCallReader
+from .output_parser import AnswerParser, OutputParser, ReasoningFormat
+from .parser_names import ReasoningParserName, ToolCallParserName
+from .template_parser import TemplateParser
+from .tool_schemas import ToolSchema
+
+TEMPLATE = "response_template"  # name of the format that a checkpoint's tokenizer describes
+Thinking = Literal["open", "closed", "unset"]  # what the end of a prompt says about reasoning
+Tools = Sequence[ToolSchema]
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """A format of tool calls: the markers that begin a block, and the reader of a block for the tools of a request."""
+
+    name: str
+    markers: tuple[str, ...]
+    new_reader: Callable[[Tools], CallReader]
+    inner: tuple[str, ...] = ()  # markers within a block
+    bare: bool = False
+    id_length: int = 24  # characters of a call's id
+
+
+CALL_FORMATS = {
+    call_format.name: call_format
+    for call_format in (
+        CallFormat("hermes", ("<tool_call>",), lambda tools: JsonCallReader("</tool_call>"), ("</tool_call>",)),
+        CallFormat(
+            "qwen3_coder",
+            ("<tool_call>",),
+            lambda tools: XmlCallReader({t.name: t.text_parameters for t in tools}),
+            ("</tool_call>",),
+        ),
+        CallFormat("llama3_json", (), lambda tools: JsonCallReader(names={t.name for t in tools}), bare=True),
+        CallFormat("mistral", ("[TOOL_CALLS]",), lambda tools: MistralReader(), ("[ARGS]", "[CALL_ID]"), id_length=9),
+    )
+}
+REASONING_FORMATS = {
+    "qwen3": ReasoningFormat("<think>", "</think>"),
+    "deepseek_r1": ReasoningFormat("<think>", "</think>", always=True),
+    "mistral": ReasoningFormat("[THINK]", "[/THINK]"),
+}
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a model writes reasoning and calls; a `response_template` describes both.
+
+    mistral_args  calls are `[TOOL_CALLS]NAME[ARGS]{...}`, not a JSON list
+    special       the ids of those markers that are special tokens
+    """
+
+    reasoning: ReasoningFormat | None = None
+    calls: CallFormat | None = None
+    response_template: dict[str, Any] | None = None
+    mistral_args: bool = False
+    special: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether tool calls can be parsed."""
+        return self.calls is not None or self.parses_with_template
+
+    @property
+    def has_reasoning(self) -> bool:
+        return self.reasoning is not None or self.parses_with_template
+
+    @property
+    def parses_with_template(self) -> bool:
+        return self.response_template is not None
+
+    @property
+    def id_length(self) -> int:
+        return self.calls.id_length if self.calls else 24
+
+    def markers(self) -> tuple[str, ...]:
+        """Return the markers of reasoning and calls."""
+        reasoning = (self.reasoning.open, self.reasoning.close) if self.reasoning else ()
+        return (*reasoning, *(self.calls.markers if self.calls else ()), *(self.calls.inner if self.calls else ()))
+
+    def needs_special_tokens(self, tools: Tools) -> bool:
+        """Return whether the text of an answer must keep special tokens, because markers are such tokens."""
+        if self.parses_with_template:
+            return True
+        of_calls = {*self.calls.markers, *self.calls.inner} if self.calls and tools else set()
+        of_reasoning = {self.reasoning.open, self.reasoning.close} if self.reasoning else set()
+        return not (of_calls | of_reasoning).isdisjoint(self.special)
+
+    def thinking(self, prompt_end: str) -> Thinking:
+        """Return whether a prompt with this end opens reasoning, has closed it, or leaves it to the model."""
+        if self.reasoning is None:
+            return "closed"
+        end = prompt_end.rstrip()
+        if end.endswith(self.reasoning.open):
+            return "open"
+        if end.endswith(self.reasoning.close):
+            return "closed"
+        return "open" if self.reasoning.always else "unset"
+
+    def parser(self, tools: Tools, prompt_end: str, *, in_reasoning: bool = False) -> AnswerParser | None:
+        """Return the parser of an answer behind this prompt; None if its text is content as it is.
+
+        in_reasoning  the prompt ends within reasoning, although not with its marker
+        """
+        if self.response_template is not None:
+            return TemplateParser(self.response_template, prompt_end, [tool.for_template() for tool in tools])
+        calls = self.calls if tools else None
+        if self.reasoning is None and calls is None:
+            return None
+        return OutputParser(
+            self.reasoning,
+            calls.markers if calls else (),
+            lambda: (calls or CALL_FORMATS["hermes"]).new_reader(tools),
+            bare_calls=calls is not None and calls.bare,
+            in_reasoning=in_reasoning or self.thinking(prompt_end) == "open",
+        )
+
+
+def find_format(
+    tool_parser: ToolCallParserName,
+    reasoning_parser: ReasoningParserName,
+    template: str,
+    response_template: dict[str, Any] | None,
+    special_tokens: Mapping[str, int],
+) -> ChatFormat:
+    """Return the format for the names of two parsers; "auto" finds them in the chat template.
+
+    Raises ValueError for a parser that needs a response_template which the tokenizer does not have.
+    """
+    if TEMPLATE in (tool_parser, reasoning_parser) and response_template is None:
+        option = "tool_call_parser" if tool_parser == TEMPLATE else "reasoning_parser"
+        raise ValueError(f"{option}={TEMPLATE!r}: this model's tokenizer has no response_template; use another parser")
+    choices = {tool_parser, reasoning_parser}
+    if response_template is not None and (TEMPLATE in choices or choices == {"auto"}):
+        return ChatFormat(response_template=response_template)
+    reasoning = _reasoning_in(template) if reasoning_parser == "auto" else reasoning_parser
+    calls = _calls_in(template) if tool_parser == "auto" else tool_parser
+    has_args = calls == "mistral" and "[ARGS]" in template
+    chat_format = ChatFormat(REASONING_FORMATS.get(reasoning), CALL_FORMATS.get(calls), None, has_args)
+    special = {text: special_tokens[text] for text in chat_format.markers() if text in special_tokens}
+    return replace(chat_format, special=special)
+
+
+def _reasoning_in(template: str) -> str:
+    """Return the name of the reasoning that a chat template shows."""
+    if "[THINK]" in template:
+        return "mistral"
+    return "qwen3" if "</think>" in template or "<think>" in template else "none"
+
+
+def _calls_in(template: str) -> str:
+    """Return the name of the format of calls that a chat template shows."""
+    if "<tool_call>" in template:
+        return "qwen3_coder" if "<function=" in template else "hermes"
+    if "[TOOL_CALLS]" in template:
+        return "mistral"
+    is_llama = '"parameters": ' in template and "ipython" in template
+    return "llama3_json" if is_llama else "none"

@@ -1,0 +1,206 @@
+"""Grammars in llguidance's Lark that make an answer follow a chat format: reasoning, then calls, text or an answer.
+
+Calls are always constrained to the tools and their schemas. With the tool choice "auto", text is free up to the marker
+of a call.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..sampling.grammar import WHITESPACE, to_llguidance
+from ..structured_outputs import StructuredOutputsParams
+from .chat_formats import ChatFormat, Thinking
+from .output_parser import ReasoningFormat
+from .tool_schemas import OBJECT_RULES, ToolSchema, is_text, text_choices
+
+NEWLINE = "\n"  # f-strings of Python 3.10 take no backslash
+LARK_HEAD = "%llguidance {}\nTEXT: /(.|\\n)*/\n"
+
+
+@dataclass(frozen=True)
+class ToolRules:
+    """What an answer may contain.
+
+    required  at least one call, and no text beside calls
+    parallel  more than one call
+    """
+
+    tools: Sequence[ToolSchema] = ()
+    required: bool = False
+    parallel: bool = True
+
+
+@dataclass
+class ToolGrammar:
+    """Builds the grammar of one request, rule by rule."""
+
+    format: ChatFormat
+    rules: ToolRules
+    _lark: list[str] = field(default_factory=list)
+
+    def build(self, thinking: Thinking, answer: StructuredOutputsParams | None) -> StructuredOutputsParams | None:
+        """Return the grammar; None if everything is allowed. `answer` constrains the text of an answer without calls.
+
+        Raises ValueError naming the tool whose schema this format of calls cannot express.
+        """
+        if not self.rules.tools and (answer is None or thinking == "closed"):
+            return answer
+        self._start(thinking, has_answer=answer is not None)
+        if self.rules.tools:
+            self._add_calls()
+        grammars: list[dict[str, Any]] = [{"lark_grammar": LARK_HEAD + "\n".join(self._lark)}]
+        if answer is not None and not self.rules.required:
+            text = to_llguidance(answer.kind, answer.text, answer.disable_any_whitespace)
+            grammar = json.loads(text)["grammars"][0] if text.startswith("{") else {"lark_grammar": text}
+            grammars.append(grammar | {"name": "answer"})
+        return StructuredOutputsParams(llguidance=json.dumps({"grammars": grammars}, ensure_ascii=False))
+
+    def _start(self, thinking: Thinking, *, has_answer: bool) -> None:
+        """Add the rule of the whole output and that of reasoning."""
+        rules, reasoning = self.rules, self.format.reasoning
+        if rules.required:
+            body = "calls"
+        elif has_answer:
+            body = "calls | @answer" if rules.tools else "@answer"
+        elif self.format.calls is not None and self.format.calls.bare:
+            body = "calls | PLAIN"
+            self._lark.append(r"PLAIN: /(\s*[^{\s](.|\n)*)?/")
+        else:
+            self._start_free(reasoning)
+            return
+        if reasoning is None or thinking == "closed":
+            self._lark.append(f"start: {body}")
+            return
+        thought = "thought" if thinking == "open" else f"({self._marker(reasoning.open)} thought)?"
+        self._lark.append(f"start: {thought} BLANKS? body\nbody: {body}")
+        self._lark.append(r"BLANKS: /\n{1,2}/")
+        self._lark.append(self._until("thought", reasoning.close))
+
+    def _start_free(self, reasoning: ReasoningFormat | None) -> None:
+        """Add the rule of an output of free text, reasoning included, up to the marker of a call."""
+        markers = [self._marker(text) for text in (reasoning.open, reasoning.close)] if reasoning else []
+        special = " | ".join(marker for marker in markers if marker.startswith("<["))
+        free = f"(TEXT ({special}))* " if special else ""  # TEXT has no special tokens
+        call = f"{free}head rest"
+        self._lark.append(f"start: ({call})* {free}TEXT?" if self.rules.parallel else f"start: {call} | {free}TEXT?")
+
+    def _add_calls(self) -> None:
+        call_format = self.format.calls
+        assert call_format is not None
+        match call_format.name:
+            case "hermes":
+                self._blocks(
+                    "<tool_call>", "\n", [self._json_call(i, "arguments") for i in self._numbers], "\n", "</tool_call>"
+                )
+            case "qwen3_coder":
+                self._blocks("<tool_call>", "\n", [self._xml_call(i) for i in self._numbers], "\n", "</tool_call>")
+            case "llama3_json":
+                calls = " | ".join(self._json_call(i, "parameters") for i in self._numbers)
+                more = self._more('"; " call')
+                self._lark.append(f"call: {calls}\ncalls: call {more}")
+            case _:
+                self._mistral()
+
+    def _more(self, call: str) -> str:
+        """Return further calls, if there may be some."""
+        return f"({call})*" if self.rules.parallel else ""
+
+    @property
+    def _numbers(self) -> range:
+        return range(len(self.rules.tools))
+
+    def _blocks(self, open: str, before: str, calls: Sequence[str], after: str, close: str) -> None:
+        """Add blocks of one call each."""
+        self._lark.append(f"rest: {_literal(before)} ({' | '.join(calls)}) {_literal(after)} {self._marker(close)}")
+        self._lark.append(self._until("head", open))
+        more = self._more(f'"\\n" {self._marker(open)} rest')
+        self._lark.append(f"calls: {self._marker(open)} rest {more}")
+
+    def _mistral(self) -> None:
+        marker = self._marker("[TOOL_CALLS]")
+        if self.format.mistral_args:
+            calls = [
+                f"{_literal(tool.name)} {self._marker('[ARGS]')} {self._json(f'args_{i}', tool.schema)}"
+                for i, tool in enumerate(self.rules.tools)
+            ]
+            self._lark.append(f"rest: {' | '.join(calls)}\ncalls: {marker} rest {self._more(f'{marker} rest')}")
+        else:
+            calls = [self._json_call(i, "arguments") for i in self._numbers]
+            more = self._more('", " call')
+            self._lark.append(f'call: {" | ".join(calls)}\nrest: " "? "[" call {more} "]"\ncalls: {marker} rest')
+        self._lark.append(self._until("head", "[TOOL_CALLS]"))
+
+    def _json_call(self, number: int, key: str) -> str:
+        """Return the parts of a call as a JSON object."""
+        tool = self.rules.tools[number]
+        head = f'{{"name": {json.dumps(tool.name)}, "{key}": '
+        return f'{_literal(head)} {self._json(f"args_{number}", tool.schema)} "}}"'
+
+    def _xml_call(self, number: int) -> str:
+        """Return the parts of a call with one tag for each parameter, in the order of the schema."""
+        tool = self.rules.tools[number]
+        if broken := OBJECT_RULES & tool.schema.keys():
+            raise ValueError(
+                f"tool {tool.name!r} has {min(broken)} beside its properties, which qwen3_coder cannot express"
+            )
+        parts = [_literal(f"<function={tool.name}>\n")]
+        definitions: dict[str, Any] = {
+            name: tool.schema[name] for name in ("$defs", "definitions") if name in tool.schema
+        }
+        if "properties" not in tool.schema and tool.schema.get("additionalProperties") is not False:
+            parts.append(self._free_parameters(number, tool.schema.get("additionalProperties", True), definitions))
+        properties, required = tool.schema.get("properties") or {}, tool.schema.get("required") or ()
+        for name in dict.fromkeys([*properties, *required]):
+            if re.search(r"[>\n]", name):
+                raise ValueError(f"tool {tool.name!r} has a parameter {name!r}, which qwen3_coder cannot express")
+            value = f"value_{number}_{len(parts)}"
+            self._add_xml_value(value, properties.get(name, True), definitions)
+            tag = f"({_literal(f'<parameter={name}>' + NEWLINE)} {value} {_literal(NEWLINE)})"
+            parts.append(tag if name in required else f"{tag}?")
+        return " ".join([*parts, _literal("</function>")])
+
+    def _free_parameters(self, number: int, schema: Any, definitions: dict[str, Any]) -> str:
+        """Return parameters of any name, for a schema without properties."""
+        value = f"value_{number}"
+        self._add_xml_value(value, {"type": "string"} if schema is True else schema, definitions)
+        return f'("<parameter=" /[A-Za-z0-9_]{{1,64}}/ ">\\n" {value} "\\n")*'
+
+    def _add_xml_value(self, rule: str, schema: Any, definitions: dict[str, Any]) -> None:
+        """Add the rule of a parameter's value with its closing tag."""
+        if not is_text(schema):
+            value = (schema if isinstance(schema, dict) else {}) | definitions
+            if schema is False:
+                raise ValueError("a required parameter has the schema false, so that no call is valid")
+            self._lark.append(
+                f"{rule}: {self._json(f'{rule}_json', value, WHITESPACE)} {_literal(NEWLINE + '</parameter>')}"
+            )
+        elif (choices := text_choices(schema)) is not None:
+            literals = " | ".join(_literal(text) for text in choices)
+            self._lark.append(f"{rule}: ({literals}) {_literal(NEWLINE + '</parameter>')}")
+        else:
+            self._lark.append(f"{rule}[lazy]: TEXT {_literal(NEWLINE + '</parameter>')}")
+
+    def _json(self, rule: str, schema: dict[str, Any], whitespace: str = " ?") -> str:
+        """Add a rule for JSON that follows a schema, on one line unless `whitespace` allows more; return its name."""
+        blanks = {"x-guidance": {"whitespace_pattern": whitespace}}
+        self._lark.append(f"{rule}: %json {json.dumps(schema | blanks, ensure_ascii=False)}")
+        return rule
+
+    def _marker(self, text: str) -> str:
+        """Return a marker as its special token, or as the text that it is for other tokenizers."""
+        token = self.format.special.get(text)
+        return _literal(text) if token is None else f"<[{token}]>"
+
+    def _until(self, rule: str, marker: str) -> str:
+        """Return a rule for free text up to the first marker, and the marker."""
+        part = self._marker(marker)
+        return f"{rule}: TEXT {part}" if part.startswith("<[") else f"{rule}[lazy]: TEXT {part}"
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if text else ""

@@ -1,0 +1,75 @@
+"""The tools of a request, and their JSON schemas as grammars take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+ANNOTATIONS = frozenset({"title", "description", "examples", "default", "$comment", "deprecated"})
+SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+VALUES = frozenset({"enum", "const", "required", "dependentRequired", "x-guidance"})  # hold no schemas
+TEXT_RULES = frozenset({"pattern", "format", "minLength", "maxLength", "$ref", "anyOf", "oneOf", "allOf", "not", "if"})
+OBJECT_RULES = frozenset({
+    "$ref", "anyOf", "oneOf", "allOf", "not", "if", "patternProperties", "minProperties", "propertyNames",
+    "dependentRequired", "dependentSchemas", "unevaluatedProperties",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ToolSchema:
+    """A function that the model may call; `parameters` is the JSON schema of its arguments."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False
+
+    @cached_property
+    def schema(self) -> dict[str, Any]:
+        """The parameters without annotations, which rule nothing; always of type object."""
+        schema: dict[str, Any] = without_annotations(self.parameters)
+        return {"type": "object"} | schema
+
+    @property
+    def text_parameters(self) -> frozenset[str]:
+        """The parameters whose values are any text, or one of several texts."""
+        properties = self.schema.get("properties")
+        named = properties.items() if isinstance(properties, dict) else ()
+        return frozenset(name for name, schema in named if is_text(schema))
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the tool as chat templates take it, which is OpenAI's form."""
+        function = {"name": self.name, "description": self.description, "parameters": self.parameters}
+        return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
+
+
+def without_annotations(schema: Any) -> Any:
+    """Return a JSON schema without titles, descriptions and the like, which agents send by the 10,000 characters."""
+    if isinstance(schema, list):
+        return [without_annotations(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in SCHEMAS_BY_NAME and isinstance(value, dict):
+            kept[name] = {key: without_annotations(item) for key, item in value.items()}
+        elif name not in ANNOTATIONS:
+            kept[name] = value if name in VALUES else without_annotations(value)
+    return kept
+
+
+def is_text(schema: Any) -> bool:
+    """Return whether a parameter's value is a string that XML formats write without quotes."""
+    if not isinstance(schema, dict) or schema.get("type") != "string" or TEXT_RULES & schema.keys():
+        return False
+    return all(isinstance(text, str) and text.strip("\n") == text for text in text_choices(schema) or ())
+
+
+def text_choices(schema: dict[str, Any]) -> Sequence[Any] | None:
+    """Return the only values of a schema, if it lists them."""
+    if "const" in schema:
+        return [schema["const"]]
+    choices = schema.get("enum")
+    return choices if isinstance(choices, list) else None

@@ -1,0 +1,226 @@
+"""Answers in every format: recorded texts, cut anywhere, give the same reasoning, content and calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS as TEMPLATES
+from transformers.utils.chat_parsing import parse_response
+
+from lockstep.runtime.chat.call_readers import AnswerPart
+from lockstep.runtime.chat.chat_formats import CALL_FORMATS, REASONING_FORMATS, ChatFormat, find_format
+from lockstep.runtime.chat.output_parser import AnswerParser
+from lockstep.runtime.chat.tool_schemas import ToolSchema
+
+WEATHER = ToolSchema(
+    "get_weather",
+    parameters={
+        "type": "object",
+        "properties": {
+            "city": {"type": "string"}, "days": {"type": "integer"}, "tags": {"type": "array"},
+            "unit": {"type": "string", "enum": ["C", "F"]},
+        },
+    },
+)  # fmt: skip
+TOOLS = [WEATHER, ToolSchema("now")]
+PARIS = {"city": 'Pa"ris\n', "days": 3}
+HERMES = [
+    'I look.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Pa\\"ris\\n", "days": 3}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+    'I look.<tool_call>{"arguments": {"city": "Pa\\"ris\\n", "days": 3}, "name": "get_weather"}</tool_call>'
+    '<tool_call>{"id": 7, "name": "now"}</tool_call>',
+    'I look.\n\n<tool_call>\n{"name": "get_weather", "arguments": '
+    '"{\\"city\\": \\"Pa\\\\\\"ris\\\\n\\", \\"days\\": 3}"}\n</tool_call>'
+    '\n<tool_call>{"name": "now", "arguments": null, "id": "x}"}</tool_call>\n',
+]
+XML = [
+    'I look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nPa"ris\n\n</parameter>\n<parameter=days>\n3\n'
+    "</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+    'I look.<tool_call><function=get_weather><parameter=city>\nPa"ris\n\n</parameter><parameter=days>3</parameter>'
+    "</function></tool_call><tool_call><function=now></function></tool_call>",
+]
+LLAMA = [
+    '{"name": "get_weather", "parameters": {"city": "Pa\\"ris\\n", "days": 3}}; {"name": "now", "parameters": {}}',
+    '\n{"parameters": {"city": "Pa\\"ris\\n", "days": 3}, "name": "get_weather"}\n{"name": "now", "parameters": {}}\n',
+]
+MISTRAL = [
+    'I look.[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Pa\\"ris\\n", "days": 3}}, '
+    '{"name": "now", "arguments": {}}]',
+    'I look.[TOOL_CALLS]get_weather[ARGS]{"city": "Pa\\"ris\\n", "days": 3}[TOOL_CALLS]now[ARGS]{}',
+    'I look. [TOOL_CALLS]get_weather[CALL_ID]abcdefghi[ARGS]{"city": "Pa\\"ris\\n", "days": 3}[TOOL_CALLS]now{}',
+]
+RECORDED = [
+    (name, text)
+    for name, texts in (("hermes", HERMES), ("qwen3_coder", XML), ("llama3_json", LLAMA), ("mistral", MISTRAL))
+    for text in texts
+]
+by_format = pytest.mark.parametrize(("name", "text"), RECORDED)
+
+
+def parser_of(name: str, prompt_end: str = "", reasoning: str = "qwen3") -> AnswerParser:
+    parser = ChatFormat(REASONING_FORMATS[reasoning], CALL_FORMATS[name]).parser(TOOLS, prompt_end)
+    assert parser is not None
+    return parser
+
+
+def join(parts: Sequence[AnswerPart]) -> list[tuple[str, str]]:
+    joined: list[tuple[str, str]] = []
+    for kind, text in parts:
+        if joined and joined[-1][0] == kind != "call":
+            joined[-1] = (kind, joined[-1][1] + text)
+        else:
+            joined.append((kind, text))
+    return joined
+
+
+def parse(parser: AnswerParser, pieces: Sequence[str]) -> list[tuple[str, str]]:
+    parts = [part for piece in pieces for part in parser.push(piece)]
+    return join([*parts, *parser.finish()])
+
+
+def calls_of(parts: Sequence[tuple[str, str]]) -> list[tuple[str, Any]]:
+    calls: list[tuple[str, Any]] = []
+    for kind, text in parts:
+        if kind == "call":
+            calls.append((text, None))
+        elif kind == "arguments":
+            calls[-1] = (calls[-1][0], json.loads(text))
+    return calls
+
+
+@by_format
+@pytest.mark.parametrize("thought", ["", "<think>\nShould I?\n</think>\n\n"])
+def test_cut_anywhere_the_parts_are_the_same(name: str, text: str, thought: str) -> None:
+    text = thought + text
+    whole = parse(parser_of(name), [text])
+    assert calls_of(whole) == [("get_weather", PARIS), ("now", {})]
+    assert [text for kind, text in whole if kind == "content"] == ([] if name == "llama3_json" else ["I look."])
+    assert [text for kind, text in whole if kind == "reasoning"] == (["Should I?"] if thought else [])
+    assert parse(parser_of(name), list(text)) == whole
+    for cut in range(len(text)):
+        assert parse(parser_of(name), [text[:cut], text[cut:]]) == whole
+
+
+@by_format
+def test_an_output_that_ends_early_does_not_depend_on_cuts_either(name: str, text: str) -> None:
+    for end in range(len(text)):
+        parts = parse(parser_of(name), [text[:end]])
+        assert parse(parser_of(name), list(text[:end])) == parts
+        assert parts or not text[:end].strip() or name == "mistral", "no text is lost"
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "text"),
+    [("hermes", "qwen3", HERMES[0]), *[("qwen3_coder", "qwen3_5", text) for text in XML]],
+)
+def test_calls_equal_those_of_transformers(name: str, model_type: str, text: str) -> None:
+    template = next(value for types, value in TEMPLATES.items() if model_type in types)
+    message = parse_response(text, template, prefix="", tools=[tool.for_template() for tool in TOOLS])
+    expected = [(c["function"]["name"], c["function"]["arguments"]) for c in message["tool_calls"]]
+    ours = calls_of(parse(parser_of(name), [text]))
+    ours[0][1]["city"] = ours[0][1]["city"].strip()  # transformers strips the values of XML
+    expected[0][1]["city"] = expected[0][1]["city"].strip()
+    assert ours == expected
+
+
+CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+NOW_PARTS = [("call", "now"), ("arguments", "{}")]
+OUTCOMES = {
+    "a call inside thinking": (f"<think>a\n{CALL}\nb</think>c", [("reasoning", "a"), *NOW_PARTS, ("reasoning", "b"),
+                                                                 ("content", "c")]),
+    "a doubled end of thinking": ("<think>a</think>\n</think>\n\nb", [("reasoning", "a"), ("content", "b")]),
+    "an end of thinking in the content": ("a </think> b", [("content", "a  b")]),
+    "thinking that does not end": ("<think>a", [("reasoning", "a")]),
+    "thinking twice": ("<think>a</think>b<think>c</think>d", [("reasoning", "a"), ("content", "b"), ("reasoning", "c"),
+                                                              ("content", "d")]),
+    "a marker that is no call": ("write <tool_call> here", [("content", "write <tool_call> here")]),
+    "a marker before a call": (f"<tool_call>x{CALL}", [("content", "<tool_call>x"), *NOW_PARTS]),
+    "a call without a name at the end": ('a <tool_call>\n{"na', [("content", 'a <tool_call>\n{"na')]),
+    "a call with a name at the end": ('<tool_call>{"name": "now", "arguments": {"a": "b', [("call", "now"),
+                                                                                        ("arguments", '{"a": "b')]),
+    "an object that is no call": ('<tool_call>{"a": 1}</tool_call>', [("content", '<tool_call>{"a": 1}</tool_call>')]),
+    "the end marker inside a string": (
+        '<tool_call>{"name": "now", "arguments": {"a": "</tool_call>\\\\"}}</tool_call>',
+        [("call", "now"), ("arguments", '{"a": "</tool_call>\\\\"}')],
+    ),
+    "no end marker": ('<tool_call>{"name": "now", "arguments": {}} and so', [*NOW_PARTS, ("content", "and so")]),
+    "whitespace of the content": ("\n a  b \n", [("content", "\n a  b \n")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_defined_outcomes(outcome: str) -> None:
+    text, expected = OUTCOMES[outcome]
+    assert parse(parser_of("hermes"), [text]) == expected
+    for cut in range(len(text)):
+        assert parse(parser_of("hermes"), [text[:cut], text[cut:]]) == expected
+
+
+def test_prompt_decides_whether_the_answer_begins_with_reasoning() -> None:
+    text = "a</think>b"
+    assert parse(parser_of("hermes", "<|assistant|>\n<think>\n"), [text]) == [("reasoning", "a"), ("content", "b")]
+    assert parse(parser_of("hermes", "<think>\n\n</think>\n\n"), [text]) == [("content", "ab")]
+    assert parse(parser_of("hermes", "", "deepseek_r1"), [text]) == [("reasoning", "a"), ("content", "b")]
+
+
+def test_llama_text_that_is_no_call_is_content() -> None:
+    for text in ("Hello {", '{"name": "unknown", "parameters": {}}', '{"answer": 1}', '{"name": "now"', "{", "; {"):
+        for pieces in ([text], list(text)):
+            assert parse(parser_of("llama3_json"), pieces) == [("content", text)]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_5", "gemma4"])
+def test_response_template_gives_what_transformers_gives(model_type: str) -> None:
+    template = next(value for types, value in TEMPLATES.items() if model_type in types)
+    text, prefix = {
+        "qwen3": ("<think>\na</think>b\n" + CALL, "<|im_start|>assistant\n"),
+        "qwen3_5": ("a</think>b\n" + XML[0], "<|im_start|>assistant\n<think>\n"),
+        "gemma4": ('<|channel>thought\na<channel|>b<|tool_call>call:now{x:<|"|>y<|"|>}<tool_call|>', "<|turn>model\n"),
+    }[model_type]
+    chat_format = find_format("auto", "auto", "", template, {})
+    expected = parse_response(text, template, prefix=prefix, tools=[tool.for_template() for tool in TOOLS])
+    for pieces in ([text], list(text)):
+        parser = chat_format.parser(TOOLS, prefix)
+        assert parser is not None
+        parts = parse(parser, pieces)
+        assert "".join(t for kind, t in parts if kind == "reasoning").strip() == expected["reasoning_content"]
+        assert "".join(t for kind, t in parts if kind == "content").strip() == expected["content"]
+        called = [(c["function"]["name"], c["function"]["arguments"]) for c in expected["tool_calls"]]
+        assert calls_of(parts) == called
+
+
+def test_response_template_returns_a_broken_call_as_content() -> None:
+    template = next(value for types, value in TEMPLATES.items() if "qwen3" in types)
+    for pieces in (["a<tool_call>{x</tool_call>b", "c"], list("a<tool_call>{x</tool_call>bc")):
+        parser = find_format("response_template", "auto", "", template, {}).parser(TOOLS, "")
+        assert parser is not None
+        content = "".join(text for kind, text in parse(parser, pieces) if kind == "content")
+        assert content[0] == "a"
+        assert "{x" in content
+        assert content.endswith("bc")
+
+
+FOUND = [
+    ('<tool_call>\n{"name"...', "hermes", "none"),
+    ("<think></think><tool_call>\n<function=", "qwen3_coder", "qwen3"),
+    ("[AVAILABLE_TOOLS][TOOL_CALLS]", "mistral", "none"),
+    ('{"name": function name, "parameters": dictionary} ipython', "llama3_json", "none"),
+    ("[THINK]", "none", "mistral"),
+    ("plain", "none", "none"),
+]
+
+
+@pytest.mark.parametrize(("template", "calls", "reasoning"), FOUND)
+def test_formats_are_found_in_the_chat_template(template: str, calls: str, reasoning: str) -> None:
+    chat_format = find_format("auto", "auto", template, None, {"[TOOL_CALLS]": 5})
+    assert chat_format.calls == CALL_FORMATS.get(calls)
+    assert chat_format.reasoning == REASONING_FORMATS.get(reasoning)
+    assert chat_format.needs_special_tokens(TOOLS) == (calls == "mistral")
+
+
+def test_response_template_must_exist() -> None:
+    with pytest.raises(ValueError, match="tool_call_parser='response_template': this model's tokenizer has no"):
+        find_format("response_template", "auto", "", None, {})
