@@ -25,9 +25,10 @@ class QKNorm(NamedTuple):
 
 
 class Rope(NamedTuple):
-    """Rotary embedding: positions [T] int32, and a table [P, E] float32 of cosines, then sines, by position.
+    """Rotary embedding: positions [T] int32, and a table [P, R] float32 of cosines, then sines, by position.
 
-    The two halves of a head are rotated as pairs (GPT-NeoX order).
+    The first R elements of a head are rotated, their two halves as pairs (GPT-NeoX order). An empty table, P = 0,
+    rotates nothing.
     """
 
     positions: Tensor

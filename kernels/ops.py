@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
@@ -138,7 +138,7 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
     _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [T, (H + 2 Hkv) E], contiguous")
     _require(qkv.shape[1] % head_dim == 0, "qkv", qkv, f"must have heads of size {head_dim}")
     _require(qkv.shape[1] > 2 * kv_heads * head_dim, "qkv", qkv, "must have heads of q, k and v")
-    _require(rope.cos_sin.shape[-1] == head_dim, "cos_sin", rope.cos_sin, f"must be [P, {head_dim}]")
+    _check_rotary(rope, head_dim)
     rows = qkv.shape[:1]
     for name, tensor in (("positions", rope.positions), ("kv_slots", kv_slots)):
         _require(tensor.shape == rows, name, tensor, f"must be {list(rows)}, one per row of qkv")
@@ -172,10 +172,11 @@ def decode_attention(
     pages      the pages of the keys at positions before `rope.positions[b]`
     partition  from partition_keys with these positions
     scale      factor of the scores, before the softmax
-    Heads of 64 or 128 elements in bfloat16 or float16 on a GPU; any on a CPU. If the partition has a kv_chunk, rows may
-    be tokens of one request, provided that their keys are in the cache already.
+    On a GPU heads of 64 or 128 elements in bfloat16 or float16, with R a multiple of 4; any on a CPU. If the partition
+    has a kv_chunk, rows may be tokens of one request, provided that their keys are in the cache already.
     """
     _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
+    _check_rotary(rope, cache.k.shape[-1])
     table, rows = pages.table, qkv.shape[:1]
     _require(table.dim() == 2 and table.dtype == torch.int32, "pages", table, "must be [R, P] int32")
     _check_int32(rows, positions=rope.positions, kv_slots=kv_slots, table_rows=pages.table_rows)
@@ -302,6 +303,15 @@ def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
 
 
 @op("elementwise")
+def sum_squares(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return the sums of squares of two parts of each row, [T, 2] float32: `sizes[0]` elements, then `sizes[1]`.
+
+    x  [T, D], contiguous. A row's result is bitwise identical in any batch.
+    """
+    _require(x.dim() == 2 and x.is_contiguous() and sum(sizes) <= x.shape[1], "x", x, f"must be [T, D >= {sum(sizes)}]")
+
+
+@op("elementwise")
 def begin_decode_(
     tokens: Tensor, pages: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, page_size: int
 ) -> Tensor:
@@ -324,6 +334,12 @@ def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     """Return how many leading elements of `a` and `b` are equal; both 1-D int32, contiguous, on the host."""
     compare = native.prefix_compare()
     return reference.common_prefix_length(a, b) if compare is None else compare(a, b)
+
+
+def _check_rotary(rope: Rope, head_dim: int) -> None:
+    table = rope.cos_sin
+    fits = table.dim() == 2 and table.shape[1] <= head_dim and table.shape[1] % 2 == 0
+    _require(fits, "cos_sin", table, f"must be [P, R] with an even R of at most {head_dim}")
 
 
 def _check_logits(logits: Tensor) -> None:

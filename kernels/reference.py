@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -73,9 +75,12 @@ def _prepare_heads(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache) -> tup
 def _norm_and_rotate(x: Tensor, norm: Tensor | None, eps: float, rope: Rope) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    cos, sin = rope.cos_sin[rope.positions.long()].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, E/2] each
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    if len(rope.cos_sin) == 0:
+        return x
+    rotary = rope.cos_sin.shape[1]
+    cos, sin = rope.cos_sin[rope.positions.long()].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, R/2] each
+    first, second = x[..., :rotary].chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, x[..., rotary:]), dim=-1)
 
 
 def _store_kv(k: Tensor, v: Tensor, cache: KVCache, kv_slots: Tensor) -> None:
@@ -182,6 +187,11 @@ def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
     before[:, 0] = 0  # the most likely token always stays
     beyond = (before >= top_p[:, None]) & (top_p < 1)[:, None]  # without top-p, rounding of the sum must not cut a tail
     return kept.masked_fill(beyond, -torch.inf)
+
+
+def sum_squares(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    parts = x[:, : sum(sizes)].float().square().split(list(sizes), dim=1)
+    return torch.stack([part.sum(dim=1) for part in parts], dim=1)
 
 
 def begin_decode_(

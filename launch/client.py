@@ -18,6 +18,8 @@ class Delta(msgspec.Struct):
 
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None  # the same under vLLM's newer name
 
 
 class Choice(msgspec.Struct):
@@ -33,9 +35,14 @@ class Choice(msgspec.Struct):
         return self.text or (self.delta.content if self.delta else None) or ""
 
     @property
+    def new_reasoning(self) -> str:
+        """The new text of the reasoning, empty if there is none."""
+        return (self.delta.reasoning_content or self.delta.reasoning or "") if self.delta else ""
+
+    @property
     def is_role_only(self) -> bool:
         """True for the first event of a chat, which holds the role alone."""
-        return self.delta is not None and self.delta.role is not None and not self.new_text
+        return self.delta is not None and self.delta.role is not None and not self.new_text + self.new_reasoning
 
 
 class StreamUsage(msgspec.Struct):

@@ -79,7 +79,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     const float* cos_sin;
     long long page_stride, slot_stride, page_table_stride;
     float eps, scale;
-    int table_rows, num_slots, page_size, window, kv_chunk, heads, kv_heads, group;
+    int table_rows, rotary, num_slots, page_size, window, kv_chunk, heads, kv_heads, group;
     Partition<const int> partition;
     float* partial;
     unsigned* counters;
@@ -111,8 +111,8 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
 
     DEVICE bool is_rotated(const KeyRange& range) const { return range.position >= 0 && range.position < table_rows; }
     DEVICE void load_angles(const KeyRange& range, int stage) const {
-        for (int i = threadIdx.x; i < HEAD_DIM / 4 && is_rotated(range); i += THREADS)
-            copy_async(&s.angles[stage][4 * i], cos_sin + (long long)range.position * HEAD_DIM + 4 * i);
+        for (int i = threadIdx.x; i < rotary / 4 && is_rotated(range); i += THREADS)
+            copy_async(&s.angles[stage][4 * i], cos_sin + (long long)range.position * rotary + 4 * i);
     }
 
     DEVICE void load_heads(const KeyRange& range, int stage) const {
@@ -138,9 +138,9 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
         constexpr int PAIRS = HEAD_DIM / 64;
         const float* angles = is_rotated(range) ? s.angles[stage] : nullptr;
         for (int h = warp_id(); h < group; h += WARPS)
-            prepare_head<PAIRS, PAIRS>(s.query[h], s.projected[stage][h], q_norm ? s.norms[0] : nullptr, eps, angles, HEAD_DIM);
+            prepare_head<PAIRS, PAIRS>(s.query[h], s.projected[stage][h], q_norm ? s.norms[0] : nullptr, eps, angles, rotary, HEAD_DIM);
         if (range.has_new_token() && warp_id() == WARPS - 1)
-            prepare_head<PAIRS, PAIRS>(s.key, s.projected[stage][group], k_norm ? s.norms[1] : nullptr, eps, angles, HEAD_DIM);
+            prepare_head<PAIRS, PAIRS>(s.key, s.projected[stage][group], k_norm ? s.norms[1] : nullptr, eps, angles, rotary, HEAD_DIM);
     }
 
     DEVICE void store_new_token(int row, const T* value) const {
@@ -301,7 +301,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
 template <typename T, int HEAD_DIM, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attention(
     T* __restrict__ out, const T* qkv, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
-    const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows,
+    const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows, int rotary,
     T* k_cache, T* v_cache, long long page_stride, long long slot_stride, const int* __restrict__ kv_slots, int num_slots,
     const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ page_table_rows, int page_size,
     const int* __restrict__ partition, int rows, int window, int kv_chunk, float* partial, unsigned* counters,
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
     launch_next();
     DecodeBlock<T, HEAD_DIM, WARPS> block{
         qkv, q_norm, k_norm, k_cache, v_cache, positions, kv_slots, page_table, page_table_rows, cos_sin,
-        page_stride, slot_stride, page_table_stride, eps, scale, table_rows, num_slots, page_size, window, kv_chunk,
+        page_stride, slot_stride, page_table_stride, eps, scale, table_rows, rotary, num_slots, page_size, window, kv_chunk,
         heads, kv_heads, heads / kv_heads, {partition, rows}, partial, counters, shared};
     block.part = blockIdx.x / kv_heads, block.head = blockIdx.x % kv_heads;
     block.num_parts = block.partition.num_parts(), block.num_chunks = block.partition.num_chunks();

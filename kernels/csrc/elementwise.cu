@@ -35,6 +35,18 @@ __global__ void __launch_bounds__(256) rms_norm(
     }
 }
 
+// out[t, part]: the sum of squares of the first `first` elements of row t, or of the `second` after them. Grid (T, 2).
+template <typename T>
+__global__ void __launch_bounds__(256) sum_squares(float* __restrict__ out, const T* __restrict__ x, int columns, int first, int second) {
+    launch_next();
+    wait_for_previous();
+    const T* from = x + (long long)blockIdx.x * columns + (blockIdx.y ? first : 0);
+    float squares = 0.f;
+    for (int i = threadIdx.x; i < (blockIdx.y ? second : first); i += blockDim.x) squares += to_float(from[i]) * to_float(from[i]);
+    squares = block_sum(squares);
+    if (threadIdx.x == 0) out[2 * blockIdx.x + blockIdx.y] = squares;
+}
+
 // x [T, 2 size] -> out [T, size]; grid (T, parts).
 template <typename T, int V>
 __global__ void __launch_bounds__(256) silu_and_mul(T* __restrict__ out, const T* __restrict__ x, int size) {

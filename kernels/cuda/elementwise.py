@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -40,6 +42,14 @@ def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
         threads = num_threads(vectors)
         parts = min(-(-vectors // threads), 4 if len(ids) < 256 else 1)
         launch((len(ids), parts), threads, out, weight, ids, np.int64(first_row), np.int64(rows), np.int32(vectors))
+    return out
+
+
+def sum_squares(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    out = torch.empty(len(x), 2, dtype=torch.float32, device=x.device)
+    if len(x):
+        launch = kernel("elementwise.cu", f"sum_squares<{c_name(x)}>", early=True)
+        launch((len(x), 2), MAX_THREADS, out, x, *map(np.int32, (x.shape[1], *sizes)))
     return out
 
 

@@ -26,7 +26,7 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
     if pairs is None:
         raise ValueError(f"heads of {head_dim} elements are too long to rotate; at most 512")
     moved = [qkv, q, cache.k, cache.v]
-    strides = head_dim // 2, cache.k.stride(0), cache.k.stride(1)
+    strides = head_dim // 2, rope.cos_sin.shape[1] // 2, cache.k.stride(0), cache.k.stride(1)
     v = next(
         v
         for v in (4, 2, 1)  # adjacent elements of a lane, as in decode_attention.cu, so that both kernels round alike
@@ -46,7 +46,7 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
 def _head_arguments(norm: QKNorm, rope: Rope, cache: KVCache, kv_slots: Tensor) -> tuple[Argument, ...]:
     norms = optional(norm.q), optional(norm.k), np.float32(norm.eps)
     strides = np.int64(cache.k.stride(0)), np.int64(cache.k.stride(1))
-    return *norms, rope.positions, rope.cos_sin, np.int32(len(rope.cos_sin)), *cache, *strides, kv_slots
+    return *norms, rope.positions, rope.cos_sin, *map(np.int32, rope.cos_sin.shape), *cache, *strides, kv_slots
 
 
 class PartitionLayout(NamedTuple):

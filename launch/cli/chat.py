@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 
+from ...runtime.chat.call_readers import AnswerPart
 from ...runtime.config import Config
 from ...runtime.outputs import Event
 from ...runtime.request import SamplingParams
@@ -20,11 +23,19 @@ if TYPE_CHECKING:
     from ..llm import LLM
 
 Message = dict[str, Any]
-Answer = Callable[[list[Message], dict[str, Any]], Iterator[str]]  # (conversation, settings) -> pieces of text
+Answer = Callable[[list[Message], dict[str, Any]], Iterator[AnswerPart]]  # (messages, fields of the request) -> parts
 ANSWER_S = 10.0  # a server has this time to list its models
 NUMBERS = {int: "an integer", float: "a number"}
 SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "min_p": float, "max_tokens": int, "seed": int}
-HELP = f"/clear forgets the conversation, /set NAME VALUE sets one of {', '.join(SETTINGS)}, /exit ends"
+PROMPT_END_TOKENS = 64  # the end of a prompt shows whether the answer begins with reasoning
+HELP = f"""\
+/set NAME VALUE  sets one of {", ".join(SETTINGS)}
+/system TEXT     sets the system message, or removes it without a text
+/think on|off    sets enable_thinking of the chat template
+/thinking        shows the reasoning of the last answer
+/again           answers the last question anew
+/clear           forgets the conversation
+/exit            ends"""
 
 
 def chat(config: dict[str, Any], url: str | None) -> None:
@@ -37,21 +48,47 @@ def chat(config: dict[str, Any], url: str | None) -> None:
             talk(local(llm), stdout)
 
 
+@dataclass
+class Conversation:
+    """The messages so far and the settings of the next answer."""
+
+    messages: list[Message] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    system: str = ""
+    reasoning: str = ""  # of the last answer
+
+    @property
+    def sent(self) -> list[Message]:
+        """The messages of a request."""
+        return [{"role": "system", "content": self.system}, *self.messages] if self.system else list(self.messages)
+
+    def add(self, answer: Iterator[AnswerPart], out: TextIO) -> None:
+        """Print an answer to the last message, and add it; without an answer that message is dropped."""
+        text, self.reasoning = _print_answer(answer, out)
+        if text:
+            self.messages.append({"role": "assistant", "content": text})
+        else:
+            self.messages.pop()  # chat templates refuse two messages of the user in a row
+
+    def drop_answer(self) -> bool:
+        """Remove the last answer; return False if there is none."""
+        if self.messages:
+            self.messages.pop()
+        return bool(self.messages)
+
+
 def talk(answer: Answer, out: TextIO) -> None:
     """Read lines and print the answers. Ctrl-C stops an answer; its text so far stays in the conversation."""
     print(HELP, file=out)
-    messages: list[Message] = []
-    settings: dict[str, Any] = {}
+    conversation = Conversation()
     while (line := _read_line()) is not None and line != "/exit":
-        if line.startswith("/"):
-            print(_run_command(line.split(), messages, settings), file=out)
+        if line == "/again" and conversation.drop_answer():
+            conversation.add(answer(conversation.sent, conversation.settings), out)
+        elif line.startswith("/"):
+            print(_run_command(line, conversation), file=out)
         elif line:
-            messages.append({"role": "user", "content": line})
-            text = _print_answer(answer(messages, settings), out)
-            if text:
-                messages.append({"role": "assistant", "content": text})
-            else:
-                messages.pop()  # chat templates refuse two messages of the user in a row
+            conversation.messages.append({"role": "user", "content": line})
+            conversation.add(answer(conversation.sent, conversation.settings), out)
 
 
 def remote(url: str, model: str | None) -> Answer:
@@ -71,7 +108,7 @@ def remote(url: str, model: str | None) -> Answer:
         raise ValueError(f"no server answers at {url}: {describe(error)}") from error
     name = model or first_model(models)
 
-    def answer(messages: list[Message], settings: dict[str, Any]) -> Iterator[str]:
+    def answer(messages: list[Message], settings: dict[str, Any]) -> Iterator[AnswerPart]:
         events = Events()
         try:
             with httpx.Client(**options) as client:
@@ -80,7 +117,10 @@ def remote(url: str, model: str | None) -> Answer:
                     if response.status_code != 200:
                         raise refusal(response.status_code, response.read())
                     for data in response.iter_bytes():
-                        yield from (choice.new_text for chunk in events.push(data) for choice in chunk.choices)
+                        for chunk in events.push(data):
+                            for choice in chunk.choices:
+                                yield AnswerPart("reasoning", choice.new_reasoning)
+                                yield AnswerPart("content", choice.new_text)
         except httpx.HTTPError as error:
             raise ValueError(f"{url}: {describe(error)}") from error
 
@@ -90,9 +130,20 @@ def remote(url: str, model: str | None) -> Answer:
 def local(llm: LLM) -> Answer:
     """Return a function that generates with a model in this process."""
 
-    def answer(messages: list[Message], settings: dict[str, Any]) -> Iterator[str]:
-        params = msgspec.structs.replace(llm.get_default_sampling_params(), **{"max_tokens": None, **settings})
-        prompt = llm.tokenizer.encode_chat(messages)
+    from ...runtime.chat.chat_formats import find_format
+
+    tokenizer = llm.tokenizer
+    chat_format = find_format(
+        "none", "auto", tokenizer.chat_template, tokenizer.response_template, tokenizer.special_tokens
+    )
+    defaults = {"max_tokens": None, "skip_special_tokens": not chat_format.needs_special_tokens(())}
+
+    def answer(messages: list[Message], settings: dict[str, Any]) -> Iterator[AnswerPart]:
+        fields = dict(settings)
+        variables = fields.pop("chat_template_kwargs", None)
+        params = msgspec.structs.replace(llm.get_default_sampling_params(), **{**defaults, **fields})
+        prompt = tokenizer.encode_chat(messages, variables)
+        parser = chat_format.parser((), tokenizer.decode(prompt[-PROMPT_END_TOKENS:], skip_special_tokens=False))
         events = llm.stream([prompt], params)
         assert isinstance(events, Generator), "closing it cancels the request"
         with _held_interrupts() as interrupted, closing(events):
@@ -100,7 +151,8 @@ def local(llm: LLM) -> Answer:
                 if interrupted():
                     raise KeyboardInterrupt
                 if isinstance(event, Event):
-                    yield event.text
+                    yield from parser.push(event.text) if parser else [AnswerPart("content", event.text)]
+            yield from parser.finish() if parser else []
 
     return answer
 
@@ -116,35 +168,58 @@ def _held_interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _print_answer(answer: Iterator[str], out: TextIO) -> str:
-    """Print an answer piece by piece; returns its text. A refusal is printed instead of raised."""
-    text, note = "", ""
+def _print_answer(answer: Iterator[AnswerPart], out: TextIO) -> tuple[str, str]:
+    """Print an answer piece by piece, its reasoning folded; returns its text and its reasoning.
+
+    A refusal is printed instead of raised.
+    """
+    text, reasoning, note, thinks_since = "", "", "", 0.0
     try:
-        for piece in answer:
-            text += piece
-            print(piece, end="", file=out, flush=True)
+        for kind, piece in answer:
+            if kind == "reasoning" and piece:
+                if not reasoning:
+                    thinks_since = time.perf_counter()
+                    print("[thinking ...", end="", file=out, flush=True)
+                reasoning += piece
+            elif piece:
+                if thinks_since:
+                    print(f" {time.perf_counter() - thinks_since:.1f} s]", file=out)
+                    thinks_since = 0.0
+                text += piece
+                print(piece, end="", file=out, flush=True)
     except Terminated:
         raise
     except KeyboardInterrupt:
         note = " [stopped]"
     except ValueError as error:
         note = f"error: {error}"
-    print(note, file=out)
-    return text
+    print(f"]{note}" if thinks_since else note, file=out)
+    return text, reasoning
 
 
-def _run_command(words: list[str], messages: list[Message], settings: dict[str, Any]) -> str:
+def _run_command(line: str, conversation: Conversation) -> str:
     """Run a line that begins with a slash; returns the reply to the user."""
-    match words:
+    command, _, text = line.partition(" ")
+    match line.split():
         case ["/clear"]:
-            messages.clear()
+            conversation.messages.clear()
             return "a new conversation"
+        case ["/again"]:
+            return "there is no answer yet"
+        case ["/thinking"]:
+            return conversation.reasoning or "the last answer has no reasoning"
+        case ["/think", "on" | "off" as switch]:
+            conversation.settings["chat_template_kwargs"] = {"enable_thinking": switch == "on"}
+            return f"enable_thinking is {switch}"
         case ["/set", name, value] if name in SETTINGS:
             try:
-                settings[name] = _parse_setting(name, value)
+                conversation.settings[name] = _parse_setting(name, value)
             except ValueError as error:
                 return f"error: {error}"
             return f"{name} is {value}"
+    if command == "/system":
+        conversation.system = text.strip()
+        return "the system message is set" if conversation.system else "no system message"
     return HELP
 
 

@@ -6,6 +6,8 @@ import base64
 import binascii
 import hashlib
 import hmac
+import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...runtime.request import RequestRefused
 from ...runtime.version import __version__
@@ -33,6 +35,7 @@ from .protocol.response_models import (
     Detokenized,
     Healthy,
     InputTokens,
+    Model,
     ModelList,
     Tokens,
     Version,
@@ -40,6 +43,7 @@ from .protocol.response_models import (
 from .protocol.responses_models import ResponsesRequest
 from .server_config import ServerConfig
 
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 REF = "#/components/schemas/{model}"
 PAGE = Path(__file__).parent / "page"  # a chat, and a live view of the engine
 PAGE_FILES = {f"/{path.relative_to(PAGE)}": path for path in sorted(PAGE.rglob("*.*"))} | {"/": PAGE / "index.html"}
@@ -77,6 +81,7 @@ def create_app(handlers: Handlers, config: ServerConfig) -> ASGIApp:
         ("/v1/messages", handlers.messages, MessagesRequest, None, "text/event-stream"),
         ("/v1/messages/count_tokens", handlers.count_tokens, CountTokensRequest, InputTokens, None),
         ("/v1/models", handlers.models, None, ModelList, None),
+        ("/v1/models/{name:path}", handlers.model, None, Model, None),
         ("/tokenize", handlers.tokenize, TokenizeRequest, Tokens, None),
         ("/detokenize", handlers.detokenize, DetokenizeRequest, Detokenized, None),
         ("/health", handlers.health, None, Healthy, None),
@@ -94,7 +99,7 @@ def create_app(handlers: Handlers, config: ServerConfig) -> ASGIApp:
     app.add_route("/stats", handlers.stats, include_in_schema=False)
     for path in PAGE_FILES:
         app.add_route(path, _send_page_file, include_in_schema=False)
-    return check_origin(AnswerHead(RequireKey(app, keys)), config)
+    return check_origin(AnswerHead(RequestIds(RequireKey(app, keys))), config)
 
 
 async def _send_page_file(request: Request) -> Response:
@@ -141,6 +146,27 @@ class AnswerHead:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, send)
+
+
+class RequestIds:
+    """Adds the header X-Request-Id to all responses: the client's own, or a new one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        sent = dict(scope["headers"]).get(b"x-request-id", b"")
+        request_id = sent if REQUEST_ID.fullmatch(sent) else secrets.token_hex(16).encode()
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
 
 
 class RequireKey:

@@ -156,7 +156,8 @@ class ChatPreparer:
             return None  # a grammar ends with the EOS token
         if answer is not None:
             await self._check_grammar(answer)
-        rules = ToolRules(tools, required, body.parallel_tool_calls is not False)
+        is_named = isinstance(body.tool_choice, NamedTool)  # one call, as in OpenAI's API
+        rules = ToolRules(tools, required, body.parallel_tool_calls is not False and not is_named)
         try:
             return await self._checked(chat_format, rules, thinking, answer)
         except GrammarsWaiting:  # the server is busy

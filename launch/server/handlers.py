@@ -149,7 +149,8 @@ class Handlers:
                 if body.stream:
                     options = body.stream_options
                     with_usage = options is not None and bool(options.include_usage)
-                    chunks = builder.stream(events, with_usage=with_usage)
+                    in_every_chunk = options is not None and bool(options.continuous_usage_stats)
+                    chunks = builder.stream(events, with_usage=with_usage, in_every_chunk=in_every_chunk)
                     await send_events(send, chunks, builder.failure, builder.end_of_stream)
                 else:
                     await send_json(send, await builder.whole(events))
@@ -193,8 +194,17 @@ class Handlers:
         health = self._engine.health
         if health.state == "failed":
             raise ApiError(503, f"the engine has failed: {health.reason}", code="failed")
-        names, max_model_len = self._validator.model_names, self._validator.max_model_len
-        return ModelList(data=[Model(id=name, created=self._created, max_model_len=max_model_len) for name in names])
+        return ModelList(data=[self._model(name) for name in self._validator.model_names])
+
+    async def model(self, request: Request) -> Model:
+        """Serve GET /v1/models/{name}, where a name may have slashes."""
+        name = request.path_params["name"]
+        self._validator.check_model(name)
+        return self._model(name)
+
+    def _model(self, name: str) -> Model:
+        root, limit = self._engine.name, self._validator.max_model_len
+        return Model(id=name, created=self._created, root=root.rstrip("/").rpartition("/")[2], max_model_len=limit)
 
     async def tokenize(self, request: Request) -> Response:
         """Serve POST /tokenize."""

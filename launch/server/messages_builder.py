@@ -39,7 +39,9 @@ class MessagesBuilder:
             "stop_reason": None, "stop_sequence": None,
         }  # fmt: skip
 
-    async def stream(self, events: AsyncIterator[tuple[int, Event]], *, with_usage: bool) -> AsyncIterator[NamedEvent]:
+    async def stream(
+        self, events: AsyncIterator[tuple[int, Event]], *, with_usage: bool = True, in_every_chunk: bool = False
+    ) -> AsyncIterator[NamedEvent]:
         """Yield the events of a streamed reply; they always have the usage."""
         is_first = True
         async for _, event in events:
@@ -61,7 +63,7 @@ class MessagesBuilder:
     async def whole(self, events: AsyncIterator[tuple[int, Event]]) -> list[bytes]:
         """Return the JSON of the reply after the last event."""
         stop: Json = {}
-        async for event in self.stream(events, with_usage=True):
+        async for event in self.stream(events):
             stop = event.data.get("delta", stop) if event.name == "message_delta" else stop
         return [msgspec.json.encode(self._message | stop | {"content": self._blocks, "usage": self._counts()})]
 

@@ -15,6 +15,7 @@ from ..engine.async_engine import AsyncEngineStats
 LABEL = "model_name"
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+LENGTHS = tuple(base * 10**power for power in range(6) for base in (1, 2, 5))  # tokens
 REQUEST_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0)
 
 
@@ -35,6 +36,9 @@ class Metrics(Collector):
         self.per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first, of an output.", TOKEN_S
         )
+        self.prompt_length = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", LENGTHS)
+        self.output_length = self._histogram("request_generation_tokens", "Tokens of an output.", LENGTHS)
+        self.decoding = self._histogram("request_decode_time_seconds", "From first to last token.", REQUEST_S)
         self.end_to_end = self._histogram("e2e_request_latency_seconds", "From request to the output's end.", REQUEST_S)
 
     def count_finished(self, reason: str) -> None:
@@ -87,6 +91,7 @@ class PromptTimer:
         now, metrics = time.perf_counter(), self._metrics
         if not self._first:
             metrics.prompt_tokens.inc(len(event.prompt_token_ids))
+            metrics.prompt_length.observe(len(event.prompt_token_ids))
             metrics.first_token.observe(now - self._start)
         index, num_new = event.index, len(event.token_ids)
         metrics.generation_tokens.inc(num_new)
@@ -98,5 +103,7 @@ class PromptTimer:
         if event.finish_reason is not None:
             metrics.count_finished(event.finish_reason)
             metrics.end_to_end.observe(now - self._start)
+            metrics.output_length.observe(self._num_tokens[index])
+            metrics.decoding.observe(now - self._first[index])
             if self._num_tokens[index] > 1:
                 metrics.per_token.observe((now - self._first[index]) / (self._num_tokens[index] - 1))

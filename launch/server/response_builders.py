@@ -44,11 +44,14 @@ class ResponseBuilder(ABC):
         self._model, self._usage = model, usage
         self._num_top = num_top  # number of candidates at each position; None without log-probabilities
 
-    async def stream(self, events: AsyncIterator[ChoiceEvent], *, with_usage: bool) -> AsyncIterator[BaseModel]:
-        """Yield the chunks of a streamed response; `with_usage` the last chunk holds the token counts."""
+    async def stream(
+        self, events: AsyncIterator[ChoiceEvent], *, with_usage: bool, in_every_chunk: bool = False
+    ) -> AsyncIterator[BaseModel]:
+        """Yield the chunks of a streamed response; `with_usage` the last or every chunk holds the token counts."""
+        counts = self._usage if with_usage and in_every_chunk else None
         async for index, event in events:
             for choice in await self._new_choices(index, event):
-                yield self._make(self.chunk_type, [choice])
+                yield self._make(self.chunk_type, [choice], counts)
         if with_usage:
             yield self._make(self.chunk_type, [], self._usage)
 

@@ -34,7 +34,9 @@ class ResponsesBuilder:
         self._item: Json | None = None  # the last of the output while it is not complete
         self._response = _response_fields(body, model)
 
-    async def stream(self, events: AsyncIterator[tuple[int, Event]], *, with_usage: bool) -> AsyncIterator[NamedEvent]:
+    async def stream(
+        self, events: AsyncIterator[tuple[int, Event]], *, with_usage: bool = True, in_every_chunk: bool = False
+    ) -> AsyncIterator[NamedEvent]:
         """Yield the events of a streamed response; its usage is always in the last one."""
         is_first = True
         async for _, event in events:
@@ -56,7 +58,7 @@ class ResponsesBuilder:
     async def whole(self, events: AsyncIterator[tuple[int, Event]]) -> list[bytes]:
         """Return the JSON of the response after the last event."""
         response: Json = {}
-        async for event in self.stream(events, with_usage=True):
+        async for event in self.stream(events):
             response = event.data.get("response", response)
         return [msgspec.json.encode(response)]
 

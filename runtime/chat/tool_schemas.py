@@ -28,8 +28,8 @@ class ToolSchema:
 
     @cached_property
     def schema(self) -> dict[str, Any]:
-        """The parameters without annotations, which rule nothing; always of type object."""
-        schema: dict[str, Any] = without_annotations(self.parameters)
+        """The parameters for a grammar: of type object, without annotations, and with the listed properties only."""
+        schema: dict[str, Any] = closed(without_annotations(self.parameters))
         return {"type": "object"} | schema
 
     @property
@@ -58,6 +58,25 @@ def without_annotations(schema: Any) -> Any:
         elif name not in ANNOTATIONS:
             kept[name] = value if name in VALUES else without_annotations(value)
     return kept
+
+
+def closed(schema: Any) -> Any:
+    """Return a schema whose objects have only the properties that it lists, where that is the schema's own choice.
+
+    The values that it allows are a part of those before. Schemas that apply together with others are left as they are.
+    """
+    if not isinstance(schema, dict):
+        return schema
+    made = dict(schema)
+    if isinstance(schema.get("properties"), dict):
+        made["properties"] = {key: closed(item) for key, item in schema["properties"].items()}
+    if "items" in schema:
+        made["items"] = closed(schema["items"])
+    if "properties" in schema and not (OBJECT_RULES | {"additionalProperties"}) & schema.keys():
+        made["additionalProperties"] = False
+    if isinstance(schema.get("anyOf"), list) and not {"properties", "$ref", "allOf"} & schema.keys():
+        made["anyOf"] = [closed(item) for item in schema["anyOf"]]
+    return made
 
 
 def is_text(schema: Any) -> bool:

@@ -16,7 +16,8 @@ def check_host_memory(plan: MemoryPlan, config: Config, model: ModelConfig) -> N
     `config` is resolved. Ranks that share the host are not counted.
     """
     assert config.max_model_len is not None
-    parts = {"the rotary table": 4 * config.max_model_len * model.head_dim}
+    rotary = sum(rope.rotary_dim(model.head_dim) for rope in model.rotations)
+    parts = {"the rotary tables": 4 * config.max_model_len * rotary}
     if config.device == "cpu":
         parts |= {"weights": plan.weights, "the KV cache": plan.with_pages(config).kv_cache}
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -139,7 +139,7 @@ def parameters_of_rank(model: ModelConfig, ranks: int) -> int:
         _experts_size(model, ranks) if model.has_experts(n) else _mlp_size(model, ranks)
         for n in range(model.num_layers)
     )
-    norms = (2 * model.num_layers + 1) * model.hidden_size
+    norms = (len(model.names.norms) * model.num_layers + 1) * model.hidden_size
     tables = 1 if model.tie_word_embeddings else 2
     return tables * vocabulary + model.num_layers * _attention_size(model, ranks) + mlps + norms
 
@@ -153,7 +153,7 @@ def _attention_size(model: ModelConfig, ranks: int) -> int:
     q = model.num_heads // ranks * model.head_dim
     qkv = q + 2 * _kv_features(model, ranks)
     biases = model.qkv_bias * qkv + model.output_bias * model.hidden_size
-    norms = model.qk_norm * 2 * model.head_dim
+    norms = {"none": 0, "each head": 2 * model.head_dim, "all heads": q + _kv_features(model, ranks)}[model.qk_norm]
     return (qkv + q) * model.hidden_size + biases + norms
 
 

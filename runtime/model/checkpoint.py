@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -114,18 +114,24 @@ def _dimensions(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
     They are compared before any memory is allocated: a config.json with absurd numbers could ask for all of it.
     """
-    hidden, layer = model.hidden_size, "model.layers.0"
-    shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (model.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-        f"{layer}.self_attn.q_proj.weight": (model.num_heads * model.head_dim, hidden),
-        f"{layer}.self_attn.k_proj.weight": (model.num_kv_heads * model.head_dim, hidden),
-    }
+    hidden, names = model.hidden_size, model.names
+    q, kv = (heads * model.head_dim for heads in (model.num_heads, model.num_kv_heads))
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocab_size, hidden)}
+    shapes |= _projection_shapes("model.layers.0", names.qkv, (q, kv, kv), hidden)
     dense = [n for n in range(model.num_layers) if not model.has_experts(n)]
     if dense:
-        shapes[f"model.layers.{dense[0]}.mlp.gate_proj.weight"] = (model.intermediate_size, hidden)
+        features = (model.intermediate_size,) * 2
+        shapes |= _projection_shapes(f"model.layers.{dense[0]}", names.gate_up, features, hidden)
     if model.experts is not None and len(dense) < model.num_layers:
         mlp = f"model.layers.{min(model.experts.layers)}.mlp"
         shapes[f"{mlp}.gate.weight"] = (model.experts.num_experts, hidden)
         shapes[f"{mlp}.experts.0.gate_proj.weight"] = (model.experts.intermediate_size, hidden)
-    return shapes | {f"model.layers.{n}.input_layernorm.weight": (hidden,) for n in range(model.num_layers)}
+    return shapes | {f"model.layers.{n}.{names.norms[0]}.weight": (hidden,) for n in range(model.num_layers)}
+
+
+def _projection_shapes(
+    layer: str, names: Sequence[str], features: Sequence[int], hidden: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of tensors with these features, or of one that has the features of all."""
+    sizes = [sum(features)] if len(names) == 1 else features
+    return {f"{layer}.{name}.weight": (size, hidden) for name, size in zip(names, sizes, strict=True)}

@@ -1,4 +1,4 @@
-"""The decoder of all supported model families, which differ by a row of ARCHITECTURES.
+"""The decoder of all supported model families, which differ by a row of ARCHITECTURES in families.py.
 
 residual = embedding of the tokens
 each layer:  residual += attention(norm(residual))
@@ -20,61 +20,104 @@ from .batch import Batch
 from .checkpoint import EMBEDDING, HEAD
 from .embedding import Embedding, Head, Logits, vocabulary_shard
 from .kv_pool import AttentionShape, KVPool
-from .linear import MLP, ColumnLinear, MoE, Projection, RowLinear, shard_of
+from .linear import MLP, ColumnLinear, MoE, RowLinear, projections, shard_of
 from .model_config import ModelConfig
-from .norm import NormInput, Residual, RMSNorm, norm_weight
+from .norm import LayerNorms, NormInput, Residual, RMSNorm, WideQKNorm, norm_weight
+from .rope import RopeConfig
 from .weights import Weights
 
 
 class Attention:
     """QKV, optional norm of query and key heads, rotary positions, attention, output projection."""
 
-    def __init__(self, weights: Weights, comm: Communicator, config: ModelConfig, layer: int, name: str) -> None:
+    def __init__(
+        self, weights: Weights, comm: Communicator, config: ModelConfig, layer: int, name: str, cos_sin: Tensor
+    ) -> None:
         self.window = config.windows[layer]
+        self.q_size = config.num_heads * config.head_dim // comm.size
         q_features = config.num_heads * config.head_dim
         kv_features = config.num_kv_heads * config.head_dim
         kv_heads = config.kv_heads_of_rank(comm.rank, comm.size)
         kv_rows = slice(kv_heads.start * config.head_dim, kv_heads.stop * config.head_dim)
-        projections = [
-            Projection(f"{name}.q_proj", q_features, shard_of(q_features, comm)),
-            Projection(f"{name}.k_proj", kv_features, kv_rows),
-            Projection(f"{name}.v_proj", kv_features, kv_rows),
-        ]
-        self.qkv = ColumnLinear(weights, projections, config.hidden_size, bias=config.qkv_bias)
-        hidden, bias = config.hidden_size, config.output_bias
-        self.output = RowLinear(weights, comm, f"{name}.o_proj", hidden, q_features, bias=bias)
-        q_norm, k_norm = (
-            norm_weight(weights, f"{name}.{x}_norm.weight", config.head_dim) if config.qk_norm else None for x in "qk"
+        parts = projections(
+            [f"{name}.{tensor}" for tensor in config.names.qkv],
+            (q_features, kv_features, kv_features),
+            (shard_of(q_features, comm), kv_rows, kv_rows),
         )
-        self.norm = QKNorm(q_norm, k_norm, config.norm_eps)
+        if config.adjacent_pairs:
+            parts[:2] = [replace(part, pairs=config.head_dim) for part in parts[:2]]
+        self.qkv = ColumnLinear(weights, parts, config.hidden_size, bias=config.qkv_bias)
+        q_norm = k_norm = None
+        self.wide_norm: WideQKNorm | None = None
+        if config.qk_norm == "each head":
+            q_norm, k_norm = (norm_weight(weights, f"{name}.self_attn.{x}_norm.weight", config.head_dim) for x in "qk")
+        elif config.qk_norm == "all heads":
+            rows = shard_of(q_features, comm), kv_rows
+            features = q_features, kv_features
+            self.wide_norm = WideQKNorm(weights, comm, f"{name}.self_attn", features, rows, config.norm_eps)
+        hidden, bias = config.hidden_size, config.output_bias
+        self.output = RowLinear(weights, comm, f"{name}.{config.names.output}", hidden, q_features, bias=bias)
+        self.heads = Heads(QKNorm(q_norm, k_norm, config.norm_eps), cos_sin)
 
     def __call__(
-        self, normed: NormInput, residual: Residual, cos_sin: Tensor, cache: KVCache, backend: AttentionBackend
+        self,
+        normed: NormInput,
+        residual: Residual,
+        query_scale: Tensor | None,
+        cache: KVCache,
+        backend: AttentionBackend,
     ) -> None:
-        """Add attention of `normed` [T, D] to `residual`; store its keys and values in `cache`."""
-        heads = Heads(self.norm, cos_sin)
-        self.output(backend.run(self.qkv(normed), heads, cache, self.window), residual)
+        """Add attention of `normed` [T, D] to `residual`; store its keys and values in `cache`.
+
+        query_scale  [T, 1] float32: factors of the queries; None if all are 1
+        """
+        qkv = self.qkv(normed)
+        if query_scale is not None:
+            qkv[:, : self.q_size] *= query_scale
+        if self.wide_norm is not None:
+            self.wide_norm(qkv)
+        self.output(backend.run(qkv, self.heads, cache, self.window), residual)
 
 
 class DecoderLayer:
-    """Attention and an MLP or experts, each after its norm."""
+    """Attention and an MLP or experts, with norms before each, after each, or both."""
 
-    def __init__(self, weights: Weights, comm: Communicator, config: ModelConfig, layer: int) -> None:
-        name = f"model.layers.{layer}"
-        hidden, eps = config.hidden_size, config.norm_eps
-        self.attention_norm = RMSNorm(weights, comm, f"{name}.input_layernorm", hidden, eps)
-        self.attention = Attention(weights, comm, config, layer, f"{name}.self_attn")
-        self.mlp_norm = RMSNorm(weights, comm, f"{name}.post_attention_layernorm", hidden, eps)
+    def __init__(self, weights: Weights, comm: Communicator, config: ModelConfig, layer: int, cos_sin: Tensor) -> None:
+        name, names, hidden = f"model.layers.{layer}", config.names, config.hidden_size
+        around_attention = names.norm_before_attention, names.norm_after_attention
+        around_mlp = names.norm_before_mlp, names.norm_after_mlp
+        self.attention_norms = LayerNorms(weights, comm, name, around_attention, hidden, config.stream_eps)
+        self.attention = Attention(weights, comm, config, layer, name, cos_sin)
+        self.mlp_norms = LayerNorms(weights, comm, name, around_mlp, hidden, config.stream_eps)
         self.mlp: MLP | MoE
         if config.experts is not None and config.has_experts(layer):
             self.mlp = MoE(weights, comm, f"{name}.mlp", hidden, config.experts)
         else:
-            self.mlp = MLP(weights, comm, f"{name}.mlp", hidden, config.intermediate_size, bias=config.mlp_bias)
+            gate_up, down = [f"{name}.{tensor}" for tensor in names.gate_up], f"{name}.{names.down}"
+            self.mlp = MLP(weights, comm, gate_up, down, hidden, config.intermediate_size, bias=config.mlp_bias)
 
-    def __call__(self, residual: Residual, cos_sin: Tensor, cache: KVCache, backend: AttentionBackend) -> None:
+    def __call__(
+        self, residual: Residual, query_scale: Tensor | None, cache: KVCache, backend: AttentionBackend
+    ) -> None:
         """Add the layer to `residual`; store keys and values of the batch that `backend` has planned in `cache`."""
-        self.attention(self.attention_norm(residual), residual, cos_sin, cache, backend)
-        self.mlp(self.mlp_norm(residual), residual)
+        self.attention(self.attention_norms.before(residual), residual, query_scale, cache, backend)
+        self.attention_norms.after(residual)
+        self.mlp(self.mlp_norms.before(residual), residual)
+        self.mlp_norms.after(residual)
+
+
+def rotary_tables(config: ModelConfig, max_positions: int, device: torch.device) -> dict[RopeConfig | None, Tensor]:
+    """Return the table of each rotation that layers have, [max_positions, R]; it is empty for None."""
+    tables: dict[RopeConfig | None, Tensor] = {None: torch.zeros(0, config.head_dim, device=device)}
+    for rope in config.rotations:
+        tables[rope] = rope.table(config.head_dim, max_positions).to(device)
+    return tables
+
+
+def query_scales(config: ModelConfig, max_positions: int, device: torch.device) -> Tensor | None:
+    """Return the factor of all layers' queries at each position, [max_positions]; None if all are 1."""
+    scale = None if config.ropes[0] is None else config.ropes[0].query_scale(max_positions)
+    return None if scale is None else scale.to(device)
 
 
 class Decoder:
@@ -100,12 +143,15 @@ class Decoder:
         vocab, hidden, tied = config.vocab_size, config.hidden_size, config.tie_word_embeddings
         ignored = (HEAD,) if tied else ()
         rows = vocabulary_shard(weights, comm, EMBEDDING, vocab, hidden, ignored=ignored)
-        self.embedding = Embedding(comm, rows)
-        self.layers = [DecoderLayer(weights, comm, config, layer) for layer in range(config.num_layers)]
-        self.norm = RMSNorm(weights, comm, "model.norm", hidden, config.norm_eps)
+        self.embedding = Embedding(comm, rows, config.embedding_multiplier / config.residual_multiplier)
+        self.query_scale = query_scales(config, max_positions, device)
+        tables = rotary_tables(config, max_positions, device)
+        self.layers = [
+            DecoderLayer(weights, comm, config, layer, tables[rope]) for layer, rope in enumerate(config.ropes)
+        ]
+        self.norm = RMSNorm(weights, comm, "model.norm", hidden, config.stream_eps)
         head = rows if tied else vocabulary_shard(weights, comm, HEAD, vocab, hidden)
-        self.head = Head(comm, head, vocab, batch_invariant=batch_invariant)
-        self.cos_sin = config.rope.table(config.head_dim, max_positions).to(device)
+        self.head = Head(comm, head, vocab, scaling=config.logits_scaling, batch_invariant=batch_invariant)
 
     def attention_shape(self, page_size: int, dtype: torch.dtype) -> AttentionShape:
         """Return the shape of this rank's attention and KV cache."""
@@ -121,9 +167,10 @@ class Decoder:
 
     def forward(self, batch: Batch, pool: KVPool, attention: AttentionBackend) -> Residual:
         """Return the residual stream [T, D] after the last layer; store keys and values. `attention` is planned."""
-        residual = self.embedding(batch.token_ids)
+        residual = Residual(self.embedding(batch.token_ids), separate=self.config.names.has_norms_after)
+        query_scale = None if self.query_scale is None else self.query_scale[batch.positions].unsqueeze(1)
         for n, layer in enumerate(self.layers):
-            layer(residual, self.cos_sin, pool.layer(n), attention)
+            layer(residual, query_scale, pool.layer(n), attention)
         return residual
 
     def logits(self, residual: Residual, rows: Tensor | None = None) -> Logits:

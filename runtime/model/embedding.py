@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...comm.base import Communicator, SingleRank
 from ...kernels import ops
-from .norm import NormInput, Residual
+from .norm import NormInput
 from .weights import Piece, Weights
 
 
@@ -31,29 +31,41 @@ def vocabulary_shard(
 
 
 class Embedding:
-    """The lookup of token ids."""
+    """The lookup of token ids, times a number."""
 
-    def __init__(self, comm: Communicator, weight: Tensor) -> None:
-        self.comm, self.weight = comm, weight
+    def __init__(self, comm: Communicator, weight: Tensor, multiplier: float = 1.0) -> None:
+        self.comm, self.weight, self.multiplier = comm, weight, multiplier
         self.first_row = comm.rank * len(weight)
 
-    def __call__(self, token_ids: Tensor) -> Residual:
-        """Return the residual stream [T, D] of token_ids [T]: the sum of the ranks' partial lookups."""
-        return Residual(self.comm.all_reduce(ops.gather_rows(self.weight, token_ids, first_row=self.first_row)))
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Return the rows [T, D] of token_ids [T]: the sum of the ranks' partial lookups."""
+        rows = self.comm.all_reduce(ops.gather_rows(self.weight, token_ids, first_row=self.first_row))
+        return rows if self.multiplier == 1 else rows.mul_(self.multiplier)
 
 
 class Head:
-    """The projection of hidden states to the logits of the rank's vocabulary shard; batch_invariant as in Decoder."""
+    """The projection of hidden states to the logits of the rank's vocabulary shard, divided by `scaling`.
 
-    def __init__(self, comm: Communicator, weight: Tensor, vocab_size: int, *, batch_invariant: bool = False) -> None:
+    batch_invariant  as in Decoder
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        weight: Tensor,
+        vocab_size: int,
+        *,
+        scaling: float = 1.0,
+        batch_invariant: bool = False,
+    ) -> None:
         self.comm, self.weight, self.vocab_size = comm, weight, vocab_size
-        self.batch_invariant = batch_invariant
+        self.scaling, self.batch_invariant = scaling, batch_invariant
 
     def __call__(self, hidden: NormInput) -> Logits:
         """Return the logits of rows [S, D], in their dtype."""
         norm, invariant = hidden.weight, self.batch_invariant
         shard = ops.linear(hidden.x, self.weight, norm=norm, eps=hidden.eps, batch_invariant=invariant)
-        return Logits(self.comm, shard, self.vocab_size)
+        return Logits(self.comm, shard if self.scaling == 1 else shard.div_(self.scaling), self.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,16 @@ class HFConfigReader:
         self._check(name, all(is_integer(x) for x in integers), "an integer or a list of integers")
         return integers
 
+    def numbers(self, name: str) -> list[float]:
+        """Return the numbers of the list `name`, each above 0."""
+        values = self._value(name, None)
+        numbers = values if isinstance(values, list) else []
+        holds = all(is_integer(x) or isinstance(x, float) for x in numbers) and all(
+            0 < x <= MAX_NUMBER for x in numbers
+        )
+        self._check(name, bool(numbers) and holds, "a list of numbers above 0")
+        return [float(x) for x in numbers]
+
     def nested(self, name: str) -> HFConfigReader:
         value = self._value(name, {})
         self._check(name, isinstance(value, dict), "an object")

@@ -2,7 +2,8 @@
 
 The first layer of a pair is divided by output rows, the second by input columns. The ranks exchange nothing between
 the two: each computes whole heads, or its intermediate features. The second layer adds to the residual stream. A
-single rank adds at once; several leave partial sums, which the next norm reduces.
+single rank adds at once; several leave partial sums, which the next norm reduces. So does a single rank before a norm
+of the result.
 Shapes: T tokens, D hidden, I the rank's intermediate features, N experts, K of them selected per token.
 """
 
@@ -35,10 +36,23 @@ class Projection:
     name: str
     features: int
     rows: slice
+    pairs: int = 0  # see Piece
 
     @property
     def num_rows(self) -> int:
         return int(self.rows.stop - self.rows.start)
+
+
+def projections(names: Sequence[str], features: Sequence[int], rows: Sequence[slice]) -> list[Projection]:
+    """Return the rank's `rows` of projections with these features.
+
+    names  the tensor of each; or one tensor that has the features of all, one after the other
+    """
+    if len(names) > 1:
+        return [Projection(name, size, part) for name, size, part in zip(names, features, rows, strict=True)]
+    starts = [sum(features[:n]) for n in range(len(features))]
+    shifted = [slice(start + part.start, start + part.stop) for start, part in zip(starts, rows, strict=True)]
+    return [Projection(names[0], sum(features), part) for part in shifted]
 
 
 class ColumnLinear:
@@ -50,8 +64,8 @@ class ColumnLinear:
         matrix, vector, start = [], [], 0
         for p in projections:
             into = (slice(start, start + p.num_rows),)
-            matrix.append(Piece(f"{p.name}.weight", (p.features, in_features), (p.rows,), into))
-            vector.append(Piece(f"{p.name}.bias", (p.features,), (p.rows,), into))
+            matrix.append(Piece(f"{p.name}.weight", (p.features, in_features), (p.rows,), into, p.pairs))
+            vector.append(Piece(f"{p.name}.bias", (p.features,), (p.rows,), into, p.pairs))
             start += p.num_rows
         self.weight = weights.add((total, in_features), matrix)
         self.bias = weights.add((total,), vector) if bias else None
@@ -79,7 +93,7 @@ class RowLinear:
     def __call__(self, x: Tensor, residual: Residual) -> None:
         """Add the projection of x [T, the rank's columns] to `residual`."""
         bias = self.bias if self.adds_bias else None
-        if self.comm.size == 1:
+        if self.comm.size == 1 and not residual.separate:
             ops.linear(x, self.weight, bias, add_to=residual.total, batch_invariant=self.batch_invariant)
         else:
             out = self.comm.buffer(len(x), len(self.weight), x.dtype)
@@ -87,15 +101,26 @@ class RowLinear:
 
 
 class MLP:
-    """`down(silu(gate(x)) * up(x))`, divided over the ranks by intermediate features."""
+    """`down(silu(gate(x)) * up(x))`, divided over the ranks by intermediate features.
+
+    gate_up  the names of both tensors, or of one that has the rows of gate, then of up
+    """
 
     def __init__(
-        self, weights: Weights, comm: Communicator, name: str, hidden_size: int, intermediate_size: int, *, bias: bool
+        self,
+        weights: Weights,
+        comm: Communicator,
+        gate_up: Sequence[str],
+        down: str,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool,
     ) -> None:
         rows = shard_of(intermediate_size, comm)
-        gate_up = [Projection(f"{name}.{part}_proj", intermediate_size, rows) for part in ("gate", "up")]
-        self.gate_up = ColumnLinear(weights, gate_up, hidden_size, bias=bias)
-        self.down = RowLinear(weights, comm, f"{name}.down_proj", hidden_size, intermediate_size, bias=bias)
+        parts = projections(gate_up, (intermediate_size,) * 2, (rows, rows))
+        self.gate_up = ColumnLinear(weights, parts, hidden_size, bias=bias)
+        self.down = RowLinear(weights, comm, down, hidden_size, intermediate_size, bias=bias)
 
     def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Add the MLP of rows [T, D] to `residual`."""

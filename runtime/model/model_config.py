@@ -1,61 +1,24 @@
 """The description of a model, read from the config.json of its checkpoint.
 
 Both formats are supported: `torch_dtype`, `rope_theta` and `rope_scaling` of transformers 4, `dtype` and
-`rope_parameters` of transformers 5. To add a model, add its row to ARCHITECTURES.
+`rope_parameters` of transformers 5. The rules of each model family are its row in families.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any, Literal
+from typing import Any
 
 from .end_tokens import EndTokens
+from .families import ARCHITECTURES, TEXT_PARTS, Architecture, Flag, QKNormKind, TensorNames
 from .generation_config import generation_fields, not_applied
 from .hf_config import HFConfigReader, exists
+from .layer_rules import expert_layers, ropes_of_layers, windows_of_layers
 from .rope import RopeConfig
 
-Windows = Literal["never", "always", "flagged", "flagged, upper layers"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """The differences of a model family from the plain decoder."""
-
-    qkv_bias: bool = False  # q, k and v have a bias, regardless of config.json
-    bias_flags: bool = False  # attention_bias (q, k, v, o) and mlp_bias of config.json apply
-    qk_norm: bool = False  # RMSNorm of each query and key head
-    experts: bool = False  # a mixture of experts in place of some MLPs
-    windows: Windows = "never"  # sliding_window of config.json applies; "flagged": if use_sliding_window is set
-    defaults: Mapping[str, int]  # fields that config.json may leave out, as in transformers' class of the family
-
-
-LLAMA = {
-    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "max_position_embeddings": 2048,
-}  # fmt: skip
-QWEN2 = LLAMA | {
-    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
-}  # fmt: skip
-MISTRAL = LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
-QWEN3_MOE = QWEN2 | {
-    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
-    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
-}  # fmt: skip
-
-ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(bias_flags=True, defaults=LLAMA),
-    "MistralForCausalLM": Architecture(windows="always", defaults=MISTRAL),
-    "Qwen2ForCausalLM": Architecture(qkv_bias=True, windows="flagged, upper layers", defaults=QWEN2),
-    "Qwen3ForCausalLM": Architecture(
-        bias_flags=True, qk_norm=True, windows="flagged, upper layers", defaults=QWEN2 | {"head_dim": 128}
-    ),
-    "Qwen3MoeForCausalLM": Architecture(
-        bias_flags=True, qk_norm=True, experts=True, windows="flagged", defaults=QWEN3_MOE
-    ),
-}
 MAX_LAYERS = 10_000
 MAX_POSITIONS = 100_000_000  # the rotary table of a rank has a row for each
 
@@ -78,6 +41,7 @@ class ModelConfig:
     """One whole model, independent of ranks."""
 
     architecture: str
+    names: TensorNames
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -86,11 +50,16 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    rope: RopeConfig
+    ropes: tuple[RopeConfig | None, ...]  # per layer; None: no rotation
+    adjacent_pairs: bool  # q and k of the checkpoint have the two elements of a rotated pair next to each other
     qkv_bias: bool
     output_bias: bool  # the attention's output projection has a bias
     mlp_bias: bool
-    qk_norm: bool
+    qk_norm: QKNormKind
+    embedding_multiplier: float  # of the rows of the embedding
+    residual_multiplier: float  # of the result of attention, MLP or experts
+    attention_multiplier: float  # of the scores of attention
+    logits_scaling: float  # divides the logits
     tie_word_embeddings: bool
     windows: tuple[int | None, ...]  # per layer: number of keys that a query sees, its own included; None for all
     experts: Experts | None
@@ -106,10 +75,11 @@ class ModelConfig:
         generation_config  where generation_config.json is; see Config
         """
         folder = Path(folder)
-        model, fields = cls.from_config_file(folder), HFConfigReader.from_file(folder / "config.json")
+        model = cls.from_config_file(folder)
+        fields = HFConfigReader(text_fields(HFConfigReader.from_file(folder / "config.json").values))
         generation = generation_fields(folder, generation_config)
         end = EndTokens.from_files(folder, model.vocab_size, (fields, generation))
-        notes = (*end.notes, *_ignored_fields(fields, generation, generation_config))
+        notes = (*end.notes, *_ignored_fields(fields, generation, generation_config), *_longrope_notes(model))
         return replace(model, eos_token_ids=end.ids, notes=notes)
 
     @classmethod
@@ -125,41 +95,59 @@ class ModelConfig:
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Read the contents of config.json."""
         name, architecture = _architecture(HFConfigReader(hf))
-        fields = HFConfigReader({**architecture.defaults, **hf})
-        _refuse_unsupported(fields)
+        fields = HFConfigReader({**architecture.defaults, **text_fields(hf)})
+        _refuse_unsupported(fields, architecture)
         num_layers = fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
         num_heads = fields.integer("num_attention_heads")
         hidden_size = fields.integer("hidden_size")
         head_dim = fields.integer("head_dim", max(hidden_size // num_heads, 1))
-        attention_bias = architecture.bias_flags and fields.flag("attention_bias", False)
         vocab_size = fields.integer("vocab_size")
         end = EndTokens.of({"config.json": fields.integers("eos_token_id")}, vocab_size)
-        rope = RopeConfig.from_hf(fields)
+        ropes = ropes_of_layers(fields, architecture, num_layers)
         config = cls(
             architecture=name,
+            names=architecture.names,
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            intermediate_size=fields.integer("intermediate_size"),
+            intermediate_size=fields.integer(architecture.intermediate_size),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=fields.integer("num_key_value_heads", num_heads),
             head_dim=head_dim,
             norm_eps=fields.number("rms_norm_eps", 1e-6, maximum=1.0),
-            rope=rope,
-            qkv_bias=architecture.qkv_bias or attention_bias,
-            output_bias=attention_bias,
-            mlp_bias=architecture.bias_flags and fields.flag("mlp_bias", False),
+            ropes=ropes,
+            adjacent_pairs=architecture.adjacent_pairs,
+            qkv_bias=_flag(fields, architecture.qkv_bias),
+            output_bias=_flag(fields, architecture.output_bias),
+            mlp_bias=_flag(fields, architecture.mlp_bias),
             qk_norm=architecture.qk_norm,
+            embedding_multiplier=_multiplier(fields, architecture, "embedding_multiplier"),
+            residual_multiplier=_multiplier(fields, architecture, "residual_multiplier"),
+            attention_multiplier=_multiplier(fields, architecture, "attention_multiplier", head_dim**-0.5),
+            logits_scaling=_multiplier(fields, architecture, "logits_scaling"),
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-            windows=_windows(fields, architecture.windows, num_layers),
+            windows=windows_of_layers(fields, architecture.windows, num_layers),
             experts=_experts(fields, num_layers) if architecture.experts else None,
             dtype=_dtype(fields),
-            max_position_embeddings=_num_positions(fields, rope),
+            max_position_embeddings=_num_positions(fields, ropes),
             eos_token_ids=end.ids,
             notes=end.notes,
         )
         config._check()
         return config
+
+    @property
+    def rotations(self) -> set[RopeConfig]:
+        """The different rotations of the layers."""
+        return {rope for rope in self.ropes if rope is not None}
+
+    @property
+    def stream_eps(self) -> float:
+        """The eps of norms of the residual stream, which the decoder keeps divided by residual_multiplier.
+
+        Results are then added as they are, and RMSNorm of the stream is the same.
+        """
+        return self.norm_eps / self.residual_multiplier**2
 
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and layer in self.experts.layers
@@ -204,6 +192,17 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"config.json: head_dim is {self.head_dim}; rotary positions need an even one")
+        for rope in self.rotations:
+            rope.check_head_dim(self.head_dim)
+
+
+def text_fields(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the fields of a model's text part: of `text_config` and around it, if it also sees images; else `hf`."""
+    text = HFConfigReader(hf).nested("text_config").values
+    if not text:
+        return hf
+    # As in transformers, the outer field says whether the embeddings are tied.
+    return {**text, "tie_word_embeddings": True, **{name: value for name, value in hf.items() if name != "text_config"}}
 
 
 def _architecture(fields: HFConfigReader) -> tuple[str, Architecture]:
@@ -211,10 +210,23 @@ def _architecture(fields: HFConfigReader) -> tuple[str, Architecture]:
     for name in names:
         if name in ARCHITECTURES:
             return name, ARCHITECTURES[name]
+        if name in TEXT_PARTS:
+            return name, ARCHITECTURES[_text_part(fields.nested("text_config"), TEXT_PARTS[name])]
     raise ValueError(
         f"config.json: architecture {', '.join(shortened(n)[1:-1] for n in names) or 'not given'} is not supported; "
-        f"the supported ones are {', '.join(ARCHITECTURES)}"
+        f"the supported ones are {', '.join([*ARCHITECTURES, *TEXT_PARTS])}"
     )
+
+
+def _text_part(text: HFConfigReader, families: Mapping[str, str]) -> str:
+    """Return the family of the text part of a model."""
+    kind = text.text("model_type", next(iter(families)))
+    if kind not in families:
+        raise ValueError(
+            f"{text.source}: model_type {shortened(kind)} is not supported; the supported ones are "
+            f"{', '.join(families)}"
+        )
+    return families[kind]
 
 
 def _ignored_fields(fields: HFConfigReader, generation: HFConfigReader, choice: str) -> Iterator[str]:
@@ -226,17 +238,41 @@ def _ignored_fields(fields: HFConfigReader, generation: HFConfigReader, choice: 
         yield f"{generation.source}: {', '.join(names)} of transformers' generate have no effect here"
 
 
-def _num_positions(fields: HFConfigReader, rope: RopeConfig) -> int:
-    positions = max(fields.integer("max_position_embeddings", maximum=MAX_POSITIONS), rope.extended_positions)
-    if positions > MAX_POSITIONS:
-        raise ValueError(
-            f"config.json: factor {rope.factor:g} extends {rope.original_positions} positions to {positions}; "
-            f"they must be at most {MAX_POSITIONS}"
-        )
+def _longrope_notes(model: ModelConfig) -> Iterator[str]:
+    """Yield a sentence if max_model_len chooses the factors of the rotation, as it does in vLLM."""
+    for rope in model.rotations:
+        if rope.type == "longrope" and rope.original_positions < model.max_position_embeddings:
+            yield (
+                f"config.json: longrope has other factors for more than {rope.original_positions} tokens; they are used"
+                f" for all contexts, unless max_model_len is at most {rope.original_positions}"
+            )
+
+
+def _num_positions(fields: HFConfigReader, ropes: Iterable[RopeConfig | None]) -> int:
+    """Return the number of positions, which YaRN of any layer may extend."""
+    positions = fields.integer("max_position_embeddings", maximum=MAX_POSITIONS)
+    for rope in {rope for rope in ropes if rope is not None}:
+        if rope.extended_positions > MAX_POSITIONS:
+            raise ValueError(
+                f"config.json: factor {rope.factor:g} extends {rope.original_positions} positions to "
+                f"{rope.extended_positions}; they must be at most {MAX_POSITIONS}"
+            )
+        positions = max(positions, rope.extended_positions)
     return positions
 
 
-def _refuse_unsupported(fields: HFConfigReader) -> None:
+def _flag(fields: HFConfigReader, flag: Flag) -> bool:
+    return fields.flag(flag, False) if isinstance(flag, str) else flag
+
+
+def _multiplier(fields: HFConfigReader, architecture: Architecture, name: str, otherwise: float = 1.0) -> float:
+    return fields.number(name, 1.0) if architecture.multipliers else otherwise
+
+
+def _refuse_unsupported(fields: HFConfigReader, architecture: Architecture) -> None:
+    for name in architecture.must_be_zero:
+        if count := fields.integer(name, minimum=0):
+            raise ValueError(f"config.json: {name} is {count}; only models of this family with 0 are supported")
     if "quantization_config" in fields:
         method = shortened(fields.nested("quantization_config").text("quant_method", "unknown"))[1:-1]
         raise ValueError(
@@ -258,35 +294,13 @@ def _dtype(fields: HFConfigReader) -> str:
     return name
 
 
-def _windows(fields: HFConfigReader, rule: Windows, num_layers: int) -> tuple[int | None, ...]:
-    """Return the sliding window of each layer. An absent field means transformers' default of 4096, null means none."""
-    enabled = rule == "always" or (rule != "never" and fields.flag("use_sliding_window", False))
-    if not enabled or fields.values.get("sliding_window", 4096) is None:
-        return (None,) * num_layers
-    window = fields.integer("sliding_window", 4096)
-    if rule != "flagged, upper layers":
-        return (window,) * num_layers
-    if "layer_types" in fields:
-        sliding = [kind == "sliding_attention" for kind in fields.texts("layer_types")]
-    else:
-        first = fields.integer("max_window_layers", 28, minimum=0)
-        sliding = [layer >= first for layer in range(num_layers)]
-    if len(sliding) != num_layers:
-        raise ValueError(
-            f"config.json: layer_types has {len(sliding)} entries; it must have one for each of the {num_layers} layers"
-        )
-    return tuple(window if is_sliding else None for is_sliding in sliding)
-
-
 def _experts(fields: HFConfigReader, num_layers: int) -> Experts:
-    step = fields.integer("decoder_sparse_step", 1)
-    dense = fields.integers("mlp_only_layers")
     experts = Experts(
         num_experts=fields.integer("num_local_experts" if "num_local_experts" in fields else "num_experts"),
         num_per_token=fields.integer("num_experts_per_tok"),
         intermediate_size=fields.integer("moe_intermediate_size"),
         normalized=fields.flag("norm_topk_prob", False),
-        layers=frozenset(n for n in range(num_layers) if n not in dense and (n + 1) % step == 0),
+        layers=expert_layers(fields, num_layers),
     )
     if experts.num_per_token > experts.num_experts:
         raise ValueError(

@@ -1,7 +1,8 @@
 """RMSNorm and the residual stream: the one place inside a layer where tensor parallelism reduces.
 
 The layers before a norm add to the residual stream. A single rank adds within its GEMM, and leaves the norm to the
-GEMM that follows. Of several ranks each has a partial sum, which the norm reduces over the ranks.
+GEMM that follows. Of several ranks each has a partial sum, which the norm reduces over the ranks. Some families have
+norms of a layer's result, which then is a partial sum on a single rank, too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Residual:
 
     total: Tensor
     partial: Tensor | None = None  # [T, D]; its sum over the ranks is the last layer's result
+    separate: bool = False  # also a single rank leaves its result in `partial`, for a norm of it
 
 
 @dataclass(frozen=True)
@@ -55,3 +57,69 @@ class RMSNorm:
         if partial is None:
             return NormInput(residual.total, self.weight, self.eps)
         return NormInput(self.comm.all_reduce_add_rms_norm(partial, residual.total, self.weight, self.eps))
+
+    def add_to(self, residual: Residual) -> None:
+        """Add the norm of the partial sum, reduced over the ranks, to the stream."""
+        partial, residual.partial = residual.partial, None
+        assert partial is not None, "the stream of a family with norms after its layers is separate"
+        residual.total += ops.rms_norm(self.comm.all_reduce(partial), self.weight, self.eps)
+
+
+class WideQKNorm:
+    """RMSNorm over all query heads together, and over all key heads; each rank has some of them.
+
+    The ranks add up their sums of squares. Ranks that share a key head all count it, so that it has the same share.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        comm: Communicator,
+        name: str,
+        features: tuple[int, int],
+        rows: tuple[slice, slice],
+        eps: float,
+    ) -> None:
+        self.sizes = [part.stop - part.start for part in rows]
+        q, k = (
+            weights.add((size,), [Piece(f"{name}.{x}_norm.weight", (whole,), (part,))], is_norm=True)
+            for x, size, whole, part in zip("qk", self.sizes, features, rows, strict=True)
+        )
+        self.weights, self.eps, self.comm = (q, k), eps, comm
+
+    def __call__(self, qkv: Tensor) -> None:
+        """Norm q and k of `qkv` [T, (H + 2 Hkv) E] in place."""
+        squares = self.comm.all_reduce(ops.sum_squares(qkv, self.sizes))  # [T, 2]
+        q, k, _ = qkv.split([*self.sizes, self.sizes[1]], dim=1)
+        for x, weight, sums in zip((q, k), self.weights, squares.chunk(2, dim=1), strict=True):
+            scale = (sums / (self.comm.size * x.shape[1]) + self.eps).rsqrt()  # [T, 1]
+            x.copy_(x * scale * weight)  # in float32, as the scale is, and rounded once
+
+
+class LayerNorms:
+    """The norms around attention or an MLP: of its input, of its result, or of both.
+
+    names  those of the two norms in the layer `name`; None is no norm
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        comm: Communicator,
+        name: str,
+        names: tuple[str | None, str | None],
+        size: int,
+        eps: float,
+    ) -> None:
+        self._before, self._after = (
+            None if norm is None else RMSNorm(weights, comm, f"{name}.{norm}", size, eps) for norm in names
+        )
+
+    def before(self, residual: Residual) -> NormInput:
+        """Return the input of the layer."""
+        return NormInput(residual.total) if self._before is None else self._before(residual)
+
+    def after(self, residual: Residual) -> None:
+        """Add the norm of the layer's result to the stream, if there is one; else leave the result as it is."""
+        if self._after is not None:
+            self._after.add_to(residual)

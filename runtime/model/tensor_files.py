@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from .hf_config import HFConfigReader, check_regular, exists
 
 INDEX = "model.safetensors.index.json"
+# Tensors of a model that also sees images; its text part is below `language_model`.
+IMAGE_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 MAX_NAMED = 8  # entries of a list in an error message
 COMPARED_BYTES = 16 * 2**20  # compared at once
 # The dtypes of weights, with the unsigned integer of their size and the bits of the exponent in it, which are all set
@@ -29,6 +31,7 @@ EXPONENTS = {
 class TensorFiles(Mapping[str, Any]):
     """The tensors of all files, by name, as safetensors slices: only what is indexed is read.
 
+    Of a model that also sees images, the tensors of its text part, under the names of a model of text alone.
     Open until `stack` closes. Raises ValueError naming the file that is missing, cannot be read, or has a tensor that
     another one has, too.
     """
@@ -37,17 +40,20 @@ class TensorFiles(Mapping[str, Any]):
         self.folder = folder
         self._slices: dict[str, Any] = {}
         self._paths: dict[str, Path] = {}
+        self._stored_names: dict[str, str] = {}
         weight_map = _weight_map(folder)
         for path in _paths(folder, weight_map):
             file = stack.enter_context(_open(path, framework))
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if weight_map.get(name, path.name) != path.name:
-                    continue  # the index takes this one from another file
+            for stored in file.keys():  # noqa: SIM118 - not a mapping
+                if weight_map.get(stored, path.name) != path.name or stored.startswith(IMAGE_PARTS):
+                    continue  # the index takes this one from another file, or it does not belong to the text
+                name = stored.replace("language_model.", "")
+                self._stored_names[name] = stored
                 if name in self._paths:
                     raise ValueError(
                         f"{path} and {self._paths[name].name} both have {name}; remove one of the files, or add {INDEX}"
                     )
-                self._slices[name], self._paths[name] = file.get_slice(name), path
+                self._slices[name], self._paths[name] = file.get_slice(stored), path
 
     def __getitem__(self, name: str) -> Any:
         return self._slices[name]
@@ -87,7 +93,7 @@ class TensorFiles(Mapping[str, Any]):
         path = self._paths[name]
         with path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
-            start, end = json.loads(file.read(header_size))[name]["data_offsets"]
+            start, end = json.loads(file.read(header_size))[self._stored_names[name]]["data_offsets"]
         return np.memmap(path, np.uint8, "r", 8 + header_size)[start:end]
 
 
@@ -132,8 +138,8 @@ def not_finite(path: Path, names: Sequence[str]) -> str:
 
 
 def _is_redundant(name: str) -> bool:
-    """Return True for rotary frequencies, which old checkpoints hold and the config determines."""
-    return name.endswith("rotary_emb.inv_freq")
+    """Return True for rotary frequencies, which the config determines, and for layers that draft several tokens."""
+    return name.endswith("rotary_emb.inv_freq") or name.startswith("mtp.")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

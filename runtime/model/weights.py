@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,14 @@ class Piece:
     shape: tuple[int, ...]  # shape of the whole tensor in the checkpoint
     read: tuple[slice, ...] = (ALL,)
     into: tuple[int | slice, ...] = (ALL,)
+    pairs: int = 0  # the rows are heads of this size, of which even rows are to come first, then the odd ones
+
+    def value(self, tensor: Any) -> Tensor:
+        """Return the part of a slice of safetensors."""
+        part: Tensor = tensor[self.read]
+        if self.pairs:
+            part = part.unflatten(0, (-1, self.pairs // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return part
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,7 @@ def load_weights(weights: Sequence[Weight], folder: str | Path) -> None:
         check_shapes(expected, tensors, ignored)
         for weight in weights:
             for piece in weight.pieces:
-                weight.tensor[piece.into].copy_(tensors[piece.name][piece.read])
+                weight.tensor[piece.into].copy_(piece.value(tensors[piece.name]))
         _check_finite(weights, tensors)
 
 

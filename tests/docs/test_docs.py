@@ -149,10 +149,13 @@ def test_flags_page_is_current() -> None:
     assert generate_flags["text"]() == generate_flags["OUTPUT"].read_text(), "run python scripts/generate_flags.py"
 
 
-def test_the_models_of_the_readme_are_the_supported_ones() -> None:
-    from lockstep.runtime.model.model_config import ARCHITECTURES
+def test_the_models_of_the_page_are_the_supported_ones() -> None:
+    from lockstep.runtime.model.families import ARCHITECTURES, TEXT_PARTS
 
-    assert set(re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.M)) == set(ARCHITECTURES)
+    assert set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/models.md").read_text(), re.M)) == {
+        *ARCHITECTURES,
+        *TEXT_PARTS,
+    }
 
 
 def test_the_routes_of_the_serving_page_are_those_of_the_server() -> None:

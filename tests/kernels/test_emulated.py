@@ -84,6 +84,18 @@ DECODED = [(1, 2, 1, 64), (5, 8, 2, 64), (5, 6, 1, 128), (12, 3, 3, 64)]
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize(("rows", "heads", "kv_heads", "size"), DECODED)
 def test_decode_attention(rows: int, heads: int, kv_heads: int, size: int, window: int | None) -> None:
+    check_decode_attention(rows, heads, kv_heads, size, window, torch.randn(701, size))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("table", [(701, 12), (701, 32), (701, 48), (0, 64)], ids=str)
+def test_decode_attention_rotates_a_part_of_a_head(size: int, table: tuple[int, int]) -> None:
+    check_decode_attention(5, 4, 2, size, None, torch.randn(table))
+
+
+def check_decode_attention(
+    rows: int, heads: int, kv_heads: int, size: int, window: int | None, cos_sin: Tensor
+) -> None:
     positions = torch.tensor([700, 0, 1, 17, 64, 300, 199, 5, 5, 31, 32, 33], dtype=torch.int32)[:rows]
     table = torch.randperm(rows * 145, dtype=torch.int32).view(rows, 145)
     table_rows = torch.randperm(rows, dtype=torch.int32)
@@ -92,7 +104,7 @@ def test_decode_attention(rows: int, heads: int, kv_heads: int, size: int, windo
     qkv, norm = random(rows, (heads + 2 * kv_heads) * size), QKNorm(random(size) + 2, random(size) + 2, 1e-6)
     cache = KVCache(*(random(rows * 145, 5, kv_heads, size) for _ in range(2)))
     partition = emulator.emulated().partition_keys(positions, kv_heads, window)
-    rope, pages = Rope(positions, torch.randn(701, size)), Pages(table, table_rows)
+    rope, pages = Rope(positions, cos_sin), Pages(table, table_rows)
     # The kernel leaves the counters of the partition at zero for the next layer; the definition does not touch them.
     check("decode_attention", qkv, norm, rope, cache, slots, pages, partition, 0.1, factor=4)
 

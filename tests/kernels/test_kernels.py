@@ -135,9 +135,45 @@ def store(k: torch.Tensor, v: torch.Tensor, cache: KVCache, slots: torch.Tensor)
 
 @also_emulated
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_sum_squares(device: str, rows: int, dtype: torch.dtype) -> None:
+    x = torch.randn(rows, 700, device=device).to(dtype)
+    expected = torch.stack([part.double().square().sum(1) for part in (x[:, :600], x[:, 600:650])], dim=1)
+    torch.testing.assert_close(ops.sum_squares(x, (600, 50)).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@also_emulated
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_and_mul(device: str, dtype: torch.dtype) -> None:
     x = torch.randn(6, 34, device=device).to(dtype)
     assert_close(ops.silu_and_mul(x), F.silu(x[:, :17].double()) * x[:, 17:].double())
+
+
+@also_emulated
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 96, 128])
+@pytest.mark.parametrize("rotary", [0, 2, 8, 12, 14])
+def test_rotate_and_store_rotates_a_part_of_a_head(device: str, rotary: int, head_dim: int, dtype: torch.dtype) -> None:
+    """A rotation of the first elements equals that of a head of their number; 0 stands for an empty table."""
+    positions, slots = (torch.tensor(x, device=device, dtype=torch.int32) for x in ([0, 3, 9], [2, 0, 5]))
+    qkv, cos_sin = torch.randn(3, 4 * head_dim, device=device).to(dtype), torch.randn(10, rotary, device=device)
+    part = qkv.unflatten(1, (4, head_dim))[..., :rotary].flatten(1)
+    cache, part_cache = (
+        KVCache(*(torch.zeros(2, 3, 1, size, device=device, dtype=dtype) for _ in range(2)))
+        for size in (head_dim, rotary)
+    )
+    norm = QKNorm(None, None, 0.0)
+    table = cos_sin if rotary else torch.zeros(0, head_dim, device=device)
+    q = ops.rotate_and_store_(qkv, norm, Rope(positions, table), cache, slots)
+    expected, expected_k = qkv.unflatten(1, (4, head_dim))[:, :2].clone(), qkv[:, 2 * head_dim :].unflatten(1, (2, -1))
+    if rotary:
+        expected[..., :rotary] = ops.rotate_and_store_(part, norm, Rope(positions, cos_sin), part_cache, slots)
+    assert torch.equal(q, expected)
+    for name, x, rotated in (("k", expected_k[:, 0], part_cache.k), ("v", expected_k[:, 1], part_cache.v)):
+        stored = getattr(cache, name).view(6, head_dim)[slots.long()]
+        x = x.clone()
+        x[:, :rotary] = rotated.view(6, rotary)[slots.long()]
+        assert torch.equal(stored, x), name
 
 
 @also_emulated

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from lockstep.runtime.config import Config
 from lockstep.runtime.memory.memory_plan import kv_elements_per_token, parameters_of_rank, plan_weights
 from lockstep.runtime.model.decoder import Decoder
-from lockstep.runtime.model.model_config import ARCHITECTURES, DTYPES, ModelConfig
+from lockstep.runtime.model.families import ARCHITECTURES
+from lockstep.runtime.model.model_config import DTYPES, ModelConfig
 
 from ranks import ThreadGroup
 
@@ -24,8 +25,10 @@ FLAGS = st.booleans()
 def configs(draw: st.DrawFn) -> Configs:
     """A config.json of any family, with everything that changes what there is to allocate."""
     kv_heads, layers = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 4))
+    architecture = draw(st.sampled_from(sorted(ARCHITECTURES)))
+    dense = {"num_local_experts": 0, "shared_intermediate_size": 24, "layer_types": ["full_attention"] * layers}
     return {
-        "architectures": [draw(st.sampled_from(sorted(ARCHITECTURES)))],
+        "architectures": [architecture],
         "vocab_size": draw(st.integers(1, 300)),
         "hidden_size": draw(st.integers(1, 40)),
         "intermediate_size": 24 * draw(st.integers(1, 3)),
@@ -42,7 +45,7 @@ def configs(draw: st.DrawFn) -> Configs:
         "moe_intermediate_size": 24 * draw(st.integers(1, 2)),
         "decoder_sparse_step": draw(st.integers(1, 2)),
         "mlp_only_layers": draw(st.lists(st.integers(0, layers - 1))),
-    }
+    } | (dense if "MoeHybrid" in architecture else {})
 
 
 def sketch(model: ModelConfig, rank: int, size: int, dtype: torch.dtype) -> Decoder:

@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedModel,
+)
 
 TINY: dict[str, Any] = {
     "vocab_size": 131,  # prime: no number of ranks divides it
@@ -41,6 +48,56 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
     ),
+    "Phi3ForCausalLM": ("phi3", {"head_dim": 8}),
+    "SmolLM3ForCausalLM": ("smollm3", {"no_rope_layer_interval": 2}),
+    "SeedOssForCausalLM": ("seed_oss", {"initializer_range": 0.2}),
+    "GraniteForCausalLM": (
+        "granite",
+        {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 0.5},
+    ),
+    "GraniteMoeHybridForCausalLM": (
+        "granitemoehybrid",
+        {
+            "head_dim": 8,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 48,
+            "position_embedding_type": "rope",
+            "layer_types": ["full_attention", "full_attention"],
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 0.5,
+            "mamba_n_heads": 4,  # unused, but transformers checks it
+        },
+    ),
+    "Olmo2ForCausalLM": ("olmo2", {}),
+    "Olmo3ForCausalLM": ("olmo3", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "Exaone4ForCausalLM": ("exaone4", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "Ernie4_5ForCausalLM": ("ernie4_5", {}),
+    "Ministral3ForCausalLM": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 16,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            }
+        },
+    ),
+    "MellumForCausalLM": (
+        "mellum",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
 }
 
 
@@ -66,6 +123,26 @@ def tiny_checkpoint(folder: Path, architecture: str, seed: int = 0, **overrides:
     return model
 
 
+def image_checkpoint(folder: Path, text_type: str, naming: str) -> PreTrainedModel:
+    """Save a random Mistral3ForConditionalGeneration, whose text tensors begin with `naming`, and return it."""
+    family = next(family for kind, family in FAMILIES.values() if kind == text_type)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config={"model_type": text_type, **TINY, **family},
+        vision_config={"model_type": "pixtral", **vision, "head_dim": 8, "image_size": 32, "patch_size": 16},
+        tie_word_embeddings=False,
+        architectures=["Mistral3ForConditionalGeneration"],
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = Mistral3ForConditionalGeneration(config).eval()
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace("language_model.model.", naming): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors")
+    return model
+
+
 def rewrite_config(folder: Path, **changes: Any) -> None:
     """Set fields of config.json; a value of `...` removes the field."""
     path = folder / "config.json"
@@ -77,6 +154,7 @@ def to_transformers4(folder: Path) -> None:
     """Rewrite config.json into the dialect of transformers 4: torch_dtype, rope_theta, rope_scaling."""
     config = json.loads((folder / "config.json").read_text())
     rope = dict(config["rope_parameters"])
+    rope = dict(rope.get("full_attention", rope))  # by layer type: only that of full attention can be scaled
     theta = rope.pop("rope_theta")
     kind = rope.pop("rope_type")
     rewrite_config(

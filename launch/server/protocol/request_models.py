@@ -69,6 +69,7 @@ Metadata = Annotated[dict[str, Any], Field(max_length=64)]
 
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
     include_obfuscation: FalseOnly | None = None
 
 

@@ -170,10 +170,14 @@ class ChatChunk(Reply):
 
 
 class Model(BaseModel):
+    """A served name; `root` is the model behind it, without the folders of the server."""
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["lockstep"] = "lockstep"
+    root: str
+    parent: None = None
     max_model_len: int
 
 

@@ -22,7 +22,7 @@ def select_backend(
 
     Raises ValueError if the backend that `config` asks for cannot serve the shape. `announce` logs a slow choice.
     """
-    scale = model.head_dim**-0.5
+    scale = model.attention_multiplier
     if config.attention_backend == "torch" or config.device != "cuda":
         return TorchAttention(scale)
     reason = unsupported_reason(shape)

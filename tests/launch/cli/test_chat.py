@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from lockstep.launch.cli.chat import local, talk
+from lockstep.launch.cli.chat import HELP, local, talk
 from lockstep.launch.cli.main import app
 from lockstep.launch.llm import LLM
+from lockstep.runtime.chat.call_readers import AnswerPart
+from lockstep.runtime.config import DEMO_MODEL
 
 from small import SMALL, as_flags
 from stub import conversation, refuse, stub_server
@@ -29,6 +35,10 @@ def no_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chat(lines: list[str], *arguments: str) -> Result:
     return CliRunner().invoke(app, ["chat", *arguments], input="".join(f"{line}\n" for line in lines))
+
+
+def text_of(parts: Iterator[AnswerPart]) -> str:
+    return "".join(part.text for part in parts)
 
 
 def said(body: dict[str, Any]) -> list[tuple[str, str]]:
@@ -80,14 +90,17 @@ def test_unreachable_server_is_reported() -> None:
         ("/set max_tokens 9" + "9" * 5000, "is not an integer"),
         ("/set temperature nan", "error: temperature=nan must be between 0 and 2"),
         ("/set temperature 3", "error: temperature=3.0 must be between 0 and 2"),
-        ("/set n 2", "/set NAME VALUE sets one of temperature"),
-        ("/what", "/set NAME VALUE sets one of temperature"),
+        ("/set n 2", HELP),
+        ("/what", HELP),
+        ("/think maybe", HELP),
+        ("/thinking", "the last answer has no reasoning"),
+        ("/again", "there is no answer yet"),
     ],
 )
 def test_bad_slash_commands(line: str, reply: str) -> None:
     with stub_server(conversation) as stub:
         ended = chat([line], f"--url={stub.url}")
-    assert reply in ended.stdout.splitlines()[1]
+    assert reply in ended.stdout.removeprefix(HELP)
     assert stub.bodies == []
 
 
@@ -99,12 +112,12 @@ def test_local_options_are_refused_with_url() -> None:
 def test_ctrl_c_stops_an_answer_and_keeps_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
     questions: list[list[str]] = []
 
-    def answer(messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[str]:
+    def answer(messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[AnswerPart]:
         questions.append([m["content"] for m in messages])
-        yield "half"
+        yield AnswerPart("content", "half")
         if len(questions) == 1:
             raise KeyboardInterrupt
-        yield " whole"
+        yield AnswerPart("content", " whole")
 
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     out = io.StringIO()
@@ -134,10 +147,10 @@ def test_local_model_is_stopped_between_steps(monkeypatch: pytest.MonkeyPatch) -
         talk(local(llm), out)
         assert signal.getsignal(signal.SIGINT) is before
         params = {"temperature": 0, "max_tokens": 5}
-        alone = "".join(local(llm)([{"role": "user", "content": "Who was Moses?"}], params))
-        full = "".join(local(llm)([{"role": "user", "content": "And the king said"}], params | {"max_tokens": 40}))
+        alone = text_of(local(llm)([{"role": "user", "content": "Who was Moses?"}], params))
+        full = text_of(local(llm)([{"role": "user", "content": "And the king said"}], params | {"max_tokens": 40}))
     stopped, after = out.getvalue().split(" [stopped]\n")
-    partial = stopped.split("\n", 3)[3]  # after the help and what was set
+    partial = stopped.removeprefix(HELP).split("\n", 3)[3]  # after what was set
     assert partial
     assert full.startswith(partial)
     assert partial != full
@@ -149,7 +162,47 @@ def test_chat_command_with_local_model() -> None:
     ended = chat(["/set temperature 0", "/set max_tokens 5", "Who was Moses?"], *flags)
     assert ended.exit_code == 0, ended.output
     with LLM(**OPTIONS) as llm:
-        expected = "".join(
+        expected = text_of(
             local(llm)([{"role": "user", "content": "Who was Moses?"}], {"temperature": 0, "max_tokens": 5})
         )
     assert ended.stdout.endswith(f"\n{expected}\n")
+
+
+def test_reasoning_is_folded_and_the_conversation_is_steered(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies: list[tuple[list[dict[str, Any]], dict[str, Any]]] = []
+
+    def answer(messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[AnswerPart]:
+        bodies.append((messages, dict(settings)))
+        yield AnswerPart("reasoning", "let me ")
+        yield AnswerPart("reasoning", "think")
+        yield AnswerPart("content", f"answer {len(bodies)}")
+
+    lines = ["/system Be brief.", "one", "/thinking", "/think off", "/again", "two", "/system", "three"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    out = io.StringIO()
+    talk(answer, out)
+    shown = re.sub(r"\d\.\d s", "N s", out.getvalue().removeprefix(HELP)).split("\n")[1:]
+    folded = "[thinking ... N s]"
+    assert shown == [
+        "the system message is set", folded, "answer 1", "let me think", "enable_thinking is off",
+        folded, "answer 2", folded, "answer 3", "no system message", folded, "answer 4", "",
+    ]  # fmt: skip
+    assert [[message["content"] for message in messages] for messages, _ in bodies] == [
+        ["Be brief.", "one"], ["Be brief.", "one"], ["Be brief.", "one", "answer 2", "two"],
+        ["one", "answer 2", "two", "answer 3", "three"],
+    ]  # fmt: skip
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    assert [settings for _, settings in bodies] == [{}, off, off, off]
+
+
+def test_local_reasoning_is_found_by_the_template(tmp_path: Path) -> None:
+    """The demo model does not think: its prompt opens the reasoning, and it never closes it."""
+    folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "thinks"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ messages[0].content }}<think>\n{#</think>#}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with LLM(str(folder), **OPTIONS) as llm:
+        settings = {"temperature": 0, "max_tokens": 8}
+        parts = list(local(llm)([{"role": "user", "content": "Who was Moses?"}], settings))
+    assert parts
+    assert {part.kind for part in parts} == {"reasoning"}

@@ -25,7 +25,9 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.util.placement_group import placement_group, remove_placement_group
+from safetensors.torch import load_file, save_file
 
 from lockstep import LLM, SamplingParams
 from lockstep.launch.cluster import actor_group
@@ -220,8 +222,9 @@ def test_exception_in_a_step_names_the_rank(ray_cluster: dict[str, str], monkeyp
 
 def test_value_error_of_a_rank_is_raised_as_value_error(ray_cluster: dict[str, str], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "other"))
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"intermediate_size": 320', '"intermediate_size": 328'))
+    tensors = load_file(folder / "model.safetensors")
+    next(tensor for name, tensor in tensors.items() if "gate_proj" in name)[0, 0] = torch.nan  # only a rank reads it
+    save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"^.*gate_proj.* \(rank \d on .*\)$"):
         LLM(str(folder), tensor_parallel_size=2, **SMALL)
 

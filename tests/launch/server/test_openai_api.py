@@ -230,7 +230,11 @@ def test_neutral_values_are_accepted(shared: Running) -> None:
 
 def test_models_and_version(shared: Running) -> None:
     (model,) = shared.openai.models.list().data
-    assert (model.id, model.owned_by, model.model_extra) == ("demo", "lockstep", {"max_model_len": MAX_LEN})
+    assert (model.id, model.owned_by, model.model_extra) == (
+        "demo",
+        "lockstep",
+        {"root": "demo", "parent": None, "max_model_len": MAX_LEN},
+    )
     assert shared.http.get("/version").json()["version"]
 
 

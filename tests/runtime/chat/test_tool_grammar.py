@@ -15,7 +15,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from lockstep.runtime.chat.chat_formats import CALL_FORMATS, REASONING_FORMATS, ChatFormat, Thinking
 from lockstep.runtime.chat.tool_grammar import ToolGrammar, ToolRules
-from lockstep.runtime.chat.tool_schemas import ToolSchema, without_annotations
+from lockstep.runtime.chat.tool_schemas import ToolSchema, closed, without_annotations
 from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.sampling.grammar import Vocabulary, load_tokenizer
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
@@ -167,3 +167,23 @@ def test_annotations_are_left_out_and_parameters_of_these_names_are_not() -> Non
         "properties": {"description": {"type": "string"}, "title": {"enum": [{"title": 1}]}},
         "$defs": {"default": {}},
     }
+
+
+def test_objects_have_only_the_properties_that_a_schema_lists() -> None:
+    inner = {"type": "object", "properties": {"x": {}}}
+    shut = inner | {"additionalProperties": False}
+    both = {"allOf": [inner, inner]}
+    mixed = {"properties": {"a": inner}, "anyOf": [inner]}
+    for schema, expected in (
+        (inner, shut),
+        ({"properties": {"a": inner}}, {"properties": {"a": shut}, "additionalProperties": False}),
+        ({"items": inner}, {"items": shut}),
+        ({"anyOf": [inner, {"type": "null"}]}, {"anyOf": [shut, {"type": "null"}]}),
+        (mixed, mixed | {"properties": {"a": shut}}),
+        (both, both),
+        ({"not": inner}, {"not": inner}),
+        (inner | {"additionalProperties": True}, inner | {"additionalProperties": True}),
+        ({"type": "object"}, {"type": "object"}),
+        (True, True),
+    ):
+        assert closed(schema) == expected

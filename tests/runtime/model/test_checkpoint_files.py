@@ -20,8 +20,9 @@ from lockstep import LLM, SamplingParams
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.memory.memory_plan import parameters_of_rank
 from lockstep.runtime.model.checkpoint import check_folder, find_model, read_model
+from lockstep.runtime.model.families import ARCHITECTURES
 from lockstep.runtime.model.generation_config import default_sampling_params
-from lockstep.runtime.model.model_config import ARCHITECTURES, ModelConfig
+from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Tokenizer
 
@@ -250,6 +251,7 @@ def test_dtype_with_the_name_of_its_module(demo: Path, field: str) -> None:
     assert _greedy(demo, max_tokens=4).token_ids == expected
 
 
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 READ = {  # by field of config.json, the field of ModelConfig that it becomes
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -261,8 +263,10 @@ READ = {  # by field of config.json, the field of ModelConfig that it becomes
     "rms_norm_eps": "norm_eps",
     "max_position_embeddings": "max_position_embeddings",
     "tie_word_embeddings": "tie_word_embeddings",
-    "attention_bias": "output_bias",
+    "attention_bias": "qkv_bias",
+    "attention_out_bias": "output_bias",
     "mlp_bias": "mlp_bias",
+    **dict(zip(MULTIPLIERS, MULTIPLIERS, strict=True)),
 }
 EXPERTS = {
     "num_experts": "num_experts",
@@ -278,9 +282,12 @@ def test_absent_fields_have_the_values_of_transformers(architecture: str) -> Non
     """Without each field in turn, and without all of them."""
     model_type, family = FAMILIES[architecture]
     whole = {**TINY, **family, "architectures": [architecture]}
-    whole |= {} if model_type == "llama" else {"use_sliding_window": True, "sliding_window": 8}
+    whole |= {} if ARCHITECTURES[architecture].windows == "never" else {"use_sliding_window": True, "sliding_window": 8}
     whole |= {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 64}  # go with any default
     whole |= {"num_experts": 16} if "num_experts" in whole else {}
+    whole.pop("layer_types", None)
+    if model_type == "granitemoehybrid":
+        whole |= {"num_hidden_layers": 32, "layer_types": ["full_attention"] * 32}
     optional = [name for name in (*READ, *EXPERTS, *IMPLICIT) if name in whole or name in IMPLICIT]
     for absent in (*([name] for name in optional), optional):
         fields = {name: value for name, value in whole.items() if name not in absent}
@@ -289,16 +296,21 @@ def test_absent_fields_have_the_values_of_transformers(architecture: str) -> Non
 
 def _assert_equal(model: ModelConfig, config: Any) -> None:
     for name, ours in READ.items():
+        if name == "intermediate_size" and hasattr(config, "shared_intermediate_size"):
+            name = "shared_intermediate_size"
         if hasattr(config, name) and getattr(config, name) is not None:
             assert getattr(model, ours) == getattr(config, name), name
-    assert model.rope.theta == config.rope_parameters["rope_theta"]
+    kinds = getattr(config, "layer_types", ["full_attention"] * model.num_layers)
+    for rope, kind in zip(model.ropes, kinds, strict=True):
+        if rope is not None:
+            assert rope.theta == config.rope_parameters.get(kind, config.rope_parameters)["rope_theta"]
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None)
     assert model.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
     if model.experts is not None:
         for name, ours in EXPERTS.items():
             assert getattr(model.experts, ours) == getattr(config, name), name
-        step, dense = config.decoder_sparse_step, config.mlp_only_layers
+        step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", [])
         assert model.experts.layers == {n for n in range(model.num_layers) if n not in dense and (n + 1) % step == 0}
 
 

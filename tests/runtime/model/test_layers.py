@@ -67,7 +67,10 @@ def test_mlp_shards_sum_to_the_layer(size: int, tmp_path: Path) -> None:
     expected = F.linear(F.silu(gate) * up, saved["mlp.down_proj.weight"], saved["mlp.down_proj.bias"])
 
     def run(comm: Communicator) -> Tensor:
-        mlp = _loaded(lambda weights: MLP(weights, comm, "mlp", D, FF, bias=True), tmp_path)
+        mlp = _loaded(
+            lambda weights: MLP(weights, comm, ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", D, FF, bias=True),
+            tmp_path,
+        )
         assert mlp.gate_up.weight.shape == (2 * FF // size, D)
         return _added(mlp, x)
 
@@ -111,7 +114,7 @@ def test_vocabulary_shards_equal_the_whole_vocabulary(size: int, vocab: int, tmp
     def run(comm: Communicator) -> tuple[Tensor, Tensor]:
         rows = _loaded(lambda weights: vocabulary_shard(weights, comm, "embed", vocab, D), tmp_path)
         assert len(rows) == -(-vocab // size)
-        return Embedding(comm, rows)(tokens).total, Head(comm, rows, vocab)(NormInput(hidden)).gather()
+        return Embedding(comm, rows)(tokens), Head(comm, rows, vocab)(NormInput(hidden)).gather()
 
     for embedded, logits in run_ranks(size, run):
         assert torch.equal(embedded, saved["embed"][tokens.long()])
@@ -288,6 +291,7 @@ def test_batch_invariant_attention_matches_torch(window: int | None, monkeypatch
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+FACTORS = {name: [bound ** (n / 31) for n in range(32)] for name, bound in (("short_factor", 3), ("long_factor", 60))}
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -312,6 +316,14 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn, attention factor": {
         "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 256, "attention_factor": 1.7,
     },
+    "longrope": {"rope_type": "longrope", "original_max_position_embeddings": 512, **FACTORS},
+    "longrope, part of a head": {
+        "rope_type": "longrope", "original_max_position_embeddings": 512, "factor": 8.0, "partial_rotary_factor": 0.5,
+        **{name: factors[:16] for name, factors in FACTORS.items()},
+    },
+    "longrope, attention factor": {
+        "rope_type": "longrope", "original_max_position_embeddings": 512, "attention_factor": 1.2, **FACTORS,
+    },
 }  # fmt: skip
 
 
@@ -320,11 +332,13 @@ def test_rope_table_matches_transformers(name: str) -> None:
     parameters = {**ROPES[name], "rope_theta": 50000.0}
     shape = {"head_dim": 64, "max_position_embeddings": 2048}
     model = tiny_model("LlamaForCausalLM", rope_parameters=dict(parameters), num_hidden_layers=1, **shape)
-    cos, sin = model.model.rotary_emb(torch.empty(0), torch.arange(2048)[None])  # [1, P, E], each half twice
-    table = RopeConfig.from_hf(HFConfigReader({"rope_parameters": parameters, **shape})).table(64, 2048)
-    expected = torch.cat((cos[0, :, :32], sin[0, :, :32]), dim=-1)
-    # Frequencies may differ in the last bit of float32: 2048 positions * 2^-23, times an attention factor below 2.
-    torch.testing.assert_close(table, expected, atol=5e-4, rtol=0)
+    rope = RopeConfig.from_hf(HFConfigReader({"rope_parameters": parameters, **shape}), partial=True)
+    pairs = rope.rotary_dim(64) // 2
+    for positions in (2048, 512):  # of longrope, 512 have the short factors
+        cos, sin = model.model.rotary_emb(torch.empty(0), torch.arange(positions)[None])  # [1, P, R], each half twice
+        expected = torch.cat((cos[0, :, :pairs], sin[0, :, :pairs]), dim=-1)
+        # Frequencies may differ in the last bit of float32: 2048 positions * 2^-23, times an attention factor below 2.
+        torch.testing.assert_close(rope.table(64, positions), expected, atol=5e-4, rtol=0)
 
 
 @pytest.mark.parametrize("fail", [0, 2])

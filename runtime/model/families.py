@@ -1,0 +1,185 @@
+"""The supported model families: a row for each, with its differences from the plain decoder.
+
+To add a model, add its row to ARCHITECTURES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Windows = Literal["never", "always", "flagged", "flagged, upper layers", "flagged, unrotated layers", "layer types"]
+Rotation = Literal["every layer", "no_rope_layers", "windowed layers", "by layer type", "position_embedding_type"]
+QKNormKind = Literal["none", "each head", "all heads"]
+Flag = bool | str  # whether something exists, or the field of config.json that says so
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorNames:
+    """The names of a layer's tensors in the checkpoint, below `model.layers.<number>`.
+
+    One name in place of several: that tensor has the rows of all, one after the other. A norm that is None does not
+    exist.
+    """
+
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    output: str = "self_attn.o_proj"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    norm_before_attention: str | None = "input_layernorm"
+    norm_after_attention: str | None = None
+    norm_before_mlp: str | None = "post_attention_layernorm"
+    norm_after_mlp: str | None = None
+
+    @property
+    def has_norms_after(self) -> bool:
+        return self.norm_after_attention is not None or self.norm_after_mlp is not None
+
+    @property
+    def norms(self) -> list[str]:
+        """The norms that exist."""
+        norms = self.norm_before_attention, self.norm_after_attention, self.norm_before_mlp, self.norm_after_mlp
+        return [name for name in norms if name is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The differences of a model family from the plain decoder."""
+
+    names: TensorNames = field(default_factory=TensorNames)
+    intermediate_size: str = "intermediate_size"  # the field of config.json
+    qkv_bias: Flag = False
+    output_bias: Flag = False  # of the attention's output projection
+    mlp_bias: Flag = False
+    qk_norm: QKNormKind = "none"  # RMSNorm of each query and key head, or of all heads together
+    partial_rotary: bool = False  # partial_rotary_factor of config.json applies
+    adjacent_pairs: bool = False  # elements 2 i and 2 i + 1 of a head are rotated as a pair, not i and E / 2 + i
+    query_scaling: bool = False  # llama_4_scaling_beta of rope_parameters applies
+    rotation: Rotation = "every layer"  # the layers with rotary positions
+    multipliers: bool = False  # embedding_, residual_ and attention_multiplier and logits_scaling of config.json apply
+    must_be_zero: tuple[str, ...] = ()  # fields of parts of the family that are not supported
+    experts: bool = False  # a mixture of experts in place of some MLPs
+    windows: Windows = "never"  # sliding_window of config.json applies; "flagged": if use_sliding_window is set
+    defaults: Mapping[str, Any]  # fields that config.json may leave out, as in transformers' class of the family
+
+
+GRANITE4_NAMES = TensorNames(gate_up=("shared_mlp.input_linear",), down="shared_mlp.output_linear")
+NORMS_AFTER = TensorNames(
+    norm_before_attention=None,
+    norm_after_attention="post_attention_layernorm",
+    norm_before_mlp=None,
+    norm_after_mlp="post_feedforward_layernorm",
+)
+PHI3_NAMES = TensorNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
+
+LLAMA = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "max_position_embeddings": 2048,
+}  # fmt: skip
+QWEN2 = LLAMA | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+}  # fmt: skip
+MISTRAL = LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072}
+QWEN3_MOE = QWEN2 | {
+    "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 24, "num_key_value_heads": 4,
+    "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+}  # fmt: skip
+PHI3 = LLAMA | {
+    "vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None,
+}  # fmt: skip
+SMOLLM3 = LLAMA | {
+    "vocab_size": 128256, "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 2e6, "sliding_window": None,
+    "no_rope_layer_interval": 4, "tie_word_embeddings": True,
+}  # fmt: skip
+SEED_OSS = LLAMA | {
+    "vocab_size": 155136, "intermediate_size": 27648, "num_hidden_layers": 64, "num_attention_heads": 80,
+    "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288, "attention_bias": True,
+}  # fmt: skip
+
+GRANITE4 = LLAMA | {
+    "shared_intermediate_size": 1024, "num_local_experts": 8, "layer_types": ["linear_attention"],
+    "sliding_window": None,
+}  # fmt: skip
+ERNIE4_5 = LLAMA | {
+    "vocab_size": 103424, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18,
+    "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True,
+}  # fmt: skip
+MINISTRAL3 = MISTRAL | {
+    "vocab_size": 131072, "num_hidden_layers": 34, "head_dim": 128, "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5, "sliding_window": None,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+        "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    },
+}  # fmt: skip
+OLMO2 = LLAMA | {"vocab_size": 50304, "rms_norm_eps": 1e-5}
+OLMO3 = OLMO2 | {"rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4}
+EXAONE4 = LLAMA | {
+    "vocab_size": 102400, "intermediate_size": 16384, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
+    "sliding_window": 4096, "sliding_window_pattern": 4,
+}  # fmt: skip
+MELLUM = QWEN3_MOE | {
+    "vocab_size": 98304, "hidden_size": 2304, "intermediate_size": 7168, "num_hidden_layers": 28, "head_dim": 128,
+    "max_position_embeddings": 131072, "num_experts": 64, "moe_intermediate_size": 896, "norm_topk_prob": True,
+    "sliding_window": 1024, "sliding_window_pattern": 1,
+    "rope_parameters": {"full_attention": {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 1e4}},
+}  # fmt: skip
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias", defaults=LLAMA
+    ),
+    "MistralForCausalLM": Architecture(windows="always", defaults=MISTRAL),
+    "Qwen2ForCausalLM": Architecture(qkv_bias=True, windows="flagged, upper layers", defaults=QWEN2),
+    "Qwen3ForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", windows="flagged, upper layers",
+        defaults=QWEN2 | {"head_dim": 128},
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", experts=True, windows="flagged",
+        defaults=QWEN3_MOE,
+    ),
+    "Phi3ForCausalLM": Architecture(names=PHI3_NAMES, partial_rotary=True, windows="always", defaults=PHI3),
+    "SmolLM3ForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias",
+        rotation="no_rope_layers", windows="flagged, unrotated layers", defaults=SMOLLM3,
+    ),
+    "SeedOssForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_out_bias", mlp_bias="mlp_bias", defaults=SEED_OSS
+    ),
+    "GraniteForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias", multipliers=True, defaults=LLAMA
+    ),
+    "GraniteMoeHybridForCausalLM": Architecture(  # the dense models of Granite 4
+        names=GRANITE4_NAMES, qkv_bias="attention_bias", output_bias="attention_bias", multipliers=True,
+        intermediate_size="shared_intermediate_size", rotation="position_embedding_type", windows="layer types",
+        must_be_zero=("num_local_experts",), defaults=GRANITE4,
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        names=NORMS_AFTER, qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="all heads", defaults=OLMO2
+    ),
+    "Olmo3ForCausalLM": Architecture(
+        names=NORMS_AFTER, qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="all heads",
+        rotation="by layer type", windows="layer types", defaults=OLMO3,
+    ),
+    "Exaone4ForCausalLM": Architecture(
+        names=NORMS_AFTER, qk_norm="each head", rotation="windowed layers", windows="layer types", defaults=EXAONE4
+    ),
+    "Ernie4_5ForCausalLM": Architecture(
+        qkv_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias", adjacent_pairs=True, defaults=ERNIE4_5
+    ),
+    "Ministral3ForCausalLM": Architecture(query_scaling=True, windows="always", defaults=MINISTRAL3),
+    "MellumForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", experts=True,
+        rotation="by layer type", windows="layer types", defaults=MELLUM,
+    ),
+}  # fmt: skip
+
+# The text part of models that also see images: its family by model_type of text_config.
+TEXT_PARTS = {
+    "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+}
