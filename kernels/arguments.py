@@ -1,12 +1,45 @@
-"""Named tuples of op arguments. B rows or T tokens, H query heads, Hkv KV heads, E head size."""
+"""Named tuples of op arguments. B rows or T tokens, H query heads, Hkv KV heads, E head size, F and D of a weight."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 MAX_CHUNKS = 8  # the most chunks of a row in a KeyPartition with kv_chunk
+
+
+class FP8Weight(NamedTuple):
+    """A matrix of float8_e4m3fn with float32 scales.
+
+    It stands for `data[r, c] * scales[r // rows, (first + c) // columns]`.
+    `rows` and `columns` are powers of two. A leading dimension of both tensors is the expert.
+    """
+
+    data: Tensor  # [F, D] or [N, F, D]
+    scales: Tensor  # [ceil(F / rows), ceil((first + D) / columns)], or with N before; contiguous
+    rows: int  # rows of the matrix for one row of scales
+    columns: int
+    first: int = 0  # the place of column 0 in its block: a shard may begin inside a block
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrix that the weight stands for, rounded once: [F, D], or [N, F, D]."""
+        rows, columns = self.shape[-2:]
+        row = torch.arange(rows, device=self.data.device) // self.rows
+        column = torch.arange(self.first, self.first + columns, device=self.data.device) // self.columns
+        return (self.data.float() * self.scales[..., row[:, None], column]).to(dtype)
+
+    def expert(self, index: int) -> FP8Weight:
+        """Return the matrix [F, D] of one expert."""
+        return self._replace(data=self.data[index], scales=self.scales[index])
+
+
+Matrix = Tensor | FP8Weight
 
 
 class KVCache(NamedTuple):

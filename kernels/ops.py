@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .arguments import KeyPartition, KVCache, Pages, QKNorm, Rope
+from .arguments import FP8Weight, KeyPartition, KVCache, Matrix, Pages, QKNorm, Rope
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -82,7 +82,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 @op("gemm")
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None = None,
     *,
     norm: Tensor | None = None,
@@ -104,7 +104,9 @@ def linear(
     identical in any of these batches. With batch_invariant (set by --deterministic) it is identical in all batches, but
     slower; x must be bfloat16 or float16, and weight rows must be whole 16-byte vectors.
     """
-    features = len(weight) // 2 if gated else len(weight)
+    features = weight.shape[0] // 2 if gated else weight.shape[0]
+    if isinstance(weight, FP8Weight):
+        _check_fp8("weight", weight)
     _require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
     _require(norm is None or norm.shape == x.shape[1:], "x", x, "must have as many columns as the norm's weight")
     for name, target in (("add_to", add_to), ("out", out)):
@@ -114,11 +116,11 @@ def linear(
             rule = f"must be [{len(x)}, {features}] {x.dtype}, contiguous, not gated, and alone"
             _require(fits and alone, name, target, rule)
     if batch_invariant and x.is_cuda:
-        aligned = weight.shape[1] % 8 == 0 and weight.data_ptr() % 16 == 0 and weight.is_contiguous()
+        stored = weight.data if isinstance(weight, FP8Weight) else weight
+        aligned = stored.shape[1] % 8 == 0 and stored.data_ptr() % 16 == 0 and stored.is_contiguous()
         half = x.dtype in (torch.bfloat16, torch.float16)
-        _require(
-            aligned and half, "weight", weight, "must have rows of whole, aligned 16-byte vectors of 16-bit floats"
-        )
+        rule = "must have rows of whole, aligned 16-byte vectors of 16-bit floats"
+        _require(aligned and half, "weight", stored, rule)
 
 
 @op("paged_attention")
@@ -172,8 +174,9 @@ def decode_attention(
     pages      the pages of the keys at positions before `rope.positions[b]`
     partition  from partition_keys with these positions
     scale      factor of the scores, before the softmax
-    On a GPU heads of 64 or 128 elements in bfloat16 or float16, with R a multiple of 4; any on a CPU. If the partition
-    has a kv_chunk, rows may be tokens of one request, provided that their keys are in the cache already.
+    The cache has qkv's dtype, or float8_e4m3fn. On a GPU heads of 64 or 128 elements in bfloat16 or float16, with R a
+    multiple of 4; any on a CPU. If the partition has a kv_chunk, rows may be tokens of one request, provided that their
+    keys are in the cache already.
     """
     _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
     _check_rotary(rope, cache.k.shape[-1])
@@ -189,7 +192,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
 
 
 @op("gemm")
-def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     """Return `out[t] = sum over k of scores[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`, [T, D].
 
     e is `expert_ids[t, k]`.
@@ -202,18 +205,24 @@ def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down
     The result has x's dtype; all sums are in float32. On a GPU, rows of D and I must be whole vectors of 16 bytes
     (multiples of 8 in bfloat16). No launch depends on the routing, and a token is bitwise identical in any batch.
     """
-    _require(gate_up.dim() == 3 and gate_up.is_contiguous(), "gate_up", gate_up, "must be [N, 2 I, D], contiguous")
-    num_experts, rows, size = gate_up.shape
-    fits = 2 * down.shape[-1] == rows and down.shape[:-1] == (num_experts, size) and down.is_contiguous()
-    _require(fits, "down", down, f"must be [{num_experts}, {size}, {rows} / 2], contiguous")
-    _require(x.dim() == 2 and x.shape[1] == size, "x", x, f"must be [T, {size}] for gate_up {list(gate_up.shape)}")
-    _require(x.dtype == gate_up.dtype == down.dtype, "x", x, f"must have the dtype of the weights, {gate_up.dtype}")
+    for name, matrix in (("gate_up", gate_up), ("down", down)):
+        if isinstance(matrix, FP8Weight):
+            _check_fp8(name, matrix)
+    first, second = (m.data if isinstance(m, FP8Weight) else m for m in (gate_up, down))
+    _require(first.dim() == 3 and first.is_contiguous(), "gate_up", first, "must be [N, 2 I, D], contiguous")
+    num_experts, rows, size = first.shape
+    fits = 2 * second.shape[-1] == rows and second.shape[:-1] == (num_experts, size) and second.is_contiguous()
+    _require(fits, "down", second, f"must be [{num_experts}, {size}, {rows} / 2], contiguous")
+    _require(x.dim() == 2 and x.shape[1] == size, "x", x, f"must be [T, {size}] for gate_up {list(first.shape)}")
+    same = first.dtype == second.dtype and first.dtype in (x.dtype, torch.float8_e4m3fn)
+    _require(same, "x", x, f"must have the dtype of the weights, {first.dtype}")
     pairs = expert_ids.dim() == 2 and len(expert_ids) == len(x) and expert_ids.dtype == torch.int64
     _require(pairs, "expert_ids", expert_ids, f"must be [{len(x)}, K] int64")
     scored = scores.shape == expert_ids.shape and scores.dtype == torch.float32
     _require(scored, "scores", scores, f"must be {list(expert_ids.shape)} float32")
-    for name, tensor in (("x", x), ("gate_up", gate_up), ("down", down)):
-        aligned = tensor.shape[-1] * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    for name, tensor in (("x", x), ("gate_up", first), ("down", second)):
+        # FP8 is widened to the dtype of x.
+        aligned = tensor.shape[-1] * x.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
         _require(
             aligned or not tensor.is_cuda, name, tensor, "must have rows of whole, aligned 16-byte vectors on a GPU"
         )
@@ -334,6 +343,17 @@ def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     """Return how many leading elements of `a` and `b` are equal; both 1-D int32, contiguous, on the host."""
     compare = native.prefix_compare()
     return reference.common_prefix_length(a, b) if compare is None else compare(a, b)
+
+
+def _check_fp8(name: str, weight: FP8Weight) -> None:
+    _require(weight.data.dtype == torch.float8_e4m3fn, name, weight.data, "must be float8_e4m3fn")
+    *experts, rows, columns = weight.shape
+    grid = [*experts, -(-rows // weight.rows), -(-(weight.first + columns) // weight.columns)]
+    scales = weight.scales
+    fits = list(scales.shape) == grid and scales.dtype == torch.float32 and scales.is_contiguous()
+    _require(fits, f"{name}.scales", scales, f"must be {grid} float32, contiguous")
+    powers = all(n > 0 and n & (n - 1) == 0 for n in (weight.rows, weight.columns))
+    _require(powers and 0 <= weight.first < weight.columns, name, weight.data, "must have blocks of powers of two")
 
 
 def _check_rotary(rope: Rope, head_dim: int) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import KeyPartition, KVCache, Pages, QKNorm, Rope
+from .arguments import FP8Weight, KeyPartition, KVCache, Matrix, Pages, QKNorm, Rope
 
 FP8_MAX = 448.0  # the maximum of float8_e4m3fn
 NO_CANDIDATE = torch.iinfo(torch.int64).min  # less than any candidate
@@ -37,7 +37,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None = None,
     *,
     norm: Tensor | None = None,
@@ -49,7 +49,7 @@ def linear(
 ) -> Tensor:
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    product = F.linear(x, weight, bias)
+    product = F.linear(x, weight.dequantized(x.dtype) if isinstance(weight, FP8Weight) else weight, bias)
     if gated:
         product = silu_and_mul(product)
     if add_to is not None:
@@ -130,15 +130,19 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(x.dtype)
 
 
-def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     out = torch.zeros_like(x, dtype=torch.float32)
     for expert in expert_ids.unique().tolist():
-        if 0 <= expert < len(gate_up):
+        if 0 <= expert < gate_up.shape[0]:
             tokens, choice = torch.where(expert_ids == expert)
-            hidden = silu_and_mul(F.linear(x[tokens], gate_up[expert]))  # [t, I]
-            expert_out = F.linear(hidden, down[expert]).float()
+            hidden = linear(x[tokens], _expert(gate_up, expert), gated=True)  # [t, I]
+            expert_out = linear(hidden, _expert(down, expert)).float()
             out.index_add_(0, tokens, expert_out * scores[tokens, choice, None])
     return out.to(x.dtype)
+
+
+def _expert(weights: Matrix, expert: int) -> Matrix:
+    return weights.expert(expert) if isinstance(weights, FP8Weight) else weights[expert]
 
 
 def gumbel_argmax(

@@ -20,6 +20,8 @@ Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "float16", "bfloat16"]
 KVLayout = Literal["layer-first", "page-first"]
 LoadFormat = Literal["auto", "dummy"]
+QuantizationChoice = Literal["auto", "fp8"]
+KVCacheDType = Literal["auto", "fp8"]
 AttentionChoice = Literal["auto", "flashinfer", "torch"]
 
 DEMO_MODEL = str(Path(__file__).parent.parent / "launch" / "demo")
@@ -56,6 +58,9 @@ class Config:
     max_num_batched_tokens: int = option(8192, "tokens computed in one step, over all requests")
     page_size: int = option(16, "tokens in one page of the KV cache")
     kv_layout: KVLayout = option("layer-first", "order of layers and pages in the KV cache")
+    kv_cache_dtype: KVCacheDType = option(
+        "auto", "dtype of keys and values in the cache: auto is that of the activations, fp8 is float8_e4m3fn"
+    )
     num_pages: int | None = option(None, "pages of the KV cache; sized from the memory if not given")
     kv_cache_memory: float | None = option(
         None, "GiB for the KV cache on each rank; sized from the memory if not given"
@@ -70,6 +75,9 @@ class Config:
     )
     overlap_scheduling: bool = option(True, "on a GPU, schedule a step while the one before still runs")
     load_format: LoadFormat = option("auto", "auto reads safetensors; dummy fills the weights with random numbers")
+    quantization: QuantizationChoice = option(
+        "auto", "weights; auto is the checkpoint's, fp8 makes FP8 of a 16-bit checkpoint while loading it"
+    )
     generation_config: str = option(
         "auto",
         "sampling defaults: auto takes them from the checkpoint's generation_config.json, lockstep leaves that file"
@@ -176,6 +184,13 @@ class Config:
         paths = {name: Path(getattr(self, name)).expanduser() for name in ("model", "generation_config")}
         folders = {name: str(path.resolve()) for name, path in paths.items() if path.is_dir()}
         return dataclasses.replace(self, **folders)  # type: ignore[arg-type]
+
+    @property
+    def kv_torch_dtype(self) -> torch.dtype:
+        """The dtype of the KV cache; the Config must be resolved."""
+        import torch
+
+        return torch.float8_e4m3fn if self.kv_cache_dtype == "fp8" else self.torch_dtype
 
     @property
     def torch_dtype(self) -> torch.dtype:

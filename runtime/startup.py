@@ -107,7 +107,7 @@ class LoadedRank:
     @torch.inference_mode()
     def _allocate_memory(self, num_pages: int, max_length: int, *, announce: bool) -> RankMemory:
         config, device = self.config, self.device
-        shape = self._decoder.attention_shape(config.page_size, config.torch_dtype)
+        shape = self._decoder.attention_shape(config.page_size, config.torch_dtype, config.kv_torch_dtype)
         return RankMemory(
             decoder=self._decoder,
             tables=SlotTables(config.max_num_seqs, max_length, config.page_size, device),

@@ -23,6 +23,12 @@ template <> DEVICE bf16 from_float<bf16>(float x) { return __float2bfloat16_rn(x
 template <> DEVICE f16 from_float<f16>(float x) { return __float2half_rn(x); }
 template <> DEVICE fp8 from_float<fp8>(float x) { return fp8(x); }  // saturates
 
+// Round a float to T, and that to the type of the cache: what a kernel stores is what another one reads and stores again.
+template <typename C, typename T> DEVICE C convert(T x) { return from_float<C>(to_float(x)); }
+template <> DEVICE bf16 convert<bf16, bf16>(bf16 x) { return x; }
+template <> DEVICE f16 convert<f16, f16>(f16 x) { return x; }
+template <> DEVICE float convert<float, float>(float x) { return x; }
+
 template <typename T, int V> DEVICE Vec<T, V> round_all(const float (&values)[V]) {
     Vec<T, V> rounded;
     UNROLL for (int i = 0; i < V; ++i) rounded.at[i] = from_float<T>(values[i]);

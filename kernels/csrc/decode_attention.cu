@@ -15,6 +15,20 @@
 constexpr int TILE = 16;      // keys that a warp processes at once
 constexpr int MAX_GROUP = 8;  // query heads of one KV head
 
+// Eight elements of the cache, whose type is C, in registers.
+template <typename C> struct EightOf { typedef uint4 type; };
+template <> struct EightOf<fp8> { typedef uint2 type; };
+DEVICE void load_eight(uint4& to, const void* from) { to = stream(from); }
+DEVICE void load_eight(uint2& to, const void* from) { to = stream_half(from); }
+
+// Return eight elements as operands of a product.
+template <typename T> DEVICE uint4 operands(const uint4& stored, T) { return stored; }
+template <typename T> DEVICE uint4 operands(const uint2& stored, T type) {
+    uint4 wide;
+    widen(stored.x, wide.x, wide.y, type), widen(stored.y, wide.z, wide.w, type);
+    return wide;
+}
+
 DEVICE unsigned transpose(unsigned x) {
     unsigned y;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
@@ -69,12 +83,12 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeShared {
 };
 
 // The state of one block of the kernel: its arguments, its part and head, and the steps that it takes.
-template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
+template <typename T, typename C, int HEAD_DIM, int WARPS> struct DecodeBlock {
     static constexpr int THREADS = 32 * WARPS, BLOCKS = HEAD_DIM / 32;
     static constexpr int PARTIAL = HEAD_DIM + 2;  // floats of a head's partial result: acc, max_score, weight_sum
 
     const T *qkv, *q_norm, *k_norm;
-    T *k_cache, *v_cache;
+    C *k_cache, *v_cache;
     const int *positions, *kv_slots, *page_table, *page_table_rows;
     const float* cos_sin;
     long long page_stride, slot_stride, page_table_stride;
@@ -87,10 +101,11 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
     DecodeShared<T, HEAD_DIM, WARPS>& s;
     int part, head, num_parts, num_chunks, stop;  // stop: the first chunk of the next part
 
+    typedef typename EightOf<C>::type Stored;  // 8 elements of the cache
     // A warp's tile of 16 keys and values in registers: elements 32 j + 8 t .. + 7 of key g in [j][0], of key g + 8 in [j][1].
     // While the warp computes with a tile, it replaces each register by that of the next tile.
     struct Tile {
-        uint4 k[BLOCKS][2], v[BLOCKS][2];
+        Stored k[BLOCKS][2], v[BLOCKS][2];
         long long first = 0, second = 0;  // the offsets of both keys in the cache
     };
 
@@ -147,7 +162,7 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
         const int slot = kv_slots[row];
         const long long at = slot / page_size * page_stride + slot % page_size * slot_stride + head * HEAD_DIM;
         for (int i = threadIdx.x; i < HEAD_DIM && slot >= 0 && slot < num_slots; i += THREADS)
-            k_cache[at + i] = s.key[i], v_cache[at + i] = value[i];
+            k_cache[at + i] = convert<C>(s.key[i]), v_cache[at + i] = convert<C>(value[i]);
     }
 
     // Return the position of key g in a warp's first tile of a range.
@@ -165,8 +180,8 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
         return any;
     }
 
-    DEVICE void load(uint4 (&to)[2], const T* cache, const Tile& tile, int j) const {
-        to[0] = stream(cache + tile.first + 32 * j), to[1] = stream(cache + tile.second + 32 * j);
+    DEVICE void load(Stored (&to)[2], const C* cache, const Tile& tile, int j) const {
+        load_eight(to[0], cache + tile.first + 32 * j), load_eight(to[1], cache + tile.second + 32 * j);
     }
 
     DEVICE void load_first_tile(Tile& tile, const KeyRange& range) const {
@@ -177,21 +192,22 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
 
     // Attend to the tile in registers, whose key g is `token`; load the next one in its place.
     DEVICE void attend_tile(SoftmaxState<HEAD_DIM>& state, Tile& tile, const uint4 (&q)[BLOCKS], int token, int end, bool load_next) const {
-        auto &k = tile.k, &v = tile.v;
         float s[4] = {}, rescale[2];
         UNROLL for (int j = 0; j < BLOCKS; ++j) {  // s = k q^T
-            multiply(s, k[j][0].x, k[j][1].x, k[j][0].y, k[j][1].y, q[j].x, q[j].y, T());
-            multiply(s, k[j][0].z, k[j][1].z, k[j][0].w, k[j][1].w, q[j].z, q[j].w, T());
-            if (load_next) load(k[j], k_cache, tile, j);
+            const uint4 first = operands(tile.k[j][0], T()), second = operands(tile.k[j][1], T());
+            multiply(s, first.x, second.x, first.y, second.y, q[j].x, q[j].y, T());
+            multiply(s, first.z, second.z, first.w, second.w, q[j].z, q[j].w, T());
+            if (load_next) load(tile.k[j], k_cache, tile, j);
         }
         state.update(s, rescale, scale, token, end);
         const unsigned low = transpose(pack<T>(s[0], s[1])), high = transpose(pack<T>(s[2], s[3]));
         UNROLL for (int j = 0; j < BLOCKS; ++j) {  // acc = acc * rescale + v^T s
             float (&even)[4] = state.acc[2 * j], (&odd)[4] = state.acc[2 * j + 1];
             UNROLL for (int i = 0; i < 4; ++i) even[i] *= rescale[i % 2], odd[i] *= rescale[i % 2];
-            multiply(even, transpose(v[j][0].x), transpose(v[j][0].y), transpose(v[j][1].x), transpose(v[j][1].y), low, high, T());
-            multiply(odd, transpose(v[j][0].z), transpose(v[j][0].w), transpose(v[j][1].z), transpose(v[j][1].w), low, high, T());
-            if (load_next) load(v[j], v_cache, tile, j);
+            const uint4 first = operands(tile.v[j][0], T()), second = operands(tile.v[j][1], T());
+            multiply(even, transpose(first.x), transpose(first.y), transpose(second.x), transpose(second.y), low, high, T());
+            multiply(odd, transpose(first.z), transpose(first.w), transpose(second.z), transpose(second.w), low, high, T());
+            if (load_next) load(tile.v[j], v_cache, tile, j);
         }
     }
 
@@ -298,17 +314,17 @@ template <typename T, int HEAD_DIM, int WARPS> struct DecodeBlock {
 };
 
 // The grid is max_parts * kv_heads blocks.
-template <typename T, int HEAD_DIM, int WARPS>
+template <typename T, typename C, int HEAD_DIM, int WARPS>
 __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attention(
     T* __restrict__ out, const T* qkv, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows, int rotary,
-    T* k_cache, T* v_cache, long long page_stride, long long slot_stride, const int* __restrict__ kv_slots, int num_slots,
+    C* k_cache, C* v_cache, long long page_stride, long long slot_stride, const int* __restrict__ kv_slots, int num_slots,
     const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ page_table_rows, int page_size,
     const int* __restrict__ partition, int rows, int window, int kv_chunk, float* partial, unsigned* counters,
     float scale, int heads, int kv_heads) {
     __shared__ DecodeShared<T, HEAD_DIM, WARPS> shared;
     launch_next();
-    DecodeBlock<T, HEAD_DIM, WARPS> block{
+    DecodeBlock<T, C, HEAD_DIM, WARPS> block{
         qkv, q_norm, k_norm, k_cache, v_cache, positions, kv_slots, page_table, page_table_rows, cos_sin,
         page_stride, slot_stride, page_table_stride, eps, scale, table_rows, rotary, num_slots, page_size, window, kv_chunk,
         heads, kv_heads, heads / kv_heads, {partition, rows}, partial, counters, shared};
@@ -318,7 +334,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS == 4 ? 3 : 1) decode_attenti
     block.stop = block.first_chunk(block.part + 1);
 
     KeyRange range = block.range_at(block.first_chunk(block.part), block.partition.first_row(block.part));
-    typename DecodeBlock<T, HEAD_DIM, WARPS>::Tile tile;
+    typename DecodeBlock<T, C, HEAD_DIM, WARPS>::Tile tile;
     block.load_first_tile(tile, range);
     block.load_angles(range, 0);
     block.load_norms();

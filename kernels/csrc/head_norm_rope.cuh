@@ -46,7 +46,7 @@ DEVICE void norm_rotate_store_head(C* to, const Pairs<P>& x, const T* norm, floa
                 a = a * cos - b * sin;
                 b = b * cos + unrotated * sin;
             }
-            first.at[j] = from_float<C>(a), second.at[j] = from_float<C>(b);
+            first.at[j] = convert<C>(from_float<T>(a)), second.at[j] = convert<C>(from_float<T>(b));
         }
         *reinterpret_cast<Vec<C, V>*>(to + at_first) = first;
         *reinterpret_cast<Vec<C, V>*>(to + at_second) = second;

@@ -17,10 +17,47 @@ DEVICE int thread_in_group() { return lane_id() % 4; }  // t
 MULTIPLY(bf16, "bf16")
 MULTIPLY(f16, "f16")
 
+// Multiply pairs of T by a power of two; exact.
+#define SCALE_PAIR(T, NAME) \
+    DEVICE unsigned scale_pair(unsigned x, unsigned factor, T) { \
+        unsigned y; \
+        asm("fma.rn." NAME " %0, %1, %2, %3;" : "=r"(y) : "r"(x), "r"(factor), "r"(0x80008000u)); \
+        return y; \
+    }
+SCALE_PAIR(bf16, "bf16x2")
+SCALE_PAIR(f16, "f16x2")
+
+// Widen the FP8 numbers in bytes 1 and 3 to T. Exponent and mantissa, shifted into place, are a number that is too small by the
+// difference of the exponents' biases, also if it is subnormal; the multiplication corrects that.
+DEVICE unsigned widen_pair(unsigned pair, bf16 type) {
+    return scale_pair((pair & 0x80008000u) | (pair >> 4 & 0x07f007f0u), 0x7b807b80u, type);  // 2^120: biases 127 and 7
+}
+DEVICE unsigned widen_pair(unsigned pair, f16 type) {
+    return scale_pair((pair & 0x80008000u) | (pair >> 1 & 0x3f803f80u), 0x5c005c00u, type);  // 2^8: biases 15 and 7
+}
+
+// Widen four FP8 numbers to T, in their order.
+template <typename T> DEVICE void widen(unsigned four, unsigned& low, unsigned& high, T type) {
+    low = widen_pair(__byte_perm(four, 0, 0x1404), type);
+    high = widen_pair(__byte_perm(four, 0, 0x3424), type);
+}
+#if __CUDA_ARCH__ >= 890
+DEVICE void widen(unsigned four, unsigned& low, unsigned& high, f16) {
+    asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h; }"
+        : "=r"(low), "=r"(high) : "r"(four));
+}
+#endif
+
 // Load data that is read once, and need not stay in L1. volatile keeps the load where it is written: before the wait.
 DEVICE uint4 stream(const void* from) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+
+DEVICE uint2 stream_half(const void* from) {
+    uint2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
     return v;
 }
 

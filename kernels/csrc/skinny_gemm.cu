@@ -4,37 +4,142 @@
 // may be in any order, so lane (g, t) = (lane / 4, lane % 4) gives the tensor core the 8 adjacent elements that it loaded at once:
 // columns 8 t .. 8 t + 7 of weight rows g and g + 8, and of row g of x. The weight goes from memory to registers to the tensor core,
 // DEPTH chunks ahead. The first chunks load before the kernel that computes x has ended.
+// An FP8 weight is widened in registers: a lane loads 16 columns, and a chunk, which lies in one block of scales, is summed apart and
+// added times its scale. Widening to float16 is one instruction for two numbers, to bfloat16 it is many. So x in bfloat16
+// is staged in float16. Each warp stages the columns that it multiplies, times a power of two for each row that brings their greatest
+// element near float16's maximum.
 // A block goes through its tiles of 16 rows of the weight. Its warps share the columns of a tile; their sums are added at the end.
 #include "mma.cuh"
 
 enum Epilogue { STORE, ADD, SILU };  // out = sum, out += sum, out = silu(gate) * up; gemm.py uses these names
 
 constexpr int ROWS = 8;    // the most rows of x
-constexpr int CHUNK = 64;  // columns that a warp processes at once: whole 128-byte lines of the weight
+constexpr int LINE = 128;  // bytes of a weight row that a warp processes at once
+
+// The scales of an FP8 weight; see FP8Weight of arguments.py. Columns are counted from the begin of the block of column 0.
+struct Scales {
+    const float* __restrict__ at;
+    int row_shift, column_shift, groups;  // binary logarithms of a block's rows and columns; blocks across the matrix
+    DEVICE float of(int row, int column) const { return *(at + (row >> row_shift) * groups + (column >> column_shift)); }
+};
+
+// The power of two that brings `peak` to 2^14 .. 2^15, and its reciprocal.
+DEVICE int exponent_of(float peak) { return max(__float_as_int(peak) >> 23, 30); }
+DEVICE float staging_factor(float peak) { return __int_as_float((268 - exponent_of(peak)) << 23); }
+DEVICE float staging_divisor(float peak) { return __int_as_float((exponent_of(peak) - 14) << 23); }
+
+// Return vector `at` of x, times the norm's weight if there is one; add its squares.
+template <typename T> DEVICE Vec<T, 8> load_normed(const T* x, const T* norm, int at, float& square) {
+    Vec<T, 8> v = *reinterpret_cast<const Vec<T, 8>*>(x + at);
+    if (norm) {
+        const Vec<T, 8> n = *reinterpret_cast<const Vec<T, 8>*>(norm + at);
+        UNROLL for (int i = 0; i < 8; ++i) {
+            const float value = to_float(v.at[i]);
+            square += value * value;
+            v.at[i] = from_float<T>(value * to_float(n.at[i]));
+        }
+    }
+    return v;
+}
 
 // Copy x to shared memory, times the weight of the norm if there is one; squares[row] = the sum of squares of this warp's elements.
 template <typename T, int WARPS> DEVICE void stage_x(
     T* staged, float (&squares)[WARPS][ROWS], const T* x, const T* norm, int rows, int size, int stride, int warp, int lane) {
     UNROLL for (int row = 0; row < ROWS; ++row) {
         float square = 0.f;
-        for (int at = threadIdx.x * 8; row < rows && at < size; at += 32 * WARPS * 8) {
-            Vec<T, 8> v = *reinterpret_cast<const Vec<T, 8>*>(x + (long long)row * size + at);
-            if (norm) {
-                const Vec<T, 8> n = *reinterpret_cast<const Vec<T, 8>*>(norm + at);
-                UNROLL for (int i = 0; i < 8; ++i) {
-                    const float value = to_float(v.at[i]);
-                    square += value * value;
-                    v.at[i] = from_float<T>(value * to_float(n.at[i]));
-                }
-            }
-            *reinterpret_cast<Vec<T, 8>*>(staged + row * stride + at) = v;
-        }
+        for (int at = threadIdx.x * 8; row < rows && at < size; at += 32 * WARPS * 8)
+            *reinterpret_cast<Vec<T, 8>*>(staged + row * stride + at) = load_normed(x + (long long)row * size, norm, at, square);
         if (norm && row < rows) {
             square = warp_sum(square);
             if (lane == 0) squares[warp][row] = square;
         }
     }
 }
+
+// A warp's part of stage_x in float16: it stages the chunks of x that it multiplies, and reads only what its own lanes have copied.
+template <int WARPS, int CHUNK> struct Float16Stage {
+    static constexpr int VECTORS = CHUNK / 8, STEP = 32 / VECTORS * WARPS * CHUNK;  // lanes of a chunk; from a lane's vector to the next
+    static constexpr int AT_ONCE = 4;  // rows whose registers are in use at once
+    char* shared;  // rows of x, then the norm's weight
+    int rows, size, stride, before, warp, lane;
+
+    template <typename T> DEVICE Vec<T, 8>* at(int row, int column) const {
+        return reinterpret_cast<Vec<T, 8>*>(reinterpret_cast<T*>(shared) + row * stride + column);
+    }
+    template <typename F> DEVICE void for_columns(const F& process) const {
+        #pragma unroll 1
+        for (int c = (warp + WARPS * (lane / VECTORS)) * CHUNK + lane % VECTORS * 8 - before; c < size; c += STEP)
+            if (c >= 0) process(c);
+    }
+    DEVICE void copy(int row, const bf16* from) const {
+        for_columns([&](int column) { copy_async(at<bf16>(row, column), from + column); });
+    }
+    // Call `process` with the row, from FIRST, and the values of each vector of AT_ONCE rows of x, times the norm's weight.
+    template <int FIRST, typename F> DEVICE void for_vectors(bool normed, const F& process) const {
+        for_columns([&](int column) {
+            Vec<bf16, 8> n = {};
+            if (normed) n = *at<bf16>(rows, column);
+            UNROLL for (int row = 0; row < AT_ONCE; ++row) {
+                if (FIRST + row >= rows) break;
+                const Vec<bf16, 8> v = *at<bf16>(FIRST + row, column);
+                float values[8];
+                UNROLL for (int i = 0; i < 8; ++i) values[i] = to_float(v.at[i]);
+                process(row, column, values, n);
+            }
+        });
+    }
+
+    // Convert AT_ONCE rows of what was copied; squares[row] = the sum of squares of this warp's elements, divisor[i] = the reciprocal of the factor of
+    // row 2 t + i.
+    template <int FIRST> DEVICE void convert(bool normed, float (&squares)[WARPS][ROWS], float (&divisor)[2]) const {
+        float square[AT_ONCE] = {}, peak[AT_ONCE] = {};
+        for_vectors<FIRST>(normed, [&](int row, int, const float (&values)[8], const Vec<bf16, 8>& n) {
+            UNROLL for (int i = 0; i < 8; ++i) {
+                square[row] += values[i] * values[i];
+                peak[row] = fmaxf(peak[row], fabsf(normed ? values[i] * to_float(n.at[i]) : values[i]));
+            }
+        });
+        UNROLL for (int i = 16; i > 0; i >>= 1)
+            UNROLL for (int row = 0; row < AT_ONCE; ++row) {
+                if (FIRST + row >= rows) break;
+                peak[row] = fmaxf(peak[row], __shfl_xor_sync(0xffffffffu, peak[row], i));
+                square[row] += __shfl_xor_sync(0xffffffffu, square[row], i);
+            }
+        UNROLL for (int row = 0; row < AT_ONCE; ++row) {
+            if (lane == 0) squares[warp][FIRST + row] = square[row];
+            if ((FIRST + row) / 2 == lane % 4) divisor[row % 2] = staging_divisor(peak[row]);
+        }
+        for_vectors<FIRST>(normed, [&](int row, int column, const float (&values)[8], const Vec<bf16, 8>& n) {
+            const float factor = staging_factor(peak[row]);
+            float scaled[8];
+            UNROLL for (int i = 0; i < 8; ++i) scaled[i] = (normed ? values[i] * to_float(n.at[i]) : values[i]) * factor;
+            *at<f16>(FIRST + row, column) = round_all<f16>(scaled);
+        });
+    }
+};
+
+// Multiply what the lanes have loaded of weight rows g and g + 8, and of x, whose type is T.
+template <typename T> DEVICE void multiply_lane(float (&c)[4], const uint4 (&a)[2], const uint4 (&x)[1], T type) {
+    multiply(c, a[0].x, a[1].x, a[0].y, a[1].y, x[0].x, x[0].y, type);
+    multiply(c, a[0].z, a[1].z, a[0].w, a[1].w, x[0].z, x[0].w, type);
+}
+template <typename T> DEVICE void multiply_widened(float (&c)[4], unsigned first, unsigned second, unsigned x0, unsigned x1, T type) {
+    unsigned low[2], high[2];
+    widen(first, low[0], high[0], type), widen(second, low[1], high[1], type);
+    multiply(c, low[0], low[1], high[0], high[1], x0, x1, type);
+}
+template <typename T> DEVICE void multiply_lane(float (&c)[4], const uint4 (&a)[2], const uint4 (&x)[2], T type) {
+    multiply_widened(c, a[0].x, a[1].x, x[0].x, x[0].y, type);
+    multiply_widened(c, a[0].y, a[1].y, x[0].z, x[0].w, type);
+    multiply_widened(c, a[0].z, a[1].z, x[1].x, x[1].y, type);
+    multiply_widened(c, a[0].w, a[1].w, x[1].z, x[1].w, type);
+}
+
+template <typename T> struct IsBF16 { static constexpr bool value = false; };
+template <> struct IsBF16<bf16> { static constexpr bool value = true; };
+// The type of the operands: float16 for an FP8 weight if x is staged.
+template <typename T, bool HALVED> struct Operand { typedef T type; };
+template <typename T> struct Operand<T, true> { typedef f16 type; };
 
 // Add the sums of the warps; apply the scale of the norm, the bias and SiLU. `column` is that of the feature in its tile.
 template <typename T, int WARPS, bool STAGED, int EPILOGUE> DEVICE float finish_sum(
@@ -57,46 +162,75 @@ template <typename T, int WARPS, bool STAGED, int EPILOGUE> DEVICE float finish_
 
 // STAGED: x is in shared memory (dynamic: rows * stride elements), times the norm's weight if there is one. The norm's scale, one
 // factor per row, is applied to the sums. With SILU a tile is 8 rows of gate and the 8 rows of up that belong to them.
-template <typename T, int WARPS, int DEPTH, bool STAGED, int EPILOGUE>
+// W is the type of the weight, T or fp8. `first` is the place of column 0 in its block of scales.
+template <typename T, typename W, int WARPS, int DEPTH, bool STAGED, int EPILOGUE>
 __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
-    T* out, const T* x, const T* __restrict__ weight, const T* __restrict__ norm, const T* __restrict__ bias,
-    float eps, int rows, int features, int size) {
+    T* out, const T* x, const W* __restrict__ weight, const T* __restrict__ norm, const T* __restrict__ bias,
+    float eps, int rows, int features, int size, const float* __restrict__ scale, int row_shift, int column_shift, int groups, int first) {
+    constexpr bool SCALED = sizeof(W) == 1, HALVED = SCALED && STAGED && IsBF16<T>::value;
+    typedef typename Operand<T, HALVED>::type M;
+    constexpr int CHUNK = LINE / sizeof(W), LANE = 16 / sizeof(W);  // columns of a warp, and of a lane's load
     constexpr int WIDTH = EPILOGUE == SILU ? 8 : 16;  // features of a tile
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int tiles = (features + WIDTH - 1) / WIDTH, last = (EPILOGUE == SILU ? 2 : 1) * features - 1;
-    const int rounds = (size + CHUNK * WARPS * DEPTH - 1) / (CHUNK * WARPS * DEPTH);
+    const Scales scales{scale, row_shift, column_shift, groups};
+    const int before = SCALED ? first : 0, rounds = (before + size + CHUNK * WARPS * DEPTH - 1) / (CHUNK * WARPS * DEPTH);
 
     uint4 a[DEPTH][2][2];  // [chunk][half of it][row g or g + 8]
-    auto column = [&](int round, int d, int half) { return ((round * DEPTH + d) * WARPS + warp) * CHUNK + half * 32 + t * 8; };
+    auto chunk = [&](int round, int d) { return ((round * DEPTH + d) * WARPS + warp) * CHUNK; };
+    auto column = [&](int round, int d, int half) { return chunk(round, d) + half * (CHUNK / 2) + t * LANE - before; };
+    auto inside = [&](int at) { return SCALED ? (unsigned)at < (unsigned)size : at < size; };
     auto load_weight = [&](int tile, int round, int d) {
         UNROLL for (int r = 0; r < 2; ++r) {
             const int feature = tile * WIDTH + g + (EPILOGUE == SILU ? r * features : 8 * r);
-            const T* row = weight + (long long)min(feature, last) * size;
+            const W* row = weight + (long long)min(feature, last) * size;
             UNROLL for (int h = 0; h < 2; ++h) {
                 const int at = column(round, d, h);
-                a[d][h][r] = at < size && tile < tiles ? stream(row + at) : make_uint4(0, 0, 0, 0);
+                a[d][h][r] = inside(at) && tile < tiles ? stream(row + at) : make_uint4(0, 0, 0, 0);
             }
         }
     };
+    float factor[2] = {};  // of the next chunk, if the weight has scales
+    auto load_factor = [&](int tile, int round, int d) {
+        UNROLL for (int r = 0; r < 2; ++r) {
+            const int feature = min(tile * WIDTH + g + (EPILOGUE == SILU ? r * features : 8 * r), last);
+            if (SCALED && chunk(round, d) < before + size) factor[r] = scales.of(feature, chunk(round, d));
+        }
+    };
     UNROLL for (int d = 0; d < DEPTH; ++d) load_weight(blockIdx.x, 0, d);
+    load_factor(blockIdx.x, 0, 0);
+    extern __shared__ uint4 shared[];
+    T* staged = reinterpret_cast<T*>(shared);
+    const int stride = (size + CHUNK - 1) / CHUNK * CHUNK + (SCALED ? 8 : 32);  // lanes (g, t) and (g + 1, t) read different banks
+    const Float16Stage<WARPS, CHUNK> stage{reinterpret_cast<char*>(shared), rows, size, stride, before, warp, lane};
+    if constexpr (HALVED)
+        if (norm) stage.copy(rows, norm);
     launch_next();
     wait_for_previous();
 
-    extern __shared__ uint4 shared[];
-    T* staged = reinterpret_cast<T*>(shared);
-    const int stride = (size + CHUNK - 1) / CHUNK * CHUNK + 32;  // lanes (g, t) and (g + 1, t) read different banks
     __shared__ float sums[2][WARPS][ROWS][17], squares[WARPS][ROWS];
-    if (STAGED) {
+    float divisor[2] = {1.f, 1.f};  // of the sums of rows 2 t and 2 t + 1
+    if constexpr (HALVED) {
+        for (int row = 0; row < rows; ++row) stage.copy(row, x + (long long)row * size);
+        wait_all_copies();
+        stage.template convert<0>(norm, squares, divisor);
+        if (rows > stage.AT_ONCE) stage.template convert<stage.AT_ONCE>(norm, squares, divisor);
+        __syncwarp();
+    } else if (STAGED) {
         stage_x<T, WARPS>(staged, squares, x, norm, rows, size, stride, warp, lane);
         __syncthreads();
     }
+    struct Right { uint4 at[LANE / 8]; };  // x at the columns of a lane's load
     auto load_x = [&](int round, int d, int half) {
         const int at = column(round, d, half);
-        if (g >= rows || at >= size) return make_uint4(0, 0, 0, 0);
-        return *reinterpret_cast<const uint4*>(STAGED ? staged + g * stride + at : x + (long long)g * size + at);
+        Right right = {};
+        if (g >= rows || !inside(at)) return right;
+        UNROLL for (int i = 0; i < LANE / 8; ++i)
+            right.at[i] = *reinterpret_cast<const uint4*>((STAGED ? staged + g * stride : x + (long long)g * size) + at + 8 * i);
+        return right;
     };
 
-    uint4 b[2];  // if not STAGED: the two halves of a chunk of x, from memory
+    Right b[2];  // if not STAGED: the two halves of a chunk of x, from memory
     if (!STAGED) b[0] = load_x(0, 0, 0), b[1] = load_x(0, 0, 1);
     int buffer = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
@@ -105,18 +239,21 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
             const bool is_last = round + 1 == rounds;
             const int next_tile = is_last ? tile + gridDim.x : tile, next_round = is_last ? 0 : round + 1;
             UNROLL for (int d = 0; d < DEPTH; ++d) {
+                float sum[2][4] = {};
                 UNROLL for (int h = 0; h < 2; ++h) {
-                    const uint4 right = STAGED ? load_x(round, d, h) : b[h], first = a[d][h][0], second = a[d][h][1];
-                    multiply(c, first.x, second.x, first.y, second.y, right.x, right.y, T());
-                    multiply(c, first.z, second.z, first.w, second.w, right.z, right.w, T());
+                    const Right right = STAGED ? load_x(round, d, h) : b[h];
+                    multiply_lane(SCALED ? sum[h] : c, a[d][h], right.at, M());
                     if (!STAGED) b[h] = d + 1 < DEPTH ? load_x(round, d + 1, h) : load_x(next_round, 0, h);
                 }
+                if (SCALED)
+                    UNROLL for (int i = 0; i < 4; ++i) c[i] += factor[i / 2] * (sum[0][i] + sum[1][i]);
+                d + 1 < DEPTH ? load_factor(tile, round, d + 1) : load_factor(next_tile, next_round, 0);
                 load_weight(next_tile, next_round, d);
             }
         }
 
         // Lane (g, t) holds features g (c[0], c[1]) and g + 8 (c[2], c[3]) for rows 2 t and 2 t + 1 of x.
-        UNROLL for (int i = 0; i < 4; ++i) sums[buffer][warp][2 * t + i % 2][g + 8 * (i / 2)] = c[i];
+        UNROLL for (int i = 0; i < 4; ++i) sums[buffer][warp][2 * t + i % 2][g + 8 * (i / 2)] = HALVED ? c[i] * divisor[i % 2] : c[i];
         __syncthreads();
         for (int i = threadIdx.x; i < rows * WIDTH; i += 32 * WARPS) {
             const int row = i / WIDTH, feature = tile * WIDTH + i % WIDTH;

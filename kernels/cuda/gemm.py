@@ -11,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import FP8Weight, Matrix
+from . import scaled_gemm
 from .elementwise import rms_norm, silu_and_mul
 from .kernel_launch import (
     MAX_THREADS,
+    NULL,
     VECTOR_BYTES,
+    Argument,
     c_name,
     kernel,
     num_multiprocessors,
@@ -25,6 +29,7 @@ from .kernel_launch import (
 
 MAX_SKINNY_ROWS = 8  # rows of x; mirrors ROWS of skinny_gemm.cu
 MAX_STAGED_BYTES = 100 * 1024  # the most that x takes of shared memory: two blocks share 227 KiB
+NO_SCALES = NULL, *map(np.int32, (0, 0, 0, 0))
 GROUP_THREADS = 1024  # threads of the one block that groups pairs by expert
 # Tile shapes of the grouped GEMM by their rows: warps down and across, 16 x 16 tiles down and across a warp, stages.
 TILE_SHAPES = {16: (1, 4, 1, 1, 6), 64: (1, 4, 4, 2, 3), 128: (2, 4, 4, 2, 3)}
@@ -35,7 +40,7 @@ Epilogue = Literal["STORE", "ADD", "SILU"]  # the names of Epilogue in skinny_ge
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Matrix,
     bias: Tensor | None = None,
     *,
     norm: Tensor | None = None,
@@ -46,15 +51,20 @@ def linear(
     batch_invariant: bool = False,
 ) -> Tensor:
     skinny = _is_skinny(x, weight) and not batch_invariant
-    if norm is not None and not (skinny and _can_fuse_norm(x, norm)):
+    if isinstance(weight, FP8Weight) and not skinny:
+        if not batch_invariant and len(x) and scaled_gemm.takes(x, weight):
+            return scaled_gemm.scaled_linear(x, weight, bias, norm, eps, gated, add_to, out)
+        weight = weight.dequantized(x.dtype)
+    if norm is not None and not (skinny and _can_fuse_norm(x, norm, isinstance(weight, FP8Weight))):
         x, norm = rms_norm(x, norm, eps), None
     if skinny:
         target = add_to if out is None else out
         if target is None:
-            target = x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
+            target = x.new_empty(len(x), weight.shape[0] // 2 if gated else weight.shape[0])
         epilogue: Epilogue = "SILU" if gated else "STORE" if add_to is None else "ADD"
         _skinny_gemm(target, x, weight, norm, bias, eps, epilogue)
         return target
+    assert isinstance(weight, Tensor)
     if batch_invariant:
         product = _batch_invariant_linear(x.contiguous(), weight, bias, gated, out)
         return product if add_to is None else add_to.add_(product)
@@ -80,43 +90,64 @@ def _batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gate
     return silu_and_mul(out) if gated and not fused else out
 
 
-def _is_skinny(x: Tensor, weight: Tensor) -> bool:
+def _is_skinny(x: Tensor, weight: Matrix) -> bool:
     """Return whether skinny_gemm takes these tensors."""
-    contiguous = x.shape[1] % 8 == 0 and x.is_contiguous() and weight.is_contiguous()
-    aligned = x.data_ptr() % VECTOR_BYTES == 0 and weight.data_ptr() % VECTOR_BYTES == 0
-    return 0 < len(x) <= MAX_SKINNY_ROWS and x.dtype in (torch.bfloat16, torch.float16) and contiguous and aligned
+    data, step = (weight.data, 16) if isinstance(weight, FP8Weight) else (weight, 8)
+    contiguous = x.shape[1] % step == 0 and x.is_contiguous() and data.is_contiguous()
+    aligned = x.data_ptr() % VECTOR_BYTES == 0 and data.data_ptr() % VECTOR_BYTES == 0
+    blocks = not isinstance(weight, FP8Weight) or (weight.columns % 128 == 0 and weight.first % 16 == 0)
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return 0 < len(x) <= MAX_SKINNY_ROWS and half and contiguous and aligned and blocks
 
 
-def _can_fuse_norm(x: Tensor, norm: Tensor) -> bool:
+def _can_fuse_norm(x: Tensor, norm: Tensor, scaled: bool) -> bool:
     """Return whether the GEMM can apply the norm. In float16 an unscaled row times the norm's weight may overflow."""
-    staged = _staged_bytes(x) <= MAX_STAGED_BYTES
+    staged = _staged_bytes(x, scaled) <= MAX_STAGED_BYTES
     return x.dtype == torch.bfloat16 and staged and norm.data_ptr() % VECTOR_BYTES == 0
 
 
-def _staged_bytes(x: Tensor) -> int:
-    """Return how many bytes of shared memory x takes; see `stride` in skinny_gemm.cu."""
-    return len(x) * (-(-x.shape[1] // 64) * 64 + 32) * x.element_size()
+def _staged_bytes(x: Tensor, scaled: bool = False) -> int:
+    """Return how many bytes of shared memory x takes; see `stride` in skinny_gemm.cu. Of FP8, with a norm's weight."""
+    chunk, padding = (128, 8) if scaled else (64, 32)
+    return (len(x) + scaled) * (-(-x.shape[1] // chunk) * chunk + padding) * x.element_size()
 
 
 def _skinny_gemm(
-    out: Tensor, x: Tensor, weight: Tensor, norm: Tensor | None, bias: Tensor | None, eps: float, epilogue: Epilogue
+    out: Tensor, x: Tensor, weight: Matrix, norm: Tensor | None, bias: Tensor | None, eps: float, epilogue: Epilogue
 ) -> None:
     (rows, size), features = x.shape, out.shape[1]
     tiles, multiprocessors = -(-features // (8 if epilogue == "SILU" else 16)), num_multiprocessors(x.device.index)
-    # With few tiles, all warps of a multiprocessor share one. A short row has few chunks to prefetch, and an x that is
-    # not in shared memory leaves few registers for them.
-    shared_bytes = _staged_bytes(x)
+    shared_bytes = _staged_bytes(x, isinstance(weight, FP8Weight))
     staged = shared_bytes <= MAX_STAGED_BYTES
-    warps = 16 if tiles <= multiprocessors or not staged else 8
-    depth = 2 if not staged else max(2, min(4, -(-size // (64 * warps))))
-    name = f"skinny_gemm<{c_name(x)}, {warps}, {depth}, {str(staged).lower()}, {epilogue}>"
+    warps, depth = _skinny_shape(tiles, multiprocessors, size, staged, isinstance(weight, FP8Weight))
+    data, scales = (weight.data, _scale_arguments(weight)) if isinstance(weight, FP8Weight) else (weight, NO_SCALES)
+    name = f"skinny_gemm<{c_name(x)}, {c_name(data)}, {warps}, {depth}, {str(staged).lower()}, {epilogue}>"
     launch = kernel("skinny_gemm.cu", name, shared_bytes=shared_bytes if staged else 0, early=True)
     sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size)
     grid = min(tiles, multiprocessors * (16 // warps)), 1
-    launch(grid, 32 * warps, out, x, weight, optional(norm), optional(bias), *sizes)
+    launch(grid, 32 * warps, out, x, data, optional(norm), optional(bias), *sizes, *scales)
 
 
-def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _skinny_shape(tiles: int, multiprocessors: int, size: int, staged: bool, scaled: bool) -> tuple[int, int]:
+    """Return the warps of a block of skinny_gemm, and the chunks that a warp loads ahead."""
+    # With few tiles, all warps of a multiprocessor share one. A short row has few chunks to prefetch, and an x that is
+    # not in shared memory leaves few registers for them. Of FP8, 16 warps share one conversion of x.
+    if scaled:
+        return (16 if staged else 8), 2
+    warps = 16 if tiles <= multiprocessors or not staged else 8
+    return warps, 2 if not staged else max(2, min(4, -(-size // (64 * warps))))
+
+
+def _scale_arguments(weight: FP8Weight) -> tuple[Argument, ...]:
+    shifts = weight.rows.bit_length() - 1, weight.columns.bit_length() - 1
+    return weight.scales, *map(np.int32, (*shifts, weight.scales.shape[-1], weight.first))
+
+
+def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+    if isinstance(gate_up, FP8Weight):
+        gate_up = gate_up.dequantized(x.dtype)
+    if isinstance(down, FP8Weight):
+        down = down.dequantized(x.dtype)
     (tokens, size), pairs, num_experts = x.shape, expert_ids.numel(), len(gate_up)
     if pairs == 0:
         return torch.zeros_like(x)

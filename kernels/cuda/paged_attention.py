@@ -107,7 +107,11 @@ def decode_attention(
     partial = torch.empty(2 * layout.max_parts * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
     # With kv_chunk the previous kernel may have stored keys that this one reads: all keys of a prefill come first.
     early = partition.kv_chunk is None
-    launch = kernel("decode_attention.cu", f"decode_attention<{c_name(qkv)}, {head_dim}, {layout.warps}>", early=early)
+    launch = kernel(
+        "decode_attention.cu",
+        f"decode_attention<{c_name(qkv)}, {c_name(cache.k)}, {head_dim}, {layout.warps}>",
+        early=early,
+    )
     grid, threads = (layout.max_parts * kv_heads, 1), 32 * layout.warps
     head_arguments = *_head_arguments(norm, rope, cache, kv_slots), np.int32(num_pages * page_size)
     page_table = pages.table, np.int64(pages.table.stride(0)), pages.table_rows, np.int32(page_size)

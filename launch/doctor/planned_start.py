@@ -43,7 +43,7 @@ class PlannedStart:
     @cached_property
     def model(self) -> ModelConfig:
         """The model's configuration, read from the folder; check_checkpoint reports weights that do not fit it."""
-        model = ModelConfig.from_config_file(self.folder)
+        model = ModelConfig.from_config_file(self.folder).quantized_by(self.config.quantization)
         with suppress(ValueError):
             return model if self.config.load_format == "dummy" else fit_weights(model, self.folder)
         return model

@@ -33,6 +33,7 @@ class ResponsesBuilder:
         self._output: list[Json] = []
         self._item: Json | None = None  # the last of the output while it is not complete
         self._response = _response_fields(body, model)
+        self._namespaces = body.namespaces()
 
     async def stream(
         self, events: AsyncIterator[tuple[int, Event]], *, with_usage: bool = True, in_every_chunk: bool = False
@@ -88,6 +89,8 @@ class ResponsesBuilder:
         item: Json = {"id": f"{_ID_PREFIXES[kind]}_{secrets.token_hex(16)}", "type": kind, "status": "in_progress"}
         if kind == "function_call":
             item |= {"call_id": new_call_id(self._id_length), "name": name, "arguments": ""}
+            if name in self._namespaces:
+                item["namespace"], item["name"] = self._namespaces[name]
         else:
             more: Json = {"role": "assistant"} if kind == "message" else {"summary": [], "encrypted_content": None}
             item |= more

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ...comm.message_text import format_bytes
@@ -119,11 +119,12 @@ class MemoryPlan:
 def plan_weights(config: Config, model: ModelConfig) -> MemoryPlan:
     """Return the plan of a rank on a CPU before it loads; raises ValueError if the model cannot be split over ranks."""
     ranks, itemsize = config.tensor_parallel_size, DTYPES[config.dtype]
+    kv_itemsize = 1 if config.kv_cache_dtype == "fp8" else itemsize
     model.check_tensor_parallel(ranks)
     return MemoryPlan(
         place="the CPU",
-        weights=parameters_of_rank(model, ranks) * itemsize,
-        page_bytes=kv_elements_per_token(model, ranks) * config.page_size * itemsize,
+        weights=parameters_of_rank(model, ranks) * itemsize - saved_by_fp8(model, ranks, itemsize),
+        page_bytes=kv_elements_per_token(model, ranks) * config.page_size * kv_itemsize,
         page_size=config.page_size,
     )
 
@@ -142,6 +143,37 @@ def parameters_of_rank(model: ModelConfig, ranks: int) -> int:
     norms = (len(model.names.norms) * model.num_layers + 1) * model.hidden_size
     tables = 1 if model.tie_word_embeddings else 2
     return tables * vocabulary + model.num_layers * _attention_size(model, ranks) + mlps + norms
+
+
+def saved_by_fp8(model: ModelConfig, ranks: int, itemsize: int) -> int:
+    """Return the bytes that FP8 weights save, less their scales, on a rank whose other weights have this itemsize."""
+    if model.quantization is None:
+        return 0
+    saved = 0
+    for names, rows, columns, copies in _matrices(model, ranks):
+        if model.quantization.covers_all(names):
+            grid = model.quantization.grid([sum(rows[:n]) for n in range(len(rows))], columns, first_column=0)
+            down, across = grid.shape(sum(rows), columns)
+            saved += copies * (sum(rows) * columns * (itemsize - 1) - 4 * down * across)
+    return saved
+
+
+def _matrices(model: ModelConfig, ranks: int) -> Iterator[tuple[list[str], list[int], int, int]]:
+    """Yield the modules, rows of each, columns and number of all matrices of rank 0 that may be FP8."""
+    assert model.quantization is not None
+    hidden, q, kv = model.hidden_size, model.num_heads // ranks * model.head_dim, _kv_features(model, ranks)
+    for layer in range(model.num_layers):
+        name = f"model.layers.{layer}"
+        yield [f"{name}.self_attn.{x}_proj" for x in "qkv"], [q, kv, kv], hidden, 1
+        yield [f"{name}.self_attn.o_proj"], [hidden], q, 1
+        mlp, features, copies = f"{name}.mlp", model.intermediate_size // ranks, 1
+        if model.experts is not None and model.has_experts(layer):
+            mlp, copies = f"{mlp}.experts.0", model.experts.num_experts
+            features = model.experts.intermediate_size // ranks
+        yield [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [features, features], hidden, copies
+        yield [f"{mlp}.down_proj"], [hidden], features, copies
+    if model.quantization.includes_head and not model.tie_word_embeddings:
+        yield ["lm_head"], [-(-model.vocab_size // ranks)], hidden, 1
 
 
 def kv_elements_per_token(model: ModelConfig, ranks: int) -> int:

@@ -12,7 +12,7 @@ from ...comm.message_text import first_line
 from ..config import Config
 from .generation_config import default_sampling_params
 from .model_config import ModelConfig
-from .tensor_files import TensorFiles, check_finite, check_shapes
+from .tensor_files import FP8_DTYPES, STORED_DTYPES, TensorFiles, check_finite, check_shapes
 from .tokenizer_files import check_tokenizer_files
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def check_folder(config: Config, folder: Path) -> ModelConfig:
 
 def read_model(config: Config, folder: Path) -> ModelConfig:
     """Return the ModelConfig of a checkpoint; raises ValueError for a file that cannot be read or does not fit."""
-    model = ModelConfig.from_folder(folder, config.generation_config)
+    model = ModelConfig.from_folder(folder, config.generation_config).quantized_by(config.quantization)
     return model if config.load_format == "dummy" else fit_weights(model, folder)
 
 
@@ -100,7 +100,7 @@ def fit_weights(model: ModelConfig, folder: Path) -> ModelConfig:
     with ExitStack() as stack:
         tensors = TensorFiles(folder, "np", stack)
         dimensions = _dimensions(model)
-        check_shapes(dimensions, tensors)
+        check_shapes(dimensions, tensors, dtypes=STORED_DTYPES if model.quantization is None else FP8_DTYPES)
         # Only vectors, which are small: the ranks check every number when they load.
         check_finite([name for name, shape in dimensions.items() if len(shape) == 1], tensors)
         if model.tie_word_embeddings and HEAD in tensors and not tensors.equal(HEAD, EMBEDDING):

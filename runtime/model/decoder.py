@@ -18,7 +18,7 @@ from ...kernels.arguments import KVCache, QKNorm
 from .attention.backend import AttentionBackend, Heads
 from .batch import Batch
 from .checkpoint import EMBEDDING, HEAD
-from .embedding import Embedding, Head, Logits, vocabulary_shard
+from .embedding import Embedding, Head, Logits, head_shard, vocabulary_shard
 from .kv_pool import AttentionShape, KVPool
 from .linear import MLP, ColumnLinear, MoE, RowLinear, projections, shard_of
 from .model_config import ModelConfig
@@ -139,7 +139,9 @@ class Decoder:
         config.check_tensor_parallel(comm.size)
         self.config = config
         self.comm = comm
-        self.weights = weights = Weights(dtype, device, batch_invariant=batch_invariant)
+        self.weights = weights = Weights(
+            dtype, device, batch_invariant=batch_invariant, quantization=config.quantization
+        )
         vocab, hidden, tied = config.vocab_size, config.hidden_size, config.tie_word_embeddings
         ignored = (HEAD,) if tied else ()
         rows = vocabulary_shard(weights, comm, EMBEDDING, vocab, hidden, ignored=ignored)
@@ -150,10 +152,12 @@ class Decoder:
             DecoderLayer(weights, comm, config, layer, tables[rope]) for layer, rope in enumerate(config.ropes)
         ]
         self.norm = RMSNorm(weights, comm, "model.norm", hidden, config.stream_eps)
-        head = rows if tied else vocabulary_shard(weights, comm, HEAD, vocab, hidden)
+        head = rows if tied else head_shard(weights, comm, HEAD, vocab, hidden)
         self.head = Head(comm, head, vocab, scaling=config.logits_scaling, batch_invariant=batch_invariant)
 
-    def attention_shape(self, page_size: int, dtype: torch.dtype) -> AttentionShape:
+    def attention_shape(
+        self, page_size: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
+    ) -> AttentionShape:
         """Return the shape of this rank's attention and KV cache."""
         config, comm = self.config, self.comm
         return AttentionShape(
@@ -163,6 +167,7 @@ class Decoder:
             head_dim=config.head_dim,
             page_size=page_size,
             dtype=dtype,
+            kv_dtype=kv_dtype,
         )
 
     def forward(self, batch: Batch, pool: KVPool, attention: AttentionBackend) -> Residual:

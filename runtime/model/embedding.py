@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ...comm.base import Communicator, SingleRank
 from ...kernels import ops
+from ...kernels.arguments import Matrix
+from .fp8_weights import add_matrix
 from .norm import NormInput
 from .weights import Piece, Weights
 
@@ -24,10 +26,24 @@ def vocabulary_shard(
 ) -> Tensor:
     """Add the rank's rows [V, D] of a [vocab_size, D] weight to `weights`; V = vocab_size / ranks, rounded up."""
     num_rows = -(-vocab_size // comm.size)
+    return weights.add(
+        (num_rows, hidden_size), [_vocabulary_piece(comm, name, vocab_size, hidden_size)], ignored=ignored
+    )
+
+
+def head_shard(weights: Weights, comm: Communicator, name: str, vocab_size: int, hidden_size: int) -> Matrix:
+    """Do `vocabulary_shard` for the head, which is FP8 if the checkpoint says so."""
+    if weights.quantization is None or not weights.quantization.includes_head:
+        return vocabulary_shard(weights, comm, name, vocab_size, hidden_size)
+    shape = -(-vocab_size // comm.size), hidden_size
+    return add_matrix(weights, shape, [_vocabulary_piece(comm, name, vocab_size, hidden_size)])
+
+
+def _vocabulary_piece(comm: Communicator, name: str, vocab_size: int, hidden_size: int) -> Piece:
+    num_rows = -(-vocab_size // comm.size)
     first = min(comm.rank * num_rows, vocab_size)
     stop = min(first + num_rows, vocab_size)
-    piece = Piece(name, (vocab_size, hidden_size), (slice(first, stop),), (slice(0, stop - first),))
-    return weights.add((num_rows, hidden_size), [piece], ignored=ignored)
+    return Piece(name, (vocab_size, hidden_size), (slice(first, stop),), (slice(0, stop - first),))
 
 
 class Embedding:
@@ -52,7 +68,7 @@ class Head:
     def __init__(
         self,
         comm: Communicator,
-        weight: Tensor,
+        weight: Matrix,
         vocab_size: int,
         *,
         scaling: float = 1.0,

@@ -29,12 +29,18 @@ class AttentionShape:
     num_kv_heads: int  # KV heads of this rank
     head_dim: int
     page_size: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of q and of the activations
+    kv_dtype: torch.dtype | None = None  # of keys and values in the cache; None: as dtype
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of keys and values in the cache."""
+        return self.kv_dtype or self.dtype
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, keys and values."""
-        return 2 * self.num_layers * self.page_size * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.num_layers * self.page_size * self.num_kv_heads * self.head_dim * self.cache_dtype.itemsize
 
 
 class KVPool:
@@ -44,7 +50,7 @@ class KVPool:
         self.shape, self.num_pages, self.layout = shape, num_pages, layout
         page = (shape.page_size, shape.num_kv_heads, shape.head_dim)
         outer = (shape.num_layers, 2, num_pages) if layout == "layer-first" else (num_pages, shape.num_layers, 2)
-        self._memory = _zeros((*outer, *page), shape.dtype, device)
+        self._memory = _zeros((*outer, *page), shape.cache_dtype, device)
 
     def layer(self, layer: int) -> KVCache:
         """Return views [pages, page_size, Hkv, E] of the keys and values of one layer."""

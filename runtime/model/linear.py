@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
+from .fp8_weights import add_matrix
 from .model_config import Experts
 from .norm import NormInput, Residual
 from .weights import ALL, Piece, Weights
@@ -67,7 +68,7 @@ class ColumnLinear:
             matrix.append(Piece(f"{p.name}.weight", (p.features, in_features), (p.rows,), into, p.pairs))
             vector.append(Piece(f"{p.name}.bias", (p.features,), (p.rows,), into, p.pairs))
             start += p.num_rows
-        self.weight = weights.add((total, in_features), matrix)
+        self.weight = add_matrix(weights, (total, in_features), matrix)
         self.bias = weights.add((total,), vector) if bias else None
 
     def __call__(self, normed: NormInput, *, gated: bool = False) -> Tensor:
@@ -84,7 +85,8 @@ class RowLinear:
     ) -> None:
         columns = shard_of(in_features, comm)
         piece = Piece(f"{name}.weight", (out_features, in_features), (ALL, columns))
-        self.weight = weights.add((out_features, in_features // comm.size), [piece])
+        self.weight = add_matrix(weights, (out_features, in_features // comm.size), [piece])
+        self.out_features = out_features
         self.bias = weights.add((out_features,), [Piece(f"{name}.bias", (out_features,))]) if bias else None
         self.comm = comm
         self.batch_invariant = weights.batch_invariant
@@ -96,7 +98,7 @@ class RowLinear:
         if self.comm.size == 1 and not residual.separate:
             ops.linear(x, self.weight, bias, add_to=residual.total, batch_invariant=self.batch_invariant)
         else:
-            out = self.comm.buffer(len(x), len(self.weight), x.dtype)
+            out = self.comm.buffer(len(x), self.out_features, x.dtype)
             residual.partial = ops.linear(x, self.weight, bias, out=out, batch_invariant=self.batch_invariant)
 
 
@@ -148,8 +150,8 @@ class MoE:
                 gate_up.append(Piece(f"{prefix}.{part}_proj.weight", (full, hidden), (rows,), into))
             down.append(Piece(f"{prefix}.down_proj.weight", (hidden, full), (ALL, rows), (expert,)))
         self.router = weights.add((n, hidden), [Piece(f"{name}.gate.weight", (n, hidden))])
-        self.gate_up = weights.add((n, 2 * size, hidden), gate_up)
-        self.down = weights.add((n, hidden, size), down)
+        self.gate_up = add_matrix(weights, (n, 2 * size, hidden), gate_up)
+        self.down = add_matrix(weights, (n, hidden, size), down)
 
     def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Leave the experts' sum for rows [T, D] in `residual`; the next norm adds it."""

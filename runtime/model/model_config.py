@@ -17,6 +17,7 @@ from .families import ARCHITECTURES, TEXT_PARTS, Architecture, Flag, QKNormKind,
 from .generation_config import generation_fields, not_applied
 from .hf_config import HFConfigReader, exists
 from .layer_rules import expert_layers, ropes_of_layers, windows_of_layers
+from .quantization import Quantization
 from .rope import RopeConfig
 
 MAX_LAYERS = 10_000
@@ -66,6 +67,7 @@ class ModelConfig:
     dtype: str  # the checkpoint's dtype, one of DTYPES
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]  # ascending
+    quantization: Quantization | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)  # sentences for the log about the checkpoint's files
 
     @classmethod
@@ -89,7 +91,8 @@ class ModelConfig:
             raise ValueError(f"{folder} is not a folder; give the folder of a Hugging Face checkpoint")
         if not exists(folder / "config.json"):
             raise ValueError(f"{folder} has no config.json, so it is not a model; give the folder of a checkpoint")
-        return cls.from_hf(HFConfigReader.from_file(folder / "config.json").values)
+        fields = HFConfigReader.from_file(folder / "config.json")
+        return replace(cls.from_hf(fields.values), quantization=Quantization.from_folder(folder, fields))
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
@@ -132,9 +135,16 @@ class ModelConfig:
             max_position_embeddings=_num_positions(fields, ropes),
             eos_token_ids=end.ids,
             notes=end.notes,
+            quantization=Quantization.from_hf(fields),
         )
         config._check()
         return config
+
+    def quantized_by(self, option: str) -> ModelConfig:
+        """Return this config with the quantization of `--quantization`; a checkpoint in FP8 keeps its own."""
+        if option != "fp8" or self.quantization is not None:
+            return self
+        return replace(self, quantization=Quantization.made_while_loading())
 
     @property
     def rotations(self) -> set[RopeConfig]:
@@ -273,11 +283,6 @@ def _refuse_unsupported(fields: HFConfigReader, architecture: Architecture) -> N
     for name in architecture.must_be_zero:
         if count := fields.integer(name, minimum=0):
             raise ValueError(f"config.json: {name} is {count}; only models of this family with 0 are supported")
-    if "quantization_config" in fields:
-        method = shortened(fields.nested("quantization_config").text("quant_method", "unknown"))[1:-1]
-        raise ValueError(
-            f"config.json: quantization_config ({method}) is not supported; use the checkpoint in bfloat16 or float16"
-        )
     fields.text("model_type", "")  # transformers reads it for the tokenizer
     act = fields.text("hidden_act", "silu")
     if act != "silu":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,8 @@ EXPONENTS = {
     "F16": ("<u2", np.uint16(0x7C00)),
     "BF16": ("<u2", np.uint16(0x7F80)),
 }
+STORED_DTYPES = tuple(EXPONENTS)  # of weights that are not quantized
+FP8_DTYPES = (*STORED_DTYPES, "F8_E4M3")
 
 
 class TensorFiles(Mapping[str, Any]):
@@ -98,14 +100,18 @@ class TensorFiles(Mapping[str, Any]):
 
 
 def check_shapes(
-    expected: Mapping[str, tuple[int, ...]], tensors: TensorFiles, ignored: Container[str] | None = None
+    expected: Mapping[str, tuple[int, ...]],
+    tensors: TensorFiles,
+    ignored: Container[str] | None = None,
+    dtypes: Collection[str] = STORED_DTYPES,
 ) -> None:
     """Raise ValueError naming the tensors that are missing or of another shape, and all that hold no weights' dtype.
 
+    dtypes   those that the checkpoint's weights may have
     ignored  the only names that may be in the files beside the expected ones; None allows all names
     """
     shapes = {name: tuple(tensors[name].get_shape()) for name in expected if name in tensors}
-    dtypes = {name: tensors[name].get_dtype() for name in tensors if not _is_redundant(name)}
+    stored = {name: tensors[name].get_dtype() for name in tensors if not _is_redundant(name)}
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": []
@@ -116,8 +122,8 @@ def check_shapes(
             for name, shape in shapes.items()
             if shape != expected[name]
         ],
-        f"of a dtype other than {', '.join(EXPONENTS)}": [
-            f"{name} {dtype}" for name, dtype in dtypes.items() if dtype not in EXPONENTS
+        f"of a dtype other than {', '.join(dtypes)}": [
+            f"{name} {dtype}" for name, dtype in stored.items() if dtype not in dtypes
         ],
     }
     texts = [f"{len(names)} {kind}: {format_names(names)}" for kind, names in problems.items() if names]

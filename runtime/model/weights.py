@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .tensor_files import TensorFiles, check_shapes, not_finite
+from .quantization import Quantization
+from .tensor_files import STORED_DTYPES, TensorFiles, check_shapes, format_names, not_finite
 
 ALL = slice(None)
+UNUSED_SCALES = (".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")  # of activations and KV cache
+DUMMY_DEVIATION = 0.02  # of random weights
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Piece:
             part = part.unflatten(0, (-1, self.pairs // 2, 2)).transpose(1, 2).flatten(0, 2)
         return part
 
+    def shape_in(self, tensors: TensorFiles) -> tuple[int, ...]:
+        """Return the shape that the tensor must have in these files."""
+        return self.shape
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -46,15 +53,37 @@ class Weight:
     tensor: Tensor
     pieces: tuple[Piece, ...]
     is_norm: bool = False
-    ignored: tuple[str, ...] = ()  # checkpoint tensors that repeat this one
+    ignored: tuple[str, ...] = ()  # checkpoint tensors that repeat this one, or are not needed
+
+    @property
+    def stored_dtypes(self) -> tuple[str, ...]:
+        """The dtypes that the checkpoint may have for this weight, as safetensors names them."""
+        return ("F8_E4M3",) if self.tensor.dtype == torch.float8_e4m3fn else STORED_DTYPES
+
+    def fill(self, tensors: TensorFiles) -> None:
+        """Copy the pieces from slices of safetensors."""
+        for piece in self.pieces:
+            self.tensor[piece.into].copy_(piece.value(tensors[piece.name]))
+
+    def fill_dummy(self, part: Tensor, generator: torch.Generator) -> None:
+        """Fill a piece's part of the tensor with random numbers, or with ones for a norm."""
+        part.fill_(1.0) if self.is_norm else part.normal_(0.0, DUMMY_DEVIATION, generator=generator)
 
 
 class Weights(list[Weight]):
     """The weights of one rank, in the order of its layers; batch_invariant (--deterministic) is for their GEMMs."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        batch_invariant: bool = False,
+        quantization: Quantization | None = None,
+    ) -> None:
         super().__init__()
         self.dtype, self.device, self.batch_invariant = dtype, device, batch_invariant
+        self.quantization = quantization
 
     def add(
         self, shape: Sequence[int], pieces: Iterable[Piece], *, is_norm: bool = False, ignored: tuple[str, ...] = ()
@@ -74,16 +103,18 @@ def load_weights(weights: Sequence[Weight], folder: str | Path) -> None:
     ignored = {name for weight in weights for name in weight.ignored}
     with ExitStack() as stack:
         tensors = TensorFiles(Path(folder), "pt", stack)
-        expected = {piece.name: piece.shape for weight in weights for piece in weight.pieces}
-        check_shapes(expected, tensors, ignored)
+        if any(weight.tensor.dtype == torch.float8_e4m3fn for weight in weights):
+            ignored |= {name for name in tensors if name.endswith(UNUSED_SCALES)}
+        expected = {piece.name: piece.shape_in(tensors) for weight in weights for piece in weight.pieces}
+        check_shapes(expected, tensors, ignored, stored_dtypes(weights))
+        _check_dtypes(weights, tensors)
         for weight in weights:
-            for piece in weight.pieces:
-                weight.tensor[piece.into].copy_(piece.value(tensors[piece.name]))
+            weight.fill(tensors)
         _check_finite(weights, tensors)
 
 
 def fill_dummy(weights: Sequence[Weight]) -> None:
-    """Fill the weights with random numbers: normal with deviation 0.02, ones for norms.
+    """Fill the weights with random numbers: normal with deviation DUMMY_DEVIATION, ones for norms.
 
     The seed is hashed from the part that a piece reads: shards differ, and replicated tensors are equal on all ranks.
     """
@@ -92,7 +123,30 @@ def fill_dummy(weights: Sequence[Weight]) -> None:
             part = weight.tensor[piece.into]
             seed = zlib.crc32(f"{piece.name}{piece.read}".encode())
             generator = torch.Generator(part.device).manual_seed(seed)
-            part.fill_(1.0) if weight.is_norm else part.normal_(0.0, 0.02, generator=generator)
+            weight.fill_dummy(part, generator)
+
+
+def stored_dtypes(weights: Sequence[Weight]) -> tuple[str, ...]:
+    """Return the dtypes that the files of these weights may have, as safetensors names them."""
+    return tuple(dict.fromkeys(dtype for weight in weights for dtype in weight.stored_dtypes))
+
+
+def _check_dtypes(weights: Sequence[Weight], tensors: TensorFiles) -> None:
+    """Raise ValueError naming 8-bit tensors in place of others, and the reverse."""
+    wrong = []
+    for weight in weights:
+        wanted = weight.stored_dtypes
+        dtypes = {piece.name: tensors[piece.name].get_dtype() for piece in weight.pieces}
+        wrong += [
+            f"{name} is {dtype} instead of {' or '.join(wanted)}"
+            for name, dtype in dtypes.items()
+            if dtype not in wanted
+        ]
+    if wrong:
+        raise ValueError(
+            f"{tensors.folder} does not fit its quantization_config: {format_names(wrong)}; use a checkpoint"
+            " in bfloat16, float16 or float8_e4m3fn as its config.json says"
+        )
 
 
 def _check_finite(weights: Sequence[Weight], tensors: TensorFiles) -> None:
@@ -100,10 +154,18 @@ def _check_finite(weights: Sequence[Weight], tensors: TensorFiles) -> None:
 
     Reads each weight once on its device, without a copy, and waits for the device once: 16 GB take 10 ms on an H100.
     """
-    extremes = [torch.stack(weight.tensor.aminmax()).double() for weight in weights if weight.tensor.numel()]
+    extremes = [_extremes(weight.tensor) for weight in weights if weight.tensor.numel()]
     if not extremes or bool(torch.stack(extremes).isfinite().all()):
         return
     parts = {piece.name: weight.tensor[piece.into] for weight in weights for piece in weight.pieces}
-    wrong = [name for name, part in parts.items() if not part.isfinite().all()]
+    wrong = [name for name, part in parts.items() if not _extremes(part).isfinite().all()]
     dtype = str(weights[0].tensor.dtype).removeprefix("torch.")
     raise ValueError(f"{not_finite(tensors.path(wrong[0]), wrong)}, or use a dtype with a wider range than {dtype}")
+
+
+def _extremes(tensor: Tensor) -> Tensor:
+    """Return the least and the greatest number of a tensor in float64; NaN if it has any, of FP8 all or nothing."""
+    if tensor.dtype != torch.float8_e4m3fn:
+        return torch.stack(tensor.aminmax()).double()
+    magnitude = (tensor.view(torch.uint8) & 0x7F).amax()  # 0x7F is NaN, and there is no infinity
+    return torch.where(magnitude == 0x7F, torch.nan, 0.0).double().expand(2)

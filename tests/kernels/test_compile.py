@@ -33,13 +33,29 @@ INSTANCES = {
         "sample_topk",
     ],
     "skinny_gemm.cu": [
-        f"skinny_gemm<{t}, {warps}, {depth}, {staged}, {epilogue}>"
-        for t, warps, depth, staged in (("bf16", 8, 4, "true"), ("f16", 8, 2, "true"), ("bf16", 16, 2, "false"))
+        f"skinny_gemm<{types}, {warps}, {depth}, {staged}, {epilogue}>"
+        for types, warps, depth, staged in (
+            ("bf16, bf16", 8, 4, "true"),
+            ("f16, f16", 8, 2, "true"),
+            ("bf16, bf16", 16, 2, "false"),
+            ("bf16, fp8", 16, 2, "true"),
+            ("bf16, fp8", 8, 2, "false"),
+            ("f16, fp8", 16, 2, "true"),
+        )
         for epilogue in ("STORE", "ADD", "SILU")
     ],
     "decode_attention.cu": [
         "partition_keys",
-        *(f"decode_attention<{shape}>" for shape in ("f16, 64, 4", "bf16, 128, 4", "bf16, 128, 8")),
+        *(
+            f"decode_attention<{shape}>"
+            for shape in (
+                "f16, f16, 64, 4",
+                "bf16, bf16, 128, 4",
+                "bf16, bf16, 128, 8",
+                "bf16, fp8, 128, 4",
+                "f16, fp8, 64, 8",
+            )
+        ),
     ],
     "experts.cu": [
         *(f"group_pairs<{rows}>" for rows in (16, 64, 128)),
@@ -53,6 +69,10 @@ INSTANCES = {
         "float32_gemm<false>",
         "weighted_sum<bf16, 8>",
         "weighted_sum<float, 1>",
+    ],
+    "quantize_rows.cu": [
+        *(f"quantize_rows<{shape}>" for shape in ("bf16, PLAIN, true", "bf16, NORM, false", "f16, SILU, true")),
+        *(f"scale_products<bf16, {finish}>" for finish in ("STORE", "ADD", "GATE")),
     ],
     "rotate_and_store.cu": [
         f"rotate_and_store<{t}, {t}, {p}, {min(p, 4)}>" for t in ("bf16", "f16", "float") for p in (1, 2, 4, 8)

@@ -19,7 +19,7 @@ from lockstep.kernels import native, reference
 from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope
 
 import emulator
-from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears
+from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears, random_fp8
 
 pytestmark = [pytest.mark.emulator, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -78,13 +78,37 @@ def test_linear(rows: int, features: int, size: int, dtype: torch.dtype) -> None
     check("linear", x, weight, bias, norm=norm, eps=1e-5, gated=True, factor=4)
 
 
+FP8_LINEARS = [  # rows, features, size, dtype, rows and columns of a block, place of column 0 in its block
+    (1, 16, 64, F16, 1, 64, 0),
+    (3, 40, 208, BF16, 8, 128, 0),
+    (8, 24, 1040, BF16, 16, 128, 48),
+    (5, 72, 2064, F16, 32, 128, 112),
+    (2, 24, 1024, BF16, 128, 1024, 0),
+    (8, 24, 7168, BF16, 4, 128, 64),
+]
+
+
+@pytest.mark.parametrize(("rows", "features", "size", "dtype", "block_rows", "block_columns", "first"), FP8_LINEARS)
+def test_linear_of_fp8(
+    rows: int, features: int, size: int, dtype: torch.dtype, block_rows: int, block_columns: int, first: int
+) -> None:
+    x, norm, bias = (random(*shape, dtype=dtype) for shape in ((rows, size), (size,), (2 * features,)))
+    both = random_fp8(2 * features, size, block_rows, block_columns, first)
+    half = random_fp8(features, size, block_rows, block_columns, first)
+    check("linear", x, half, bias[:features], add_to=random(rows, features, dtype=dtype))
+    check("linear", x, both, bias, norm=norm, eps=1e-5, gated=True, factor=4)
+
+
 DECODED = [(1, 2, 1, 64), (5, 8, 2, 64), (5, 6, 1, 128), (12, 3, 3, 64)]
 
 
+@pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize(("rows", "heads", "kv_heads", "size"), DECODED)
-def test_decode_attention(rows: int, heads: int, kv_heads: int, size: int, window: int | None) -> None:
-    check_decode_attention(rows, heads, kv_heads, size, window, torch.randn(701, size))
+def test_decode_attention(
+    rows: int, heads: int, kv_heads: int, size: int, window: int | None, cache_dtype: torch.dtype
+) -> None:
+    check_decode_attention(rows, heads, kv_heads, size, window, torch.randn(701, size), cache_dtype)
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -94,7 +118,13 @@ def test_decode_attention_rotates_a_part_of_a_head(size: int, table: tuple[int, 
 
 
 def check_decode_attention(
-    rows: int, heads: int, kv_heads: int, size: int, window: int | None, cos_sin: Tensor
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    window: int | None,
+    cos_sin: Tensor,
+    cache_dtype: torch.dtype = BF16,
 ) -> None:
     positions = torch.tensor([700, 0, 1, 17, 64, 300, 199, 5, 5, 31, 32, 33], dtype=torch.int32)[:rows]
     table = torch.randperm(rows * 145, dtype=torch.int32).view(rows, 145)
@@ -102,7 +132,7 @@ def check_decode_attention(
     slots = table[table_rows.long(), positions.long() // 5] * 5 + positions % 5
     slots[2:3] = -1
     qkv, norm = random(rows, (heads + 2 * kv_heads) * size), QKNorm(random(size) + 2, random(size) + 2, 1e-6)
-    cache = KVCache(*(random(rows * 145, 5, kv_heads, size) for _ in range(2)))
+    cache = KVCache(*(random(rows * 145, 5, kv_heads, size).to(cache_dtype) for _ in range(2)))
     partition = emulator.emulated().partition_keys(positions, kv_heads, window)
     rope, pages = Rope(positions, cos_sin), Pages(table, table_rows)
     # The kernel leaves the counters of the partition at zero for the next layer; the definition does not touch them.
@@ -137,7 +167,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
     "decode_attention.cu": (
         "wait_all_copies();",
         "",
-        lambda: test_decode_attention(*DECODED[1], None),
+        lambda: test_decode_attention(*DECODED[1], None, BF16),
     ),
     "experts.cu": ("wait_copies<STAGES - 2>();", "wait_copies<STAGES - 1>();", lambda: test_experts(60, BF16)),
 }

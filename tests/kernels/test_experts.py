@@ -11,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.kernels import ops
+from lockstep.kernels.arguments import FP8Weight
+
+from kernel_cases import dequantized, random_fp8, to_device
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -83,6 +86,28 @@ def test_experts_equal_a_loop_over_tokens_and_choices(
     actual = ops.experts(*arguments)
     assert actual.dtype == dtype
     close(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "block_rows", "block_columns"), [(1, 8, 128), (7, 1, 256), (300, 16, 128)])
+def test_experts_of_fp8_equal_a_loop_over_the_dequantized_weights(
+    device: str, tokens: int, block_rows: int, block_columns: int, dtype: torch.dtype
+) -> None:
+    x, expert_ids, scores, *_ = inputs((tokens, 2, 5, 136, 40), device, dtype)
+    gate_up, down = (
+        FP8Weight(
+            torch.stack([part.data for part in parts]),
+            torch.stack([part.scales for part in parts]),
+            *parts[0][2:],
+        )
+        for parts in (
+            [random_fp8(80, 136, block_rows, block_columns) for _ in range(5)],
+            [random_fp8(136, 40, block_rows, block_columns, 40 if block_columns == 128 else 0) for _ in range(5)],
+        )
+    )
+    gate_up, down = to_device(gate_up, device), to_device(down, device)
+    exact = dequantized(gate_up), dequantized(down)
+    close(ops.experts(x, expert_ids, scores, gate_up, down), brute_force(x, expert_ids, scores, *exact))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

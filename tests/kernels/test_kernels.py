@@ -19,7 +19,14 @@ from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope
 from lockstep.runtime.model.kv_pool import AttentionShape, KVPool
 
 import emulator
-from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears
+from kernel_cases import (
+    SamplingInputs,
+    assert_close,
+    batch_invariant_linears,
+    dequantized,
+    random_fp8,
+    to_device,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 also_emulated = pytest.mark.parametrize("device", [*DEVICES, "emulated"], indirect=True)  # CUDA kernels on a CPU
@@ -378,6 +385,47 @@ def test_linear_with_norm_bias_gate_and_residual(
     assert_close(ops.linear(x, weight, bias, norm=norm, eps=1e-5, gated=True), F.silu(gate) * up)
 
 
+FP8_BLOCKS = [  # features, size, rows and columns of a block, place of column 0 in its block
+    (67, 136, 1, 256, 0),  # one scale a row; rows of no whole vectors on a GPU
+    (256, 1024, 128, 128, 0),
+    (520, 2064, 8, 128, 80),
+    (2048, 4096, 2048, 4096, 0),  # one scale
+    (96, 14336, 32, 128, 64),
+    (40, 96, 8, 32, 0),  # smaller blocks than the kernels support
+]
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [0, 1, 3, 8, 9, 100])
+@pytest.mark.parametrize(("features", "size", "block_rows", "block_columns", "first"), FP8_BLOCKS)
+def test_linear_of_fp8_equals_float64_of_the_dequantized_weight(
+    device: str,
+    rows: int,
+    features: int,
+    size: int,
+    block_rows: int,
+    block_columns: int,
+    first: int,
+    dtype: torch.dtype,
+) -> None:
+    x = torch.randn(rows, size).to(device, dtype)
+    bias, norm = (torch.rand(n).to(device, dtype) for n in (2 * features, size))
+    before = torch.randn(rows, features).to(device, dtype)
+    both = to_device(random_fp8(2 * features, size, block_rows, block_columns, first), device)
+    half = to_device(random_fp8(features, size, block_rows, block_columns, first), device)
+    normed = F.rms_norm(x.double(), (size,), norm.double(), 1e-5)
+    plain = x.double() @ dequantized(half).T
+    factor = 10 if dtype == torch.float32 else 1  # sums of up to 14,336 products
+    if device == "cuda" and rows > 8 and dtype != torch.float32:
+        factor = 4 if dtype == torch.bfloat16 else 40  # activations are FP8, too; test_scaled_gemm.py is exact about it
+    assert_close(ops.linear(x, half, bias[:features]), plain + bias[:features].double(), factor)
+    assert_close(ops.linear(x, half, add_to=before.clone()), before.double() + plain, factor)
+    assert_close(ops.linear(x, half, out=torch.empty_like(before)), plain, factor)
+    gate, up = (normed @ dequantized(both).T + bias.double()).chunk(2, dim=-1)
+    assert_close(ops.linear(x, both, bias, norm=norm, eps=1e-5, gated=True), F.silu(gate) * up, factor)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True])
 def test_linear_row_is_bitwise_equal_in_any_small_batch(gated: bool) -> None:
@@ -386,6 +434,20 @@ def test_linear_row_is_bitwise_equal_in_any_small_batch(gated: bool) -> None:
     together = ops.linear(x, weight, norm=norm, eps=1e-5, gated=gated)
     for rows in (slice(0, 1), slice(2, 3), slice(5, 8)):
         assert torch.equal(ops.linear(x[rows].contiguous(), weight, norm=norm, eps=1e-5, gated=gated), together[rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_columns", [128, 1024])
+def test_linear_of_fp8_batch_invariant_row_is_bitwise_equal_in_any_batch(block_columns: int) -> None:
+    torch.manual_seed(0)
+    weight = to_device(random_fp8(512, 1024, 128, block_columns), "cuda")
+    x, norm = torch.randn(300, 1024, device="cuda").bfloat16(), torch.rand(1024, device="cuda").bfloat16()
+    together = ops.linear(x, weight, norm=norm, eps=1e-5, gated=True, batch_invariant=True)
+    gate, up = (F.rms_norm(x.double(), (1024,), norm.double(), 1e-5) @ dequantized(weight).T).chunk(2, dim=-1)
+    assert_close(together, F.silu(gate) * up)
+    for rows in (slice(0, 1), slice(5, 21), slice(6, 70)):
+        part = ops.linear(x[rows], weight, norm=norm, eps=1e-5, gated=True, batch_invariant=True)
+        assert torch.equal(part, together[rows])
 
 
 @pytest.mark.gpu
@@ -410,6 +472,29 @@ def test_linear_batch_invariant_row_is_bitwise_equal_in_any_batch(features: int,
     assert_close(together[3], F.silu(gate) * up)
     for rows in (slice(0, 1), slice(5, 21), slice(6, 70), slice(100, 357), slice(699, 700), slice(0, 0)):
         assert all(torch.equal(part, whole[rows]) for part, whole in zip(linears(rows), together, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_decode_attention_reads_fp8_as_the_numbers_it_stands_for(rows: int, size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    heads, kv_heads, pages = 8, 2, 40
+    positions = torch.randint(0, 16 * pages - 1, (rows,), device="cuda", dtype=torch.int32)
+    table = torch.randperm(rows * pages, device="cuda").int().view(rows, pages)
+    kv_slots = table[torch.arange(rows, device="cuda"), positions.long() // 16] * 16 + positions % 16
+    fp8 = KVCache(*(torch.randn(rows * pages, 16, kv_heads, size, device="cuda").to(torch.float8_e4m3fn) for _ in "kv"))
+    wide = KVCache(*(part.to(dtype) for part in fp8))
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * size, device="cuda").to(dtype)
+    rope = Rope(positions, torch.randn(16 * pages, size, device="cuda"))
+    views = Pages(table, torch.arange(rows, device="cuda", dtype=torch.int32))
+    partition = ops.partition_keys(positions, kv_heads, None)
+    norm = QKNorm(None, None, 1e-6)
+    results = [ops.decode_attention(qkv, norm, rope, cache, kv_slots, views, partition, 0.1) for cache in (fp8, wide)]
+    assert torch.equal(*results)
+    for narrow, exact in zip(fp8, wide, strict=True):
+        assert torch.equal(narrow.float(), exact.float().clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
 @pytest.mark.parametrize("window", [None, 1, 50])

@@ -21,6 +21,7 @@
 template <typename T> constexpr T max(T a, T b) { return a < b ? b : a; }
 template <typename T> constexpr T min(T a, T b) { return b < a ? b : a; }
 struct uint4 { unsigned x, y, z, w; };
+struct uint2 { unsigned x, y; };
 struct int4 { int x, y, z, w; };
 struct longlong2 { long long x, y; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -62,10 +63,19 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 inline float value_of(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
 inline float value_of(uint16_t bits, __half) { return bit_cast<_Float16>(bits); }
 
+inline uint16_t rounded_bits(float x, __nv_bfloat16) { return __float2bfloat16_rn(x).bits; }
+inline uint16_t rounded_bits(float x, __half) { return bit_cast<uint16_t>(__float2half_rn(x)); }
+
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+    const uint64_t bytes = (uint64_t)y << 32 | x;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= (unsigned)(bytes >> (selector >> 4 * i & 7) * 8 & 255) << 8 * i;
+    return result;
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __threadfence() {}
 template <typename T> T __ldcg(const T* from) { return *from; }
@@ -194,6 +204,7 @@ template <typename T> T __shfl_up_sync(unsigned, T x, int by) { return emulator:
 inline unsigned __cvta_generic_to_shared(const void* at) { return (const char*)at - emulator::shared; }
 
 // The kernels' assembly, in C++.
+inline uint2 stream_half(const void* from) { return *(const uint2*)from; }
 inline uint4 stream(const void* from) { return *(const uint4*)from; }
 inline void copy_async(unsigned to, const void* from, bool inside = true) {
     emulator::fibers[emulator::current].groups.back().push_back({emulator::shared + (int)to, from, inside});
@@ -212,6 +223,14 @@ template <typename T> void multiply(float (&c)[4], unsigned a0, unsigned a1, uns
             const int lane = k % 8 / 2;
             c[i] += value_of(words[g * 4 + lane].a[i / 2 + k / 8 * 2][k % 2], type) * value_of(words[(2 * t + i % 2) * 4 + lane].b[k / 8][k % 2], type);
         }
+}
+template <typename T> unsigned scale_pair(unsigned x, unsigned factor, T type) {
+    unsigned pair = 0;
+    for (int i = 0; i < 32; i += 16) {
+        const float product = value_of((uint16_t)(x >> i), type) * value_of((uint16_t)(factor >> i), type);
+        pair |= (unsigned)rounded_bits(product, type) << i;
+    }
+    return pair;
 }
 inline unsigned transpose(unsigned x) {
     struct Word { uint16_t of[2]; };

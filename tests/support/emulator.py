@@ -30,7 +30,7 @@ PACKAGE = "lockstep.kernels.emulated"
 FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-w")
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 * 1024
-IN_ASSEMBLY = "stream|transpose|copy_async|commit_copies|wait_copies|wait_all_copies|load_matrices"
+IN_ASSEMBLY = "stream|stream_half|transpose|copy_async|commit_copies|wait_copies|wait_all_copies|load_matrices"
 Launch = Callable[..., None]
 
 
@@ -103,7 +103,9 @@ def _header_folder() -> Path:
 def in_cpp(text: str) -> str:
     """Return a source without assembly, and with shared memory as C++ can declare it."""
     text = re.sub(r"#include <cuda_\w+\.h>|#pragma \w+.*", "", text)
-    text = re.sub(r"#define MULTIPLY.*?\n    }\n(MULTIPLY\(.*?\)\n)+", "", text, flags=re.DOTALL)
+    for macro in ("MULTIPLY", "SCALE_PAIR"):
+        text = re.sub(rf"#define {macro}.*?\n    }}\n({macro}\(.*?\)\n)+", "", text, flags=re.DOTALL)
+    text = re.sub(r"#if __CUDA_ARCH__ >= 890\n.*?#endif\n", "", text, flags=re.DOTALL)
     text = re.sub(rf"(template <int N> )?DEVICE [\w ]+ ({IN_ASSEMBLY})\(.*?\n?}}\n", "", text, flags=re.DOTALL)
     text = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];", r"\1* \2 = (\1*)emulator::shared;", text

@@ -73,7 +73,7 @@ def run_engine(
     With `overlap`, also on a CPU, results are committed one step late, as on a GPU.
     """
     asked = Config(model=str(folder), tensor_parallel_size=tp, **{"device": "cpu", **OPTIONS, **options})
-    model = ModelConfig.from_folder(folder)
+    model = ModelConfig.from_folder(folder).quantized_by(asked.quantization)
     config = asked.resolved(model, cuda=False)
     wires: list[queue.Queue[bytes]] = [queue.Queue() for _ in range(tp)]
 

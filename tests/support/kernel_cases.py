@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import reference
+from lockstep.kernels.arguments import FP8Weight
 
 # Relative to the largest value: one rounding of the result, and for the norms of the sum before it.
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float8_e4m3fn: 0.0}
 
 
 def assert_close(actual: Tensor, expected: Tensor, factor: float = 1) -> None:
@@ -72,3 +73,23 @@ def batch_invariant_linears(
         linear(x, weight, gated=True, **normed),
         linear(x, weight, bias, gated=True, **normed),
     ]
+
+
+def random_fp8(rows: int, size: int, block_rows: int, block_columns: int, first: int = 0) -> FP8Weight:
+    """Return a weight [rows, size] on the CPU whose products with normal x are near 1; its scales differ by up to 8."""
+    data = (torch.randn(rows, size) * 100).clamp(-448, 448)
+    data[:, ::7] = torch.randn(rows, -(-size // 7)) / 256  # subnormal numbers, too
+    grid = -(-rows // block_rows), -(-(first + size) // block_columns)
+    scales = 2 ** (torch.rand(grid) * 3) / 200 / size**0.5
+    return FP8Weight(data.to(torch.float8_e4m3fn), scales, block_rows, block_columns, first)
+
+
+def to_device(weight: FP8Weight, device: str) -> FP8Weight:
+    return weight._replace(data=weight.data.to(device), scales=weight.scales.to(device))
+
+
+def dequantized(weight: FP8Weight) -> Tensor:
+    """Return the matrix in float64, one element's scale at a time."""
+    rows, columns = (torch.arange(n, device=weight.data.device) for n in weight.shape[-2:])
+    row, column = rows[:, None] // weight.rows, (weight.first + columns) // weight.columns
+    return weight.data.double() * weight.scales.double()[..., row, column]

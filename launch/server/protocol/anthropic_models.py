@@ -137,6 +137,17 @@ class ThinkingOptions(StrictModel):
     display: str | None = None
 
 
+class KeepThinking(StrictModel):
+    """The edit that keeps all thinking, as this server does."""
+
+    type: Literal["clear_thinking_20251015"]
+    keep: Literal["all"]
+
+
+class ContextManagement(StrictModel):
+    edits: list[KeepThinking] | None = None
+
+
 class OutputFormat(StrictModel):
     type: Literal["json_schema"]
     schema_: Annotated[dict[str, Any], Field(alias="schema", description="a JSON schema")]
@@ -150,7 +161,7 @@ class OutputConfig(StrictModel):
 class CountTokensRequest(StrictModel):
     """Body of POST /v1/messages/count_tokens."""
 
-    UNSUPPORTED: ClassVar = frozenset({"container", "context_management", "mcp_servers", "speed"})
+    UNSUPPORTED: ClassVar = frozenset({"container", "mcp_servers", "speed"})
 
     model: str
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, fail_fast=True)]
@@ -159,6 +170,7 @@ class CountTokensRequest(StrictModel):
     tool_choice: AnthropicToolChoice | None = None
     thinking: ThinkingOptions | None = None
     output_config: OutputConfig | None = None
+    context_management: ContextManagement | None = None
     cache_control: CacheControl | None = None
 
     def chat_fields(self) -> ChatFields:

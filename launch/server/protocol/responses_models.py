@@ -56,6 +56,7 @@ class InputMessage(InputModel):
 
 class InputCall(InputModel):
     type: Literal["function_call"]
+    namespace: Annotated[str, Field(max_length=256)] | None = None
     call_id: Annotated[str, Field(max_length=256)]
     name: Annotated[str, Field(max_length=256)]
     arguments: str
@@ -113,6 +114,30 @@ class ResponsesFunction(StrictModel):
     strict: bool | None = None
 
 
+class ToolNamespace(StrictModel):
+    """Functions under a common name; the model sees each as NAMESPACE.NAME."""
+
+    type: Literal["namespace"]
+    name: ToolName
+    description: str | None = None
+    tools: Annotated[list[ResponsesFunction], Field(max_length=MAX_TOOLS, fail_fast=True)]
+
+
+class OfflineWebSearch(StrictModel):
+    """Codex's offer of a search without access to the web. It is taken, and the model does not see it."""
+
+    type: Literal["web_search"]
+    external_web_access: FalseOnly
+
+
+ResponsesTools = Annotated[
+    Annotated[ResponsesFunction, Tag("function")]
+    | Annotated[ToolNamespace, Tag("namespace")]
+    | Annotated[OfflineWebSearch, Tag("web_search")],
+    Discriminator(_kind, custom_error_type="unknown_tool", custom_error_message="expected a function or a namespace"),
+]
+
+
 class ResponsesTool(StrictModel):
     """The choice of one function."""
 
@@ -160,7 +185,7 @@ class ResponsesRequest(SamplingFields):
     background: NeutralFalse = None
     truncation: Annotated[Literal["disabled"] | None, "neutral only"] = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
-    tools: Annotated[list[ResponsesFunction], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tools: Annotated[list[ResponsesTools], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | ResponsesTool | None,
         Field(description='none, auto, required or {"type": "function", "name": NAME}'),
@@ -186,7 +211,7 @@ class ResponsesRequest(SamplingFields):
         fields = {
             "messages": list(_merge_system(_messages(self.instructions, self.input))),
             "max_completion_tokens": self.max_output_tokens,
-            "tools": [{"type": "function", "function": _function(tool)} for tool in self.tools or ()],
+            "tools": [{"type": "function", "function": function} for function in self._functions()],
             "tool_choice": choice,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
             "response_format": _response_format(self.text.format if self.text else None),
@@ -194,9 +219,27 @@ class ResponsesRequest(SamplingFields):
         same = ("model", "stream", "parallel_tool_calls", "chat_template_kwargs", *SamplingFields.model_fields)
         return fields | {name: getattr(self, name) for name in same}
 
+    def _functions(self) -> Iterator[ChatFields]:
+        """Yield the functions under the names that the model sees."""
+        for tool in self.tools or ():
+            if isinstance(tool, ResponsesFunction):
+                yield _function(tool)
+            elif isinstance(tool, ToolNamespace):
+                yield from (_function(function, tool.name) for function in tool.tools)
 
-def _function(tool: ResponsesFunction) -> ChatFields:
-    return tool.model_dump(exclude={"type"}, exclude_none=True)
+    def namespaces(self) -> dict[str, tuple[str, str]]:
+        """Return the namespace and the name of each function in a namespace, by the name that the model sees."""
+        spaces = [tool for tool in self.tools or () if isinstance(tool, ToolNamespace)]
+        return {full_name(s.name, tool.name): (s.name, tool.name) for s in spaces for tool in s.tools}
+
+
+def _function(tool: ResponsesFunction, namespace: str | None = None) -> ChatFields:
+    return tool.model_dump(exclude={"type"}, exclude_none=True) | {"name": full_name(namespace, tool.name)}
+
+
+def full_name(namespace: str | None, name: str) -> str:
+    """Return the name under which the model sees a function."""
+    return name if namespace is None else f"{namespace}.{name}"
 
 
 def _response_format(text_format: TextFormat | None) -> ChatFields | None:
@@ -245,7 +288,7 @@ def _add_to_turn(turn: ChatFields, item: InputMessage | InputCall | InputReasoni
     if isinstance(item, InputReasoning):
         turn["reasoning_content"] = turn.get("reasoning_content", "") + _join(item.content or item.summary or ())
     elif isinstance(item, InputCall):
-        function = {"name": item.name, "arguments": item.arguments}
+        function = {"name": full_name(item.namespace, item.name), "arguments": item.arguments}
         turn.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
     else:
         turn["content"] = _join(item.content)

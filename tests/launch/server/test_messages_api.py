@@ -115,6 +115,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "tools[0]"),
     ({"tool_choice": {"type": "tool", "name": "other"}}, 400, "tool_choice"),
     ({"mcp_servers": []}, 400, "mcp_servers"),
+    ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, 400, "context_management.edits[0]"),
     ({"colour": 1}, 400, "colour"),
     ({"model": "claude"}, 404, "claude"),
     ({"max_tokens": 10_000}, 400, "maximum context length"),

@@ -95,7 +95,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"store": True}, "store"),
     ({"truncation": "auto"}, "truncation"),
     ({"include": ["file_search_call.results"]}, "include[0]"),
-    ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+    ({"tools": [{"type": "file_search"}]}, "tools[0]"),
+    ({"tools": [{"type": "web_search"}]}, "tools[0].external_web_access"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"input": []}, "input"),
@@ -124,3 +125,20 @@ def test_fields_without_effect(shared: Running) -> None:
         "reasoning": {"summary": "auto"}, "parallel_tool_calls": True, "top_logprobs": 0,
     }  # fmt: skip
     assert shared.post("/v1/responses", {"input": "x", "max_output_tokens": 2, **neutral}).status_code == 200
+
+
+def test_namespaces_of_tools(thinking: Running, tokenizer: Tokenizer) -> None:
+    fake(thinking).script = '<tool_call>\n{"name": "clock.now", "arguments": {}}\n</tool_call>'
+    function = {"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}
+    tools: list[Any] = [
+        {"type": "namespace", "name": "clock", "tools": [function]},
+        {"type": "web_search", "external_web_access": False},
+    ]
+    response = thinking.openai.responses.create(**ASK | {"tools": tools})
+    (call,) = response.output
+    assert (call.name, call.namespace) == ("now", "clock")  # type: ignore[union-attr]
+    items: list[Any] = [{"role": "user", "content": "x"}, call.model_dump(exclude_none=True)]
+    thinking.openai.responses.create(**ASK | {"tools": tools, "input": items, "max_output_tokens": 1})
+    prompt = tokenizer.decode(fake(thinking).asked[-1][0], skip_special_tokens=False)
+    assert '<tool_call>\n{"name": "clock.now", "arguments": {}}' in prompt
+    assert "web_search" not in prompt

@@ -323,7 +323,7 @@ def test_yarn_extends_the_positions() -> None:
         ({"architectures": ["Mistral3ForConditionalGeneration"], "text_config": []}, "text_config is"),
         ({**MELLUM, "mlp_layer_types": ["sparse"]}, "mlp_layer_types is .* for each of the 2 layers"),
         ({**MELLUM, "mlp_layer_types": ["sparse", "wide"]}, "mlp_layer_types is .*'dense' or 'sparse'"),
-        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\) is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config \(awq\) is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"torch_dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn'.*bfloat16"),
         ({"hidden_size": None}, "has no hidden_size"),

@@ -1,0 +1,50 @@
+"""The logits of one prompt that a Decoder computes at once, on a CPU in float32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lockstep.comm.base import Communicator
+from lockstep.runtime.model.attention.backend import TorchAttention
+from lockstep.runtime.model.batch import Batch, HostBatch
+from lockstep.runtime.model.decoder import Decoder
+from lockstep.runtime.model.kv_pool import KVPool
+from lockstep.runtime.model.model_config import ModelConfig
+from lockstep.runtime.model.weights import load_weights
+
+CPU = torch.device("cpu")
+
+
+def prompt_logits(
+    comm: Communicator, folder: Path, prompt: Tensor, option: str = "auto", kv_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return the logits [T, vocabulary] of a prompt [T]; `option` is that of --quantization."""
+    config, length = ModelConfig.from_folder(folder).quantized_by(option), len(prompt)
+    decoder = Decoder(config, comm, dtype=torch.float32, device=CPU, max_positions=length)
+    load_weights(decoder.weights, folder)
+    positions = torch.arange(length, dtype=torch.int32)
+    host = HostBatch(
+        slots=np.zeros(length, np.int32),
+        positions=positions.numpy(),
+        kv_slots=positions.numpy(),
+        page_table=np.zeros((1, 1), np.int32),
+        query_starts=np.array([0, length], np.int32),
+        kv_lengths=np.array([length], np.int32),
+        num_decoding=0,
+    )
+    batch = Batch(
+        token_ids=prompt.int(),
+        positions=positions,
+        kv_slots=positions,
+        page_table_rows=torch.zeros(length, dtype=torch.int32),
+        device_page_table=torch.zeros(1, 1, dtype=torch.int32),
+        host=host,
+    )
+    pool = KVPool(decoder.attention_shape(length, torch.float32, kv_dtype), 1, CPU, "layer-first")
+    attention = TorchAttention(config.attention_multiplier)
+    attention.plan(batch)
+    return decoder.logits(decoder.forward(batch, pool, attention)).gather()
