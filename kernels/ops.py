@@ -191,6 +191,12 @@ def silu_and_mul(x: Tensor) -> Tensor:
     _require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
 
 
+@op("elementwise")
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """Do `silu_and_mul` with GELU, in its tanh form, in place of SiLU."""
+    _require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
+
+
 @op("gemm")
 def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     """Return `out[t] = sum over k of scores[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`, [T, D].
@@ -357,9 +363,8 @@ def _check_fp8(name: str, weight: FP8Weight) -> None:
 
 
 def _check_rotary(rope: Rope, head_dim: int) -> None:
-    table = rope.cos_sin
-    fits = table.dim() == 2 and table.shape[1] <= head_dim and table.shape[1] % 2 == 0
-    _require(fits, "cos_sin", table, f"must be [P, R] with an even R of at most {head_dim}")
+    fits = rope.cos_sin.dim() == 2 and rope.cos_sin.shape[1] in range(0, head_dim + 1, 2)
+    _require(fits, "cos_sin", rope.cos_sin, f"must be [P, R] with an even R of at most {head_dim}")
 
 
 def _check_logits(logits: Tensor) -> None:

@@ -130,6 +130,11 @@ def silu_and_mul(x: Tensor) -> Tensor:
     return (F.silu(gate) * up).to(x.dtype)
 
 
+def gelu_and_mul(x: Tensor) -> Tensor:
+    gate, up = x.float().chunk(2, dim=-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
 def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
     out = torch.zeros_like(x, dtype=torch.float32)
     for expert in expert_ids.unique().tolist():

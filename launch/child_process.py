@@ -17,13 +17,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 EXIT_S = 2.0  # a killed process that is stuck in a driver is not waited for any longer
 PACKAGES = str(Path(__file__).parents[2])  # the folder that this process imports lockstep from
 STDERR_BYTES = 1 << 16  # this much of the end of stderr is read, to find its last line
+Result = TypeVar("Result")
 
 
 class ChildFailed(RuntimeError):
@@ -111,6 +112,14 @@ class ChildProcess:
             lines = self._stderr.read().decode(errors="replace").strip().splitlines()
             return lines[-1] if lines else "no message"
         return "it was closed"
+
+
+def retry_ended(start: Callable[[], Result]) -> Result:
+    """Return the result of `start`, called up to three times if its process ends: something else may have killed it."""
+    for _ in range(2):
+        with suppress(ChildFailed):
+            return start()
+    return start()
 
 
 def calling(function: Callable[[], None]) -> list[str]:

@@ -17,7 +17,7 @@ from ..runtime.chat_template import Message
 from ..runtime.request import RequestRefused
 from ..runtime.text_worker import Job, main
 from ..runtime.tokenizer import Tokenizer
-from .child_process import ChildFailed, ChildProcess, calling
+from .child_process import ChildFailed, ChildProcess, calling, retry_ended
 from .errors import TokenizerBusy
 
 log = logging.getLogger(__name__)
@@ -47,19 +47,15 @@ class TextProcess:
 
     def start(self) -> ChildProcess:
         """Start the process ahead of its first job; raises TokenizerBusy if that is not possible."""
-        if self._closed:
-            raise TokenizerBusy("the process that tokenizes is closed")
-        if self._process is None:
-            try:
-                self._process = ChildProcess(calling(main), memory_bytes=MEMORY_BYTES)
-                state = self._tokenizer.state(self._time_limit_s, self._niceness)
-                self._process.request(msgspec.json.encode(state), START_S)
-            except (ChildFailed, OSError) as error:  # TimeoutError is an OSError
-                self._kill()
-                if not self._closed:  # by another thread, which has ended it
-                    log.exception("the process that tokenizes cannot be started")
-                raise TokenizerBusy(f"the process that tokenizes cannot be started: {error}") from error
-        return self._process
+        if self._process is not None:
+            return self._process
+        try:
+            return retry_ended(self._start_once)
+        except (ChildFailed, OSError) as error:  # TimeoutError is an OSError
+            self._kill()
+            if not self._closed:  # by another thread, which has ended it
+                log.warning("the process that tokenizes cannot be started: %s", error)
+            raise TokenizerBusy(f"the process that tokenizes cannot be started: {error}") from error
 
     def run(self, job: bytes) -> Any:
         """Return the result of a job from `encode_job`; raises TextRefused if it cannot be done, and TokenizerBusy."""
@@ -83,6 +79,15 @@ class TextProcess:
         """End the process, also during a job; safe to call twice, and from another thread."""
         self._closed = True
         self._kill()
+
+    def _start_once(self) -> ChildProcess:
+        self._kill()
+        if self._closed:
+            raise TokenizerBusy("the process that tokenizes is closed")
+        process = self._process = ChildProcess(calling(main), memory_bytes=MEMORY_BYTES)
+        state = self._tokenizer.state(self._time_limit_s, self._niceness)
+        process.request(msgspec.json.encode(state), START_S)
+        return process
 
     def _answer(self, job: bytes) -> Any:
         try:

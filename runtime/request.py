@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from reprlib import repr as shortened
 from typing import Any
 
 import msgspec
@@ -19,6 +20,7 @@ MAX_STOP_STRINGS = 16
 # float32 (3e27 after a repetition penalty), and a token whose logit is less by 0.001 is e^100 times less likely.
 MIN_TEMPERATURE = 1e-5
 MAX_REPETITION_PENALTY = 1_000_000
+MAX_INTEGER = 2**31 - 1  # numbers of tokens and ids are 32 bits wide in messages and kernels
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -93,7 +95,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             rule = f"is not a token id; the model has ids 0 to {vocab_size - 1}"
             _require(not wrong, name, wrong[0] if wrong else None, rule)
 
-    def _integer(self, name: str, low: int, high: float = math.inf) -> None:
+    def _integer(self, name: str, low: int, high: int = MAX_INTEGER) -> None:
         value = getattr(self, name)
         _require(isinstance(value, int) and not isinstance(value, bool), name, value, "must be an integer")
         _require(low <= value <= high, name, value, _range(low, high))
@@ -101,7 +103,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     def _number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
         _require(isinstance(value, (int, float)) and not isinstance(value, bool), name, value, "must be a number")
-        _require(math.isfinite(value) and low <= value <= high, name, value, f"{_range(low, high)} and finite")
+        _require(low <= value <= high, name, value, f"{_range(low, high)} and finite")  # false for NaN, too
 
     def _check_bias(self) -> None:
         _require(isinstance(self.logit_bias, dict), "logit_bias", self.logit_bias, "must map token ids to numbers")
@@ -189,12 +191,12 @@ def _are(kind: type, values: Iterable[Any]) -> bool:
 
 
 def _range(low: float, high: float) -> str:
-    return f"must be at least {low}" if high == math.inf else f"must be between {low} and {high}"
+    return f"must be at least {low} and at most {high}" if high == MAX_INTEGER else f"must be between {low} and {high}"
 
 
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:
-        raise ValueError(f"{name}={value!r} {rule}")
+        raise ValueError(f"{name}={shortened(value)} {rule}")
 
 
 class RequestRefused(ValueError):

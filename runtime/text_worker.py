@@ -61,11 +61,20 @@ Job = EncodeJob | ChatJob | DecodeJob
 
 
 def encode(backend: Backend, text: str, *, add_special_tokens: bool = True) -> list[int]:
-    """Return the token ids of a text; other threads run meanwhile."""
-    # The only method that releases the GIL; it also leaves out the offsets.
-    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    """Return the token ids of a text; other threads run meanwhile. Raises ValueError if the tokenizer fails."""
+    try:  # the only method that releases the GIL; it also leaves out the offsets
+        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    except BaseException as error:
+        if not is_tokenizer_error(error):
+            raise
+        raise ValueError(f"the tokenizer cannot encode this text: {first_line(error)}") from error
     ids: list[int] = encoding.ids
     return ids
+
+
+def is_tokenizer_error(error: BaseException) -> bool:
+    """Return whether an error may come from the tokenizers library: it raises plain Exception, and Rust's panics."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def run_job(backend: Backend, job: Job) -> Any:

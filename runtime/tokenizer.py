@@ -9,7 +9,7 @@ from typing import Any
 from .chat_template import Message, render_chat
 from .detokenizer import TokenBytes
 from .text_worker import ChatJob, TokenizerState, encode
-from .tokenizer_loader import load_tokenizer
+from .tokenizer_loader import check_backend, load_tokenizer
 
 
 class Tokenizer:
@@ -23,6 +23,7 @@ class Tokenizer:
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"the tokenizer in {folder} has no fast version; convert it to tokenizer.json")
+        check_backend(backend, folder)
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = self._tokenizer.split_special_tokens

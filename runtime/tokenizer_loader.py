@@ -10,6 +10,7 @@ import tokenizers
 from ..comm.message_text import first_line
 from .model.hf_config import HFConfigReader, exists
 from .model.tokenizer_files import check_tokenizer_files
+from .text_worker import encode, is_tokenizer_error
 
 MAX_REASON = 300  # characters of another library's message
 
@@ -26,13 +27,26 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(
             str(folder), config=_config_of_family(folder), trust_remote_code=False, local_files_only=True
         )
-    except BaseException as error:  # tokenizers raises plain Exception, and panics are no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not is_tokenizer_error(error):
             raise
         versions = f"transformers {__version__} and tokenizers {tokenizers.__version__}"
         raise ValueError(
             f"no usable tokenizer in {folder}: {_reason(folder, error)}; fetch its files again, or update {versions}"
         ) from error
+
+
+def check_backend(backend: tokenizers.Tokenizer, folder: Path) -> None:
+    """Raise ValueError for a tokenizer that has loaded but cannot encode.
+
+    Without any file of a tokenizer, transformers makes one of special tokens alone for some families.
+    """
+    if backend.get_vocab_size() <= len(backend.get_added_tokens_decoder()):
+        raise ValueError(f"the tokenizer in {folder} has no tokens but added ones; fetch tokenizer.json again")
+    try:
+        encode(backend, "a")
+    except ValueError as error:
+        raise ValueError(f"no usable tokenizer in {folder}: tokenizer.json: {error}; fetch its files again") from error
 
 
 def _reason(folder: Path, error: BaseException) -> str:

@@ -47,9 +47,13 @@ __global__ void __launch_bounds__(256) sum_squares(float* __restrict__ out, cons
     if (threadIdx.x == 0) out[2 * blockIdx.x + blockIdx.y] = squares;
 }
 
+struct Silu { DEVICE float operator()(float x) const { return silu(x); } };
+struct Gelu {  // the tanh form: sqrt(2 / pi) is 0.79788456
+    DEVICE float operator()(float x) const { return 0.5f * x * (1.f + tanhf(0.79788456f * (x + 0.044715f * x * x * x))); }
+};
+
 // x [T, 2 size] -> out [T, size]; grid (T, parts).
-template <typename T, int V>
-__global__ void __launch_bounds__(256) silu_and_mul(T* __restrict__ out, const T* __restrict__ x, int size) {
+template <typename T, int V, typename Activation> DEVICE void gated(T* out, const T* x, int size, Activation activation) {
     launch_next();
     wait_for_previous();
     const T* gate = x + 2ll * blockIdx.x * size;
@@ -57,9 +61,19 @@ __global__ void __launch_bounds__(256) silu_and_mul(T* __restrict__ out, const T
     for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * V; i < size; i += gridDim.y * blockDim.x * V) {
         const Vec<T, V> a = *reinterpret_cast<const Vec<T, V>*>(gate + i), b = *reinterpret_cast<const Vec<T, V>*>(up + i);
         Vec<T, V> result;
-        UNROLL for (int j = 0; j < V; ++j) result.at[j] = from_float<T>(silu(to_float(a.at[j])) * to_float(b.at[j]));
+        UNROLL for (int j = 0; j < V; ++j) result.at[j] = from_float<T>(activation(to_float(a.at[j])) * to_float(b.at[j]));
         *reinterpret_cast<Vec<T, V>*>(out + (long long)blockIdx.x * size + i) = result;
     }
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(256) silu_and_mul(T* __restrict__ out, const T* __restrict__ x, int size) {
+    gated<T, V>(out, x, size, Silu());
+}
+
+template <typename T, int V>
+__global__ void __launch_bounds__(256) gelu_and_mul(T* __restrict__ out, const T* __restrict__ x, int size) {
+    gated<T, V>(out, x, size, Gelu());
 }
 
 // out[t] = weight[ids[t] - first_row], or zero if that row is in another shard. Grid (T, parts): a block has a part of a row of

@@ -20,6 +20,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
+    return _gated(x, "silu_and_mul")
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    return _gated(x, "gelu_and_mul")
+
+
+def _gated(x: Tensor, name: str) -> Tensor:
     size = x.shape[-1] // 2
     x = x.contiguous()
     out = x.new_empty(*x.shape[:-1], size)
@@ -27,7 +35,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
         v = vector_width(size, x, out)
         rows, threads = out.numel() // size, num_threads(size // v)
         parts = min(-(-size // (v * threads)), 32 if rows < 256 else 4)
-        launch = kernel("elementwise.cu", f"silu_and_mul<{c_name(x)}, {v}>", early=True)
+        launch = kernel("elementwise.cu", f"{name}<{c_name(x)}, {v}>", early=True)
         launch((rows, parts), threads, out, x, np.int32(size))
     return out
 

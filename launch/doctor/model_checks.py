@@ -17,6 +17,7 @@ from ...runtime.model.tensor_files import TensorFiles
 from ...runtime.model.tokenizer_files import check_tokenizer_files
 from ...runtime.request import SamplingParams
 from ...runtime.tokenizer import Tokenizer
+from ...runtime.tokenizer_loader import check_backend
 from .finding import Finding, fail, ok, warn
 from .planned_start import PlannedStart
 
@@ -56,14 +57,14 @@ def check_tokenizer(start: PlannedStart) -> Finding:
         Tokenizer(start.folder)
         return ok("no tokenizer.json, so transformers converts what there is at every start")
     try:
-        # transformers, which only wraps this class, takes two seconds
-        vocab_size = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size()
+        backend = tokenizers.Tokenizer.from_file(str(path))  # transformers, which only wraps it, takes two seconds
     except Exception as error:  # noqa: BLE001 - tokenizers raises plain Exception
         return fail(
             f"{path} cannot be read by tokenizers {tokenizers.__version__} ({first_line(error)})",
             "fetch the file again, or install the version that wrote it",
         )
-    return ok(f"tokenizer.json, {vocab_size:,} tokens")
+    check_backend(backend, start.folder)
+    return ok(f"tokenizer.json, {backend.get_vocab_size():,} tokens")
 
 
 def check_memory(start: PlannedStart) -> Finding:

@@ -111,7 +111,10 @@ class AsyncTokenizer:
                 raise TokenizationRefused(message, "prompt", "context_length_exceeded")
         if sum(map(len, prompts)) > SHORT_CHARS:
             return cast("list[list[int]]", await self._run(self._long, EncodeJob(list(prompts)), "prompt"))
-        return await self._in_thread(lambda: [self._tokenizer.encode(prompt) for prompt in prompts])
+        try:
+            return await self._in_thread(lambda: [self._tokenizer.encode(prompt) for prompt in prompts])
+        except ValueError as error:
+            raise TokenizationRefused(str(error), "prompt") from error
 
     async def encode_chat(
         self,

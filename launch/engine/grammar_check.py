@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -18,7 +17,7 @@ import msgspec
 from ...runtime.request import RequestRefused
 from ...runtime.sampling.grammar import Vocabulary
 from ...runtime.structured_outputs import StructuredOutputsParams
-from ..child_process import ChildFailed, ChildProcess
+from ..child_process import ChildFailed, ChildProcess, retry_ended
 
 log = logging.getLogger(__name__)
 START_S = 60.0  # start of Python and the tokenizer on a busy machine
@@ -28,7 +27,7 @@ MOST_PASSED = 256  # this many grammars are remembered and not compiled again
 
 
 class GrammarsWaiting(RequestRefused):
-    """Too many other grammars are being compiled; the request may be sent again."""
+    """Too many other grammars are being compiled, or none can be; the request may be sent again."""
 
 
 class GrammarCheck:
@@ -38,6 +37,7 @@ class GrammarCheck:
         self._vocabulary, self.time_limit_s = vocabulary, time_limit_s
         self._thread = ThreadPoolExecutor(1, "lockstep-grammars")  # waits for the process, one grammar at a time
         self._process: ChildProcess | None = None
+        self._closed = False
         self._num_ends = 0  # times that the process has ended by itself
         self._passed: OrderedDict[bytes, None] = OrderedDict()
         self._answers: dict[bytes, Future[str | None]] = {}  # of the grammars that are being compiled, or wait for it
@@ -59,6 +59,7 @@ class GrammarCheck:
 
     def close(self) -> None:
         """End the process; safe to call twice."""
+        self._closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._kill()
 
@@ -82,31 +83,41 @@ class GrammarCheck:
         return error or self._compile(line, kind)
 
     def _start(self) -> str | None:
-        """Start the process; return why no grammar can be used, or None."""
+        """Start the process; return why no grammar can be used, or None. Raises GrammarsWaiting if that fails."""
+        try:
+            return retry_ended(self._start_once)
+        except (ChildFailed, OSError) as error:  # TimeoutError is an OSError
+            self._kill()
+            log.warning("the grammar compiler cannot be started: %s", error)
+            raise GrammarsWaiting(f"the grammar compiler cannot be started: {error}; try again later") from error
+
+    def _start_once(self) -> str | None:
+        self._kill()
+        if self._closed:
+            raise GrammarsWaiting("the grammar compiler is closed")
         vocabulary = self._vocabulary
         module = "lockstep.runtime.sampling.grammar"
         arguments = ["-m", module, str(vocabulary.folder), str(vocabulary.size), *map(str, vocabulary.eos_token_ids)]
-        process = self._process = ChildProcess(arguments, memory_bytes=MEMORY_BYTES)
-        action = "structured_outputs=... cannot be used: the start of the compiler"
-        return self._answer(lambda: process.answer(START_S), START_S, action)
+        self._process = ChildProcess(arguments, memory_bytes=MEMORY_BYTES)
+        problem: str | None = self._process.answer(START_S)
+        return problem
 
     def _compile(self, line: bytes, kind: str) -> str | None:
+        """Return why a grammar is refused, or None. A process that fails is ended, and the next grammar has another."""
         process, limit = self._process, self.time_limit_s
         assert process is not None
-        return self._answer(lambda: process.request(line, limit), limit, f"structured_outputs={kind}")
-
-    def _answer(self, wait: Callable[[], str | None], timeout_s: float, action: str) -> str | None:
-        """Return the answer of the process, or why it was ended; the next grammar then starts another process."""
         try:
-            return wait()
+            problem: str | None = process.request(line, limit)
+            return problem
         except TimeoutError:
-            reason = f"{action} takes more than {timeout_s:g} s to compile; give a simpler one"
+            reason = f"structured_outputs={kind} takes more than {limit:g} s to compile"
         except ChildFailed as error:
             log.warning("the grammar compiler ended: %s", error)
             self._num_ends += 1
-            reason = f"{action} ended the compiler, which has {MEMORY_BYTES // 2**30} GiB of memory; give a simpler one"
+            memory = f"{MEMORY_BYTES // 2**30} GiB of memory"
+            reason = f"structured_outputs={kind} ended the compiler, which has {memory}"
         self._kill()
-        return reason
+        return f"{reason}; give a simpler one"
 
     def _kill(self) -> None:
         process, self._process = self._process, None

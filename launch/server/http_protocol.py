@@ -139,7 +139,10 @@ class TimeoutHTTPProtocol(H11Protocol):
         self._probe_timer = self.loop.call_later(next_s, self._probe, PROBE_S[1])
 
     def _refuse(self, error: ApiError, *, lingers: bool = False) -> None:
-        """Send the error unless a response has begun, then close the connection."""
+        """Send the error unless a response has begun, then close the connection; the app's own response is dropped."""
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         response = error.response()
         headers: list[tuple[bytes, bytes]] = [*response.raw_headers, (b"connection", b"close")]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...runtime.chat.parser_names import ReasoningParserName, ToolCallParserName
 from ...runtime.config import option
+from .protocol.request_models import MAX_STOPS_BY_DEFAULT
 
 MIB = 2**20
 # The largest values that SamplingParams takes (runtime/request.py), repeated here to keep `lockstep --help` fast.
@@ -55,7 +56,7 @@ class ServerConfig:
     max_input_tokens: int | None = option(None, "longest prompt, in tokens; what fits if not given")
     max_total_tokens: int | None = option(None, "longest prompt plus output, in tokens; the context if not given")
     max_n: int = option(128, "outputs for each prompt")
-    max_stop_strings: int = option(4, "stop strings of a request")
+    max_stop_strings: int = option(MAX_STOPS_BY_DEFAULT, "stop strings of a request")
     max_client_batch_size: int = option(128, "prompts of a request")
     max_logprobs: int = option(20, "candidates with log-probabilities at each position")
     max_body_bytes: int = option(4 * MIB, "longest body of a request, in bytes; a longer one is refused with 413")

@@ -2,7 +2,7 @@
 
 residual = embedding of the tokens
 each layer:  residual += attention(norm(residual))
-             residual += MLP or experts (norm(residual))
+             residual += MLP or experts (norm(residual))     some families norm these results, too, or only them
 logits = head(final norm(residual))
 """
 
@@ -94,7 +94,16 @@ class DecoderLayer:
             self.mlp = MoE(weights, comm, f"{name}.mlp", hidden, config.experts)
         else:
             gate_up, down = [f"{name}.{tensor}" for tensor in names.gate_up], f"{name}.{names.down}"
-            self.mlp = MLP(weights, comm, gate_up, down, hidden, config.intermediate_size, bias=config.mlp_bias)
+            self.mlp = MLP(
+                weights,
+                comm,
+                gate_up,
+                down,
+                hidden,
+                config.intermediate_size,
+                bias=config.mlp_bias,
+                activation=config.activation,
+            )
 
     def __call__(
         self, residual: Residual, query_scale: Tensor | None, cache: KVCache, backend: AttentionBackend
@@ -140,7 +149,11 @@ class Decoder:
         self.config = config
         self.comm = comm
         self.weights = weights = Weights(
-            dtype, device, batch_invariant=batch_invariant, quantization=config.quantization
+            dtype,
+            device,
+            batch_invariant=batch_invariant,
+            quantization=config.quantization,
+            zero_centred_norms=config.zero_centred_norms,
         )
         vocab, hidden, tied = config.vocab_size, config.hidden_size, config.tie_word_embeddings
         ignored = (HEAD,) if tied else ()
@@ -153,7 +166,8 @@ class Decoder:
         ]
         self.norm = RMSNorm(weights, comm, "model.norm", hidden, config.stream_eps)
         head = rows if tied else head_shard(weights, comm, HEAD, vocab, hidden)
-        self.head = Head(comm, head, vocab, scaling=config.logits_scaling, batch_invariant=batch_invariant)
+        scaling, softcap = config.logits_scaling, config.logits_softcap
+        self.head = Head(comm, head, vocab, scaling=scaling, softcap=softcap, batch_invariant=batch_invariant)
 
     def attention_shape(
         self, page_size: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None

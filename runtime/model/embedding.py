@@ -62,6 +62,7 @@ class Embedding:
 class Head:
     """The projection of hidden states to the logits of the rank's vocabulary shard, divided by `scaling`.
 
+    softcap          bounds the logits: softcap * tanh(logit / softcap); None does not
     batch_invariant  as in Decoder
     """
 
@@ -72,16 +73,21 @@ class Head:
         vocab_size: int,
         *,
         scaling: float = 1.0,
+        softcap: float | None = None,
         batch_invariant: bool = False,
     ) -> None:
         self.comm, self.weight, self.vocab_size = comm, weight, vocab_size
-        self.scaling, self.batch_invariant = scaling, batch_invariant
+        self.scaling, self.softcap, self.batch_invariant = scaling, softcap, batch_invariant
 
     def __call__(self, hidden: NormInput) -> Logits:
         """Return the logits of rows [S, D], in their dtype."""
         norm, invariant = hidden.weight, self.batch_invariant
         shard = ops.linear(hidden.x, self.weight, norm=norm, eps=hidden.eps, batch_invariant=invariant)
-        return Logits(self.comm, shard if self.scaling == 1 else shard.div_(self.scaling), self.vocab_size)
+        if self.scaling != 1:
+            shard /= self.scaling
+        if self.softcap is not None:
+            shard = (shard / self.softcap).tanh_() * self.softcap
+        return Logits(self.comm, shard, self.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Windows = Literal["never", "always", "flagged", "flagged, upper layers", "flagged, unrotated layers", "layer types"]
 Rotation = Literal["every layer", "no_rope_layers", "windowed layers", "by layer type", "position_embedding_type"]
+Activation = Literal["silu", "gelu"]  # of the gate of an MLP; GELU in its tanh form
 QKNormKind = Literal["none", "each head", "all heads"]
 Flag = bool | str  # whether something exists, or the field of config.json that says so
 
@@ -57,7 +58,12 @@ class Architecture:
     adjacent_pairs: bool = False  # elements 2 i and 2 i + 1 of a head are rotated as a pair, not i and E / 2 + i
     query_scaling: bool = False  # llama_4_scaling_beta of rope_parameters applies
     rotation: Rotation = "every layer"  # the layers with rotary positions
-    multipliers: bool = False  # embedding_, residual_ and attention_multiplier and logits_scaling of config.json apply
+    # "fields": embedding_, residual_, attention_multiplier and logits_scaling of config.json apply. "by size": the
+    # embedding is multiplied by sqrt(hidden_size), and the scores are divided by sqrt(query_pre_attn_scalar).
+    multipliers: Literal["none", "fields", "by size"] = "none"
+    softcaps: bool = False  # attn_logit_softcapping and final_logit_softcapping of config.json apply
+    activation: Activation = "silu"
+    zero_centred_norms: bool = False  # the weights of norms are those of config.json plus 1
     must_be_zero: tuple[str, ...] = ()  # fields of parts of the family that are not supported
     experts: bool = False  # a mixture of experts in place of some MLPs
     windows: Windows = "never"  # sliding_window of config.json applies; "flagged": if use_sliding_window is set
@@ -69,6 +75,11 @@ NORMS_AFTER = TensorNames(
     norm_before_attention=None,
     norm_after_attention="post_attention_layernorm",
     norm_before_mlp=None,
+    norm_after_mlp="post_feedforward_layernorm",
+)
+GEMMA_NAMES = TensorNames(
+    norm_after_attention="post_attention_layernorm",
+    norm_before_mlp="pre_feedforward_layernorm",
     norm_after_mlp="post_feedforward_layernorm",
 )
 PHI3_NAMES = TensorNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
@@ -107,6 +118,16 @@ ERNIE4_5 = LLAMA | {
     "vocab_size": 103424, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18,
     "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True,
+}  # fmt: skip
+GEMMA2 = LLAMA | {
+    "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 8192,
+    "query_pre_attn_scalar": 256, "sliding_window": 4096, "sliding_window_pattern": 2, "tie_word_embeddings": True,
+    "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+GEMMA3 = GEMMA2 | {
+    "vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window_pattern": 6, "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4, "attn_logit_softcapping": None, "final_logit_softcapping": None,
 }  # fmt: skip
 MINISTRAL3 = MISTRAL | {
     "vocab_size": 131072, "num_hidden_layers": 34, "head_dim": 128, "max_position_embeddings": 262144,
@@ -152,10 +173,11 @@ ARCHITECTURES = {
         qkv_bias="attention_bias", output_bias="attention_out_bias", mlp_bias="mlp_bias", defaults=SEED_OSS
     ),
     "GraniteForCausalLM": Architecture(
-        qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias", multipliers=True, defaults=LLAMA
+        qkv_bias="attention_bias", output_bias="attention_bias", mlp_bias="mlp_bias", multipliers="fields",
+        defaults=LLAMA,
     ),
     "GraniteMoeHybridForCausalLM": Architecture(  # the dense models of Granite 4
-        names=GRANITE4_NAMES, qkv_bias="attention_bias", output_bias="attention_bias", multipliers=True,
+        names=GRANITE4_NAMES, qkv_bias="attention_bias", output_bias="attention_bias", multipliers="fields",
         intermediate_size="shared_intermediate_size", rotation="position_embedding_type", windows="layer types",
         must_be_zero=("num_local_experts",), defaults=GRANITE4,
     ),
@@ -172,6 +194,17 @@ ARCHITECTURES = {
     "Ernie4_5ForCausalLM": Architecture(
         qkv_bias="use_bias", output_bias="use_bias", mlp_bias="use_bias", adjacent_pairs=True, defaults=ERNIE4_5
     ),
+    "Gemma2ForCausalLM": Architecture(
+        names=GEMMA_NAMES, qkv_bias="attention_bias", output_bias="attention_bias", zero_centred_norms=True,
+        activation="gelu", multipliers="by size", softcaps=True, must_be_zero=("use_bidirectional_attention",),
+        windows="layer types", defaults=GEMMA2,
+    ),
+    "Gemma3ForCausalLM": Architecture(
+        names=GEMMA_NAMES, qkv_bias="attention_bias", output_bias="attention_bias", zero_centred_norms=True,
+        qk_norm="each head", activation="gelu", multipliers="by size", softcaps=True,
+        must_be_zero=("use_bidirectional_attention",), rotation="by layer type", windows="layer types",
+        defaults=GEMMA3,
+    ),
     "Ministral3ForCausalLM": Architecture(query_scaling=True, windows="always", defaults=MINISTRAL3),
     "MellumForCausalLM": Architecture(
         qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", experts=True,
@@ -182,4 +215,5 @@ ARCHITECTURES = {
 # The text part of models that also see images: its family by model_type of text_config.
 TEXT_PARTS = {
     "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+    "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
 }

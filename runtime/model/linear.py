@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
+from .families import Activation
 from .fp8_weights import add_matrix
 from .model_config import Experts
 from .norm import NormInput, Residual
@@ -65,8 +66,8 @@ class ColumnLinear:
         matrix, vector, start = [], [], 0
         for p in projections:
             into = (slice(start, start + p.num_rows),)
-            matrix.append(Piece(f"{p.name}.weight", (p.features, in_features), (p.rows,), into, p.pairs))
-            vector.append(Piece(f"{p.name}.bias", (p.features,), (p.rows,), into, p.pairs))
+            matrix.append(Piece(f"{p.name}.weight", (p.features, in_features), (p.rows,), into, pairs=p.pairs))
+            vector.append(Piece(f"{p.name}.bias", (p.features,), (p.rows,), into, pairs=p.pairs))
             start += p.num_rows
         self.weight = add_matrix(weights, (total, in_features), matrix)
         self.bias = weights.add((total,), vector) if bias else None
@@ -103,7 +104,7 @@ class RowLinear:
 
 
 class MLP:
-    """`down(silu(gate(x)) * up(x))`, divided over the ranks by intermediate features.
+    """`down(activation(gate(x)) * up(x))`, divided over the ranks by intermediate features.
 
     gate_up  the names of both tensors, or of one that has the rows of gate, then of up
     """
@@ -118,7 +119,9 @@ class MLP:
         intermediate_size: int,
         *,
         bias: bool,
+        activation: Activation = "silu",
     ) -> None:
+        self.activation = activation
         rows = shard_of(intermediate_size, comm)
         parts = projections(gate_up, (intermediate_size,) * 2, (rows, rows))
         self.gate_up = ColumnLinear(weights, parts, hidden_size, bias=bias)
@@ -126,7 +129,10 @@ class MLP:
 
     def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Add the MLP of rows [T, D] to `residual`."""
-        self.down(self.gate_up(normed, gated=True), residual)
+        if self.activation == "silu":
+            self.down(self.gate_up(normed, gated=True), residual)
+        else:
+            self.down(ops.gelu_and_mul(self.gate_up(normed)), residual)
 
 
 class MoE:

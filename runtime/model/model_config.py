@@ -13,13 +13,14 @@ from reprlib import repr as shortened
 from typing import Any
 
 from .end_tokens import EndTokens
-from .families import ARCHITECTURES, TEXT_PARTS, Architecture, Flag, QKNormKind, TensorNames
+from .families import ARCHITECTURES, TEXT_PARTS, Activation, Architecture, Flag, QKNormKind, TensorNames
 from .generation_config import generation_fields, not_applied
 from .hf_config import HFConfigReader, exists
 from .layer_rules import expert_layers, ropes_of_layers, windows_of_layers
 from .quantization import Quantization
 from .rope import RopeConfig
 
+ACTIVATIONS = {"silu": ("hidden_act", "silu"), "gelu": ("hidden_activation", "gelu_pytorch_tanh")}
 MAX_LAYERS = 10_000
 MAX_POSITIONS = 100_000_000  # the rotary table of a rank has a row for each
 
@@ -61,6 +62,10 @@ class ModelConfig:
     residual_multiplier: float  # of the result of attention, MLP or experts
     attention_multiplier: float  # of the scores of attention
     logits_scaling: float  # divides the logits
+    attention_softcap: float | None  # bounds the scores of attention by a tanh
+    logits_softcap: float | None  # bounds the logits by a tanh
+    activation: Activation
+    zero_centred_norms: bool  # the checkpoint has the weights of norms less 1
     tie_word_embeddings: bool
     windows: tuple[int | None, ...]  # per layer: number of keys that a query sees, its own included; None for all
     experts: Experts | None
@@ -124,10 +129,11 @@ class ModelConfig:
             output_bias=_flag(fields, architecture.output_bias),
             mlp_bias=_flag(fields, architecture.mlp_bias),
             qk_norm=architecture.qk_norm,
-            embedding_multiplier=_multiplier(fields, architecture, "embedding_multiplier"),
-            residual_multiplier=_multiplier(fields, architecture, "residual_multiplier"),
-            attention_multiplier=_multiplier(fields, architecture, "attention_multiplier", head_dim**-0.5),
-            logits_scaling=_multiplier(fields, architecture, "logits_scaling"),
+            **_multipliers(fields, architecture, hidden_size, head_dim),
+            attention_softcap=_softcap(fields, architecture, "attn_logit_softcapping"),
+            logits_softcap=_softcap(fields, architecture, "final_logit_softcapping"),
+            activation=architecture.activation,
+            zero_centred_norms=architecture.zero_centred_norms,
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             windows=windows_of_layers(fields, architecture.windows, num_layers),
             experts=_experts(fields, num_layers) if architecture.experts else None,
@@ -275,18 +281,32 @@ def _flag(fields: HFConfigReader, flag: Flag) -> bool:
     return fields.flag(flag, False) if isinstance(flag, str) else flag
 
 
-def _multiplier(fields: HFConfigReader, architecture: Architecture, name: str, otherwise: float = 1.0) -> float:
-    return fields.number(name, 1.0) if architecture.multipliers else otherwise
+def _multipliers(
+    fields: HFConfigReader, architecture: Architecture, hidden_size: int, head_dim: int
+) -> dict[str, float]:
+    """Return the factors of embedding, residual and scores, and the divisor of the logits."""
+    plain = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
+    if architecture.multipliers == "fields":
+        return {name: fields.number(name, 1.0) for name in (*plain, "attention_multiplier")}
+    if architecture.multipliers == "by size":
+        scale = fields.number("query_pre_attn_scalar") ** -0.5
+        return plain | {"embedding_multiplier": hidden_size**0.5, "attention_multiplier": scale}
+    return plain | {"attention_multiplier": head_dim**-0.5}
+
+
+def _softcap(fields: HFConfigReader, architecture: Architecture, name: str) -> float | None:
+    return fields.number(name) if architecture.softcaps and name in fields else None
 
 
 def _refuse_unsupported(fields: HFConfigReader, architecture: Architecture) -> None:
     for name in architecture.must_be_zero:
-        if count := fields.integer(name, minimum=0):
-            raise ValueError(f"config.json: {name} is {count}; only models of this family with 0 are supported")
+        if value := fields.values.get(name):
+            raise ValueError(f"config.json: {name} is {shortened(value)}; only models without it are supported")
     fields.text("model_type", "")  # transformers reads it for the tokenizer
-    act = fields.text("hidden_act", "silu")
-    if act != "silu":
-        raise ValueError(f"config.json: hidden_act {shortened(act)} is not supported; it must be 'silu'")
+    field, expected = ACTIVATIONS[architecture.activation]
+    act = fields.text(field, expected)
+    if act != expected:
+        raise ValueError(f"config.json: {field} {shortened(act)} is not supported; it must be '{expected}'")
 
 
 def _dtype(fields: HFConfigReader) -> str:

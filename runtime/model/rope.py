@@ -72,7 +72,12 @@ class RopeConfig:
                 f"{parameters.source} has {', '.join(map(shortened, unknown))}; it must have parameters for "
                 f"{' and '.join(LAYER_TYPES)}"
             )
-        ropes = {kind: cls._from_scaling(hf, parameters.nested(kind), partial=False) for kind in LAYER_TYPES}
+        theta = hf.values.get("rope_local_base_freq", hf.values.get("rope_theta"))
+        local = HFConfigReader({**hf.values, "rope_theta": theta})
+        ropes = {
+            kind: cls._from_scaling(fields, parameters.nested(kind), partial=False)
+            for kind, fields in (("full_attention", hf), ("sliding_attention", local))
+        }
         if scaling.values:
             ropes["full_attention"] = cls._from_scaling(hf, scaling, partial=False)
         return ropes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from .hf_config import HFConfigReader, check_regular, exists
 INDEX = "model.safetensors.index.json"
 # Tensors of a model that also sees images; its text part is below `language_model`.
 IMAGE_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+MAX_NAME_BYTES = 255  # as file systems have it
 MAX_NAMED = 8  # entries of a list in an error message
 COMPARED_BYTES = 16 * 2**20  # compared at once
 # The dtypes of weights, with the unsigned integer of their size and the bits of the exponent in it, which are all set
@@ -157,10 +159,15 @@ def _weight_map(folder: Path) -> dict[str, str]:
     names = {tensor: weight_map.text(tensor) for tensor in weight_map.values}
     if not names:
         raise ValueError(f"{index} has an empty weight_map; fetch the file again")
-    outside = [name for name in names.values() if Path(name).name != name]
-    if outside:
-        raise ValueError(f"{index} names {outside[0][:80]!r}, it must name files of its own folder; fetch it again")
+    wrong = [name for name in names.values() if not _is_file_name(name)]
+    if wrong:
+        raise ValueError(f"{index} names {wrong[0][:80]!r}, it must name files of its own folder; fetch it again")
     return names
+
+
+def _is_file_name(name: str) -> bool:
+    """Return whether a name can be that of a file in the checkpoint's folder, and stands in one line."""
+    return name.isprintable() and 0 < len(os.fsencode(name)) <= MAX_NAME_BYTES and Path(name).name == name
 
 
 def _paths(folder: Path, weight_map: Mapping[str, str]) -> list[Path]:

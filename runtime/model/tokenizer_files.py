@@ -75,9 +75,14 @@ def eos_token_id(folder: Path) -> int | None:
 def tokenizer_of_size(path: Path, vocab_size: int) -> str:
     """Return a tokenizer.json as JSON, without the added tokens that a model with vocab_size logits cannot sample.
 
-    Returns its path if there are none. Raises ValueError if it is no tokenizer.
+    Returns its path if there are none. Raises ValueError if it is no tokenizer, or that of a larger model: libraries
+    make tables of all ids up to the highest one.
     """
     content = path.read_bytes()
+    vocab: Vocab = _decode(content, PlainTokens, path).model.vocab
+    highest = max(vocab.values(), default=0) if isinstance(vocab, dict) else len(vocab) - 1
+    if highest >= vocab_size:
+        raise ValueError(f"{path} has token ids up to {highest}, but the model has ids 0 to {vocab_size - 1}")
     added: AddedTokens = _decode(content, AddedTokens, path)
     if all(token.id < vocab_size for token in added.added_tokens):
         return str(path)

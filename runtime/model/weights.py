@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Piece:
     shape: tuple[int, ...]  # shape of the whole tensor in the checkpoint
     read: tuple[slice, ...] = (ALL,)
     into: tuple[int | slice, ...] = (ALL,)
+    offset: float = 0.0  # is added
     pairs: int = 0  # the rows are heads of this size, of which even rows are to come first, then the odd ones
 
     def value(self, tensor: Any) -> Tensor:
@@ -39,7 +40,7 @@ class Piece:
         part: Tensor = tensor[self.read]
         if self.pairs:
             part = part.unflatten(0, (-1, self.pairs // 2, 2)).transpose(1, 2).flatten(0, 2)
-        return part
+        return part.float() + self.offset if self.offset else part
 
     def shape_in(self, tensors: TensorFiles) -> tuple[int, ...]:
         """Return the shape that the tensor must have in these files."""
@@ -71,7 +72,11 @@ class Weight:
 
 
 class Weights(list[Weight]):
-    """The weights of one rank, in the order of its layers; batch_invariant (--deterministic) is for their GEMMs."""
+    """The weights of one rank, in the order of its layers.
+
+    batch_invariant     of their GEMMs, as --deterministic asks for
+    zero_centred_norms  the checkpoint has the weights of norms less 1
+    """
 
     def __init__(
         self,
@@ -80,15 +85,18 @@ class Weights(list[Weight]):
         *,
         batch_invariant: bool = False,
         quantization: Quantization | None = None,
+        zero_centred_norms: bool = False,
     ) -> None:
         super().__init__()
         self.dtype, self.device, self.batch_invariant = dtype, device, batch_invariant
-        self.quantization = quantization
+        self.quantization, self.zero_centred_norms = quantization, zero_centred_norms
 
     def add(
         self, shape: Sequence[int], pieces: Iterable[Piece], *, is_norm: bool = False, ignored: tuple[str, ...] = ()
     ) -> Tensor:
         """Return a new tensor of this shape; it is zero, and parts that no piece fills stay zero."""
+        if is_norm and self.zero_centred_norms:
+            pieces = [replace(piece, offset=1.0) for piece in pieces]
         tensor = torch.zeros(*shape, dtype=self.dtype, device=self.device)
         self.append(Weight(tensor, tuple(pieces), is_norm, ignored))
         return tensor

@@ -127,6 +127,8 @@ def to_llguidance(kind: str, text: str, compact: bool) -> str:
         blanks = {"whitespace_flexible": False} if compact else {"whitespace_pattern": WHITESPACE}
         return llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=blanks)  # type: ignore[arg-type]
     if kind == "regex":
+        if (len(text) - len(text.rstrip("\\"))) % 2:  # llguidance leaves it out
+            raise ValueError("the regex ends with a backslash that escapes nothing")
         return llguidance.LLMatcher.grammar_from_regex(text)
     if kind == "choice":  # one terminal: thousands of alternatives in a rule exceed a limit of the parser
         literals = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))

@@ -38,7 +38,7 @@ from process_tree import process_tree
 from server_process import ServerProcess, wait
 
 NUM_STREAMS, CHATS = 16, (12, 13)
-STREAM_S = 150.0  # a stream without an end for so long is lost
+STREAM_S = 300.0  # a stream without an end for so long is lost; ranks may be down for most of it
 END_S = 90.0
 NOTICE = re.compile(r"ERROR|error:|WARNING the grammar compiler")
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGSEGV", "SIGSTOP")
@@ -81,8 +81,8 @@ def grammar(unique: int) -> str:
     return f"(([a-z]{{2,6}} ){{8,30}}){unique}"
 
 
-async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object]) -> str:
-    """Return the text of a stream; raises RuntimeError for an error of the server."""
+async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object], times: list[float] | None = None) -> str:
+    """Return the text of a stream; raises RuntimeError for an error of the server. Appends each event's time."""
     text, finished = "", False
     path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
     async with client.stream("POST", url + path, json=body) as response:
@@ -91,6 +91,8 @@ async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object]) -
         async for line in response.aiter_lines():
             if line.startswith("data: {"):
                 event = json.loads(line[6:])
+                if times is not None:
+                    times.append(time.monotonic())
                 if "error" in event:
                     raise RuntimeError(str(event["error"])[:300])
                 choice = event["choices"][0]
@@ -115,12 +117,14 @@ class Clients:
 
     async def _repeat(self, client: httpx.AsyncClient, url: str, number: int, until: asyncio.Event) -> None:
         while not until.is_set() and self._server.process.poll() is None:
-            unique = next(self._numbers)
+            unique, times = next(self._numbers), list[float]()
+            body = body_of(number, unique, self._length)
             try:
-                text = await asyncio.wait_for(stream(client, url, body_of(number, unique, self._length)), STREAM_S)
+                text = await asyncio.wait_for(stream(client, url, body, times), STREAM_S)
             except Exception as error:  # noqa: BLE001 - anything is a lost stream
+                last = f", the last one {time.monotonic() - times[-1]:.0f} s ago" if times else ""
                 await asyncio.sleep(0.5)
-                await self._lose(number, error)
+                await self._lose(f"stream {number}, after {len(times)} events{last}", error)
                 continue
             self.num_answers += 1
             is_right = re.fullmatch(grammar(unique), text) if number >= 14 else text == self._expected[number]
@@ -130,14 +134,15 @@ class Clients:
                 self._outcome.wrong += 1
                 self._outcome.fault(f"stream {number} is wrong: {text[:200]!r}")
 
-    async def _lose(self, number: int, error: Exception) -> None:
+    async def _lose(self, name: str, error: Exception) -> None:
         """Count a stream as lost, unless the server is about to end."""
         deadline = time.monotonic() + 10
         while self._server.process.poll() is None and time.monotonic() < deadline:
             await asyncio.sleep(0.1)
         if self._server.process.poll() is None and not self._server.drains:
             self._outcome.lost += 1
-            self._outcome.fault(f"stream {number} is lost: {type(error).__name__}: {error}")
+            log = "".join(self._server.log().splitlines(keepends=True)[-30:])
+            self._outcome.fault(f"lost is {name}: {type(error).__name__}: {error}; the log ends with\n{log}")
 
 
 class Soak:

@@ -81,6 +81,7 @@ INSTANCES = {
         *(f"rms_norm<{t}, {v}, {n}>" for t, v in (("bf16", 8), ("f16", 1), ("float", 4)) for n in (1, 16)),
         "silu_and_mul<bf16, 8>",
         "silu_and_mul<float, 1>",
+        "gelu_and_mul<bf16, 8>",
         "sum_squares<bf16>",
         "sum_squares<float>",
         "gather_rows<Vec<bf16, 8>, int>",

@@ -154,6 +154,7 @@ def test_sum_squares(device: str, rows: int, dtype: torch.dtype) -> None:
 def test_silu_and_mul(device: str, dtype: torch.dtype) -> None:
     x = torch.randn(6, 34, device=device).to(dtype)
     assert_close(ops.silu_and_mul(x), F.silu(x[:, :17].double()) * x[:, 17:].double())
+    assert_close(ops.gelu_and_mul(x), F.gelu(x[:, :17].double(), approximate="tanh") * x[:, 17:].double())
 
 
 @also_emulated

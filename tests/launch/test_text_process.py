@@ -93,6 +93,23 @@ def test_process_that_cannot_start_is_not_the_fault_of_the_text(
         process.run(encode_job(EncodeJob(["a"])))
 
 
+def test_process_killed_while_it_starts_is_replaced(
+    tokenizer: IsolatedTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [None] * 2
+
+    class KilledProcess(ChildProcess):
+        def request(self, line: bytes, timeout_s: float) -> object:
+            if left:
+                os.kill(self.pid, signal.SIGKILL)
+                left.pop()
+            return super().request(line, timeout_s)
+
+    monkeypatch.setattr(text_process, "ChildProcess", KilledProcess)
+    with closing(TextProcess(tokenizer)) as process:
+        assert process.run(encode_job(EncodeJob(["a"]))) == [tokenizer.encode("a")]
+
+
 def test_endless_template_ends_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     with LLM(**SMALL) as llm:
         llm.tokenizer._tokenizer.chat_template = ENDLESS

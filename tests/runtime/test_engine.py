@@ -260,7 +260,8 @@ def test_bfloat16_on_gpu_is_close_to_transformers(
 
     So may experts, and a token with another expert is another token: leave out where two are nearly equal.
     """
-    model = tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
+    sizes = {"head_dim": 64, "hidden_size": 256, "sliding_window": 20}
+    model = tiny_checkpoint(tmp_path, architecture, **sizes, initializer_range=0.1)  # larger logits round coarsely
     margins = router_margins(model)
     requests = [request(i, p, logprobs=1, temperature=i % 2) for i, p in enumerate(prompts())]
     actual = run_engine(tmp_path, requests, device="cuda", dtype="bfloat16", **options)  # type: ignore[arg-type]
@@ -319,7 +320,7 @@ def test_graphs_are_bitwise_equal_to_eager(tmp_path: Path, architecture: str, ro
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("architecture", list(FAMILIES))
+@pytest.mark.parametrize("architecture", [name for name in FAMILIES if name != "Gemma2ForCausalLM"])  # no softcaps
 def test_deterministic_bfloat16_is_batch_invariant(tmp_path: Path, architecture: str) -> None:
     tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
     options = {"device": "cuda", "dtype": "bfloat16", "deterministic": True}

@@ -314,6 +314,8 @@ def test_structured_outputs_params_refuse_invalid_values(options: dict[str, Any]
     [
         ({"regex": "("}, "unclosed group"),
         ({"regex": "a(?=b)"}, "look-ahead"),
+        ({"regex": "a\\"}, "ends with a backslash"),
+        ({"regex": "a\\\\\\"}, "ends with a backslash"),
         ({"regex": r"[^\s\S]"}, "structured_outputs=regex cannot be used"),
         ({"json": {"not": {}}}, r'Unimplemented keys: \["not"\]'),
         ({"json": {"x-guidance": {"lenient": True}, "not": {}}}, r'Unimplemented keys: \["not"\]'),

@@ -130,12 +130,15 @@ GENERATION: dict[str, dict[str, Any]] = {
     "temperature NaN": {"temperature": float("nan")},
     "top_k 50.0": {"top_k": 50.0},
     "top_k true": {"top_k": True},
+    "top_k 10^25": {"top_k": 10**25},
+    "temperature 10^400": {"temperature": 10**400},
     "top_p 0": {"top_p": 0},
     "top_p list": {"top_p": [0.9]},
     "min_p 2": {"min_p": 2},
     "repetition_penalty 0": {"repetition_penalty": 0.0},
     "repetition_penalty infinity": {"repetition_penalty": float("inf")},
     "max_new_tokens 0": {"max_new_tokens": 0},
+    "max_new_tokens 10^30": {"max_new_tokens": 10**30},
     "max_new_tokens text": {"max_new_tokens": "20"},
     "eos text": {"eos_token_id": "<|eos|>"},
     "eos object": {"eos_token_id": {"id": 1}},
@@ -162,6 +165,15 @@ TOKENIZER: dict[str, dict[str, Any]] = {
     "newer pre-tokenizer": {"pre_tokenizer": {"type": "Quantum"}},
     "version": {"version": "9.0"},
     "no model": {"model": None},
+    "no tokens": {"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []},
+    "post-processor that panics": {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "nowhere", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        }
+    },
     "model list": {"model": []},
     "added token id text": {"added_tokens": [{"id": "0", "content": "<|bos|>"}]},
     "added tokens object": {"added_tokens": {}},
@@ -175,6 +187,11 @@ INDEX_EDITS: dict[str, dict[str, Any]] = {
     "weight_map number": {"weight_map": {NORM: 7}},
     "missing shard": {"weight_map": {NORM: "model-00002-of-00002.safetensors"}},
     "outside": {"weight_map": {NORM: "../model.safetensors"}},
+    "name of two lines": {"weight_map": {NORM: "a\nb.safetensors"}},
+    "NUL": {"weight_map": {NORM: "a\0b.safetensors"}},
+    "lone surrogate": {"weight_map": {NORM: "\ud800.safetensors"}},
+    "name of 5,000 characters": {"weight_map": {NORM: "a" * 5000}},
+    "name without characters": {"weight_map": {NORM: ""}},
 }
 
 

@@ -17,8 +17,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
+    AutoModelForImageTextToText,
     PreTrainedModel,
 )
 
@@ -50,7 +49,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Phi3ForCausalLM": ("phi3", {"head_dim": 8}),
     "SmolLM3ForCausalLM": ("smollm3", {"no_rope_layer_interval": 2}),
-    "SeedOssForCausalLM": ("seed_oss", {"initializer_range": 0.2}),
+    "SeedOssForCausalLM": ("seed_oss", {"initializer_range": 0.12}),
     "GraniteForCausalLM": (
         "granite",
         {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1, "logits_scaling": 0.5},
@@ -88,6 +87,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             }
         },
     ),
+    "Gemma2ForCausalLM": (
+        "gemma2",
+        {
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "Gemma3ForCausalLM": ("gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
     "MellumForCausalLM": (
         "mellum",
         {
@@ -124,18 +133,19 @@ def tiny_checkpoint(folder: Path, architecture: str, seed: int = 0, **overrides:
 
 
 def image_checkpoint(folder: Path, text_type: str, naming: str) -> PreTrainedModel:
-    """Save a random Mistral3ForConditionalGeneration, whose text tensors begin with `naming`, and return it."""
+    """Save a random model of images and text, whose text tensors begin with `naming`, and return it."""
     family = next(family for kind, family in FAMILIES.values() if kind == text_type)
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Mistral3Config(
+    outer, vision = ("gemma3", "siglip_vision_model") if text_type == "gemma3_text" else ("mistral3", "pixtral")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        outer,
         text_config={"model_type": text_type, **TINY, **family},
-        vision_config={"model_type": "pixtral", **vision, "head_dim": 8, "image_size": 32, "patch_size": 16},
+        vision_config={"model_type": vision, **sizes, "image_size": 32, "patch_size": 16},
         tie_word_embeddings=False,
-        architectures=["Mistral3ForConditionalGeneration"],
     )
     config._attn_implementation = "eager"
     torch.manual_seed(0)
-    model = Mistral3ForConditionalGeneration(config).eval()
+    model = AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
     renamed = {name.replace("language_model.model.", naming): tensor for name, tensor in tensors.items()}

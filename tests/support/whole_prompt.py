@@ -45,6 +45,6 @@ def prompt_logits(
         host=host,
     )
     pool = KVPool(decoder.attention_shape(length, torch.float32, kv_dtype), 1, CPU, "layer-first")
-    attention = TorchAttention(config.attention_multiplier)
+    attention = TorchAttention(config.attention_multiplier, config.attention_softcap)
     attention.plan(batch)
     return decoder.logits(decoder.forward(batch, pool, attention)).gather()

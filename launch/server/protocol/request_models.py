@@ -24,6 +24,7 @@ from .message_models import (
 from .strict_model import NEUTRAL_ONLY, FalseOnly, NeutralFalse, NeutralTrue, StrictModel
 
 MAX_STOP_LENGTH = 1024  # unit: characters
+MAX_STOPS_BY_DEFAULT = 4  # default of --max-stop-strings, as in OpenAI's API
 MAX_ENTRIES = 1024  # applies to logit_bias, stop_token_ids and the choices of a structured output
 MAX_TEMPLATE_KWARGS = 65536  # characters of chat_template_kwargs as JSON
 
@@ -123,7 +124,10 @@ class SamplingFields(StrictModel):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop: Annotated[
         Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None,
-        Field(description=f"a string of 1 to {MAX_STOP_LENGTH} characters or a list of up to {MAX_STOP_STRINGS}"),
+        Field(
+            description=f"a string of 1 to {MAX_STOP_LENGTH} characters or a list of them, at most --max-stop-strings"
+            f" (default {MAX_STOPS_BY_DEFAULT})"
+        ),
     ] = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_ENTRIES, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None

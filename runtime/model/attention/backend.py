@@ -58,8 +58,10 @@ def rotate_and_store(qkv: Tensor, heads: Heads, batch: Batch, cache: KVCache, to
     return ops.rotate_and_store_(qkv[tokens], heads.norm, rope, cache, batch.kv_slots[tokens])
 
 
-def unsupported_reason(shape: AttentionShape) -> str | None:
-    """Return the reason why the GPU backends cannot serve `shape`, or None."""
+def unsupported_reason(shape: AttentionShape, softcap: float | None = None) -> str | None:
+    """Return the reason why the GPU backends cannot serve `shape` with a softcap of the scores, or None."""
+    if softcap is not None:
+        return "there are no kernels with a softcap of the scores"
     if shape.dtype not in DTYPES:
         return f"there are no kernels for {str(shape.dtype).removeprefix('torch.')}"
     if shape.head_dim not in HEAD_DIMS:
@@ -77,8 +79,8 @@ class TorchAttention:
 
     capturable = False
 
-    def __init__(self, scale: float) -> None:
-        self.scale = scale
+    def __init__(self, scale: float, softcap: float | None = None) -> None:
+        self.scale, self.softcap = scale, softcap
 
     def plan(self, batch: Batch) -> None:
         self._batch, host = batch, batch.host
@@ -128,6 +130,10 @@ class TorchAttention:
         """Return attention of q [B, H, n, E] over k, v [B, pages, page_size, Hkv, E] where `visible` [B, H, n, K]."""
         k, v = (x.flatten(1, 2).transpose(1, 2).to(q.dtype) for x in (k, v))  # [B, Hkv, K, E]
         gqa = q.shape[1] != k.shape[1]
+        if self.softcap is not None:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+            scores = (q @ k.transpose(2, 3) * self.scale / self.softcap).tanh() * self.softcap
+            return scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale, enable_gqa=gqa)
 
 

@@ -22,10 +22,10 @@ def select_backend(
 
     Raises ValueError if the backend that `config` asks for cannot serve the shape. `announce` logs a slow choice.
     """
-    scale = model.attention_multiplier
+    scale, softcap = model.attention_multiplier, model.attention_softcap
     if config.attention_backend == "torch" or config.device != "cuda":
-        return TorchAttention(scale)
-    reason = unsupported_reason(shape)
+        return TorchAttention(scale, softcap)
+    reason = unsupported_reason(shape, softcap)
     if reason is not None:
         if config.deterministic:
             raise ValueError(f"deterministic=True cannot be used: {reason}; leave it out")
@@ -33,7 +33,7 @@ def select_backend(
             raise ValueError(f"attention_backend='flashinfer' cannot be used: {reason}; use auto or torch")
         if announce:
             log.warning("using slow PyTorch attention: %s", reason)
-        return TorchAttention(scale)
+        return TorchAttention(scale, softcap)
     windows = set(model.windows)
     if config.deterministic:
         assert config.max_model_len is not None

@@ -56,6 +56,7 @@ DAILY = [
     ("serve", "generation_config.json: temperature 3"),
     ("doctor", "tokenizer.json: newer model"),
     ("doctor", "model.safetensors: all NaN"),
+    ("doctor", "tokenizer.json: post-processor that panics"),
 ]
 NIGHTLY = [(command, name) for n, name in enumerate(CASES) for command in COMMANDS if n % 12 == 0]
 

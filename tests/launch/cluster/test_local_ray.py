@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.launch.cluster.session_folder import sweep
+
 from processes import kill_marked, marked, new_mark
 from small import COMMAND, SMALL_FLAGS
 from waiting import holds_within, left_after, wait_until
@@ -68,16 +70,14 @@ def mark() -> Iterator[dict[str, str]]:
     assert not left
 
 
-def start_owner(
-    mark: dict[str, str], turns: int, *arguments: str, cwd: Path | None = None, **environment: str
-) -> subprocess.Popen[str]:
+def start_owner(mark: dict[str, str], turns: int, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", OWNER, str(turns), *arguments]
     pipe, variables = subprocess.PIPE, {**os.environ, **mark, **environment}
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=variables)
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=variables)
 
 
-def test_cluster_of_a_user_without_home_lets_no_stranger_in(mark: dict[str, str], tmp_path: Path) -> None:
-    """The mode is set to disabled, and HOME holds no token: the cluster has its own, and restarts with another one."""
+def test_cluster_of_a_user_without_home_lets_no_stranger_in(mark: dict[str, str]) -> None:
+    """The mode is disabled, and HOME holds no token: the cluster has its own. It ends with an owner that is killed."""
     owner = start_owner(mark, 1, "wait", HOME="/nonexistent", RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="secret")
     assert owner.stdout is not None
     report = json.loads(owner.stdout.readline())
@@ -97,8 +97,10 @@ def test_cluster_of_a_user_without_home_lets_no_stranger_in(mark: dict[str, str]
         out, rest = tried.communicate()
         assert "Unauthenticated" in said, said + rest
         assert out == ""
-    _, err = owner.communicate(timeout=60)
-    assert owner.returncode == 0, err
+    owner.kill()
+    owner.communicate(timeout=10)
+    assert not left_after(20, lambda: marked(mark))
+    assert holds_within(5, lambda: not folder.exists())
 
 
 @NIGHTLY
@@ -109,23 +111,18 @@ def test_cluster_starts_again_in_the_same_process(mark: dict[str, str]) -> None:
     assert len(set(out.splitlines())) == 2
 
 
-@pytest.mark.parametrize("victims", ["owner", pytest.param("owner and helper", marks=NIGHTLY)])
-def test_nothing_is_left_after_a_kill(mark: dict[str, str], victims: str) -> None:
-    """The helper removes the folder; if it is killed too, the next start does."""
+@NIGHTLY
+def test_folder_of_a_killed_owner_and_helper_is_removed_by_the_next_start(mark: dict[str, str]) -> None:
     owner = start_owner(mark, 1, "wait")
     assert owner.stdout is not None
     folder = Path(json.loads(owner.stdout.readline())["folder"])
-    helpers = list(marked(mark, "serve_cluster")) if victims != "owner" else []
-    for pid in [owner.pid, *helpers]:
+    for pid in [owner.pid, *marked(mark, "serve_cluster")]:
         os.kill(pid, signal.SIGKILL)
     owner.wait(10)
-    assert not left_after(20 if not helpers else 65, lambda: marked(mark))
-    if helpers:
-        from lockstep.launch.cluster.session_folder import sweep
-
-        assert folder.exists()
-        sweep()
-    assert holds_within(5, lambda: not folder.exists())
+    assert not left_after(65, lambda: marked(mark))
+    assert folder.exists()
+    sweep()
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=NIGHTLY)])
@@ -164,10 +161,11 @@ def shadowed(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_files_in_the_current_folder_are_not_imported(mark: dict[str, str], shadowed: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=NIGHTLY)])
+def test_files_in_the_current_folder_are_not_imported(mark: dict[str, str], shadowed: Path, ranks: int) -> None:
     """The command, its helpers and the ranks; the console script has its own folder on the path, not the current."""
     program = f"import sys; sys.path = [p for p in sys.path if p]; {COMMAND[-1]}"
-    command = [*COMMAND[:-1], program, "generate", *SMALL_FLAGS, "--tp=2", "--prompt=In the", "--max-tokens=3"]
+    command = [*COMMAND[:-1], program, "generate", *SMALL_FLAGS, f"--tp={ranks}", "--prompt=In the", "--max-tokens=3"]
     done = subprocess.run(
         command, cwd=shadowed, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
         env={**os.environ, **mark},

@@ -13,11 +13,15 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 
+from listeners import listeners
 from nodes import ADDRESSES, Nodes, why_not
+from processes import marked
 from small import COMMAND, SMALL, SMALL_FLAGS
 from waiting import holds_within
 
 pytestmark = [pytest.mark.netns, pytest.mark.serial]
+SUPPORT = Path(__file__).parents[2] / "support"
+OURS = r"lockstep\.launch\.cli|ray::(Worker|RankActor)"
 FLAGS = ["--tp=2", "--ray-address=auto", *SMALL_FLAGS]
 PROMPT = "In the beginning"
 LONG = 300  # tokens, some seconds
@@ -47,6 +51,26 @@ try:
     print(urllib.request.urlopen("http://127.0.0.1:8000/health").status)
 except urllib.error.HTTPError as error:
     print(error.code, error.read().decode())
+"""
+# Each attack on each port, and a call without a token: Ray's gRPC servers must answer UNAUTHENTICATED.
+ATTACK = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from hostile_peers import ATTACKS, half_open
+for host, port in json.loads(sys.argv[2]):
+    connections = half_open((host, port), 20)
+    for attack in ATTACKS.values():
+        attack((host, port))
+"""
+CALL = """
+import json, sys
+import grpc
+for host, port in json.loads(sys.argv[1]):
+    with grpc.insecure_channel(f"{host}:{port}") as channel:
+        try:
+            channel.unary_unary("/ray.rpc.CoreWorkerService/PushTask")(b"", timeout=20)
+        except grpc.RpcError as error:
+            print(error.code().name)
 """
 
 
@@ -87,6 +111,31 @@ def test_late_node_is_waited_for_and_tokens_equal_one_rank(nodes: Nodes, undistu
     assert roster is not None
     places = {tuple(line.split()[1:4]) for line in roster.groups()}
     assert places == {(f"node-{n}", ADDRESSES[n], nodes.interface(n)) for n in "ab"}
+
+
+def test_ports_of_two_nodes_are_on_their_addresses_and_refuse_strangers(nodes: Nodes, undisturbed: str) -> None:
+    """The ports of ranks and server; Ray's own processes listen as the user has started them."""
+    answer, err = nodes.folder / "attacked", nodes.folder / "attacked.log"
+    server = nodes.start("a", [*COMMAND, "serve", *FLAGS], nodes.folder / "out", err)
+    assert holds_within(60, lambda: "serving" in err.read_text()), err.read_text()
+    ports = [port for port in listeners(marked(nodes.mark)) if re.search(OURS, port.title)]
+    assert [str(port.address) for port in ports if port.port == 8000] == ["127.0.0.1"]
+    lan = [port for port in ports if str(port.address) in ADDRESSES.values()]
+    home = {port.pid: str(port.address) for port in lan}
+    assert set(home.values()) == set(ADDRESSES.values())
+    beyond = [port for port in ports if port not in lan and not port.address.is_loopback]  # of Ray's worker
+    places = [(home[port.pid], port.port) for port in beyond]
+    for node in ADDRESSES:
+        codes = nodes.run(node, [sys.executable, "-c", CALL, json.dumps(places)])
+        assert codes.split() == ["UNAUTHENTICATED"] * len(places)
+    attacked = json.dumps([*places, *(port.place for port in lan)])
+    asking = nodes.start("a", [sys.executable, "-c", ASK, PROMPT, str(LONG)], answer, nodes.folder / "ask.log")
+    nodes.run("b", [sys.executable, "-c", ATTACK, str(SUPPORT), attacked], timeout_s=120)
+    assert asking.wait(60) == 0, err.read_text()
+    assert "".join(choice["text"] for choice in lines(answer)) == undisturbed
+    server.terminate()
+    assert server.wait(30) == 0
+    assert "ERROR" not in err.read_text()
 
 
 def test_cut_link_ends_offline_run_with_the_reason(nodes: Nodes) -> None:

@@ -125,6 +125,7 @@ def test_ports_are_on_loopback_and_of_known_processes(tmp_path: Path, flags: lis
             assert [listener.port for listener in found] == [client.base_url.port]
 
 
+@NIGHTLY
 def test_strangers_at_every_port_of_two_ranks(tmp_path: Path) -> None:
     """They attack from the first moment: the server starts, streams, grows by less than one attack sends, and ends."""
     mark = new_mark()

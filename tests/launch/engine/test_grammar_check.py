@@ -8,13 +8,14 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from lockstep.launch.child_process import ChildProcess
 from lockstep.launch.engine import grammar_check
-from lockstep.launch.engine.grammar_check import GrammarCheck
+from lockstep.launch.engine.grammar_check import GrammarCheck, GrammarsWaiting
 from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.request import RequestRefused
 from lockstep.runtime.sampling.grammar import Vocabulary
@@ -75,3 +76,28 @@ def test_compiler_that_ends_twice_refuses_the_grammar(check: GrammarCheck, monke
     with pytest.raises(RequestRefused, match=r"^structured_outputs=regex ended the compiler, which has 4 GiB"):
         compile_regex(check, "deadly")
     compile_regex(check, "a")
+
+
+@pytest.mark.parametrize(("kills", "error"), [(2, None), (3, GrammarsWaiting)])
+def test_compiler_killed_while_it_starts_is_no_grammars_fault(
+    check: GrammarCheck, monkeypatch: pytest.MonkeyPatch, kills: int, error: type[Exception] | None
+) -> None:
+    left = [None] * kills
+
+    class KilledProcess(ChildProcess):
+        def answer(self, timeout_s: float) -> object:
+            if left:
+                os.kill(self.pid, signal.SIGKILL)
+                left.pop()
+            return super().answer(timeout_s)
+
+    monkeypatch.setattr(grammar_check, "ChildProcess", KilledProcess)
+    with pytest.raises(error, match="cannot be started") if error else nullcontext():
+        compile_regex(check, "a")
+    compile_regex(check, "b")
+
+
+def test_closed_compiler_is_not_started(check: GrammarCheck) -> None:
+    check.close()
+    with pytest.raises(GrammarsWaiting, match="closed"):
+        check._problem(b"{}", "regex")

@@ -169,6 +169,12 @@ def test_bad_values(
     assert len(fake(shared).asked) == num_requests, "nothing may have been started"
 
 
+@pytest.mark.parametrize("stop", ["", [""], ["a", ""], "x" * 2000, ["a"] * 17, [1], 5, {}])
+def test_wrong_stop_names_the_limit_of_the_server(shared: Running, stop: Any) -> None:
+    message = error_of(shared.post("/v1/completions", {**COMPLETION, "stop": stop}))["message"]
+    assert "at most --max-stop-strings (default 4)" in message
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -192,9 +198,11 @@ def test_other_content_types_are_refused(shared: Running, kind: str) -> None:
 
 
 def test_unknown_routes_and_methods(shared: Running) -> None:
-    for path in ("/v2", "/v1/nothing", "/v1/models/", "/docs", "/v1/embeddings"):
+    for path in ("/v2", "/v1/nothing", "/docs", "/v1/embeddings"):
         response = shared.http.get(path)
         assert (response.status_code, error_of(response)["code"]) == (404, "not_found")
+    response = shared.http.get("/v1/models/")  # a model without a name
+    assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
     response = shared.http.get("/v1/completions")
     assert (response.status_code, error_of(response)["code"]) == (405, "method_not_allowed")
     assert response.headers["allow"] == "POST"

@@ -69,6 +69,15 @@ def test_client_that_is_gone_is_still_cancelled(run: Callable[..., Running], str
     assert fake(running).steps < 100
 
 
+def test_body_that_breaks_the_protocol_is_answered_once(shared: Running, caplog: pytest.LogCaptureFixture) -> None:
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n"
+    for content_type in ("", "content-type: application/json\r\n"):  # refused at once, and while the body is read
+        received = exchange(shared, f"{head}{content_type}\r\nno length\r\n".encode())
+        assert received.startswith(b"HTTP/1.1 400")
+        assert received.count(b"HTTP/1.1") == 1
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
 def test_half_request_is_dropped(shared: Running) -> None:
     assert exchange(shared, request_of({})[:-5]) == b""
 

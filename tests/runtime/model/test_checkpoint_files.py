@@ -115,6 +115,30 @@ def test_tokenizer_with_more_tokens_than_the_model(demo: Path) -> None:
         llm.generate(["a <x1> b"], SamplingParams(), use_tqdm=False)
 
 
+def test_grammars_refuse_a_vocabulary_beyond_the_model(demo: Path) -> None:
+    model = json.loads((demo / "tokenizer.json").read_text())["model"]
+    edit("tokenizer.json", demo, model={**model, "vocab": {**model["vocab"], "zzzz": 2 * 10**9}})
+    assert _greedy(demo, max_tokens=4).text  # other requests run
+    with pytest.raises(ValueError, match="has token ids up to 2000000000, but the model has ids 0 to 2047"):
+        _greedy(demo, structured_outputs=StructuredOutputsParams(regex="a"))
+
+
+def test_family_without_tokenizer_files_is_refused(demo: Path) -> None:
+    """transformers makes a tokenizer of three special tokens."""
+    (demo / "tokenizer.json").unlink()
+    edit("tokenizer_config.json", demo, tokenizer_class="LlamaTokenizer")
+    with pytest.raises(ValueError, match="has no tokens but added ones"):
+        Tokenizer(demo)
+
+
+def test_text_that_the_tokenizer_cannot_encode_is_refused(demo: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 5}, "unk_token": "[UNK]"}
+    edit("tokenizer.json", demo, model=model, pre_tokenizer=None, normalizer=None, decoder=None)
+    tokenizer = Tokenizer(demo)
+    with pytest.raises(ValueError, match="the tokenizer cannot encode this text: WordLevel error"):
+        tokenizer.encode("b")
+
+
 def test_eos_of_the_tokenizer_alone_ends_an_output(demo: Path) -> None:
     edit("config.json", demo, eos_token_id=None)
     (demo / "generation_config.json").unlink()

@@ -80,6 +80,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name.removesuffix("ForCausalLM")
     }),
     "Olmo3 layer types left out": ("Olmo3ForCausalLM", {"layer_types": None, "num_hidden_layers": 4}),
     "Ernie4_5 tied biases": ("Ernie4_5ForCausalLM", {"tie_word_embeddings": True, "use_bias": True}),
+    "Gemma2 no softcaps": (
+        "Gemma2ForCausalLM",
+        {"attn_logit_softcapping": None, "final_logit_softcapping": None, "tie_word_embeddings": True},
+    ),
+    "Gemma3 rope and biases": ("Gemma3ForCausalLM", {
+        "rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        "attention_bias": True, "query_pre_attn_scalar": 40,
+    }),
     "Ministral3 window": ("Ministral3ForCausalLM", {"sliding_window": WINDOW}),
     "Exaone4 no window": (
         "Exaone4ForCausalLM",
@@ -165,7 +173,7 @@ def _logits(
     load_weights(decoder.weights, folder)
     tables, num_pages = _tables(page_size)
     pool = KVPool(decoder.attention_shape(page_size, torch.float32), num_pages, CPU, layout)
-    attention = TorchAttention(config.attention_multiplier)
+    attention = TorchAttention(config.attention_multiplier, config.attention_softcap)
     parts: list[list[Tensor]] = [[] for _ in LENGTHS]
     for step in steps:
         batch = _batch(step, tables, page_size)
@@ -203,7 +211,7 @@ def test_logits_match_transformers(case: tuple[Path, list[Tensor]], size: int) -
 
 
 @pytest.mark.parametrize("naming", ["language_model.model.", "model.language_model."])
-@pytest.mark.parametrize("text_type", ["mistral", "ministral3"])
+@pytest.mark.parametrize("text_type", ["mistral", "ministral3", "gemma3_text"])
 def test_text_part_of_a_model_with_images_matches_transformers(tmp_path: Path, text_type: str, naming: str) -> None:
     model = image_checkpoint(tmp_path, text_type, naming)
     with torch.inference_mode():
@@ -251,6 +259,7 @@ PHI3 = {"architectures": ["Phi3ForCausalLM"], "num_attention_heads": 8}
 GRANITE4 = {
     "architectures": ["GraniteMoeHybridForCausalLM"], "num_local_experts": 0, "layer_types": ["attention"] * 2,
 }  # fmt: skip
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"]}
 MELLUM = {"architectures": ["MellumForCausalLM"]}
 SMOLLM3 = {"architectures": ["SmolLM3ForCausalLM"]}
 
@@ -301,7 +310,7 @@ def test_yarn_extends_the_positions() -> None:
         ({**SMOLLM3, "no_rope_layer_interval": 0}, "no_rope_layer_interval is 0"),
         ({"architectures": ["SeedOssForCausalLM"], "attention_out_bias": "no"}, "attention_out_bias is 'no'"),
         ({"architectures": ["GraniteForCausalLM"], "residual_multiplier": 0}, "residual_multiplier is 0"),
-        ({**GRANITE4, "num_local_experts": 62}, "num_local_experts is 62; only models of this family with 0"),
+        ({**GRANITE4, "num_local_experts": 62}, "num_local_experts is 62; only models without it"),
         ({**GRANITE4, "layer_types": ["mamba", "attention"]}, "layer_types has 'mamba'; the supported ones"),
         ({**GRANITE4, "layer_types": None}, "config.json has no sliding_window_pattern"),
         ({name: x for name, x in GRANITE4.items() if name != "layer_types"}, "layer_types has 'linear_attention'"),
@@ -321,6 +330,9 @@ def test_yarn_extends_the_positions() -> None:
             "text_config: model_type 'mistral4' is not supported; the supported ones are mistral, ministral3",
         ),
         ({"architectures": ["Mistral3ForConditionalGeneration"], "text_config": []}, "text_config is"),
+        ({**GEMMA3, "hidden_activation": "relu"}, "hidden_activation 'relu'.*gelu_pytorch_tanh"),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        ({**GEMMA3, "attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
         ({**MELLUM, "mlp_layer_types": ["sparse"]}, "mlp_layer_types is .* for each of the 2 layers"),
         ({**MELLUM, "mlp_layer_types": ["sparse", "wide"]}, "mlp_layer_types is .*'dense' or 'sparse'"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config \(awq\) is not supported"),
