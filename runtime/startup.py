@@ -179,7 +179,8 @@ def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: M
     if context < config.max_model_len:
         log.warning("context limited to %d tokens by the KV cache (the model's is %d)", context, config.max_model_len)
     log.info("%s", memory.table(context))
-    log.info("KV cache: %d pages of %d tokens, %s", memory.num_pages, memory.page_size, config.kv_layout)
+    dtype = "FP8" if config.kv_cache_dtype == "fp8" else config.dtype
+    log.info("KV cache: %d pages of %d tokens, %s, %s", memory.num_pages, memory.page_size, config.kv_layout, dtype)
     return Limits(
         max_model_len=context,
         max_num_seqs=config.max_num_seqs,

@@ -35,6 +35,7 @@ HELP = f"""\
 /thinking        shows the reasoning of the last answer
 /again           answers the last question anew
 /clear           forgets the conversation
+/help            shows this
 /exit            ends"""
 
 
@@ -217,10 +218,12 @@ def _run_command(line: str, conversation: Conversation) -> str:
             except ValueError as error:
                 return f"error: {error}"
             return f"{name} is {value}"
+        case ["/set", *_]:
+            return f"error: write /set NAME VALUE with one of {', '.join(SETTINGS)}"
     if command == "/system":
         conversation.system = text.strip()
         return "the system message is set" if conversation.system else "no system message"
-    return HELP
+    return HELP if command == "/help" else f"error: there is no {line:.32}; /help lists the commands"
 
 
 def _parse_setting(name: str, text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -22,6 +23,7 @@ from .protocol.message_models import NamedTool, ToolDefinition
 from .protocol.request_models import ChatRequest, TemplateFields, TokenizeRequest
 from .server_config import ServerConfig
 
+log = logging.getLogger(__name__)
 RELAX_S = 5.0  # longest time to find out which of a request's tools make the grammar fail
 PROMPT_END_TOKENS = 256  # enough for the beginning of the assistant's turn
 QUOTED_POSITION, QUOTED_GRAMMAR = re.compile(r"^(at )?\d+\(\d+\): "), re.compile(r" (?:\(at \"|\d+ \| )")
@@ -192,6 +194,7 @@ class ChatPreparer:
         except (ValueError, RequestRefused) as error:
             if is_strict:
                 raise _not_constrained(f"the tool {tool.name!r}", error) from error
+            log.warning("the tool %.64r takes any JSON object: no grammar for its schema: %.200s", tool.name, error)
             return replace(tool, parameters={"type": "object"})
         return tool
 

@@ -141,7 +141,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or bool(self.failure)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal and stop at the second; runs as a signal handler in place of uvicorn's."""
+        """Drain at the first signal, abort requests at the second; runs as a signal handler in place of uvicorn's."""
         if self._loop is None:
             interrupt(sig)  # the server is not serving yet
         self._loop.call_soon_threadsafe(self._on_signal, sig)
@@ -152,13 +152,17 @@ class Server(uvicorn.Server):
                 "%s: draining for up to %.0f s; send it again to stop at once",
                 signal.Signals(number).name, self._drain_timeout,
             )  # fmt: skip
-            self._draining = asyncio.ensure_future(self._drain())
-        else:
+            self._draining = asyncio.ensure_future(self._drain(self._drain_timeout))
+        elif self.forced_by is None:
             self.forced_by = number
+            before, self._draining = self._draining, asyncio.ensure_future(self._drain(0.0))
+            before.cancel()
+        else:
             self.should_exit = self.force_exit = True
 
-    async def _drain(self) -> None:
+    async def _drain(self, timeout_s: float) -> None:
         try:
-            await self._engine.close(self._drain_timeout)
+            await self._engine.close(timeout_s)
         finally:
-            self.should_exit = True
+            if self._draining is asyncio.current_task():  # not the one that a second signal has cancelled
+                self.should_exit = True

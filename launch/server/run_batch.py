@@ -33,6 +33,8 @@ def run_batch(config: Config, options: BatchOptions) -> tuple[int, int]:
     Raises ValueError for a wrong file before the model is loaded, and RankFailed if the ranks fail for good: the
     answers until then are in the output file, and the same command continues.
     """
+    assert options.input_file is not None, "BatchOptions refuses that"
+    assert options.output_file is not None
     requests = read_requests(options.input_file)
     with closing(AnswerFile(options.output_file)) as answers:
         left = [request for request in requests if request.custom_id not in answers.answered]

@@ -101,13 +101,13 @@ class ServerConfig:
 class BatchOptions:
     """The options of `lockstep run-batch` beside those of Config."""
 
-    input_file: Path = option(Path(), "requests in OpenAI's batch format, one JSON object a line", "-i")
-    output_file: Path = option(Path(), "the answers; requests that it has answers to are not sent again", "-o")
+    input_file: Path | None = option(None, "requests in OpenAI's batch format, one JSON object a line", "-i")
+    output_file: Path | None = option(None, "the answers; requests that it has answers to are not sent again", "-o")
     served_model_name: list[str] | None = option(None, "name of the model in requests; repeat for several")
 
     def __post_init__(self) -> None:
         for name in ("input_file", "output_file"):
-            if getattr(self, name) == Path():
+            if getattr(self, name) is None:
                 raise ValueError(f"no {name}; give --{name.replace('_', '-')} FILE")
 
 

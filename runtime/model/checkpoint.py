@@ -65,6 +65,8 @@ def find_model(config: Config) -> tuple[Path, ModelConfig]:
     model.check_tensor_parallel(config.tensor_parallel_size)
     for note in model.notes:
         log.info("%s", note)
+    if model.quantization is not None:
+        log.info("weights: FP8 (%s), a scale for each %s", model.quantization.method, model.quantization.granularity)
     return folder, model
 
 

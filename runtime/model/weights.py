@@ -160,7 +160,7 @@ def _check_dtypes(weights: Sequence[Weight], tensors: TensorFiles) -> None:
 def _check_finite(weights: Sequence[Weight], tensors: TensorFiles) -> None:
     """Raise ValueError naming the tensors of which a part is not finite: one such number makes every output nonsense.
 
-    Reads each weight once on its device, without a copy, and waits for the device once: 16 GB take 10 ms on an H100.
+    Reads each weight once on its device, without a copy, and waits for the device once.
     """
     extremes = [_extremes(weight.tensor) for weight in weights if weight.tensor.numel()]
     if not extremes or bool(torch.stack(extremes).isfinite().all()):

@@ -115,9 +115,7 @@ def test_pydantic_ai_default_output(server: Running, api: str) -> None:
 def test_openai_agents_tool_and_handoff(server: Running, api: str) -> None:
     agents = pytest.importorskip("agents", reason="the extra `clients` is not installed")
     agents.set_tracing_disabled(True)
-    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
     kind = agents.OpenAIResponsesModel if api == "responses" else agents.OpenAIChatCompletionsModel
-    model, short = kind(DEMO_NAME, client), agents.ModelSettings(max_tokens=40)
     called: list[str] = []
 
     @agents.function_tool
@@ -126,15 +124,23 @@ def test_openai_agents_tool_and_handoff(server: Running, api: str) -> None:
         called.append("now")
         return "five"
 
-    def run(**tools: Any) -> Any:
-        forced = agents.ModelSettings(tool_choice="required", max_tokens=150, parallel_tool_calls=False)
-        agent = agents.Agent(name="First", instructions="Be brief.", model=model, model_settings=forced, **tools)
-        return asyncio.run(agents.Runner.run(agent, "Where?", max_turns=3))
+    async def run(**options: Any) -> Any:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0) as client:
+            model = kind(DEMO_NAME, client)
+            if "handoffs" in options:  # the schema makes the demo model end
+                settings = agents.ModelSettings(max_tokens=LONG)
+                options["handoffs"] = [
+                    agents.Agent(name="Other", model=model, model_settings=settings, output_type=City)
+                ]
+            forced = agents.ModelSettings(tool_choice="required", max_tokens=150, parallel_tool_calls=False)
+            agent = agents.Agent(name="First", model=model, model_settings=forced, **options)
+            return await agents.Runner.run(agent, "Where?", max_turns=3)
 
-    run(tools=[now])
-    assert called == ["now"]
-    other = agents.Agent(name="Other", instructions="Be brief.", model=model, model_settings=short)
-    assert run(handoffs=[other]).last_agent.name == "Other"
+    result = asyncio.run(run(tools=[now], tool_use_behavior="stop_on_first_tool"))
+    assert (called, result.final_output) == (["now"], "five")
+    result = asyncio.run(run(handoffs=[]))
+    assert result.last_agent.name == "Other"
+    assert isinstance(result.final_output, City)
 
 
 def test_instructor_default_mode(client: openai.OpenAI) -> None:

@@ -110,7 +110,8 @@ def lockstep_commands() -> Iterator[tuple[str, list[str]]]:
             continue
         for block in blocks(page, "bash"):
             for line in block.replace("\\\n", " ").splitlines():
-                command = re.search(r"\blockstep ((?:bench )?[a-z]+)\b(.*)", line.split("  #")[0].split(" # ")[0])
+                code = line.split("  #")[0].split(" # ")[0]
+                command = re.search(r"\blockstep ((?:bench )?[a-z]+(?:-[a-z]+)*)\b(.*)", code)
                 if command is not None:
                     yield command[1], re.findall(r"(?<=\s)--?[a-z][\w-]*", command[2])
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -62,6 +63,24 @@ def test_serve_command(serve: Callable[..., subprocess.Popen[str]]) -> None:
     process.send_signal(signal.SIGTERM)
     assert list(stream)[-1].choices[0].finish_reason in ("length", "stop"), "live requests may end"
     assert process.wait(30) == 0
+
+
+@pytest.mark.process
+def test_second_signal_aborts_requests(serve: Callable[..., subprocess.Popen[str]]) -> None:
+    process = serve("--port=0", "--served-model-name=demo")
+    url, body = address(process), {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True}
+    headers = {"authorization": f"Bearer {KEY}"}
+    with ThreadPoolExecutor(1) as thread, httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+        answer = thread.submit(client.post, "/v1/completions", json=body)
+        wait_until(lambda: httpx.get(f"{url}/stats", headers=headers).json()["running"] == 1)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        process.send_signal(signal.SIGTERM)
+        response = answer.result()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "aborted")
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in log
 
 
 @pytest.mark.process
