@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -61,6 +62,15 @@ class Connection:
         if self.is_lost():
             assert self.failure is not None
             raise self.failure
+
+    @contextmanager
+    def naming_loss(self) -> Iterator[None]:
+        """Raise what `check` raises in place of an exception of the block: a loss of Ray is the cause of the others."""
+        try:
+            yield
+        except Exception:
+            self.check()
+            raise
 
     def while_usable(self, end: Callable[..., Any], *arguments: Any) -> None:
         """Call `end`, unless Ray is lost or the user has shut it down: the call would hang, or start Ray again."""

@@ -55,11 +55,8 @@ class RayExecutor:
             with self._phases("Ray"):
                 self._connection = connection or stack.enter_context(closing(Connection(config)))
                 self._connection.restore()
-            try:
+            with self._connection.naming_loss():
                 self._start(config, model, stack)
-            except Exception:
-                self._connection.check()  # if Ray is lost, that is the cause of the other failures
-                raise
             self._open = stack.pop_all()
         if connection is None:
             atexit.register(self.close)  # runs before Ray's exit, which would end the ranks under their watcher

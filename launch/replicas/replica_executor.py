@@ -66,11 +66,8 @@ class ReplicaExecutor:
         connection.restore()
         with Undo() as stack:
             started = time.perf_counter()
-            try:
+            with connection.naming_loss():
                 self._start(max_queued, stack)
-            except Exception:
-                connection.check()  # if Ray is lost, that is the cause of the other failures
-                raise
             self.limits = self._common_limits()
             seconds = time.perf_counter() - started
             self._open = stack.pop_all()
