@@ -55,7 +55,7 @@ class LoadedRank:
             torch.cuda.set_device(0)  # Ray shows each actor its own GPU only
         self.config, self.model, self.comm, self.device = config, model, comm, torch.device(config.device)
         self._timer = timer or StartupTimer()
-        plan = plan_weights(config, model)
+        plan = plan_weights(config, model, comm.rank)
         self._plan = plan_on_gpu(plan, config, self.device) if config.device == "cuda" else plan
         check_weights(self._plan)
         check_host_memory(self._plan, config, model)

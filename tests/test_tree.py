@@ -29,7 +29,7 @@ kernels/cuda
 kernels
 comm
 runtime: chat_template config outputs plan request startup_timer stats structured_outputs version
-runtime/model: batch checkpoint end_tokens families fp8_weights generation_config hf_config kv_pool layer_rules linear model_config norm quantization rope tensor_files tokenizer_files weights
+runtime/model: batch checkpoint end_tokens families fp8_weights generation_config hf_config kv_pool layer_rules linear model_config norm quantization rank_shares rope tensor_files tokenizer_files weights
 runtime/model/attention
 runtime/model
 runtime/memory

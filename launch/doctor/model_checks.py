@@ -26,7 +26,7 @@ def check_tensor_parallel(start: PlannedStart) -> Finding:
     """Check that the model can be split over the ranks."""
     model, ranks = start.model, start.config.tensor_parallel_size
     model.check_tensor_parallel(ranks)
-    return ok(f"{ranks} of the possible {', '.join(map(str, model.tensor_parallel_sizes()))}")
+    return ok(f"{ranks}, and at most {model.max_tensor_parallel_size} are possible")
 
 
 def check_checkpoint(start: PlannedStart) -> Finding:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from ...comm.message_text import format_bytes
 from ..config import Config
 from ..model.model_config import DTYPES, ModelConfig
+from ..model.rank_shares import share_of_features
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -116,41 +117,44 @@ class MemoryPlan:
         return min(config.max_num_seqs * per_seq, max(int(CPU_KV_CACHE_GIB * GIB) // self.page_bytes, per_seq))
 
 
-def plan_weights(config: Config, model: ModelConfig) -> MemoryPlan:
-    """Return the plan of a rank on a CPU before it loads; raises ValueError if the model cannot be split over ranks."""
+def plan_weights(config: Config, model: ModelConfig, rank: int = 0) -> MemoryPlan:
+    """Return the plan of a rank on a CPU before it loads; raises ValueError if the model cannot be split over ranks.
+
+    Rank 0 needs the most: its shares are the largest.
+    """
     ranks, itemsize = config.tensor_parallel_size, DTYPES[config.dtype]
     kv_itemsize = 1 if config.kv_cache_dtype == "fp8" else itemsize
     model.check_tensor_parallel(ranks)
     return MemoryPlan(
         place="the CPU",
-        weights=parameters_of_rank(model, ranks) * itemsize - saved_by_fp8(model, ranks, itemsize),
-        page_bytes=kv_elements_per_token(model, ranks) * config.page_size * kv_itemsize,
+        weights=parameters_of_rank(model, ranks, rank) * itemsize - saved_by_fp8(model, ranks, itemsize, rank),
+        page_bytes=kv_elements_per_token(model, ranks, rank) * config.page_size * kv_itemsize,
         page_size=config.page_size,
     )
 
 
-def parameters_of_rank(model: ModelConfig, ranks: int) -> int:
-    """Return the parameters that the Decoder of each of `ranks` ranks allocates, padding included.
+def parameters_of_rank(model: ModelConfig, ranks: int, rank: int = 0) -> int:
+    """Return the parameters that the Decoder of one of `ranks` ranks allocates, padding included.
 
     Repeats the shapes of the layers; tests compare the two. A Decoder on torch's meta device could count itself, but
     importing torch takes 1.5 s, and `lockstep doctor` runs in 0.3 s without it.
     """
     vocabulary = -(-model.vocab_size // ranks) * model.hidden_size  # parameters of the embedding, or of the head
     mlps = sum(
-        _experts_size(model, ranks) if model.has_experts(n) else _mlp_size(model, ranks)
+        _experts_size(model, ranks, rank) if model.has_experts(n) else _mlp_size(model, ranks, rank)
         for n in range(model.num_layers)
     )
     norms = (len(model.names.norms) * model.num_layers + 1) * model.hidden_size
     tables = 1 if model.tie_word_embeddings else 2
-    return tables * vocabulary + model.num_layers * _attention_size(model, ranks) + mlps + norms
+    return tables * vocabulary + model.num_layers * _attention_size(model, ranks, rank) + mlps + norms
 
 
-def saved_by_fp8(model: ModelConfig, ranks: int, itemsize: int) -> int:
+def saved_by_fp8(model: ModelConfig, ranks: int, itemsize: int, rank: int = 0) -> int:
     """Return the bytes that FP8 weights save, less their scales, on a rank whose other weights have this itemsize."""
     if model.quantization is None:
         return 0
     saved = 0
-    for names, rows, columns, copies in _matrices(model, ranks):
+    for names, rows, columns, copies in _matrices(model, ranks, rank):
         if model.quantization.covers_all(names):
             grid = model.quantization.grid([sum(rows[:n]) for n in range(len(rows))], columns, first_column=0)
             down, across = grid.shape(sum(rows), columns)
@@ -158,51 +162,58 @@ def saved_by_fp8(model: ModelConfig, ranks: int, itemsize: int) -> int:
     return saved
 
 
-def _matrices(model: ModelConfig, ranks: int) -> Iterator[tuple[list[str], list[int], int, int]]:
-    """Yield the modules, rows of each, columns and number of all matrices of rank 0 that may be FP8."""
+def _matrices(model: ModelConfig, ranks: int, rank: int) -> Iterator[tuple[list[str], list[int], int, int]]:
+    """Yield the modules, rows of each, columns and number of all matrices of the rank that may be FP8."""
     assert model.quantization is not None
-    hidden, q, kv = model.hidden_size, model.num_heads // ranks * model.head_dim, _kv_features(model, ranks)
+    hidden, (q, kv) = model.hidden_size, _head_features(model, ranks, rank)
     for layer in range(model.num_layers):
         name = f"model.layers.{layer}"
         yield [f"{name}.self_attn.{x}_proj" for x in "qkv"], [q, kv, kv], hidden, 1
         yield [f"{name}.self_attn.o_proj"], [hidden], q, 1
-        mlp, features, copies = f"{name}.mlp", model.intermediate_size // ranks, 1
+        mlp, features, copies = f"{name}.mlp", _share(model.intermediate_size, ranks, rank), 1
         if model.experts is not None and model.has_experts(layer):
             mlp, copies = f"{mlp}.experts.0", model.experts.num_experts
-            features = model.experts.intermediate_size // ranks
+            features = _share(model.experts.intermediate_size, ranks, rank)
         yield [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [features, features], hidden, copies
         yield [f"{mlp}.down_proj"], [hidden], features, copies
     if model.quantization.includes_head and not model.tie_word_embeddings:
         yield ["lm_head"], [-(-model.vocab_size // ranks)], hidden, 1
 
 
-def kv_elements_per_token(model: ModelConfig, ranks: int) -> int:
+def kv_elements_per_token(model: ModelConfig, ranks: int, rank: int = 0) -> int:
     """Return the elements of one token's keys and values, over all layers."""
-    return 2 * model.num_layers * _kv_features(model, ranks)
+    return 2 * model.num_layers * _head_features(model, ranks, rank)[1]
 
 
-def _attention_size(model: ModelConfig, ranks: int) -> int:
-    q = model.num_heads // ranks * model.head_dim
-    qkv = q + 2 * _kv_features(model, ranks)
+def _attention_size(model: ModelConfig, ranks: int, rank: int) -> int:
+    q, kv = _head_features(model, ranks, rank)
+    qkv = q + 2 * kv
     biases = model.qkv_bias * qkv + model.output_bias * model.hidden_size
-    norms = {"none": 0, "each head": 2 * model.head_dim, "all heads": q + _kv_features(model, ranks)}[model.qk_norm]
+    norms = {"none": 0, "each head": 2 * model.head_dim, "all heads": q + kv}[model.qk_norm]
     return (qkv + q) * model.hidden_size + biases + norms
 
 
-def _mlp_size(model: ModelConfig, ranks: int) -> int:
-    features = model.intermediate_size // ranks
+def _mlp_size(model: ModelConfig, ranks: int, rank: int) -> int:
+    features = _share(model.intermediate_size, ranks, rank)
     return 3 * features * model.hidden_size + model.mlp_bias * (2 * features + model.hidden_size)
 
 
-def _experts_size(model: ModelConfig, ranks: int) -> int:
+def _experts_size(model: ModelConfig, ranks: int, rank: int) -> int:
     assert model.experts is not None
     router = model.hidden_size
-    expert = 3 * (model.experts.intermediate_size // ranks) * model.hidden_size
+    expert = 3 * _share(model.experts.intermediate_size, ranks, rank) * model.hidden_size
     return model.experts.num_experts * (router + expert)
 
 
-def _kv_features(model: ModelConfig, ranks: int) -> int:
-    return len(model.kv_heads_of_rank(0, ranks)) * model.head_dim
+def _head_features(model: ModelConfig, ranks: int, rank: int) -> tuple[int, int]:
+    """Return the features of the rank's query heads, and of its KV heads."""
+    heads = model.heads_of_rank(rank, ranks)
+    return len(heads.queries) * model.head_dim, len(heads.kv) * model.head_dim
+
+
+def _share(features: int, ranks: int, rank: int) -> int:
+    part = share_of_features(features, rank, ranks)
+    return int(part.stop - part.start)
 
 
 def tightest(plans: Sequence[MemoryPlan]) -> MemoryPlan:

@@ -20,7 +20,7 @@ from .batch import Batch
 from .checkpoint import EMBEDDING, HEAD
 from .embedding import Embedding, Head, Logits, head_shard, vocabulary_shard
 from .kv_pool import AttentionShape, KVPool
-from .linear import MLP, ColumnLinear, MoE, RowLinear, projections, shard_of
+from .linear import MLP, ColumnLinear, MoE, RowLinear, projections
 from .model_config import ModelConfig
 from .norm import LayerNorms, NormInput, Residual, RMSNorm, WideQKNorm, norm_weight
 from .rope import RopeConfig
@@ -34,15 +34,15 @@ class Attention:
         self, weights: Weights, comm: Communicator, config: ModelConfig, layer: int, name: str, cos_sin: Tensor
     ) -> None:
         self.window = config.windows[layer]
-        self.q_size = config.num_heads * config.head_dim // comm.size
         q_features = config.num_heads * config.head_dim
         kv_features = config.num_kv_heads * config.head_dim
-        kv_heads = config.kv_heads_of_rank(comm.rank, comm.size)
-        kv_rows = slice(kv_heads.start * config.head_dim, kv_heads.stop * config.head_dim)
+        heads = config.heads_of_rank(comm.rank, comm.size)
+        q_rows, kv_rows = (slice(x.start * config.head_dim, x.stop * config.head_dim) for x in heads[:2])
+        self.q_size = q_rows.stop - q_rows.start
         parts = projections(
             [f"{name}.{tensor}" for tensor in config.names.qkv],
             (q_features, kv_features, kv_features),
-            (shard_of(q_features, comm), kv_rows, kv_rows),
+            (q_rows, kv_rows, kv_rows),
         )
         if config.adjacent_pairs:
             parts[:2] = [replace(part, pairs=config.head_dim) for part in parts[:2]]
@@ -52,11 +52,13 @@ class Attention:
         if config.qk_norm == "each head":
             q_norm, k_norm = (norm_weight(weights, f"{name}.self_attn.{x}_norm.weight", config.head_dim) for x in "qk")
         elif config.qk_norm == "all heads":
-            rows = shard_of(q_features, comm), kv_rows
-            features = q_features, kv_features
-            self.wide_norm = WideQKNorm(weights, comm, f"{name}.self_attn", features, rows, config.norm_eps)
+            features, rows = (q_features, kv_features), (q_rows, kv_rows)
+            self.wide_norm = WideQKNorm(
+                weights, comm, f"{name}.self_attn", features, rows, config.norm_eps, heads.holders
+            )
         hidden, bias = config.hidden_size, config.output_bias
-        self.output = RowLinear(weights, comm, f"{name}.{config.names.output}", hidden, q_features, bias=bias)
+        output = f"{name}.{config.names.output}"
+        self.output = RowLinear(weights, comm, output, hidden, q_features, q_rows, bias=bias)
         self.heads = Heads(QKNorm(q_norm, k_norm, config.norm_eps), cos_sin)
 
     def __call__(
@@ -173,11 +175,12 @@ class Decoder:
         self, page_size: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None
     ) -> AttentionShape:
         """Return the shape of this rank's attention and KV cache."""
-        config, comm = self.config, self.comm
+        config = self.config
+        heads = config.heads_of_rank(self.comm.rank, self.comm.size)
         return AttentionShape(
             num_layers=config.num_layers,
-            num_heads=config.num_heads // comm.size,
-            num_kv_heads=len(config.kv_heads_of_rank(comm.rank, comm.size)),
+            num_heads=len(heads.queries),
+            num_kv_heads=len(heads.kv),
             head_dim=config.head_dim,
             page_size=page_size,
             dtype=dtype,

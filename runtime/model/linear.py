@@ -21,14 +21,13 @@ from .families import Activation
 from .fp8_weights import add_matrix
 from .model_config import Experts
 from .norm import NormInput, Residual
+from .rank_shares import share_of_features
 from .weights import ALL, Piece, Weights
 
 
 def shard_of(size: int, comm: Communicator) -> slice:
-    """Return the rank's slice of `size` features; all slices are equal."""
-    assert size % comm.size == 0, "check_tensor_parallel refuses such a size"
-    width = size // comm.size
-    return slice(comm.rank * width, (comm.rank + 1) * width)
+    """Return the rank's slice of `size` features."""
+    return share_of_features(size, comm.rank, comm.size)
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,21 @@ class ColumnLinear:
 
 
 class RowLinear:
-    """The rank's columns of one projection that adds to the residual stream."""
+    """The rank's `columns` of one projection [out_features, in_features] that adds to the residual stream."""
 
     def __init__(
-        self, weights: Weights, comm: Communicator, name: str, out_features: int, in_features: int, *, bias: bool
+        self,
+        weights: Weights,
+        comm: Communicator,
+        name: str,
+        out_features: int,
+        in_features: int,
+        columns: slice,
+        *,
+        bias: bool,
     ) -> None:
-        columns = shard_of(in_features, comm)
         piece = Piece(f"{name}.weight", (out_features, in_features), (ALL, columns))
-        self.weight = add_matrix(weights, (out_features, in_features // comm.size), [piece])
+        self.weight = add_matrix(weights, (out_features, columns.stop - columns.start), [piece])
         self.out_features = out_features
         self.bias = weights.add((out_features,), [Piece(f"{name}.bias", (out_features,))]) if bias else None
         self.comm = comm
@@ -125,7 +131,7 @@ class MLP:
         rows = shard_of(intermediate_size, comm)
         parts = projections(gate_up, (intermediate_size,) * 2, (rows, rows))
         self.gate_up = ColumnLinear(weights, parts, hidden_size, bias=bias)
-        self.down = RowLinear(weights, comm, down, hidden_size, intermediate_size, bias=bias)
+        self.down = RowLinear(weights, comm, down, hidden_size, intermediate_size, rows, bias=bias)
 
     def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Add the MLP of rows [T, D] to `residual`."""
@@ -147,7 +153,7 @@ class MoE:
         self.batch_invariant = weights.batch_invariant
         n, full, hidden = experts.num_experts, experts.intermediate_size, hidden_size
         rows = shard_of(full, comm)
-        size = full // comm.size
+        size = rows.stop - rows.start
         gate_up, down = [], []
         for expert in range(n):
             prefix = f"{name}.experts.{expert}"

@@ -18,6 +18,7 @@ from .generation_config import generation_fields, not_applied
 from .hf_config import HFConfigReader, exists
 from .layer_rules import expert_layers, ropes_of_layers, windows_of_layers
 from .quantization import Quantization
+from .rank_shares import HeadShare, share_of_heads
 from .rope import RopeConfig
 
 ACTIVATIONS = {"silu": ("hidden_act", "silu"), "gelu": ("hidden_activation", "gelu_pytorch_tanh")}
@@ -168,37 +169,31 @@ class ModelConfig:
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and layer in self.experts.layers
 
-    def kv_heads_of_rank(self, rank: int, size: int) -> range:
-        """Return the KV heads of this rank's query heads; with more ranks than KV heads, ranks share one."""
-        count = max(self.num_kv_heads // size, 1)
-        first = rank * self.num_kv_heads // size
-        return range(first, first + count)
+    def heads_of_rank(self, rank: int, ranks: int) -> HeadShare:
+        """Return the query and KV heads of this rank."""
+        return share_of_heads(self.num_heads, self.num_kv_heads, rank, ranks)
 
     def check_tensor_parallel(self, size: int) -> None:
-        """Raise ValueError, with the possible sizes, if the model cannot be split over `size` ranks."""
-        problems = self._unsplittable(size)
+        """Raise ValueError, with the largest size, if the model cannot be split over `size` ranks."""
+        parts = {"attention heads": self.num_heads} | {"intermediate features": min(self._intermediate_sizes())}
+        problems = [f"{count} {part}" for part, count in parts.items() if count < size]
         if problems:
             raise ValueError(
                 f"{', '.join(problems)} cannot be split over {size} ranks; "
-                f"use tensor_parallel_size={', '.join(map(str, self.tensor_parallel_sizes()))}"
+                f"use tensor_parallel_size={self.max_tensor_parallel_size} or less"
             )
 
-    def tensor_parallel_sizes(self) -> list[int]:
-        """Return the numbers of ranks, up to 64, over which the model can be split."""
-        return [n for n in range(1, min(self.num_heads, 64) + 1) if not self._unsplittable(n)]
+    @property
+    def max_tensor_parallel_size(self) -> int:
+        """The largest number of ranks over which the model can be split; each has a query head."""
+        return min(self.num_heads, *self._intermediate_sizes())
 
-    def _unsplittable(self, size: int) -> list[str]:
-        """Return the parts that `size` ranks cannot share evenly. Key heads may be replicated evenly instead."""
-        problems = []
-        if self.num_heads % size:
-            problems.append(f"{self.num_heads} attention heads")
-        if self.num_kv_heads % size and size % self.num_kv_heads:
-            problems.append(f"{self.num_kv_heads} kv heads")
-        # The MLP's size does not count if every layer has experts.
+    def _intermediate_sizes(self) -> set[int]:
+        """Return the intermediate features of MLPs and experts. An MLP's do not count if every layer has experts."""
         sizes = {self.experts.intermediate_size} if self.experts and self.experts.layers else set()
         if not all(map(self.has_experts, range(self.num_layers))):
             sizes.add(self.intermediate_size)
-        return problems + [f"{features} intermediate features" for features in sorted(sizes) if features % size]
+        return sizes
 
     def _check(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -68,7 +68,11 @@ class RMSNorm:
 class WideQKNorm:
     """RMSNorm over all query heads together, and over all key heads; each rank has some of them.
 
-    The ranks add up their sums of squares. Ranks that share a key head all count it, so that it has the same share.
+    The ranks add up their sums of squares. Of ranks that hold the same key head, each counts its part of it.
+
+    features  of all query heads, and of all key heads
+    rows      the rank's part of both
+    holders   ranks that hold the same key heads
     """
 
     def __init__(
@@ -79,7 +83,9 @@ class WideQKNorm:
         features: tuple[int, int],
         rows: tuple[slice, slice],
         eps: float,
+        holders: int,
     ) -> None:
+        self.features, self.holders = features, holders
         self.sizes = [part.stop - part.start for part in rows]
         q, k = (
             weights.add((size,), [Piece(f"{name}.{x}_norm.weight", (whole,), (part,))], is_norm=True)
@@ -89,10 +95,13 @@ class WideQKNorm:
 
     def __call__(self, qkv: Tensor) -> None:
         """Norm q and k of `qkv` [T, (H + 2 Hkv) E] in place."""
-        squares = self.comm.all_reduce(ops.sum_squares(qkv, self.sizes))  # [T, 2]
+        squares = ops.sum_squares(qkv, self.sizes)  # [T, 2]
+        if self.holders > 1:
+            squares[:, 1] /= self.holders
+        squares = self.comm.all_reduce(squares)
         q, k, _ = qkv.split([*self.sizes, self.sizes[1]], dim=1)
-        for x, weight, sums in zip((q, k), self.weights, squares.chunk(2, dim=1), strict=True):
-            scale = (sums / (self.comm.size * x.shape[1]) + self.eps).rsqrt()  # [T, 1]
+        for n, (x, weight) in enumerate(zip((q, k), self.weights, strict=True)):
+            scale = (squares[:, n : n + 1] / self.features[n] + self.eps).rsqrt()  # [T, 1]
             x.copy_(x * scale * weight)  # in float32, as the scale is, and rounded once
 
 

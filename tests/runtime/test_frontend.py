@@ -336,7 +336,7 @@ def test_default_sampling_params_are_the_checkpoints(llm: LLM) -> None:
     ("options", "message"),
     [
         ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 must be an integer >= 1"),
-        ({"tensor_parallel_size": 3}, "cannot be split over 3 ranks; use tensor_parallel_size=1, 2, 4"),
+        ({"tensor_parallel_size": 5}, "cannot be split over 5 ranks; use tensor_parallel_size=4 or less"),
         ({"page_size": 0}, "page_size=0"),
         ({"kv_layout": "sideways"}, "kv_layout='sideways' is not one of layer-first, page-first"),
         ({"device": "tpu"}, "device='tpu' is not one of auto, cpu, cuda"),

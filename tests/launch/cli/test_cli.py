@@ -120,7 +120,7 @@ BAD_VALUES = {
     "max_tokens": (["--prompt=x", "--max-tokens=0"], "max_tokens=0 must be at least 1"),
     "n": (["--prompt=x", "--n=0"], "n=0 must be between 1 and"),
     "logprobs without json": (["--prompt=x", "--logprobs=1"], "add --json"),
-    "ranks": (["--prompt=x", "--tp=3"], "cannot be split over 3 ranks; use tensor_parallel_size=1, 2"),
+    "ranks": (["--prompt=x", "--tp=5"], "cannot be split over 5 ranks; use tensor_parallel_size=4 or less"),
     "no ranks": (["--prompt=x", "--tp=0"], "tensor_parallel_size=0 must be an integer >= 1"),
     "log level": (["--prompt=x", "--log-level=loud"], "'loud' is not one of debug, info, warning, error"),
     "context": (["--prompt=x", "--max-model-len=999999"], "max_model_len=999999 is beyond the 2048 positions"),

@@ -60,8 +60,8 @@ def test_checks_are_those_of_the_doctor(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING):
         verify(num_pages=256)
     assert not caplog.records
-    with pytest.raises(ValueError, match=r"\n  tensor parallel, memory: 4 attention heads, .* over 3 ranks; use "):
-        verify(tensor_parallel_size=3)
+    with pytest.raises(ValueError, match=r"\n  tensor parallel, memory: 4 attention heads .* over 5 ranks; use "):
+        verify(tensor_parallel_size=5)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_checks_that_hang_or_break_end_the_wait(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.process
 def test_server_does_not_start_if_checks_fail() -> None:
-    command = [*COMMAND, "serve", "--tp=3", "--port=0"]
+    command = [*COMMAND, "serve", "--tp=5", "--port=0"]
     for flags, text in (([], "error: the start would fail"), (["--no-preflight"], "error: 4 attention heads")):
         ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60, env=dict(os.environ))
         assert ended.returncode == 2

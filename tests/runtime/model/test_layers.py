@@ -154,7 +154,7 @@ def test_column_then_row_equals_two_linears(size: int, tmp_path: Path) -> None:
     def run(comm: Communicator) -> Tensor:
         def build(weights: Weights) -> tuple[ColumnLinear, RowLinear]:
             column = ColumnLinear(weights, [Projection("a", FF, shard_of(FF, comm))], D, bias=True)
-            return column, RowLinear(weights, comm, "b", D, FF, bias=True)
+            return column, RowLinear(weights, comm, "b", D, FF, shard_of(FF, comm), bias=True)
 
         column, row = _loaded(build, tmp_path)
         residual = Residual(before.clone())
