@@ -8,6 +8,13 @@ import torch
 from torch import Tensor
 
 MAX_CHUNKS = 8  # the most chunks of a row in a KeyPartition with kv_chunk
+MAX_GROUP = 8  # the most query heads that a thread block of decode_attention processes
+
+
+def num_groups(heads: int, kv_heads: int) -> int:
+    """Return the number of groups of query heads that share a thread block; each KV head has as many of equal size."""
+    shared = heads // kv_heads
+    return kv_heads * next(n for n in range(1, shared + 1) if shared % n == 0 and shared // n <= MAX_GROUP)
 
 
 class FP8Weight(NamedTuple):
@@ -90,3 +97,17 @@ class KeyPartition(NamedTuple):
     table: Tensor
     window: int | None
     kv_chunk: int | None
+
+
+class StateRows(NamedTuple):
+    """The rows of a batch for layers with a recurrent state: B rows, each a run of tokens of one request.
+
+    slots   [B] int32         the state of each row, which its tokens update
+    starts  [B + 1] int32     row b has the tokens starts[b]:starts[b + 1]
+    saves   [B, 2, 2] int32   pairs (count, state): after `count` of its tokens a row's state is also written to that
+                              state; a pair of count 0 has no effect. None: no row saves
+    """
+
+    slots: Tensor
+    starts: Tensor
+    saves: Tensor | None = None

@@ -2,7 +2,7 @@
 
 Every op on tensors exists three times under one name and one signature, which a test compares:
 
-    ops.py        what it computes, and what its arguments must be; call this one
+    ops.py        what it computes, and what its arguments must be; call this one. state_ops.py has those with a state
     reference.py  its definition in plain torch, for tensors on a CPU
     cuda/         its kernels, for tensors on a GPU
 
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
+from .argument_checks import check_fp8, check_int32, check_logits, check_rotary, check_rows, require
 from .arguments import FP8Weight, KeyPartition, KVCache, Matrix, Pages, QKNorm, Rope
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -55,8 +56,8 @@ def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
     ids     [T]     int32 or int64, on the same device
     Summing `out` over the ranks of a vocabulary-parallel embedding gives the full lookup.
     """
-    _require(weight.dim() == 2, "weight", weight, "must be [V, D]")
-    _require(ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64), "ids", ids, "must be [T], int32 or int64")
+    require(weight.dim() == 2, "weight", weight, "must be [V, D]")
+    require(ids.dim() == 1 and ids.dtype in (torch.int32, torch.int64), "ids", ids, "must be [T], int32 or int64")
 
 
 @op("elementwise")
@@ -65,7 +66,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x  [..., D]; weight  [D]
     """
-    _require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
+    require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
 
 
 @op("elementwise")
@@ -75,8 +76,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     x, residual  [T, D], same shape and dtype; residual is updated in place
     weight       [D]
     """
-    _require(x.shape == residual.shape, "residual", residual, f"must have the shape of x, {list(x.shape)}")
-    _require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
+    require(x.shape == residual.shape, "residual", residual, f"must have the shape of x, {list(x.shape)}")
+    require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
 
 
 @op("gemm")
@@ -106,21 +107,21 @@ def linear(
     """
     features = weight.shape[0] // 2 if gated else weight.shape[0]
     if isinstance(weight, FP8Weight):
-        _check_fp8("weight", weight)
-    _require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
-    _require(norm is None or norm.shape == x.shape[1:], "x", x, "must have as many columns as the norm's weight")
+        check_fp8("weight", weight)
+    require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
+    require(norm is None or norm.shape == x.shape[1:], "x", x, "must have as many columns as the norm's weight")
     for name, target in (("add_to", add_to), ("out", out)):
         if target is not None:
             fits = target.shape == (len(x), features) and target.dtype == x.dtype and target.is_contiguous()
             alone = not gated and (add_to is None or out is None)
             rule = f"must be [{len(x)}, {features}] {x.dtype}, contiguous, not gated, and alone"
-            _require(fits and alone, name, target, rule)
+            require(fits and alone, name, target, rule)
     if batch_invariant and x.is_cuda:
         stored = weight.data if isinstance(weight, FP8Weight) else weight
         aligned = stored.shape[1] % 8 == 0 and stored.data_ptr() % 16 == 0 and stored.is_contiguous()
         half = x.dtype in (torch.bfloat16, torch.float16)
         rule = "must have rows of whole, aligned 16-byte vectors of 16-bit floats"
-        _require(aligned and half, "weight", stored, rule)
+        require(aligned and half, "weight", stored, rule)
 
 
 @op("paged_attention")
@@ -134,27 +135,28 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
     Computed in float32, rounded once. Converts k and v to the cache's dtype; float8_e4m3fn saturates at 448.
     """
     kv_heads, head_dim = cache.k.shape[2:]
-    _require(
+    require(
         cache.k.shape == cache.v.shape, "v_cache", cache.v, f"must have the shape of k_cache, {list(cache.k.shape)}"
     )
-    _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [T, (H + 2 Hkv) E], contiguous")
-    _require(qkv.shape[1] % head_dim == 0, "qkv", qkv, f"must have heads of size {head_dim}")
-    _require(qkv.shape[1] > 2 * kv_heads * head_dim, "qkv", qkv, "must have heads of q, k and v")
-    _check_rotary(rope, head_dim)
+    require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [T, (H + 2 Hkv) E], contiguous")
+    require(qkv.shape[1] % head_dim == 0, "qkv", qkv, f"must have heads of size {head_dim}")
+    require(qkv.shape[1] > 2 * kv_heads * head_dim, "qkv", qkv, "must have heads of q, k and v")
+    check_rotary(rope, head_dim)
     rows = qkv.shape[:1]
     for name, tensor in (("positions", rope.positions), ("kv_slots", kv_slots)):
-        _require(tensor.shape == rows, name, tensor, f"must be {list(rows)}, one per row of qkv")
+        require(tensor.shape == rows, name, tensor, f"must be {list(rows)}, one per row of qkv")
 
 
 @op("paged_attention")
-def partition_keys(positions: Tensor, kv_heads: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
+def partition_keys(positions: Tensor, groups: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
     """Return how `decode_attention` divides its keys among the thread blocks of a GPU, for all layers of a step.
 
     positions         [B] int32, as for decode_attention
+    groups            num_groups(H, Hkv)
     window, kv_chunk  see KeyPartition
     Launches no copy and does not wait for the device.
     """
-    _require(positions.dim() == 1 and positions.dtype == torch.int32, "positions", positions, "must be [B] int32")
+    require(positions.dim() == 1 and positions.dtype == torch.int32, "positions", positions, "must be [B] int32")
 
 
 @op("paged_attention")
@@ -167,6 +169,7 @@ def decode_attention(
     pages: Pages,
     partition: KeyPartition,
     scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """Do `rotate_and_store_` for one new token per row; return its attention over the pages of the row: [B, H E].
 
@@ -174,27 +177,28 @@ def decode_attention(
     pages      the pages of the keys at positions before `rope.positions[b]`
     partition  from partition_keys with these positions
     scale      factor of the scores, before the softmax
-    The cache has qkv's dtype, or float8_e4m3fn. On a GPU heads of 64 or 128 elements in bfloat16 or float16, with R a
-    multiple of 4; any on a CPU. If the partition has a kv_chunk, rows may be tokens of one request, provided that their
-    keys are in the cache already.
+    softcap    the scores are then bounded to `softcap * tanh(score / softcap)`
+    The cache has qkv's dtype, or float8_e4m3fn. On a GPU heads of 64, 96, 128 or 256 elements in bfloat16 or float16,
+    with R a multiple of 4, of 8 for 256; any on a CPU. If the partition has a kv_chunk, rows may be tokens of one
+    request, provided that their keys are in the cache already.
     """
-    _require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
-    _check_rotary(rope, cache.k.shape[-1])
+    require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
+    check_rotary(rope, cache.k.shape[-1])
     table, rows = pages.table, qkv.shape[:1]
-    _require(table.dim() == 2 and table.dtype == torch.int32, "pages", table, "must be [R, P] int32")
-    _check_int32(rows, positions=rope.positions, kv_slots=kv_slots, table_rows=pages.table_rows)
+    require(table.dim() == 2 and table.dtype == torch.int32, "pages", table, "must be [R, P] int32")
+    check_int32(rows, positions=rope.positions, kv_slots=kv_slots, table_rows=pages.table_rows)
 
 
 @op("elementwise")
 def silu_and_mul(x: Tensor) -> Tensor:
     """Return `silu(x[:, :I]) * x[:, I:]`, computed in float32; x [T, 2 I] -> [T, I] in x's dtype."""
-    _require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
+    require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
 
 
 @op("elementwise")
 def gelu_and_mul(x: Tensor) -> Tensor:
     """Do `silu_and_mul` with GELU, in its tanh form, in place of SiLU."""
-    _require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
+    require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
 
 
 @op("gemm")
@@ -213,23 +217,23 @@ def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Matrix, down
     """
     for name, matrix in (("gate_up", gate_up), ("down", down)):
         if isinstance(matrix, FP8Weight):
-            _check_fp8(name, matrix)
+            check_fp8(name, matrix)
     first, second = (m.data if isinstance(m, FP8Weight) else m for m in (gate_up, down))
-    _require(first.dim() == 3 and first.is_contiguous(), "gate_up", first, "must be [N, 2 I, D], contiguous")
+    require(first.dim() == 3 and first.is_contiguous(), "gate_up", first, "must be [N, 2 I, D], contiguous")
     num_experts, rows, size = first.shape
     fits = 2 * second.shape[-1] == rows and second.shape[:-1] == (num_experts, size) and second.is_contiguous()
-    _require(fits, "down", second, f"must be [{num_experts}, {size}, {rows} / 2], contiguous")
-    _require(x.dim() == 2 and x.shape[1] == size, "x", x, f"must be [T, {size}] for gate_up {list(first.shape)}")
+    require(fits, "down", second, f"must be [{num_experts}, {size}, {rows} / 2], contiguous")
+    require(x.dim() == 2 and x.shape[1] == size, "x", x, f"must be [T, {size}] for gate_up {list(first.shape)}")
     same = first.dtype == second.dtype and first.dtype in (x.dtype, torch.float8_e4m3fn)
-    _require(same, "x", x, f"must have the dtype of the weights, {first.dtype}")
+    require(same, "x", x, f"must have the dtype of the weights, {first.dtype}")
     pairs = expert_ids.dim() == 2 and len(expert_ids) == len(x) and expert_ids.dtype == torch.int64
-    _require(pairs, "expert_ids", expert_ids, f"must be [{len(x)}, K] int64")
+    require(pairs, "expert_ids", expert_ids, f"must be [{len(x)}, K] int64")
     scored = scores.shape == expert_ids.shape and scores.dtype == torch.float32
-    _require(scored, "scores", scores, f"must be {list(expert_ids.shape)} float32")
+    require(scored, "scores", scores, f"must be {list(expert_ids.shape)} float32")
     for name, tensor in (("x", x), ("gate_up", first), ("down", second)):
         # FP8 is widened to the dtype of x.
         aligned = tensor.shape[-1] * x.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
-        _require(
+        require(
             aligned or not tensor.is_cuda, name, tensor, "must have rows of whole, aligned 16-byte vectors on a GPU"
         )
 
@@ -249,22 +253,20 @@ def gumbel_argmax(
     one integer, greater for a greater score and then for a lesser token. So the sample from a vocabulary in parts is
     the greatest candidate of the parts; `merge_candidates` returns its token.
     """
-    _check_logits(logits)
+    check_logits(logits)
     rows = logits.shape[:1]
     fits = temperature.shape == rows and temperature.dtype == torch.float32
-    _require(fits, "temperature", temperature, "must be [S]")
-    _require(keys.shape == rows and keys.dtype == torch.int64, "keys", keys, f"must be [{rows[0]}] int64")
+    require(fits, "temperature", temperature, "must be [S]")
+    require(keys.shape == rows and keys.dtype == torch.int64, "keys", keys, f"must be [{rows[0]}] int64")
     if tokens is not None:
         fits = tokens.shape == logits.shape and tokens.dtype == torch.int32 and tokens.is_contiguous()
-        _require(fits, "tokens", tokens, f"must be {list(logits.shape)} int32, contiguous")
+        require(fits, "tokens", tokens, f"must be {list(logits.shape)} int32, contiguous")
 
 
 @op("token_sampling")
 def merge_candidates(candidates: Tensor) -> Tensor:
     """Return the token [S] int32 of the greatest of each column of candidates [n, S] int64, from `gumbel_argmax`."""
-    _require(
-        candidates.dim() == 2 and candidates.dtype == torch.int64, "candidates", candidates, "must be [n, S] int64"
-    )
+    require(candidates.dim() == 2 and candidates.dtype == torch.int64, "candidates", candidates, "must be [n, S] int64")
 
 
 @op("token_sampling")
@@ -274,9 +276,9 @@ def topk_candidates(logits: Tensor, count: int, *, first_token: int = 0) -> Tens
     logits  [S, V] as for `gumbel_argmax`, or candidates, int64, all different; if V is less than count, the rest is the
             least integer, which is no candidate
     """
-    _require(1 <= count <= 128, "count", torch.tensor(count), "must be 1 to 128")
+    require(1 <= count <= 128, "count", torch.tensor(count), "must be 1 to 128")
     if logits.dtype != torch.int64:
-        _check_logits(logits)
+        check_logits(logits)
 
 
 @op("token_sampling")
@@ -291,8 +293,8 @@ def sample_topk(
     keys          [S] int64
     """
     fits = candidates.dim() == 2 and candidates.dtype == torch.int64 and 1 <= candidates.shape[1] <= 128
-    _require(fits, "candidates", candidates, "must be [S, 1 to 128] int64")
-    _check_rows(len(candidates), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, keys=keys)
+    require(fits, "candidates", candidates, "must be [S, 1 to 128] int64")
+    check_rows(len(candidates), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, keys=keys)
 
 
 @op("token_sampling")
@@ -302,8 +304,8 @@ def sample_top_p(logits: Tensor, temperature: Tensor, top_p: Tensor, min_p: Tens
     logits  [S, V] as for `gumbel_argmax`; temperature, top_p, min_p and keys [S] as for `sample_topk`
     Nucleus sampling (Holtzman et al., 2020).
     """
-    _check_logits(logits)
-    _check_rows(len(logits), temperature=temperature, top_p=top_p, min_p=min_p, keys=keys)
+    check_logits(logits)
+    check_rows(len(logits), temperature=temperature, top_p=top_p, min_p=min_p, keys=keys)
 
 
 @op("token_sampling")
@@ -313,8 +315,8 @@ def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
     ordered       [S, C] float32: logits divided by the temperature, descending
     top_k         [S] int64, 0 for all; top_p, min_p [S] float32: 1 and 0 for all
     """
-    _require(ordered.dim() == 2 and ordered.dtype == torch.float32, "ordered", ordered, "must be [S, C] float32")
-    _check_rows(len(ordered), top_k=top_k, top_p=top_p, min_p=min_p)
+    require(ordered.dim() == 2 and ordered.dtype == torch.float32, "ordered", ordered, "must be [S, C] float32")
+    check_rows(len(ordered), top_k=top_k, top_p=top_p, min_p=min_p)
 
 
 @op("elementwise")
@@ -323,7 +325,7 @@ def sum_squares(x: Tensor, sizes: Sequence[int]) -> Tensor:
 
     x  [T, D], contiguous. A row's result is bitwise identical in any batch.
     """
-    _require(x.dim() == 2 and x.is_contiguous() and sum(sizes) <= x.shape[1], "x", x, f"must be [T, D >= {sum(sizes)}]")
+    require(x.dim() == 2 and x.is_contiguous() and sum(sizes) <= x.shape[1], "x", x, f"must be [T, D >= {sum(sizes)}]")
 
 
 @op("elementwise")
@@ -336,52 +338,19 @@ def begin_decode_(
     pages                       [R, P] int32: the pages of each slot, updated in place at positions // page_size
     slots, positions, kv_slots  [B] int32; kv_slots // page_size is the page, a negative one changes nothing
     """
-    _check_int32(slots.shape, slots=slots, positions=positions, kv_slots=kv_slots)
+    check_int32(slots.shape, slots=slots, positions=positions, kv_slots=kv_slots)
 
 
 @op("elementwise")
 def append_tokens_(tokens: Tensor, slots: Tensor, positions: Tensor, new_tokens: Tensor) -> None:
     """Set `tokens[slots, positions + 1] = new_tokens`; tokens [R, L], updated in place, others [B], all int32."""
-    _check_int32(slots.shape, slots=slots, positions=positions, new_tokens=new_tokens)
+    check_int32(slots.shape, slots=slots, positions=positions, new_tokens=new_tokens)
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:
     """Return how many leading elements of `a` and `b` are equal; both 1-D int32, contiguous, on the host."""
     compare = native.prefix_compare()
     return reference.common_prefix_length(a, b) if compare is None else compare(a, b)
-
-
-def _check_fp8(name: str, weight: FP8Weight) -> None:
-    _require(weight.data.dtype == torch.float8_e4m3fn, name, weight.data, "must be float8_e4m3fn")
-    *experts, rows, columns = weight.shape
-    grid = [*experts, -(-rows // weight.rows), -(-(weight.first + columns) // weight.columns)]
-    scales = weight.scales
-    fits = list(scales.shape) == grid and scales.dtype == torch.float32 and scales.is_contiguous()
-    _require(fits, f"{name}.scales", scales, f"must be {grid} float32, contiguous")
-    powers = all(n > 0 and n & (n - 1) == 0 for n in (weight.rows, weight.columns))
-    _require(powers and 0 <= weight.first < weight.columns, name, weight.data, "must have blocks of powers of two")
-
-
-def _check_rotary(rope: Rope, head_dim: int) -> None:
-    fits = rope.cos_sin.dim() == 2 and rope.cos_sin.shape[1] in range(0, head_dim + 1, 2)
-    _require(fits, "cos_sin", rope.cos_sin, f"must be [P, R] with an even R of at most {head_dim}")
-
-
-def _check_logits(logits: Tensor) -> None:
-    _require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [S, V], floating point")
-
-
-def _check_rows(rows: int, **parameters: Tensor) -> None:
-    """Check sampling parameters, one per row: int64 for `keys` and `top_k`, float32 for the others."""
-    for name, tensor in parameters.items():
-        dtype = torch.int64 if name in ("keys", "top_k") else torch.float32
-        fits = tensor.shape == (rows,) and tensor.dtype == dtype and tensor.is_contiguous()
-        _require(fits, name, tensor, f"must be [{rows}] {dtype}")
-
-
-def _check_int32(shape: torch.Size, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        _require(tensor.shape == shape and tensor.dtype == torch.int32, name, tensor, f"must be {list(shape)} int32")
 
 
 @functools.cache
@@ -393,8 +362,3 @@ def _cuda(module: str) -> ModuleType:
             f"tensors on a GPU need CuPy, which does not import here ({error});"
             " install lockstep[cuda12] or lockstep[cuda13]"
         ) from error
-
-
-def _require(holds: bool, name: str, tensor: Tensor, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} {rule}")

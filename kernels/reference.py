@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import FP8Weight, KeyPartition, KVCache, Matrix, Pages, QKNorm, Rope
+from .arguments import FP8Weight, KeyPartition, KVCache, Matrix, Pages, QKNorm, Rope, StateRows
 
 FP8_MAX = 448.0  # the maximum of float8_e4m3fn
 NO_CANDIDATE = torch.iinfo(torch.int64).min  # less than any candidate
@@ -97,7 +97,7 @@ def _store_kv(k: Tensor, v: Tensor, cache: KVCache, kv_slots: Tensor) -> None:
             target.index_put_(places, rows.to(target.dtype))
 
 
-def partition_keys(positions: Tensor, kv_heads: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
+def partition_keys(positions: Tensor, groups: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
     return KeyPartition(positions.new_zeros(0), window, kv_chunk)  # decode_attention goes row by row
 
 
@@ -110,6 +110,7 @@ def decode_attention(
     pages: Pages,
     partition: KeyPartition,
     scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     q, k, v = _prepare_heads(qkv, norm, rope, cache)
     _store_kv(k, v, cache, kv_slots)
@@ -120,9 +121,20 @@ def decode_attention(
         places = pages.table[pages.table_rows[row].long(), old // page_size].long(), old % page_size
         keys = torch.cat((cache.k[places].to(q.dtype), k[row : row + 1])).transpose(0, 1)  # [Hkv, K, E]
         values = torch.cat((cache.v[places].to(q.dtype), v[row : row + 1])).transpose(0, 1)
-        gqa = q.shape[1] != k.shape[1]
-        out[row] = F.scaled_dot_product_attention(q[row, :, None], keys, values, scale=scale, enable_gqa=gqa)[:, 0]
+        out[row] = _attend(q[row], keys, values, scale, softcap)
     return out.flatten(1)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Return attention of one query per head, q [H, E], over keys and values [Hkv, K, E]: [H, E]."""
+    if softcap is None:
+        gqa = len(q) != len(keys)
+        return F.scaled_dot_product_attention(q[:, None], keys, values, scale=scale, enable_gqa=gqa)[:, 0]
+    grouped = q.unflatten(0, (len(keys), -1))  # [Hkv, H / Hkv, E]
+    scores = (grouped @ keys.transpose(1, 2)).float() * (scale / softcap)
+    weights = (scores.tanh() * softcap).softmax(-1).to(q.dtype)
+    out: Tensor = weights @ values  # [Hkv, H / Hkv, E]
+    return out.flatten(0, 1)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -201,6 +213,61 @@ def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
 def sum_squares(x: Tensor, sizes: Sequence[int]) -> Tensor:
     parts = x[:, : sum(sizes)].float().square().split(list(sizes), dim=1)
     return torch.stack([part.sum(dim=1) for part in parts], dim=1)
+
+
+def causal_conv_(x: Tensor, weight: Tensor, states: Tensor, rows: StateRows) -> Tensor:
+    out, before = x.new_empty(x.shape), states.shape[1]
+    for slot, tokens, saves in _state_rows(rows):
+        inputs = torch.cat((states[slot], x[tokens])).float()  # [K - 1 + n, C]
+        windows = inputs.unfold(0, before + 1, 1)  # [n, C, K]
+        out[tokens] = F.silu((windows * weight.float()).sum(-1)).to(x.dtype)
+        for count, saved in (*saves, (len(inputs) - before, slot)):
+            states[saved] = inputs[count : count + before].to(states.dtype)
+    return out
+
+
+def gated_delta_(qkv: Tensor, gates: Tensor, decay: Tensor, states: Tensor, rows: StateRows) -> Tensor:
+    heads, key_size, value_size = states.shape[1:]
+    q, k, v = (x.unflatten(1, (-1, size)) for x, size in _split_qkv(qkv.float(), heads, key_size, value_size))
+    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q * 1.0, k))
+    q, k = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (q * key_size**-0.5, k))  # [T, Hv, E]
+    b, a = gates.float().chunk(2, dim=1)
+    beta = b.sigmoid()
+    factor = (-decay[0].float().exp() * F.softplus(a + decay[1].float())).exp()  # [T, Hv]
+    out = torch.empty_like(v)
+    for slot, tokens, saves in _state_rows(rows):
+        state = states[slot].clone()
+        for count, t in enumerate(range(tokens.start, tokens.stop), start=1):
+            state *= factor[t, :, None, None]
+            delta = beta[t, :, None] * (v[t] - (k[t, :, :, None] * state).sum(1))  # [Hv, Ev]
+            state += k[t, :, :, None] * delta[:, None]
+            out[t] = (q[t, :, :, None] * state).sum(1)
+            for at, saved in saves:
+                if at == count:
+                    states[saved] = state
+        states[slot] = state
+    return out.flatten(1).to(qkv.dtype)
+
+
+def _split_qkv(qkv: Tensor, heads: int, key_size: int, value_size: int) -> list[tuple[Tensor, int]]:
+    """Return q, k and v, and the size of a head of each."""
+    keys = (qkv.shape[1] - heads * value_size) // 2
+    q, k, v = qkv.split([keys, keys, heads * value_size], dim=1)
+    return [(q, key_size), (k, key_size), (v, value_size)]
+
+
+def _state_rows(rows: StateRows) -> Iterator[tuple[int, slice, list[tuple[int, int]]]]:
+    """Yield the state, the tokens and the saves of each row."""
+    starts = rows.starts.tolist()
+    saves = [[]] * len(rows.slots) if rows.saves is None else rows.saves.tolist()
+    for slot, start, stop, pairs in zip(rows.slots.tolist(), starts, starts[1:], saves, strict=False):
+        yield slot, slice(start, stop), [(count, state) for count, state in pairs if count]
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    heads = x.float().unflatten(1, (-1, len(weight)))
+    normed = (rms_norm(heads, weight.float(), eps)).flatten(1)
+    return (normed * F.silu(gate.float())).to(x.dtype)
 
 
 def begin_decode_(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
+from typing import TypedDict
 
 import msgspec
 import numpy as np
@@ -16,13 +17,26 @@ from .detokenizer import Detokenizer
 from .executor import Executor
 from .generation import Generation, Output
 from .plan import RequestEnd, StepOutput, TokenLogprobs
-from .request import Request, RequestRefused, SamplingParams
+from .request import NO_ORIGIN, Origin, Request, RequestRefused, SamplingParams
 from .sampling.grammar import Vocabulary, try_out
 from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-Prompt = str | Sequence[int]
 INT64 = 2**64
+
+
+class PromptFields(TypedDict, total=False):
+    """A prompt with vLLM's names: either `prompt` or `prompt_token_ids`, and a `cache_salt` if it has one.
+
+    Only prompts with the same salt share what is in the prefix cache.
+    """
+
+    prompt: str
+    prompt_token_ids: Sequence[int]
+    cache_salt: str
+
+
+Prompt = str | Sequence[int] | PromptFields
 
 
 class Frontend:
@@ -44,20 +58,19 @@ class Frontend:
         self._uids = itertools.count()
         self._numbers = itertools.count()
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> Generation:
+    def prepare(self, prompt: Prompt, params: SamplingParams, origin: Origin = NO_ORIGIN) -> Generation:
         """Check a prompt and make its requests, without starting them; raises RequestRefused with the way out."""
-        tokens = self._tokenize(prompt)
-        first_seed = params.seed if params.seed is not None else secrets.randbits(63)
-        # One request is enough for the prompt's log-probabilities.
-        others = msgspec.structs.replace(params, prompt_logprobs=None)
-        requests = [self._request(tokens, others if i else params, first_seed + i) for i in range(params.n)]
+        text_or_ids, cache_salt = _parts(prompt)
+        tokens = self._tokenize(text_or_ids)
+        first = self._request(tokens, params, origin, cache_salt)
+        requests = [first, *(self._sibling(first, i) for i in range(1, params.n))]
         try:
             self.executor.limits.check(requests[0])
             if params.structured_outputs is not None and self._vocabulary is not None:
                 try_out(self._vocabulary, params.structured_outputs)
         except ValueError as error:
             raise RequestRefused(str(error)) from error
-        return self._generation(prompt, tokens.tolist(), requests)
+        return self._generation(text_or_ids, tokens.tolist(), requests)
 
     def submit(self, generations: Iterable[Generation], *, paused: bool = False) -> None:
         """Start the requests of prepared generations; `paused` ones are live, and start with `resume`."""
@@ -155,7 +168,7 @@ class Frontend:
                 num_cached = min(num_cached, len(generation.prompt_ids))
                 generation.num_cached_tokens = max(generation.num_cached_tokens, num_cached)
 
-    def _generation(self, prompt: Prompt, prompt_ids: list[int], requests: list[Request]) -> Generation:
+    def _generation(self, prompt: str | Sequence[int], prompt_ids: list[int], requests: list[Request]) -> Generation:
         text, params = prompt if isinstance(prompt, str) else None, requests[0].params
         has_logprobs = params.prompt_logprobs is not None
         generation = Generation(next(self._numbers), text, prompt_ids, has_logprobs=has_logprobs)
@@ -165,7 +178,7 @@ class Frontend:
             generation.outputs.append(Output(request, generation, index, copy(detokenizer)))
         return generation
 
-    def _tokenize(self, prompt: Prompt) -> np.ndarray:
+    def _tokenize(self, prompt: str | Sequence[int]) -> np.ndarray:
         if isinstance(prompt, str):
             try:
                 prompt.encode()
@@ -174,13 +187,29 @@ class Frontend:
             return np.array(self.tokenizer.encode(prompt) if prompt else [], np.int32)
         return _token_array(prompt)
 
-    def _request(self, tokens: np.ndarray, params: SamplingParams, seed: int) -> Request:
+    def _request(self, tokens: np.ndarray, params: SamplingParams, origin: Origin, cache_salt: str | None) -> Request:
+        """Return the request for the first output."""
         room = max(1, self.executor.limits.max_length - len(tokens))
         max_tokens = room if params.max_tokens is None else params.max_tokens
-        signed_seed = (seed + INT64 // 2) % INT64 - INT64 // 2
-        request_params = msgspec.structs.replace(params, n=1, seed=signed_seed, max_tokens=max_tokens)
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        request_params = msgspec.structs.replace(params, n=1, seed=seed, max_tokens=max_tokens)
         stop_ids = [*params.stop_token_ids, *([] if params.ignore_eos else self.eos_token_ids)]
-        return Request(next(self._uids), tokens, len(tokens), request_params, stop_ids)
+        bad_words = self._bad_words(params)
+        return Request(next(self._uids), tokens, len(tokens), request_params, stop_ids, *origin, bad_words, cache_salt)
+
+    def _sibling(self, first: Request, index: int) -> Request:
+        """Return the request for another output; one of them is enough for the prompt's log-probabilities."""
+        assert first.params.seed is not None
+        seed = (first.params.seed + index + INT64 // 2) % INT64 - INT64 // 2
+        params = msgspec.structs.replace(first.params, seed=seed, prompt_logprobs=None)
+        return msgspec.structs.replace(first, uid=next(self._uids), params=params)
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """Return the token sequences of the bad words; those with a token that the model does not have cannot come."""
+        if not params.bad_words:
+            return []
+        sequences = self.tokenizer.encode_words(params.bad_words)
+        return [ids for ids in sequences if max(ids) < self.executor.limits.vocab_size]
 
 
 def _append(output: Output, token: int, logprobs: TokenLogprobs | None, finished: RequestEnd | None) -> None:
@@ -190,6 +219,22 @@ def _append(output: Output, token: int, logprobs: TokenLogprobs | None, finished
     except Exception as error:  # the tokenizers library and custom decoders raise any class
         log.exception("request %d ends: token %d cannot be turned into text", output.request.uid, token)
         output.end("abort", f"token {token} cannot be shown: {type(error).__name__}: {error}")
+
+
+def _parts(prompt: Prompt) -> tuple[str | Sequence[int], str | None]:
+    """Return the text or the token ids of a prompt, and its cache salt; raises RequestRefused for other fields."""
+    if not isinstance(prompt, Mapping):
+        return prompt, None
+    texts = [prompt[name] for name in ("prompt", "prompt_token_ids") if name in prompt]
+    if len(texts) != 1 or prompt.keys() - PromptFields.__annotations__.keys():
+        fields = ", ".join(map(repr, prompt))
+        raise RequestRefused(
+            f"a prompt with the fields {fields}; give 'prompt' or 'prompt_token_ids', and 'cache_salt'"
+        )
+    salt = prompt.get("cache_salt")
+    if salt is not None and not (isinstance(salt, str) and salt):
+        raise RequestRefused(f"cache_salt={salt!r} must be a text that is not empty")
+    return texts[0], salt
 
 
 def _token_array(prompt: Sequence[int]) -> np.ndarray:

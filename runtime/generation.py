@@ -42,7 +42,7 @@ class Output:
         self.request, self.generation, params = request, generation, request.params
         self.completion = CompletionOutput(index)
         self.running = False  # the ranks have admitted the request
-        if params.logprobs is not None:
+        if params.has_logprobs:
             self.completion.logprobs, self.completion.cumulative_logprob = [], 0.0
             self.completion.text_offsets = []
         self._detokenizer = detokenizer
@@ -155,12 +155,13 @@ class Generation:
 def candidates(
     token_bytes: TokenBytes, token: int, logprobs: TokenLogprobs, hidden: Collection[int] = ()
 ) -> dict[int, Logprob]:
-    """Return the token itself first, then the likeliest at its position; `hidden` tokens add no bytes to a text."""
-    likeliest = {
+    """Return the token itself first, then the others of `logprobs`; `hidden` tokens add no bytes to a text."""
+    ranks = logprobs.top_ranks or range(1, len(logprobs.top_ids) + 1)
+    others = {
         candidate: Logprob(
             value, rank, token_bytes.text(candidate), b"" if candidate in hidden else token_bytes[candidate]
         )
-        for rank, (candidate, value) in enumerate(zip(logprobs.top_ids, logprobs.top, strict=True), start=1)
+        for candidate, value, rank in zip(logprobs.top_ids, logprobs.top, ranks, strict=True)
     }
     piece = b"" if token in hidden else token_bytes[token]
-    return {token: Logprob(logprobs.token, logprobs.rank, token_bytes.text(token), piece)} | likeliest
+    return {token: Logprob(logprobs.token, logprobs.rank, token_bytes.text(token), piece)} | others

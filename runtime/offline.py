@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -48,7 +48,7 @@ class OfflineLLM:
     ) -> list[RequestOutput]:
         """Complete each prompt and return the results in the order of the prompts.
 
-        prompts          a text, a list of token ids, or a list of either
+        prompts          a text, a list of token ids, a PromptFields, or a list of these
         sampling_params  for all prompts, or one for each; by default the checkpoint's recommendation
         Raises RequestRefused (a ValueError) naming the first prompt that cannot run, before any is started.
         """
@@ -130,7 +130,7 @@ class OfflineLLM:
 
 def _as_list(prompts: Prompts) -> Sequence[Prompt]:
     """Return a list of prompts, of one if `prompts` is a text or a list of token ids."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if len(prompts) > 0 and all(isinstance(p, int) for p in prompts):
         return [prompts]  # type: ignore[list-item]

@@ -70,6 +70,14 @@ class Event(msgspec.Struct, frozen=True):  # one for each token: made six times 
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def without_tokens(self) -> Event:
+        """Return the event for a request of no tokens, for which the engine has generated one."""
+        logprobs = None if self.logprobs is None else list[dict[int, Logprob]]()
+        reason = "length" if self.finish_reason in ("stop", "length") else self.finish_reason
+        return msgspec.structs.replace(
+            self, text="", token_ids=[], logprobs=logprobs, finish_reason=reason, stop_reason=None, text_offsets=[]
+        )
+
     def joined(self, *later: Event) -> Event:
         """Return one event in place of this one and the later ones of the same output."""
         events = [self, *later]

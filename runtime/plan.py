@@ -28,6 +28,9 @@ class Admission(msgspec.Struct, frozen=True):
     num_prompt_tokens: int
     params: SamplingParams
     stop_ids: list[int]
+    bad_words: list[list[int]] = []
+    state: int = -1  # the recurrent state that the slot's begins with; negative: zero
+    num_cached: int = 0  # leading tokens whose keys and values the slot's pages hold already
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -44,6 +47,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     counts: np.ndarray  # [B] int32: tokens computed, >= 1
     num_decoding: int
     sampled_rows: np.ndarray  # [S] int32: rows at the end of their request, which sample
+    state_saves: np.ndarray  # [B * 4] int32, the `saves` of StateRows; empty: none
     page_writes: np.ndarray  # [W * 3] int32: (slot, index, page) sets page_table[slot, index] = page before the step
 
     @property
@@ -56,8 +60,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
     token: float
     rank: int  # 1 is the most likely token
-    top_ids: list[int]
+    top_ids: list[int]  # the most likely tokens, or SamplingParams.logprob_token_ids
     top: list[float]
+    top_ranks: list[int] | None = None  # None: 1, 2, ...
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,10 +16,13 @@ from .structured_outputs import StructuredOutputsParams
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_BAD_WORDS, MAX_BAD_WORD_CHARS = 128, 4096  # words, and characters of all of them: they are tokenized at once
 # Below this temperature sampling is greedy, as in vLLM (_SAMPLING_EPS). Divided by it, logits up to 3e33 are finite in
 # float32 (3e27 after a repetition penalty), and a token whose logit is less by 0.001 is e^100 times less likely.
 MIN_TEMPERATURE = 1e-5
 MAX_REPETITION_PENALTY = 1_000_000
+TOKEN_ID_LISTS = "allowed_token_ids", "logprob_token_ids"
 MAX_INTEGER = 2**31 - 1  # numbers of tokens and ids are 32 bits wide in messages and kernels
 
 
@@ -29,6 +32,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     Raises ValueError naming the parameter, its value and the rule. `seed` fixes the tokens of a request: they depend
     on (seed, position) only, not on the batch, a preemption or the TP size. The default is a random seed.
     With n > 1, output i uses seed + i: its tokens equal those of a request with that seed.
+
+    allowed_token_ids  no other tokens are sampled
+    bad_words          texts that an output does not have: the token that would complete one is not sampled, unless no
+                       other token may come. Each word is tokenized alone, and after a space
+    logprob_token_ids  tokens whose log-probabilities are reported in place of those of the likeliest tokens
     """
 
     n: int = 1
@@ -40,6 +48,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
     stop: str | list[str] | None = None
@@ -48,6 +58,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprob_token_ids: list[int] | None = None
     seed: int | None = None
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputsParams | None = None
@@ -73,12 +84,16 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         if self.seed is not None:
             self._integer("seed", -(2**63), 2**63 - 1)
         self._check_bias()
+        self._check_bad_words()
+        self._check_token_ids()
         self._check_stops()
         if self.structured_outputs is not None:
             structured = StructuredOutputsParams.from_value(self.structured_outputs)
             msgspec.structs.force_setattr(self, "structured_outputs", structured)
         if self.structured_outputs is not None and self.ignore_eos:
             raise ValueError("ignore_eos=True does not go with structured_outputs, which end with the EOS token")
+        if self.structured_outputs is not None and self.allowed_token_ids is not None:
+            raise ValueError("allowed_token_ids=... does not go with structured_outputs; give one of them")
 
     @property
     def is_greedy(self) -> bool:
@@ -88,9 +103,14 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     def stop_strings(self) -> Sequence[str]:
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
+    @property
+    def has_logprobs(self) -> bool:
+        return self.logprobs is not None or self.logprob_token_ids is not None
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if a token id in these parameters is not one of the model's."""
-        for name, ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+        for name in ("stop_token_ids", "logit_bias", *TOKEN_ID_LISTS):
+            ids = getattr(self, name)
             wrong = [i for i in (min(ids), max(ids)) if not 0 <= i < vocab_size] if ids else []
             rule = f"is not a token id; the model has ids 0 to {vocab_size - 1}"
             _require(not wrong, name, wrong[0] if wrong else None, rule)
@@ -115,6 +135,26 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             number = isinstance(bias, (int, float)) and abs(bias) <= 100
             _require(number, f"logit_bias[{token}]", bias, "must be between -100 and 100")
 
+    def _check_bad_words(self) -> None:
+        words = self.bad_words or []
+        is_valid = isinstance(words, list) and _are(str, words) and all(word.strip() for word in words)
+        _require(is_valid, "bad_words", words, "must be a list of texts that are not blank")
+        _require(len(words) <= MAX_BAD_WORDS, "bad_words", len(words), f"words are too many; at most {MAX_BAD_WORDS}")
+        length, rule = sum(map(len, words)), f"characters are too many; at most {MAX_BAD_WORD_CHARS}"
+        _require(length <= MAX_BAD_WORD_CHARS, "bad_words", length, rule)
+
+    def _check_token_ids(self) -> None:
+        for name in TOKEN_ID_LISTS:
+            ids = getattr(self, name)
+            if ids is not None:
+                _require(isinstance(ids, list) and bool(ids), name, ids, "must be a list of at least one token id")
+                for i in () if _are(int, ids) else ids:
+                    _require(isinstance(i, int) and not isinstance(i, bool), name, i, "must be integers")
+        if self.logprob_token_ids is not None:
+            count, name = len(self.logprob_token_ids), "logprob_token_ids"
+            _require(count <= MAX_LOGPROB_TOKEN_IDS, name, count, f"ids are too many; at most {MAX_LOGPROB_TOKEN_IDS}")
+            _require(self.logprobs in (None, count), name, count, f"ids do not go with logprobs={self.logprobs}")
+
     def _check_stops(self) -> None:
         is_valid = self.stop is None or isinstance(self.stop, (str, list))
         _require(is_valid, "stop", self.stop, "must be a string or a list")
@@ -126,11 +166,26 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             _require(isinstance(i, int) and not isinstance(i, bool), "stop_token_ids", i, "must be integers")
 
 
+class Origin(NamedTuple):
+    """The sender of a prompt, in arbitrary numbers: the scheduler is fair between clients, and between their calls.
+
+    A call is one HTTP request, which may have several prompts with n outputs each.
+    """
+
+    client: int = 0
+    call: int = 0
+
+
+NO_ORIGIN = Origin()
+
+
 class Request(msgspec.Struct, frozen=True):
     """One output to generate, the unit that the scheduler admits: a prompt with n > 1 makes n requests.
 
     `tokens` are the prompt and, for a request that is submitted again, its generated tokens. `stop_ids` end the output;
     they include the EOS ids unless these are ignored. params.seed and params.max_tokens are set, and params.n is 1.
+    `client` and `call` are those of its Origin. `bad_words` are the token sequences of params.bad_words. Only requests
+    with the same `cache_salt` share cached prefixes.
     """
 
     uid: int
@@ -138,6 +193,10 @@ class Request(msgspec.Struct, frozen=True):
     num_prompt_tokens: int
     params: SamplingParams
     stop_ids: list[int]
+    client: int = 0
+    call: int = 0
+    bad_words: list[list[int]] = []
+    cache_salt: str | None = None
 
     @property
     def max_length(self) -> int:
@@ -157,6 +216,8 @@ class Limits:
     page_size: int
     vocab_size: int
     enable_prefix_caching: bool = True
+    has_states: bool = False  # some layers have a recurrent state: a prefix is cached where its state is saved
+    saved_states: int = 0  # recurrent states for cached prefixes
 
     @property
     def max_length(self) -> int:
@@ -182,7 +243,13 @@ class Limits:
         if lowest < 0 or highest >= self.vocab_size:
             invalid = lowest if lowest < 0 else highest
             raise ValueError(f"token id {invalid} in the prompt; the model has ids 0 to {self.vocab_size - 1}")
-        request.params.check_vocabulary(self.vocab_size)
+        params = request.params
+        params.check_vocabulary(self.vocab_size)
+        if params.min_tokens > 0 and params.allowed_token_ids and set(params.allowed_token_ids) <= {*request.stop_ids}:
+            raise ValueError(
+                f"min_tokens={params.min_tokens} needs a token that does not end the output, but all of"
+                " allowed_token_ids do; allow another one"
+            )
 
 
 def _are(kind: type, values: Iterable[Any]) -> bool:

@@ -17,11 +17,20 @@ from ..comm.base import Communicator
 from .config import Config
 from .memory.gpu import Phase, named_out_of_memory, other_processes, plan_on_gpu, read_gpu
 from .memory.host_memory import check_host_memory
-from .memory.memory_plan import MemoryPlan, check_kv_cache, check_weights, loading_speed, plan_weights
+from .memory.memory_plan import (
+    MemoryPlan,
+    check_kv_cache,
+    check_weights,
+    loading_speed,
+    num_states,
+    plan_weights,
+    saved_states,
+)
 from .model.attention.select_backend import select_backend
 from .model.decoder import Decoder
 from .model.kv_pool import KVPool
 from .model.model_config import ModelConfig
+from .model.state_pool import StatePool
 from .model.weights import fill_dummy, load_weights
 from .plan import Admission, StepPlan
 from .request import Limits, SamplingParams
@@ -108,10 +117,12 @@ class LoadedRank:
     def _allocate_memory(self, num_pages: int, max_length: int, *, announce: bool) -> RankMemory:
         config, device = self.config, self.device
         shape = self._decoder.attention_shape(config.page_size, config.torch_dtype, config.kv_torch_dtype)
+        states = self._decoder.state_shape(config.torch_dtype)
         return RankMemory(
             decoder=self._decoder,
-            tables=SlotTables(config.max_num_seqs, max_length, config.page_size, device),
+            tables=SlotTables(config.max_num_seqs, max_length, config.page_size, device, has_states=states is not None),
             pool=KVPool(shape, num_pages, device, config.kv_layout),
+            states=StatePool(states, num_states(config), device) if states is not None else None,
             sampler=Sampler(config.max_num_seqs, device),
             grammars=GrammarStates(self._vocabulary if self.comm.rank == 0 else None, config.max_num_seqs),
             readback=PinnedReadback(config.max_num_seqs, self.comm, device),
@@ -153,7 +164,7 @@ class LoadedRank:
         with_graphs, _ = measure()
         return replace(
             self._plan,
-            workspaces=max(0, with_workspaces - self._plan.at_start - self._plan.weights),
+            workspaces=max(0, with_workspaces - self._plan.at_start - self._plan.weights - self._plan.states),
             graphs=max(0, with_graphs - before),
             num_graphs=len(graphs.sizes) if graphs else 0,
             graph_rows=graphs.max_rows if graphs else 0,
@@ -189,6 +200,8 @@ def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: M
         page_size=config.page_size,
         vocab_size=model.vocab_size,
         enable_prefix_caching=config.enable_prefix_caching,
+        has_states=model.delta_net is not None,
+        saved_states=saved_states(config) if model.delta_net is not None else 0,
     )
 
 
@@ -210,4 +223,5 @@ def largest_step(config: Config) -> StepPlan:
         num_decoding=0,
         sampled_rows=rows,
         page_writes=empty,
+        state_saves=empty,
     )

@@ -44,6 +44,7 @@ class ChatJob(msgspec.Struct, frozen=True, tag=True):
     messages: list[Any]
     variables: dict[str, Any]
     max_chars: int = sys.maxsize
+    add_special_tokens: bool = False
 
 
 class DecodeJob(msgspec.Struct, frozen=True, tag=True):
@@ -85,7 +86,7 @@ def run_job(backend: Backend, job: Job) -> Any:
         text = render_chat(job.template, job.messages, job.variables)
         if len(text) > job.max_chars:
             raise TooLong(f"{len(text)} characters in the chat template, at most {job.max_chars} fit")
-        return _at_most(MAX_TOKENS, encode(backend, text, add_special_tokens=False))
+        return _at_most(MAX_TOKENS, encode(backend, text, add_special_tokens=job.add_special_tokens))
     results: list[list[int]] = []
     for text in job.texts:
         room = MAX_TOKENS - sum(map(len, results))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,15 @@ class Tokenizer:
         self.special_tokens = {token.content: int(i) for i, token in added if token.special}
         self.response_template: dict[str, Any] | None = getattr(self._tokenizer, "response_template", None)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of a prompt, with the special tokens that the tokenizer adds."""
-        return encode(self._backend, text)
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a prompt, with or without the special tokens that the tokenizer adds."""
+        return encode(self._backend, text, add_special_tokens=add_special_tokens)
+
+    def encode_words(self, words: Iterable[str]) -> list[list[int]]:
+        """Return the token ids of each word, alone and after a space, each sequence once and none that is empty."""
+        spellings = [prefix + word.lstrip() for word in words for prefix in ("", " ")]
+        sequences = [self.encode(text, add_special_tokens=False) for text in spellings]
+        return [list(ids) for ids in dict.fromkeys(map(tuple, sequences)) if ids]
 
     def _set_template(self, chat_template: str) -> None:
         from jinja2.exceptions import TemplateError, TemplateSyntaxError

@@ -29,7 +29,7 @@ kernels/cuda
 kernels
 comm
 runtime: chat_template config outputs plan request startup_timer stats structured_outputs version
-runtime/model: batch checkpoint end_tokens families fp8_weights generation_config hf_config kv_pool layer_rules linear model_config norm quantization rank_shares rope tensor_files tokenizer_files weights
+runtime/model: batch checkpoint end_tokens families fp8_weights generation_config hf_config kv_pool layer_rules linear model_config norm quantization rank_shares rope state_pool tensor_files tokenizer_files weights
 runtime/model/attention
 runtime/model
 runtime/memory
@@ -161,9 +161,10 @@ def signatures(path: Path) -> dict[str, str]:
 
 
 def test_ops_have_a_definition_and_a_kernel_of_the_same_signature() -> None:
-    ops = {name: s for name, s in signatures(ROOT / "kernels/ops.py").items() if name != "op"}
+    files = [ROOT / "kernels/ops.py", ROOT / "kernels/state_ops.py"]
+    ops = {name: s for file in files for name, s in signatures(file).items() if name != "op"}
     assert ops == signatures(ROOT / "kernels/reference.py")
-    named = re.findall(r'@op\("(\w+)"\)\ndef (\w+)', (ROOT / "kernels/ops.py").read_text())
+    named = [match for file in files for match in re.findall(r'@op\("(\w+)"\)\ndef (\w+)', file.read_text())]
     kernels = {name: signatures(ROOT / f"kernels/cuda/{module}.py").get(name) for module, name in named}
     assert kernels == {name: s for name, s in ops.items() if "Tensor" in s}
     assert len(kernels) >= 6

@@ -36,6 +36,7 @@ template <typename T, int V> DEVICE Vec<T, V> round_all(const float (&values)[V]
 }
 
 DEVICE float silu(float x) { return x / (1.f + __expf(-x)); }
+DEVICE float tanh_of(float x) { return 1.f - 2.f / (1.f + __expf(2.f * x)); }
 DEVICE float infinity() { return __int_as_float(0x7f800000); }  // NVRTC has no INFINITY
 
 DEVICE float warp_sum(float x) {

@@ -9,7 +9,7 @@ DEVICE int num_visible_keys(int position, int window) { return window > 0 ? min(
 // row; the last chunk of a row may have fewer, and a row has at least one chunk. A part is a run of chunks:
 //   num_parts = min(max_parts, num_chunks, max(rows, num_chunks / min_chunks)); part p starts at chunk p * num_chunks / num_parts.
 template <typename Int> struct Partition {
-    Int* data;  // num_parts, num_chunks, starts [rows + 1], first_rows [max_parts], counters [rows, kv_heads]
+    Int* data;  // num_parts, num_chunks, starts [rows + 1], first_rows [max_parts], counters [rows, groups of heads]
     int rows;
 
     DEVICE Int& num_parts() const { return data[0]; }

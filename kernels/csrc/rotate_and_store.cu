@@ -8,7 +8,7 @@ template <typename T, typename C, int P, int V>
 __global__ void __launch_bounds__(32 * WARPS, 8) rotate_and_store(
     T* __restrict__ q_out, const T* __restrict__ qkv, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows, int rotary,
-    C* __restrict__ k_cache, C* __restrict__ v_cache, long long page_stride, long long slot_stride,
+    C* __restrict__ k_cache, C* __restrict__ v_cache, long long page_stride, long long slot_stride, int head_stride,
     const int* __restrict__ kv_slots, int page_size, int num_slots, int heads, int kv_heads, int head_dim) {
     constexpr int AT_ONCE = P < 4 ? 4 : P < 8 ? 2 : 1;  // heads of a warp that load together
     launch_next();
@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(32 * WARPS, 8) rotate_and_store(
             if (head < q_heads)
                 norm_rotate_store_head<P, V>(q_out + (token * q_heads + head) * head_dim, loaded[n], q_norm, eps, angles, rotary, head_dim);
             else if (stores && head < q_heads + kv_heads)
-                norm_rotate_store_head<P, V>(k_cache + at + (head - q_heads) * head_dim, loaded[n], k_norm, eps, angles, rotary, head_dim);
+                norm_rotate_store_head<P, V>(k_cache + at + (head - q_heads) * head_stride, loaded[n], k_norm, eps, angles, rotary, head_dim);
             else if (stores && head < heads)
                 norm_rotate_store_head<P, V>(
-                    v_cache + at + (head - q_heads - kv_heads) * head_dim, loaded[n], (const T*)nullptr, eps, nullptr, rotary, head_dim);
+                    v_cache + at + (head - q_heads - kv_heads) * head_stride, loaded[n], (const T*)nullptr, eps, nullptr, rotary, head_dim);
         }
     }
 }

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import MAX_CHUNKS, KeyPartition, KVCache, Pages, QKNorm, Rope
+from ..arguments import MAX_CHUNKS, MAX_GROUP, KeyPartition, KVCache, Pages, QKNorm, Rope, num_groups
 from .kernel_launch import Argument, c_name, kernel, num_multiprocessors, optional
 
 LOG2_E = 1.4426950408889634
@@ -26,7 +26,7 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
     if pairs is None:
         raise ValueError(f"heads of {head_dim} elements are too long to rotate; at most 512")
     moved = [qkv, q, cache.k, cache.v]
-    strides = head_dim // 2, rope.cos_sin.shape[1] // 2, cache.k.stride(0), cache.k.stride(1)
+    strides = head_dim // 2, rope.cos_sin.shape[1] // 2, *cache.k.stride()[:3]
     v = next(
         v
         for v in (4, 2, 1)  # adjacent elements of a lane, as in decode_attention.cu, so that both kernels round alike
@@ -45,7 +45,8 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
 
 def _head_arguments(norm: QKNorm, rope: Rope, cache: KVCache, kv_slots: Tensor) -> tuple[Argument, ...]:
     norms = optional(norm.q), optional(norm.k), np.float32(norm.eps)
-    strides = np.int64(cache.k.stride(0)), np.int64(cache.k.stride(1))
+    page, token, head, _ = cache.k.stride()
+    strides = np.int64(page), np.int64(token), np.int32(head)
     return *norms, rope.positions, rope.cos_sin, *map(np.int32, rope.cos_sin.shape), *cache, *strides, kv_slots
 
 
@@ -53,7 +54,7 @@ class PartitionLayout(NamedTuple):
     """The division of a step's keys among blocks, and the layout of its tensor; mirrors Partition of key_partition.cuh.
 
     A chunk is `kv_chunk` keys of one row; the last chunk of a row may have fewer. A part is a run of chunks. The tensor
-    ends with a counter for each row and KV head, after two counts, the rows' first chunks and the parts' first rows.
+    is two counts, the rows' first chunks, the parts' first rows, and a counter for each row and group of heads.
     """
 
     warps: int  # per block
@@ -62,24 +63,24 @@ class PartitionLayout(NamedTuple):
     min_chunks: int  # per part, unless a whole row has fewer
 
 
-def _partition_layout(rows: int, kv_heads: int, device: int, kv_chunk: int | None) -> PartitionLayout:
+def _partition_layout(rows: int, groups: int, device: int, kv_chunk: int | None) -> PartitionLayout:
     if kv_chunk is not None:
         return PartitionLayout(4, kv_chunk, MAX_CHUNKS * rows, 1)
     multiprocessors = num_multiprocessors(device)
-    if rows * kv_heads > multiprocessors:  # a chunk is what a block takes at once
-        return PartitionLayout(4, 64, 3 * multiprocessors // kv_heads, 4)
+    if rows * groups > multiprocessors:  # a chunk is what a block takes at once
+        return PartitionLayout(4, 64, max(1, 3 * multiprocessors // groups), 4)
     # Few blocks get more warps each: fewer other blocks hide a block's latency.
-    max_parts = multiprocessors // kv_heads
+    max_parts = max(1, multiprocessors // groups)
     rest = max_parts % max(1, rows)
     if 16 * rest <= max_parts:
         max_parts -= rest  # rows of one length are best divided at their ends
     return PartitionLayout(8, 128, max_parts, 4)
 
 
-def partition_keys(positions: Tensor, kv_heads: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
+def partition_keys(positions: Tensor, groups: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
     rows = len(positions)
-    layout = _partition_layout(rows, kv_heads, positions.device.index, kv_chunk)
-    table = positions.new_zeros(2 + rows + 1 + layout.max_parts + rows * kv_heads)
+    layout = _partition_layout(rows, groups, positions.device.index, kv_chunk)
+    table = positions.new_zeros(2 + rows + 1 + layout.max_parts + rows * groups)
     if rows:
         sizes = rows, window or 0, layout.kv_chunk, layout.min_chunks, layout.max_parts
         launch = kernel("decode_attention.cu", "partition_keys")
@@ -96,27 +97,29 @@ def decode_attention(
     pages: Pages,
     partition: KeyPartition,
     scale: float,
+    softcap: float | None = None,
 ) -> Tensor:
     rows, (num_pages, page_size, kv_heads, head_dim) = len(qkv), cache.k.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = qkv.new_empty(rows, heads * head_dim)
     if rows == 0:
         return out
-    layout = _partition_layout(rows, kv_heads, qkv.device.index, partition.kv_chunk)
+    groups = num_groups(heads, kv_heads)
+    layout = _partition_layout(rows, groups, qkv.device.index, partition.kv_chunk)
     # For each part two partial results: of the row that it begins with, and of the row that it ends with.
     partial = torch.empty(2 * layout.max_parts * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
     # With kv_chunk the previous kernel may have stored keys that this one reads: all keys of a prefill come first.
     early = partition.kv_chunk is None
-    launch = kernel(
-        "decode_attention.cu",
-        f"decode_attention<{c_name(qkv)}, {c_name(cache.k)}, {head_dim}, {layout.warps}>",
-        early=early,
-    )
-    grid, threads = (layout.max_parts * kv_heads, 1), 32 * layout.warps
+    capped = "false" if softcap is None else "true"
+    name = f"decode_attention<{c_name(qkv)}, {c_name(cache.k)}, {head_dim}, {layout.warps}, {capped}>"
+    shared_bytes = 4 * layout.warps * MAX_GROUP * (head_dim + 17)  # WarpSums of the kernel
+    launch = kernel("decode_attention.cu", name, shared_bytes=shared_bytes, early=early)
+    grid, threads = (layout.max_parts * kv_heads, groups // kv_heads), 32 * layout.warps
     head_arguments = *_head_arguments(norm, rope, cache, kv_slots), np.int32(num_pages * page_size)
     page_table = pages.table, np.int64(pages.table.stride(0)), pages.table_rows, np.int32(page_size)
     keys = partition.table, *map(np.int32, (rows, partition.window or 0, layout.kv_chunk))
-    results = partial, partition.table[-rows * kv_heads :]  # partial results, then the counters
-    shape = np.float32(scale * LOG2_E), np.int32(heads), np.int32(kv_heads)
+    results = partial, partition.table[-rows * groups :]  # partial results, then the counters
+    factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
+    shape = *map(np.float32, factors), np.int32(heads), np.int32(kv_heads)
     launch(grid, threads, out, qkv, *head_arguments, *page_table, *keys, *results, *shape)
     return out

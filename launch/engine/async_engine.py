@@ -18,11 +18,11 @@ import msgspec
 from ...comm.message_sockets import WakeupEvent
 from ...runtime.config import DEMO_MODEL, DEMO_NAME, Config
 from ...runtime.executor import RankLocation
-from ...runtime.frontend import Frontend
+from ...runtime.frontend import Frontend, PromptFields
 from ...runtime.model.checkpoint import find_model
 from ...runtime.model.generation_config import default_sampling_params
 from ...runtime.outputs import Event
-from ...runtime.request import Limits, SamplingParams
+from ...runtime.request import NO_ORIGIN, Limits, Origin, SamplingParams
 from ...runtime.sampling.grammar import Vocabulary
 from ...runtime.stats import EngineStats
 from ...runtime.structured_outputs import StructuredOutputsParams
@@ -149,7 +149,9 @@ class AsyncEngine:
         """Compile a constraint of outputs in the process for it; raises RequestRefused if it cannot be used."""
         await self._grammars.check(params)
 
-    async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
+    async def generate(
+        self, prompt: Sequence[int] | PromptFields, params: SamplingParams, origin: Origin = NO_ORIGIN
+    ) -> AsyncGenerator[Event, None]:
         """Yield the events of a prompt of token ids until its n outputs have ended; closing it cancels the rest.
 
         Raises RequestRefused before anything starts, RequestCrashedEngine if this request crashes the engine
@@ -162,7 +164,7 @@ class AsyncEngine:
             if params.structured_outputs is not None:
                 await self._grammars.check(params.structured_outputs)
                 self._check()
-            generation = self._engine.frontend.prepare(prompt, params)
+            generation = self._engine.frontend.prepare(prompt, params, origin)
             if self._engine.quarantine.refuses(generation):
                 raise RequestCrashedEngine("this request recently crashed the engine and is quarantined")
             assert self._thread is not None

@@ -10,6 +10,7 @@ import asyncio
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -101,7 +102,9 @@ class AsyncTokenizer:
         """The ids of the special tokens by their text."""
         return self._tokenizer.special_tokens
 
-    async def encode(self, prompts: Sequence[str], max_tokens: int = MAX_TOKENS) -> list[list[int]]:
+    async def encode(
+        self, prompts: Sequence[str], max_tokens: int = MAX_TOKENS, *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
         """Return the token ids of each prompt; refuses one that has more characters than `max_tokens` tokens can."""
         max_chars = self._max_chars(max_tokens)
         for prompt in prompts:
@@ -110,9 +113,11 @@ class AsyncTokenizer:
                 message = f"the prompt is too long: {len(prompt)} characters, {rule}; send less"
                 raise TokenizationRefused(message, "prompt", "context_length_exceeded")
         if sum(map(len, prompts)) > SHORT_CHARS:
-            return cast("list[list[int]]", await self._run(self._long, EncodeJob(list(prompts)), "prompt"))
+            job = EncodeJob(list(prompts), add_special_tokens)
+            return cast("list[list[int]]", await self._run(self._long, job, "prompt"))
+        encode = partial(self._tokenizer.encode, add_special_tokens=add_special_tokens)
         try:
-            return await self._in_thread(lambda: [self._tokenizer.encode(prompt) for prompt in prompts])
+            return await self._in_thread(lambda: [encode(prompt) for prompt in prompts])
         except ValueError as error:
             raise TokenizationRefused(str(error), "prompt") from error
 
@@ -121,6 +126,8 @@ class AsyncTokenizer:
         messages: Sequence[Message],
         variables: Mapping[str, Any] | None = None,
         max_tokens: int = MAX_TOKENS,
+        *,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         """Return the token ids of a conversation; `messages` and `variables` are those of `Tokenizer.chat_job`.
 
@@ -130,7 +137,8 @@ class AsyncTokenizer:
             job = self._tokenizer.chat_job(messages, variables)
         except ValueError as error:
             raise TokenizationRefused(str(error), "messages") from error
-        job = msgspec.structs.replace(job, max_chars=self._max_chars(max_tokens))
+        max_chars = self._max_chars(max_tokens)
+        job = msgspec.structs.replace(job, max_chars=max_chars, add_special_tokens=add_special_tokens)
         return cast("list[int]", await self._run(self._chats, job, "messages"))
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:

@@ -25,14 +25,14 @@ class PrefixAffinity:
         self._page_size, self._num_pages = page_size, num_pages
         self._pages: dict[str, OrderedDict[int, None]] = {}  # replica -> its pages, the least recently used first
 
-    def num_cached(self, tokens: np.ndarray, replica: str) -> int:
-        """Return how many of the first `tokens` are in the replica's cache."""
+    def num_cached(self, tokens: np.ndarray, replica: str, salt: str | None = None) -> int:
+        """Return how many of the first `tokens` are in the replica's cache, under this salt."""
         pages = self._pages.get(replica, OrderedDict())
-        return sum(self._page_size for _ in takewhile(pages.__contains__, self._hashes(tokens)))
+        return sum(self._page_size for _ in takewhile(pages.__contains__, self._hashes(tokens, salt)))
 
-    def add(self, tokens: np.ndarray, replica: str) -> None:
+    def add(self, tokens: np.ndarray, replica: str, salt: str | None = None) -> None:
         pages = self._pages.setdefault(replica, OrderedDict())
-        for page in reversed(list(self._hashes(tokens))):  # a prefix is used as often as its continuations
+        for page in reversed(list(self._hashes(tokens, salt))):  # a prefix is used as often as its continuations
             pages[page] = None
             pages.move_to_end(page)
         while len(pages) > self._num_pages:
@@ -41,8 +41,8 @@ class PrefixAffinity:
     def keep(self, replicas: Collection[str]) -> None:
         self._pages = {replica: pages for replica, pages in self._pages.items() if replica in replicas}
 
-    def _hashes(self, tokens: np.ndarray) -> Iterator[int]:
-        prefix_hash = 0
+    def _hashes(self, tokens: np.ndarray, salt: str | None) -> Iterator[int]:
+        prefix_hash = hash(salt)
         for start in range(0, len(tokens) - self._page_size + 1, self._page_size):
             prefix_hash = hash((prefix_hash, tokens[start : start + self._page_size].tobytes()))
             yield prefix_hash
@@ -66,14 +66,17 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
             return [candidate_replicas]
         loads = {r.replica_id: self.replica_queue_len_cache.get(r.replica_id) or 0 for r in candidate_replicas}
         least = min(loads.values(), default=0)
-        tokens = pending_request.args[0].tokens
+        request = pending_request.args[0]
 
         def rank(replica: RunningReplica) -> tuple[int, int, float]:
             load, name = loads[replica.replica_id], replica.replica_id.unique_id
-            num_cached = self._affinity.num_cached(tokens, name) if load <= least + SPREAD else 0
+            num_cached = (
+                self._affinity.num_cached(request.tokens, name, request.cache_salt) if load <= least + SPREAD else 0
+            )
             return (-num_cached, load, random.random())
 
         return [[replica] for replica in sorted(candidate_replicas, key=rank)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        self._affinity.add(pending_request.args[0].tokens, replica_id.unique_id)
+        request = pending_request.args[0]
+        self._affinity.add(request.tokens, replica_id.unique_id, request.cache_salt)

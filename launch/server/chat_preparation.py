@@ -101,7 +101,9 @@ class ChatPreparer:
     async def prompt(self, body: ChatRequest | TokenizeRequest, max_tokens: int = MAX_TOKENS) -> list[int]:
         """Return the token ids of the conversation; refuses one that cannot fit into `max_tokens`."""
         messages = [message.for_template() for message in body.messages or ()]
-        return await self._tokenizer.encode_chat(messages, self._template_variables(body), max_tokens)
+        return await self._tokenizer.encode_chat(
+            messages, self._template_variables(body), max_tokens, add_special_tokens=bool(body.add_special_tokens)
+        )
 
     async def prepare(self, body: ChatRequest, answer: StructuredOutputsParams | None, max_tokens: int) -> PreparedChat:
         """Return the prompt, the parser and the constraint; `answer` is the constraint of the answer's text.

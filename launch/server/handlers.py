@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 
 from ...runtime.detokenizer import PromptText
+from ...runtime.frontend import PromptFields
 from ...runtime.outputs import Event
 from ...runtime.request import RequestRefused, SamplingParams
 from ...runtime.version import __version__
@@ -34,7 +35,7 @@ from .protocol.anthropic_models import CountTokensRequest, MessagesRequest
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .protocol.response_models import Detokenized, Healthy, InputTokens, Model, ModelList, Tokens, Version
 from .protocol.responses_models import ResponsesRequest
-from .response_builders import ChatBuilder, CompletionBuilder, ResponseBuilder
+from .response_builders import ChatBuilder, CompletionBuilder, ReplyOptions, ResponseBuilder
 from .responses_builder import ResponsesBuilder
 from .server_config import ServerConfig, ServerLimits
 from .token_usage import TokenUsage
@@ -93,12 +94,11 @@ class Handlers:
         async def answer(send: Send) -> None:
             with self._admission.admit(num_outputs):
                 if isinstance(body, ChatRequest):
-                    chat = await self._chats.prepare(body, structured_outputs(body), self._validator.max_input)
+                    limit = self._validator.max_encoded(body)
+                    chat = await self._chats.prepare(body, structured_outputs(body), limit)
                     await self._generate(body, [chat.prompt], send, chat, new_builder)
                 else:
-                    prompts = await self._encode(body)
-                    self._validator.check_echo(body, sum(map(len, prompts)))
-                    await self._generate(body, prompts, send)
+                    await self._generate(body, await self._encode(body), send)
 
         return StreamingAnswer(answer)
 
@@ -106,24 +106,31 @@ class Handlers:
         """Return the token ids of each prompt."""
         texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
         if texts:  # a body has texts or token ids, never both
-            return await self._tokenizer.encode(texts, self._validator.max_input)
+            limit, with_special = self._validator.max_encoded(body), body.add_special_tokens is not False
+            return await self._tokenizer.encode(texts, limit, add_special_tokens=with_special)
         return [prompt for prompt in body.prompts if not isinstance(prompt, str)]
 
     async def _builder(
         self, body: GenerateRequest, prompts: list[list[int]], usage: TokenUsage, chat: PreparedChat | None
     ) -> ResponseBuilder:
-        model, num_top = body.model or self._validator.model_names[0], num_top_logprobs(body)
+        model = body.model or self._validator.model_names[0]
+        num_top = num_top_logprobs(body)
+        if isinstance(body, ChatRequest) and body.logprob_token_ids:
+            num_top = len(body.logprob_token_ids) + 1  # a chat lists the sampled token too
+        options = ReplyOptions(
+            num_top, bool(body.return_tokens_as_token_ids), bool(body.return_token_ids), body.prompt_logprobs
+        )
         if isinstance(body, ChatRequest):
             assert chat is not None
-            return ChatBuilder(model, num_top, usage, chat, keeps_reasoning=body.include_reasoning is not False)
+            return ChatBuilder(model, options, usage, chat, keeps_reasoning=body.include_reasoning is not False)
         echoes = await self._echo(body, prompts) if body.echo else []
-        return CompletionBuilder(model, num_top, usage, body.n or 1, echoes)
+        return CompletionBuilder(model, options, usage, body.n or 1, echoes)
 
     async def _echo(self, body: CompletionRequest, prompts: list[list[int]]) -> list[PromptText]:
         """Return the prompts for `echo`: texts as they came, and the texts of token ids with all special tokens."""
         echoes = []
         for prompt, ids in zip(body.prompts, prompts, strict=True):
-            text = prompt if isinstance(prompt, str) else None
+            text = prompt if isinstance(prompt, str) and body.truncate_prompt_tokens is None else None
             if text is not None and body.logprobs is None:
                 echoes.append(PromptText(text))
             else:
@@ -135,6 +142,8 @@ class Handlers:
         new_builder: NewBuilder | None = None,
     ) -> None:  # fmt: skip
         """Generate the outputs of all prompts and send the response, as a stream if the body says so."""
+        prompts = [self._validator.truncated(body, ids) for ids in prompts]
+        self._validator.check_prompt_logprobs(body, sum(map(len, prompts)))
         constraint = chat.constraint if chat else structured_outputs(body)
         params = [self._validator.sampling_params(body, len(ids), constraint) for ids in prompts]
         if chat is not None and chat.keeps_special_tokens:
@@ -145,7 +154,7 @@ class Handlers:
         else:
             builder = await self._builder(body, prompts, usage, chat)
         try:
-            async with aclosing(self._events(prompts, params, usage)) as events:
+            async with aclosing(self._events(body, prompts, params, usage)) as events:
                 if body.stream:
                     options = body.stream_options
                     with_usage = options is not None and bool(options.include_usage)
@@ -169,7 +178,7 @@ class Handlers:
                 )  # fmt: skip
 
     async def _events(
-        self, prompts: list[list[int]], params: list[SamplingParams], usage: TokenUsage
+        self, body: GenerateRequest, prompts: list[list[int]], params: list[SamplingParams], usage: TokenUsage
     ) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield the events of all prompts in the order of arrival, each with the index of its choice in the response.
 
@@ -177,9 +186,15 @@ class Handlers:
         Raises ApiError when an output ends with an error, or because the server shuts down.
         """
         timers = [PromptTimer(self._metrics) for _ in prompts]
-        streams = [self._engine.generate(ids, p) for ids, p in zip(prompts, params, strict=True)]
+        salt, is_echo_only = body.cache_salt, body.max_tokens == 0
+        streams = [
+            self._engine.generate(ids if salt is None else PromptFields(prompt_token_ids=ids, cache_salt=salt), p)
+            for ids, p in zip(prompts, params, strict=True)
+        ]
         async with aclosing(merge(streams)) as events:
             async for prompt, event in events:
+                if is_echo_only:
+                    event = event.without_tokens()
                 timers[prompt].observe(event)
                 usage.update(prompt, event)
                 if event.finish_reason == "error":
@@ -215,7 +230,8 @@ class Handlers:
         if body.messages is not None:
             ids = await self._chats.prompt(body)
         else:
-            (ids,) = await self._tokenizer.encode([body.prompt or ""])
+            with_special = body.add_special_tokens is not False
+            (ids,) = await self._tokenizer.encode([body.prompt or ""], add_special_tokens=with_special)
         texts = await self._tokenizer.decode_each(ids) if body.return_token_strs else None
         limit = self._validator.max_model_len
         return await _json_response(

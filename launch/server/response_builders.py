@@ -9,26 +9,43 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from pydantic import BaseModel
 
 from ...runtime.chat.call_readers import AnswerPart
 from ...runtime.detokenizer import PromptText
-from ...runtime.outputs import Event, Logprob
+from ...runtime.outputs import Event
 from .answer_reader import AnswerFields, AnswerReader, ParsedAnswer, ParsedCall
 from .answer_thread import make_long
 from .api_errors import ApiError
 from .chat_preparation import PreparedChat
+from .logprob_texts import LogprobWriter, likeliest, new_tokens, num_candidates, prompt_logprobs, token_text
 from .protocol import response_models as api
 from .token_usage import TokenUsage
 
 LONG_EVENTS = 64  # with more events or candidates, a choice is made in the thread for long answers
 LONG_CANDIDATES = 1000  # these take 2 ms
-MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not have
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 ChoiceEvent = tuple[int, Event]  # (index of the choice, event)
+
+
+@dataclass(frozen=True)
+class ReplyOptions:
+    """What a request wants in its reply beside texts.
+
+    num_top          candidates at each position; None without log-probabilities
+    tokens_as_ids    log-probabilities name tokens by their ids
+    token_ids        the ids of prompt and output
+    prompt_logprobs  candidates at each position of the prompt; None without its log-probabilities
+    """
+
+    num_top: int | None = None
+    tokens_as_ids: bool = False
+    token_ids: bool = False
+    prompt_logprobs: int | None = None
 
 
 class ResponseBuilder(ABC):
@@ -39,10 +56,10 @@ class ResponseBuilder(ABC):
     response_type: type[BaseModel]
     end_of_stream = b"data: [DONE]\n\n"
 
-    def __init__(self, model: str, num_top: int | None, usage: TokenUsage) -> None:
+    def __init__(self, model: str, options: ReplyOptions, usage: TokenUsage) -> None:
         self._id, self._created = f"{self.id_prefix}-{secrets.token_hex(16)}", int(time.time())
-        self._model, self._usage = model, usage
-        self._num_top = num_top  # number of candidates at each position; None without log-probabilities
+        self._model, self._options, self._usage = model, options, usage
+        self._logprob_writer = LogprobWriter(options.num_top, options.tokens_as_ids)
 
     async def stream(
         self, events: AsyncIterator[ChoiceEvent], *, with_usage: bool, in_every_chunk: bool = False
@@ -63,14 +80,17 @@ class ResponseBuilder(ABC):
         choices: list[bytes] = []
         for index, (first, *later) in sorted(by_choice.items()):
             make = partial(self._choice_json, index, first, later)
-            is_long = len(later) > LONG_EVENTS or _num_candidates(first) > LONG_CANDIDATES
+            is_long = len(later) > LONG_EVENTS or num_candidates(first) > LONG_CANDIDATES
             choices += [b"," if choices else b"", await make_long(make) if is_long else make()]
-        reply = self._make(self.response_type, [], self._usage).model_dump_json().encode()
-        head, _, tail = reply.partition(b'"choices":[]')
+        head, _, tail = (await self._frame(by_choice[min(by_choice)][0])).partition(b'"choices":[]')
         return [head + b'"choices":[', *choices, b"]" + tail]
 
+    async def _frame(self, event: Event) -> bytes:
+        """Return the JSON of the response without its choices; `event` is the first one."""
+        return self._make(self.response_type, [], self._usage).model_dump_json().encode()
+
     async def _new_choices(self, index: int, event: Event) -> list[BaseModel]:
-        if _num_candidates(event) > LONG_CANDIDATES:  # those of a prompt, or of a client that reads slowly
+        if num_candidates(event) > LONG_CANDIDATES:  # those of a prompt, or of a client that reads slowly
             return await make_long(lambda: list(self._chunk_choices(index, event)))
         return list(self._chunk_choices(index, event))
 
@@ -89,77 +109,131 @@ class ResponseBuilder(ABC):
     def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
         """Yield the choices, one for each chunk, that an event adds to a stream."""
 
-    def _make(self, kind: type[BaseModel], choices: list[BaseModel], usage: TokenUsage | None = None) -> BaseModel:
+    def _make(
+        self, kind: type[BaseModel], choices: list[BaseModel], usage: TokenUsage | None = None, **more: Any
+    ) -> BaseModel:
         counts = usage and usage.usage()
-        return kind(id=self._id, created=self._created, model=self._model, choices=choices, usage=counts)
+        return kind(id=self._id, created=self._created, model=self._model, choices=choices, usage=counts, **more)
+
+    def _prompt_logprobs(self, event: Event) -> api.PromptLogprobs | None:
+        num_top = self._options.prompt_logprobs
+        return None if num_top is None else prompt_logprobs(event.prompt_logprobs or [], num_top)
 
 
 class CompletionBuilder(ResponseBuilder):
     """Builds responses of /v1/completions: `n` choices for each prompt, after its echo if there are `echoes`."""
 
-    id_prefix, chunk_type, response_type = "cmpl", api.Completion, api.Completion
+    id_prefix, response_type = "cmpl", api.Completion
+    chunk_type: type[BaseModel] = api.CompletionChunk
 
     def __init__(
-        self, model: str, num_top: int | None, usage: TokenUsage, n: int, echoes: Sequence[PromptText]
+        self, model: str, options: ReplyOptions, usage: TokenUsage, n: int, echoes: Sequence[PromptText]
     ) -> None:
-        super().__init__(model, num_top, usage)
+        super().__init__(model, options, usage)
         self._n, self._echoes = n, echoes
+        if options.token_ids:
+            self.chunk_type = api.CompletionChunkIds
         self._started: set[int] = set()  # indices of the choices that have had a part
 
     def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
-        if event.text or event.logprobs or event.finish_reason:
-            yield self._choice(index, event)
+        if self._options.token_ids:
+            prompt_ids = None if index in self._started else event.prompt_token_ids
+            yield api.CompletionChunkChoiceIds(
+                **self._fields(index, event), prompt_token_ids=prompt_ids, token_ids=event.token_ids
+            )
+        elif event.text or event.logprobs or event.finish_reason:
+            yield api.CompletionChunkChoice(**self._fields(index, event))
 
     def _choice(self, index: int, event: Event) -> BaseModel:
+        prompt_ids, ids = (event.prompt_token_ids, event.token_ids) if self._options.token_ids else (None, None)
+        return api.CompletionChoice(
+            **self._fields(index, event), prompt_token_ids=prompt_ids, token_ids=ids,
+            prompt_logprobs=self._prompt_logprobs(event),
+        )  # fmt: skip
+
+    def _fields(self, index: int, event: Event) -> dict[str, Any]:
+        """Return the fields of a choice that it also has in a chunk."""
         prompt = self._echoes[index // self._n] if self._echoes else PromptText("")
         is_first = index not in self._started
         self._started.add(index)
-        return api.CompletionChoice(
-            index=index, text=prompt.text + event.text if is_first else event.text,
-            logprobs=None if self._num_top is None else self._logprobs(event, prompt, with_prompt=is_first),
-            finish_reason=_finish_reason(event), stop_reason=event.stop_reason,
-        )  # fmt: skip
+        has_logprobs = self._options.num_top is not None
+        return {
+            "index": index, "text": prompt.text + event.text if is_first else event.text,
+            "logprobs": self._logprobs(event, prompt, with_prompt=is_first) if has_logprobs else None,
+            "finish_reason": _finish_reason(event), "stop_reason": event.stop_reason,
+        }  # fmt: skip
 
     def _logprobs(self, event: Event, prompt: PromptText, *, with_prompt: bool) -> api.CompletionLogprobs:
         logprobs = api.CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        add_token = self._logprob_writer.add_token
         if with_prompt and prompt.pieces:
             positions = zip(event.prompt_token_ids, event.prompt_logprobs or (), strict=True)
             for (token, candidates), piece, offset in zip(positions, prompt.pieces, prompt.offsets, strict=True):
-                _add_token(logprobs, _token_text(piece.decode(errors="replace"), piece), token, candidates, offset)
-        for (token, candidates), offset in zip(_tokens(event), event.text_offsets or (), strict=True):
-            text = _token_text(candidates[token].decoded_token, candidates[token].token_bytes)
-            _add_token(logprobs, text, token, candidates, len(prompt.text) + offset)
+                text = token_text(piece.decode(errors="replace"), piece)
+                top = candidates and likeliest(candidates, self._options.num_top or 0)
+                add_token(logprobs, token, text, top, offset)
+        for (token, candidates), offset in zip(new_tokens(event), event.text_offsets or (), strict=True):
+            text = token_text(candidates[token].decoded_token, candidates[token].token_bytes)
+            add_token(logprobs, token, text, candidates, len(prompt.text) + offset)
         return logprobs
 
 
 class ChatBuilder(ResponseBuilder):
     """Builds responses of /v1/chat/completions; the chunk of an event has all fields that the event adds to."""
 
-    id_prefix, chunk_type, response_type = "chatcmpl", api.ChatChunk, api.ChatCompletion
+    id_prefix, response_type = "chatcmpl", api.ChatCompletion
+    chunk_type: type[BaseModel] = api.ChatChunk
 
     def __init__(
-        self, model: str, num_top: int | None, usage: TokenUsage, chat: PreparedChat, *, keeps_reasoning: bool = True
+        self, model: str, options: ReplyOptions, usage: TokenUsage, chat: PreparedChat, *, keeps_reasoning: bool = True
     ) -> None:
-        super().__init__(model, num_top, usage)
+        super().__init__(model, options, usage)
+        self._chunk_choice: type[api.ChatChunkChoice] = api.ChatChunkChoice
+        if options.token_ids:
+            self.chunk_type, self._chunk_choice = api.ChatChunkIds, api.ChatChunkChoiceIds
+        self._prompt_ids: list[int] | None = None  # for the first chunk, before it
         self._chat, self._keeps_reasoning = chat, keeps_reasoning
         self._readers: dict[int, tuple[AnswerReader, AnswerFields]] = {}  # by the index of the choice
         self._parts: dict[int, list[AnswerPart]] = {}  # of each choice, for a whole response
+
+    def stream(
+        self, events: AsyncIterator[ChoiceEvent], *, with_usage: bool, in_every_chunk: bool = False
+    ) -> AsyncIterator[BaseModel]:
+        """Yield the chunks of a streamed response; the first one has the ids of the prompt if they are wanted."""
+        chunks = super().stream(events, with_usage=with_usage, in_every_chunk=in_every_chunk)
+        return self._with_prompt_ids(chunks) if self._options.token_ids else chunks
 
     async def whole(self, events: AsyncIterator[ChoiceEvent]) -> list[bytes]:
         """Return the JSON of the response after the last event, in pieces."""
         return await super().whole(self._noted(events))
 
+    async def _with_prompt_ids(self, chunks: AsyncIterator[BaseModel]) -> AsyncIterator[BaseModel]:
+        async for chunk in chunks:
+            if isinstance(chunk, api.ChatChunkIds):
+                chunk.prompt_token_ids, self._prompt_ids = self._prompt_ids, None
+            yield chunk
+
+    async def _frame(self, event: Event) -> bytes:
+        def frame() -> bytes:
+            ids = event.prompt_token_ids if self._options.token_ids else None
+            more = {"prompt_token_ids": ids, "prompt_logprobs": self._prompt_logprobs(event)}
+            return self._make(self.response_type, [], self._usage, **more).model_dump_json().encode()
+
+        return await make_long(frame) if num_candidates(event) > LONG_CANDIDATES else frame()
+
     def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
         reader, fields = self._reader(index)
         if index not in self._parts:
+            self._prompt_ids = self._prompt_ids if self._parts else event.prompt_token_ids
             self._parts[index] = []
             role = api.ChatDelta(role="assistant", content="")
-            yield api.ChatChunkChoice(index=index, delta=role, logprobs=None, finish_reason=None, stop_reason=None)
+            yield self._chunk_choice(index=index, delta=role, logprobs=None, finish_reason=None, stop_reason=None)
         delta = _delta(fields.sort(reader.read(event)))
-        if delta or event.logprobs or event.finish_reason:
-            yield api.ChatChunkChoice(
+        ids: dict[str, Any] = {"token_ids": event.token_ids} if self._options.token_ids else {}
+        if delta or event.logprobs or event.finish_reason or ids:
+            yield self._chunk_choice(
                 index=index, delta=delta, logprobs=self._logprobs(event) if event.logprobs else None,
-                finish_reason=reader.end(event), stop_reason=event.stop_reason,
+                finish_reason=reader.end(event), stop_reason=event.stop_reason, **ids,
             )  # fmt: skip
 
     def _choice(self, index: int, event: Event) -> BaseModel:
@@ -174,7 +248,7 @@ class ChatBuilder(ResponseBuilder):
         )  # fmt: skip
         return api.ChatChoice(
             index=index, message=message, logprobs=self._logprobs(event), finish_reason=finish_reason,
-            stop_reason=event.stop_reason,
+            stop_reason=event.stop_reason, token_ids=event.token_ids if self._options.token_ids else None,
         )  # fmt: skip
 
     async def _noted(self, events: AsyncIterator[ChoiceEvent]) -> AsyncIterator[ChoiceEvent]:
@@ -191,14 +265,9 @@ class ChatBuilder(ResponseBuilder):
         return self._readers[index]
 
     def _logprobs(self, event: Event) -> api.ChatLogprobs | None:
-        if self._num_top is None:
+        if self._options.num_top is None:
             return None
-        content = []
-        for token, candidates in _tokens(event):
-            top = sorted(candidates.values(), key=lambda c: c.rank)[: self._num_top]
-            sampled = _candidate(candidates[token]).model_dump()
-            content.append(api.TokenCandidates(**sampled, top_logprobs=[_candidate(c) for c in top]))
-        return api.ChatLogprobs(content=content)
+        return api.ChatLogprobs(content=self._logprob_writer.chat(event))
 
 
 def _delta(answer: ParsedAnswer) -> api.ChatDelta:
@@ -220,65 +289,7 @@ def _call_delta(index: int, call: ParsedCall) -> api.ToolCallDelta:
     return api.ToolCallDelta(index=index, id=call.id, type="function", function=function)
 
 
-def _num_candidates(event: Event) -> int:
-    positions = [*(event.prompt_logprobs or ())[-1:], *(event.logprobs or ())[:1]]
-    num_positions = len(event.prompt_logprobs or ()) + len(event.logprobs or ())
-    return num_positions * max((len(candidates or ()) for candidates in positions), default=0)
-
-
-def _tokens(event: Event) -> list[tuple[int, dict[int, Logprob]]]:
-    """Return the new tokens with their candidates; none without log-probabilities."""
-    return list(zip(event.token_ids, event.logprobs, strict=True)) if event.logprobs else []
-
-
 def _finish_reason(event: Event) -> api.FinishReason | None:
     assert event.finish_reason != "abort", "Handlers raises an error instead"
     assert event.finish_reason != "error"
     return event.finish_reason
-
-
-def _add_token(
-    logprobs: api.CompletionLogprobs, text: str, token: int, candidates: dict[int, Logprob] | None, offset: int
-) -> None:
-    """Add a token; only the first one of a prompt has no candidates."""
-    logprobs.tokens.append(text)
-    logprobs.token_logprobs.append(_finite(candidates[token].logprob) if candidates else None)
-    logprobs.top_logprobs.append(_top_logprobs(text, token, candidates) if candidates else None)
-    logprobs.text_offset.append(offset)
-
-
-def _top_logprobs(text: str, token: int, candidates: dict[int, Logprob]) -> dict[str, float]:
-    """Return the log-probabilities by text, the sampled token first; a token with a text that is taken is named by id.
-
-    The sampled token has the same text here as in `tokens`: evaluations look it up, to see if it is the likeliest.
-    """
-    top = {text: _finite(candidates[token].logprob)}
-    for other, logprob in sorted(candidates.items(), key=lambda item: item[1].rank):
-        if other != token:
-            name = _token_text(logprob.decoded_token, logprob.token_bytes)
-            top[f"token_id:{other}" if name in top else name] = _finite(logprob.logprob)
-    return top
-
-
-def _token_text(text: str, piece: bytes, prefix: str = "bytes:") -> str:
-    """Return the text of a token, as OpenAI writes it for a part of a character: `bytes:\\xe2\\x82`."""
-    if REPLACEMENT not in text or _is_utf8(piece):
-        return text
-    return prefix + piece.decode(errors="backslashreplace")
-
-
-def _is_utf8(piece: bytes) -> bool:
-    try:
-        piece.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _candidate(logprob: Logprob) -> api.Candidate:
-    text = _token_text(logprob.decoded_token, logprob.token_bytes, prefix="")
-    return api.Candidate(token=text, logprob=_finite(logprob.logprob), bytes=list(logprob.token_bytes))
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, MIN_LOGPROB)

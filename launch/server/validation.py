@@ -14,6 +14,7 @@ import msgspec
 
 from ...runtime.request import RequestRefused, SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
+from ...runtime.text_worker import MAX_TOKENS
 from ..engine.async_engine import AsyncEngine
 from ..engine.grammar_check import GrammarsWaiting
 from .api_errors import ApiError, invalid, missing
@@ -21,11 +22,11 @@ from .protocol.request_models import ChatRequest, CompletionRequest, GenerateReq
 from .server_config import ServerConfig
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may fill the context
-MAX_ECHOED_CANDIDATES = 500_000  # 20 MB of JSON
+MAX_PROMPT_CANDIDATES = 500_000  # 20 MB of JSON
 SAMPLING_FIELDS = (  # SamplingParams has the same names
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "logit_bias", "min_tokens", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "seed",
-    "skip_special_tokens",
+    "skip_special_tokens", "allowed_token_ids", "bad_words", "logprob_token_ids",
 )  # fmt: skip
 GUIDED_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
@@ -56,6 +57,11 @@ class RequestValidator:
             self._check_completion(body, n)
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options", "is for streams; leave it out or set stream to true")
+        self._check_logprobs(body)
+        if (body.truncate_prompt_tokens or 0) > self.max_input:
+            raise invalid("truncate_prompt_tokens", f"exceeds the longest prompt, {self.max_input} tokens")
+        if body.truncation_side is not None and body.truncate_prompt_tokens is None:
+            raise invalid("truncation_side", "needs truncate_prompt_tokens")
         limit = self._max_num_seqs + config.max_queued
         if num_prompts * n > limit:
             raise invalid("n", f"makes {num_prompts * n} outputs, but this server holds {limit}; send less at once")
@@ -65,13 +71,13 @@ class RequestValidator:
         self, body: GenerateRequest, num_prompt_tokens: int, constraint: StructuredOutputsParams | None
     ) -> SamplingParams:
         """Return the sampling parameters; those that the request leaves out are the model's recommendation."""
-        max_tokens, num_top = self._max_tokens(body, num_prompt_tokens), num_top_logprobs(body)
+        max_tokens = max(1, self._max_tokens(body, num_prompt_tokens))
         fields = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
-        prompt_logprobs = num_top if isinstance(body, CompletionRequest) and body.echo else None
+        num_top = None if body.logprob_token_ids else num_top_logprobs(body)
         try:
             params = msgspec.structs.replace(
                 self._defaults, **fields, max_tokens=max_tokens, logprobs=num_top,
-                prompt_logprobs=prompt_logprobs, structured_outputs=constraint,
+                prompt_logprobs=_num_prompt_logprobs(body), structured_outputs=constraint,
             )  # fmt: skip
             params.check_vocabulary(self._vocab_size)
         except ValueError as error:
@@ -80,14 +86,26 @@ class RequestValidator:
             raise ApiError(400, str(error), param=param, code="invalid_value") from error
         return params
 
-    def check_echo(self, body: GenerateRequest, num_prompt_tokens: int) -> None:
-        """Raise ApiError if an echo repeats too many candidates of log-probabilities, which come all at once."""
-        num_top = num_top_logprobs(body)
-        candidates = 0 if num_top is None or not body.echo else num_prompt_tokens * (num_top + 1)
-        if candidates > MAX_ECHOED_CANDIDATES:
-            rule = f"repeats {num_prompt_tokens} tokens with {num_top} candidates each, {candidates} in all"
-            way_out = f"an answer has at most {MAX_ECHOED_CANDIDATES}; lower logprobs or send fewer prompts at once"
-            raise invalid("echo", f"{rule}, but {way_out}")
+    def truncated(self, body: GenerateRequest, ids: list[int]) -> list[int]:
+        """Return the ids of a prompt that `truncate_prompt_tokens` keeps: by default the last ones."""
+        limit = body.truncate_prompt_tokens
+        if limit is None:
+            return ids
+        kept = self.max_input if limit == -1 else limit
+        return ids[:kept] if body.truncation_side == "right" else ids[-kept:]
+
+    def max_encoded(self, body: GenerateRequest) -> int:
+        """Return the most tokens that a prompt may have before it is truncated."""
+        return self.max_input if body.truncate_prompt_tokens is None else MAX_TOKENS
+
+    def check_prompt_logprobs(self, body: GenerateRequest, num_prompt_tokens: int) -> None:
+        """Raise ApiError if an answer has too many candidates of the prompt's log-probabilities."""
+        num_top = _num_prompt_logprobs(body)
+        candidates = 0 if num_top is None else num_prompt_tokens * (num_top + 1) * (body.n or 1)
+        if candidates > MAX_PROMPT_CANDIDATES:
+            rule = f"covers {num_prompt_tokens} tokens with {num_top} candidates each, {candidates} in all"
+            way_out = f"an answer has at most {MAX_PROMPT_CANDIDATES}; lower logprobs or send fewer prompts at once"
+            raise invalid("prompt_logprobs" if body.prompt_logprobs is not None else "echo", f"{rule}, but {way_out}")
 
     def check_model(self, name: str | None) -> None:
         """Raise 404 for a model that this server does not have."""
@@ -101,6 +119,13 @@ class RequestValidator:
             message = f"Invalid '{param}': {max(ids)} is not a token id; the model has ids 0 to {self._vocab_size - 1}."
             raise ApiError(400, message, param=param, code="invalid_value")
 
+    def _check_logprobs(self, body: GenerateRequest) -> None:
+        if body.prompt_logprobs is not None and body.stream:
+            raise invalid("prompt_logprobs", "is not for streams; leave it out or set stream to false")
+        self._at_most("prompt_logprobs", body.prompt_logprobs or 0, self._config.max_logprobs)
+        if body.logprob_token_ids and num_top_logprobs(body) is None:
+            raise invalid("logprob_token_ids", "needs logprobs")
+
     def _check_chat(self, body: ChatRequest) -> None:
         self._at_most("top_logprobs", body.top_logprobs or 0, self._config.max_logprobs)
         if body.top_logprobs is not None and not body.logprobs:
@@ -113,6 +138,8 @@ class RequestValidator:
         if body.best_of not in (None, n):
             message = f"best_of={body.best_of} is not implemented; leave it out or make it n ({n})"
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
+        if body.max_tokens == 0 and (not body.echo or body.logprob_token_ids):
+            raise invalid("max_tokens", "of 0 generates nothing: it needs echo, and takes no logprob_token_ids")
         for prompt in body.prompts:
             if not isinstance(prompt, str):
                 self.check_token_ids(prompt, "prompt")
@@ -130,7 +157,7 @@ class RequestValidator:
                 " the completion; send or ask for less."
             )
             raise ApiError(400, message, param=param, code="context_length_exceeded")
-        return requested or min(room, default)
+        return min(room, default) if requested is None else requested
 
     def _at_most(self, param: str, value: int, limit: int, unit: str = "") -> None:
         """Raise ApiError for a value above its limit; `unit` is that of a list's entries."""
@@ -171,6 +198,15 @@ def num_top_logprobs(body: GenerateRequest) -> int | None:
     if isinstance(body, ChatRequest):
         return (body.top_logprobs or 0) if body.logprobs else None
     return body.logprobs
+
+
+def _num_prompt_logprobs(body: GenerateRequest) -> int | None:
+    """Return the number of candidates at each position of the prompt; an echo of a completion needs those too."""
+    numbers = [
+        body.prompt_logprobs,
+        num_top_logprobs(body) if isinstance(body, CompletionRequest) and body.echo else None,
+    ]
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def structured_outputs(body: GenerateRequest) -> StructuredOutputsParams | None:

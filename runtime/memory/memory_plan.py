@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from ...comm.message_text import format_bytes
 from ..config import Config
-from ..model.model_config import DTYPES, ModelConfig
-from ..model.rank_shares import share_of_features
+from ..model.model_config import DTYPES, DeltaNet, ModelConfig
+from ..model.rank_shares import share, share_of_features
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -42,6 +42,7 @@ class MemoryPlan:
     graphs: int = 0
     num_graphs: int = 0
     graph_rows: int = 0  # rows of the largest graph
+    states: int = 0  # recurrent states of the slots and of cached prefixes
     workspaces: int = 0  # activations of the largest step, workspaces, tables, kernels, libraries
     other_processes: str = ""  # the end of an error message, as gpu.other_processes returns it
 
@@ -57,7 +58,7 @@ class MemoryPlan:
     @property
     def taken(self) -> int:
         """Everything except the KV cache."""
-        return self.at_start + self.weights + self.graphs + self.workspaces
+        return self.at_start + self.weights + self.graphs + self.states + self.workspaces
 
     @property
     def allowed(self) -> int | None:
@@ -91,6 +92,7 @@ class MemoryPlan:
             ("in use at start", self.at_start or None, in_use),
             ("weights", self.weights, ""),
             ("CUDA graphs", self.graphs if self.num_graphs else None, graphs),
+            ("states", self.states or None, "of requests and cached prefixes, in layers without keys and values"),
             ("workspaces", self.workspaces or None, "activations, tables, kernels, libraries"),
             ("KV cache", self.kv_cache, tokens),
             ("free" if self.gpus_per_rank == 1 else "left to others", self.free, ""),
@@ -130,7 +132,27 @@ def plan_weights(config: Config, model: ModelConfig, rank: int = 0) -> MemoryPla
         weights=parameters_of_rank(model, ranks, rank) * itemsize - saved_by_fp8(model, ranks, itemsize, rank),
         page_bytes=kv_elements_per_token(model, ranks, rank) * config.page_size * kv_itemsize,
         page_size=config.page_size,
+        states=num_states(config) * state_bytes(model, ranks, rank, itemsize),
     )
+
+
+def num_states(config: Config) -> int:
+    """Return the recurrent states of a rank: one for each slot, a spare one, and those of cached prefixes."""
+    return config.max_num_seqs + 1 + saved_states(config)
+
+
+def saved_states(config: Config) -> int:
+    """Return how many cached prefixes can have a recurrent state at their end."""
+    return max(2, config.max_num_seqs // 4) if config.enable_prefix_caching else 0
+
+
+def state_bytes(model: ModelConfig, ranks: int, rank: int, itemsize: int) -> int:
+    """Return the bytes of one recurrent state over all layers; see StateShape."""
+    if model.delta_net is None:
+        return 0
+    net, (keys, values) = model.delta_net, _delta_features(model.delta_net, ranks, rank)
+    inputs = (net.taps - 1) * (2 * keys + values) * itemsize
+    return len(net.layers) * (inputs + 4 * values * net.key_size)
 
 
 def parameters_of_rank(model: ModelConfig, ranks: int, rank: int = 0) -> int:
@@ -146,7 +168,10 @@ def parameters_of_rank(model: ModelConfig, ranks: int, rank: int = 0) -> int:
     )
     norms = (len(model.names.norms) * model.num_layers + 1) * model.hidden_size
     tables = 1 if model.tie_word_embeddings else 2
-    return tables * vocabulary + model.num_layers * _attention_size(model, ranks, rank) + mlps + norms
+    attention = len(model.attention_layers) * _attention_size(model, ranks, rank)
+    if model.delta_net is not None:
+        attention += len(model.delta_net.layers) * _delta_size(model, model.delta_net, ranks, rank)
+    return tables * vocabulary + attention + mlps + norms
 
 
 def saved_by_fp8(model: ModelConfig, ranks: int, itemsize: int, rank: int = 0) -> int:
@@ -168,8 +193,13 @@ def _matrices(model: ModelConfig, ranks: int, rank: int) -> Iterator[tuple[list[
     hidden, (q, kv) = model.hidden_size, _head_features(model, ranks, rank)
     for layer in range(model.num_layers):
         name = f"model.layers.{layer}"
-        yield [f"{name}.self_attn.{x}_proj" for x in "qkv"], [q, kv, kv], hidden, 1
-        yield [f"{name}.self_attn.o_proj"], [hidden], q, 1
+        if model.delta_net is not None and layer in model.delta_net.layers:
+            yield from _delta_matrices(f"{name}.linear_attn", hidden, model.delta_net, ranks, rank)
+        else:
+            yield [f"{name}.self_attn.{x}_proj" for x in "qkv"], [q, kv, kv], hidden, 1
+            if model.output_gate:
+                yield [f"{name}.self_attn.q_proj"], [q], hidden, 1
+            yield [f"{name}.self_attn.o_proj"], [hidden], q, 1
         mlp, features, copies = f"{name}.mlp", _share(model.intermediate_size, ranks, rank), 1
         if model.experts is not None and model.has_experts(layer):
             mlp, copies = f"{mlp}.experts.0", model.experts.num_experts
@@ -180,9 +210,19 @@ def _matrices(model: ModelConfig, ranks: int, rank: int) -> Iterator[tuple[list[
         yield ["lm_head"], [-(-model.vocab_size // ranks)], hidden, 1
 
 
+def _delta_matrices(
+    name: str, hidden: int, net: DeltaNet, ranks: int, rank: int
+) -> Iterator[tuple[list[str], list[int], int, int]]:
+    keys, values = _delta_features(net, ranks, rank)
+    heads = values // net.value_size
+    yield [f"{name}.in_proj_qkv", f"{name}.in_proj_z"], [keys, keys, values, values], hidden, 1
+    yield [f"{name}.in_proj_b", f"{name}.in_proj_a"], [heads, heads], hidden, 1
+    yield [f"{name}.out_proj"], [hidden], values, 1
+
+
 def kv_elements_per_token(model: ModelConfig, ranks: int, rank: int = 0) -> int:
     """Return the elements of one token's keys and values, over all layers."""
-    return 2 * model.num_layers * _head_features(model, ranks, rank)[1]
+    return 2 * len(model.attention_layers) * len(model.heads_of_rank(rank, ranks).kv) * model.stored_head_dim
 
 
 def _attention_size(model: ModelConfig, ranks: int, rank: int) -> int:
@@ -190,7 +230,21 @@ def _attention_size(model: ModelConfig, ranks: int, rank: int) -> int:
     qkv = q + 2 * kv
     biases = model.qkv_bias * qkv + model.output_bias * model.hidden_size
     norms = {"none": 0, "each head": 2 * model.head_dim, "all heads": q + kv}[model.qk_norm]
-    return (qkv + q) * model.hidden_size + biases + norms
+    gate = model.output_gate * q * (model.hidden_size + model.qkv_bias)
+    return (qkv + q) * model.hidden_size + gate + biases + norms
+
+
+def _delta_size(model: ModelConfig, net: DeltaNet, ranks: int, rank: int) -> int:
+    keys, values = _delta_features(net, ranks, rank)
+    heads = values // net.value_size
+    projections = 2 * keys + 3 * values + 2 * heads  # q, k, v, z, output, b, a
+    return projections * model.hidden_size + net.taps * (2 * keys + values) + 2 * heads + net.value_size
+
+
+def _delta_features(net: DeltaNet, ranks: int, rank: int) -> tuple[int, int]:
+    """Return the features of the rank's key heads, and of its value heads."""
+    keys = len(share(net.key_heads, rank, ranks))
+    return keys * net.key_size, keys * net.value_heads // net.key_heads * net.value_size
 
 
 def _mlp_size(model: ModelConfig, ranks: int, rank: int) -> int:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.arguments import StateRows
+
 
 @dataclass(frozen=True, kw_only=True)
 class HostBatch:
@@ -40,6 +42,7 @@ class Batch:
     page_table_rows: Tensor  # [T]: row of device_page_table for each token, its slot
     device_page_table: Tensor  # [slots, P]: pages of each slot, in order; undefined beyond its length
     host: HostBatch
+    state_rows: StateRows | None = None  # for layers with a recurrent state
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

@@ -119,7 +119,14 @@ def _dimensions(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     hidden, names = model.hidden_size, model.names
     q, kv = (heads * model.head_dim for heads in (model.num_heads, model.num_kv_heads))
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (model.vocab_size, hidden)}
-    shapes |= _projection_shapes("model.layers.0", names.qkv, (q, kv, kv), hidden)
+    first = f"model.layers.{model.attention_layers[0]}"
+    shapes |= _projection_shapes(first, names.qkv, (q * (1 + model.output_gate), kv, kv), hidden)
+    if model.delta_net is not None and (net := model.delta_net).layers:
+        features = 2 * net.key_heads * net.key_size, net.value_heads * net.value_size
+        delta = f"model.layers.{min(net.layers)}.linear_attn"
+        shapes[f"{delta}.in_proj_qkv.weight"] = (sum(features), hidden)
+        shapes[f"{delta}.conv1d.weight"] = (sum(features), 1, net.taps)
+        shapes[f"{delta}.in_proj_a.weight"] = (net.value_heads, hidden)
     dense = [n for n in range(model.num_layers) if not model.has_experts(n)]
     if dense:
         features = (model.intermediate_size,) * 2

@@ -18,12 +18,15 @@ from ...kernels.arguments import KVCache, QKNorm
 from .attention.backend import AttentionBackend, Heads
 from .batch import Batch
 from .checkpoint import EMBEDDING, HEAD
+from .delta_net import GatedDeltaNet
 from .embedding import Embedding, Head, Logits, head_shard, vocabulary_shard
 from .kv_pool import AttentionShape, KVPool
-from .linear import MLP, ColumnLinear, MoE, RowLinear, projections
+from .linear import MLP, ColumnLinear, MoE, Projection, RowLinear, projections
 from .model_config import ModelConfig
 from .norm import LayerNorms, NormInput, Residual, RMSNorm, WideQKNorm, norm_weight
+from .rank_shares import share
 from .rope import RopeConfig
+from .state_pool import LayerStates, StatePool, StateShape
 from .weights import Weights
 
 
@@ -44,6 +47,10 @@ class Attention:
             (q_features, kv_features, kv_features),
             (q_rows, kv_rows, kv_rows),
         )
+        self.gate: ColumnLinear | None = None
+        if config.output_gate:
+            parts[:1], gates = _heads_and_gates(parts[0], heads.queries, config.head_dim)
+            self.gate = ColumnLinear(weights, gates, config.hidden_size, bias=config.qkv_bias)
         if config.adjacent_pairs:
             parts[:2] = [replace(part, pairs=config.head_dim) for part in parts[:2]]
         self.qkv = ColumnLinear(weights, parts, config.hidden_size, bias=config.qkv_bias)
@@ -78,7 +85,19 @@ class Attention:
             qkv[:, : self.q_size] *= query_scale
         if self.wide_norm is not None:
             self.wide_norm(qkv)
-        self.output(backend.run(qkv, self.heads, cache, self.window), residual)
+        out = backend.run(qkv, self.heads, cache, self.window)
+        if self.gate is not None:
+            out *= self.gate(normed).sigmoid()
+        self.output(out, residual)
+
+
+def _heads_and_gates(q: Projection, heads: range, head_dim: int) -> tuple[list[Projection], list[Projection]]:
+    """Return the rows of query heads, and those of the gate that follows each of them in a projection."""
+    both = [
+        replace(q, features=2 * q.features, rows=slice(start, start + head_dim))
+        for start in range(2 * heads.start * head_dim, 2 * heads.stop * head_dim, head_dim)
+    ]
+    return both[::2], both[1::2]
 
 
 class DecoderLayer:
@@ -89,7 +108,11 @@ class DecoderLayer:
         around_attention = names.norm_before_attention, names.norm_after_attention
         around_mlp = names.norm_before_mlp, names.norm_after_mlp
         self.attention_norms = LayerNorms(weights, comm, name, around_attention, hidden, config.stream_eps)
-        self.attention = Attention(weights, comm, config, layer, name, cos_sin)
+        self.attention: Attention | GatedDeltaNet
+        if config.delta_net is not None and layer in config.delta_net.layers:
+            self.attention = GatedDeltaNet(weights, comm, config, name)
+        else:
+            self.attention = Attention(weights, comm, config, layer, name, cos_sin)
         self.mlp_norms = LayerNorms(weights, comm, name, around_mlp, hidden, config.stream_eps)
         self.mlp: MLP | MoE
         if config.experts is not None and config.has_experts(layer):
@@ -108,10 +131,16 @@ class DecoderLayer:
             )
 
     def __call__(
-        self, residual: Residual, query_scale: Tensor | None, cache: KVCache, backend: AttentionBackend
+        self, residual: Residual, query_scale: Tensor | None, cache: KVCache | LayerStates, backend: AttentionBackend
     ) -> None:
         """Add the layer to `residual`; store keys and values of the batch that `backend` has planned in `cache`."""
-        self.attention(self.attention_norms.before(residual), residual, query_scale, cache, backend)
+        normed = self.attention_norms.before(residual)
+        if isinstance(self.attention, GatedDeltaNet):
+            assert isinstance(cache, LayerStates)
+            self.attention(normed, residual, cache)
+        else:
+            assert isinstance(cache, KVCache)
+            self.attention(normed, residual, query_scale, cache, backend)
         self.attention_norms.after(residual)
         self.mlp(self.mlp_norms.before(residual), residual)
         self.mlp_norms.after(residual)
@@ -178,21 +207,47 @@ class Decoder:
         config = self.config
         heads = config.heads_of_rank(self.comm.rank, self.comm.size)
         return AttentionShape(
-            num_layers=config.num_layers,
+            num_layers=len(config.attention_layers),
             num_heads=len(heads.queries),
             num_kv_heads=len(heads.kv),
             head_dim=config.head_dim,
             page_size=page_size,
             dtype=dtype,
             kv_dtype=kv_dtype,
+            padded_head_dim=config.stored_head_dim,
         )
 
-    def forward(self, batch: Batch, pool: KVPool, attention: AttentionBackend) -> Residual:
-        """Return the residual stream [T, D] after the last layer; store keys and values. `attention` is planned."""
+    def state_shape(self, dtype: torch.dtype) -> StateShape | None:
+        """Return the shape of this rank's recurrent states; None if no layer has one."""
+        net = self.config.delta_net
+        if net is None:
+            return None
+        keys = len(share(net.key_heads, self.comm.rank, self.comm.size))
+        heads = keys * net.value_heads // net.key_heads
+        return StateShape(
+            num_layers=len(net.layers),
+            taps=net.taps,
+            channels=2 * keys * net.key_size + heads * net.value_size,
+            heads=heads,
+            key_size=net.key_size,
+            value_size=net.value_size,
+            dtype=dtype,
+        )
+
+    def forward(
+        self, batch: Batch, pool: KVPool, attention: AttentionBackend, states: StatePool | None = None
+    ) -> Residual:
+        """Return the residual stream [T, D] after the last layer. `attention` is planned.
+
+        Stores keys and values in `pool`, and updates `states`, which a model with recurrent layers needs.
+        """
         residual = Residual(self.embedding(batch.token_ids), separate=self.config.names.has_norms_after)
         query_scale = None if self.query_scale is None else self.query_scale[batch.positions].unsqueeze(1)
-        for n, layer in enumerate(self.layers):
-            layer(residual, query_scale, pool.layer(n), attention)
+        caches = map(pool.layer, range(len(self.config.attention_layers)))
+        recurrent = iter([] if states is None else states.layers(batch.state_rows))
+        for layer in self.layers:
+            is_recurrent = isinstance(layer.attention, GatedDeltaNet)
+            layer(residual, query_scale, next(recurrent) if is_recurrent else next(caches), attention)
         return residual
 
     def logits(self, residual: Residual, rows: Tensor | None = None) -> Logits:

@@ -65,6 +65,8 @@ class Architecture:
     activation: Activation = "silu"
     zero_centred_norms: bool = False  # the weights of norms are those of config.json plus 1
     must_be_zero: tuple[str, ...] = ()  # fields of parts of the family that are not supported
+    output_gate: bool = False  # each head of q_proj is followed by a gate of the head's result
+    delta_net: bool = False  # layers of type linear_attention have the gated delta rule in place of attention
     experts: bool = False  # a mixture of experts in place of some MLPs
     windows: Windows = "never"  # sliding_window of config.json applies; "flagged": if use_sliding_window is set
     defaults: Mapping[str, Any]  # fields that config.json may leave out, as in transformers' class of the family
@@ -139,6 +141,12 @@ MINISTRAL3 = MISTRAL | {
 }  # fmt: skip
 OLMO2 = LLAMA | {"vocab_size": 50304, "rms_norm_eps": 1e-5}
 OLMO3 = OLMO2 | {"rope_theta": 5e5, "sliding_window": 4096, "sliding_window_pattern": 4}
+QWEN3_5 = LLAMA | {
+    "vocab_size": 248320, "intermediate_size": 12288, "num_attention_heads": 16, "num_key_value_heads": 4,
+    "head_dim": 256, "max_position_embeddings": 32768, "partial_rotary_factor": 0.25, "full_attention_interval": 4,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}  # fmt: skip
 EXAONE4 = LLAMA | {
     "vocab_size": 102400, "intermediate_size": 16384, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
     "sliding_window": 4096, "sliding_window_pattern": 4,
@@ -188,6 +196,10 @@ ARCHITECTURES = {
         names=NORMS_AFTER, qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="all heads",
         rotation="by layer type", windows="layer types", defaults=OLMO3,
     ),
+    "Qwen3_5ForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", output_gate=True, delta_net=True,
+        partial_rotary=True, zero_centred_norms=True, defaults=QWEN3_5,
+    ),
     "Exaone4ForCausalLM": Architecture(
         names=NORMS_AFTER, qk_norm="each head", rotation="windowed layers", windows="layer types", defaults=EXAONE4
     ),
@@ -215,5 +227,6 @@ ARCHITECTURES = {
 # The text part of models that also see images: its family by model_type of text_config.
 TEXT_PARTS = {
     "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
+    "Qwen3_5ForConditionalGeneration": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
     "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
 }

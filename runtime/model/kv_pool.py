@@ -1,7 +1,7 @@
 """One rank's KV memory, in one of two layouts.
 
 Both layouts have the same five indices with different strides. Readers and writers get a view of a layer,
-[pages, page_size, Hkv, E], and need not know the layout:
+[pages, page_size, Hkv, E], and need not know the layout or the padding of heads:
 
     layer-first  [layers, 2, pages, page_size, Hkv, E]   a layer is contiguous: short strides for attention
     page-first   [pages, layers, 2, page_size, Hkv, E]   a page is contiguous over all layers: moved as one block
@@ -31,6 +31,7 @@ class AttentionShape:
     page_size: int
     dtype: torch.dtype  # of q and of the activations
     kv_dtype: torch.dtype | None = None  # of keys and values in the cache; None: as dtype
+    padded_head_dim: int | None = None  # elements that the cache has for a head, zeros at its end; None: as head_dim
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -38,9 +39,15 @@ class AttentionShape:
         return self.kv_dtype or self.dtype
 
     @property
+    def stored_head_dim(self) -> int:
+        """The elements that the cache has for a head."""
+        return self.padded_head_dim or self.head_dim
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, keys and values."""
-        return 2 * self.num_layers * self.page_size * self.num_kv_heads * self.head_dim * self.cache_dtype.itemsize
+        elements = self.page_size * self.num_kv_heads * self.stored_head_dim
+        return 2 * self.num_layers * elements * self.cache_dtype.itemsize
 
 
 class KVPool:
@@ -48,14 +55,14 @@ class KVPool:
 
     def __init__(self, shape: AttentionShape, num_pages: int, device: torch.device, layout: KVLayout) -> None:
         self.shape, self.num_pages, self.layout = shape, num_pages, layout
-        page = (shape.page_size, shape.num_kv_heads, shape.head_dim)
+        page = (shape.page_size, shape.num_kv_heads, shape.stored_head_dim)
         outer = (shape.num_layers, 2, num_pages) if layout == "layer-first" else (num_pages, shape.num_layers, 2)
         self._memory = _zeros((*outer, *page), shape.cache_dtype, device)
 
     def layer(self, layer: int) -> KVCache:
         """Return views [pages, page_size, Hkv, E] of the keys and values of one layer."""
         memory = self._memory[layer] if self.layout == "layer-first" else self._memory[:, layer].transpose(0, 1)
-        return KVCache(memory[0], memory[1])
+        return KVCache(*(part[..., : self.shape.head_dim] for part in memory))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from .end_tokens import EndTokens
 from .families import ARCHITECTURES, TEXT_PARTS, Activation, Architecture, Flag, QKNormKind, TensorNames
 from .generation_config import generation_fields, not_applied
 from .hf_config import HFConfigReader, exists
-from .layer_rules import expert_layers, ropes_of_layers, windows_of_layers
+from .layer_rules import delta_net_layers, expert_layers, ropes_of_layers, windows_of_layers
 from .quantization import Quantization
 from .rank_shares import HeadShare, share_of_heads
 from .rope import RopeConfig
@@ -36,6 +36,18 @@ class Experts:
     num_per_token: int
     intermediate_size: int  # features of one expert
     normalized: bool  # the scores of a token's experts are scaled to sum up to 1
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """The gated delta rule of the layers in `layers`."""
+
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+    taps: int  # of the convolution before it
     layers: frozenset[int]
 
 
@@ -70,6 +82,8 @@ class ModelConfig:
     tie_word_embeddings: bool
     windows: tuple[int | None, ...]  # per layer: number of keys that a query sees, its own included; None for all
     experts: Experts | None
+    output_gate: bool  # a gate of the attention's result, whose rows follow those of each head of q
+    delta_net: DeltaNet | None
     dtype: str  # the checkpoint's dtype, one of DTYPES
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]  # ascending
@@ -137,6 +151,8 @@ class ModelConfig:
             zero_centred_norms=architecture.zero_centred_norms,
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             windows=windows_of_layers(fields, architecture.windows, num_layers),
+            output_gate=architecture.output_gate,
+            delta_net=_delta_net(fields, num_layers) if architecture.delta_net else None,
             experts=_experts(fields, num_layers) if architecture.experts else None,
             dtype=_dtype(fields),
             max_position_embeddings=_num_positions(fields, ropes),
@@ -166,6 +182,16 @@ class ModelConfig:
         """
         return self.norm_eps / self.residual_multiplier**2
 
+    @property
+    def attention_layers(self) -> list[int]:
+        """The layers with keys and values."""
+        return [n for n in range(self.num_layers) if self.delta_net is None or n not in self.delta_net.layers]
+
+    @property
+    def stored_head_dim(self) -> int:
+        """The elements that the KV cache has for a head: heads of 96 are padded, because FlashInfer has 128 only."""
+        return 128 if self.head_dim == 96 else self.head_dim
+
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and layer in self.experts.layers
 
@@ -175,8 +201,7 @@ class ModelConfig:
 
     def check_tensor_parallel(self, size: int) -> None:
         """Raise ValueError, with the largest size, if the model cannot be split over `size` ranks."""
-        parts = {"attention heads": self.num_heads} | {"intermediate features": min(self._intermediate_sizes())}
-        problems = [f"{count} {part}" for part, count in parts.items() if count < size]
+        problems = [f"{count} {part}" for part, count in self._divided_parts().items() if count < size]
         if problems:
             raise ValueError(
                 f"{', '.join(problems)} cannot be split over {size} ranks; "
@@ -186,7 +211,12 @@ class ModelConfig:
     @property
     def max_tensor_parallel_size(self) -> int:
         """The largest number of ranks over which the model can be split; each has a query head."""
-        return min(self.num_heads, *self._intermediate_sizes())
+        return min(self._divided_parts().values())
+
+    def _divided_parts(self) -> dict[str, int]:
+        """Return the number of each part of which every rank must have one."""
+        parts = {"attention heads": self.num_heads, "intermediate features": min(self._intermediate_sizes())}
+        return parts if self.delta_net is None else parts | {"linear key heads": self.delta_net.key_heads}
 
     def _intermediate_sizes(self) -> set[int]:
         """Return the intermediate features of MLPs and experts. An MLP's do not count if every layer has experts."""
@@ -312,6 +342,23 @@ def _dtype(fields: HFConfigReader) -> str:
             f"config.json: dtype {shortened(name)} is not supported; the supported ones are {', '.join(DTYPES)}"
         )
     return name
+
+
+def _delta_net(fields: HFConfigReader, num_layers: int) -> DeltaNet:
+    net = DeltaNet(
+        key_heads=fields.integer("linear_num_key_heads"),
+        value_heads=fields.integer("linear_num_value_heads"),
+        key_size=fields.integer("linear_key_head_dim"),
+        value_size=fields.integer("linear_value_head_dim"),
+        taps=fields.integer("linear_conv_kernel_dim", minimum=2),
+        layers=delta_net_layers(fields, num_layers),
+    )
+    if net.value_heads % net.key_heads:
+        raise ValueError(
+            f"config.json: {net.value_heads} value heads cannot share {net.key_heads} key heads; "
+            "linear_num_value_heads must be a multiple of linear_num_key_heads"
+        )
+    return net
 
 
 def _experts(fields: HFConfigReader, num_layers: int) -> Experts:

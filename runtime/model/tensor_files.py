@@ -16,7 +16,10 @@ from .hf_config import HFConfigReader, check_regular, exists
 
 INDEX = "model.safetensors.index.json"
 # Tensors of a model that also sees images; its text part is below `language_model`.
-IMAGE_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+IMAGE_PARTS = (
+    "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.", "model.visual.",
+)  # fmt: skip
+UNUSED_PARTS = (*IMAGE_PARTS, "mtp.")  # mtp: multi-token prediction, for speculative decoding
 MAX_NAME_BYTES = 255  # as file systems have it
 MAX_NAMED = 8  # entries of a list in an error message
 COMPARED_BYTES = 16 * 2**20  # compared at once
@@ -49,8 +52,8 @@ class TensorFiles(Mapping[str, Any]):
         for path in _paths(folder, weight_map):
             file = stack.enter_context(_open(path, framework))
             for stored in file.keys():  # noqa: SIM118 - not a mapping
-                if weight_map.get(stored, path.name) != path.name or stored.startswith(IMAGE_PARTS):
-                    continue  # the index takes this one from another file, or it does not belong to the text
+                if weight_map.get(stored, path.name) != path.name or stored.startswith(UNUSED_PARTS):
+                    continue  # the index takes this one from another file, or it is not used
                 name = stored.replace("language_model.", "")
                 self._stored_names[name] = stored
                 if name in self._paths:

@@ -92,10 +92,19 @@ class Weights(list[Weight]):
         self.quantization, self.zero_centred_norms = quantization, zero_centred_norms
 
     def add(
-        self, shape: Sequence[int], pieces: Iterable[Piece], *, is_norm: bool = False, ignored: tuple[str, ...] = ()
+        self,
+        shape: Sequence[int],
+        pieces: Iterable[Piece],
+        *,
+        is_norm: bool = False,
+        is_zero_centred: bool = True,
+        ignored: tuple[str, ...] = (),
     ) -> Tensor:
-        """Return a new tensor of this shape; it is zero, and parts that no piece fills stay zero."""
-        if is_norm and self.zero_centred_norms:
+        """Return a new tensor of this shape; it is zero, and parts that no piece fills stay zero.
+
+        is_zero_centred  False for a norm whose checkpoint has its weight as it is, also with zero_centred_norms
+        """
+        if is_norm and self.zero_centred_norms and is_zero_centred:
             pieces = [replace(piece, offset=1.0) for piece in pieces]
         tensor = torch.zeros(*shape, dtype=self.dtype, device=self.device)
         self.append(Weight(tensor, tuple(pieces), is_norm, ignored))

@@ -116,7 +116,7 @@ class DecodeGraphs:
         rows = _decode_rows(inputs.size)
         batch = tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, rows)
         memory.attention.plan(batch)
-        logits = memory.decoder.logits(memory.decoder.forward(batch, memory.pool, memory.attention))
+        logits = memory.decoder.logits(memory.decoder.forward(batch, memory.pool, memory.attention, memory.states))
         sampled = sample_gumbel_max(logits, inputs.params)
         tables.append(inputs.slots, inputs.positions, sampled)
         return logits, sampled

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
+from ...kernels.arguments import StateRows
 from ..model.attention.backend import AttentionBackend
 from ..model.batch import Batch, HostBatch, to_device
 from ..model.decoder import Decoder
 from ..model.kv_pool import KVPool
+from ..model.state_pool import StatePool
 from ..plan import StepPlan
 from ..sampling.grammar_state import GrammarStates
 from ..sampling.sampler import Sampler
@@ -28,19 +30,24 @@ class SlotTables:
     The device's page table follows the steps: the entries of a step's rows are written before its layers run.
     """
 
-    def __init__(self, num_slots: int, max_length: int, page_size: int, device: torch.device) -> None:
-        self.page_size = page_size
+    def __init__(
+        self, num_slots: int, max_length: int, page_size: int, device: torch.device, *, has_states: bool = False
+    ) -> None:
+        self.page_size, self._has_states = page_size, has_states
         self.spare_slot = num_slots  # receives the writes of padding rows
         self.tokens = torch.zeros(num_slots + 1, max_length, dtype=torch.int32, device=device)
         pages_per_slot = -(-max_length // page_size)
         self.host_page_table = np.zeros((num_slots, pages_per_slot), np.int32)
         self.device_page_table = torch.zeros(num_slots + 1, pages_per_slot, dtype=torch.int32, device=device)
+        self._num_cached = np.zeros(num_slots, np.int32)
+        self._row_starts = torch.arange(num_slots + 2, dtype=torch.int32, device=device)  # of rows of one token
 
     def update(self, plan: StepPlan) -> None:
         """Store the tokens of admitted requests, and the plan's page writes."""
         for admission in plan.admitted:
             tokens = torch.from_numpy(admission.tokens).to(self.tokens.device, non_blocking=True)
             self.tokens[admission.slot, : len(tokens)] = tokens
+            self._num_cached[admission.slot] = admission.num_cached
         slot, index, page = plan.page_writes.reshape(-1, 3).T
         self.host_page_table[slot, index] = page
 
@@ -54,11 +61,16 @@ class SlotTables:
             before = ends - plan.counts - plan.starts
             positions = np.arange(ends[-1], dtype=np.int32) - np.repeat(before, plan.counts)
         page, offset = np.divmod(positions, self.page_size)
+        kv_slots = self.host_page_table[slots, page] * self.page_size + offset
+        if (
+            self._has_states and not plan.is_decode_only
+        ):  # a part of a cached prefix may be computed again for its recurrent state
+            kv_slots[positions < self._num_cached[slots]] = -1
         kv_lengths = plan.starts + plan.counts
         return HostBatch(
             slots=slots,
             positions=positions,
-            kv_slots=self.host_page_table[slots, page] * self.page_size + offset,
+            kv_slots=kv_slots,
             page_table=self.host_page_table[plan.slots, : -(-int(kv_lengths.max()) // self.page_size)],
             query_starts=np.append(np.int32(0), ends),
             kv_lengths=kv_lengths,
@@ -72,18 +84,28 @@ class SlotTables:
         rows = to_device(plan.slots, device).long()
         self.device_page_table[rows, : host.page_table.shape[1]] = to_device(host.page_table, device)
         slots, positions, kv_slots = packed.unbind(0)
-        return self._batch(self.tokens[slots.long(), positions.long()], slots, positions, kv_slots, host)
+        ids = self.tokens[slots.long(), positions.long()]
+        return self._batch(ids, slots, positions, kv_slots, host, self._state_rows(plan, host))
 
     def decode_batch(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
         """Return a step of one token per row from device memory alone, each [B] int32; can be captured in a graph."""
         ids = ops.begin_decode_(self.tokens, self.device_page_table, slots, positions, kv_slots, self.page_size)
-        return self._batch(ids, slots, positions, kv_slots, host)
+        return self._batch(ids, slots, positions, kv_slots, host, StateRows(slots, self._row_starts[: len(slots) + 1]))
 
     def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         """Write sampled tokens after `positions` of `slots`, all [S] int32: inputs of the next step."""
         ops.append_tokens_(self.tokens, slots, positions, tokens)
 
-    def _batch(self, ids: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
+    def _state_rows(self, plan: StepPlan, host: HostBatch) -> StateRows | None:
+        if not self._has_states:
+            return None
+        device, saves = self.tokens.device, plan.state_saves
+        on_device = to_device(saves.reshape(-1, 2, 2), device) if len(saves) else None
+        return StateRows(to_device(plan.slots, device), to_device(host.query_starts, device), on_device)
+
+    def _batch(
+        self, ids: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch, rows: StateRows | None
+    ) -> Batch:
         return Batch(
             token_ids=ids,
             positions=positions,
@@ -91,6 +113,7 @@ class SlotTables:
             page_table_rows=slots,
             device_page_table=self.device_page_table,
             host=host,
+            state_rows=rows,
         )
 
 
@@ -137,6 +160,7 @@ class RankMemory:
     decoder: Decoder
     attention: AttentionBackend
     pool: KVPool
+    states: StatePool | None  # of a model with recurrent layers
     tables: SlotTables
     sampler: Sampler
     grammars: GrammarStates

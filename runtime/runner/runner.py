@@ -73,6 +73,8 @@ class Runner:
         for admission in plan.admitted:
             memory.sampler.admit(admission)
             memory.grammars.admit(admission)
+            if memory.states is not None:
+                memory.states.start(admission.slot, admission.state)
         host = memory.tables.host_batch(plan)
         if self.graphs is not None and plan.is_decode_only and len(plan.slots) <= self.graphs.max_rows:
             return self._replay(plan, self.graphs, host)
@@ -88,7 +90,7 @@ class Runner:
         memory, decoder = self.memory, self.memory.decoder
         batch = memory.tables.batch(plan, host)
         memory.attention.plan(batch)
-        residual = decoder.forward(batch, memory.pool, memory.attention)
+        residual = decoder.forward(batch, memory.pool, memory.attention, memory.states)
         memory.grammars.advance()
         step = PendingStep(plan)
         if len(plan.sampled_rows):
@@ -127,7 +129,9 @@ class Runner:
             sampled = self.comm.all_gather(sampled.long())[0].int()
         device_slots, last_positions = to_device_together((slots, positions - 1), memory.device)
         memory.tables.append(device_slots, last_positions, sampled)
-        logprobs = sampled_logprobs(raw, sampled, params["logprobs"]) if wants_logprobs else None
+        logprobs = None
+        if wants_logprobs:
+            logprobs = sampled_logprobs(raw, sampled, params["logprobs"], memory.sampler.reported_ids(slots))
         tokens = memory.readback.start(sampled)
         if constrained:
             memory.grammars.advance_later(slots, tokens.wait)

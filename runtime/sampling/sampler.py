@@ -20,6 +20,7 @@ from ..model.batch import to_device, to_device_together
 from ..model.embedding import Logits
 from ..plan import Admission
 from ..request import SamplingParams
+from .bad_words import BadWords
 
 MAX_CANDIDATES = 64  # candidates of a row where top-k keeps no more; a fixed size makes sums bitwise equal in any batch
 MIN_TOP_P = float(np.finfo(np.float32).tiny)  # less would be 0, with which no token is kept
@@ -94,6 +95,21 @@ class LogitEdits:
     first_stop: int  # position from which stop ids may be sampled
     biased_ids: Tensor  # [n] int64
     biases: Tensor  # [n] float32
+    allowed_ids: Tensor | None  # [n] int64; None allows all
+    bad_words: BadWords | None
+
+    def apply_(self, logits: Tensor, position: int, tokens: Tensor) -> None:
+        """Change logits [V] of the token at `position`, in place; `tokens` [L] int32 holds those before it."""
+        if len(self.biased_ids):
+            logits[self.biased_ids] += self.biases
+        if self.allowed_ids is not None:
+            allowed = logits[self.allowed_ids]
+            logits.fill_(-torch.inf)
+            logits[self.allowed_ids] = allowed
+        if position < self.first_stop:
+            logits[self.stop_ids] = -torch.inf
+        if self.bad_words is not None:
+            self.bad_words.exclude_(logits, position, tokens)
 
 
 class Sampler:
@@ -103,6 +119,7 @@ class Sampler:
         self.device = device
         self.params = np.full(max_num_seqs, GREEDY)  # parameters of each slot
         self._edits: list[LogitEdits | None] = [None] * max_num_seqs
+        self._logprob_ids: dict[int, Tensor] = {}  # by slot: SamplingParams.logprob_token_ids, [n] int64
 
     def admit(self, admission: Admission) -> None:
         """Store the parameters of a request that takes a slot; params.seed must be set."""
@@ -116,13 +133,24 @@ class Sampler:
         row["temperature"] = 0 if p.is_greedy else p.temperature
         row["top_p"] = max(p.top_p, MIN_TOP_P)
         row["logprobs"] = -1 if p.logprobs is None else p.logprobs
+        self._logprob_ids.pop(admission.slot, None)
+        if p.logprob_token_ids is not None:
+            row["logprobs"] = 0
+            self._logprob_ids[admission.slot] = torch.tensor(p.logprob_token_ids, device=self.device)
         row["prompt_logprobs"] = -1 if p.prompt_logprobs is None else p.prompt_logprobs
         row["num_prompt_tokens"] = admission.num_prompt_tokens
         row["method"] = method
         penalized = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
-        edited = penalized or p.structured_outputs is not None or bool(p.logit_bias) or p.min_tokens > 0
+        edited = (
+            penalized
+            or p.structured_outputs is not None
+            or bool(p.logit_bias)
+            or p.min_tokens > 0
+            or p.allowed_token_ids is not None
+            or bool(admission.bad_words)
+        )
         row["is_penalized"], row["is_edited"] = penalized, edited
-        row["needs_full_logits"] = edited or method >= Method.TOP_P or p.logprobs is not None
+        row["needs_full_logits"] = edited or method >= Method.TOP_P or p.has_logprobs
         self.params[admission.slot] = row
         self._edits[admission.slot] = self._logit_edits(admission) if edited else None
 
@@ -132,6 +160,13 @@ class Sampler:
         key = params["key"].view(np.uint64)
         params["key"] = _mix(key + GOLDEN * positions.astype(np.uint64)).view(np.int64)
         return params
+
+    def reported_ids(self, slots: np.ndarray) -> dict[int, Tensor]:
+        """Return the SamplingParams.logprob_token_ids of the rows that have some, [n] int64 by row."""
+        if not self._logprob_ids:
+            return {}
+        ids = enumerate(map(self._logprob_ids.get, slots.tolist()))
+        return {row: of_row for row, of_row in ids if of_row is not None}
 
     def sample(self, logits: Logits, slots: np.ndarray, positions: np.ndarray, tokens: Tensor) -> Tensor:
         """Return one token per row, [S] int32, the same on every rank.
@@ -146,12 +181,10 @@ class Sampler:
         for start in range(0, len(penalized), PENALIZED_ROWS):
             self._penalize(logits.shard, penalized[start : start + PENALIZED_ROWS], params, slots, positions, tokens)
         for row in np.flatnonzero(params["is_edited"]).tolist():
-            edits, shard = self._edits[slots[row]], logits.shard[row]
+            slot = slots[row]
+            edits = self._edits[slot]
             assert edits is not None
-            if len(edits.biased_ids):
-                shard[edits.biased_ids] += edits.biases
-            if positions[row] < edits.first_stop:
-                shard[edits.stop_ids] = -torch.inf
+            edits.apply_(logits.shard[row], int(positions[row]), tokens[slot])
         columns = [np.ascontiguousarray(params[name]) for name in ROW_PARAMS]
         on_device = RowParams(*to_device_together(columns, self.device))
         sampled = torch.empty(len(params), dtype=torch.int32, device=self.device)
@@ -170,7 +203,11 @@ class Sampler:
         # The mask of a grammar excludes stop ids before min_tokens.
         first_stop = 0 if p.structured_outputs is not None else admission.num_prompt_tokens + p.min_tokens
         biases = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=self.device)
-        return LogitEdits(ids(admission.stop_ids), first_stop, ids(list(p.logit_bias)), biases)
+        allowed = None if p.allowed_token_ids is None else ids(p.allowed_token_ids)
+        bad_words = None
+        if admission.bad_words:
+            bad_words = BadWords.of(admission.bad_words, admission.num_prompt_tokens, self.device)
+        return LogitEdits(ids(admission.stop_ids), first_stop, ids(list(p.logit_bias)), biases, allowed, bad_words)
 
     def _penalize(
         self, logits: Tensor, rows: np.ndarray, params: np.ndarray, slots: np.ndarray, ends: np.ndarray, tokens: Tensor

@@ -7,11 +7,14 @@ KV cache is SGLang's idea (Zheng et al., 2023, 2312.07104).
 
     root - [system prompt] -+- [question A] - [answer A]
                             +- [question B]
+
+Prompts with a salt have a tree for each salt, which nobody can reach who does not know the salt.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,7 +26,7 @@ NO_PAGES = np.empty(0, dtype=np.int32)
 class Node:
     """A run of whole pages below `parent`; `locks` counts the requests that use it or a node below it."""
 
-    __slots__ = ("children", "last_used", "locks", "pages", "parent", "tokens")
+    __slots__ = ("children", "last_used", "locks", "pages", "parent", "state", "state_step", "tokens")
 
     def __init__(self, tokens: np.ndarray, pages: np.ndarray, parent: Node | None) -> None:
         self.tokens = tokens  # [n * page_size] int32
@@ -32,14 +35,19 @@ class Node:
         self.children: dict[bytes, Node] = {}  # keyed by the bytes of their first page of tokens
         self.locks = 0
         self.last_used = 0
+        self.state = -1  # the recurrent state at the end of the run, see SavedStates; negative: none
+        self.state_step = -1  # the step that writes it
 
 
 class PrefixCache:
     """The tree and the pages that it owns."""
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, on_cut: Callable[[Node], None] | None = None) -> None:
         self.page_size = page_size
+        self._on_cut = on_cut  # called with a node that loses its end
         self.root = Node(NO_PAGES, NO_PAGES, None)
+        self._salted: dict[str, Node] = {}  # roots of the prompts with a salt
+        self._num_roots_kept = 0  # roots after the last clean-up
         self.num_pages = 0  # pages that the tree owns
         self.num_evictable = 0  # pages in unlocked nodes: leaves, and inner nodes that become leaves
         self._clock = 0  # logical time: eviction order must not depend on a wall clock
@@ -47,6 +55,17 @@ class PrefixCache:
         self._leaves: list[tuple[int, int, Node]] = []
         self._num_pushes = 0
         self._num_leaves_kept = 0  # length of the heap after its last clean-up
+
+    def root_of(self, salt: str | None) -> Node:
+        """Return the root of the sequences with this salt; lock it, or a node below it, before the next call."""
+        if salt is None:
+            return self.root
+        if salt not in self._salted:
+            if len(self._salted) > 2 * self._num_roots_kept + 64:
+                self._salted = {s: root for s, root in self._salted.items() if root.children or root.locks}
+                self._num_roots_kept = len(self._salted)
+            self._salted[salt] = Node(NO_PAGES, NO_PAGES, None)
+        return self._salted[salt]
 
     def match(self, tokens: np.ndarray, start: Node | None = None) -> tuple[Node, np.ndarray]:
         """Find the longest cached prefix of `tokens` below `start` (default: the root), in whole pages.
@@ -121,6 +140,8 @@ class PrefixCache:
     def _drop_tail(self, node: Node, n: int) -> None:
         self.num_pages -= n
         self.num_evictable -= n
+        if self._on_cut is not None:
+            self._on_cut(node)
         keep = len(node.pages) - n
         if keep:
             node.pages, node.tokens = node.pages[:keep], node.tokens[: keep * self.page_size]
@@ -168,9 +189,9 @@ class PrefixCache:
 class PagePool:
     """Page numbers without memory; evicts pages from the prefix cache when none is free."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, on_cut: Callable[[Node], None] | None = None) -> None:
         self.num_pages = num_pages
-        self.tree = PrefixCache(page_size)
+        self.tree = PrefixCache(page_size, on_cut)
         self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack with page 0 on top
         self.num_free = num_pages
 

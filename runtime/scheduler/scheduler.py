@@ -13,7 +13,6 @@ rows have stored their keys.
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +22,9 @@ import numpy as np
 from ..plan import Admission, FinishReason, RequestEnd, StepOutput, StepPlan, TokenLogprobs
 from ..request import Limits, Request
 from .prefix_cache import NO_PAGES, Node, PagePool
+from .saved_states import SavedStates
 from .slots import Slots
+from .waiting_queue import WaitingQueue
 
 
 class PromptChunk(NamedTuple):
@@ -57,29 +58,30 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pages = PagePool(limits.num_pages, limits.page_size)
+        self._saved = SavedStates(limits.max_num_seqs + 1, limits.saved_states)
+        on_cut = self._saved.release if limits.has_states else None
+        self.pages = PagePool(limits.num_pages, limits.page_size, on_cut)
         self.slots = Slots(limits, self.pages.tree.root)
-        self.waiting: deque[Request] = deque()  # in order of arrival; preempted requests are at the front
+        self.waiting = WaitingQueue()
         self.num_preemptions = 0
         self._num_steps = 0
-        self._head_blocked = False  # the first waiting request did not fit, and nothing has been released since
+        self._blocked: Request | None = None  # a head that did not fit, if nothing has been released since
         self._preempted: set[int] = set()  # uids that wait again
         self._prompt_logprobs: set[int] = set()  # slots of requests with SamplingParams.prompt_logprobs
+        self._save_points: dict[int, list[int]] = {}  # slot -> lengths after which its recurrent state is saved
+        self._state_saves: list[tuple[int, int, int]] = []  # (slot, count, state) of the step in the making
         self._cached_tokens: dict[int, int] = {}  # prefix hits to report with the next output
 
     def add(self, request: Request) -> None:
         """Queue a request; raises ValueError if it can never run."""
         self.limits.check(request)
-        self.waiting.append(request)
+        self.waiting.add(request)
 
     def cancel(self, uid: int) -> RequestEnd | None:
         """End a waiting or running request; return None if it has ended already."""
-        for i, request in enumerate(self.waiting):
-            if request.uid == uid:
-                del self.waiting[i]
-                self._preempted.discard(uid)
-                self._head_blocked = False
-                return RequestEnd(uid, "abort")
+        if self.waiting.remove(uid) is not None:
+            self._preempted.discard(uid)
+            return RequestEnd(uid, "abort")
         running = self.slots.running
         for slot in running[self.slots.uid[running] == uid].tolist():
             self._release(slot)
@@ -88,7 +90,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting) or len(self.slots.running) > 0
+        return len(self.waiting) > 0 or len(self.slots.running) > 0
 
     def schedule(self) -> ScheduledStep | None:
         """Return the next step, or None if there are no requests or all of them wait for results."""
@@ -100,7 +102,7 @@ class Scheduler:
             self._extend_prompt(rows.chunk)
             chunks.append(rows.chunk)
         admitted: list[Admission] = []
-        if not self._head_blocked:
+        if self.waiting.head is not self._blocked:
             budget = self.limits.max_num_batched_tokens - len(rows.decoding)
             admitted = self._admit(budget - sum(chunk.num_tokens for chunk in chunks), chunks)
         return self._build_plan(rows.decoding, chunks, admitted)
@@ -174,47 +176,77 @@ class Scheduler:
         """Allocate the pages of a chunk, and share the pages that it completes."""
         self.slots.append_pages(chunk.slot, self.pages.allocate(self._num_missing_pages(chunk)))
         self._share(chunk.slot, int(self.slots.num_computed[chunk.slot]) + chunk.num_tokens)
+        self._save_states(chunk)
+
+    def _save_states(self, chunk: PromptChunk) -> None:
+        """Plan to save the recurrent state at the slot's save points inside a chunk, where the tree has a prefix."""
+        slot, start = chunk.slot, int(self.slots.num_computed[chunk.slot])
+        for length in self._save_points.get(slot, ()):
+            if start < length <= start + chunk.num_tokens:
+                node, pages = self.pages.tree.match(self.slots.tokens[slot, :length])
+                whole = len(pages) * self.limits.page_size == length
+                state = self._saved.save(node, self._num_steps) if whole else None
+                if state is not None:
+                    self._state_saves.append((slot, length - start, state))
 
     def _preempt(self, slot: int) -> None:
-        """Move a running request, with the tokens it has, to the front of the queue."""
+        """Move a running request, with the tokens it has, back to the queue."""
         request = self.slots.requests[slot]
         assert request is not None
         tokens = self.slots.tokens[slot, : self.slots.num_known[slot]].copy()
         self._release(slot)
-        self.waiting.appendleft(msgspec.structs.replace(request, tokens=tokens))
+        self.waiting.add(msgspec.structs.replace(request, tokens=tokens), is_new=False)
         self._preempted.add(request.uid)
         self.num_preemptions += 1
 
     def _admit(self, budget: int, chunks: list[PromptChunk]) -> list[Admission]:
         """Admit waiting requests in order while slots, tokens and pages last; append their first chunks to `chunks`."""
         admitted: list[Admission] = []
-        while self.waiting and self.slots.free and budget > 0:
-            request = self.waiting[0]
+        while (request := self.waiting.head) is not None and self.slots.free and budget > 0:
             node, pages = self._match(request)
             self.pages.tree.lock(node)
             needed = self.limits.pages_for(len(request.tokens)) - len(pages)
             if needed + len(self.slots.running) > self.pages.num_available:  # one more page for each running request
                 self.pages.tree.unlock(node)
-                self._head_blocked = True
+                self._blocked = request
                 break
-            self.waiting.popleft()
-            slot = self._occupy(request, node, pages)
+            self.waiting.pop()
+            num_computed, state = self._start_of(node, len(pages))
+            slot = self._occupy(request, node, pages, num_computed)
             chunk = PromptChunk(slot, min(len(request.tokens) - int(self.slots.num_computed[slot]), budget))
             self._extend_prompt(chunk)
             budget -= chunk.num_tokens
             chunks.append(chunk)
-            admitted.append(
-                Admission(slot, request.tokens, request.num_prompt_tokens, request.params, request.stop_ids)
-            )
+            cached = len(pages) * self.limits.page_size
+            who = request.tokens, request.num_prompt_tokens, request.params, request.stop_ids, request.bad_words
+            admitted.append(Admission(slot, *who, state, cached))
+
         return admitted
 
-    def _occupy(self, request: Request, node: Node, pages: np.ndarray) -> int:
+    def _start_of(self, node: Node, num_pages: int) -> tuple[int, int]:
+        """Return the tokens of a cached prefix that need not be computed, and the recurrent state after them.
+
+        A state is usable after the step that writes it. The tokens between it and the end of the prefix are computed
+        again, to get its state there; their keys and values are those of the cache.
+        """
+        if self.limits.has_states:
+            while node.parent is not None and not (node.state >= 0 and node.state_step < self._num_steps):
+                num_pages -= len(node.pages)
+                node = node.parent
+        return num_pages * self.limits.page_size, node.state
+
+    def _occupy(self, request: Request, node: Node, pages: np.ndarray, num_computed: int) -> int:
         """Return a slot for a request; its cached prefix ends at `node`, locked, and lies in `pages`."""
-        slot = self.slots.acquire(request, node, pages, min(request.max_length, self.limits.max_length))
+        max_length = min(request.max_length, self.limits.max_length)
+        slot = self.slots.acquire(request, node, pages, num_computed, max_length)
+        if self.limits.saved_states:
+            size = self.limits.page_size
+            points = {len(pages) * size, (len(request.tokens) - 1) // size * size}
+            self._save_points[slot] = sorted(point for point in points if point > num_computed)
         if request.params.prompt_logprobs is not None:
             self._prompt_logprobs.add(slot)
         if request.uid not in self._preempted:
-            self._cached_tokens[request.uid] = len(pages) * self.limits.page_size
+            self._cached_tokens[request.uid] = num_computed
         self._preempted.discard(request.uid)
         return slot
 
@@ -224,16 +256,17 @@ class Scheduler:
         The last token is always computed, because its hidden state gives the next one. A request for prompt
         log-probabilities computes all tokens: the cache has keys and values, but no hidden states.
         """
+        root = self.pages.tree.root_of(request.cache_salt)
         if not self.limits.enable_prefix_caching or request.params.prompt_logprobs is not None:
-            return self.pages.tree.root, NO_PAGES
+            return root, NO_PAGES
         size, tokens = self.limits.page_size, request.tokens
-        return self.pages.tree.match(tokens[: (len(tokens) - 1) // size * size])
+        return self.pages.tree.match(tokens[: (len(tokens) - 1) // size * size], root)
 
     def _share(self, slot: int, end: int) -> None:
         """Give the tree the whole pages before token `end`, unless it has a copy by now; the slot keeps using them."""
         s, size, shared = self.slots, self.limits.page_size, int(self.slots.num_shared_pages[slot])
         full = min(end, int(s.num_known[slot])) // size
-        if not self.limits.enable_prefix_caching or full == shared:
+        if not self.limits.enable_prefix_caching or full <= shared:
             return
         tree, tokens, above = self.pages.tree, s.tokens[slot, shared * size : full * size], s.prefix_nodes[slot]
         if len(tree.match(tokens, above)[1]) == 0:
@@ -268,12 +301,23 @@ class Scheduler:
             num_decoding=len(decoding),
             sampled_rows=sampled,
             page_writes=s.take_page_writes(),
+            state_saves=self._take_state_saves(rows),
         )
         self._num_steps += 1
         uids: dict[int, int] = {}
         if self._prompt_logprobs:
             uids = {row: int(s.uid[slot]) for row, slot in enumerate(rows.tolist()) if slot in self._prompt_logprobs}
         return ScheduledStep(plan=plan, slots=slots, admission_ids=s.admission_id[slots], prompt_logprobs=uids)
+
+    def _take_state_saves(self, rows: np.ndarray) -> np.ndarray:
+        """Return the saves planned for a step of these slots, as StepPlan.state_saves."""
+        if not self._state_saves:
+            return NO_PAGES
+        pairs: dict[int, list[int]] = {slot: [] for slot in rows.tolist()}
+        for slot, count, state in self._state_saves:
+            pairs[slot] += count, state
+        self._state_saves = []
+        return np.array([(numbers + [0] * 4)[:4] for numbers in pairs.values()], np.int32).ravel()
 
     def _end_failed(self, scheduled: ScheduledStep, failed: dict[int, str]) -> list[RequestEnd]:
         finished = []
@@ -290,12 +334,13 @@ class Scheduler:
         pages = s.page_table[slot, : s.num_pages[slot]].copy()
         kept = shared
         if self.limits.enable_prefix_caching:
-            kept = int(min(s.num_computed[slot], s.num_known[slot])) // size
+            kept = max(shared, int(min(s.num_computed[slot], s.num_known[slot])) // size)
             tokens = s.tokens[slot, shared * size : kept * size]
             _, num_present = self.pages.tree.insert(tokens, pages[shared:kept], s.prefix_nodes[slot])
             self.pages.release(pages[shared : shared + num_present])
         self.pages.release(pages[kept:])
         self.pages.tree.unlock(s.prefix_nodes[slot])
         self._prompt_logprobs.discard(slot)
-        self._head_blocked = False
+        self._save_points.pop(slot, None)
+        self._blocked = None
         s.release(slot)

@@ -36,12 +36,13 @@ class Slots:
         self._num_admissions = 0
         self._page_writes: list[np.ndarray] = []  # [n, 3] int32 each: (slot, index, page)
 
-    def acquire(self, request: Request, node: Node, pages: np.ndarray, max_length: int) -> int:
+    def acquire(self, request: Request, node: Node, pages: np.ndarray, num_computed: int, max_length: int) -> int:
         """Return a slot that `request` now holds.
 
-        node        end of the request's cached prefix, locked
-        pages       [n] int32: the prefix's pages, which the tree keeps
-        max_length  longest prompt plus output, in tokens
+        node          end of the request's cached prefix, locked
+        pages         [n] int32: the prefix's pages, which the tree keeps
+        num_computed  tokens of the prefix that are not computed again
+        max_length    longest prompt plus output, in tokens
         """
         slot, num_tokens = self.free.pop(), len(request.tokens)
         self.running = np.append(self.running, np.int32(slot))
@@ -52,7 +53,7 @@ class Slots:
         self._num_admissions += 1
         self.tokens[slot, :num_tokens] = request.tokens
         self.num_known[slot] = self.length[slot] = num_tokens
-        self.num_computed[slot] = len(pages) * self._page_size
+        self.num_computed[slot] = num_computed
         self.max_length[slot] = max_length
         # A grammar that has nothing to add ends before min_tokens; until then its mask excludes stop ids.
         min_tokens = 0 if request.params.structured_outputs is not None else request.params.min_tokens

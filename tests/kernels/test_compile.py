@@ -49,11 +49,16 @@ INSTANCES = {
         *(
             f"decode_attention<{shape}>"
             for shape in (
-                "f16, f16, 64, 4",
-                "bf16, bf16, 128, 4",
-                "bf16, bf16, 128, 8",
-                "bf16, fp8, 128, 4",
-                "f16, fp8, 64, 8",
+                "f16, f16, 64, 4, false",
+                "bf16, bf16, 96, 8, false",
+                "bf16, bf16, 128, 4, false",
+                "bf16, bf16, 128, 8, true",
+                "bf16, fp8, 128, 4, false",
+                "f16, fp8, 64, 8, false",
+                "bf16, bf16, 256, 4, false",
+                "bf16, bf16, 256, 8, true",
+                "bf16, fp8, 256, 4, false",
+                "f16, fp8, 256, 8, true",
             )
         ),
     ],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import native, reference
-from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope
+from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope, num_groups
 
 import emulator
 from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears, random_fp8
@@ -31,9 +31,9 @@ def _seed() -> None:
 
 
 def cloned(argument: Any) -> Any:
-    """Return a copy of a tensor, or of the tensors of a named tuple."""
+    """Return a copy of a tensor with its strides, or of the tensors of a named tuple."""
     if isinstance(argument, Tensor):
-        return argument.clone()
+        return torch.empty_strided(argument.size(), argument.stride(), dtype=argument.dtype).copy_(argument)
     return type(argument)(*map(cloned, argument)) if isinstance(argument, tuple) else argument
 
 
@@ -111,6 +111,21 @@ def test_decode_attention(
     check_decode_attention(rows, heads, kv_heads, size, window, torch.randn(701, size), cache_dtype)
 
 
+WIDE = [(3, 6, 1, 96), (5, 3, 1, 256), (2, 8, 1, 256), (5, 24, 2, 64), (2, 11, 1, 96)]  # up to 12 heads of a KV head
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "size"), WIDE)
+def test_decode_attention_of_wide_heads_and_groups(
+    rows: int, heads: int, kv_heads: int, size: int, softcap: float | None
+) -> None:
+    check_decode_attention(rows, heads, kv_heads, size, 50, torch.randn(701, size), softcap=softcap)
+
+
+def test_decode_attention_reads_a_part_of_padded_heads() -> None:
+    check_decode_attention(3, 4, 2, 96, None, torch.randn(701, 96), padding=32)
+
+
 @pytest.mark.parametrize("size", [64, 128])
 @pytest.mark.parametrize("table", [(701, 12), (701, 32), (701, 48), (0, 64)], ids=str)
 def test_decode_attention_rotates_a_part_of_a_head(size: int, table: tuple[int, int]) -> None:
@@ -125,6 +140,8 @@ def check_decode_attention(
     window: int | None,
     cos_sin: Tensor,
     cache_dtype: torch.dtype = BF16,
+    softcap: float | None = None,
+    padding: int = 0,
 ) -> None:
     positions = torch.tensor([700, 0, 1, 17, 64, 300, 199, 5, 5, 31, 32, 33], dtype=torch.int32)[:rows]
     table = torch.randperm(rows * 145, dtype=torch.int32).view(rows, 145)
@@ -132,11 +149,12 @@ def check_decode_attention(
     slots = table[table_rows.long(), positions.long() // 5] * 5 + positions % 5
     slots[2:3] = -1
     qkv, norm = random(rows, (heads + 2 * kv_heads) * size), QKNorm(random(size) + 2, random(size) + 2, 1e-6)
-    cache = KVCache(*(random(rows * 145, 5, kv_heads, size).to(cache_dtype) for _ in range(2)))
-    partition = emulator.emulated().partition_keys(positions, kv_heads, window)
+    padded = [random(rows * 145, 5, kv_heads, size + padding).to(cache_dtype) for _ in range(2)]
+    cache = KVCache(*(part[..., :size] for part in padded))
+    partition = emulator.emulated().partition_keys(positions, num_groups(heads, kv_heads), window)
     rope, pages = Rope(positions, cos_sin), Pages(table, table_rows)
     # The kernel leaves the counters of the partition at zero for the next layer; the definition does not touch them.
-    check("decode_attention", qkv, norm, rope, cache, slots, pages, partition, 0.1, factor=4)
+    check("decode_attention", qkv, norm, rope, cache, slots, pages, partition, 0.1, softcap, factor=4)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from lockstep.kernels import native, ops, reference
-from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope
+from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope, num_groups
 from lockstep.runtime.model.kv_pool import AttentionShape, KVPool
 
 import emulator
@@ -477,7 +477,7 @@ def test_linear_batch_invariant_row_is_bitwise_equal_in_any_batch(features: int,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_decode_attention_reads_fp8_as_the_numbers_it_stands_for(rows: int, size: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -498,12 +498,17 @@ def test_decode_attention_reads_fp8_as_the_numbers_it_stands_for(rows: int, size
         assert torch.equal(narrow.float(), exact.float().clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
+DECODED = [  # heads, KV heads, head size, softcap
+    (8, 8, 64, None), (10, 2, 64, 2.0), (8, 2, 128, None), (16, 2, 128, 2.0), (8, 2, 96, None), (24, 2, 96, 2.0),
+    (16, 2, 256, None), (6, 2, 256, 2.0),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("window", [None, 1, 50])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 8), (8, 2), (16, 2), (10, 2)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "softcap"), DECODED)
 @pytest.mark.parametrize("page_size", [1, 5, 16])
-@pytest.mark.parametrize("size", [64, 128])
 def test_decode_attention(
-    device: str, size: int, page_size: int, heads: int, kv_heads: int, window: int | None
+    device: str, page_size: int, heads: int, kv_heads: int, size: int, softcap: float | None, window: int | None
 ) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     positions = torch.tensor([0, 1, 17, 64, 999, 300, 3000][: 5 if device == "cpu" else 7], dtype=torch.int32)
@@ -522,9 +527,11 @@ def test_decode_attention(
     qkv, q_norm, k_norm, positions, cos_sin, k_cache, v_cache, slots, table, table_rows = inputs
     norm, rope, cache = QKNorm(q_norm, k_norm, 1e-6), Rope(positions, cos_sin), KVCache(k_cache, v_cache)
     expected_cache = KVCache(k_cache.clone(), v_cache.clone())
-    partition, pages = ops.partition_keys(positions, kv_heads, window), Pages(table, table_rows)
+    pages = Pages(table, table_rows)
+    partition = ops.partition_keys(positions, num_groups(heads, kv_heads), window)
     for _ in range(2):  # what one layer leaves behind must not disturb the next
-        out = ops.decode_attention(qkv, norm, rope, cache, slots, pages, partition, 0.1).unflatten(1, (heads, size))
+        out = ops.decode_attention(qkv, norm, rope, cache, slots, pages, partition, 0.1, softcap)
+        out = out.unflatten(1, (heads, size))
     q = ops.rotate_and_store_(qkv, norm, rope, expected_cache, slots)
     assert torch.equal(cache.k, expected_cache.k)
     assert torch.equal(cache.v, expected_cache.v)
@@ -540,7 +547,8 @@ def test_decode_attention(
         keys = torch.stack([*(k_cache[p, o] for p, o in places), new.k[row, 0]]).double()
         values = torch.stack([*(v_cache[p, o] for p, o in places), new.v[row, 0]]).double()
         keys, values = (t.repeat_interleave(heads // kv_heads, 1) for t in (keys, values))  # [K, H, E]
-        weights = torch.softmax(torch.einsum("he,khe->hk", q[row].double(), keys) * 0.1, dim=-1)
+        scores = torch.einsum("he,khe->hk", q[row].double(), keys) * 0.1
+        weights = torch.softmax(scores if softcap is None else (scores / softcap).tanh() * softcap, dim=-1)
         assert_close(out[row], torch.einsum("hk,khe->he", weights, values), 10 if device == "cpu" else 1)
 
 

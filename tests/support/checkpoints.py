@@ -71,6 +71,17 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Olmo2ForCausalLM": ("olmo2", {}),
     "Olmo3ForCausalLM": ("olmo3", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "Qwen3_5ForCausalLM": (
+        "qwen3_5_text",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 16,
+            "partial_rotary_factor": 0.25,
+        },
+    ),
     "Exaone4ForCausalLM": ("exaone4", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
     "Ernie4_5ForCausalLM": ("ernie4_5", {}),
     "Ministral3ForCausalLM": (
@@ -132,10 +143,14 @@ def tiny_checkpoint(folder: Path, architecture: str, seed: int = 0, **overrides:
     return model
 
 
+# By model type of the text part: those of the whole model and of its image part.
+OUTER_MODELS = {"gemma3_text": ("gemma3", "siglip_vision_model"), "qwen3_5_text": ("qwen3_5", "qwen3_5_vision")}
+
+
 def image_checkpoint(folder: Path, text_type: str, naming: str) -> PreTrainedModel:
     """Save a random model of images and text, whose text tensors begin with `naming`, and return it."""
     family = next(family for kind, family in FAMILIES.values() if kind == text_type)
-    outer, vision = ("gemma3", "siglip_vision_model") if text_type == "gemma3_text" else ("mistral3", "pixtral")
+    outer, vision = OUTER_MODELS.get(text_type, ("mistral3", "pixtral"))
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = AutoConfig.for_model(
         outer,
@@ -148,7 +163,9 @@ def image_checkpoint(folder: Path, text_type: str, naming: str) -> PreTrainedMod
     model = AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    renamed = {name.replace("language_model.model.", naming): tensor for name, tensor in tensors.items()}
+    stored = "model.language_model." if text_type == "qwen3_5_text" else "language_model.model."
+    renamed = {name.replace(stored, naming): tensor for name, tensor in tensors.items()}
+    renamed["mtp.fc.weight"] = torch.ones(2, 2)  # of speculative decoding, which is not supported
     save_file(renamed, folder / "model.safetensors")
     return model
 

@@ -20,6 +20,7 @@ from lockstep.launch.server.run import Server, bind, create_uvicorn_config
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
 from lockstep.runtime.detokenizer import Detokenizer
 from lockstep.runtime.executor import RankLocation
+from lockstep.runtime.frontend import PromptFields
 from lockstep.runtime.outputs import Event, Logprob
 from lockstep.runtime.request import Limits, SamplingParams
 from lockstep.runtime.stats import EngineStats
@@ -64,6 +65,7 @@ class FakeService:
         self.paused = False
         self.fails: EngineFailed | None = None
         self.asked: list[tuple[list[int], SamplingParams]] = []
+        self.salts: list[str | None] = []
         self.cancelled: list[int] = []  # at which step
         self.live = self.waiting = self.steps = 0
         self.closed = False
@@ -76,11 +78,14 @@ class FakeService:
     async def check_grammar(self, params: StructuredOutputsParams) -> None:
         """Take every grammar."""
 
-    async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
+    async def generate(
+        self, prompt: Sequence[int] | PromptFields, params: SamplingParams
+    ) -> AsyncGenerator[Event, None]:
         if self.health.state in ("failed", "draining"):
             raise EngineFailed(self.health.reason)
-        ids = list(prompt)
+        ids = list(prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt)
         self.asked.append((ids, params))
+        self.salts.append(prompt.get("cache_salt") if isinstance(prompt, dict) else None)
         texts = [Detokenizer(self._sync.token_bytes, ids) for _ in range(params.n)]
         lengths = [0] * params.n
         explained: list[dict[int, Logprob] | None] | None = None

@@ -49,7 +49,8 @@ LAYOUTS = {
         lambda s: s,
         {
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
-            "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"],
+            "modules_to_not_convert": ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate",
+                                       "in_proj_a", "in_proj_b"],
         },
     ),
     "fp8 tensor": Layout(
@@ -92,7 +93,7 @@ LAYOUTS = {
 
 def is_linear(name: str) -> bool:
     """Return whether a tensor is the weight of a linear layer that formats quantize."""
-    return name.endswith(("_proj.weight", "_linear.weight"))
+    return name.endswith(("_proj.weight", "_linear.weight", "in_proj_qkv.weight", "in_proj_z.weight"))
 
 
 def quantized(matrix: Tensor, granularity: str, stored: Callable[[Tensor], Tensor] = lambda s: s) -> tuple[Tensor, ...]:

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from lockstep.comm.base import Communicator
+from lockstep.kernels.arguments import StateRows
 from lockstep.runtime.model.attention.backend import TorchAttention
 from lockstep.runtime.model.batch import Batch, HostBatch
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.kv_pool import KVPool
 from lockstep.runtime.model.model_config import ModelConfig
+from lockstep.runtime.model.state_pool import StatePool
 from lockstep.runtime.model.weights import load_weights
 
 CPU = torch.device("cpu")
@@ -43,8 +45,11 @@ def prompt_logits(
         page_table_rows=torch.zeros(length, dtype=torch.int32),
         device_page_table=torch.zeros(1, 1, dtype=torch.int32),
         host=host,
+        state_rows=StateRows(torch.zeros(1, dtype=torch.int32), torch.from_numpy(host.query_starts)),
     )
     pool = KVPool(decoder.attention_shape(length, torch.float32, kv_dtype), 1, CPU, "layer-first")
+    shape = decoder.state_shape(torch.float32)
+    states = None if shape is None else StatePool(shape, 1, CPU)
     attention = TorchAttention(config.attention_multiplier, config.attention_softcap)
     attention.plan(batch)
-    return decoder.logits(decoder.forward(batch, pool, attention)).gather()
+    return decoder.logits(decoder.forward(batch, pool, attention, states)).gather()

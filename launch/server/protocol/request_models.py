@@ -15,7 +15,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from ....runtime.chat_template import RESERVED_TEMPLATE_KWARGS
-from ....runtime.request import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
+from ....runtime.request import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_LOGPROB_TOKEN_IDS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_STRINGS,
+)
 from .message_models import (
     Messages,
     ToolChoice,
@@ -26,6 +33,7 @@ from .strict_model import NEUTRAL_ONLY, FalseOnly, NeutralFalse, NeutralTrue, St
 MAX_STOP_LENGTH = 1024  # unit: characters
 MAX_STOPS_BY_DEFAULT = 4  # default of --max-stop-strings, as in OpenAI's API
 MAX_ENTRIES = 1024  # applies to logit_bias, stop_token_ids and the choices of a structured output
+MAX_SALT_LENGTH = 1024  # characters, as in vLLM
 MAX_TEMPLATE_KWARGS = 65536  # characters of chat_template_kwargs as JSON
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -34,6 +42,7 @@ Text = Annotated[str, Field(min_length=1)]
 Choices = Annotated[list[Text], Field(min_length=1, max_length=MAX_ENTRIES, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
+TopCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 TokenKey = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]  # int() takes "05", " 5" and "5_0" too
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -108,7 +117,7 @@ class StructuredOutputs(StrictModel):
 
 
 class SamplingFields(StrictModel):
-    """How tokens are sampled, and where an output ends."""
+    """How tokens are sampled, where an output ends, and whose cached prefixes it may use."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -120,6 +129,11 @@ class SamplingFields(StrictModel):
     logit_bias: Annotated[
         Biases | None,
         Field(description=f"up to {MAX_ENTRIES} token ids mapped to numbers from -100 to 100"),
+    ] = None
+    allowed_token_ids: TokenIds | None = None
+    bad_words: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]] | None,
+        Field(max_length=MAX_BAD_WORDS, fail_fast=True),
     ] = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stop: Annotated[
@@ -134,15 +148,15 @@ class SamplingFields(StrictModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
 
 
 class GenerateFields(SamplingFields):
     """The fields that completions and chats have in common."""
 
     UNSUPPORTED: ClassVar = frozenset({
-        "allowed_token_ids", "bad_words", "cache_salt", "guided_decoding_backend", "guided_whitespace_pattern",
-        "kv_transfer_params", "length_penalty", "logits_processors", "priority", "prompt_logprobs",
-        "truncate_prompt_tokens", "vllm_xargs",
+        "guided_decoding_backend", "guided_whitespace_pattern", "kv_transfer_params", "length_penalty",
+        "logits_processors", "priority", "vllm_xargs",
     })  # fmt: skip
 
     model: str | None = None
@@ -161,7 +175,19 @@ class GenerateFields(SamplingFields):
     guided_choice: Choices | None = None
     guided_grammar: Text | None = None
 
-    return_tokens_as_token_ids: NeutralFalse = None
+    logprob_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_LOGPROB_TOKEN_IDS, fail_fast=True)] | None
+    ) = None
+    prompt_logprobs: TopCount | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[
+        Literal[-1] | Count | None,
+        Field(description="the number of tokens to keep, at least 1, or -1 for as many as fit"),
+    ] = None
+    truncation_side: Literal["left", "right"] | None = None
+
     spaces_between_special_tokens: NeutralTrue = None
     use_beam_search: NeutralFalse = None
 
@@ -176,10 +202,10 @@ class CompletionRequest(GenerateFields):
         | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)],
         Field(description="a non-empty string, a list of them, a list of token ids, or a list of such lists"),
     ]  # fmt: skip
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    logprobs: TopCount | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    add_special_tokens: NeutralTrue = None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -208,7 +234,7 @@ class ChatRequest(GenerateFields, TemplateFields):
     messages: Messages
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: TopCount | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: ReasoningEffort | None = None
@@ -216,7 +242,6 @@ class ChatRequest(GenerateFields, TemplateFields):
     echo: bool | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: NeutralFalse = None
-    add_special_tokens: NeutralFalse = None
     function_call: Annotated[Literal["none"] | None, NEUTRAL_ONLY] = None
     modalities: Annotated[list[Literal["text"]] | None, NEUTRAL_ONLY] = None
 
@@ -233,7 +258,7 @@ class TokenizeRequest(TemplateFields):
     prompt: str | None = None
     messages: Messages | None = None
     return_token_strs: bool | None = None
-    add_special_tokens: NeutralTrue = None
+    add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(StrictModel):

@@ -38,6 +38,32 @@ class Reply(BaseModel):
     system_fingerprint: None = None
 
 
+class PromptLogprob(BaseModel):
+    """One candidate at one position of a prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]  # by token id, for each position; null for the first
+
+
+class ReturnedIds(BaseModel):
+    """The token ids of a chunk for `return_token_ids`; those of the prompt are in the first chunk only."""
+
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name not in ID_FIELDS or value is not None}
+
+
+ID_FIELDS = ("prompt_token_ids", "token_ids")
+
+
 class CompletionLogprobs(BaseModel):
     """Log-probabilities of a completion: entry i of each list belongs to token i.
 
@@ -51,8 +77,8 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
-class CompletionChoice(BaseModel):
-    """One output of a completion, or its new part in a stream."""
+class CompletionChunkChoice(BaseModel):
+    """The new part of one output in a stream."""
 
     index: int
     text: str
@@ -61,11 +87,34 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None
 
 
+class CompletionChunkChoiceIds(CompletionChunkChoice, ReturnedIds): ...
+
+
+class CompletionChoice(CompletionChunkChoice):
+    """One output of a completion; the ids and the log-probabilities of the prompt are null unless requested."""
+
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
+
+
 class Completion(Reply):
-    """Reply of /v1/completions, or a chunk of its stream."""
+    """Reply of /v1/completions."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
+
+
+class CompletionChunk(Reply):
+    """A chunk of a stream of /v1/completions."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChunkChoice]
+
+
+class CompletionChunkIds(Reply):
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChunkChoiceIds]
 
 
 class Candidate(BaseModel):
@@ -122,12 +171,15 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
 
 
 class ChatCompletion(Reply):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     usage: Usage
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class FunctionDelta(TypedDict, total=False):
@@ -164,9 +216,17 @@ class ChatChunkChoice(BaseModel):
     stop_reason: int | str | None
 
 
+class ChatChunkChoiceIds(ChatChunkChoice, ReturnedIds): ...
+
+
 class ChatChunk(Reply):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
+
+
+class ChatChunkIds(Reply, ReturnedIds):
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoiceIds]
 
 
 class Model(BaseModel):

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels import ops
-from ....kernels.arguments import MAX_CHUNKS, KVCache, Pages, QKNorm, Rope
+from ....kernels.arguments import MAX_CHUNKS, KVCache, Pages, QKNorm, Rope, num_groups
 from ..batch import Batch
 from ..kv_pool import AttentionShape
 
-HEAD_DIMS = (64, 128)  # our decode kernel supports these; FlashInfer also has 256
-MAX_GROUP = 8  # query heads per KV head for which our decode kernel has room
+HEAD_DIMS = (64, 96, 128, 256)  # of our decode kernel; those of FlashInfer, and 96, which is padded for it
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_ROWS = 256  # rows of one launch: the memory for partial results grows with them
 MIN_CHUNK = 512  # least number of keys in a chunk
@@ -58,16 +57,12 @@ def rotate_and_store(qkv: Tensor, heads: Heads, batch: Batch, cache: KVCache, to
     return ops.rotate_and_store_(qkv[tokens], heads.norm, rope, cache, batch.kv_slots[tokens])
 
 
-def unsupported_reason(shape: AttentionShape, softcap: float | None = None) -> str | None:
-    """Return the reason why the GPU backends cannot serve `shape` with a softcap of the scores, or None."""
-    if softcap is not None:
-        return "there are no kernels with a softcap of the scores"
+def unsupported_reason(shape: AttentionShape) -> str | None:
+    """Return the reason why the GPU backends cannot serve `shape`, or None."""
     if shape.dtype not in DTYPES:
         return f"there are no kernels for {str(shape.dtype).removeprefix('torch.')}"
     if shape.head_dim not in HEAD_DIMS:
         return f"there are no kernels for head_dim {shape.head_dim}"
-    if shape.num_heads > MAX_GROUP * shape.num_kv_heads:
-        return f"{shape.num_heads} query heads on {shape.num_kv_heads} KV heads are more than {MAX_GROUP} on each"
     return None
 
 
@@ -153,9 +148,16 @@ class BatchInvariantAttention:
 
     capturable = True
 
-    def __init__(self, shape: AttentionShape, scale: float, windows: Collection[int | None], max_length: int) -> None:
-        self._kv_heads = shape.num_kv_heads
-        self._scale = scale
+    def __init__(
+        self,
+        shape: AttentionShape,
+        scale: float,
+        windows: Collection[int | None],
+        max_length: int,
+        softcap: float | None = None,
+    ) -> None:
+        self._groups = num_groups(shape.num_heads, shape.num_kv_heads)
+        self._scale, self._softcap = scale, softcap
         self._windows = windows
         self._kv_chunk = max(MIN_CHUNK, -(-max_length // MAX_CHUNKS))
 
@@ -166,8 +168,7 @@ class BatchInvariantAttention:
         self._slices = [slice(first, min(first + MAX_ROWS, tokens)) for first in range(0, tokens, MAX_ROWS)]
         self._partitions = {
             window: [
-                ops.partition_keys(batch.positions[rows], self._kv_heads, window, self._kv_chunk)
-                for rows in self._slices
+                ops.partition_keys(batch.positions[rows], self._groups, window, self._kv_chunk) for rows in self._slices
             ]
             for window in self._windows
         }
@@ -180,5 +181,6 @@ class BatchInvariantAttention:
         for rows, partition in zip(self._slices, self._partitions[window], strict=True):
             q, kv_slots, rope = qkv[rows], batch.kv_slots[rows], Rope(batch.positions[rows], heads.cos_sin)
             pages = Pages(batch.device_page_table, batch.page_table_rows[rows])
-            outputs.append(ops.decode_attention(q, heads.norm, rope, cache, kv_slots, pages, partition, self._scale))
+            keys = cache, kv_slots, pages, partition
+            outputs.append(ops.decode_attention(q, heads.norm, rope, *keys, self._scale, self._softcap))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

@@ -12,10 +12,11 @@ from collections.abc import Collection
 import flashinfer
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels import ops
-from ....kernels.arguments import KVCache, Pages, Rope
+from ....kernels.arguments import KVCache, Pages, Rope, num_groups
 from ..batch import Batch, to_device
 from ..kv_pool import AttentionShape
 from .backend import Heads, rotate_and_store
@@ -29,22 +30,28 @@ class FlashInferAttention:
     capturable = True
 
     def __init__(
-        self, shape: AttentionShape, scale: float, windows: Collection[int | None], device: torch.device
+        self,
+        shape: AttentionShape,
+        scale: float,
+        windows: Collection[int | None],
+        device: torch.device,
+        softcap: float | None = None,
     ) -> None:
         self.shape = shape
-        self._scale = scale
+        self._scale, self._softcap = scale, softcap
+        self._groups = num_groups(shape.num_heads, shape.num_kv_heads)
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         # FA3 is faster for a head size of 128 only: 584 us against 904 for 2 x 4096 tokens on an H200. It does not take
         # 16-bit queries with an FP8 cache.
         hopper = torch.cuda.get_device_capability(device)[0] == 9
-        backend = "fa3" if hopper and shape.head_dim == 128 and shape.cache_dtype == shape.dtype else "fa2"
+        backend = "fa3" if hopper and shape.stored_head_dim == 128 and shape.cache_dtype == shape.dtype else "fa2"
         self._prefill = {w: flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, backend=backend) for w in windows}
         self._planned = torch.cuda.Event()
 
     def plan(self, batch: Batch) -> None:
         self._batch, n = batch, batch.host.num_decoding
-        positions, kv_heads = batch.positions[:n], self.shape.num_kv_heads
-        self._partitions = {window: ops.partition_keys(positions, kv_heads, window) for window in self._prefill if n}
+        positions, groups = batch.positions[:n], self._groups
+        self._partitions = {window: ops.partition_keys(positions, groups, window) for window in self._prefill if n}
         if n < batch.host.num_rows:
             self._plan_prefill(batch)
 
@@ -54,15 +61,25 @@ class FlashInferAttention:
         if n:
             rope, kv_slots = Rope(batch.positions[:n], heads.cos_sin), batch.kv_slots[:n]
             pages, partition = Pages(batch.device_page_table, batch.page_table_rows[:n]), self._partitions[window]
-            decoded = ops.decode_attention(qkv[:n], heads.norm, rope, cache, kv_slots, pages, partition, self._scale)
+            keys = cache, kv_slots, pages, partition
+            decoded = ops.decode_attention(qkv[:n], heads.norm, rope, *keys, self._scale, self._softcap)
             if n == batch.host.num_rows:
                 return decoded
         q = rotate_and_store(qkv, heads, batch, cache, slice(n, None))
         out = q.new_empty(len(qkv), *q.shape[1:])
-        self._prefill[window].run(q, (cache.k, cache.v), out=out[n:])
+        self._attend_prompts(q, cache, window, out[n:])
         if decoded is not None:
             out[:n] = decoded.view_as(out[:n])
         return out.flatten(1)
+
+    def _attend_prompts(self, q: Tensor, cache: KVCache, window: int | None, out: Tensor) -> None:
+        """Write attention of the queries [T, H, E] into `out`; heads of a size that FlashInfer has not are padded."""
+        padding = self.shape.stored_head_dim - self.shape.head_dim
+        if padding == 0:
+            self._prefill[window].run(q, (cache.k, cache.v), out=out)
+            return
+        padded = [x.as_strided((*x.shape[:3], self.shape.stored_head_dim), x.stride()) for x in cache]
+        out.copy_(self._prefill[window].run(F.pad(q, (0, padding)), tuple(padded))[..., : self.shape.head_dim])
 
     def _plan_prefill(self, batch: Batch) -> None:
         shape, host = self.shape, batch.host
@@ -75,12 +92,13 @@ class FlashInferAttention:
         pages = to_device(host.page_table[rows][used], batch.positions.device)
         last_lengths = (kv_lengths - (counts - 1) * shape.page_size).astype(np.int32)
         queries, indptr, last = (torch.from_numpy(a) for a in (query_starts, starts, last_lengths))
-        heads = shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.page_size
+        heads = shape.num_heads, shape.num_kv_heads, shape.stored_head_dim, shape.page_size
         options = {
             "causal": True,
             "q_data_type": shape.dtype,
             "kv_data_type": shape.cache_dtype,
             "sm_scale": self._scale,
+            "logits_soft_cap": self._softcap or 0.0,  # 0: none
         }
         self._planned.synchronize()  # wait for the copy of the last plan: all plans use one pinned buffer
         for window, wrapper in self._prefill.items():

@@ -25,7 +25,7 @@ def select_backend(
     scale, softcap = model.attention_multiplier, model.attention_softcap
     if config.attention_backend == "torch" or config.device != "cuda":
         return TorchAttention(scale, softcap)
-    reason = unsupported_reason(shape, softcap)
+    reason = unsupported_reason(shape)
     if reason is not None:
         if config.deterministic:
             raise ValueError(f"deterministic=True cannot be used: {reason}; leave it out")
@@ -37,8 +37,8 @@ def select_backend(
     windows = set(model.windows)
     if config.deterministic:
         assert config.max_model_len is not None
-        return BatchInvariantAttention(shape, scale, windows, config.max_model_len)
+        return BatchInvariantAttention(shape, scale, windows, config.max_model_len, softcap)
     with timer("imports"):
         from . import flashinfer_backend  # costs 5 s and needs a GPU
 
-    return flashinfer_backend.FlashInferAttention(shape, scale, windows, torch.device(config.device))
+    return flashinfer_backend.FlashInferAttention(shape, scale, windows, torch.device(config.device), softcap)

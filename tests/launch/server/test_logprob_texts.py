@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.launch.server.chat_preparation import PreparedChat
-from lockstep.launch.server.response_builders import ChatBuilder, CompletionBuilder, ResponseBuilder
+from lockstep.launch.server.response_builders import ChatBuilder, CompletionBuilder, ReplyOptions, ResponseBuilder
 from lockstep.launch.server.token_usage import TokenUsage
 from lockstep.runtime.detokenizer import Detokenizer, PromptText, TokenBytes, locate_tokens
 from lockstep.runtime.generation import Generation, Output, candidates
@@ -61,7 +61,7 @@ CONTENT_ONLY = PreparedChat([], lambda: None, None, False, 24, "")
 
 
 def completion_builder(echoes: list[PromptText], num_top: int | None) -> CompletionBuilder:
-    return CompletionBuilder("m", num_top, TokenUsage(0), 1, echoes)
+    return CompletionBuilder("m", ReplyOptions(num_top), TokenUsage(0), 1, echoes)
 
 
 async def in_turn(made: list[Event]) -> AsyncIterator[tuple[int, Event]]:
@@ -114,7 +114,7 @@ def test_completions(kind: str, prompt: list[int], ids: list[int], skip: bool, s
 @given(prompt=IDS, ids=SOME, skip=st.booleans(), shows_stop=st.booleans())
 def test_chats(kind: str, prompt: list[int], ids: list[int], skip: bool, shows_stop: bool) -> None:
     made = events(kind, [5, *prompt], ids, skip_special_tokens=skip, include_stop_str_in_output=shows_stop)
-    choice = whole(ChatBuilder("m", 3, TokenUsage(0), CONTENT_ONLY), made)
+    choice = whole(ChatBuilder("m", ReplyOptions(3), TokenUsage(0), CONTENT_ONLY), made)
     entries = choice.logprobs.content
     assert len(entries) == len(ids)
     before = Detokenizer(token_bytes(kind), [5, *prompt], skip_special_tokens=skip)._partial
@@ -122,7 +122,7 @@ def test_chats(kind: str, prompt: list[int], ids: list[int], skip: bool, shows_s
     assert data.decode(errors=token_bytes(kind).errors) == choice.message.content
     for entry in entries:
         assert [c.logprob for c in entry.top_logprobs] == [-1.0, -1.5, -2.0]
-    chunks = streamed(ChatBuilder("m", 3, TokenUsage(0), CONTENT_ONLY), made)
+    chunks = streamed(ChatBuilder("m", ReplyOptions(3), TokenUsage(0), CONTENT_ONLY), made)
     assert [entry for c in chunks if c.logprobs for entry in c.logprobs.content] == entries
 
 
@@ -138,7 +138,7 @@ def test_parts_of_a_character_are_named_as_openai_does() -> None:
     assert choice.text == " Hello€day"
     assert choice.logprobs.tokens == [" Hello", r"bytes:\xe2", r"bytes:\x82", r"bytes:\xac", "day", "</s>"]
     assert choice.logprobs.text_offset == [0, 6, 6, 6, 7, 10]
-    entries = whole(ChatBuilder("m", 0, TokenUsage(0), CONTENT_ONLY), made).logprobs.content
+    entries = whole(ChatBuilder("m", ReplyOptions(0), TokenUsage(0), CONTENT_ONLY), made).logprobs.content
     assert [entry.token for entry in entries] == [" Hello", r"\xe2", r"\x82", r"\xac", "day", "</s>"]
     assert [entry.bytes for entry in entries] == [list(b" Hello"), [0xE2], [0x82], [0xAC], list(b"day"), []]
 

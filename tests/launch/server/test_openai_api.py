@@ -178,11 +178,12 @@ def test_sampling_parameters_reach_the_engine(shared: Running) -> None:
         "n": 2, "temperature": 0.3, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1,
         "presence_penalty": 0.5, "frequency_penalty": -0.5, "logit_bias": {"5": 1.5}, "max_tokens": 4, "min_tokens": 2,
         "stop": ["a", "b"], "stop_token_ids": [3], "include_stop_str_in_output": True, "ignore_eos": True,
-        "logprobs": 3, "seed": -9, "skip_special_tokens": False,
+        "logprobs": 3, "seed": -9, "skip_special_tokens": False, "allowed_token_ids": [3, 4, 5], "bad_words": ["x"],
+        "prompt_logprobs": 2,
     }  # fmt: skip
     assert shared.post("/v1/completions", {"prompt": PROMPT, "user": "me", **request}).status_code == 200
     assert fake(shared).asked[-1][1] == SamplingParams(**request | {"logit_bias": {5: 1.5}})
-    here = {*request, "structured_outputs", "prompt_logprobs"}  # the last through echo
+    here = {*request, "structured_outputs", "logprob_token_ids"}
     assert here == set(SamplingParams.__struct_fields__), "what can be request offline can be request here"
     assert shared.post("/v1/chat/completions", {"messages": CHAT, "max_tokens": 3}).status_code == 200
     assert fake(shared).asked[-1][1] == SamplingParams(temperature=0.7, max_tokens=3), "the model's recommendation"

@@ -238,12 +238,17 @@ def _batch(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_decoding", [0, 1, 4, 7])
-@pytest.mark.parametrize("size", [64, 128])
-def test_flashinfer_attention_matches_torch(size: int, num_decoding: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "heads", "window", "softcap"),
+    [(64, 8, None, None), (128, 24, None, None), (128, 8, 33, None), (96, 8, 33, None), (256, 16, 33, 2.0)],
+)
+def test_flashinfer_attention_matches_torch(
+    size: int, heads: int, window: int | None, softcap: float | None, num_decoding: int
+) -> None:
     """Decode rows first; of the others one reads what row 0 stores in this step, decoding or not."""
     from lockstep.runtime.model.attention.flashinfer_backend import FlashInferAttention
 
-    gpu, heads, kv_heads, page_size, scale = torch.device("cuda"), 8, 2, 16, size**-0.5
+    gpu, kv_heads, page_size, scale = torch.device("cuda"), 2, 16, size**-0.5
     counts, lengths = [1, 1, 1, 1, 70, 4, 1], [16, 300, 1, 65, 170, 20, 33]
     if num_decoding == len(counts):
         counts = [1] * num_decoding
@@ -252,25 +257,37 @@ def test_flashinfer_attention_matches_torch(size: int, num_decoding: int) -> Non
         pages[5, 0] = pages[0, 0]
     qkv = _random(sum(counts), (heads + 2 * kv_heads) * size).bfloat16()
     norms = [_random(size).bfloat16() + n for n in range(2)]
-    table, caches = _random(300, size), [_random(140, page_size, kv_heads, size).bfloat16() + n for n in range(2)]
-    expected_caches = [cache.clone() for cache in caches]
-    definition = TorchAttention(scale)
+    stored = 128 if size == 96 else size
+    table, caches = _random(300, size), [_random(140, page_size, kv_heads, stored).bfloat16() + n for n in range(2)]
+    for cache in caches:
+        cache[..., size:] = 0
+    expected_caches = [cache[..., :size].clone() for cache in caches]
+    definition = TorchAttention(scale, softcap)
     definition.plan(_batch(counts, lengths, pages, page_size, num_decoding))
-    expected = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table), KVCache(*expected_caches), None)
+    expected = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table), KVCache(*expected_caches), window)
     shape = AttentionShape(
-        num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.bfloat16
+        num_layers=1,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=size,
+        page_size=page_size,
+        dtype=torch.bfloat16,
+        padded_head_dim=stored,
     )
-    attention = FlashInferAttention(shape, scale, {None}, gpu)
+    attention = FlashInferAttention(shape, scale, {window}, gpu, softcap)
     attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, gpu))
-    caches = [cache.to(gpu) for cache in caches]
+    caches = [cache.to(gpu)[..., :size] for cache in caches]
     on_gpu = Heads(QKNorm(*(norm.to(gpu) for norm in norms), 1e-6), table.to(gpu))
-    actual = attention.run(qkv.to(gpu), on_gpu, KVCache(*caches), None)
+    actual = attention.run(qkv.to(gpu), on_gpu, KVCache(*caches), window)
     for one, other in zip((actual, *caches), (expected, *expected_caches), strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=4e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("window", [None, 3])
-def test_batch_invariant_attention_matches_torch(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_invariant_attention_matches_torch(
+    window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prompts whole and from the middle beside decode rows, one of which reads what another row stores in this step."""
     monkeypatch.setattr(backend_module, "MAX_ROWS", 4)
     heads, kv_heads, size, page_size, scale = 4, 2, 8, 4, 0.3
@@ -283,7 +300,8 @@ def test_batch_invariant_attention_matches_torch(window: int | None, monkeypatch
     shape = AttentionShape(
         num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.float32
     )
-    for attention in (TorchAttention(scale), BatchInvariantAttention(shape, scale, {window}, 20)):
+    backends = TorchAttention(scale, softcap), BatchInvariantAttention(shape, scale, {window}, 20, softcap)
+    for attention in backends:
         caches = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]
         attention.plan(batch)
         actual.append((attention.run(qkv, table, KVCache(*caches), window), *caches))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lockstep.comm.base import Communicator
+from lockstep.kernels.arguments import StateRows
 from lockstep.runtime.model.attention.backend import TorchAttention
 from lockstep.runtime.model.batch import Batch, HostBatch
 from lockstep.runtime.model.checkpoint import fit_weights
@@ -22,6 +23,7 @@ from lockstep.runtime.model.families import ARCHITECTURES
 from lockstep.runtime.model.kv_pool import KVLayout, KVPool
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.model.rope import RopeConfig
+from lockstep.runtime.model.state_pool import StatePool
 from lockstep.runtime.model.weights import load_weights
 
 from checkpoints import FAMILIES, image_checkpoint, rewrite_config, tiny_checkpoint, to_transformers4
@@ -65,6 +67,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name.removesuffix("ForCausalLM")
         "tie_word_embeddings": True, "head_dim": 16, "hidden_size": 64, "rope_parameters": LONGROPE,
         "original_max_position_embeddings": 64,
     }),
+    "Phi3 heads of 96": ("Phi3ForCausalLM", {"head_dim": 96, "hidden_size": 64}),
     "Phi3 window": ("Phi3ForCausalLM", {"sliding_window": WINDOW}),
     "SmolLM3 tied biases window": ("SmolLM3ForCausalLM", {
         "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "use_sliding_window": True,
@@ -151,6 +154,7 @@ def _batch(step: Step, tables: Tensor, page_size: int) -> Batch:
         page_table_rows=rows.int(),
         device_page_table=tables.int(),
         host=host,
+        state_rows=StateRows(torch.tensor([n for n, _, _ in step]).int(), torch.from_numpy(host.query_starts)),
     )
 
 
@@ -173,12 +177,14 @@ def _logits(
     load_weights(decoder.weights, folder)
     tables, num_pages = _tables(page_size)
     pool = KVPool(decoder.attention_shape(page_size, torch.float32), num_pages, CPU, layout)
+    state_shape = decoder.state_shape(torch.float32)
+    states = None if state_shape is None else StatePool(state_shape, len(LENGTHS), CPU)
     attention = TorchAttention(config.attention_multiplier, config.attention_softcap)
     parts: list[list[Tensor]] = [[] for _ in LENGTHS]
     for step in steps:
         batch = _batch(step, tables, page_size)
         attention.plan(batch)
-        logits = decoder.logits(decoder.forward(batch, pool, attention)).gather()
+        logits = decoder.logits(decoder.forward(batch, pool, attention, states)).gather()
         for (n, _, _), part in zip(step, logits.split(np.diff(batch.host.query_starts).tolist()), strict=True):
             parts[n].append(part)
     return [torch.cat(part) for part in parts]
@@ -211,7 +217,7 @@ def test_logits_match_transformers(case: tuple[Path, list[Tensor]], size: int) -
 
 
 @pytest.mark.parametrize("naming", ["language_model.model.", "model.language_model."])
-@pytest.mark.parametrize("text_type", ["mistral", "ministral3", "gemma3_text"])
+@pytest.mark.parametrize("text_type", ["mistral", "ministral3", "gemma3_text", "qwen3_5_text"])
 def test_text_part_of_a_model_with_images_matches_transformers(tmp_path: Path, text_type: str, naming: str) -> None:
     model = image_checkpoint(tmp_path, text_type, naming)
     with torch.inference_mode():

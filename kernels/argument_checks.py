@@ -1,0 +1,46 @@
+"""Checks of arguments that several ops share; each raises ValueError with the tensor's name, shape, dtype and rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .arguments import FP8Weight, Rope
+
+
+def require(holds: bool, name: str, tensor: Tensor, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} {rule}")
+
+
+def check_fp8(name: str, weight: FP8Weight) -> None:
+    require(weight.data.dtype == torch.float8_e4m3fn, name, weight.data, "must be float8_e4m3fn")
+    *experts, rows, columns = weight.shape
+    grid = [*experts, -(-rows // weight.rows), -(-(weight.first + columns) // weight.columns)]
+    scales = weight.scales
+    fits = list(scales.shape) == grid and scales.dtype == torch.float32 and scales.is_contiguous()
+    require(fits, f"{name}.scales", scales, f"must be {grid} float32, contiguous")
+    powers = all(n > 0 and n & (n - 1) == 0 for n in (weight.rows, weight.columns))
+    require(powers and 0 <= weight.first < weight.columns, name, weight.data, "must have blocks of powers of two")
+
+
+def check_rotary(rope: Rope, head_dim: int) -> None:
+    fits = rope.cos_sin.dim() == 2 and rope.cos_sin.shape[1] in range(0, head_dim + 1, 2)
+    require(fits, "cos_sin", rope.cos_sin, f"must be [P, R] with an even R of at most {head_dim}")
+
+
+def check_logits(logits: Tensor) -> None:
+    require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [S, V], floating point")
+
+
+def check_rows(rows: int, **parameters: Tensor) -> None:
+    """Check sampling parameters, one per row: int64 for `keys` and `top_k`, float32 for the others."""
+    for name, tensor in parameters.items():
+        dtype = torch.int64 if name in ("keys", "top_k") else torch.float32
+        fits = tensor.shape == (rows,) and tensor.dtype == dtype and tensor.is_contiguous()
+        require(fits, name, tensor, f"must be [{rows}] {dtype}")
+
+
+def check_int32(shape: torch.Size, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        require(tensor.shape == shape and tensor.dtype == torch.int32, name, tensor, f"must be {list(shape)} int32")

@@ -1,0 +1,145 @@
+"""The requests that wait for a slot, in fair order: start-time fair queueing over clients, and over the calls of each.
+
+Virtual time is counted in tokens. A request starts where the one before it of its client ended, or now if that is
+later, and lasts for the tokens that it brings. The request that starts first is admitted first. A client with much
+waiting work therefore does not delay one with little. Requests of one client without calls keep their order of arrival.
+
+Start-time fair queueing is by Goyal, Vin and Cheng (SIGCOMM 1996). Tokens as the measure of fairness between clients
+of a language model are from VTC (Sheng et al., 2024, 2401.00588).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, KeysView
+from typing import NamedTuple
+
+from ..request import Request
+
+
+class VirtualTime:
+    """The virtual time, in tokens, and the time until which each flow has been served."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self._ends: dict[int, int] = {}
+        self._most = 1024  # with this many flows, those that ended in the past are forgotten
+
+    def start(self, flow: int) -> int:
+        """Return the time at which the next item of a flow starts."""
+        return max(self.now, self._ends.get(flow, 0))
+
+    def serve(self, flow: int, until: int) -> None:
+        """Note that a flow has been served until a time."""
+        if len(self._ends) >= self._most:
+            self._ends = {flow: end for flow, end in self._ends.items() if end > self.now}
+            self._most = 2 * len(self._ends) + 1024
+        self._ends[flow] = until
+
+
+class WaitingEntry(NamedTuple):
+    """A waiting request of one client; the smallest entry is the client's next one. `uid` makes entries distinct."""
+
+    rank: int
+    is_new: bool  # false for a preempted request, which goes first
+    start: int  # virtual time within its client; 0 if preempted
+    uid: int
+    request: Request
+
+
+class ClientQueue:
+    """The waiting requests of one client; `start` is the virtual time at which the next of them starts."""
+
+    def __init__(self, start: int) -> None:
+        self.start = start
+        self.entries: list[WaitingEntry] = []  # a heap
+        self._time = VirtualTime()  # its flows are the calls
+
+    def add(self, request: Request, rank: int, *, is_new: bool) -> None:
+        start = self._time.start(request.call) if is_new else 0
+        if is_new:
+            self._time.serve(request.call, start + len(request.tokens))
+        heapq.heappush(self.entries, WaitingEntry(rank, is_new, start, request.uid, request))
+
+    def pop(self) -> Request:
+        entry = heapq.heappop(self.entries)
+        self._time.now = max(self._time.now, entry.start)
+        if entry.is_new:
+            self.start += len(entry.request.tokens)
+        return entry.request
+
+    def remove(self, uid: int) -> None:
+        self.entries = [entry for entry in self.entries if entry.uid != uid]
+        heapq.heapify(self.entries)
+
+
+class WaitingQueue:
+    """Requests in fair order.
+
+    rank  of two requests with different ranks the lower one goes first, whatever its client; 0 by default
+    """
+
+    def __init__(self, rank: Callable[[Request], int] = lambda request: 0) -> None:
+        self._rank = rank
+        self._clients: dict[int, ClientQueue] = {}  # those with waiting requests
+        self._requests: dict[int, Request] = {}  # by uid
+        self._time = VirtualTime()  # its flows are the clients
+        self._next: int | None = None  # client of `head`, if known
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[Request]:
+        """Yield the requests of one client after the other, each in the order of admission."""
+        return (entry.request for queue in self._clients.values() for entry in sorted(queue.entries))
+
+    @property
+    def clients(self) -> KeysView[int]:
+        """The clients with waiting requests."""
+        return self._clients.keys()
+
+    @property
+    def head(self) -> Request | None:
+        """The next request to admit."""
+        return self._clients[self._next_client()].entries[0].request if self._requests else None
+
+    def add(self, request: Request, *, is_new: bool = True) -> None:
+        """Add a request; a preempted one (not `is_new`) goes before the new ones of its client."""
+        queue = self._clients.get(request.client)
+        if queue is None:
+            queue = self._clients[request.client] = ClientQueue(self._time.start(request.client))
+        queue.add(request, self._rank(request), is_new=is_new)
+        self._requests[request.uid] = request
+        self._next = None
+
+    def pop(self) -> Request:
+        """Remove and return the head."""
+        client = self._next_client()
+        queue = self._clients[client]
+        self._time.now = max(self._time.now, queue.start)
+        request = queue.pop()
+        del self._requests[request.uid]
+        self._after_removal(client)
+        return request
+
+    def remove(self, uid: int) -> Request | None:
+        """Remove a request; return None if it does not wait."""
+        request = self._requests.pop(uid, None)
+        if request is not None:
+            self._clients[request.client].remove(uid)
+            self._after_removal(request.client)
+        return request
+
+    def _next_client(self) -> int:
+        if self._next is None:
+            queues = self._clients.items()
+            _, _, _, self._next = min((q.entries[0].rank, q.start, q.entries[0].uid, client) for client, q in queues)
+        return self._next
+
+    def _after_removal(self, client: int) -> None:
+        """Forget the queue of a client that waits for nothing, but note how far the client has been served."""
+        self._next = None
+        if not self._clients[client].entries:
+            self._time.serve(client, self._clients.pop(client).start)
+        if not self._clients:  # nobody is kept waiting: the past has no influence
+            self._time = VirtualTime()
