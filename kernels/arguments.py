@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+MXFP4_BLOCK = 32  # columns with one scale
+MXFP4_NUMBERS = 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0
 MAX_CHUNKS = 8  # the most chunks of a row in a KeyPartition with kv_chunk
 MAX_GROUP = 8  # the most query heads that a thread block of decode_attention processes
 
@@ -47,6 +49,42 @@ class FP8Weight(NamedTuple):
 
 
 Matrix = Tensor | FP8Weight
+
+
+class MXFP4Weight(NamedTuple):
+    """The matrices of all experts in the OCP format MXFP4: 4-bit numbers in blocks of 32 columns with one exponent.
+
+    A byte has the numbers of columns 2 c and 2 c + 1 in its low and its high half: a sign and an index of
+    MXFP4_NUMBERS. They are multiplied by 2^(scale - 127).
+    """
+
+    data: Tensor  # [N, F, D / 2] uint8, contiguous
+    scales: Tensor  # [N, F, D / 32] uint8, contiguous
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.data.shape[:2], 2 * self.data.shape[2]))
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """Return the matrices that the weight stands for, [N, F, D]."""
+        numbers = torch.tensor([*MXFP4_NUMBERS, *(-x for x in MXFP4_NUMBERS)], device=self.data.device)
+        pairs = torch.stack((self.data & 15, self.data >> 4), dim=-1).flatten(-2)
+        blocks = numbers[pairs.int()].unflatten(-1, (-1, MXFP4_BLOCK))
+        return torch.ldexp(blocks, self.scales.int().unsqueeze(-1) - 127).flatten(-2).to(dtype)
+
+    def expert(self, index: int) -> Tensor:
+        """Return the matrix [F, D] of one expert in float32."""
+        return MXFP4Weight(self.data[index : index + 1], self.scales[index : index + 1]).dequantized(torch.float32)[0]
+
+
+ExpertMatrix = Matrix | MXFP4Weight
+
+
+class ClampedSwiGLU(NamedTuple):
+    """gpt-oss's gated activation, `g * sigmoid(alpha * g) * (u + 1)`: g = min(gate, limit), u = up within +-limit."""
+
+    alpha: float
+    limit: float
 
 
 class KVCache(NamedTuple):

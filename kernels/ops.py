@@ -28,7 +28,8 @@ from torch import Tensor
 
 from . import native, reference
 from .argument_checks import check_fp8, check_int32, check_logits, check_rotary, check_rows, require
-from .arguments import FP8Weight, KeyPartition, KVCache, Matrix, Pages, QKNorm, Rope
+from .arguments import ClampedSwiGLU, ExpertMatrix, FP8Weight, KeyPartition, KVCache, Matrix, Pages, QKNorm, Rope
+from .expert_checks import check_experts
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -170,6 +171,7 @@ def decode_attention(
     partition: KeyPartition,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Do `rotate_and_store_` for one new token per row; return its attention over the pages of the row: [B, H E].
 
@@ -178,12 +180,16 @@ def decode_attention(
     partition  from partition_keys with these positions
     scale      factor of the scores, before the softmax
     softcap    the scores are then bounded to `softcap * tanh(score / softcap)`
+    sinks      [H]  a score of each query head that takes part in the softmax and has no value
     The cache has qkv's dtype, or float8_e4m3fn. On a GPU heads of 64, 96, 128 or 256 elements in bfloat16 or float16,
     with R a multiple of 4, of 8 for 256; any on a CPU. If the partition has a kv_chunk, rows may be tokens of one
     request, provided that their keys are in the cache already.
     """
     require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
     check_rotary(rope, cache.k.shape[-1])
+    if sinks is not None:
+        heads = qkv.shape[1] // cache.k.shape[-1] - 2 * cache.k.shape[-2]
+        require(sinks.shape == (heads,) and sinks.dtype == qkv.dtype, "sinks", sinks, f"must be [{heads}] {qkv.dtype}")
     table, rows = pages.table, qkv.shape[:1]
     require(table.dim() == 2 and table.dtype == torch.int32, "pages", table, "must be [R, P] int32")
     check_int32(rows, positions=rope.positions, kv_slots=kv_slots, table_rows=pages.table_rows)
@@ -202,40 +208,34 @@ def gelu_and_mul(x: Tensor) -> Tensor:
 
 
 @op("gemm")
-def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+def experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    scores: Tensor,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    swiglu: ClampedSwiGLU | None = None,
+) -> Tensor:
     """Return `out[t] = sum over k of scores[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`, [T, D].
 
     e is `expert_ids[t, k]`.
 
-    x           [T, D]
-    expert_ids  [T, K]      int64; a number outside [0, N) adds nothing
-    scores      [T, K]      float32
-    gate_up     [N, 2 I, D] rows of gate, then of up; contiguous
-    down        [N, D, I]   contiguous
+    x             [T, D]
+    expert_ids    [T, K]      int64; a number outside [0, N) adds nothing
+    scores        [T, K]      float32
+    gate_up       [N, 2 I, D] rows of gate, then of up; contiguous
+    down          [N, D, I]   contiguous
+    gate_up_bias  [N, 2 I]    is added before the activation
+    down_bias     [N, D]      is added before the sum
+    swiglu        takes the place of `silu(gate) * up`
     The result has x's dtype; all sums are in float32. On a GPU, rows of D and I must be whole vectors of 16 bytes
-    (multiples of 8 in bfloat16). No launch depends on the routing, and a token is bitwise identical in any batch.
+    (multiples of 8 in bfloat16), and MXFP4 needs x in bfloat16. No launch depends on the routing, and a token is
+    bitwise identical in any batch.
     """
-    for name, matrix in (("gate_up", gate_up), ("down", down)):
-        if isinstance(matrix, FP8Weight):
-            check_fp8(name, matrix)
-    first, second = (m.data if isinstance(m, FP8Weight) else m for m in (gate_up, down))
-    require(first.dim() == 3 and first.is_contiguous(), "gate_up", first, "must be [N, 2 I, D], contiguous")
-    num_experts, rows, size = first.shape
-    fits = 2 * second.shape[-1] == rows and second.shape[:-1] == (num_experts, size) and second.is_contiguous()
-    require(fits, "down", second, f"must be [{num_experts}, {size}, {rows} / 2], contiguous")
-    require(x.dim() == 2 and x.shape[1] == size, "x", x, f"must be [T, {size}] for gate_up {list(first.shape)}")
-    same = first.dtype == second.dtype and first.dtype in (x.dtype, torch.float8_e4m3fn)
-    require(same, "x", x, f"must have the dtype of the weights, {first.dtype}")
-    pairs = expert_ids.dim() == 2 and len(expert_ids) == len(x) and expert_ids.dtype == torch.int64
-    require(pairs, "expert_ids", expert_ids, f"must be [{len(x)}, K] int64")
-    scored = scores.shape == expert_ids.shape and scores.dtype == torch.float32
-    require(scored, "scores", scores, f"must be {list(expert_ids.shape)} float32")
-    for name, tensor in (("x", x), ("gate_up", first), ("down", second)):
-        # FP8 is widened to the dtype of x.
-        aligned = tensor.shape[-1] * x.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
-        require(
-            aligned or not tensor.is_cuda, name, tensor, "must have rows of whole, aligned 16-byte vectors on a GPU"
-        )
+    check_experts(x, expert_ids, scores, gate_up, down, gate_up_bias, down_bias)
 
 
 @op("token_sampling")

@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import FP8Weight, KeyPartition, KVCache, Matrix, Pages, QKNorm, Rope, StateRows
+from .arguments import (
+    ClampedSwiGLU,
+    ExpertMatrix,
+    FP8Weight,
+    KeyPartition,
+    KVCache,
+    Matrix,
+    MXFP4Weight,
+    Pages,
+    QKNorm,
+    Rope,
+    StateRows,
+)
 
 FP8_MAX = 448.0  # the maximum of float8_e4m3fn
 NO_CANDIDATE = torch.iinfo(torch.int64).min  # less than any candidate
@@ -111,6 +123,7 @@ def decode_attention(
     partition: KeyPartition,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     q, k, v = _prepare_heads(qkv, norm, rope, cache)
     _store_kv(k, v, cache, kv_slots)
@@ -121,18 +134,24 @@ def decode_attention(
         places = pages.table[pages.table_rows[row].long(), old // page_size].long(), old % page_size
         keys = torch.cat((cache.k[places].to(q.dtype), k[row : row + 1])).transpose(0, 1)  # [Hkv, K, E]
         values = torch.cat((cache.v[places].to(q.dtype), v[row : row + 1])).transpose(0, 1)
-        out[row] = _attend(q[row], keys, values, scale, softcap)
+        out[row] = _attend(q[row], keys, values, scale, softcap, sinks)
     return out.flatten(1)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None) -> Tensor:
+def _attend(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """Return attention of one query per head, q [H, E], over keys and values [Hkv, K, E]: [H, E]."""
-    if softcap is None:
+    if softcap is None and sinks is None:
         gqa = len(q) != len(keys)
         return F.scaled_dot_product_attention(q[:, None], keys, values, scale=scale, enable_gqa=gqa)[:, 0]
     grouped = q.unflatten(0, (len(keys), -1))  # [Hkv, H / Hkv, E]
-    scores = (grouped @ keys.transpose(1, 2)).float() * (scale / softcap)
-    weights = (scores.tanh() * softcap).softmax(-1).to(q.dtype)
+    scores = (grouped @ keys.transpose(1, 2)).float() * scale
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float().view(*scores.shape[:2], 1)), dim=-1)
+    weights = scores.softmax(-1)[..., : keys.shape[1]].to(q.dtype)
     out: Tensor = weights @ values  # [Hkv, H / Hkv, E]
     return out.flatten(0, 1)
 
@@ -147,19 +166,39 @@ def gelu_and_mul(x: Tensor) -> Tensor:
     return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
 
-def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+def experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    scores: Tensor,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    swiglu: ClampedSwiGLU | None = None,
+) -> Tensor:
     out = torch.zeros_like(x, dtype=torch.float32)
     for expert in expert_ids.unique().tolist():
         if 0 <= expert < gate_up.shape[0]:
             tokens, choice = torch.where(expert_ids == expert)
-            hidden = linear(x[tokens], _expert(gate_up, expert), gated=True)  # [t, I]
-            expert_out = linear(hidden, _expert(down, expert)).float()
+            first, second = (None if bias is None else bias[expert] for bias in (gate_up_bias, down_bias))
+            product = linear(x[tokens], _expert(gate_up, expert, x.dtype), first)
+            hidden = silu_and_mul(product) if swiglu is None else _clamped_swiglu(product, swiglu)  # [t, I]
+            expert_out = linear(hidden, _expert(down, expert, x.dtype), second).float()
             out.index_add_(0, tokens, expert_out * scores[tokens, choice, None])
     return out.to(x.dtype)
 
 
-def _expert(weights: Matrix, expert: int) -> Matrix:
+def _expert(weights: ExpertMatrix, expert: int, dtype: torch.dtype) -> Matrix:
+    if isinstance(weights, MXFP4Weight):
+        return weights.expert(expert).to(dtype)
     return weights.expert(expert) if isinstance(weights, FP8Weight) else weights[expert]
+
+
+def _clamped_swiglu(product: Tensor, swiglu: ClampedSwiGLU) -> Tensor:
+    gate, up = product.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=swiglu.limit), up.clamp(-swiglu.limit, swiglu.limit)
+    return (gate * torch.sigmoid(swiglu.alpha * gate) * (up + 1)).to(product.dtype)
 
 
 def gumbel_argmax(

@@ -205,6 +205,11 @@ class Request(msgspec.Struct, frozen=True):
         return self.num_prompt_tokens + self.params.max_tokens
 
 
+def pages_of_window(window: int, page_size: int, num_tokens: int) -> int:
+    """Return the pages of the keys that a step of `num_tokens` tokens stores, and of those that its first one sees."""
+    return -(-(window - 1 + num_tokens) // page_size) + 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Limits that are fixed when the engine starts. The front end refuses requests that can never run."""
@@ -218,15 +223,26 @@ class Limits:
     enable_prefix_caching: bool = True
     has_states: bool = False  # some layers have a recurrent state: a prefix is cached where its state is saved
     saved_states: int = 0  # recurrent states for cached prefixes
+    window: int | None = None  # keys that a query sees in any layer, its own included; None: all
 
     @property
     def max_length(self) -> int:
         """The longest prompt plus output of one request, in tokens."""
-        return min(self.max_model_len, self.num_pages * self.page_size)
+        if self.pages_at_once(self.max_model_len) <= self.num_pages:
+            return self.max_model_len
+        return self.num_pages * self.page_size
 
     def pages_for(self, num_tokens: int) -> int:
         """Return the number of pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
+
+    def pages_at_once(self, num_tokens: int) -> int:
+        """Return the pages that a request of `num_tokens` tokens needs in one step at most."""
+        if self.window is None:
+            return self.pages_for(num_tokens)
+        return min(
+            self.pages_for(num_tokens), pages_of_window(self.window, self.page_size, self.max_num_batched_tokens)
+        )
 
     def check(self, request: Request) -> None:
         """Raise ValueError, with the values and the rule, for a request that can never run."""

@@ -186,7 +186,7 @@ def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: M
     """
     check_kv_cache(requested, memory)
     assert config.max_model_len is not None
-    context = min(config.max_model_len, memory.tokens)
+    context = memory.longest_context(config.max_model_len)
     if context < config.max_model_len:
         log.warning("context limited to %d tokens by the KV cache (the model's is %d)", context, config.max_model_len)
     log.info("%s", memory.table(context))
@@ -202,6 +202,7 @@ def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: M
         enable_prefix_caching=config.enable_prefix_caching,
         has_states=model.delta_net is not None,
         saved_states=saved_states(config) if model.delta_net is not None else 0,
+        window=model.window,
     )
 
 

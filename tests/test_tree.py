@@ -24,12 +24,12 @@ HEAVY = {  # by whom they are imported
 # From the bottom to the top: a module imports from its own room and from those above it in this list. A folder is one
 # room, or several: then the modules of the lower one are named.
 ROOMS = """
-kernels: arguments native reference
+kernels: argument_checks arguments expert_checks native reference
 kernels/cuda
 kernels
 comm
 runtime: chat_template config outputs plan request startup_timer stats structured_outputs version
-runtime/model: batch checkpoint end_tokens families fp8_weights generation_config hf_config kv_pool layer_rules linear model_config norm quantization rank_shares rope state_pool tensor_files tokenizer_files weights
+runtime/model: batch checkpoint delta_net_config end_tokens families fp8_weights gpt_oss_moe generation_config hf_config kv_pool layer_rules linear model_config norm quantization rank_shares rope state_pool tensor_files tokenizer_files weights
 runtime/model/attention
 runtime/model
 runtime/memory

@@ -12,6 +12,7 @@
 #include "head_norm_rope.cuh"
 #include "key_partition.cuh"
 
+constexpr float LOG2_E = 1.44269504f;
 constexpr int TILE = 16;      // keys that a warp processes at once
 constexpr int MAX_GROUP = 8;  // query heads of a block
 
@@ -95,7 +96,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     static constexpr int THREADS = 32 * WARPS, BLOCKS = HEAD_DIM / 32;
     static constexpr int PARTIAL = HEAD_DIM + 2;  // floats of a head's partial result: acc, max_score, weight_sum
 
-    const T *qkv, *q_norm, *k_norm;
+    const T *qkv, *q_norm, *k_norm, *sinks;
     C *k_cache, *v_cache;
     const int *positions, *kv_slots, *page_table, *page_table_rows;
     const float* cos_sin;
@@ -275,6 +276,11 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
         return partial + (2ll * (part * groups() + group()) + (part == first_part)) * (group_size * PARTIAL);
     }
 
+    // Return the sum of the weights with that of the sink of a head: a logit without a value.
+    DEVICE float with_sink(float weight_sum, float max_score, int h) const {
+        return sinks ? weight_sum + exp2f(to_float(sinks[group() * group_size + h]) * LOG2_E - max_score) : weight_sum;
+    }
+
     // Merge the results of the warps and the new token: into `out` if the range is the whole row, else into the partial result.
     DEVICE void merge_warps(T* out, const KeyRange& range, int first_part, const T* value) const {
         const bool whole = range.is_whole_row();
@@ -289,6 +295,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
                     else if (range.has_new_token()) sums[j] += weight * to_float(value[lane_id() + 32 * j]);
                 }
             }
+            if (whole) weight_sum = with_sink(weight_sum, max_score, h);
             float* mine = partial_result(part, first_part) + h * PARTIAL;
             UNROLL for (int j = 0; j < BLOCKS; ++j) {
                 if (whole) out[h * HEAD_DIM + lane_id() + 32 * j] = from_float<T>(sums[j] / weight_sum);
@@ -325,6 +332,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
                 UNROLL for (int j = 0; j < BLOCKS; ++j) sums[j] = sums[j] * rescale + weight * __ldcg(from + lane_id() + 32 * j);
                 max_score = high;
             }
+            weight_sum = with_sink(weight_sum, max_score, h);
             UNROLL for (int j = 0; j < BLOCKS; ++j) out[h * HEAD_DIM + lane_id() + 32 * j] = from_float<T>(sums[j] / weight_sum);
         }
     }
@@ -338,12 +346,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
     C* k_cache, C* v_cache, long long page_stride, long long slot_stride, int head_stride, const int* __restrict__ kv_slots, int num_slots,
     const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ page_table_rows, int page_size,
     const int* __restrict__ partition, int rows, int window, int kv_chunk, float* partial, unsigned* counters,
-    float scale, float softcap, int heads, int kv_heads) {
+    float scale, float softcap, const T* __restrict__ sinks, int heads, int kv_heads) {
     __shared__ DecodeShared<T, HEAD_DIM, WARPS> shared;
     extern __shared__ float warp_sums[];  // WarpSums [WARPS]
     launch_next();
     DecodeBlock<T, C, HEAD_DIM, WARPS, CAPPED> block{
-        qkv, q_norm, k_norm, k_cache, v_cache, positions, kv_slots, page_table, page_table_rows, cos_sin,
+        qkv, q_norm, k_norm, sinks, k_cache, v_cache, positions, kv_slots, page_table, page_table_rows, cos_sin,
         page_stride, slot_stride, page_table_stride, eps, {scale, softcap}, head_stride, table_rows, rotary, num_slots, page_size, window, kv_chunk,
         heads, kv_heads, heads / (kv_heads * (int)gridDim.y), {partition, rows}, partial, counters, shared,
         reinterpret_cast<WarpSums<HEAD_DIM>*>(warp_sums)};

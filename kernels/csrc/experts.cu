@@ -2,7 +2,24 @@
 // choices of each token. Pair p is choice p % K of token p / K. No grid depends on the routing.
 #include "mma.cuh"
 
-constexpr int DEPTH = 64;  // elements of a row in one stage: 128 bytes, eight chunks of 16 bytes
+constexpr int DEPTH = 64;  // elements of a row in one stage: of x 128 bytes, eight chunks of 16 bytes
+constexpr int BLOCK = 32;  // elements with one scale in MXFP4
+
+enum Gate { PLAIN, SILU, CLAMPED };  // what becomes of the products of two rows, gate and up; PLAIN has one
+struct mxfp4 { unsigned char pair; };  // two elements, the first in the low half
+
+// What is done with the sums of a tile: `bias`, of the tile's expert, is added if there is one.
+template <typename T> struct Epilogue {
+    const T* bias;  // [columns], or those of gate, then of up
+    float alpha, limit;  // of CLAMPED
+};
+
+template <Gate GATE> DEVICE float activate(float gate, float up, float alpha, float limit) {
+    if (GATE == SILU) return silu(gate) * up;
+    gate = gate > limit ? limit : gate;  // fminf would hide NaN
+    up = up > limit ? limit : up < -limit ? -limit : up;
+    return gate / (1.f + __expf(-alpha * gate)) * (up + 1.f);
+}
 
 DEVICE bool exists(long long expert, int experts) { return (unsigned long long)expert < (unsigned)experts; }
 
@@ -58,9 +75,48 @@ DEVICE void multiply_stage(float (&sums)[M][N][2][4], unsigned stage, int lane, 
     }
 }
 
-// Write a warp's sums, with SiLU if GATED; its tiles begin at this row and column of the block's tile and of out.
-template <typename T, int M, int N, bool GATED, typename F> DEVICE void store_sums(
-    T* __restrict__ out, const float (&sums)[M][N][2][4], const F& pair_of, int rows, int first_row, int columns, int first_column) {
+// Return two pairs of bf16 from a byte of MXFP4 in bits 8 .. 15 of `bytes` and one in bits 24 .. 31: their low and their high halves.
+// Exponent and mantissa, shifted into place, are a number that is too small by 2^126, also if it is subnormal.
+DEVICE void widen_mxfp4(unsigned bytes, int scale, unsigned (&to)[2]) {
+    const unsigned factor = (min(scale, 128) + 126) * 0x00800080u;
+    to[0] = scale_pair((bytes << 4 & 0x80008000u) | (bytes >> 2 & 0x01c001c0u), factor, bf16());
+    to[1] = scale_pair((bytes & 0x80008000u) | (bytes >> 6 & 0x01c001c0u), factor, bf16());
+    if (scale > 128)
+        UNROLL for (int i = 0; i < 2; ++i) to[i] = scale_pair(to[i], (scale - 1) * 0x00800080u, bf16());
+}
+
+// Do multiply_stage with weights in MXFP4, whose rows of 32 bytes begin at `weights`. Lane (g, t) widens byte t, elements 2 t and
+// 2 t + 1, of each eight elements of rows g and g + 8. An operand has the same element of two such eights, and x is permuted alike.
+template <int M, int N> DEVICE void multiply_stage(
+    float (&sums)[M][N][2][4], unsigned stage, int lane, int first_row, const char* weights, const unsigned char (&scales)[N][2][2]) {
+    const unsigned selector = lane % 4 * 0x1010 + 0x4000;
+    UNROLL for (int block = 0; block < 2; ++block) {
+        unsigned a[M][2][4];
+        UNROLL for (int m = 0; m < M; ++m)
+            UNROLL for (int part = 0; part < 2; ++part) {
+                unsigned x[4];
+                load_matrices(x, stage + swizzle(first_row + 16 * m + lane % 16, 4 * block + 2 * part + lane / 16));
+                UNROLL for (int i = 0; i < 4; ++i) a[m][part][i] = __byte_perm(x[i % 2], x[i % 2 + 2], i < 2 ? 0x5410 : 0x7632);
+            }
+        UNROLL for (int n = 0; n < N; ++n)
+            UNROLL for (int half = 0; half < 2; ++half) {
+                const uint4 row = *reinterpret_cast<const uint4*>(weights + (16 * n + 8 * half + lane / 4) * DEPTH / 2 + 16 * block);
+                unsigned b[2][2];
+                widen_mxfp4(__byte_perm(row.x, row.y, selector), scales[n][half][block], b[0]);
+                widen_mxfp4(__byte_perm(row.z, row.w, selector), scales[n][half][block], b[1]);
+                UNROLL for (int m = 0; m < M; ++m)
+                    UNROLL for (int part = 0; part < 2; ++part)
+                        multiply(sums[m][n][half], a[m][part][0], a[m][part][1], a[m][part][2], a[m][part][3], b[part][0], b[part][1], bf16());
+            }
+    }
+}
+
+// Write a warp's sums; its tiles begin at this row and column of the block's tile and of out.
+template <typename T, int M, int N, Gate GATE, typename F> DEVICE void store_sums(
+    T* __restrict__ out, const float (&sums)[M][N][2][4], const Epilogue<T>& epilogue, const F& pair_of, int rows, int first_row,
+    int columns, int first_column) {
+    constexpr bool GATED = GATE != PLAIN;
+    const auto biased = [&](float sum, int column) { return epilogue.bias ? sum + to_float(epilogue.bias[column]) : sum; };
     const int lane = threadIdx.x % 32;
     UNROLL for (int i = 0; i < 2 * M; ++i) {  // rows of eight
         const int row = first_row + 8 * i + lane / 4;
@@ -72,8 +128,10 @@ template <typename T, int M, int N, bool GATED, typename F> DEVICE void store_su
             Vec<T, 2> result;
             UNROLL for (int c = 0; c < 2; ++c) {
                 const auto& sum = sums[i / 2][GATED ? j : j / 2];
-                const int at = i % 2 * 2 + c;
-                result.at[c] = from_float<T>(GATED ? silu(sum[0][at]) * sum[1][at] : sum[GATED ? 0 : j % 2][at]);
+                const int at = i % 2 * 2 + c, inside = min(column + c, columns - 1);
+                const float first = biased(sum[GATED ? 0 : j % 2][at], inside);
+                if (!GATED) result.at[c] = from_float<T>(first);
+                else result.at[c] = from_float<T>(activate<GATE>(first, biased(sum[1][at], columns + inside), epilogue.alpha, epilogue.limit));
             }
             if (columns % 2 == 0) *reinterpret_cast<Vec<T, 2>*>(target + column) = result;
             else for (int c = 0; c < 2 && column + c < columns; ++c) target[column + c] = result.at[c];
@@ -81,16 +139,23 @@ template <typename T, int M, int N, bool GATED, typename F> DEVICE void store_su
     }
 }
 
-// out[p] = weights[expert of p] x[p / pairs_per_row] for the pairs of a tile and a part of the columns. GATED: column c is
-// silu(gate) * up of the rows c and columns + c of the weights. A block has WARPS_M x WARPS_N warps, a warp M x N tiles of 16 rows by
+// out[p] = weights[expert of p] x[p / pairs_per_row] for the pairs of a tile and a part of the columns. Unless GATE is PLAIN, column c
+// is made of the products gate and up of the rows c and columns + c of the weights. W is T, or mxfp4 with scales. A block has WARPS_M x WARPS_N warps, a warp M x N tiles of 16 rows by
 // 16 weight rows. Every shape adds the same products of 16 in the same order: a row is bitwise identical in any shape and batch.
 // Without `tiles` and `order` there is one expert that has all pairs in order.
-template <typename T, int WARPS_M, int WARPS_N, int M, int N, int STAGES, bool GATED>
+template <typename T, typename W, int WARPS_M, int WARPS_N, int M, int N, int STAGES, Gate GATE>
 __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
-    T* __restrict__ out, const T* __restrict__ x, const T* __restrict__ weights, const int4* __restrict__ tiles,
-    const int* __restrict__ order, int pairs_per_row, int num_pairs, int width, int columns) {
-    constexpr int STEP = 4 * WARPS_M * WARPS_N;  // rows that the block copies at once: eight threads per row
-    constexpr int ROWS = 16 * M * WARPS_M, WEIGHT_ROWS = 16 * N * WARPS_N, PART = GATED ? WEIGHT_ROWS / 2 : WEIGHT_ROWS;
+    T* __restrict__ out, const T* __restrict__ x, const W* __restrict__ weights, const unsigned char* __restrict__ scales,
+    const T* __restrict__ bias, const int4* __restrict__ tiles, const int* __restrict__ order, int pairs_per_row, int num_pairs,
+    int width, int columns, float alpha, float limit) {
+    constexpr bool GATED = GATE != PLAIN, IS_MXFP4 = sizeof(W) == 1;
+    constexpr int THREADS = 32 * WARPS_M * WARPS_N, ROWS = 16 * M * WARPS_M, WEIGHT_ROWS = 16 * N * WARPS_N;
+    constexpr int PART = GATED ? WEIGHT_ROWS / 2 : WEIGHT_ROWS;
+    constexpr int PACKED = IS_MXFP4 ? 2 : 1;                          // elements in a W
+    constexpr int WEIGHT_BYTES = DEPTH * sizeof(W) / PACKED;          // of a row of the weights in a stage
+    constexpr int CHUNKS = WEIGHT_BYTES / 16, CHUNK = DEPTH / CHUNKS;  // chunks of 16 bytes, and their elements
+    constexpr int STAGE = ROWS * 2 * DEPTH + WEIGHT_ROWS * WEIGHT_BYTES;
+    constexpr int STEP = THREADS / 8, WEIGHT_STEP = THREADS / CHUNKS;  // rows that the block copies at once
     extern __shared__ __align__(128) char stages[];  // each: rows of x, then rows of the weights
     const int parts = (columns + PART - 1) / PART, first_column = blockIdx.x % parts * PART;
     const int number = blockIdx.x / parts;
@@ -98,27 +163,33 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     const int expert = tile.x, rows = tile.z;
     if (rows == 0) return;
     auto pair_of = [&](int row) { return order ? order[tile.y + row] : tile.y + row; };
+    auto matrix_row = [&](int row) {  // gate and up alternate every eight rows, so that one thread has both sums of a column
+        const int column = min(first_column + (GATED ? row / 16 * 8 + row % 8 : row), columns - 1);
+        return (GATED ? expert * 2ll + row / 8 % 2 : expert) * columns + column;
+    };
 
     const int chunk = threadIdx.x % 8, copied_row = threadIdx.x / 8;
-    const T *x_rows[ROWS / STEP], *weight_rows[WEIGHT_ROWS / STEP];
+    const int weight_chunk = threadIdx.x % CHUNKS, copied_weight = threadIdx.x / CHUNKS;
+    const T* x_rows[ROWS / STEP];
+    const W* weight_rows[WEIGHT_ROWS / WEIGHT_STEP];
     UNROLL for (int i = 0; i < ROWS / STEP; ++i) {
         const int pair = pair_of(min(copied_row + i * STEP, rows - 1));
         x_rows[i] = x + (long long)(pair / pairs_per_row) * width;
     }
-    UNROLL for (int i = 0; i < WEIGHT_ROWS / STEP; ++i) {
-        // Gate and up alternate every eight rows, so that one thread has both sums of a column.
-        const int row = copied_row + i * STEP, column = min(first_column + (GATED ? row / 16 * 8 + row % 8 : row), columns - 1);
-        const long long matrix = GATED ? expert * 2ll + row / 8 % 2 : expert;
-        weight_rows[i] = weights + (matrix * columns + column) * width;
-    }
+    UNROLL for (int i = 0; i < WEIGHT_ROWS / WEIGHT_STEP; ++i)
+        weight_rows[i] = weights + matrix_row(copied_weight + i * WEIGHT_STEP) * (width / PACKED);
     const unsigned memory = (unsigned)__cvta_generic_to_shared(stages);
     const auto load = [&](int step) {
-        const unsigned stage = memory + step % STAGES * (ROWS + WEIGHT_ROWS) * 2 * DEPTH;
-        const int k = step * DEPTH + chunk * 8, at = min(k, width - 8);
-        UNROLL for (int i = 0; i < ROWS / STEP; ++i)
-            copy_async(stage + swizzle(copied_row + i * STEP, chunk), x_rows[i] + at, k < width && copied_row + i * STEP < rows);
-        UNROLL for (int i = 0; i < WEIGHT_ROWS / STEP; ++i)
-            copy_async(stage + swizzle(ROWS + copied_row + i * STEP, chunk), weight_rows[i] + at, k < width);
+        const unsigned stage = memory + step % STAGES * STAGE, weight_stage = stage + ROWS * 2 * DEPTH;
+        const int k = step * DEPTH + chunk * 8, weight_k = step * DEPTH + weight_chunk * CHUNK;
+        UNROLL for (int i = 0; i < ROWS / STEP; ++i) {
+            const int row = copied_row + i * STEP;
+            copy_async(stage + swizzle(row, chunk), x_rows[i] + min(k, width - 8), k < width && row < rows);
+        }
+        UNROLL for (int i = 0; i < WEIGHT_ROWS / WEIGHT_STEP; ++i) {
+            const int row = copied_weight + i * WEIGHT_STEP, at = IS_MXFP4 ? row * WEIGHT_BYTES + weight_chunk * 16 : swizzle(row, weight_chunk);
+            copy_async(weight_stage + at, weight_rows[i] + min(weight_k, width - CHUNK) / PACKED, weight_k < width);
+        }
     };
 
     const int steps = (width + DEPTH - 1) / DEPTH;
@@ -128,37 +199,55 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     }
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_row = warp / WARPS_N * 16 * M, first_weight_row = warp % WARPS_N * 16 * N;
+    const int blocks = width / BLOCK;
+    unsigned char step_scales[N][2][2];  // of the two blocks of a step
+    const auto load_scales = [&](int step) {
+        UNROLL for (int i = 0; i < 4 * N; ++i) {
+            const long long row = matrix_row(first_weight_row + i / 2 * 8 + lane / 4);
+            step_scales[i / 4][i / 2 % 2][i % 2] = scales[row * blocks + min(2 * step + i % 2, blocks - 1)];
+        }
+    };
     float sums[M][N][2][4] = {};
     for (int step = 0; step < steps; ++step) {
+        if constexpr (IS_MXFP4) load_scales(step);
         wait_copies<STAGES - 2>();  // this thread's copies of this step are done; after the barrier, those of all threads,
         __syncthreads();            // and all threads have left the stage that the next copies overwrite
         if (step + STAGES - 1 < steps) load(step + STAGES - 1);
         commit_copies();  // also an empty group: the wait counts groups
-        const unsigned stage = memory + step % STAGES * (ROWS + WEIGHT_ROWS) * 2 * DEPTH;
-        multiply_stage<T, M, N>(sums, stage, lane, first_row, ROWS + first_weight_row);
+        const int at = step % STAGES * STAGE;
+        if constexpr (IS_MXFP4) {
+            const char* warp_weights = stages + at + ROWS * 2 * DEPTH + first_weight_row * WEIGHT_BYTES;
+            multiply_stage(sums, memory + at, lane, first_row, warp_weights, step_scales);
+        } else {
+            multiply_stage<T, M, N>(sums, memory + at, lane, first_row, ROWS + first_weight_row);
+        }
     }
 
-    store_sums<T, M, N, GATED>(out, sums, pair_of, rows, first_row, columns, first_column + first_weight_row / (GATED ? 2 : 1));
+    const Epilogue<T> epilogue{bias ? bias + (GATED ? 2ll : 1ll) * expert * columns : nullptr, alpha, limit};
+    const int warp_column = first_column + first_weight_row / (GATED ? 2 : 1);
+    store_sums<T, M, N, GATE>(out, sums, epilogue, pair_of, rows, first_row, columns, warp_column);
 }
 
 // The GEMM of grouped_gemm in float32, without tensor cores because they round: one warp for each pair and column.
-template <bool GATED>
+template <Gate GATE>
 __global__ void __launch_bounds__(256) float32_gemm(
-    float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weights, const long long* __restrict__ expert_ids,
-    int pairs, int pairs_per_row, int experts, int width, int columns) {
+    float* __restrict__ out, const float* __restrict__ x, const float* __restrict__ weights, const float* __restrict__ bias,
+    const long long* __restrict__ expert_ids, int pairs, int pairs_per_row, int experts, int width, int columns, float alpha, float limit) {
+    constexpr bool GATED = GATE != PLAIN;
     const long long at = blockIdx.x * 8ll + threadIdx.x / 32, pair = at / columns;
     const int column = at % columns, lane = threadIdx.x % 32;
     if (pair >= pairs || !exists(expert_ids[pair], experts)) return;
-    const float* row = weights + (expert_ids[pair] * (GATED ? 2 : 1) * columns + column) * width;
+    const long long matrix_row = expert_ids[pair] * (GATED ? 2 : 1) * columns + column;
+    const float* row = weights + matrix_row * width;
     x += pair / pairs_per_row * width;
     float first = 0.f, second = 0.f;
     for (int i = lane; i < width; i += 32) {
         first += x[i] * row[i];
         if (GATED) second += x[i] * row[(long long)columns * width + i];
     }
-    first = warp_sum(first);
-    if (GATED) first = silu(first) * warp_sum(second);
-    if (lane == 0) out[at] = first;
+    first = warp_sum(first), second = warp_sum(second);
+    if (bias) first += bias[matrix_row], second += GATED ? bias[matrix_row + columns] : 0.f;
+    if (lane == 0) out[at] = GATED ? activate<GATE>(first, second, alpha, limit) : first;
 }
 
 // out[t] = sum over k of scores[t, k] * expert_out[t K + k] in float32, in the order of k; grid (T, parts of a row).

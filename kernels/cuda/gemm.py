@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import FP8Weight, Matrix
+from ..arguments import ClampedSwiGLU, ExpertMatrix, FP8Weight, Matrix, MXFP4Weight
 from . import scaled_gemm
 from .elementwise import rms_norm, silu_and_mul
 from .kernel_launch import (
@@ -33,8 +31,9 @@ NO_SCALES = NULL, *map(np.int32, (0, 0, 0, 0))
 GROUP_THREADS = 1024  # threads of the one block that groups pairs by expert
 # Tile shapes of the grouped GEMM by their rows: warps down and across, 16 x 16 tiles down and across a warp, stages.
 TILE_SHAPES = {16: (1, 4, 1, 1, 6), 64: (1, 4, 4, 2, 3), 128: (2, 4, 4, 2, 3)}
+MXFP4_SHAPES = {16: (1, 4, 1, 1, 12), 64: (1, 4, 4, 2, 4), 128: (2, 4, 4, 2, 4)}
 
-Gemm = Callable[[Tensor, Tensor, Tensor], None]  # writes out from x and weights, with SiLU if gated
+Gate = Literal["PLAIN", "SILU", "CLAMPED"]  # the names of Gate in experts.cu
 Epilogue = Literal["STORE", "ADD", "SILU"]  # the names of Epilogue in skinny_gemm.cu
 
 
@@ -79,15 +78,13 @@ def linear(
 
 def _batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, out: Tensor | None) -> Tensor:
     """Multiply as one expert that has all rows: all tiles sum in one order."""
-    fused = gated and bias is None  # the GEMM applies SiLU before a bias
     if out is None:
-        out = x.new_empty(len(x), len(weight) // 2 if fused else len(weight))
+        out = x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
     if out.numel():
         rows = _tile_rows(len(x))
-        _multiply_tiles(out, x, weight[None], rows, -(-len(x) // rows), None, None)
-    if bias is not None:
-        out += bias
-    return silu_and_mul(out) if gated and not fused else out
+        tiles = ExpertTiles(None, None, rows, -(-len(x) // rows))
+        _multiply_tiles(out, x, weight[None], bias, "SILU" if gated else "PLAIN", None, tiles)
+    return out
 
 
 def _is_skinny(x: Tensor, weight: Matrix) -> bool:
@@ -143,23 +140,46 @@ def _scale_arguments(weight: FP8Weight) -> tuple[Argument, ...]:
     return weight.scales, *map(np.int32, (*shifts, weight.scales.shape[-1], weight.first))
 
 
-def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Matrix, down: Matrix) -> Tensor:
+class ExpertTiles(NamedTuple):
+    """The tiles of pairs (token, choice) by expert, as group_pairs of experts.cu writes them; None is one expert."""
+
+    tiles: Tensor | None
+    order: Tensor | None
+    rows: int  # of a tile
+    num_tiles: int
+
+
+def experts(
+    x: Tensor,
+    expert_ids: Tensor,
+    scores: Tensor,
+    gate_up: ExpertMatrix,
+    down: ExpertMatrix,
+    *,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    swiglu: ClampedSwiGLU | None = None,
+) -> Tensor:
     if isinstance(gate_up, FP8Weight):
         gate_up = gate_up.dequantized(x.dtype)
     if isinstance(down, FP8Weight):
         down = down.dequantized(x.dtype)
-    (tokens, size), pairs, num_experts = x.shape, expert_ids.numel(), len(gate_up)
+    (tokens, size), pairs, num_experts = x.shape, expert_ids.numel(), gate_up.shape[0]
     if pairs == 0:
         return torch.zeros_like(x)
     x, expert_ids, scores = x.contiguous(), expert_ids.contiguous(), scores.contiguous()
+    hidden, expert_out = x.new_empty(pairs, down.shape[2]), x.new_empty(pairs, size)
+    # Rows of pairs without an expert are neither written nor read.
+    gate: Gate = "SILU" if swiglu is None else "CLAMPED"
     if x.dtype == torch.float32:
-        gemm: Gemm = functools.partial(_float32_gemm, expert_ids=expert_ids)
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
+        _float32_gemm(hidden, x, gate_up, gate_up_bias, gate, swiglu, expert_ids)
+        _float32_gemm(expert_out, hidden, down, down_bias, "PLAIN", None, expert_ids)
     else:
-        gemm = _grouped_gemm(expert_ids, num_experts)
-    hidden = x.new_empty(pairs, down.shape[2])
-    gemm(hidden, x, gate_up)
-    expert_out = x.new_empty(pairs, size)  # rows of pairs without an expert are neither written nor read, as in hidden
-    gemm(expert_out, hidden, down)
+        tiles = _group_pairs(expert_ids, num_experts)
+        _multiply_tiles(hidden, x, gate_up, gate_up_bias, gate, swiglu, tiles)
+        _multiply_tiles(expert_out, hidden, down, down_bias, "PLAIN", None, tiles)
     out = x.new_empty(tokens, size)
     v = vector_width(size, expert_out, out)
     threads = num_threads(size // v)
@@ -169,8 +189,8 @@ def experts(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Matrix, down
     return out
 
 
-def _grouped_gemm(expert_ids: Tensor, num_experts: int) -> Gemm:
-    """Group the pairs by expert; return the GEMM over the groups."""
+def _group_pairs(expert_ids: Tensor, num_experts: int) -> ExpertTiles:
+    """Group the pairs by expert."""
     pairs = expert_ids.numel()
     rows = _tile_rows(-(-pairs // num_experts))
     in_use = min(num_experts, pairs)
@@ -180,7 +200,7 @@ def _grouped_gemm(expert_ids: Tensor, num_experts: int) -> Gemm:
     group = kernel("experts.cu", f"group_pairs<{rows}>", shared_bytes=8 * (num_experts + 3))
     shape = np.int32(pairs), np.int32(num_experts), np.int32(num_tiles)
     group((1, 1), GROUP_THREADS, tiles, order, expert_ids, *shape)
-    return functools.partial(_multiply_tiles, rows=rows, num_tiles=num_tiles, tiles=tiles, order=order)
+    return ExpertTiles(tiles, order, rows, num_tiles)
 
 
 def _tile_rows(rows: int) -> int:
@@ -189,26 +209,45 @@ def _tile_rows(rows: int) -> int:
 
 
 def _multiply_tiles(
-    out: Tensor, x: Tensor, weights: Tensor, rows: int, num_tiles: int, tiles: Tensor | None, order: Tensor | None
+    out: Tensor,
+    x: Tensor,
+    weights: Tensor | MXFP4Weight,
+    bias: Tensor | None,
+    gate: Gate,
+    swiglu: ClampedSwiGLU | None,
+    tiles: ExpertTiles,
 ) -> None:
-    gated, columns = _is_gated(out, weights), out.shape[1]
-    warps_down, warps_across, m, n, stages = TILE_SHAPES[rows]
+    """Write out [pairs, F] from the rows of x; several pairs in a row share one if x has fewer."""
+    columns, is_mxfp4 = out.shape[1], isinstance(weights, MXFP4Weight)
+    warps_down, warps_across, m, n, stages = (MXFP4_SHAPES if is_mxfp4 else TILE_SHAPES)[tiles.rows]
     weight_rows = 16 * n * warps_across
-    name = f"{c_name(x)}, {warps_down}, {warps_across}, {m}, {n}, {stages}, {str(gated).lower()}"
-    shared_bytes = stages * (rows + weight_rows) * 128
-    launch = kernel("experts.cu", f"grouped_gemm<{name}>", shared_bytes=shared_bytes)
-    parts = -(-columns // (weight_rows // 2 if gated else weight_rows))
-    grid, threads = (num_tiles * parts, 1), 32 * warps_down * warps_across
-    sizes = len(out) // len(x), len(out), x.shape[1], columns
-    launch(grid, threads, out, x, weights, optional(tiles), optional(order), *map(np.int32, sizes))
+    types = f"{c_name(x)}, {'mxfp4' if is_mxfp4 else c_name(x)}"
+    name = f"grouped_gemm<{types}, {warps_down}, {warps_across}, {m}, {n}, {stages}, {gate}>"
+    shared_bytes = stages * (tiles.rows * 128 + weight_rows * (32 if is_mxfp4 else 128))
+    launch = kernel("experts.cu", name, shared_bytes=shared_bytes)
+    parts = -(-columns // (weight_rows if gate == "PLAIN" else weight_rows // 2))
+    grid, threads = (tiles.num_tiles * parts, 1), 32 * warps_down * warps_across
+    matrices = (weights.data, weights.scales) if isinstance(weights, MXFP4Weight) else (weights, NULL)
+    sizes = map(np.int32, (len(out) // len(x), len(out), x.shape[1], columns))
+    groups = optional(tiles.tiles), optional(tiles.order)
+    launch(grid, threads, out, x, *matrices, optional(bias), *groups, *sizes, *_parameters(swiglu))
 
 
-def _float32_gemm(out: Tensor, x: Tensor, weights: Tensor, expert_ids: Tensor) -> None:
-    launch = kernel("experts.cu", f"float32_gemm<{str(_is_gated(out, weights)).lower()}>")
-    sizes = len(out), len(out) // len(x), len(weights), x.shape[1], out.shape[1]
-    launch((-(-out.numel() // 8), 1), MAX_THREADS, out, x, weights, expert_ids, *map(np.int32, sizes))
+def _float32_gemm(
+    out: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    bias: Tensor | None,
+    gate: Gate,
+    swiglu: ClampedSwiGLU | None,
+    expert_ids: Tensor,
+) -> None:
+    launch = kernel("experts.cu", f"float32_gemm<{gate}>")
+    sizes = map(np.int32, (len(out), len(out) // len(x), len(weights), x.shape[1], out.shape[1]))
+    grid = -(-out.numel() // 8), 1
+    launch(grid, MAX_THREADS, out, x, weights, optional(bias), expert_ids, *sizes, *_parameters(swiglu))
 
 
-def _is_gated(out: Tensor, weights: Tensor) -> bool:
-    """Return whether the weights have two rows, gate and up, for each column of the output."""
-    return weights.shape[1] == 2 * out.shape[1]
+def _parameters(swiglu: ClampedSwiGLU | None) -> tuple[np.float32, np.float32]:
+    alpha, limit = swiglu or ClampedSwiGLU(0.0, 0.0)
+    return np.float32(alpha), np.float32(limit)

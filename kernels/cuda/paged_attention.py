@@ -98,6 +98,7 @@ def decode_attention(
     partition: KeyPartition,
     scale: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     rows, (num_pages, page_size, kv_heads, head_dim) = len(qkv), cache.k.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
@@ -120,6 +121,6 @@ def decode_attention(
     keys = partition.table, *map(np.int32, (rows, partition.window or 0, layout.kv_chunk))
     results = partial, partition.table[-rows * groups :]  # partial results, then the counters
     factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
-    shape = *map(np.float32, factors), np.int32(heads), np.int32(kv_heads)
+    shape = *map(np.float32, factors), optional(sinks), np.int32(heads), np.int32(kv_heads)
     launch(grid, threads, out, qkv, *head_arguments, *page_table, *keys, *results, *shape)
     return out

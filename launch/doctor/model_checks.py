@@ -93,7 +93,7 @@ def memory_finding(config: Config, resolved: Config, plan: MemoryPlan, host: int
     plan = plan.with_pages(resolved)
     check_kv_cache(config, plan)
     assert resolved.max_model_len is not None
-    context = min(resolved.max_model_len, plan.tokens)
+    context = plan.longest_context(resolved.max_model_len)
     reserve = "" if plan.total is None else ", less what graphs and activations will take"
     text = (
         f"each rank on {plan.place}: {format_bytes(plan.weights)} of weights, {format_bytes(plan.kv_cache)} of KV cache"

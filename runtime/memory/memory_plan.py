@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 
 from ...comm.message_text import format_bytes
 from ..config import Config
-from ..model.model_config import DTYPES, DeltaNet, ModelConfig
+from ..model.delta_net_config import DeltaNetConfig
+from ..model.model_config import DTYPES, MXFP4_BLOCK, ModelConfig
 from ..model.rank_shares import share, share_of_features
+from ..request import pages_of_window
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -35,6 +37,7 @@ class MemoryPlan:
     page_bytes: int
     page_size: int  # tokens
     num_pages: int = 0
+    pages_of_window: int | None = None  # the most that a request needs in a step; None: pages of its whole context
     total: int | None = None  # memory of the GPU; None on a CPU, where it is not measured
     utilization: float = 1.0
     gpus_per_rank: float = 1.0
@@ -54,6 +57,14 @@ class MemoryPlan:
     def tokens(self) -> int:
         """The capacity of the KV cache."""
         return self.num_pages * self.page_size
+
+    def longest_context(self, max_model_len: int) -> int:
+        """Return the longest context of a request that the KV cache allows."""
+        return max_model_len if self.tokens_at_once(max_model_len) <= self.tokens else self.tokens
+
+    def tokens_at_once(self, context: int) -> int:
+        """Return the tokens of KV cache that a request needs in one step at most."""
+        return context if self.pages_of_window is None else min(context, self.pages_of_window * self.page_size)
 
     @property
     def taken(self) -> int:
@@ -81,8 +92,8 @@ class MemoryPlan:
 
     def table(self, max_model_len: int) -> str:
         """Return all parts as text, one per line."""
-        context = min(max_model_len, self.tokens)
-        contexts = f"{self.tokens / context:,.1f} contexts of {context:,}"
+        context = self.longest_context(max_model_len)
+        contexts = f"{self.tokens / self.tokens_at_once(context):,.1f} contexts of {context:,}"
         tokens = f"{self.tokens:,} tokens of {format_bytes(self.page_bytes // self.page_size)}: {contexts}"
         graphs = f"{self.num_graphs} captured, up to {self.graph_rows} rows"
         in_use = (
@@ -129,10 +140,13 @@ def plan_weights(config: Config, model: ModelConfig, rank: int = 0) -> MemoryPla
     model.check_tensor_parallel(ranks)
     return MemoryPlan(
         place="the CPU",
-        weights=parameters_of_rank(model, ranks, rank) * itemsize - saved_by_fp8(model, ranks, itemsize, rank),
+        weights=parameters_of_rank(model, ranks, rank) * itemsize - saved_by_quantization(model, ranks, itemsize, rank),
         page_bytes=kv_elements_per_token(model, ranks, rank) * config.page_size * kv_itemsize,
         page_size=config.page_size,
         states=num_states(config) * state_bytes(model, ranks, rank, itemsize),
+        pages_of_window=None
+        if model.window is None
+        else pages_of_window(model.window, config.page_size, config.max_num_batched_tokens),
     )
 
 
@@ -174,8 +188,11 @@ def parameters_of_rank(model: ModelConfig, ranks: int, rank: int = 0) -> int:
     return tables * vocabulary + attention + mlps + norms
 
 
-def saved_by_fp8(model: ModelConfig, ranks: int, itemsize: int, rank: int = 0) -> int:
-    """Return the bytes that FP8 weights save, less their scales, on a rank whose other weights have this itemsize."""
+def saved_by_quantization(model: ModelConfig, ranks: int, itemsize: int, rank: int = 0) -> int:
+    """Return the bytes that FP8 or MXFP4 saves, less the scales, on a rank whose other weights have this itemsize."""
+    if model.experts is not None and model.experts.mxfp4:
+        numbers = 3 * _expert_features(model, ranks, rank) * model.hidden_size * model.experts.num_experts
+        return len(model.experts.layers) * (numbers * itemsize - numbers // 2 - numbers // MXFP4_BLOCK)
     if model.quantization is None:
         return 0
     saved = 0
@@ -203,7 +220,7 @@ def _matrices(model: ModelConfig, ranks: int, rank: int) -> Iterator[tuple[list[
         mlp, features, copies = f"{name}.mlp", _share(model.intermediate_size, ranks, rank), 1
         if model.experts is not None and model.has_experts(layer):
             mlp, copies = f"{mlp}.experts.0", model.experts.num_experts
-            features = _share(model.experts.intermediate_size, ranks, rank)
+            features = _expert_features(model, ranks, rank)
         yield [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [features, features], hidden, copies
         yield [f"{mlp}.down_proj"], [hidden], features, copies
     if model.quantization.includes_head and not model.tie_word_embeddings:
@@ -211,7 +228,7 @@ def _matrices(model: ModelConfig, ranks: int, rank: int) -> Iterator[tuple[list[
 
 
 def _delta_matrices(
-    name: str, hidden: int, net: DeltaNet, ranks: int, rank: int
+    name: str, hidden: int, net: DeltaNetConfig, ranks: int, rank: int
 ) -> Iterator[tuple[list[str], list[int], int, int]]:
     keys, values = _delta_features(net, ranks, rank)
     heads = values // net.value_size
@@ -231,17 +248,18 @@ def _attention_size(model: ModelConfig, ranks: int, rank: int) -> int:
     biases = model.qkv_bias * qkv + model.output_bias * model.hidden_size
     norms = {"none": 0, "each head": 2 * model.head_dim, "all heads": q + kv}[model.qk_norm]
     gate = model.output_gate * q * (model.hidden_size + model.qkv_bias)
-    return (qkv + q) * model.hidden_size + gate + biases + norms
+    sinks = model.sinks * q // model.head_dim
+    return (qkv + q) * model.hidden_size + gate + biases + norms + sinks
 
 
-def _delta_size(model: ModelConfig, net: DeltaNet, ranks: int, rank: int) -> int:
+def _delta_size(model: ModelConfig, net: DeltaNetConfig, ranks: int, rank: int) -> int:
     keys, values = _delta_features(net, ranks, rank)
     heads = values // net.value_size
     projections = 2 * keys + 3 * values + 2 * heads  # q, k, v, z, output, b, a
     return projections * model.hidden_size + net.taps * (2 * keys + values) + 2 * heads + net.value_size
 
 
-def _delta_features(net: DeltaNet, ranks: int, rank: int) -> tuple[int, int]:
+def _delta_features(net: DeltaNetConfig, ranks: int, rank: int) -> tuple[int, int]:
     """Return the features of the rank's key heads, and of its value heads."""
     keys = len(share(net.key_heads, rank, ranks))
     return keys * net.key_size, keys * net.value_heads // net.key_heads * net.value_size
@@ -254,9 +272,16 @@ def _mlp_size(model: ModelConfig, ranks: int, rank: int) -> int:
 
 def _experts_size(model: ModelConfig, ranks: int, rank: int) -> int:
     assert model.experts is not None
-    router = model.hidden_size
-    expert = 3 * _share(model.experts.intermediate_size, ranks, rank) * model.hidden_size
+    router, features = model.hidden_size, _expert_features(model, ranks, rank)
+    expert = 3 * features * model.hidden_size
+    if model.experts.clamped is not None:
+        router, expert = router + 1, expert + 2 * features + model.hidden_size  # with biases
     return model.experts.num_experts * (router + expert)
+
+
+def _expert_features(model: ModelConfig, ranks: int, rank: int) -> int:
+    assert model.experts is not None
+    return _share(model.experts.intermediate_size, ranks, rank, model.experts.block)
 
 
 def _head_features(model: ModelConfig, ranks: int, rank: int) -> tuple[int, int]:
@@ -265,8 +290,8 @@ def _head_features(model: ModelConfig, ranks: int, rank: int) -> tuple[int, int]
     return len(heads.queries) * model.head_dim, len(heads.kv) * model.head_dim
 
 
-def _share(features: int, ranks: int, rank: int) -> int:
-    part = share_of_features(features, rank, ranks)
+def _share(features: int, ranks: int, rank: int, block: int | None = None) -> int:
+    part = share_of_features(features, rank, ranks, block)
     return int(part.stop - part.start)
 
 
@@ -309,8 +334,8 @@ def check_kv_cache(requested: Config, plan: MemoryPlan) -> None:
             f" {format_bytes(plan.page_bytes)} each, and a request needs {MIN_TOKENS} tokens;"
             f" {_raise(flag, plan, least)}"
         )
-    if requested.max_model_len is not None and plan.tokens < requested.max_model_len:
-        needed = -(-requested.max_model_len // plan.page_size)
+    if requested.max_model_len is not None and plan.longest_context(requested.max_model_len) < requested.max_model_len:
+        needed = -(-plan.tokens_at_once(requested.max_model_len) // plan.page_size)
         raise ValueError(
             f"max_model_len={requested.max_model_len} needs more than the {plan.tokens} tokens that the KV cache holds:"
             f" {format_bytes(needed * plan.page_bytes)} instead of {format_bytes(plan.kv_cache)};"

@@ -65,6 +65,8 @@ def find_model(config: Config) -> tuple[Path, ModelConfig]:
     model.check_tensor_parallel(config.tensor_parallel_size)
     for note in model.notes:
         log.info("%s", note)
+    if model.experts is not None and model.experts.mxfp4:
+        log.info("weights: MXFP4 (experts)")
     if model.quantization is not None:
         log.info("weights: FP8 (%s), a scale for each %s", model.quantization.method, model.quantization.granularity)
     return folder, model
@@ -102,13 +104,20 @@ def fit_weights(model: ModelConfig, folder: Path) -> ModelConfig:
     with ExitStack() as stack:
         tensors = TensorFiles(folder, "np", stack)
         dimensions = _dimensions(model)
-        check_shapes(dimensions, tensors, dtypes=STORED_DTYPES if model.quantization is None else FP8_DTYPES)
+        check_shapes(dimensions, tensors, dtypes=_stored_dtypes(model))
         # Only vectors, which are small: the ranks check every number when they load.
         check_finite([name for name, shape in dimensions.items() if len(shape) == 1], tensors)
         if model.tie_word_embeddings and HEAD in tensors and not tensors.equal(HEAD, EMBEDDING):
             note = f"config.json ties the word embeddings, but {HEAD} differs from {EMBEDDING}: both are used"
             return replace(model, tie_word_embeddings=False, notes=(*model.notes, note))
     return model
+
+
+def _stored_dtypes(model: ModelConfig) -> tuple[str, ...]:
+    """Return the dtypes that the files may have, as safetensors names them."""
+    if model.experts is not None and model.experts.mxfp4:
+        return (*STORED_DTYPES, "U8")
+    return STORED_DTYPES if model.quantization is None else FP8_DTYPES
 
 
 def _dimensions(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
@@ -133,8 +142,13 @@ def _dimensions(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
         shapes |= _projection_shapes(f"model.layers.{dense[0]}", names.gate_up, features, hidden)
     if model.experts is not None and len(dense) < model.num_layers:
         mlp = f"model.layers.{min(model.experts.layers)}.mlp"
-        shapes[f"{mlp}.gate.weight"] = (model.experts.num_experts, hidden)
-        shapes[f"{mlp}.experts.0.gate_proj.weight"] = (model.experts.intermediate_size, hidden)
+        n, width = model.experts.num_experts, model.experts.intermediate_size
+        if model.experts.clamped is None:
+            shapes |= {f"{mlp}.gate.weight": (n, hidden), f"{mlp}.experts.0.gate_proj.weight": (width, hidden)}
+        else:
+            shapes |= {f"{mlp}.router.weight": (n, hidden), f"{mlp}.experts.gate_up_proj_bias": (n, 2 * width)}
+    if model.sinks:
+        shapes["model.layers.0.self_attn.sinks"] = (model.num_heads,)
     return shapes | {f"model.layers.{n}.{names.norms[0]}.weight": (hidden,) for n in range(model.num_layers)}
 
 

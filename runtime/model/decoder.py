@@ -20,6 +20,7 @@ from .batch import Batch
 from .checkpoint import EMBEDDING, HEAD
 from .delta_net import GatedDeltaNet
 from .embedding import Embedding, Head, Logits, head_shard, vocabulary_shard
+from .gpt_oss_moe import GptOssMoE
 from .kv_pool import AttentionShape, KVPool
 from .linear import MLP, ColumnLinear, MoE, Projection, RowLinear, projections
 from .model_config import ModelConfig
@@ -27,7 +28,7 @@ from .norm import LayerNorms, NormInput, Residual, RMSNorm, WideQKNorm, norm_wei
 from .rank_shares import share
 from .rope import RopeConfig
 from .state_pool import LayerStates, StatePool, StateShape
-from .weights import Weights
+from .weights import Piece, Weights
 
 
 class Attention:
@@ -66,7 +67,13 @@ class Attention:
         hidden, bias = config.hidden_size, config.output_bias
         output = f"{name}.{config.names.output}"
         self.output = RowLinear(weights, comm, output, hidden, q_features, q_rows, bias=bias)
-        self.heads = Heads(QKNorm(q_norm, k_norm, config.norm_eps), cos_sin)
+        sinks = None
+        if config.sinks:
+            piece = Piece(
+                f"{name}.self_attn.sinks", (config.num_heads,), (slice(heads.queries.start, heads.queries.stop),)
+            )
+            sinks = weights.add((len(heads.queries),), [piece])
+        self.heads = Heads(QKNorm(q_norm, k_norm, config.norm_eps), cos_sin, sinks)
 
     def __call__(
         self,
@@ -114,9 +121,10 @@ class DecoderLayer:
         else:
             self.attention = Attention(weights, comm, config, layer, name, cos_sin)
         self.mlp_norms = LayerNorms(weights, comm, name, around_mlp, hidden, config.stream_eps)
-        self.mlp: MLP | MoE
+        self.mlp: MLP | MoE | GptOssMoE
         if config.experts is not None and config.has_experts(layer):
-            self.mlp = MoE(weights, comm, f"{name}.mlp", hidden, config.experts)
+            moe = MoE if config.experts.clamped is None else GptOssMoE
+            self.mlp = moe(weights, comm, f"{name}.mlp", hidden, config.experts)
         else:
             gate_up, down = [f"{name}.{tensor}" for tensor in names.gate_up], f"{name}.{names.down}"
             self.mlp = MLP(

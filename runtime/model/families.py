@@ -68,6 +68,8 @@ class Architecture:
     output_gate: bool = False  # each head of q_proj is followed by a gate of the head's result
     delta_net: bool = False  # layers of type linear_attention have the gated delta rule in place of attention
     experts: bool = False  # a mixture of experts in place of some MLPs
+    clamped_experts: bool = False  # they are those of gpt-oss: GptOssMoE
+    sinks: bool = False  # each query head has a logit that takes its share of the softmax and adds nothing
     windows: Windows = "never"  # sliding_window of config.json applies; "flagged": if use_sliding_window is set
     defaults: Mapping[str, Any]  # fields that config.json may leave out, as in transformers' class of the family
 
@@ -151,6 +153,16 @@ EXAONE4 = LLAMA | {
     "vocab_size": 102400, "intermediate_size": 16384, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
     "sliding_window": 4096, "sliding_window_pattern": 4,
 }  # fmt: skip
+GPT_OSS = LLAMA | {
+    "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5, "attention_bias": True, "sliding_window": 128, "sliding_window_pattern": 2,
+    "num_local_experts": 128, "num_experts_per_tok": 4, "swiglu_alpha": 1.702, "swiglu_limit": 7.0,
+    "rope_theta": 150000.0,
+    "rope_parameters": {
+        "rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096, "truncate": False,
+    },
+}  # fmt: skip
 MELLUM = QWEN3_MOE | {
     "vocab_size": 98304, "hidden_size": 2304, "intermediate_size": 7168, "num_hidden_layers": 28, "head_dim": 128,
     "max_position_embeddings": 131072, "num_experts": 64, "moe_intermediate_size": 896, "norm_topk_prob": True,
@@ -218,6 +230,10 @@ ARCHITECTURES = {
         defaults=GEMMA3,
     ),
     "Ministral3ForCausalLM": Architecture(query_scaling=True, windows="always", defaults=MINISTRAL3),
+    "GptOssForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_bias", experts=True, clamped_experts=True, sinks=True,
+        windows="layer types", defaults=GPT_OSS,
+    ),
     "MellumForCausalLM": Architecture(
         qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", experts=True,
         rotation="by layer type", windows="layer types", defaults=MELLUM,

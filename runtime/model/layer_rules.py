@@ -89,22 +89,6 @@ def _unrotated_layers(fields: HFConfigReader, num_layers: int) -> set[int]:
     return {layer for layer in range(num_layers) if rotated[layer] == 0}
 
 
-def delta_net_layers(fields: HFConfigReader, num_layers: int) -> frozenset[int]:
-    """Return the layers of the gated delta rule: by layer_types, or all but each full_attention_interval-th."""
-    kinds = fields.texts("layer_types")
-    if not kinds:
-        interval = fields.integer("full_attention_interval")
-        kinds = ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(num_layers)]
-    if len(kinds) != num_layers or not set(kinds) <= {"linear_attention", "full_attention"}:
-        raise ValueError(
-            f"config.json: layer_types is {shortened(kinds)}; it must have 'linear_attention' or 'full_attention' for"
-            f" each of the {num_layers} layers"
-        )
-    if "full_attention" not in kinds:
-        raise ValueError("config.json: layer_types has no 'full_attention'; such models are not supported")
-    return frozenset(n for n in range(num_layers) if kinds[n] == "linear_attention")
-
-
 def expert_layers(fields: HFConfigReader, num_layers: int) -> frozenset[int]:
     """Return the layers with experts: by mlp_layer_types, or by decoder_sparse_step and mlp_only_layers."""
     kinds = fields.texts("mlp_layer_types")

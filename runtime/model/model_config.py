@@ -12,12 +12,13 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
+from .delta_net_config import DeltaNetConfig
 from .end_tokens import EndTokens
 from .families import ARCHITECTURES, TEXT_PARTS, Activation, Architecture, Flag, QKNormKind, TensorNames
 from .generation_config import generation_fields, not_applied
 from .hf_config import HFConfigReader, exists
-from .layer_rules import delta_net_layers, expert_layers, ropes_of_layers, windows_of_layers
-from .quantization import Quantization
+from .layer_rules import expert_layers, ropes_of_layers, windows_of_layers
+from .quantization import Quantization, is_mxfp4
 from .rank_shares import HeadShare, share_of_heads
 from .rope import RopeConfig
 
@@ -25,6 +26,7 @@ ACTIVATIONS = {"silu": ("hidden_act", "silu"), "gelu": ("hidden_activation", "ge
 MAX_LAYERS = 10_000
 MAX_POSITIONS = 100_000_000  # the rotary table of a rank has a row for each
 
+MXFP4_BLOCK = 32  # numbers with one scale
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # itemsize in bytes
 
 
@@ -37,18 +39,13 @@ class Experts:
     intermediate_size: int  # features of one expert
     normalized: bool  # the scores of a token's experts are scaled to sum up to 1
     layers: frozenset[int]
+    clamped: tuple[float, float] | None = None  # alpha and limit of the SwiGLU of gpt-oss
+    mxfp4: bool = False  # the weights are 4-bit numbers
 
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaNet:
-    """The gated delta rule of the layers in `layers`."""
-
-    key_heads: int
-    value_heads: int
-    key_size: int
-    value_size: int
-    taps: int  # of the convolution before it
-    layers: frozenset[int]
+    @property
+    def block(self) -> int | None:
+        """The number of intermediate features that one rank holds together; None for any."""
+        return MXFP4_BLOCK if self.mxfp4 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +68,7 @@ class ModelConfig:
     output_bias: bool  # the attention's output projection has a bias
     mlp_bias: bool
     qk_norm: QKNormKind
+    sinks: bool  # of the query heads
     embedding_multiplier: float  # of the rows of the embedding
     residual_multiplier: float  # of the result of attention, MLP or experts
     attention_multiplier: float  # of the scores of attention
@@ -83,7 +81,7 @@ class ModelConfig:
     windows: tuple[int | None, ...]  # per layer: number of keys that a query sees, its own included; None for all
     experts: Experts | None
     output_gate: bool  # a gate of the attention's result, whose rows follow those of each head of q
-    delta_net: DeltaNet | None
+    delta_net: DeltaNetConfig | None
     dtype: str  # the checkpoint's dtype, one of DTYPES
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]  # ascending
@@ -112,7 +110,7 @@ class ModelConfig:
         if not exists(folder / "config.json"):
             raise ValueError(f"{folder} has no config.json, so it is not a model; give the folder of a checkpoint")
         fields = HFConfigReader.from_file(folder / "config.json")
-        return replace(cls.from_hf(fields.values), quantization=Quantization.from_folder(folder, fields))
+        return cls.from_hf(fields.values)._quantized(Quantization.from_folder(folder, fields))
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
@@ -144,6 +142,7 @@ class ModelConfig:
             output_bias=_flag(fields, architecture.output_bias),
             mlp_bias=_flag(fields, architecture.mlp_bias),
             qk_norm=architecture.qk_norm,
+            sinks=architecture.sinks,
             **_multipliers(fields, architecture, hidden_size, head_dim),
             attention_softcap=_softcap(fields, architecture, "attn_logit_softcapping"),
             logits_softcap=_softcap(fields, architecture, "final_logit_softcapping"),
@@ -152,8 +151,8 @@ class ModelConfig:
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             windows=windows_of_layers(fields, architecture.windows, num_layers),
             output_gate=architecture.output_gate,
-            delta_net=_delta_net(fields, num_layers) if architecture.delta_net else None,
-            experts=_experts(fields, num_layers) if architecture.experts else None,
+            delta_net=DeltaNetConfig.from_hf(fields, num_layers) if architecture.delta_net else None,
+            experts=_experts(fields, architecture, num_layers) if architecture.experts else None,
             dtype=_dtype(fields),
             max_position_embeddings=_num_positions(fields, ropes),
             eos_token_ids=end.ids,
@@ -161,13 +160,21 @@ class ModelConfig:
             quantization=Quantization.from_hf(fields),
         )
         config._check()
+        if is_mxfp4(fields):
+            config._check_mxfp4()
         return config
 
     def quantized_by(self, option: str) -> ModelConfig:
         """Return this config with the quantization of `--quantization`; a checkpoint in FP8 keeps its own."""
         if option != "fp8" or self.quantization is not None:
             return self
-        return replace(self, quantization=Quantization.made_while_loading())
+        return self._quantized(Quantization.made_while_loading())
+
+    def _quantized(self, quantization: Quantization | None) -> ModelConfig:
+        """Return this config with FP8 weights; raises ValueError if there are no kernels for such experts."""
+        if quantization is not None and self.experts is not None and self.experts.clamped is not None:
+            raise ValueError(f"FP8 weights of {self.architecture} are not supported; use them in MXFP4 or bfloat16")
+        return replace(self, quantization=quantization)
 
     @property
     def rotations(self) -> set[RopeConfig]:
@@ -186,6 +193,11 @@ class ModelConfig:
     def attention_layers(self) -> list[int]:
         """The layers with keys and values."""
         return [n for n in range(self.num_layers) if self.delta_net is None or n not in self.delta_net.layers]
+
+    @property
+    def window(self) -> int | None:
+        """The number of keys that a query sees in any layer, its own included; None if a layer sees all."""
+        return None if None in self.windows else max(window for window in self.windows if window is not None)
 
     @property
     def stored_head_dim(self) -> int:
@@ -215,12 +227,19 @@ class ModelConfig:
 
     def _divided_parts(self) -> dict[str, int]:
         """Return the number of each part of which every rank must have one."""
-        parts = {"attention heads": self.num_heads, "intermediate features": min(self._intermediate_sizes())}
+        is_mxfp4 = self.experts is not None and self.experts.mxfp4
+        features = f"{'blocks of 32 ' if is_mxfp4 else ''}intermediate features"
+        parts = {"attention heads": self.num_heads, features: min(self._intermediate_sizes())}
         return parts if self.delta_net is None else parts | {"linear key heads": self.delta_net.key_heads}
 
     def _intermediate_sizes(self) -> set[int]:
-        """Return the intermediate features of MLPs and experts. An MLP's do not count if every layer has experts."""
-        sizes = {self.experts.intermediate_size} if self.experts and self.experts.layers else set()
+        """Return the intermediate features, or blocks of them, of MLPs and experts.
+
+        An MLP's do not count if every layer has experts.
+        """
+        sizes = set()
+        if self.experts and self.experts.layers:
+            sizes.add(self.experts.intermediate_size // (self.experts.block or 1))
         if not all(map(self.has_experts, range(self.num_layers))):
             sizes.add(self.intermediate_size)
         return sizes
@@ -235,6 +254,17 @@ class ModelConfig:
             raise ValueError(f"config.json: head_dim is {self.head_dim}; rotary positions need an even one")
         for rope in self.rotations:
             rope.check_head_dim(self.head_dim)
+
+    def _check_mxfp4(self) -> None:
+        """Raise ValueError if the experts cannot be in MXFP4."""
+        if self.experts is None or self.experts.clamped is None:
+            raise ValueError(f"config.json: quantization_config (mxfp4) is not supported for {self.architecture}")
+        sizes = self.hidden_size, self.experts.intermediate_size
+        if any(size % MXFP4_BLOCK for size in sizes):
+            raise ValueError(
+                f"config.json: quantization_config (mxfp4) has blocks of {MXFP4_BLOCK} numbers, which must divide"
+                f" hidden_size, {sizes[0]}, and intermediate_size, {sizes[1]}"
+            )
 
 
 def text_fields(hf: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -344,30 +374,16 @@ def _dtype(fields: HFConfigReader) -> str:
     return name
 
 
-def _delta_net(fields: HFConfigReader, num_layers: int) -> DeltaNet:
-    net = DeltaNet(
-        key_heads=fields.integer("linear_num_key_heads"),
-        value_heads=fields.integer("linear_num_value_heads"),
-        key_size=fields.integer("linear_key_head_dim"),
-        value_size=fields.integer("linear_value_head_dim"),
-        taps=fields.integer("linear_conv_kernel_dim", minimum=2),
-        layers=delta_net_layers(fields, num_layers),
-    )
-    if net.value_heads % net.key_heads:
-        raise ValueError(
-            f"config.json: {net.value_heads} value heads cannot share {net.key_heads} key heads; "
-            "linear_num_value_heads must be a multiple of linear_num_key_heads"
-        )
-    return net
-
-
-def _experts(fields: HFConfigReader, num_layers: int) -> Experts:
+def _experts(fields: HFConfigReader, architecture: Architecture, num_layers: int) -> Experts:
+    clamped = architecture.clamped_experts
     experts = Experts(
         num_experts=fields.integer("num_local_experts" if "num_local_experts" in fields else "num_experts"),
         num_per_token=fields.integer("num_experts_per_tok"),
-        intermediate_size=fields.integer("moe_intermediate_size"),
+        intermediate_size=fields.integer("intermediate_size" if clamped else "moe_intermediate_size"),
         normalized=fields.flag("norm_topk_prob", False),
         layers=expert_layers(fields, num_layers),
+        clamped=(fields.number("swiglu_alpha"), fields.number("swiglu_limit")) if clamped else None,
+        mxfp4=is_mxfp4(fields),
     )
     if experts.num_per_token > experts.num_experts:
         raise ValueError(

@@ -84,6 +84,8 @@ class Quantization:
             return cls._compressed_tensors(own, ignored)
         if method in ("modelopt", "modelopt_fp8"):
             return cls._modelopt(own, ignored + tuple(own.texts("exclude_modules")))
+        if is_mxfp4(fields):  # Experts says so
+            return None
         if method == "fbgemm_fp8":
             return cls(method=method, granularity="row", ignored=ignored)
         raise _unsupported(method)
@@ -161,6 +163,11 @@ class Quantization:
             return ScaleGrid(rows=math.gcd(BLOCK, *bounds), columns=BLOCK, first=first_column % BLOCK)
         width = 1 << (max(columns, BLOCK) - 1).bit_length()
         return ScaleGrid(rows=1 if self.granularity == "row" else math.gcd(1 << 30, *bounds), columns=width, first=0)
+
+
+def is_mxfp4(fields: HFConfigReader) -> bool:
+    """Return whether the experts of a checkpoint are in MXFP4."""
+    return fields.nested("quantization_config").text("quant_method", "unknown") == "mxfp4"
 
 
 def _strategy(fields: HFConfigReader, part: str, supported: tuple[str, ...]) -> str:

@@ -66,6 +66,10 @@ class Weight:
         for piece in self.pieces:
             self.tensor[piece.into].copy_(piece.value(tensors[piece.name]))
 
+    def extremes(self, part: Tensor) -> Tensor:
+        """Return the least and the greatest number of a part of the tensor in float64; NaN if any is not finite."""
+        return _extremes(part)
+
     def fill_dummy(self, part: Tensor, generator: torch.Generator) -> None:
         """Fill a piece's part of the tensor with random numbers, or with ones for a norm."""
         part.fill_(1.0) if self.is_norm else part.normal_(0.0, DUMMY_DEVIATION, generator=generator)
@@ -171,11 +175,12 @@ def _check_finite(weights: Sequence[Weight], tensors: TensorFiles) -> None:
 
     Reads each weight once on its device, without a copy, and waits for the device once.
     """
-    extremes = [_extremes(weight.tensor) for weight in weights if weight.tensor.numel()]
+    extremes = [weight.extremes(weight.tensor) for weight in weights if weight.tensor.numel()]
     if not extremes or bool(torch.stack(extremes).isfinite().all()):
         return
-    parts = {piece.name: weight.tensor[piece.into] for weight in weights for piece in weight.pieces}
-    wrong = [name for name, part in parts.items() if not _extremes(part).isfinite().all()]
+    pieces = ((weight, piece) for weight in weights for piece in weight.pieces)
+    wrong = [p.name for weight, p in pieces if not weight.extremes(weight.tensor[p.into]).isfinite().all()]
+    wrong = list(dict.fromkeys(wrong))
     dtype = str(weights[0].tensor.dtype).removeprefix("torch.")
     raise ValueError(f"{not_finite(tensors.path(wrong[0]), wrong)}, or use a dtype with a wider range than {dtype}")
 

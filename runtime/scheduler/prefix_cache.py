@@ -123,6 +123,17 @@ class PrefixCache:
             self._touch(up)
             up = up.parent
 
+    def take_back(self, node: Node) -> np.ndarray:
+        """Remove `node` and return its pages, which the caller then owns; none if something else uses the node.
+
+        The caller holds one lock of `node`, and keeps those of its ancestors.
+        """
+        if node.parent is None or node.locks > 1 or node.children:
+            return NO_PAGES
+        del node.parent.children[self._key(node.tokens)]
+        self.num_pages -= len(node.pages)
+        return node.pages
+
     def evict(self, num_pages: int) -> np.ndarray:
         """Remove and return the least recently used pages, ends of sequences first; called by PagePool.allocate."""
         assert num_pages <= self.num_evictable, "evicting more than is evictable"

@@ -150,9 +150,38 @@ class Scheduler:
         """Preempt the newest requests until the rows of the others have their pages; return those rows."""
         while True:
             rows = self._running_rows()
-            if len(rows.full) + rows.num_chunk_pages <= self.pages.num_available:
+            if self._find_pages(len(rows.full) + rows.num_chunk_pages):
                 return rows
             self._preempt(int(self.slots.running[-1]))
+
+    def _find_pages(self, count: int) -> bool:
+        """Return whether so many pages are available, if need be after freeing those that no layer sees any more."""
+        if count > self.pages.num_available and self.limits.window is not None:
+            running = self.slots.running
+            first_seen = np.maximum(self.slots.num_computed[running] + 1 - self.limits.window, 0)
+            first_pages = first_seen // self.limits.page_size
+            for i in np.flatnonzero(first_pages > self.slots.num_freed_pages[running]).tolist():
+                self._free_unseen(int(running[i]), int(first_pages[i]))
+        return count <= self.pages.num_available
+
+    def _free_unseen(self, slot: int, end: int) -> None:
+        """Free the pages of a slot before page `end`, unless another request uses them."""
+        s, tree = self.slots, self.pages.tree
+        while s.num_shared_pages[slot] > end:  # the slot sees a part of what it shares with the tree
+            node = s.prefix_nodes[slot]
+            if node.children:
+                self.pages.release(tree.evict(tree.num_evictable))
+            taken = tree.take_back(node)
+            if len(taken) == 0:
+                return
+            assert node.parent is not None
+            s.prefix_nodes[slot] = node.parent
+            s.num_shared_pages[slot] -= len(taken)
+        tree.unlock(s.prefix_nodes[slot])
+        s.prefix_nodes[slot] = tree.root
+        tree.lock(tree.root)
+        self.pages.release(s.page_table[slot, s.num_shared_pages[slot] : end].copy())
+        s.num_shared_pages[slot] = s.num_freed_pages[slot] = end
 
     def _running_rows(self) -> RunningRows:
         s, running = self.slots, self.slots.running
@@ -203,14 +232,12 @@ class Scheduler:
         """Admit waiting requests in order while slots, tokens and pages last; append their first chunks to `chunks`."""
         admitted: list[Admission] = []
         while (request := self.waiting.head) is not None and self.slots.free and budget > 0:
-            node, pages = self._match(request)
-            self.pages.tree.lock(node)
-            needed = self.limits.pages_for(len(request.tokens)) - len(pages)
-            if needed + len(self.slots.running) > self.pages.num_available:  # one more page for each running request
-                self.pages.tree.unlock(node)
-                self._blocked = request
+            prefix = self._lock_prefix(request)
+            if prefix is None:
+                self._blocked = request if self.limits.window is None else None  # else running requests free pages, too
                 break
             self.waiting.pop()
+            node, pages = prefix
             num_computed, state = self._start_of(node, len(pages))
             slot = self._occupy(request, node, pages, num_computed)
             chunk = PromptChunk(slot, min(len(request.tokens) - int(self.slots.num_computed[slot]), budget))
@@ -250,6 +277,22 @@ class Scheduler:
         self._preempted.discard(request.uid)
         return slot
 
+    def _lock_prefix(self, request: Request) -> tuple[Node, np.ndarray] | None:
+        """Lock the longest cached prefix of a request; return its node and pages, or None if the other pages lack.
+
+        With a window a prefix may leave no room for what follows it. It is not used then, if nothing else runs.
+        """
+        limits, tree, num_running = self.limits, self.pages.tree, len(self.slots.running)
+        for node, pages in (self._match(request), (tree.root, NO_PAGES)):
+            tree.lock(node)
+            needed = min(limits.pages_for(len(request.tokens)) - len(pages), limits.pages_at_once(limits.max_length))
+            if self._find_pages(needed + num_running):  # one more page for each running request
+                return node, pages
+            tree.unlock(node)
+            if limits.window is None or num_running:
+                break
+        return None
+
     def _match(self, request: Request) -> tuple[Node, np.ndarray]:
         """Return the longest cached prefix of a request's tokens: the tree's node, and the pages [n] int32.
 
@@ -266,7 +309,7 @@ class Scheduler:
         """Give the tree the whole pages before token `end`, unless it has a copy by now; the slot keeps using them."""
         s, size, shared = self.slots, self.limits.page_size, int(self.slots.num_shared_pages[slot])
         full = min(end, int(s.num_known[slot])) // size
-        if not self.limits.enable_prefix_caching or full <= shared:
+        if not self.limits.enable_prefix_caching or full <= shared or s.num_freed_pages[slot]:
             return
         tree, tokens, above = self.pages.tree, s.tokens[slot, shared * size : full * size], s.prefix_nodes[slot]
         if len(tree.match(tokens, above)[1]) == 0:
@@ -329,11 +372,14 @@ class Scheduler:
         return finished
 
     def _release(self, slot: int) -> None:
-        """Free a slot. Its whole pages go to the tree; duplicates and the last, partial page go back to the pool."""
+        """Free a slot. Its whole pages go to the tree; duplicates and the last, partial page go back to the pool.
+
+        So do all of its pages if it has freed some: a sequence in the tree has all of its pages.
+        """
         s, size, shared = self.slots, self.limits.page_size, int(self.slots.num_shared_pages[slot])
         pages = s.page_table[slot, : s.num_pages[slot]].copy()
         kept = shared
-        if self.limits.enable_prefix_caching:
+        if self.limits.enable_prefix_caching and not s.num_freed_pages[slot]:
             kept = max(shared, int(min(s.num_computed[slot], s.num_known[slot])) // size)
             tokens = s.tokens[slot, shared * size : kept * size]
             _, num_present = self.pages.tree.insert(tokens, pages[shared:kept], s.prefix_nodes[slot])

@@ -30,7 +30,8 @@ class Slots:
         self.num_computed, self.num_known, self.length, self.max_length = (np.zeros(n, np.int32) for _ in range(4))
         self.min_length = np.zeros(n, np.int32)  # up to this length no stop id ends the request
         self.num_pages = np.zeros(n, np.int32)  # entries of the page table that are in use
-        self.num_shared_pages = np.zeros(n, np.int32)  # leading entries that the tree owns
+        self.num_shared_pages = np.zeros(n, np.int32)  # leading entries that the tree owns, or that are freed
+        self.num_freed_pages = np.zeros(n, np.int32)  # leading entries that no layer sees any more, and that are freed
         self.stop_ids = np.full((n, 1), -1, np.int32)  # padded with -1
         self.free = list(range(n - 1, -1, -1))
         self._num_admissions = 0
@@ -62,6 +63,7 @@ class Slots:
         self.num_pages[slot] = 0
         self.append_pages(slot, pages)
         self.num_shared_pages[slot] = len(pages)
+        self.num_freed_pages[slot] = 0
         return slot
 
     def release(self, slot: int) -> None:

@@ -65,13 +65,17 @@ INSTANCES = {
     "experts.cu": [
         *(f"group_pairs<{rows}>" for rows in (16, 64, 128)),
         *(
-            f"grouped_gemm<{t}, {shape}, {gated}>"
+            f"grouped_gemm<{t}, {t}, {shape}, {gate}>"
             for t in ("bf16", "f16")
             for shape in ("1, 4, 1, 1, 6", "1, 4, 4, 2, 3", "2, 4, 4, 2, 3")
-            for gated in ("true", "false")
+            for gate in ("PLAIN", "SILU", "CLAMPED")
         ),
-        "float32_gemm<true>",
-        "float32_gemm<false>",
+        *(
+            f"grouped_gemm<bf16, mxfp4, {shape}, {gate}>"
+            for shape in ("1, 4, 1, 1, 12", "1, 4, 4, 2, 4", "2, 4, 4, 2, 4")
+            for gate in ("PLAIN", "CLAMPED")
+        ),
+        *(f"float32_gemm<{gate}>" for gate in ("PLAIN", "SILU", "CLAMPED")),
         "weighted_sum<bf16, 8>",
         "weighted_sum<float, 1>",
     ],

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import native, reference
-from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope, num_groups
+from lockstep.kernels.arguments import ClampedSwiGLU, KVCache, Pages, QKNorm, Rope, num_groups
 
 import emulator
-from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears, random_fp8
+from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears, random_fp8, random_mxfp4
 
 pytestmark = [pytest.mark.emulator, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
+SWIGLU = ClampedSwiGLU(1.702, 1.0)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -122,6 +123,14 @@ def test_decode_attention_of_wide_heads_and_groups(
     check_decode_attention(rows, heads, kv_heads, size, 50, torch.randn(701, size), softcap=softcap)
 
 
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "size"), [(5, 16, 2, 64), (12, 3, 3, 64), (3, 12, 1, 64)])
+def test_decode_attention_with_sinks(rows: int, heads: int, kv_heads: int, size: int, window: int | None) -> None:
+    sinks = random(heads) * 4
+    sinks[:2] = torch.tensor([300.0, -300.0])  # all of the softmax, and nothing of it
+    check_decode_attention(rows, heads, kv_heads, size, window, torch.randn(701, size), sinks=sinks)
+
+
 def test_decode_attention_reads_a_part_of_padded_heads() -> None:
     check_decode_attention(3, 4, 2, 96, None, torch.randn(701, 96), padding=32)
 
@@ -142,6 +151,7 @@ def check_decode_attention(
     cache_dtype: torch.dtype = BF16,
     softcap: float | None = None,
     padding: int = 0,
+    sinks: Tensor | None = None,
 ) -> None:
     positions = torch.tensor([700, 0, 1, 17, 64, 300, 199, 5, 5, 31, 32, 33], dtype=torch.int32)[:rows]
     table = torch.randperm(rows * 145, dtype=torch.int32).view(rows, 145)
@@ -154,7 +164,7 @@ def check_decode_attention(
     partition = emulator.emulated().partition_keys(positions, num_groups(heads, kv_heads), window)
     rope, pages = Rope(positions, cos_sin), Pages(table, table_rows)
     # The kernel leaves the counters of the partition at zero for the next layer; the definition does not touch them.
-    check("decode_attention", qkv, norm, rope, cache, slots, pages, partition, 0.1, softcap, factor=4)
+    check("decode_attention", qkv, norm, rope, cache, slots, pages, partition, 0.1, softcap, sinks, factor=4)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])
@@ -163,6 +173,23 @@ def test_experts(pairs: int, dtype: torch.dtype) -> None:
     x, expert_ids = random(pairs // 2, 72, dtype=dtype), torch.randint(-1, 4, (pairs // 2, 2))
     weights = (random(3, 80, 72) / 8).to(dtype), (random(3, 72, 40) / 8).to(dtype)
     check("experts", x, expert_ids, torch.rand(pairs // 2, 2), *weights, factor=4)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_experts_with_biases_and_clamped_swiglu(dtype: torch.dtype) -> None:
+    x, expert_ids = random(30, 72, dtype=dtype), torch.randint(-1, 4, (30, 2))
+    weights = (random(3, 80, 72) / 4).to(dtype), (random(3, 72, 40) / 8).to(dtype)
+    biases = {"gate_up_bias": random(3, 80, dtype=dtype), "down_bias": random(3, 72, dtype=dtype)}
+    check("experts", x, expert_ids, torch.rand(30, 2), *weights, **biases, swiglu=ClampedSwiGLU(1.7, 1.5), factor=4)
+
+
+@pytest.mark.parametrize(("pairs", "size", "features"), [(2, 96, 32), (60, 64, 96), (400, 32, 32), (1600, 64, 32)])
+def test_experts_of_mxfp4(pairs: int, size: int, features: int) -> None:
+    x, expert_ids = random(pairs // 2, size), torch.randint(-1, 4, (pairs // 2, 2))
+    weights = random_mxfp4(3, 2 * features, size), random_mxfp4(3, size, features)
+    biases = {"gate_up_bias": random(3, 2 * features), "down_bias": random(3, size)}
+    check("experts", x, expert_ids, torch.rand(pairs // 2, 2), *weights, factor=4)
+    check("experts", x, expert_ids, torch.rand(pairs // 2, 2), *weights, **biases, swiglu=SWIGLU, factor=4)
 
 
 @pytest.mark.parametrize(("rows", "vocab", "dtype"), [(1, 5, BF16), (6, 1000, F32), (3, 4100, F16), (2, 9000, BF16)])

@@ -122,6 +122,27 @@ def test_tokens_are_independent_of_batching(llama_folder: Path, baseline: Result
         assert actual.preemptions > 0, "meant to run out of pages"
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"tp": 2, "overlap": True}, marks=pytest.mark.nightly),
+        {"enable_prefix_caching": False},
+        {"page_size": 1, "num_pages": 28},
+    ],
+    ids=["few pages", "two ranks, results one step late", "no prefix cache", "page size 1"],
+)
+def test_requests_with_a_window_are_longer_than_the_cache(tmp_path: Path, options: dict[str, object]) -> None:
+    tiny_checkpoint(tmp_path, "MistralForCausalLM", sliding_window=8)
+    expected = run_engine(tmp_path, mixed())
+    few: dict[str, object] = {"num_pages": 8, "max_model_len": 128, "max_num_batched_tokens": 12, "max_num_seqs": 8}
+    actual = run_engine(tmp_path, mixed(), **(few | options))  # type: ignore[arg-type]
+    assert actual.tokens == expected.tokens
+    assert actual.finished == expected.finished
+    assert actual.preemptions > 0
+    assert max(len(r.tokens) + len(actual.tokens[r.uid]) for r in mixed()) > 2 * 8 * 4
+
+
 def test_tokens_of_a_request_alone_are_the_same(llama_folder: Path, baseline: Results) -> None:
     for r in mixed():
         assert run_engine(llama_folder, [r]).tokens[r.uid] == baseline.tokens[r.uid]
@@ -240,12 +261,12 @@ def router_margins(model: PreTrainedModel) -> list[torch.Tensor]:
     chosen = getattr(model.config, "num_experts_per_tok", 0)
 
     def look(router: torch.nn.Module, inputs: tuple[torch.Tensor], _: object) -> None:
-        logits = inputs[0].flatten(0, -2) @ router.weight.t()
+        logits = inputs[0].flatten(0, -2) @ router.weight.t() + getattr(router, "bias", 0)
         best = logits.topk(chosen + 1, dim=-1).values
         margins.append(best[:, -2] - best[:, -1])
 
     for name, module in model.named_modules():
-        if name.endswith("mlp.gate"):
+        if name.endswith(("mlp.gate", "mlp.router")):
             module.register_forward_hook(look)
     return margins
 

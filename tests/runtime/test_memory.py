@@ -97,6 +97,18 @@ def test_memory_table() -> None:
     ]
 
 
+def test_context_with_a_window_may_be_longer_than_the_kv_cache() -> None:
+    small = replace(H200, num_pages=600, pages_of_window=513)  # 4096 keys, 4096 tokens a step
+    config = Config(num_pages=600, max_model_len=131_072)
+    check_kv_cache(config, small)
+    assert small.longest_context(131_072) == 131_072
+    assert "9,600 tokens of 128 KiB: 1.2 contexts of 131,072" in small.table(131_072)
+    assert "max_model_len=131072 needs more than the 9600 tokens" in refusal(
+        replace(small, pages_of_window=601), num_pages=600, max_model_len=131_072
+    )
+    assert replace(small, pages_of_window=601).longest_context(131_072) == 9600
+
+
 def test_shared_gpu_limits_each_rank_to_its_share() -> None:
     plan = planned(replace(H200, at_start=0, gpus_per_rank=0.5))
     assert plan.room == 45.5 * GIB  # 0.9 * 70 - 17.5

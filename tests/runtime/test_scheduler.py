@@ -64,7 +64,7 @@ class Rank:
     """A simulated follower: its state follows from the plans alone."""
 
     def __init__(self, limits: Limits) -> None:
-        self.size = limits.page_size
+        self.size, self.window = limits.page_size, limits.window or limits.max_length
         self.page_table = np.full((limits.max_num_seqs, -(-limits.max_length // self.size)), -1)
         self.content = np.zeros((limits.num_pages, self.size), np.int64)  # hash of the prefix that ends here
         self.prefix = np.zeros((limits.max_num_seqs, limits.max_length), np.int64)  # hash up to each position
@@ -90,21 +90,22 @@ class Rank:
         assert plan.is_decode_only == (not longer)
         for slot, start, count in decoding:  # in any order, so all read before any writes
             assert count == 1
-            self.read(slot, start)
+            self.read(slot, start, start + 1 - self.window)
         for slot, start, count in rows:  # and then all others write before any of them reads
             assert count >= 1
             assert start + count <= self.length[slot]
             positions = np.arange(start, start + count)
             self.content[self.places(slot, positions)] = self.prefix[slot, positions]
         for slot, start, count in longer:
-            self.read(slot, start + count)
+            self.read(slot, start + count, start + 1 - self.window)
         at_end = [row for row, (slot, start, count) in enumerate(rows) if start + count == self.length[slot]]
         assert plan.sampled_rows.tolist() == at_end
         assert at_end[: plan.num_decoding] == list(range(plan.num_decoding))  # every decoding row samples
         return np.array([self.sample(rows[row][0]) for row in at_end], np.int32)
 
-    def read(self, slot: int, length: int) -> None:
-        positions = np.arange(length)
+    def read(self, slot: int, length: int, first: int = 0) -> None:
+        """Read the keys from `first` to `length`."""
+        positions = np.arange(max(first, 0), length)
         assert (self.content[self.places(slot, positions)] == self.prefix[slot, positions]).all()
 
     def places(self, slot: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -262,6 +263,7 @@ class Simulation:
         locks: Counter[int] = Counter()
         for slot in s.running.tolist():
             shared, held = s.page_table[slot, : s.num_pages[slot]], int(s.num_shared_pages[slot])
+            assert s.num_freed_pages[slot] in (0, held)
             owned += shared[held:].tolist()
             path: list[int] = []
             up: Node | None = s.prefix_nodes[slot]
@@ -269,7 +271,7 @@ class Simulation:
                 locks[id(up)] += 1
                 path[:0] = up.pages.tolist()
                 up = up.parent
-            assert path == shared[:held].tolist()
+            assert path == ([] if s.num_freed_pages[slot] else shared[:held].tolist())
         assert sorted(owned) == list(range(self.limits.num_pages))
         assert all(node.locks == locks[id(node)] for node in nodes)
         assert pages.tree.num_evictable == sum(len(node.pages) for node in nodes if not locks[id(node)])
@@ -294,8 +296,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(0, 30),
         caching=st.booleans(),
+        window=st.sampled_from([None, None, 1, 5, 20]),
     )
-    def start(self, page_size: int, depth: int, capacity: int, max_num_seqs: int, budget: int, caching: bool) -> None:
+    def start(
+        self,
+        page_size: int,
+        depth: int,
+        capacity: int,
+        max_num_seqs: int,
+        budget: int,
+        caching: bool,
+        window: int | None,
+    ) -> None:
         self.simulation = Simulation(
             limits(
                 max_num_seqs=max_num_seqs,
@@ -303,6 +315,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 num_pages=-(-capacity // page_size),
                 page_size=page_size,
                 enable_prefix_caching=caching,
+                window=window,
             ),
             depth,
         )
@@ -362,6 +375,7 @@ def limits(
     num_pages: int = 64,
     page_size: int = 1,
     enable_prefix_caching: bool = True,
+    window: int | None = None,
 ) -> Limits:
     return Limits(
         max_model_len=max_model_len,
@@ -371,6 +385,7 @@ def limits(
         page_size=page_size,
         vocab_size=VOCAB,
         enable_prefix_caching=enable_prefix_caching,
+        window=window,
     )
 
 
@@ -525,6 +540,48 @@ def test_request_that_can_never_run_is_refused(prompt: list[int], num_pages: int
     with pytest.raises(ValueError, match=message):
         simulation.add(prompt)
     assert not simulation.scheduler.has_work
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_requests_with_a_window_are_longer_than_the_cache(page_size: int) -> None:
+    """Pages that no layer sees any more are freed while requests run, also those of a common prefix."""
+    preempted = cached = 0
+    for seed in range(4):
+        rng = random.Random(f"{seed} {page_size}")
+        world = limits(
+            max_model_len=400,
+            max_num_seqs=8,
+            max_num_batched_tokens=12,
+            num_pages=72 // page_size,
+            page_size=page_size,
+            window=rng.choice([16, 30]),
+        )
+        assert world.max_length == 400
+        simulation = Simulation(world, depth=2)
+        for _ in range(400):
+            operate(simulation, rng)
+            simulation.check()
+        simulation.add(FAMILY[:150], max_tokens=150)  # alone and with a long prompt
+        simulation.finish()
+        preempted += simulation.scheduler.num_preemptions
+        cached += sum(cached_tokens(simulation))
+    assert preempted > 0
+    assert cached > 50
+
+
+def test_window_frees_pages_only_when_they_are_needed() -> None:
+    """A conversation whose beginning no layer sees any more is still a cached prefix of its next turn."""
+    simulation = Simulation(limits(max_model_len=120, num_pages=64, page_size=2, window=6), depth=1)
+    simulation.add(FAMILY[:30], max_tokens=50)
+    simulation.finish()
+    entry = simulation.ledger[0]
+    turns = simulation.add([*FAMILY[:30], *entry.tokens, 0], max_tokens=1)
+    simulation.finish()
+    assert simulation.ledger[turns].cached == [78]
+    simulation.add([1] * 40, max_tokens=79)  # takes pages of the conversation, and of its own beginning
+    simulation.add([2] * 40, max_tokens=79)
+    simulation.finish()
+    assert simulation.scheduler.num_preemptions == 0
 
 
 def test_longest_request_fills_the_whole_cache() -> None:

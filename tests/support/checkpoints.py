@@ -108,6 +108,23 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "Gemma3ForCausalLM": ("gemma3_text", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+    "GptOssForCausalLM": (
+        "gpt_oss",
+        {
+            "intermediate_size": 48,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 8,
+            "swiglu_limit": 0.3,  # so that random weights reach it
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+            },
+        },
+    ),
     "MellumForCausalLM": (
         "mellum",
         {
@@ -131,6 +148,8 @@ def tiny_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrained
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("sinks"):
+            nn.init.normal_(parameter, std=2.0)
         elif name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
     return model

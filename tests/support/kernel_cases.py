@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import reference
-from lockstep.kernels.arguments import FP8Weight
+from lockstep.kernels.arguments import FP8Weight, MXFP4Weight
 
 # Relative to the largest value: one rounding of the result, and for the norms of the sum before it.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float8_e4m3fn: 0.0}
@@ -82,6 +82,14 @@ def random_fp8(rows: int, size: int, block_rows: int, block_columns: int, first:
     grid = -(-rows // block_rows), -(-(first + size) // block_columns)
     scales = 2 ** (torch.rand(grid) * 3) / 200 / size**0.5
     return FP8Weight(data.to(torch.float8_e4m3fn), scales, block_rows, block_columns, first)
+
+
+def random_mxfp4(experts: int, rows: int, size: int) -> MXFP4Weight:
+    """Return weights on the CPU whose products with normal x are near 1; their scales differ, a few by much."""
+    data = torch.randint(0, 256, (experts, rows, size // 2), dtype=torch.uint8)
+    scales = torch.randint(120, 124, (experts, rows, size // 32), dtype=torch.uint8)
+    scales[:, ::5, ::2] = torch.randint(0, 30, scales[:, ::5, ::2].shape, dtype=torch.uint8)
+    return MXFP4Weight(data, scales)
 
 
 def to_device(weight: FP8Weight, device: str) -> FP8Weight:

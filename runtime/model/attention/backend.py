@@ -31,6 +31,7 @@ class Heads:
 
     norm: QKNorm
     cos_sin: Tensor  # [P, E] float32
+    sinks: Tensor | None = None  # [H]: logits that take part in the softmax of each query head and add nothing
 
 
 class AttentionBackend(Protocol):
@@ -91,6 +92,7 @@ class TorchAttention:
 
     def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None) -> Tensor:
         q = rotate_and_store(qkv, heads, self._batch, cache)
+        self._sinks = heads.sinks
         out = torch.empty_like(q)
         if len(self._decode_rows):
             out[self._decode_tokens] = self._decode(q[self._decode_tokens], cache, window)
@@ -125,10 +127,16 @@ class TorchAttention:
         """Return attention of q [B, H, n, E] over k, v [B, pages, page_size, Hkv, E] where `visible` [B, H, n, K]."""
         k, v = (x.flatten(1, 2).transpose(1, 2).to(q.dtype) for x in (k, v))  # [B, Hkv, K, E]
         gqa = q.shape[1] != k.shape[1]
-        if self.softcap is not None:
+        if self.softcap is not None or self._sinks is not None:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-            scores = (q @ k.transpose(2, 3) * self.scale / self.softcap).tanh() * self.softcap
-            return scores.masked_fill(~visible, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+            scores = q @ k.transpose(2, 3) * self.scale
+            if self.softcap is not None:
+                scores = (scores / self.softcap).tanh() * self.softcap
+            scores = scores.masked_fill(~visible, -torch.inf)
+            if self._sinks is not None:
+                sinks = self._sinks[:, None, None].expand(*scores.shape[:3], 1)
+                scores = torch.cat((scores, sinks.to(scores.dtype)), dim=-1)
+            return scores.softmax(-1, dtype=torch.float32)[..., : k.shape[2]].to(q.dtype) @ v
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=self.scale, enable_gqa=gqa)
 
 
@@ -182,5 +190,5 @@ class BatchInvariantAttention:
             q, kv_slots, rope = qkv[rows], batch.kv_slots[rows], Rope(batch.positions[rows], heads.cos_sin)
             pages = Pages(batch.device_page_table, batch.page_table_rows[rows])
             keys = cache, kv_slots, pages, partition
-            outputs.append(ops.decode_attention(q, heads.norm, rope, *keys, self._scale, self._softcap))
+            outputs.append(ops.decode_attention(q, heads.norm, rope, *keys, self._scale, self._softcap, heads.sinks))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

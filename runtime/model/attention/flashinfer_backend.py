@@ -7,6 +7,7 @@ once per step and window.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import flashinfer
@@ -62,24 +63,29 @@ class FlashInferAttention:
             rope, kv_slots = Rope(batch.positions[:n], heads.cos_sin), batch.kv_slots[:n]
             pages, partition = Pages(batch.device_page_table, batch.page_table_rows[:n]), self._partitions[window]
             keys = cache, kv_slots, pages, partition
-            decoded = ops.decode_attention(qkv[:n], heads.norm, rope, *keys, self._scale, self._softcap)
+            decoded = ops.decode_attention(qkv[:n], heads.norm, rope, *keys, self._scale, self._softcap, heads.sinks)
             if n == batch.host.num_rows:
                 return decoded
         q = rotate_and_store(qkv, heads, batch, cache, slice(n, None))
         out = q.new_empty(len(qkv), *q.shape[1:])
-        self._attend_prompts(q, cache, window, out[n:])
+        self._attend_prompts(q, cache, window, heads.sinks, out[n:])
         if decoded is not None:
             out[:n] = decoded.view_as(out[:n])
         return out.flatten(1)
 
-    def _attend_prompts(self, q: Tensor, cache: KVCache, window: int | None, out: Tensor) -> None:
+    def _attend_prompts(self, q: Tensor, cache: KVCache, window: int | None, sinks: Tensor | None, out: Tensor) -> None:
         """Write attention of the queries [T, H, E] into `out`; heads of a size that FlashInfer has not are padded."""
-        padding = self.shape.stored_head_dim - self.shape.head_dim
-        if padding == 0:
-            self._prefill[window].run(q, (cache.k, cache.v), out=out)
+        prefill, padding = self._prefill[window], self.shape.stored_head_dim - self.shape.head_dim
+        if padding == 0 and sinks is None:
+            prefill.run(q, tuple(cache), out=out)
             return
-        padded = [x.as_strided((*x.shape[:3], self.shape.stored_head_dim), x.stride()) for x in cache]
-        out.copy_(self._prefill[window].run(F.pad(q, (0, padding)), tuple(padded))[..., : self.shape.head_dim])
+        padded = tuple(x.as_strided((*x.shape[:3], self.shape.stored_head_dim), x.stride()) for x in cache)
+        attended, lse = prefill.run(
+            F.pad(q, (0, padding)), padded, return_lse=True
+        )  # lse [T, H]: log2 of sums of 2^score
+        if sinks is not None:  # FlashInfer's keys get the part of the softmax that the sinks leave them
+            attended = attended * torch.sigmoid(lse * math.log(2) - sinks).unsqueeze(-1)
+        out.copy_(attended[..., : self.shape.head_dim])
 
     def _plan_prefill(self, batch: Batch) -> None:
         shape, host = self.shape, batch.host

@@ -27,6 +27,7 @@ from lockstep.runtime.model.state_pool import StatePool
 from lockstep.runtime.model.weights import load_weights
 
 from checkpoints import FAMILIES, image_checkpoint, rewrite_config, tiny_checkpoint, to_transformers4
+from mxfp4_checkpoints import mxfp4_checkpoint
 from ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -104,6 +105,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name.removesuffix("ForCausalLM")
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
     }),
+    "GptOss MXFP4": ("GptOssForCausalLM", {"num_hidden_layers": 3}),
+    "GptOss no biases": ("GptOssForCausalLM", {"attention_bias": False}),
     "SeedOss biases": ("SeedOssForCausalLM", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
 }  # fmt: skip
 
@@ -195,7 +198,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A checkpoint and the logits that transformers computes with it for each prompt."""
     architecture, overrides = CASES[request.param]
     folder = tmp_path_factory.mktemp("model")
-    model = tiny_checkpoint(folder, architecture, **overrides)
+    make = (
+        mxfp4_checkpoint if "MXFP4" in request.param else functools.partial(tiny_checkpoint, architecture=architecture)
+    )
+    model = make(folder, **overrides)
     with torch.inference_mode():
         return folder, [model(prompt[None]).logits[0] for prompt in _prompts()]
 
