@@ -1,4 +1,4 @@
-"""Text for messages and logs: an error in one line, and numbers of bytes. Imports nothing."""
+"""Text for messages and logs: an error in one line, numbers of things and of bytes. Imports nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from __future__ import annotations
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that is not empty, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return `1 output`, `2 outputs`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def format_bytes(count: int) -> str:

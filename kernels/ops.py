@@ -208,6 +208,19 @@ def gelu_and_mul(x: Tensor) -> Tensor:
 
 
 @op("gemm")
+def select_experts(logits: Tensor, count: int, *, normalized: bool) -> tuple[Tensor, Tensor]:
+    """Return the experts of the `count` greatest logits of each token, [T, K] int64, and their scores, [T, K] float32.
+
+    logits      [T, N]  floating point; on a GPU N is at most 512, and the lesser of two experts with equal logits wins
+    normalized  the scores are the softmax of the selected logits, with the sum 1; else that of all logits
+    Both are in descending order of the logits.
+    """
+    require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [T, N], floating point")
+    few = logits.shape[1] <= 512 or not logits.is_cuda
+    require(1 <= count <= logits.shape[1] and few, "logits", logits, f"must have {count} to 512 experts")
+
+
+@op("gemm")
 def experts(
     x: Tensor,
     expert_ids: Tensor,

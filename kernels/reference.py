@@ -166,6 +166,13 @@ def gelu_and_mul(x: Tensor) -> Tensor:
     return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
 
+def select_experts(logits: Tensor, count: int, *, normalized: bool) -> tuple[Tensor, Tensor]:
+    wide = logits.float()
+    best, expert_ids = wide.topk(count, dim=-1)
+    scores = best.softmax(-1) if normalized else (best - wide.logsumexp(-1, keepdim=True)).exp()
+    return expert_ids, scores
+
+
 def experts(
     x: Tensor,
     expert_ids: Tensor,

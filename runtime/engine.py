@@ -53,6 +53,7 @@ class Engine:
         self._last_end = 0.0  # end of the last step, by time.perf_counter
         self._compiling: dict[int, CompilingRequest] = {}  # by uid
         self._finished: list[RequestEnd] = []  # requests refused or cancelled since the last step
+        self._admitted_at: dict[int, float] = {}  # uid -> time.perf_counter, of requests without a token
         self._profiler: Profiler | None = None
         self._profile: Profile | None = None
 
@@ -72,6 +73,7 @@ class Engine:
             if self._compiling.pop(uid, None) is not None:
                 self._finished.append(RequestEnd(uid, "abort"))
             elif (finished := self.scheduler.cancel(uid)) is not None:
+                self._admitted_at.pop(uid, None)
                 self._finished.append(finished)
 
     @property
@@ -124,6 +126,8 @@ class Engine:
             started = time.perf_counter()  # starting and ending a trace takes seconds, which are not the step's
         if scheduled is None:
             return None
+        for admission in scheduled.plan.admitted:
+            self._admitted_at.setdefault(int(self.scheduler.slots.uid[admission.slot]), started)
         self._publish(scheduled.plan)
         published = time.perf_counter()
         pending = self.runner.launch(scheduled.plan)
@@ -139,11 +143,20 @@ class Engine:
         for row, logprobs in sampled.prompt_logprobs.items():
             output.prompt_logprobs[step.scheduled.prompt_logprobs[row]] = logprobs
         ended = time.perf_counter()
+        if self._admitted_at:
+            self._note_prefills(output, ended)
         self.stats.wait_s += arrived - waiting
         self.stats.commit_s += ended - arrived
         self._count(step.scheduled.plan, len(output.tokens), ended - max(step.started, self._last_end))
         self._last_end = ended
         return output
+
+    def _note_prefills(self, output: StepOutput, now: float) -> None:
+        """Add the times from admission to first token to a step's output; requests that end without one have none."""
+        for uid in self._admitted_at.keys() & output.uids:
+            output.prefill_s[uid] = now - self._admitted_at.pop(uid)
+        for end in output.finished:
+            self._admitted_at.pop(end.uid, None)
 
     def _count(self, plan: StepPlan, num_tokens: int, seconds: float) -> None:
         """Add a step that has ended; on the path of every step, so as few NumPy calls as possible."""

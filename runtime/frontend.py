@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import secrets
+import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
@@ -19,6 +20,7 @@ from .generation import Generation, Output
 from .plan import RequestEnd, StepOutput, TokenLogprobs
 from .request import NO_ORIGIN, Origin, Request, RequestRefused, SamplingParams
 from .sampling.grammar import Vocabulary, try_out
+from .stats import EngineDistributions
 from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Frontend:
         self.num_prefix_queries = 0  # tokens of started requests: prompts, and output before a failure
         self.num_prefix_hits = 0  # those of num_prefix_queries found in the prefix cache
         self.num_free_pages: int | None = None  # as of the scheduler's last step; None before the first
+        self.distributions = EngineDistributions()
         self._live: dict[int, Output] = {}  # unfinished outputs by the uid of their request
         self._uids = itertools.count()
         self._numbers = itertools.count()
@@ -74,7 +77,9 @@ class Frontend:
 
     def submit(self, generations: Iterable[Generation], *, paused: bool = False) -> None:
         """Start the requests of prepared generations; `paused` ones are live, and start with `resume`."""
-        outputs = [output for generation in generations for output in generation.outputs]
+        outputs, now = [output for generation in generations for output in generation.outputs], time.perf_counter()
+        for output in outputs:
+            output.submitted_at = now
         self._live.update({output.request.uid: output for output in outputs})
         if not paused:
             self.executor.submit([output.request for output in outputs])
@@ -139,6 +144,7 @@ class Frontend:
                 self._live[uid].generation.add_prompt_logprobs(chunk, self.tokenizer.token_bytes)
         if step.free_pages is not None:
             self.num_free_pages = step.free_pages
+        self._observe(step)
         for uid, token in zip(step.uids, step.tokens, strict=True):
             output = self._live.get(uid)  # None: ended here before this step's results came
             if output is not None:
@@ -153,6 +159,17 @@ class Frontend:
         if stopped:  # a stop string ended them, and the ranks do not look for stop strings
             self.executor.cancel(stopped)
         return changed
+
+    def _observe(self, step: StepOutput) -> None:
+        """Count a step's tokens, and the times of the outputs whose first token it has; before they get it."""
+        if step.num_computed:
+            self.distributions.step_tokens.observe(step.num_computed)
+        for uid, prefill_s in step.prefill_s.items():
+            output = self._live.get(uid)
+            if output is not None and output.num_tokens == 0:  # the request was not submitted again
+                waited = time.perf_counter() - output.submitted_at
+                self.distributions.prefill_s.observe(prefill_s)
+                self.distributions.queue_s.observe(max(0.0, waited - prefill_s))
 
     def _count_prefix_hits(self, cached: dict[int, int]) -> None:
         """Note the requests that began with this step; `cached` has the tokens found in the prefix cache for each."""

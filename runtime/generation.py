@@ -42,6 +42,7 @@ class Output:
         self.request, self.generation, params = request, generation, request.params
         self.completion = CompletionOutput(index)
         self.running = False  # the ranks have admitted the request
+        self.submitted_at = 0.0  # time.perf_counter, when its request was first submitted
         if params.has_logprobs:
             self.completion.logprobs, self.completion.cumulative_logprob = [], 0.0
             self.completion.text_offsets = []

@@ -91,6 +91,8 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: dict[int, int] = {}  # uid -> prompt tokens found in the prefix cache, when first admitted
     prompt_logprobs: dict[int, PromptLogprobs] = {}  # uid -> a chunk of its prompt
     free_pages: int | None = None  # pages available to requests after this step, unused cached ones included
+    num_computed: int = 0  # tokens that the step computed
+    prefill_s: dict[int, float] = {}  # uid -> seconds from its admission to its first token, with that token
 
 
 class Report(msgspec.Struct, frozen=True):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from ..comm.message_text import counted
 from .structured_outputs import StructuredOutputsParams
 
 MAX_LOGPROBS = 20
@@ -251,8 +252,8 @@ class Limits:
         if len(request.tokens) >= self.max_length:
             whole_cache = self.max_length == self.num_pages * self.page_size
             raise ValueError(
-                f"the prompt has {len(request.tokens)} tokens, but the context is {self.max_length} and needs room for"
-                " at least one more; shorten the prompt or raise"
+                f"the prompt has {counted(len(request.tokens), 'token')}, but the context is {self.max_length} and"
+                " needs room for at least one more; shorten the prompt or raise"
                 f" {'num_pages or kv_cache_memory (the KV cache is the limit)' if whole_cache else 'max_model_len'}"
             )
         lowest, highest = int(request.tokens.min()), int(request.tokens.max())

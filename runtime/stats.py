@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from operator import add, sub
 
 import msgspec
+
+TOKENS_PER_STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+PHASE_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0)
+
+
+class Distribution(msgspec.Struct):
+    """How many values lie in each bucket: up to bounds[i] and above the bound before it, the last without a bound."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = []
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        """Count a value; only one thread may do this."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class EngineDistributions(msgspec.Struct):
+    """What the front end has seen of steps and outputs since it started; restarts of the ranks do not reset it."""
+
+    step_tokens: Distribution = msgspec.field(default_factory=lambda: Distribution(TOKENS_PER_STEP))
+    queue_s: Distribution = msgspec.field(default_factory=lambda: Distribution(PHASE_S))  # until admitted
+    prefill_s: Distribution = msgspec.field(default_factory=lambda: Distribution(PHASE_S))  # until the first token
 
 
 class EngineStats(msgspec.Struct):

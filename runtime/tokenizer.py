@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from .chat_template import Message, render_chat
 from .detokenizer import TokenBytes
 from .text_worker import ChatJob, TokenizerState, encode
 from .tokenizer_loader import check_backend, load_tokenizer
+
+FILE_NAMES = {"vocab_file", "merges_file", "tokenizer_file", "name_or_path", "tokenizer_object", "backend"}
 
 
 class Tokenizer:
@@ -62,6 +65,18 @@ class Tokenizer:
         """The chat template, or all of them as one text; empty without one."""
         templates = self._tokenizer.chat_template or ""
         return "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """The configuration as in tokenizer_config.json, without the names of files, and with the chat template."""
+        config = {name: value for name, value in self._tokenizer.init_kwargs.items() if name not in FILE_NAMES}
+        config["tokenizer_class"] = type(self._tokenizer).__name__
+        if self._tokenizer.chat_template:
+            config["chat_template"] = self._tokenizer.chat_template
+        info: dict[str, Any] = json.loads(
+            json.dumps(config, default=lambda value: getattr(value, "content", str(value)))
+        )
+        return info
 
     def encode_chat(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> list[int]:
         """Return the token ids of a conversation in the chat template; the arguments are those of `chat_job`."""

@@ -50,6 +50,48 @@ __global__ void __launch_bounds__(1024) group_pairs(
         if (exists(expert_ids[p], experts)) order[atomicAdd(next + expert_ids[p], 1)] = p;
 }
 
+// Return a number that is greater for a greater x, and then for a lesser index.
+DEVICE long long order_key(float x, int index) {
+    const int bits = __float_as_int(x + 0.f);  // -0 becomes 0
+    return (long long)(bits ^ (bits >> 31 & 0x7fffffff)) << 32 | (0x7fffffff - index);
+}
+
+// The `choices` greatest logits of each token, and their softmax: among themselves if NORMALIZED, else among all. A warp has a token,
+// and a lane the logits lane, lane + 32, ...
+template <typename T, int PER_LANE, bool NORMALIZED>
+__global__ void __launch_bounds__(256) select_experts(
+    long long* __restrict__ expert_ids, float* __restrict__ scores, const T* __restrict__ logits, int tokens, int experts, int choices) {
+    launch_next();
+    wait_for_previous();
+    const int lane = threadIdx.x % 32, token = blockIdx.x * 8 + threadIdx.x / 32;
+    if (token >= tokens) return;
+    float logit[PER_LANE], greatest = -infinity(), sum = 0.f;
+    UNROLL for (int i = 0; i < PER_LANE; ++i) {
+        const int expert = lane + 32 * i;
+        logit[i] = expert < experts ? to_float(logits[(long long)token * experts + expert]) : -infinity();
+        greatest = fmaxf(greatest, logit[i]);
+    }
+    for (int n = 16; n > 0; n >>= 1) greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, n));
+    UNROLL for (int i = 0; i < PER_LANE; ++i) sum += NORMALIZED ? 0.f : __expf(logit[i] - greatest);
+    for (int choice = 0; choice < choices; ++choice) {
+        long long best = order_key(-infinity(), 0x7fffffff);
+        UNROLL for (int i = 0; i < PER_LANE; ++i) best = max(best, order_key(logit[i], lane + 32 * i));
+        for (int n = 16; n > 0; n >>= 1) best = max(best, __shfl_xor_sync(0xffffffffu, best, n));
+        const int expert = 0x7fffffff - (int)(best & 0x7fffffff);
+        UNROLL for (int i = 0; i < PER_LANE; ++i) {
+            if (expert != lane + 32 * i) continue;
+            const float e = __expf(logit[i] - greatest);
+            if (NORMALIZED) sum += e;
+            expert_ids[(long long)token * choices + choice] = expert;
+            scores[(long long)token * choices + choice] = e;
+            logit[i] = -infinity();
+        }
+    }
+    sum = warp_sum(sum);
+    __syncwarp();
+    for (int choice = lane; choice < choices; choice += 32) scores[(long long)token * choices + choice] /= sum;
+}
+
 // Load four matrices of 8 x 8. Lanes 8 i .. 8 i + 7 have the addresses of the rows of matrix i; lane l gets the elements 2 (l % 4)
 // and 2 (l % 4) + 1 of row l / 4 of each.
 DEVICE void load_matrices(unsigned (&to)[4], unsigned row) {

@@ -149,6 +149,19 @@ class ExpertTiles(NamedTuple):
     num_tiles: int
 
 
+def select_experts(logits: Tensor, count: int, *, normalized: bool) -> tuple[Tensor, Tensor]:
+    tokens, num_experts = logits.shape
+    expert_ids = torch.empty(tokens, count, dtype=torch.int64, device=logits.device)
+    scores = torch.empty(tokens, count, dtype=torch.float32, device=logits.device)
+    if tokens:
+        per_lane = next(n for n in (1, 2, 4, 8, 16) if 32 * n >= num_experts)
+        name = f"select_experts<{c_name(logits)}, {per_lane}, {str(normalized).lower()}>"
+        launch = kernel("experts.cu", name, early=True)
+        sizes = map(np.int32, (tokens, num_experts, count))
+        launch((-(-tokens // 8), 1), MAX_THREADS, expert_ids, scores, logits.contiguous(), *sizes)
+    return expert_ids, scores
+
+
 def experts(
     x: Tensor,
     expert_ids: Tensor,

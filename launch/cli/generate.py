@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 
+from ...comm.message_text import counted
 from ...runtime.config import Config, option
 from ...runtime.model.checkpoint import check_local_model
 from ...runtime.outputs import CompletionOutput, Event, Logprob, RequestOutput
@@ -146,8 +147,8 @@ def _log_results(results: list[RequestOutput], seconds: float, tensor_parallel_s
             log.error("prompt %s, output %d: %s", result.request_id, output.index, output.stop_reason)
     tokens = sum(len(output.token_ids) for _, output in outputs)
     log.info(
-        "generated %d tokens in %d outputs in %.2f s, %.1f tokens/s, tensor_parallel_size=%d",
-        tokens, len(outputs), seconds, tokens / seconds, tensor_parallel_size,
+        "generated %s in %s in %.2f s, %.1f tokens/s, tensor_parallel_size=%d",
+        counted(tokens, "token"), counted(len(outputs), "output"), seconds, tokens / seconds, tensor_parallel_size,
     )  # fmt: skip
 
 

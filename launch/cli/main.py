@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...comm.message_text import counted
 from ...runtime.config import Config
 from ...runtime.model.checkpoint import check_local_model
 from ...runtime.version import __version__
@@ -106,7 +107,8 @@ def run_batch_command(config: dict[str, Any], batch_options: dict[str, Any], *, 
             from ..server.run_batch import run_batch
 
         num_answers, num_errors = run_batch(runtime_config, options)
-    print(f"{num_answers} answers in {options.output_file}, {num_errors} of them errors", file=sys.stderr)
+    answers, errors = counted(num_answers, "answer"), counted(num_errors, "error")
+    print(f"{answers} in {options.output_file}, {errors}", file=sys.stderr)
     if num_errors:
         raise typer.Exit(1)
 

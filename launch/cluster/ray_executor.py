@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -12,17 +11,18 @@ from contextlib import closing
 import ray
 from ray.util.placement_group import remove_placement_group
 
-from ...comm.message_sockets import PullSocket, PushSocket
+from ...comm.message_sockets import PullSocket
 from ...runtime.config import Config
 from ...runtime.executor import RankLocation, Wakeup
 from ...runtime.memory.memory_plan import loading_speed, tightest
 from ...runtime.model.model_config import ModelConfig
-from ...runtime.plan import Cancel, StartProfile, StepOutput, Stop, Submit, decode_report, encode
+from ...runtime.plan import StepOutput
 from ...runtime.request import Request
 from ...runtime.startup import plan_limits
 from ...runtime.startup_timer import StartupTimer, summary
 from ...runtime.stats import EngineStats, Profile
 from ..errors import PlacementError, RankFailed
+from ..leader_client import LeaderClient
 from ..signals import Undo
 from .actor_group import ActorGroup, rank_table
 from .connection import Connection
@@ -45,11 +45,7 @@ class RayExecutor:
     ) -> None:
         model.check_tensor_parallel(config.tensor_parallel_size)
         self._report_timeout_s = config.step_timeout + grace_s
-        self._live: set[int] = set()  # uids of the requests that have not ended
-        self._last_report = 0.0  # time.perf_counter at the last report, or at the first request after an idle time
         self._closed = False
-        self._profile: Profile | None = None
-        self.stats = EngineStats()
         self._phases = StartupTimer()
         with Undo() as stack:
             with self._phases("Ray"):
@@ -63,38 +59,36 @@ class RayExecutor:
 
     def submit(self, requests: Sequence[Request]) -> None:
         self._check()
-        if not self._live:
-            self._last_report = time.perf_counter()
-        self._live.update(request.uid for request in requests)
-        self._commands.send(encode(Submit(list(requests))))
+        self._leader.submit(requests)
 
     def cancel(self, uids: Sequence[int]) -> None:
         if not self._closed:
-            self._commands.send(encode(Cancel(list(uids))))
+            self._leader.cancel(uids)
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         """Do as Executor.poll, but return early when the connection's wakeup event is set."""
         if self._connection.failure is not None:  # although ranks on other machines may still send
             self._check()
         if not self._closed:
-            has_failed = self._ranks.failure is not None
-            wait_s = 0.0 if has_failed else max(0.0, min(timeout_s, self._time_left()))
-            messages = self._outputs.receive(wait_s, self._wakeup)
-            if messages:
-                return self._update(messages)
+            outputs = self._leader.receive(timeout_s if self._ranks.failure is None else 0.0)
+            if outputs:
+                return outputs
         self._check()
-        if self._time_left() <= 0:
-            silence, leader = time.perf_counter() - self._last_report, self._ranks.endpoints[0]
-            self._ranks.fail(f"no step has ended for {silence:.0f} s, step_timeout is over: {leader}")
+        if self._leader.time_left <= 0:
+            silence_s, leader = self._leader.silence_s, self._ranks.endpoints[0]
+            self._ranks.fail(f"no step has ended for {silence_s:.0f} s, step_timeout is over: {leader}")
         return []
 
     def start_profile(self, num_steps: int) -> None:
         self._check()
-        self._commands.send(encode(StartProfile(num_steps)))
+        self._leader.start_profile(num_steps)
 
     def take_profile(self) -> Profile | None:
-        profile, self._profile = self._profile, None
-        return profile
+        return self._leader.take_profile()
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._leader.stats
 
     def close(self) -> None:
         """Stop the ranks and release their resources; safe to call twice."""
@@ -115,7 +109,6 @@ class RayExecutor:
         if user_config.device == "auto" and may_get_gpus:
             raise ValueError("device='auto' is open while nodes with GPUs may still join; give --device cuda or cpu")
         config = user_config.resolved(model, cuda=connection.has_gpus).with_absolute_model()
-        self._wakeup = connection.wakeup
         with self._phases("placement"):
             placement_group = place(config, connection, again=connection.has_started)
         stack.callback(connection.while_usable, remove_placement_group, placement_group)
@@ -131,9 +124,9 @@ class RayExecutor:
         self._load(user_config, config, model, deadline)
         ranks.run()
         connection.has_started = True
-        self._commands = PushSocket(ranks.endpoints[0].inbox)
-        stack.callback(self._commands.close)
-        stack.callback(self._commands.send, encode(Stop()))
+        inbox = ranks.endpoints[0].inbox
+        self._leader = LeaderClient(self._outputs, inbox, connection.wakeup, self._report_timeout_s)
+        stack.callback(self._leader.close)
         self.startup = self._phases.record()
         log.info("%d ranks %s", len(ranks.endpoints), summary(self.startup))
 
@@ -153,15 +146,6 @@ class RayExecutor:
         ]
         self._phases.add_slowest(ranks.call("allocate", deadline, self.limits))
 
-    def _update(self, messages: list[bytes]) -> list[StepOutput]:
-        self._last_report = time.perf_counter()
-        reports = [decode_report(message) for message in messages]
-        self.stats = reports[-1].stats
-        self._profile = next((report.profile for report in reports if report.profile is not None), self._profile)
-        outputs = [report.output for report in reports]
-        self._live.difference_update(finished.uid for output in outputs for finished in output.finished)
-        return outputs
-
     def _check(self) -> None:
         if self._closed:
             raise RankFailed("the ranks were ended by close(); make a new LLM")
@@ -169,7 +153,3 @@ class RayExecutor:
         if failure is not None:
             self._connection.is_lost()  # look now: the ranks may have ended with Ray, a moment ago
             raise self._connection.failure or failure
-
-    def _time_left(self) -> float:
-        """Return the seconds until the ranks count as hung without a report: a leader that hangs reports nothing."""
-        return self._last_report + self._report_timeout_s - time.perf_counter() if self._live else math.inf

@@ -20,9 +20,10 @@ from ...comm.message_sockets import Address, PullSocket, PushSocket
 from ...comm.rendezvous import RankStore
 from ...runtime.config import Config
 from ...runtime.engine import Engine
+from ...runtime.leader_loop import lead
 from ...runtime.memory.memory_plan import MemoryPlan
 from ...runtime.model.checkpoint import checkpoint_folder, read_model
-from ...runtime.plan import Cancel, Report, StartProfile, StepPlan, Stop, Submit, decode_command, decode_plan, encode
+from ...runtime.plan import StepPlan, Stop, decode_plan, encode
 from ...runtime.request import Limits
 from ...runtime.scheduler.scheduler import Scheduler
 from ...runtime.startup import LoadedRank
@@ -137,21 +138,8 @@ class Worker(RankActor):
 
     def _lead(self) -> None:
         engine = Engine(Scheduler(self._limits), self._runner, self._publish, overlap=self._runner.overlaps)
-        while True:
-            for message in self._inbox.receive(0 if engine.has_work else None):
-                command = decode_command(message)
-                if isinstance(command, Submit):
-                    engine.add(command.requests)
-                elif isinstance(command, Cancel):
-                    engine.cancel(command.uids)
-                elif isinstance(command, StartProfile):
-                    engine.start_profile(command.num_steps)
-                else:
-                    self._publish(Stop())
-                    return
-            if engine.has_work:
-                output = engine.step()
-                self._outputs.send(encode(Report(output, engine.stats, engine.take_profile())))
+        lead(engine, self._inbox, self._outputs)
+        self._publish(Stop())
 
     def _follow(self) -> None:
         while not isinstance(plan := decode_plan(self._inbox.receive_one()), Stop):

@@ -24,7 +24,7 @@ from ...runtime.model.generation_config import default_sampling_params
 from ...runtime.outputs import Event
 from ...runtime.request import NO_ORIGIN, Limits, Origin, SamplingParams
 from ...runtime.sampling.grammar import Vocabulary
-from ...runtime.stats import EngineStats
+from ...runtime.stats import EngineDistributions, EngineStats
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.tokenizer import Tokenizer
 from ..cluster.engine_thread import EngineThread
@@ -48,6 +48,7 @@ class AsyncEngineStats(msgspec.Struct, frozen=True):
     prefix_hits: int  # tokens found in the prefix cache; only grows
     prefix_queries: int  # tokens looked up in the prefix cache; only grows
     engine: EngineStats  # counters since the start, including those before a restart
+    distributions: EngineDistributions
     restarts: int
     ranks: Sequence[RankLocation]  # the last ones, if the ranks have failed
     events: list[EngineEvent]
@@ -140,6 +141,7 @@ class AsyncEngine:
             prefix_hits=frontend.num_prefix_hits,
             prefix_queries=frontend.num_prefix_queries,
             engine=self._engine.stats,
+            distributions=frontend.distributions,
             restarts=self._engine.health.restarts,
             ranks=frontend.executor.locations,
             events=list(self._engine.events),

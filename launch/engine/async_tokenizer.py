@@ -93,6 +93,11 @@ class AsyncTokenizer:
         return self._tokenizer.chat_template
 
     @property
+    def info(self) -> dict[str, Any]:
+        """The tokenizer's configuration, as in tokenizer_config.json."""
+        return self._tokenizer.info
+
+    @property
     def response_template(self) -> dict[str, Any] | None:
         """The tokenizer's description of answers for transformers' parser, if it has one."""
         return self._tokenizer.response_template

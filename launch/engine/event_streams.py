@@ -25,7 +25,7 @@ class OutputQueue:
         self.loop = asyncio.get_running_loop()
         self._events: dict[int, Event] = {}  # index of the output -> its joined events
         self._failure: EngineFailed | None = None
-        self._ready = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # of the task in `get`, until there is something to return
 
     def put(self, item: Event | EngineFailed) -> None:
         """Add an event, or the failure that comes after all of them; for the loop's thread."""
@@ -34,16 +34,24 @@ class OutputQueue:
         else:
             before = self._events.get(item.index)
             self._events[item.index] = item if before is None else before.joined(item)
-        self._ready.set()
+        if (waiter := self._waiter) is not None:
+            self._waiter = None
+            if not waiter.done():  # its task was cancelled
+                waiter.set_result(None)
 
     async def get(self) -> list[Event]:
-        """Wait for events and return at most one of each output; raises the EngineFailed after the last of them."""
-        await self._ready.wait()
+        """Wait for events and return at most one of each output; raises the EngineFailed after the last of them.
+
+        Only one task may call this at a time.
+        """
+        if not self._events:
+            if self._failure is not None:
+                raise self._failure
+            self._waiter = self.loop.create_future()  # half the time of an asyncio.Event
+            await self._waiter
+            if not self._events:
+                return await self.get()
         events, self._events = list(self._events.values()), {}
-        if self._failure is None:
-            self._ready.clear()
-        elif not events:
-            raise self._failure
         return events
 
 

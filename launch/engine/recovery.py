@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
+from ...comm.message_text import counted
 from ...runtime.executor import Executor, Wakeup
 from ...runtime.frontend import Frontend
 from ...runtime.generation import Generation
@@ -158,7 +159,7 @@ class RecoveringEngine:
             self._note(reason)
             self._set_health("recovering", reason)
         else:
-            self._fail(f"{reason}; given up after {len(recent)} restarts within {self._restart_window:g} s")
+            self._fail(f"{reason}; given up after {counted(len(recent), 'restart')} within {self._restart_window:g} s")
         _close(executor)
 
     def _blame(self, reason: str, live: list[Generation]) -> int:
@@ -177,7 +178,7 @@ class RecoveringEngine:
     def _reroute(self, lost: RequestsLost) -> None:
         """Continue the requests of a failed replica in others, with their generated tokens."""
         rerouted = self.frontend.withdraw(lost.uids)
-        message = f"a replica has failed, {len(rerouted)} requests go on elsewhere: {lost}"
+        message = f"a replica has failed, {counted(len(rerouted), 'request')} rerouted to others: {lost}"
         self._note(message)
         log.error("%s", message)
         stopped = [*rerouted, *self.quarantine.paused]
@@ -207,10 +208,11 @@ class RecoveringEngine:
             return
         count = len(self.quarantine.suspects)
         if count:
-            log.warning("%d requests were live in two crashes and made no progress; running them one at a time", count)
+            requests = counted(count, "request")
+            log.warning("%s live in two crashes made no progress; they run one at a time", requests)
         self.frontend.resubmit(executor, self.quarantine.paused)
         self._set_health("ready")
-        message = f"back after {time.perf_counter() - started:.1f} s: {len(self.frontend.live)} outputs go on"
+        message = f"back after {time.perf_counter() - started:.1f} s with {counted(len(self.frontend.live), 'output')}"
         self._note(message)
         log.info("%s", message)
 

@@ -208,7 +208,7 @@ class ReplicaExecutor:
         return self._translate(message.output)
 
     def _translate(self, output: StepOutput) -> StepOutput | None:
-        """Return the output with the requests' uids in place of the attempts' numbers, None if all are out of date."""
+        """Return the output with the requests' uids in place of the attempts' numbers, None if nothing is left."""
         uids = self._attempts
         pairs = [(uids[a], token) for a, token in zip(output.uids, output.tokens, strict=True) if a in uids]
         translated = StepOutput(
@@ -219,10 +219,18 @@ class ReplicaExecutor:
             cached_tokens={uids[a]: value for a, value in output.cached_tokens.items() if a in uids},
             prompt_logprobs={uids[a]: value for a, value in output.prompt_logprobs.items() if a in uids},
             free_pages=self._num_free_pages(),
+            num_computed=output.num_computed,
+            prefill_s={uids[a]: value for a, value in output.prefill_s.items() if a in uids},
         )
         for finished in translated.finished:
             self._forget(finished.uid)
-        is_empty = not (pairs or translated.finished or translated.cached_tokens or translated.prompt_logprobs)
+        is_empty = not (
+            pairs
+            or translated.finished
+            or translated.cached_tokens
+            or translated.prompt_logprobs
+            or translated.num_computed
+        )
         return None if is_empty else translated
 
     def _num_free_pages(self) -> int:

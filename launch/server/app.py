@@ -6,8 +6,6 @@ import base64
 import binascii
 import hashlib
 import hmac
-import re
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...runtime.request import RequestRefused
 from ...runtime.version import __version__
@@ -41,9 +39,9 @@ from .protocol.response_models import (
     Version,
 )
 from .protocol.responses_models import ResponsesRequest
+from .request_id import RequestIds
 from .server_config import ServerConfig
 
-REQUEST_ID = re.compile(rb"[!-~]{1,128}")
 REF = "#/components/schemas/{model}"
 PAGE = Path(__file__).parent / "page"  # a chat, and a live view of the engine
 PAGE_FILES = {f"/{path.relative_to(PAGE)}": path for path in sorted(PAGE.rglob("*.*"))} | {"/": PAGE / "index.html"}
@@ -84,12 +82,13 @@ def create_app(handlers: Handlers, config: ServerConfig) -> ASGIApp:
         ("/v1/models/{name:path}", handlers.model, None, Model, None),
         ("/tokenize", handlers.tokenize, TokenizeRequest, Tokens, None),
         ("/detokenize", handlers.detokenize, DetokenizeRequest, Detokenized, None),
+        ("/tokenizer_info", handlers.tokenizer_info, None, None, None),
         ("/health", handlers.health, None, Healthy, None),
         ("/version", handlers.version, None, Version, None),
         ("/metrics", handlers.metrics, None, None, "text/plain"),
     ):
         content: dict[str, Any] = {other_content: {}} if other_content else {}
-        if body is not None and reply is None:
+        if reply is None and other_content != "text/plain":
             content["application/json"] = {"schema": {"type": "object"}}
         app.add_api_route(
             path, handler, methods=["GET" if body is None else "POST"], response_model=reply,
@@ -146,27 +145,6 @@ class AnswerHead:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._app({**scope, "method": "GET"} if scope["method"] == "HEAD" else scope, receive, send)
-
-
-class RequestIds:
-    """Adds the header X-Request-Id to all responses: the client's own, or a new one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        sent = dict(scope["headers"]).get(b"x-request-id", b"")
-        request_id = sent if REQUEST_ID.fullmatch(sent) else secrets.token_hex(16).encode()
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)
 
 
 class RequireKey:

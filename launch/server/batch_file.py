@@ -14,7 +14,7 @@ from typing import BinaryIO, Literal
 
 import msgspec
 
-ROUTES = ("/v1/completions", "/v1/chat/completions")
+ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 MOST_MISTAKES = 5  # this many are named
 
 

@@ -100,7 +100,7 @@ class ChatPreparer:
 
     async def prompt(self, body: ChatRequest | TokenizeRequest, max_tokens: int = MAX_TOKENS) -> list[int]:
         """Return the token ids of the conversation; refuses one that cannot fit into `max_tokens`."""
-        messages = [message.for_template() for message in body.messages or ()]
+        messages = [self.format.message(message.for_template()) for message in body.messages or ()]
         return await self._tokenizer.encode_chat(
             messages, self._template_variables(body), max_tokens, add_special_tokens=bool(body.add_special_tokens)
         )

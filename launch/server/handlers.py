@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Send
 
+from ...comm.message_text import counted
 from ...runtime.detokenizer import PromptText
 from ...runtime.frontend import PromptFields
 from ...runtime.outputs import Event
@@ -35,6 +36,7 @@ from .protocol.anthropic_models import CountTokensRequest, MessagesRequest
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .protocol.response_models import Detokenized, Healthy, InputTokens, Model, ModelList, Tokens, Version
 from .protocol.responses_models import ResponsesRequest
+from .request_id import REQUEST_ID
 from .response_builders import ChatBuilder, CompletionBuilder, ReplyOptions, ResponseBuilder
 from .responses_builder import ResponsesBuilder
 from .server_config import ServerConfig, ServerLimits
@@ -173,8 +175,9 @@ class Handlers:
         finally:
             if self._log_requests:
                 log.info(
-                    "request %s: %d prompts of %d tokens, %d tokens generated, %.3f s",
-                    outcome, len(prompts), usage.num_prompt, usage.num_completion, time.perf_counter() - started,
+                    "request %s %s: %s of %s, %s generated, %.3f s",
+                    REQUEST_ID.get(), outcome, counted(len(prompts), "prompt"), counted(usage.num_prompt, "token"),
+                    counted(usage.num_completion, "token"), time.perf_counter() - started,
                 )  # fmt: skip
 
     async def _events(
@@ -185,7 +188,7 @@ class Handlers:
         Updates `usage` and the metrics. Closing the generator cancels all outputs that have not ended.
         Raises ApiError when an output ends with an error, or because the server shuts down.
         """
-        timers = [PromptTimer(self._metrics) for _ in prompts]
+        timers = [PromptTimer(self._metrics, p.n) for p in params]
         salt, is_echo_only = body.cache_salt, body.max_tokens == 0
         streams = [
             self._engine.generate(ids if salt is None else PromptFields(prompt_token_ids=ids, cache_salt=salt), p)
@@ -245,6 +248,10 @@ class Handlers:
         self._validator.check_token_ids(body.tokens, "tokens")
         text = await self._tokenizer.decode(body.tokens, skip_special_tokens=False)
         return await _json_response(Detokenized.model_construct(prompt=text))
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """Serve GET /tokenizer_info, the contents of tokenizer_config.json."""
+        return JSONResponse(self._tokenizer.info)
 
     async def health(self, request: Request) -> Healthy:
         """Serve GET /health: 503 with the reason unless the engine is ready and makes progress."""

@@ -7,13 +7,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from ...runtime.request import RequestRefused
 from ..errors import EngineFailed
@@ -27,6 +27,7 @@ INLINE_BYTES = 32 * 1024  # a longer body is parsed in a thread
 LONG_BODIES_PER_S = 8
 PARSER = ThreadPoolExecutor(1, "lockstep-bodies")  # one long body at a time: parsing holds the interpreter's lock
 Body = TypeVar("Body", bound=BaseModel)
+BODY_WRITER = "lockstep.body_writer"  # name of the extension
 
 
 class BodyBudget:
@@ -96,6 +97,31 @@ def _parse_long(content: bytes, model: type[Body], budget: BodyBudget) -> Body:
         budget.parse_at = time.monotonic() + 2 * (time.monotonic() - started)
 
 
+class BodyWriter(Protocol):
+    """An extension of the ASGI scope that writes the parts of a body of unknown length to the connection."""
+
+    def write(self, part: bytes) -> bool:
+        """Write a part, unless that is not possible now; return whether it was written."""
+
+
+class DirectSend:
+    """An ASGI `send` that writes the parts of a stream without passing the layers of the application and of the server.
+
+    For a short part they take longer than its write. The head of the response passes all layers, and so does a part
+    that has to wait until the client reads.
+    """
+
+    def __init__(self, send: Send, writer: BodyWriter) -> None:
+        self._send, self._writer, self._is_stream = send, writer, False
+
+    async def __call__(self, message: Message) -> None:
+        if self._is_stream and message.get("more_body") and self._writer.write(message["body"]):
+            return
+        if message["type"] == "http.response.start":
+            self._is_stream = all(name != b"content-length" for name, _ in message["headers"])
+        await self._send(message)
+
+
 class StreamingAnswer(Response):
     """A response that the coroutine `answer` computes and sends; it is cancelled when the client disconnects."""
 
@@ -104,6 +130,8 @@ class StreamingAnswer(Response):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if (body_writer := scope.get("extensions", {}).get(BODY_WRITER)) is not None:
+            send = DirectSend(send, body_writer)
         answer, disconnect = asyncio.ensure_future(self._answer(send)), asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait((answer, disconnect), return_when=asyncio.FIRST_COMPLETED)
@@ -135,7 +163,7 @@ class NamedEvent(NamedTuple):
     data: dict[str, Any]
 
 
-Chunk = BaseModel | NamedEvent
+Chunk = bytes | NamedEvent  # bytes are JSON
 
 
 async def send_events(
@@ -147,21 +175,22 @@ async def send_events(
     """
     first = await anext(chunks)
     await _start(send, "text/event-stream; charset=utf-8", cache_control="no-cache", x_accel_buffering="no")
-    await _send_event(send, first)
+    await send(_event(first))
     try:
         async for chunk in chunks:
-            await _send_event(send, chunk)
+            await send(_event(chunk))
     except (ApiError, RequestRefused, EngineFailed) as error:
-        await _send_event(send, as_event(as_api_error(error)))
+        await send(_event(as_event(as_api_error(error))))
     await send({"type": "http.response.body", "body": end})
 
 
-async def _send_event(send: Send, chunk: Chunk) -> None:
-    if isinstance(chunk, NamedEvent):
-        line = b"event: %b\ndata: %b\n\n" % (chunk.name.encode(), msgspec.json.encode(chunk.data))
+def _event(chunk: Chunk) -> Message:
+    """Return a chunk as a server-sent event."""
+    if isinstance(chunk, bytes):
+        event = b"data: %b\n\n" % chunk
     else:
-        line = b"data: " + chunk.model_dump_json().encode() + b"\n\n"
-    await send({"type": "http.response.body", "body": line, "more_body": True})
+        event = b"event: %b\ndata: %b\n\n" % (chunk.name.encode(), msgspec.json.encode(chunk.data))
+    return {"type": "http.response.body", "body": event, "more_body": True}
 
 
 async def _start(send: Send, content_type: str, **headers: str) -> None:

@@ -16,9 +16,11 @@ from contextlib import suppress
 from typing import Any
 
 import h11
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .api_errors import ApiError
+from .http_io import BODY_WRITER
 from .server_config import ServerLimits
 
 PROBE_S = (0.05, 1.0)  # times between the first two probes of a half-closed connection, and between later ones
@@ -39,11 +41,27 @@ def max_connections() -> int:
     return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_FILES)
 
 
+class ChunkedBody:
+    """The body of a streamed response: writes its parts as chunks of HTTP/1.1, as h11 would."""
+
+    def __init__(self, protocol: TimeoutHTTPProtocol) -> None:
+        self._transport, self._flow, self._cycle = protocol.transport, protocol.flow, protocol.cycle
+        self._is_chunked = self._cycle.scope["http_version"] == "1.1"
+
+    def write(self, part: bytes) -> bool:
+        """Write a part of at least one byte, unless the client must read first; return whether it was written."""
+        if self._flow.write_paused or self._cycle.disconnected or not (self._is_chunked and part):
+            return False
+        self._transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return True
+
+
 class TimeoutHTTPProtocol(H11Protocol):
     """One connection."""
 
     def __init__(self, *args: Any, limits: ServerLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._app, self.app = self.app, self._run_app
         self._limits = limits
         self._request_timer: asyncio.TimerHandle | None = None
         self._response_timer: asyncio.TimerHandle | None = None
@@ -65,6 +83,11 @@ class TimeoutHTTPProtocol(H11Protocol):
         elif not self._is_refused:
             super().data_received(data)
             self._update_request_timer()
+
+    async def _run_app(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with the application, which may write its body directly."""
+        scope["extensions"] = {**scope.get("extensions", {}), BODY_WRITER: ChunkedBody(self)}
+        await self._app(scope, receive, send)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection open if a whole request has arrived and is not answered."""

@@ -83,6 +83,8 @@ def likeliest(candidates: Candidates, num_top: int) -> Candidates:
 
 def num_candidates(event: Event) -> int:
     """Return how many candidates an event has, those of its prompt included."""
+    if event.logprobs is None and event.prompt_logprobs is None:
+        return 0
     positions = [*(event.prompt_logprobs or ())[-1:], *(event.logprobs or ())[:1]]
     num_positions = len(event.prompt_logprobs or ()) + len(event.logprobs or ())
     return num_positions * max((len(candidates or ()) for candidates in positions), default=0)

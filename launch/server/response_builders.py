@@ -1,6 +1,7 @@
 """Builders of OpenAI's response objects from the engine's events: one class for completions, one for chats.
 
-A response is a stream with one chunk for each event, or one object made of all events of each choice.
+A response is a stream with one chunk for each event, or one object made of all events of each choice. A chunk with
+nothing but text is made as bytes: it is on the path of every token, where pydantic's models take most of the time.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
+import msgspec
 from pydantic import BaseModel
 
 from ...runtime.chat.call_readers import AnswerPart
@@ -28,6 +30,9 @@ from .token_usage import TokenUsage
 
 LONG_EVENTS = 64  # with more events or candidates, a choice is made in the thread for long answers
 LONG_CANDIDATES = 1000  # these take 2 ms
+NO_CHOICES = b'"choices":[]'  # no name of a model can contain this: JSON escapes quotes
+NOT_ENDED = b'"logprobs":null,"finish_reason":null,"stop_reason":null}'  # the end of the JSON of most choices
+to_json = msgspec.json.Encoder().encode
 
 ChoiceEvent = tuple[int, Event]  # (index of the choice, event)
 
@@ -63,14 +68,17 @@ class ResponseBuilder(ABC):
 
     async def stream(
         self, events: AsyncIterator[ChoiceEvent], *, with_usage: bool, in_every_chunk: bool = False
-    ) -> AsyncIterator[BaseModel]:
-        """Yield the chunks of a streamed response; `with_usage` the last or every chunk holds the token counts."""
+    ) -> AsyncIterator[bytes]:
+        """Yield the JSON of the chunks of a stream; `with_usage` the last or every chunk holds the token counts."""
         counts = self._usage if with_usage and in_every_chunk else None
         async for index, event in events:
-            for choice in await self._new_choices(index, event):
-                yield self._make(self.chunk_type, [choice], counts)
+            choices = self._chunk_choices(index, event)
+            if num_candidates(event) > LONG_CANDIDATES:  # those of a prompt, or of a client that reads slowly
+                choices = iter(await make_long(partial(list, choices)))
+            for choice in choices:
+                yield self._chunk(choice, counts)
         if with_usage:
-            yield self._make(self.chunk_type, [], self._usage)
+            yield self._chunk(b"", self._usage)
 
     async def whole(self, events: AsyncIterator[ChoiceEvent]) -> list[bytes]:
         """Return the response after the last event, as pieces of JSON: one for each choice, and those around them."""
@@ -82,38 +90,46 @@ class ResponseBuilder(ABC):
             make = partial(self._choice_json, index, first, later)
             is_long = len(later) > LONG_EVENTS or num_candidates(first) > LONG_CANDIDATES
             choices += [b"," if choices else b"", await make_long(make) if is_long else make()]
-        head, _, tail = (await self._frame(by_choice[min(by_choice)][0])).partition(b'"choices":[]')
+        head, _, tail = (await self._frame(by_choice[min(by_choice)][0])).partition(NO_CHOICES)
         return [head + b'"choices":[', *choices, b"]" + tail]
 
     async def _frame(self, event: Event) -> bytes:
         """Return the JSON of the response without its choices; `event` is the first one."""
-        return self._make(self.response_type, [], self._usage).model_dump_json().encode()
-
-    async def _new_choices(self, index: int, event: Event) -> list[BaseModel]:
-        if num_candidates(event) > LONG_CANDIDATES:  # those of a prompt, or of a client that reads slowly
-            return await make_long(lambda: list(self._chunk_choices(index, event)))
-        return list(self._chunk_choices(index, event))
+        return self._empty(self.response_type, self._usage)
 
     def _choice_json(self, index: int, first: Event, later: list[Event]) -> bytes:
-        return self._choice(index, first.joined(*later)).model_dump_json().encode()
+        return _model_json(self._choice(index, first.joined(*later)))
 
-    def failure(self, error: ApiError) -> BaseModel:
-        """Return the event of an error within a stream."""
-        return error.reply()
+    def _chunk(self, choice: bytes, usage: TokenUsage | None) -> bytes:
+        """Return the JSON of a chunk with this choice; a stream's last chunk may have none."""
+        counts = b"null" if usage is None else usage.json()
+        head, before_usage, after_usage = self._around_chunk
+        return b"%b%b%b%b%b" % (head, choice, before_usage, counts, after_usage)
+
+    @cached_property
+    def _around_chunk(self) -> tuple[bytes, bytes, bytes]:
+        """The JSON of a chunk before its choice, up to its usage, and after that."""
+        head, _, tail = self._empty(self.chunk_type).partition(NO_CHOICES)
+        before_usage, _, after_usage = tail.partition(b"null")
+        return head + b'"choices":[', b"]" + before_usage, after_usage
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the JSON of the event of an error within a stream."""
+        return _model_json(error.reply())
 
     @abstractmethod
     def _choice(self, index: int, event: Event) -> BaseModel:
         """Return a choice of the whole response from the joined events of its output."""
 
     @abstractmethod
-    def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
-        """Yield the choices, one for each chunk, that an event adds to a stream."""
+    def _chunk_choices(self, index: int, event: Event) -> Iterator[bytes]:
+        """Yield the JSON of the choices, one for each chunk, that an event adds to a stream."""
 
-    def _make(
-        self, kind: type[BaseModel], choices: list[BaseModel], usage: TokenUsage | None = None, **more: Any
-    ) -> BaseModel:
+    def _empty(self, kind: type[BaseModel], usage: TokenUsage | None = None, **more: Any) -> bytes:
+        """Return the JSON of a response or a chunk without choices."""
         counts = usage and usage.usage()
-        return kind(id=self._id, created=self._created, model=self._model, choices=choices, usage=counts, **more)
+        reply = kind(id=self._id, created=self._created, model=self._model, choices=[], usage=counts, **more)
+        return _model_json(reply)
 
     def _prompt_logprobs(self, event: Event) -> api.PromptLogprobs | None:
         num_top = self._options.prompt_logprobs
@@ -135,14 +151,17 @@ class CompletionBuilder(ResponseBuilder):
             self.chunk_type = api.CompletionChunkIds
         self._started: set[int] = set()  # indices of the choices that have had a part
 
-    def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
+    def _chunk_choices(self, index: int, event: Event) -> Iterator[bytes]:
         if self._options.token_ids:
             prompt_ids = None if index in self._started else event.prompt_token_ids
-            yield api.CompletionChunkChoiceIds(
+            choice = api.CompletionChunkChoiceIds(
                 **self._fields(index, event), prompt_token_ids=prompt_ids, token_ids=event.token_ids
             )
-        elif event.text or event.logprobs or event.finish_reason:
-            yield api.CompletionChunkChoice(**self._fields(index, event))
+            yield _model_json(choice)
+        elif event.logprobs or event.finish_reason or (event.text and self._echoes):
+            yield _model_json(api.CompletionChunkChoice(**self._fields(index, event)))
+        elif event.text:
+            yield b'{"index":%d,"text":%b,%b' % (index, to_json(event.text), NOT_ENDED)
 
     def _choice(self, index: int, event: Event) -> BaseModel:
         prompt_ids, ids = (event.prompt_token_ids, event.token_ids) if self._options.token_ids else (None, None)
@@ -196,45 +215,44 @@ class ChatBuilder(ResponseBuilder):
         self._readers: dict[int, tuple[AnswerReader, AnswerFields]] = {}  # by the index of the choice
         self._parts: dict[int, list[AnswerPart]] = {}  # of each choice, for a whole response
 
-    def stream(
-        self, events: AsyncIterator[ChoiceEvent], *, with_usage: bool, in_every_chunk: bool = False
-    ) -> AsyncIterator[BaseModel]:
-        """Yield the chunks of a streamed response; the first one has the ids of the prompt if they are wanted."""
-        chunks = super().stream(events, with_usage=with_usage, in_every_chunk=in_every_chunk)
-        return self._with_prompt_ids(chunks) if self._options.token_ids else chunks
-
     async def whole(self, events: AsyncIterator[ChoiceEvent]) -> list[bytes]:
         """Return the JSON of the response after the last event, in pieces."""
         return await super().whole(self._noted(events))
 
-    async def _with_prompt_ids(self, chunks: AsyncIterator[BaseModel]) -> AsyncIterator[BaseModel]:
-        async for chunk in chunks:
-            if isinstance(chunk, api.ChatChunkIds):
-                chunk.prompt_token_ids, self._prompt_ids = self._prompt_ids, None
-            yield chunk
+    def _chunk(self, choice: bytes, usage: TokenUsage | None) -> bytes:
+        """Return the JSON of a chunk with this choice; the first one has the ids of the prompt if they are wanted."""
+        if self._prompt_ids is None:
+            return super()._chunk(choice, usage)
+        ids, self._prompt_ids = self._prompt_ids, None
+        return self._empty(self.chunk_type, usage, prompt_token_ids=ids).replace(
+            NO_CHOICES, b'"choices":[%b]' % choice, 1
+        )
 
     async def _frame(self, event: Event) -> bytes:
         def frame() -> bytes:
             ids = event.prompt_token_ids if self._options.token_ids else None
             more = {"prompt_token_ids": ids, "prompt_logprobs": self._prompt_logprobs(event)}
-            return self._make(self.response_type, [], self._usage, **more).model_dump_json().encode()
+            return self._empty(self.response_type, self._usage, **more)
 
         return await make_long(frame) if num_candidates(event) > LONG_CANDIDATES else frame()
 
-    def _chunk_choices(self, index: int, event: Event) -> Iterator[BaseModel]:
+    def _chunk_choices(self, index: int, event: Event) -> Iterator[bytes]:
         reader, fields = self._reader(index)
         if index not in self._parts:
-            self._prompt_ids = self._prompt_ids if self._parts else event.prompt_token_ids
+            if self._options.token_ids and not self._parts:
+                self._prompt_ids = event.prompt_token_ids
             self._parts[index] = []
-            role = api.ChatDelta(role="assistant", content="")
-            yield self._chunk_choice(index=index, delta=role, logprobs=None, finish_reason=None, stop_reason=None)
+            yield _delta_json(index, api.ChatDelta(role="assistant", content=""))
         delta = _delta(fields.sort(reader.read(event)))
-        ids: dict[str, Any] = {"token_ids": event.token_ids} if self._options.token_ids else {}
-        if delta or event.logprobs or event.finish_reason or ids:
-            yield self._chunk_choice(
+        if event.logprobs or event.finish_reason or self._options.token_ids:
+            ids: dict[str, Any] = {"token_ids": event.token_ids} if self._options.token_ids else {}
+            choice = self._chunk_choice(
                 index=index, delta=delta, logprobs=self._logprobs(event) if event.logprobs else None,
                 finish_reason=reader.end(event), stop_reason=event.stop_reason, **ids,
             )  # fmt: skip
+            yield _model_json(choice)
+        elif delta:
+            yield _delta_json(index, delta)
 
     def _choice(self, index: int, event: Event) -> BaseModel:
         reader, fields = self._readers[index]
@@ -268,6 +286,15 @@ class ChatBuilder(ResponseBuilder):
         if self._options.num_top is None:
             return None
         return api.ChatLogprobs(content=self._logprob_writer.chat(event))
+
+
+def _model_json(model: BaseModel) -> bytes:
+    return model.model_dump_json().encode()
+
+
+def _delta_json(index: int, delta: api.ChatDelta) -> bytes:
+    """Return the JSON of the choice of a chunk with nothing but this delta."""
+    return b'{"index":%d,"delta":%b,%b' % (index, to_json(delta), NOT_ENDED)
 
 
 def _delta(answer: ParsedAnswer) -> api.ChatDelta:

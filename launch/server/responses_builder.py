@@ -15,6 +15,7 @@ from .answer_reader import AnswerReader, new_call_id
 from .api_errors import ApiError
 from .chat_preparation import PreparedChat
 from .http_io import NamedEvent
+from .logprob_texts import LogprobWriter
 from .protocol.responses_models import ResponsesRequest
 from .token_usage import TokenUsage
 
@@ -34,6 +35,8 @@ class ResponsesBuilder:
         self._item: Json | None = None  # the last of the output while it is not complete
         self._response = _response_fields(body, model)
         self._namespaces = body.namespaces()
+        self._logprob_writer = LogprobWriter(body.top_logprobs or 0) if body.has_logprobs else None
+        self._logprobs: list[Json] = []  # of tokens whose text has not come yet
 
     async def stream(
         self, events: AsyncIterator[tuple[int, Event]], *, with_usage: bool = True, in_every_chunk: bool = False
@@ -45,6 +48,8 @@ class ResponsesBuilder:
                 for name in ("response.created", "response.in_progress"):
                     yield self._event(name, response=self._state("in_progress"))
                 is_first = False
+            if self._logprob_writer is not None:
+                self._logprobs += [entry.model_dump() for entry in self._logprob_writer.chat(event)]
             for part in self._reader.read(event):
                 for made in self._add(part):
                     yield made
@@ -81,8 +86,12 @@ class ResponsesBuilder:
             yield self._item_event("response.function_call_arguments.delta", delta=part.text)
         elif part.kind != "call":
             item["content"][0]["text"] += part.text
-            more: Json = {"logprobs": []} if kind == "message" else {}
+            more: Json = {}
+            if kind == "message":
+                more["logprobs"] = self._logprobs
+                item["content"][0]["logprobs"] += self._logprobs
             yield self._content_event(f"response.{_TEXT_TYPES[kind]}.delta", delta=part.text, **more)
+        self._logprobs = []
 
     def _open(self, kind: str, name: str) -> Iterator[NamedEvent]:
         """Begin an item; `name` is that of a called function."""
@@ -101,7 +110,7 @@ class ResponsesBuilder:
         if kind != "function_call":
             lists: Json = {"annotations": [], "logprobs": []} if kind == "message" else {}
             item["content"].append({"type": _TEXT_TYPES[kind], "text": "", **lists})
-            yield self._content_event("response.content_part.added", part=dict(item["content"][0]))
+            yield self._content_event("response.content_part.added", part=_copy(item)["content"][0])
 
     def _close(self, status: str) -> Iterator[NamedEvent]:
         """End the item that is not complete, if there is one."""
@@ -114,9 +123,9 @@ class ResponsesBuilder:
             yield self._item_event("response.function_call_arguments.done", name=name, arguments=arguments)
         else:
             part = item["content"][0]
-            more: Json = {"logprobs": []} if item["type"] == "message" else {}
+            more: Json = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
             yield self._content_event(f"response.{part['type']}.done", text=part["text"], **more)
-            yield self._content_event("response.content_part.done", part=dict(part))
+            yield self._content_event("response.content_part.done", part=_copy(item)["content"][0])
         yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=_copy(item))
         self._item = None
 
@@ -150,7 +159,10 @@ _ID_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 
 def _copy(item: Json) -> Json:
     """Return a copy of an item whose later changes do not change it."""
-    return item | ({"content": [dict(part) for part in item["content"]]} if "content" in item else {})
+    parts = [
+        part | ({"logprobs": [*part["logprobs"]]} if "logprobs" in part else {}) for part in item.get("content", ())
+    ]
+    return item | ({"content": parts} if "content" in item else {})
 
 
 def _usage(usage: TokenUsage) -> Json:
@@ -179,6 +191,6 @@ def _response_fields(body: ResponsesRequest, model: str) -> Json:
         "safety_identifier": body.safety_identifier, "service_tier": "default", "store": False,
         "temperature": body.temperature, "text": {"format": text_format},
         "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
-        "tools": [tool.model_dump() for tool in body.tools or ()], "top_logprobs": 0, "top_p": body.top_p,
-        "truncation": "disabled", "usage": None, "user": body.user,
+        "tools": [tool.model_dump() for tool in body.tools or ()], "top_logprobs": body.top_logprobs or 0,
+        "top_p": body.top_p, "truncation": "disabled", "usage": None, "user": body.user,
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -11,6 +12,7 @@ import httpx
 import transformers.models.auto.tokenization_auto  # noqa: F401 - imported here, where the command holds signals back
 from tqdm import tqdm
 
+from ...comm.message_text import counted
 from ...runtime.config import Config
 from ..engine.async_engine import AsyncEngine
 from ..errors import RankFailed
@@ -18,7 +20,7 @@ from ..signals import signals_wait
 from .app import create_app
 from .batch_file import AnswerFile, BatchRequest, read_requests
 from .handlers import Handlers
-from .server_config import BatchOptions, ServerConfig, ServerLimits
+from .server_config import BatchOptions, ChatOptions, ServerConfig, ServerLimits, read_template
 
 log = logging.getLogger(__name__)
 IN_FLIGHT = 2  # requests sent at once, in batches of the largest size: the next ones are tokenized meanwhile
@@ -38,7 +40,7 @@ def run_batch(config: Config, options: BatchOptions) -> tuple[int, int]:
     requests = read_requests(options.input_file)
     with closing(AnswerFile(options.output_file)) as answers:
         left = [request for request in requests if request.custom_id not in answers.answered]
-        log.info("%d requests, %d of them answered before", len(requests), len(requests) - len(left))
+        log.info("%s, %d of them answered before", counted(len(requests), "request"), len(requests) - len(left))
         if left:
             _start_and_answer(config, options, left, answers, len(requests))
         return len(answers.answered), answers.num_errors
@@ -48,10 +50,10 @@ def _start_and_answer(
     config: Config, options: BatchOptions, left: Sequence[BatchRequest], answers: AnswerFile, total: int
 ) -> None:
     num_left = len(left)
-    server_config = ServerConfig(
-        served_model_name=options.served_model_name, max_concurrent_requests=num_left, max_queued=num_left * 128
-    )
-    engine = AsyncEngine(config, max_restarts=server_config.max_restarts)
+    chat_fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(ChatOptions)}
+    server_config = ServerConfig(**chat_fields, max_concurrent_requests=num_left, max_queued=num_left * 128)
+    template = read_template(options.chat_template)
+    engine = AsyncEngine(config, max_restarts=server_config.max_restarts, chat_template=template)
     try:
         engine.start()
         asyncio.run(_answer_all(engine, server_config, left, answers, total))

@@ -22,7 +22,35 @@ LOWEST = {"port": 0, "max_queued": 0, "max_logprobs": 0, "max_restarts": 0}  # t
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
+class ChatOptions:
+    """The name of the model, and the format of its chats; raises ValueError naming field, value and rule."""
+
+    served_model_name: list[str] | None = option(None, "name of the model in requests; repeat for several")
+    chat_template: str | None = option(None, "file with a Jinja chat template, in place of the checkpoint's")
+    default_chat_template_kwargs: str | None = option(
+        None, "JSON object of variables for the chat template; chat_template_kwargs of a request go before them"
+    )
+    tool_call_parser: ToolCallParserName = option("auto", "format of tool calls; auto finds it in the chat template")
+    reasoning_parser: ReasoningParserName = option("auto", "format of reasoning; auto finds it in the chat template")
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.template_kwargs, dict):
+            raise ValueError(f"default_chat_template_kwargs={self.default_chat_template_kwargs!r} is no JSON object")
+        if any(not name.strip() for name in self.served_model_name or []):
+            raise ValueError("an empty served_model_name would match nothing or everything; give a text")
+
+    @cached_property
+    def template_kwargs(self) -> dict[str, Any]:
+        """The parsed default_chat_template_kwargs."""
+        try:
+            return json.loads(self.default_chat_template_kwargs or "{}")  # type: ignore[no-any-return]
+        except ValueError as error:
+            text = self.default_chat_template_kwargs
+            raise ValueError(f"default_chat_template_kwargs={text!r} is not JSON: {error}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig(ChatOptions):
     """The address, the keys and the limits of the server; raises ValueError naming field, value and rule."""
 
     replicas: int = option(1, "groups of tensor_parallel_size ranks that share the requests, under Ray Serve")
@@ -44,13 +72,6 @@ class ServerConfig:
     cors_origins: list[str] | None = option(
         None, "origin whose pages may use this server from a browser, such as https://example.com; repeat for several"
     )
-    served_model_name: list[str] | None = option(None, "name of the model in requests; repeat for several")
-    chat_template: str | None = option(None, "file with a Jinja chat template, in place of the checkpoint's")
-    default_chat_template_kwargs: str | None = option(
-        None, "JSON object of variables for the chat template; chat_template_kwargs of a request go before them"
-    )
-    tool_call_parser: ToolCallParserName = option("auto", "format of tool calls; auto finds it in the chat template")
-    reasoning_parser: ReasoningParserName = option("auto", "format of reasoning; auto finds it in the chat template")
     max_concurrent_requests: int = option(1024, "requests answered at once; more are refused with 429")
     max_queued: int = option(1024, "outputs that wait for a place in the batch; more are refused with 429")
     max_input_tokens: int | None = option(None, "longest prompt, in tokens; what fits if not given")
@@ -69,6 +90,7 @@ class ServerConfig:
     log_requests: bool = option(False, "log a line for each request, without its text")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, int) and not isinstance(value, bool):
@@ -78,34 +100,23 @@ class ServerConfig:
                     raise ValueError(f"{f.name}={value} must be {rule}")
         if not 0 <= self.drain_timeout < float("inf"):
             raise ValueError(f"drain_timeout={self.drain_timeout} must be finite and at least 0 seconds")
-        if not isinstance(self.template_kwargs, dict):
-            raise ValueError(f"default_chat_template_kwargs={self.default_chat_template_kwargs!r} is no JSON object")
         for origin in self.cors_origins or []:
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ValueError(f"cors_origins={origin!r} is not an origin; give a scheme, a host and perhaps a port")
-        for name in ("api_key", "served_model_name", "allowed_hosts"):
+        for name in ("api_key", "allowed_hosts"):
             if any(not text.strip() for text in getattr(self, name) or []):
                 raise ValueError(f"an empty {name} would match nothing or everything; give a text")
 
-    @cached_property
-    def template_kwargs(self) -> dict[str, Any]:
-        """The parsed default_chat_template_kwargs."""
-        try:
-            return json.loads(self.default_chat_template_kwargs or "{}")  # type: ignore[no-any-return]
-        except ValueError as error:
-            text = self.default_chat_template_kwargs
-            raise ValueError(f"default_chat_template_kwargs={text!r} is not JSON: {error}") from None
-
 
 @dataclass(frozen=True, kw_only=True)
-class BatchOptions:
+class BatchOptions(ChatOptions):
     """The options of `lockstep run-batch` beside those of Config."""
 
     input_file: Path | None = option(None, "requests in OpenAI's batch format, one JSON object a line", "-i")
     output_file: Path | None = option(None, "the answers; requests that it has answers to are not sent again", "-o")
-    served_model_name: list[str] | None = option(None, "name of the model in requests; repeat for several")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("input_file", "output_file"):
             if getattr(self, name) is None:
                 raise ValueError(f"no {name}; give --{name.replace('_', '-')} FILE")
@@ -120,3 +131,13 @@ class ServerLimits:
     stall_timeout_s: float = 30.0  # longest time without a step while requests are live; --step-timeout limits a step
     max_bodies: int = 64  # memory limit of all bodies, in bodies of the maximum length
     max_connections: int | None = None  # None: as many as the limit of open files allows
+
+
+def read_template(path: str | None) -> str | None:
+    """Return the text of a chat template; raises ValueError if the file cannot be read."""
+    if path is None:
+        return None
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"chat_template={path!r} cannot be read: {error}") from error

@@ -22,6 +22,16 @@ class TokenUsage:
         self.num_completion += len(event.token_ids)
         self.num_cached[prompt] = event.num_cached_tokens
 
+    def json(self) -> bytes:
+        """Return the JSON of `usage`, which every chunk of a stream may have."""
+        return (
+            b'{"prompt_tokens":%d,"completion_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d},'
+            b'"completion_tokens_details":{"reasoning_tokens":%d}}'
+        ) % (
+            self.num_prompt, self.num_completion, self.num_prompt + self.num_completion,
+            sum(self.num_cached.values()), self.num_reasoning,
+        )  # fmt: skip
+
     def usage(self) -> api.Usage:
         """Return the counts as OpenAI's object."""
         return api.Usage(

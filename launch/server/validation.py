@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from ...comm.message_text import counted
 from ...runtime.request import RequestRefused, SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.text_worker import MAX_TOKENS
@@ -184,7 +185,7 @@ class AdmissionControl:
         num_queued = self._num_outputs + num_outputs - self._engine.limits.max_num_seqs
         is_full = max(num_queued, self._engine.stats().waiting) > self._config.max_queued
         if is_full or self._num_requests >= self._config.max_concurrent_requests:
-            load = f"{self._num_requests} requests with {self._num_outputs} outputs"
+            load = f"{counted(self._num_requests, 'request')} with {counted(self._num_outputs, 'output')}"
             raise ApiError(429, f"the server is busy: {load}; try again later", code="rate_limit_exceeded")
         self._num_requests, self._num_outputs = self._num_requests + 1, self._num_outputs + num_outputs
         try:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ..chat_template import Message
 from .call_readers import CallReader, JsonCallReader, MistralReader, XmlCallReader
+from .harmony_parser import CHANNEL, MARKERS, HarmonyParser
 from .output_parser import AnswerParser, OutputParser, ReasoningFormat
 from .parser_names import ReasoningParserName, ToolCallParserName
 from .template_parser import TemplateParser
@@ -54,6 +56,7 @@ REASONING_FORMATS = {
 class ChatFormat:
     """How a model writes reasoning and calls; a `response_template` describes both.
 
+    harmony       messages with channels, for reasoning and calls
     mistral_args  calls are `[TOOL_CALLS]NAME[ARGS]{...}`, not a JSON list
     special       the ids of those markers that are special tokens
     """
@@ -61,17 +64,18 @@ class ChatFormat:
     reasoning: ReasoningFormat | None = None
     calls: CallFormat | None = None
     response_template: dict[str, Any] | None = None
+    harmony: bool = False
     mistral_args: bool = False
     special: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def has_tools(self) -> bool:
         """Whether tool calls can be parsed."""
-        return self.calls is not None or self.parses_with_template
+        return self.calls is not None or self.harmony or self.parses_with_template
 
     @property
     def has_reasoning(self) -> bool:
-        return self.reasoning is not None or self.parses_with_template
+        return self.reasoning is not None or self.harmony or self.parses_with_template
 
     @property
     def parses_with_template(self) -> bool:
@@ -83,19 +87,35 @@ class ChatFormat:
 
     def markers(self) -> tuple[str, ...]:
         """Return the markers of reasoning and calls."""
+        if self.harmony:
+            return MARKERS
         reasoning = (self.reasoning.open, self.reasoning.close) if self.reasoning else ()
         return (*reasoning, *(self.calls.markers if self.calls else ()), *(self.calls.inner if self.calls else ()))
 
     def needs_special_tokens(self, tools: Tools) -> bool:
         """Return whether the text of an answer must keep special tokens, because markers are such tokens."""
-        if self.parses_with_template:
+        if self.parses_with_template or self.harmony:
             return True
         of_calls = {*self.calls.markers, *self.calls.inner} if self.calls and tools else set()
         of_reasoning = {self.reasoning.open, self.reasoning.close} if self.reasoning else set()
         return not (of_calls | of_reasoning).isdisjoint(self.special)
 
+    def message(self, message: Message) -> Message:
+        """Return a message as the chat template takes it.
+
+        gpt-oss's has another name for reasoning, and takes it beside calls only if there is no content.
+        """
+        if not self.harmony or "reasoning_content" not in message:
+            return message
+        renamed = {name: value for name, value in message.items() if name != "reasoning_content"}
+        keeps = not (message.get("tool_calls") and message["content"])
+        return renamed | ({"thinking": message["reasoning_content"]} if keeps else {})
+
     def thinking(self, prompt_end: str) -> Thinking:
         """Return whether a prompt with this end opens reasoning, has closed it, or leaves it to the model."""
+        if self.harmony:
+            parser = HarmonyParser(prompt_end, returns_calls=True)
+            return "open" if parser.in_reasoning else "closed" if parser.in_message else "unset"
         if self.reasoning is None:
             return "closed"
         end = prompt_end.rstrip()
@@ -112,6 +132,8 @@ class ChatFormat:
         """
         if self.response_template is not None:
             return TemplateParser(self.response_template, prompt_end, [tool.for_template() for tool in tools])
+        if self.harmony:
+            return HarmonyParser(prompt_end, returns_calls=bool(tools))
         calls = self.calls if tools else None
         if self.reasoning is None and calls is None:
             return None
@@ -133,18 +155,27 @@ def find_format(
 ) -> ChatFormat:
     """Return the format for the names of two parsers; "auto" finds them in the chat template.
 
-    Raises ValueError for a parser that needs a response_template which the tokenizer does not have.
+    Harmony is a format of both. Raises ValueError for a parser that needs a response_template which the tokenizer does
+    not have, and for another one beside harmony.
     """
     if TEMPLATE in (tool_parser, reasoning_parser) and response_template is None:
         option = "tool_call_parser" if tool_parser == TEMPLATE else "reasoning_parser"
         raise ValueError(f"{option}={TEMPLATE!r}: this model's tokenizer has no response_template; use another parser")
     choices = {tool_parser, reasoning_parser}
+    if "harmony" in choices and not choices <= {"auto", "harmony"}:
+        raise ValueError(
+            f"tool_call_parser={tool_parser!r} and reasoning_parser={reasoning_parser!r} exclude each other: harmony is"
+            " a format of reasoning and calls; set both to 'harmony' or 'auto'"
+        )
     if response_template is not None and (TEMPLATE in choices or choices == {"auto"}):
         return ChatFormat(response_template=response_template)
+    if "harmony" in choices or (choices <= {"auto", "none"} and "auto" in choices and CHANNEL + "analysis" in template):
+        special = {text: special_tokens[text] for text in MARKERS if text in special_tokens}
+        return ChatFormat(harmony=True, special=special)
     reasoning = _reasoning_in(template) if reasoning_parser == "auto" else reasoning_parser
     calls = _calls_in(template) if tool_parser == "auto" else tool_parser
     has_args = calls == "mistral" and "[ARGS]" in template
-    chat_format = ChatFormat(REASONING_FORMATS.get(reasoning), CALL_FORMATS.get(calls), None, has_args)
+    chat_format = ChatFormat(REASONING_FORMATS.get(reasoning), CALL_FORMATS.get(calls), mistral_args=has_args)
     special = {text: special_tokens[text] for text in chat_format.markers() if text in special_tokens}
     return replace(chat_format, special=special)
 

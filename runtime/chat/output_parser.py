@@ -38,7 +38,10 @@ class ReasoningFormat:
 class AnswerParser(Protocol):
     """Turns the text of one answer into pieces."""
 
-    in_reasoning: bool
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the text so far ends within reasoning."""
+        ...
 
     def push(self, text: str) -> list[AnswerPart]:
         """Return the pieces that are certain with this text."""

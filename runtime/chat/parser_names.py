@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-ToolCallParserName = Literal["auto", "none", "response_template", "hermes", "qwen3_coder", "llama3_json", "mistral"]
-ReasoningParserName = Literal["auto", "none", "response_template", "qwen3", "deepseek_r1", "mistral"]
+ToolCallParserName = Literal[
+    "auto", "none", "response_template", "hermes", "qwen3_coder", "llama3_json", "mistral", "harmony"
+]
+ReasoningParserName = Literal["auto", "none", "response_template", "qwen3", "deepseek_r1", "mistral", "harmony"]

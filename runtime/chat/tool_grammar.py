@@ -15,6 +15,7 @@ from typing import Any
 from ..sampling.grammar import WHITESPACE, to_llguidance
 from ..structured_outputs import StructuredOutputsParams
 from .chat_formats import ChatFormat, Thinking
+from .harmony_parser import CHANNEL, CONSTRAIN, END, MESSAGE, START
 from .output_parser import ReasoningFormat
 from .tool_schemas import OBJECT_RULES, ToolSchema, is_text, text_choices
 
@@ -50,9 +51,12 @@ class ToolGrammar:
         """
         if not self.rules.tools and (answer is None or thinking == "closed"):
             return answer
-        self._start(thinking, has_answer=answer is not None)
-        if self.rules.tools:
-            self._add_calls()
+        if self.format.harmony:
+            self._harmony(thinking, has_answer=answer is not None)
+        else:
+            self._start(thinking, has_answer=answer is not None)
+            if self.rules.tools:
+                self._add_calls()
         grammars: list[dict[str, Any]] = [{"lark_grammar": LARK_HEAD + "\n".join(self._lark)}]
         if answer is not None and not self.rules.required:
             text = to_llguidance(answer.kind, answer.text, answer.disable_any_whitespace)
@@ -134,6 +138,34 @@ class ToolGrammar:
             more = self._more('", " call')
             self._lark.append(f'call: {" | ".join(calls)}\nrest: " "? "[" call {more} "]"\ncalls: {marker} rest')
         self._lark.append(self._until("head", "[TOOL_CALLS]"))
+
+    def _harmony(self, thinking: Thinking, *, has_answer: bool) -> None:
+        """Add the messages of harmony: reasoning, text beside calls, then one call or the answer."""
+        rules = self.rules
+        channel, message, constrain, start = map(self._marker, (CHANNEL, MESSAGE, CONSTRAIN, START))
+        text, aside = (
+            "@answer" if has_answer else "TEXT",
+            '"analysis"' if rules.required else '("analysis" | "commentary")',
+        )
+        last = "call" if rules.required else "call | answer" if rules.tools else "answer"
+        whole = f"aside* ({last})"
+        continued = f'rest {start} "assistant" {whole}'  # of a message that the prompt ends with
+        if thinking == "closed" and not rules.required:
+            continued = f"{text} | {continued}"
+        self._lark += [
+            f"start: {whole if thinking == 'unset' else continued}",
+            f'aside: {channel} {aside} {message} rest {start} "assistant"',
+            self._until("rest", END),
+            f'answer: {channel} "final" (" "? {constrain} "json")? {message} {text}',
+        ]
+        calls = []
+        for number, tool in enumerate(rules.tools):
+            recipient = f" to=functions.{tool.name}"
+            header = f'({channel} {_literal(f"commentary{recipient}")} | {_literal(recipient)} {channel} "commentary")'
+            arguments = self._json(f"args_{number}", tool.schema)
+            calls.append(f'{header} (" "? {constrain} "json" | " json")? {message} {arguments}')
+        if calls:
+            self._lark.append(f"call: {' | '.join(calls)}")
 
     def _json_call(self, number: int, key: str) -> str:
         """Return the parts of a call as a JSON object."""

@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ...comm.message_text import format_bytes
 from ..config import Config
-from ..model.delta_net_config import DeltaNetConfig
-from ..model.model_config import DTYPES, MXFP4_BLOCK, ModelConfig
-from ..model.rank_shares import share, share_of_features
+from ..model.model_config import DTYPES, ModelConfig
 from ..request import pages_of_window
+from .parameter_count import (
+    float32_parameters,
+    kv_elements_per_token,
+    parameters_of_rank,
+    saved_by_quantization,
+    state_bytes,
+)
 
 log = logging.getLogger(__name__)
 GIB = 2**30
@@ -37,6 +42,7 @@ class MemoryPlan:
     page_bytes: int
     page_size: int  # tokens
     num_pages: int = 0
+    reduced_token_bytes: int = 0  # what all-reduces of a step take, for each of its tokens
     pages_of_window: int | None = None  # the most that a request needs in a step; None: pages of its whole context
     total: int | None = None  # memory of the GPU; None on a CPU, where it is not measured
     utilization: float = 1.0
@@ -138,11 +144,14 @@ def plan_weights(config: Config, model: ModelConfig, rank: int = 0) -> MemoryPla
     ranks, itemsize = config.tensor_parallel_size, DTYPES[config.dtype]
     kv_itemsize = 1 if config.kv_cache_dtype == "fp8" else itemsize
     model.check_tensor_parallel(ranks)
+    weights = parameters_of_rank(model, ranks, rank) * itemsize + float32_parameters(model) * (4 - itemsize)
     return MemoryPlan(
         place="the CPU",
-        weights=parameters_of_rank(model, ranks, rank) * itemsize - saved_by_quantization(model, ranks, itemsize, rank),
+        weights=weights - saved_by_quantization(model, ranks, itemsize, rank),
         page_bytes=kv_elements_per_token(model, ranks, rank) * config.page_size * kv_itemsize,
         page_size=config.page_size,
+        # Two partial sums of a layer, and the rows of the embedding.
+        reduced_token_bytes=(2 * model.num_layers + 1) * model.hidden_size * itemsize if ranks > 1 else 0,
         states=num_states(config) * state_bytes(model, ranks, rank, itemsize),
         pages_of_window=None
         if model.window is None
@@ -158,141 +167,6 @@ def num_states(config: Config) -> int:
 def saved_states(config: Config) -> int:
     """Return how many cached prefixes can have a recurrent state at their end."""
     return max(2, config.max_num_seqs // 4) if config.enable_prefix_caching else 0
-
-
-def state_bytes(model: ModelConfig, ranks: int, rank: int, itemsize: int) -> int:
-    """Return the bytes of one recurrent state over all layers; see StateShape."""
-    if model.delta_net is None:
-        return 0
-    net, (keys, values) = model.delta_net, _delta_features(model.delta_net, ranks, rank)
-    inputs = (net.taps - 1) * (2 * keys + values) * itemsize
-    return len(net.layers) * (inputs + 4 * values * net.key_size)
-
-
-def parameters_of_rank(model: ModelConfig, ranks: int, rank: int = 0) -> int:
-    """Return the parameters that the Decoder of one of `ranks` ranks allocates, padding included.
-
-    Repeats the shapes of the layers; tests compare the two. A Decoder on torch's meta device could count itself, but
-    importing torch takes 1.5 s, and `lockstep doctor` runs in 0.3 s without it.
-    """
-    vocabulary = -(-model.vocab_size // ranks) * model.hidden_size  # parameters of the embedding, or of the head
-    mlps = sum(
-        _experts_size(model, ranks, rank) if model.has_experts(n) else _mlp_size(model, ranks, rank)
-        for n in range(model.num_layers)
-    )
-    norms = (len(model.names.norms) * model.num_layers + 1) * model.hidden_size
-    tables = 1 if model.tie_word_embeddings else 2
-    attention = len(model.attention_layers) * _attention_size(model, ranks, rank)
-    if model.delta_net is not None:
-        attention += len(model.delta_net.layers) * _delta_size(model, model.delta_net, ranks, rank)
-    return tables * vocabulary + attention + mlps + norms
-
-
-def saved_by_quantization(model: ModelConfig, ranks: int, itemsize: int, rank: int = 0) -> int:
-    """Return the bytes that FP8 or MXFP4 saves, less the scales, on a rank whose other weights have this itemsize."""
-    if model.experts is not None and model.experts.mxfp4:
-        numbers = 3 * _expert_features(model, ranks, rank) * model.hidden_size * model.experts.num_experts
-        return len(model.experts.layers) * (numbers * itemsize - numbers // 2 - numbers // MXFP4_BLOCK)
-    if model.quantization is None:
-        return 0
-    saved = 0
-    for names, rows, columns, copies in _matrices(model, ranks, rank):
-        if model.quantization.covers_all(names):
-            grid = model.quantization.grid([sum(rows[:n]) for n in range(len(rows))], columns, first_column=0)
-            down, across = grid.shape(sum(rows), columns)
-            saved += copies * (sum(rows) * columns * (itemsize - 1) - 4 * down * across)
-    return saved
-
-
-def _matrices(model: ModelConfig, ranks: int, rank: int) -> Iterator[tuple[list[str], list[int], int, int]]:
-    """Yield the modules, rows of each, columns and number of all matrices of the rank that may be FP8."""
-    assert model.quantization is not None
-    hidden, (q, kv) = model.hidden_size, _head_features(model, ranks, rank)
-    for layer in range(model.num_layers):
-        name = f"model.layers.{layer}"
-        if model.delta_net is not None and layer in model.delta_net.layers:
-            yield from _delta_matrices(f"{name}.linear_attn", hidden, model.delta_net, ranks, rank)
-        else:
-            yield [f"{name}.self_attn.{x}_proj" for x in "qkv"], [q, kv, kv], hidden, 1
-            if model.output_gate:
-                yield [f"{name}.self_attn.q_proj"], [q], hidden, 1
-            yield [f"{name}.self_attn.o_proj"], [hidden], q, 1
-        mlp, features, copies = f"{name}.mlp", _share(model.intermediate_size, ranks, rank), 1
-        if model.experts is not None and model.has_experts(layer):
-            mlp, copies = f"{mlp}.experts.0", model.experts.num_experts
-            features = _expert_features(model, ranks, rank)
-        yield [f"{mlp}.gate_proj", f"{mlp}.up_proj"], [features, features], hidden, copies
-        yield [f"{mlp}.down_proj"], [hidden], features, copies
-    if model.quantization.includes_head and not model.tie_word_embeddings:
-        yield ["lm_head"], [-(-model.vocab_size // ranks)], hidden, 1
-
-
-def _delta_matrices(
-    name: str, hidden: int, net: DeltaNetConfig, ranks: int, rank: int
-) -> Iterator[tuple[list[str], list[int], int, int]]:
-    keys, values = _delta_features(net, ranks, rank)
-    heads = values // net.value_size
-    yield [f"{name}.in_proj_qkv", f"{name}.in_proj_z"], [keys, keys, values, values], hidden, 1
-    yield [f"{name}.in_proj_b", f"{name}.in_proj_a"], [heads, heads], hidden, 1
-    yield [f"{name}.out_proj"], [hidden], values, 1
-
-
-def kv_elements_per_token(model: ModelConfig, ranks: int, rank: int = 0) -> int:
-    """Return the elements of one token's keys and values, over all layers."""
-    return 2 * len(model.attention_layers) * len(model.heads_of_rank(rank, ranks).kv) * model.stored_head_dim
-
-
-def _attention_size(model: ModelConfig, ranks: int, rank: int) -> int:
-    q, kv = _head_features(model, ranks, rank)
-    qkv = q + 2 * kv
-    biases = model.qkv_bias * qkv + model.output_bias * model.hidden_size
-    norms = {"none": 0, "each head": 2 * model.head_dim, "all heads": q + kv}[model.qk_norm]
-    gate = model.output_gate * q * (model.hidden_size + model.qkv_bias)
-    sinks = model.sinks * q // model.head_dim
-    return (qkv + q) * model.hidden_size + gate + biases + norms + sinks
-
-
-def _delta_size(model: ModelConfig, net: DeltaNetConfig, ranks: int, rank: int) -> int:
-    keys, values = _delta_features(net, ranks, rank)
-    heads = values // net.value_size
-    projections = 2 * keys + 3 * values + 2 * heads  # q, k, v, z, output, b, a
-    return projections * model.hidden_size + net.taps * (2 * keys + values) + 2 * heads + net.value_size
-
-
-def _delta_features(net: DeltaNetConfig, ranks: int, rank: int) -> tuple[int, int]:
-    """Return the features of the rank's key heads, and of its value heads."""
-    keys = len(share(net.key_heads, rank, ranks))
-    return keys * net.key_size, keys * net.value_heads // net.key_heads * net.value_size
-
-
-def _mlp_size(model: ModelConfig, ranks: int, rank: int) -> int:
-    features = _share(model.intermediate_size, ranks, rank)
-    return 3 * features * model.hidden_size + model.mlp_bias * (2 * features + model.hidden_size)
-
-
-def _experts_size(model: ModelConfig, ranks: int, rank: int) -> int:
-    assert model.experts is not None
-    router, features = model.hidden_size, _expert_features(model, ranks, rank)
-    expert = 3 * features * model.hidden_size
-    if model.experts.clamped is not None:
-        router, expert = router + 1, expert + 2 * features + model.hidden_size  # with biases
-    return model.experts.num_experts * (router + expert)
-
-
-def _expert_features(model: ModelConfig, ranks: int, rank: int) -> int:
-    assert model.experts is not None
-    return _share(model.experts.intermediate_size, ranks, rank, model.experts.block)
-
-
-def _head_features(model: ModelConfig, ranks: int, rank: int) -> tuple[int, int]:
-    """Return the features of the rank's query heads, and of its KV heads."""
-    heads = model.heads_of_rank(rank, ranks)
-    return len(heads.queries) * model.head_dim, len(heads.kv) * model.head_dim
-
-
-def _share(features: int, ranks: int, rank: int, block: int | None = None) -> int:
-    part = share_of_features(features, rank, ranks, block)
-    return int(part.stop - part.start)
 
 
 def tightest(plans: Sequence[MemoryPlan]) -> MemoryPlan:

@@ -141,10 +141,12 @@ def _dimensions(model: ModelConfig) -> Mapping[str, tuple[int, ...]]:
         features = (model.intermediate_size,) * 2
         shapes |= _projection_shapes(f"model.layers.{dense[0]}", names.gate_up, features, hidden)
     if model.experts is not None and len(dense) < model.num_layers:
-        mlp = f"model.layers.{min(model.experts.layers)}.mlp"
+        rules = model.experts.rules
+        mlp = f"model.layers.{min(model.experts.layers)}.{rules.block}"
         n, width = model.experts.num_experts, model.experts.intermediate_size
         if model.experts.clamped is None:
-            shapes |= {f"{mlp}.gate.weight": (n, hidden), f"{mlp}.experts.0.gate_proj.weight": (width, hidden)}
+            first = f"{mlp}.experts.0.{rules.projections[0]}.weight"
+            shapes |= {f"{mlp}.gate.weight": (n, hidden), first: (width, hidden)}
         else:
             shapes |= {f"{mlp}.router.weight": (n, hidden), f"{mlp}.experts.gate_up_proj_bias": (n, 2 * width)}
     if model.sinks:

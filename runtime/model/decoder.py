@@ -22,8 +22,9 @@ from .delta_net import GatedDeltaNet
 from .embedding import Embedding, Head, Logits, head_shard, vocabulary_shard
 from .gpt_oss_moe import GptOssMoE
 from .kv_pool import AttentionShape, KVPool
-from .linear import MLP, ColumnLinear, MoE, Projection, RowLinear, projections
+from .linear import MLP, ColumnLinear, Projection, RowLinear, projections
 from .model_config import ModelConfig
+from .moe import MoE
 from .norm import LayerNorms, NormInput, Residual, RMSNorm, WideQKNorm, norm_weight
 from .rank_shares import share
 from .rope import RopeConfig
@@ -123,8 +124,10 @@ class DecoderLayer:
         self.mlp_norms = LayerNorms(weights, comm, name, around_mlp, hidden, config.stream_eps)
         self.mlp: MLP | MoE | GptOssMoE
         if config.experts is not None and config.has_experts(layer):
-            moe = MoE if config.experts.clamped is None else GptOssMoE
-            self.mlp = moe(weights, comm, f"{name}.mlp", hidden, config.experts)
+            if config.experts.clamped is None:
+                self.mlp = MoE(weights, comm, name, hidden, config.experts, bias=config.mlp_bias)
+            else:
+                self.mlp = GptOssMoE(weights, comm, f"{name}.mlp", hidden, config.experts)
         else:
             gate_up, down = [f"{name}.{tensor}" for tensor in names.gate_up], f"{name}.{names.down}"
             self.mlp = MLP(
@@ -193,6 +196,7 @@ class Decoder:
             batch_invariant=batch_invariant,
             quantization=config.quantization,
             zero_centred_norms=config.zero_centred_norms,
+            unused=tuple(f"model.layers.{config.num_layers + n}." for n in range(config.num_draft_layers)),
         )
         vocab, hidden, tied = config.vocab_size, config.hidden_size, config.tie_word_embeddings
         ignored = (HEAD,) if tied else ()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Windows = Literal["never", "always", "flagged", "flagged, upper layers", "flagged, unrotated layers", "layer types"]
 Rotation = Literal["every layer", "no_rope_layers", "windowed layers", "by layer type", "position_embedding_type"]
+ExpertLayers = Literal["sparse steps", "after the dense ones", "interval"]
 Activation = Literal["silu", "gelu"]  # of the gate of an MLP; GELU in its tanh form
 QKNormKind = Literal["none", "each head", "all heads"]
 Flag = bool | str  # whether something exists, or the field of config.json that says so
@@ -45,6 +46,34 @@ class TensorNames:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertRules:
+    """A family's mixture of experts: fields of config.json, the router, and names of tensors in a layer."""
+
+    num_experts: str = "num_experts"
+    num_per_token: str = "num_experts_per_tok"
+    intermediate_size: str = "moe_intermediate_size"  # of an expert
+    layers: ExpertLayers = "sparse steps"
+    normalized: Flag = "norm_topk_prob"  # the scores of a token's experts are scaled to sum up to 1
+    least_sum: str | None = None  # the least divisor of that scaling
+    scaling: str | None = None  # factor of the scores
+    groups: bool = False  # n_group and topk_group apply
+    shared_size: str | None = None  # intermediate features of the expert of all tokens
+    shared_count: str | None = None  # or their number in features of an expert
+
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    float32_router: bool = False  # the router computes in float32
+
+    clamped: bool = False  # the experts are those of gpt-oss, and so is the router: GptOssMoE
+
+    block: str = "mlp"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    bias: str | None = None  # the tensor that is added to the scores for the choice of experts
+    bias_has_groups: bool = False  # its shape begins with a 1
+    shared: str = "shared_experts"
+    shared_gate: bool = False  # the expert of all tokens is scaled by the sigmoid of a gate
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """The differences of a model family from the plain decoder."""
 
@@ -54,6 +83,7 @@ class Architecture:
     output_bias: Flag = False  # of the attention's output projection
     mlp_bias: Flag = False
     qk_norm: QKNormKind = "none"  # RMSNorm of each query and key head, or of all heads together
+    qk_norm_flag: str | None = None  # the field of config.json that says whether there is one
     partial_rotary: bool = False  # partial_rotary_factor of config.json applies
     adjacent_pairs: bool = False  # elements 2 i and 2 i + 1 of a head are rotated as a pair, not i and E / 2 + i
     query_scaling: bool = False  # llama_4_scaling_beta of rope_parameters applies
@@ -67,8 +97,7 @@ class Architecture:
     must_be_zero: tuple[str, ...] = ()  # fields of parts of the family that are not supported
     output_gate: bool = False  # each head of q_proj is followed by a gate of the head's result
     delta_net: bool = False  # layers of type linear_attention have the gated delta rule in place of attention
-    experts: bool = False  # a mixture of experts in place of some MLPs
-    clamped_experts: bool = False  # they are those of gpt-oss: GptOssMoE
+    experts: ExpertRules | None = None  # a mixture of experts in place of some MLPs
     sinks: bool = False  # each query head has a logit that takes its share of the softmax and adds nothing
     windows: Windows = "never"  # sliding_window of config.json applies; "flagged": if use_sliding_window is set
     defaults: Mapping[str, Any]  # fields that config.json may leave out, as in transformers' class of the family
@@ -149,9 +178,40 @@ QWEN3_5 = LLAMA | {
     "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }  # fmt: skip
+QWEN3_5_MOE = QWEN3_5 | {
+    "hidden_size": 2048, "num_hidden_layers": 40, "num_key_value_heads": 2, "num_experts": 256,
+    "num_experts_per_tok": 8, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512,
+}  # fmt: skip
 EXAONE4 = LLAMA | {
     "vocab_size": 102400, "intermediate_size": 16384, "num_key_value_heads": 32, "rms_norm_eps": 1e-5,
     "sliding_window": 4096, "sliding_window_pattern": 4,
+}  # fmt: skip
+QWEN2_MOE = QWEN3_MOE | {
+    "intermediate_size": 5632, "num_key_value_heads": 16, "num_attention_heads": 16, "num_experts": 60,
+    "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "qkv_bias": True,
+}  # fmt: skip
+OLMOE = LLAMA | {
+    "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 2048, "num_hidden_layers": 16,
+    "num_attention_heads": 16, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "num_experts": 64,
+    "num_experts_per_tok": 8,
+}  # fmt: skip
+ERNIE4_5_MOE = ERNIE4_5 | {
+    "hidden_size": 2560, "intermediate_size": 12288, "num_hidden_layers": 28, "num_attention_heads": 20,
+    "num_key_value_heads": 4, "head_dim": None, "moe_num_experts": 64, "moe_k": 6, "moe_intermediate_size": 1536,
+    "moe_num_shared_experts": 2, "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1,
+    "moe_norm_min": 1e-12,
+}  # fmt: skip
+GLM4_MOE = LLAMA | {
+    "vocab_size": 151552, "intermediate_size": 10944, "num_hidden_layers": 46, "num_attention_heads": 96,
+    "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5,
+    "n_routed_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1408, "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+}  # fmt: skip
+MINIMAX_M2 = LLAMA | {
+    "vocab_size": 200064, "hidden_size": 3072, "intermediate_size": 1536, "num_hidden_layers": 62,
+    "num_attention_heads": 48, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 196608,
+    "rope_theta": 5e6, "num_local_experts": 256, "num_experts_per_tok": 8,
 }  # fmt: skip
 GPT_OSS = LLAMA | {
     "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 36,
@@ -181,8 +241,42 @@ ARCHITECTURES = {
         defaults=QWEN2 | {"head_dim": 128},
     ),
     "Qwen3MoeForCausalLM": Architecture(
-        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", experts=True, windows="flagged",
-        defaults=QWEN3_MOE,
+        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", experts=ExpertRules(),
+        windows="flagged", defaults=QWEN3_MOE,
+    ),
+    "Qwen2MoeForCausalLM": Architecture(
+        qkv_bias="qkv_bias", must_be_zero=("use_sliding_window",), defaults=QWEN2_MOE,
+        experts=ExpertRules(
+            shared_size="shared_expert_intermediate_size", shared="shared_expert", shared_gate=True
+        ),
+    ),
+    "OlmoeForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="all heads", must_be_zero=("clip_qkv",),
+        experts=ExpertRules(intermediate_size="intermediate_size"), defaults=OLMOE,
+    ),
+    "Ernie4_5_MoeForCausalLM": Architecture(
+        adjacent_pairs=True, must_be_zero=("use_bias",), defaults=ERNIE4_5_MOE,
+        experts=ExpertRules(
+            num_experts="moe_num_experts", num_per_token="moe_k", layers="interval", normalized=True,
+            least_sum="moe_norm_min", shared_count="moe_num_shared_experts", float32_router=True,
+            bias="mlp.moe_statics.e_score_correction_bias", bias_has_groups=True,
+        ),
+    ),
+    "Glm4MoeForCausalLM": Architecture(
+        qkv_bias="attention_bias", qk_norm="each head", qk_norm_flag="use_qk_norm", partial_rotary=True,
+        experts=ExpertRules(
+            num_experts="n_routed_experts", layers="after the dense ones", scaling="routed_scaling_factor", groups=True,
+            shared_count="n_shared_experts", scoring="sigmoid", float32_router=True,
+            bias="mlp.gate.e_score_correction_bias",
+        ),
+        defaults=GLM4_MOE,
+    ),
+    "MiniMaxM2ForCausalLM": Architecture(
+        qk_norm="all heads", partial_rotary=True, must_be_zero=("shared_intermediate_size",), defaults=MINIMAX_M2,
+        experts=ExpertRules(
+            num_experts="num_local_experts", intermediate_size="intermediate_size", normalized=True, scoring="sigmoid",
+            block="block_sparse_moe", projections=("w1", "w3", "w2"), bias="block_sparse_moe.e_score_correction_bias",
+        ),
     ),
     "Phi3ForCausalLM": Architecture(names=PHI3_NAMES, partial_rotary=True, windows="always", defaults=PHI3),
     "SmolLM3ForCausalLM": Architecture(
@@ -212,6 +306,13 @@ ARCHITECTURES = {
         qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", output_gate=True, delta_net=True,
         partial_rotary=True, zero_centred_norms=True, defaults=QWEN3_5,
     ),
+    "Qwen3_5MoeForCausalLM": Architecture(
+        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", output_gate=True, delta_net=True,
+        partial_rotary=True, zero_centred_norms=True, defaults=QWEN3_5_MOE,
+        experts=ExpertRules(
+            normalized=True, shared_size="shared_expert_intermediate_size", shared="shared_expert", shared_gate=True
+        ),
+    ),
     "Exaone4ForCausalLM": Architecture(
         names=NORMS_AFTER, qk_norm="each head", rotation="windowed layers", windows="layer types", defaults=EXAONE4
     ),
@@ -231,11 +332,11 @@ ARCHITECTURES = {
     ),
     "Ministral3ForCausalLM": Architecture(query_scaling=True, windows="always", defaults=MINISTRAL3),
     "GptOssForCausalLM": Architecture(
-        qkv_bias="attention_bias", output_bias="attention_bias", experts=True, clamped_experts=True, sinks=True,
-        windows="layer types", defaults=GPT_OSS,
+        qkv_bias="attention_bias", output_bias="attention_bias", sinks=True, windows="layer types", defaults=GPT_OSS,
+        experts=ExpertRules(num_experts="num_local_experts", intermediate_size="intermediate_size", clamped=True),
     ),
     "MellumForCausalLM": Architecture(
-        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", experts=True,
+        qkv_bias="attention_bias", output_bias="attention_bias", qk_norm="each head", experts=ExpertRules(),
         rotation="by layer type", windows="layer types", defaults=MELLUM,
     ),
 }  # fmt: skip
@@ -244,5 +345,6 @@ ARCHITECTURES = {
 TEXT_PARTS = {
     "Mistral3ForConditionalGeneration": {"mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM"},
     "Qwen3_5ForConditionalGeneration": {"qwen3_5_text": "Qwen3_5ForCausalLM"},
+    "Qwen3_5MoeForConditionalGeneration": {"qwen3_5_moe_text": "Qwen3_5MoeForCausalLM"},
     "Gemma3ForConditionalGeneration": {"gemma3_text": "Gemma3ForCausalLM"},
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...comm.base import Communicator
 from ...kernels import ops
 from ...kernels.arguments import MXFP4_BLOCK, ClampedSwiGLU, ExpertMatrix, MXFP4Weight
-from .model_config import Experts
+from .expert_config import Experts
 from .norm import NormInput, Residual
 from .rank_shares import share_of_features
 from .weights import ALL, Piece, Weight, Weights
@@ -103,11 +103,11 @@ class GptOssMoE:
         """Leave the experts' sum for rows [T, D] in `residual`; the next norm adds it."""
         x = normed.tensor()
         logits = ops.linear(x, self.router, self.router_bias, batch_invariant=self.batch_invariant)
-        best, selected = logits.float().topk(self.num_per_token, dim=-1)  # [T, K]
+        selected, scores = ops.select_experts(logits, self.num_per_token, normalized=True)
         residual.partial = ops.experts(
             x,
             selected,
-            best.softmax(-1),
+            scores,
             self.gate_up,
             self.down,
             gate_up_bias=self.gate_up_bias,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from reprlib import repr as shortened
 
-from .families import Architecture, Windows
+from .families import Architecture, ExpertLayers, Windows
 from .hf_config import HFConfigReader
 from .rope import LAYER_TYPES, RopeConfig
 
@@ -89,8 +89,15 @@ def _unrotated_layers(fields: HFConfigReader, num_layers: int) -> set[int]:
     return {layer for layer in range(num_layers) if rotated[layer] == 0}
 
 
-def expert_layers(fields: HFConfigReader, num_layers: int) -> frozenset[int]:
-    """Return the layers with experts: by mlp_layer_types, or by decoder_sparse_step and mlp_only_layers."""
+def expert_layers(fields: HFConfigReader, rule: ExpertLayers, num_layers: int) -> frozenset[int]:
+    """Return the layers with experts: by mlp_layer_types, or by the family's rule without that list."""
+    if rule == "after the dense ones":
+        return frozenset(range(fields.integer("first_k_dense_replace", minimum=0), num_layers))
+    if rule == "interval":
+        first, last = (fields.integer(f"moe_layer_{x}_index", minimum=-1) for x in ("start", "end"))
+        step = fields.integer("moe_layer_interval")
+        last = num_layers - 1 if last == -1 else last
+        return frozenset(n for n in range(max(first, 0), min(last + 1, num_layers)) if (n + 1) % step == 0)
     kinds = fields.texts("mlp_layer_types")
     if not kinds:
         step, dense = fields.integer("decoder_sparse_step", 1), fields.integers("mlp_only_layers")

@@ -1,10 +1,10 @@
-"""Tensor-parallel linear layers, MLP and mixture of experts, in Megatron's order.
+"""Tensor-parallel linear layers and the MLP, in Megatron's order.
 
 The first layer of a pair is divided by output rows, the second by input columns. The ranks exchange nothing between
 the two: each computes whole heads, or its intermediate features. The second layer adds to the residual stream. A
 single rank adds at once; several leave partial sums, which the next norm reduces. So does a single rank before a norm
 of the result.
-Shapes: T tokens, D hidden, I the rank's intermediate features, N experts, K of them selected per token.
+Shapes: T tokens, D hidden, I the rank's intermediate features.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
 from .families import Activation
 from .fp8_weights import add_matrix
-from .model_config import Experts
 from .norm import NormInput, Residual
 from .rank_shares import share_of_features
 from .weights import ALL, Piece, Weights
@@ -139,38 +137,3 @@ class MLP:
             self.down(self.gate_up(normed, gated=True), residual)
         else:
             self.down(ops.gelu_and_mul(self.gate_up(normed)), residual)
-
-
-class MoE:
-    """`sum of score * expert(x)` over the experts that a router selects for each token.
-
-    Every rank holds its shard of the intermediate features of every expert, as of an MLP. All ranks route alike,
-    because the router is replicated and its input is bitwise identical on all of them.
-    """
-
-    def __init__(self, weights: Weights, comm: Communicator, name: str, hidden_size: int, experts: Experts) -> None:
-        self.experts = experts
-        self.batch_invariant = weights.batch_invariant
-        n, full, hidden = experts.num_experts, experts.intermediate_size, hidden_size
-        rows = shard_of(full, comm)
-        size = rows.stop - rows.start
-        gate_up, down = [], []
-        for expert in range(n):
-            prefix = f"{name}.experts.{expert}"
-            for part, start in (("gate", 0), ("up", size)):
-                into = (expert, slice(start, start + size))
-                gate_up.append(Piece(f"{prefix}.{part}_proj.weight", (full, hidden), (rows,), into))
-            down.append(Piece(f"{prefix}.down_proj.weight", (hidden, full), (ALL, rows), (expert,)))
-        self.router = weights.add((n, hidden), [Piece(f"{name}.gate.weight", (n, hidden))])
-        self.gate_up = add_matrix(weights, (n, 2 * size, hidden), gate_up)
-        self.down = add_matrix(weights, (n, hidden, size), down)
-
-    def __call__(self, normed: NormInput, residual: Residual) -> None:
-        """Leave the experts' sum for rows [T, D] in `residual`; the next norm adds it."""
-        x = normed.tensor()
-        logits = ops.linear(x, self.router, batch_invariant=self.batch_invariant)
-        # [T, K] float32, [T, K] int64: the scores and the indices of each token's experts.
-        scores, selected = logits.softmax(-1, dtype=torch.float32).topk(self.experts.num_per_token, dim=-1)
-        if self.experts.normalized:
-            scores = scores / scores.sum(-1, keepdim=True)
-        residual.partial = ops.experts(x, selected, scores, self.gate_up, self.down)

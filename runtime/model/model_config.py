@@ -14,10 +14,11 @@ from typing import Any
 
 from .delta_net_config import DeltaNetConfig
 from .end_tokens import EndTokens
+from .expert_config import MXFP4_BLOCK, Experts
 from .families import ARCHITECTURES, TEXT_PARTS, Activation, Architecture, Flag, QKNormKind, TensorNames
 from .generation_config import generation_fields, not_applied
 from .hf_config import HFConfigReader, exists
-from .layer_rules import expert_layers, ropes_of_layers, windows_of_layers
+from .layer_rules import ropes_of_layers, windows_of_layers
 from .quantization import Quantization, is_mxfp4
 from .rank_shares import HeadShare, share_of_heads
 from .rope import RopeConfig
@@ -26,26 +27,7 @@ ACTIVATIONS = {"silu": ("hidden_act", "silu"), "gelu": ("hidden_activation", "ge
 MAX_LAYERS = 10_000
 MAX_POSITIONS = 100_000_000  # the rotary table of a rank has a row for each
 
-MXFP4_BLOCK = 32  # numbers with one scale
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # itemsize in bytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experts:
-    """The mixture of experts of the layers in `layers`."""
-
-    num_experts: int
-    num_per_token: int
-    intermediate_size: int  # features of one expert
-    normalized: bool  # the scores of a token's experts are scaled to sum up to 1
-    layers: frozenset[int]
-    clamped: tuple[float, float] | None = None  # alpha and limit of the SwiGLU of gpt-oss
-    mxfp4: bool = False  # the weights are 4-bit numbers
-
-    @property
-    def block(self) -> int | None:
-        """The number of intermediate features that one rank holds together; None for any."""
-        return MXFP4_BLOCK if self.mxfp4 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +67,7 @@ class ModelConfig:
     dtype: str  # the checkpoint's dtype, one of DTYPES
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]  # ascending
+    num_draft_layers: int = 0  # layers after the last one that draft several tokens; they are not used
     quantization: Quantization | None = None
     notes: tuple[str, ...] = field(default=(), compare=False)  # sentences for the log about the checkpoint's files
 
@@ -141,7 +124,7 @@ class ModelConfig:
             qkv_bias=_flag(fields, architecture.qkv_bias),
             output_bias=_flag(fields, architecture.output_bias),
             mlp_bias=_flag(fields, architecture.mlp_bias),
-            qk_norm=architecture.qk_norm,
+            qk_norm=architecture.qk_norm if _flag(fields, architecture.qk_norm_flag or True) else "none",
             sinks=architecture.sinks,
             **_multipliers(fields, architecture, hidden_size, head_dim),
             attention_softcap=_softcap(fields, architecture, "attn_logit_softcapping"),
@@ -152,10 +135,11 @@ class ModelConfig:
             windows=windows_of_layers(fields, architecture.windows, num_layers),
             output_gate=architecture.output_gate,
             delta_net=DeltaNetConfig.from_hf(fields, num_layers) if architecture.delta_net else None,
-            experts=_experts(fields, architecture, num_layers) if architecture.experts else None,
+            experts=Experts.from_hf(fields, architecture.experts, num_layers) if architecture.experts else None,
             dtype=_dtype(fields),
             max_position_embeddings=_num_positions(fields, ropes),
             eos_token_ids=end.ids,
+            num_draft_layers=fields.integer("num_nextn_predict_layers", 0, minimum=0),
             notes=end.notes,
             quantization=Quantization.from_hf(fields),
         )
@@ -237,9 +221,10 @@ class ModelConfig:
 
         An MLP's do not count if every layer has experts.
         """
-        sizes = set()
+        sizes: set[int] = set()
         if self.experts and self.experts.layers:
             sizes.add(self.experts.intermediate_size // (self.experts.block or 1))
+            sizes |= {self.experts.shared_size} - {0}
         if not all(map(self.has_experts, range(self.num_layers))):
             sizes.add(self.intermediate_size)
         return sizes
@@ -372,22 +357,3 @@ def _dtype(fields: HFConfigReader) -> str:
             f"config.json: dtype {shortened(name)} is not supported; the supported ones are {', '.join(DTYPES)}"
         )
     return name
-
-
-def _experts(fields: HFConfigReader, architecture: Architecture, num_layers: int) -> Experts:
-    clamped = architecture.clamped_experts
-    experts = Experts(
-        num_experts=fields.integer("num_local_experts" if "num_local_experts" in fields else "num_experts"),
-        num_per_token=fields.integer("num_experts_per_tok"),
-        intermediate_size=fields.integer("intermediate_size" if clamped else "moe_intermediate_size"),
-        normalized=fields.flag("norm_topk_prob", False),
-        layers=expert_layers(fields, num_layers),
-        clamped=(fields.number("swiglu_alpha"), fields.number("swiglu_limit")) if clamped else None,
-        mxfp4=is_mxfp4(fields),
-    )
-    if experts.num_per_token > experts.num_experts:
-        raise ValueError(
-            f"config.json: num_experts_per_tok is {experts.num_per_token}; "
-            f"it must be at most num_experts, {experts.num_experts}"
-        )
-    return experts

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from .fused_experts import matrices_of_experts
 from .hf_config import HFConfigReader, check_regular, exists
 
 INDEX = "model.safetensors.index.json"
@@ -38,7 +39,8 @@ FP8_DTYPES = (*STORED_DTYPES, "F8_E4M3")
 class TensorFiles(Mapping[str, Any]):
     """The tensors of all files, by name, as safetensors slices: only what is indexed is read.
 
-    Of a model that also sees images, the tensors of its text part, under the names of a model of text alone.
+    Of a model that also sees images, the tensors of its text part, under the names of a model of text alone. Experts
+    that share a tensor have one for each, under the names of a checkpoint that stores them so.
     Open until `stack` closes. Raises ValueError naming the file that is missing, cannot be read, or has a tensor that
     another one has, too.
     """
@@ -61,6 +63,9 @@ class TensorFiles(Mapping[str, Any]):
                         f"{path} and {self._paths[name].name} both have {name}; remove one of the files, or add {INDEX}"
                     )
                 self._slices[name], self._paths[name] = file.get_slice(stored), path
+        for name, fused, part in list(matrices_of_experts(self._slices)):
+            self._slices[name], self._paths[name] = part, self._paths[fused]
+            self._slices.pop(fused, None)
 
     def __getitem__(self, name: str) -> Any:
         return self._slices[name]
@@ -150,7 +155,7 @@ def not_finite(path: Path, names: Sequence[str]) -> str:
 
 def _is_redundant(name: str) -> bool:
     """Return True for rotary frequencies, which the config determines, and for layers that draft several tokens."""
-    return name.endswith("rotary_emb.inv_freq") or name.startswith("mtp.")
+    return name.endswith("rotary_emb.inv_freq") or name.startswith(("mtp.", "model.mtp_"))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

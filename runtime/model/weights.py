@@ -80,6 +80,7 @@ class Weights(list[Weight]):
 
     batch_invariant     of their GEMMs, as --deterministic asks for
     zero_centred_norms  the checkpoint has the weights of norms less 1
+    unused              beginnings of names in the checkpoint that no layer uses
     """
 
     def __init__(
@@ -90,8 +91,10 @@ class Weights(list[Weight]):
         batch_invariant: bool = False,
         quantization: Quantization | None = None,
         zero_centred_norms: bool = False,
+        unused: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        self.unused = unused
         self.dtype, self.device, self.batch_invariant = dtype, device, batch_invariant
         self.quantization, self.zero_centred_norms = quantization, zero_centred_norms
 
@@ -103,19 +106,21 @@ class Weights(list[Weight]):
         is_norm: bool = False,
         is_zero_centred: bool = True,
         ignored: tuple[str, ...] = (),
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Return a new tensor of this shape; it is zero, and parts that no piece fills stay zero.
 
         is_zero_centred  False for a norm whose checkpoint has its weight as it is, also with zero_centred_norms
+        dtype            None for that of the model
         """
         if is_norm and self.zero_centred_norms and is_zero_centred:
             pieces = [replace(piece, offset=1.0) for piece in pieces]
-        tensor = torch.zeros(*shape, dtype=self.dtype, device=self.device)
+        tensor = torch.zeros(*shape, dtype=dtype or self.dtype, device=self.device)
         self.append(Weight(tensor, tuple(pieces), is_norm, ignored))
         return tensor
 
 
-def load_weights(weights: Sequence[Weight], folder: str | Path) -> None:
+def load_weights(weights: Weights, folder: str | Path) -> None:
     """Fill the weights from the safetensors files of `folder`, reading only the slices they declare.
 
     Raises ValueError naming the tensors that are missing, unexpected, of another shape, no floating-point numbers, or
@@ -124,6 +129,7 @@ def load_weights(weights: Sequence[Weight], folder: str | Path) -> None:
     ignored = {name for weight in weights for name in weight.ignored}
     with ExitStack() as stack:
         tensors = TensorFiles(Path(folder), "pt", stack)
+        ignored |= {name for name in tensors if name.startswith(weights.unused)}
         if any(weight.tensor.dtype == torch.float8_e4m3fn for weight in weights):
             ignored |= {name for name in tensors if name.endswith(UNUSED_SCALES)}
         expected = {piece.name: piece.shape_in(tensors) for weight in weights for piece in weight.pieces}

@@ -58,8 +58,8 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self._saved = SavedStates(limits.max_num_seqs + 1, limits.saved_states)
-        on_cut = self._saved.release if limits.has_states else None
+        self._states = SavedStates(limits)
+        on_cut = self._states.give_up if limits.has_states else None
         self.pages = PagePool(limits.num_pages, limits.page_size, on_cut)
         self.slots = Slots(limits, self.pages.tree.root)
         self.waiting = WaitingQueue()
@@ -68,8 +68,6 @@ class Scheduler:
         self._blocked: Request | None = None  # a head that did not fit, if nothing has been released since
         self._preempted: set[int] = set()  # uids that wait again
         self._prompt_logprobs: set[int] = set()  # slots of requests with SamplingParams.prompt_logprobs
-        self._save_points: dict[int, list[int]] = {}  # slot -> lengths after which its recurrent state is saved
-        self._state_saves: list[tuple[int, int, int]] = []  # (slot, count, state) of the step in the making
         self._cached_tokens: dict[int, int] = {}  # prefix hits to report with the next output
 
     def add(self, request: Request) -> None:
@@ -123,7 +121,7 @@ class Scheduler:
         preempted request samples the same token again.
         """
         finished = self._end_failed(scheduled, failed) if failed else []
-        s = self.slots
+        s, plan = self.slots, scheduled.plan
         live = np.flatnonzero(s.admission_id[scheduled.slots] == scheduled.admission_ids)
         slots, tokens = scheduled.slots[live], tokens[live]
         s.tokens[slots, s.num_known[slots]] = tokens
@@ -144,6 +142,7 @@ class Scheduler:
             logprobs=logprobs or {},
             cached_tokens=cached_tokens,
             free_pages=self.pages.num_available,
+            num_computed=len(plan.slots) if plan.is_decode_only else int(plan.counts.sum()),
         )
 
     def _make_room(self) -> RunningRows:
@@ -205,18 +204,9 @@ class Scheduler:
         """Allocate the pages of a chunk, and share the pages that it completes."""
         self.slots.append_pages(chunk.slot, self.pages.allocate(self._num_missing_pages(chunk)))
         self._share(chunk.slot, int(self.slots.num_computed[chunk.slot]) + chunk.num_tokens)
-        self._save_states(chunk)
-
-    def _save_states(self, chunk: PromptChunk) -> None:
-        """Plan to save the recurrent state at the slot's save points inside a chunk, where the tree has a prefix."""
-        slot, start = chunk.slot, int(self.slots.num_computed[chunk.slot])
-        for length in self._save_points.get(slot, ()):
-            if start < length <= start + chunk.num_tokens:
-                node, pages = self.pages.tree.match(self.slots.tokens[slot, :length])
-                whole = len(pages) * self.limits.page_size == length
-                state = self._saved.save(node, self._num_steps) if whole else None
-                if state is not None:
-                    self._state_saves.append((slot, length - start, state))
+        start, tokens = int(self.slots.num_computed[chunk.slot]), self.slots.tokens[chunk.slot]
+        prefix = self.slots.prefix_nodes[chunk.slot]
+        self._states.plan(chunk.slot, tokens, start, chunk.num_tokens, self.pages.tree, prefix, self._num_steps)
 
     def _preempt(self, slot: int) -> None:
         """Move a running request, with the tokens it has, back to the queue."""
@@ -238,7 +228,7 @@ class Scheduler:
                 break
             self.waiting.pop()
             node, pages = prefix
-            num_computed, state = self._start_of(node, len(pages))
+            num_computed, state = self._states.start_of(node, len(pages), self._num_steps)
             slot = self._occupy(request, node, pages, num_computed)
             chunk = PromptChunk(slot, min(len(request.tokens) - int(self.slots.num_computed[slot]), budget))
             self._extend_prompt(chunk)
@@ -250,26 +240,11 @@ class Scheduler:
 
         return admitted
 
-    def _start_of(self, node: Node, num_pages: int) -> tuple[int, int]:
-        """Return the tokens of a cached prefix that need not be computed, and the recurrent state after them.
-
-        A state is usable after the step that writes it. The tokens between it and the end of the prefix are computed
-        again, to get its state there; their keys and values are those of the cache.
-        """
-        if self.limits.has_states:
-            while node.parent is not None and not (node.state >= 0 and node.state_step < self._num_steps):
-                num_pages -= len(node.pages)
-                node = node.parent
-        return num_pages * self.limits.page_size, node.state
-
     def _occupy(self, request: Request, node: Node, pages: np.ndarray, num_computed: int) -> int:
         """Return a slot for a request; its cached prefix ends at `node`, locked, and lies in `pages`."""
         max_length = min(request.max_length, self.limits.max_length)
         slot = self.slots.acquire(request, node, pages, num_computed, max_length)
-        if self.limits.saved_states:
-            size = self.limits.page_size
-            points = {len(pages) * size, (len(request.tokens) - 1) // size * size}
-            self._save_points[slot] = sorted(point for point in points if point > num_computed)
+        self._states.admit(slot, len(request.tokens), len(pages) * self.limits.page_size, num_computed)
         if request.params.prompt_logprobs is not None:
             self._prompt_logprobs.add(slot)
         if request.uid not in self._preempted:
@@ -283,7 +258,8 @@ class Scheduler:
         With a window a prefix may leave no room for what follows it. It is not used then, if nothing else runs.
         """
         limits, tree, num_running = self.limits, self.pages.tree, len(self.slots.running)
-        for node, pages in (self._match(request), (tree.root, NO_PAGES)):
+        for uses_cache in (True, False):
+            node, pages = self._match(request) if uses_cache else (tree.root_of(request.cache_salt), NO_PAGES)
             tree.lock(node)
             needed = min(limits.pages_for(len(request.tokens)) - len(pages), limits.pages_at_once(limits.max_length))
             if self._find_pages(needed + num_running):  # one more page for each running request
@@ -344,23 +320,13 @@ class Scheduler:
             num_decoding=len(decoding),
             sampled_rows=sampled,
             page_writes=s.take_page_writes(),
-            state_saves=self._take_state_saves(rows),
+            state_saves=self._states.take(rows),
         )
         self._num_steps += 1
         uids: dict[int, int] = {}
         if self._prompt_logprobs:
             uids = {row: int(s.uid[slot]) for row, slot in enumerate(rows.tolist()) if slot in self._prompt_logprobs}
         return ScheduledStep(plan=plan, slots=slots, admission_ids=s.admission_id[slots], prompt_logprobs=uids)
-
-    def _take_state_saves(self, rows: np.ndarray) -> np.ndarray:
-        """Return the saves planned for a step of these slots, as StepPlan.state_saves."""
-        if not self._state_saves:
-            return NO_PAGES
-        pairs: dict[int, list[int]] = {slot: [] for slot in rows.tolist()}
-        for slot, count, state in self._state_saves:
-            pairs[slot] += count, state
-        self._state_saves = []
-        return np.array([(numbers + [0] * 4)[:4] for numbers in pairs.values()], np.int32).ravel()
 
     def _end_failed(self, scheduled: ScheduledStep, failed: dict[int, str]) -> list[RequestEnd]:
         finished = []
@@ -387,6 +353,6 @@ class Scheduler:
         self.pages.release(pages[kept:])
         self.pages.tree.unlock(s.prefix_nodes[slot])
         self._prompt_logprobs.discard(slot)
-        self._save_points.pop(slot, None)
+        self._states.release(slot)
         self._blocked = None
         s.release(slot)

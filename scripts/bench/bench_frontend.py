@@ -1,16 +1,20 @@
 """The cost of a token in the server: `lockstep serve` over an executor that computes nothing.
 
     python scripts/bench/bench_frontend.py --streams 64 256 --tokens 400 --step-ms 10
+    python scripts/bench/bench_frontend.py --streams 256 --step-ms 9 --host-ms 2 --chat --profile loop.prof
 
 Each live request gets its next token every --step-ms, or later if the front end has not finished the tokens before.
+With --host-ms the executor also computes in Python for that long in each step, as a scheduler does.
 One process is all clients, and only counts. Prints a line of JSON for each number of streams: tokens and chunks per
-second, and microseconds of the server's processor time per token.
+second, and microseconds of the server's processor time per token: in all, and of each of its busy threads. The loop is
+asyncio's thread. --profile writes the loop's functions for `python -m pstats`, and slows it down.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import cProfile
 import json
 import os
 import sys
@@ -21,16 +25,18 @@ from typing import Any
 
 from lockstep.launch.cli import main as command_line
 from lockstep.launch.engine import async_engine
+from lockstep.launch.server import run as server_run
 from lockstep.runtime.plan import RequestEnd, StepOutput
 from lockstep.runtime.request import Limits
 from lockstep.runtime.stats import EngineStats
 from lockstep.runtime.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "soak"))
-from server_process import ServerProcess, cpu_seconds
+from server_process import ServerProcess
 
 TEXT = "And it came to pass in those days, that the king of Babylon said unto all the people of the land: Behold. "
-STEP_VARIABLE = "BENCH_STEP_S"  # environment variable of the server
+STEP_VARIABLE, HOST_VARIABLE, PROFILE_VARIABLE = "BENCH_STEP_S", "BENCH_HOST_S", "BENCH_PROFILE"  # of the server
+BUSY_S = 0.02  # threads with less processor time are left out
 
 
 class TextExecutor:
@@ -48,6 +54,7 @@ class TextExecutor:
         self._live: dict[int, list[int]] = {}  # uid -> [tokens produced, tokens requested]
         self._ended: list[Any] = []
         self._step_s, self._due = float(os.environ[STEP_VARIABLE]), 0.0
+        self._host_s = float(os.environ[HOST_VARIABLE])
 
     def submit(self, requests: Sequence[Any]) -> None:
         self._live |= {request.uid: [0, request.params.max_tokens] for request in requests}
@@ -59,6 +66,7 @@ class TextExecutor:
         if not self._live and not self._ended:
             time.sleep(min(timeout_s, 0.001))
             return []
+        self._compute()
         time.sleep(max(0.0, self._due - time.perf_counter()))
         self._due = max(self._due, time.perf_counter() - self._step_s) + self._step_s
         cached = {uid: 0 for uid, (produced, _) in self._live.items() if produced == 0}
@@ -72,6 +80,11 @@ class TextExecutor:
         self._ended = []
         return [StepOutput(uids=uids, tokens=tokens, finished=ended, cached_tokens=cached)]
 
+    def _compute(self) -> None:
+        end = time.thread_time() + self._host_s
+        while time.thread_time() < end:
+            pass
+
     def wait(self, wakeup: Any) -> None:
         wakeup.wait()
 
@@ -84,33 +97,76 @@ class TextExecutor:
 
 def serve() -> None:
     async_engine.start_executor = TextExecutor  # type: ignore[assignment]
+    profile, run = cProfile.Profile(), server_run.serve_until_signal
+
+    async def profiled(*arguments: Any) -> Any:
+        profile.enable()
+        try:
+            return await run(*arguments)
+        finally:
+            profile.disable()
+            profile.dump_stats(os.environ[PROFILE_VARIABLE])
+
+    if os.environ.get(PROFILE_VARIABLE):
+        server_run.serve_until_signal = profiled
     command_line.main()
 
 
-async def stream(port: int, tokens: int) -> int:
+class CountingClient(asyncio.Protocol):
+    """One streamed request; `chunks` is the number of its chunks after the end of the connection."""
+
+    def __init__(self, body: bytes, path: str) -> None:
+        self._content, self._answer = body, bytearray()
+        self._head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n".encode()
+        self.chunks: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        length = b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(self._content)
+        transport.write(self._head + length + self._content)
+
+    def data_received(self, data: bytes) -> None:
+        self._answer += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._answer.count(b'"finish_reason":"length"') != 1:
+            raise ValueError(f"no complete answer: {self._answer[-500:]!r}")
+        self.chunks.set_result(self._answer.count(b"data: {"))
+
+
+async def stream(port: int, tokens: int, *, is_chat: bool) -> int:
     """Return the number of chunks of one answer."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = json.dumps({"prompt": "In the", "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True})
-    head = ["POST /v1/completions HTTP/1.1", "host: localhost", "connection: close", "content-type: application/json"]
-    writer.write("\r\n".join([*head, f"content-length: {len(body)}", "", body]).encode())
-    answer = bytearray()
-    while piece := await reader.read(1 << 16):
-        answer += piece
-    writer.close()
-    assert answer.count(b'"finish_reason":"length"') == 1, answer[-500:]
-    return answer.count(b"data: {")
+    body: dict[str, Any] = {"max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True}
+    body |= {"messages": [{"role": "user", "content": "In the"}]} if is_chat else {"prompt": "In the"}
+    path, content = "/v1/chat/completions" if is_chat else "/v1/completions", json.dumps(body).encode()
+    loop = asyncio.get_running_loop()
+    _, client = await loop.create_connection(lambda: CountingClient(content, path), "127.0.0.1", port)
+    return await client.chunks
 
 
-async def measure(server: ServerProcess, port: int, streams: int, tokens: int) -> dict[str, float]:
-    pid = server.process.pid
-    cpu, started = cpu_seconds(pid), time.perf_counter()
-    chunks = sum(await asyncio.gather(*(stream(port, tokens) for _ in range(streams))))
+def thread_seconds(pid: int) -> dict[str, float]:
+    """Return the processor time of each thread by its id; the loop's has the name "loop"."""
+    seconds = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        name = "loop" if task.name == str(pid) else task.name
+        seconds[name] = int((task / "schedstat").read_text().split()[0]) / 1e9
+    return seconds
+
+
+async def measure(server: ServerProcess, port: int, streams: int, tokens: int, *, is_chat: bool) -> dict[str, Any]:
+    before, started = thread_seconds(server.process.pid), time.perf_counter()
+    chunks = sum(await asyncio.gather(*(stream(port, tokens, is_chat=is_chat) for _ in range(streams))))
     seconds, total = time.perf_counter() - started, streams * tokens
+    after = thread_seconds(server.process.pid)
+    used = {name: cpu_s - before.get(name, 0.0) for name, cpu_s in after.items()}
+    by_thread = {name: round(cpu_s / total * 1e6, 1) for name, cpu_s in used.items() if cpu_s > BUSY_S}
     return {
         "streams": streams,
         "tokens_per_s": round(total / seconds),
         "chunks_per_s": round(chunks / seconds),
-        "server_cpu_us_per_token": round((cpu_seconds(pid) - cpu) / total * 1e6, 1),
+        "server_cpu_us_per_token": round(sum(used.values()) / total * 1e6, 1),
+        "tokens_per_s_and_core": round(total / sum(used.values())),
+        "cpu_us_per_token_by_thread": by_thread,
     }
 
 
@@ -119,13 +175,18 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--step-ms", type=float, default=10.0)
+    parser.add_argument("--host-ms", type=float, default=0.0)
+    parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--profile", default="")
     options = parser.parse_args()
-    server = ServerProcess("--device=cpu", program=[__file__], **{STEP_VARIABLE: str(options.step_ms / 1000)})
+    variables = {STEP_VARIABLE: str(options.step_ms / 1000), HOST_VARIABLE: str(options.host_ms / 1000)}
+    server = ServerProcess("--device=cpu", program=[__file__], **variables, **{PROFILE_VARIABLE: options.profile})
     try:
         port = int(server.url().rpartition(":")[2])
-        asyncio.run(stream(port, 10))
+        asyncio.run(stream(port, 10, is_chat=options.chat))
         for streams in options.streams:
-            print(json.dumps(asyncio.run(measure(server, port, streams, options.tokens))), flush=True)
+            result = asyncio.run(measure(server, port, streams, options.tokens, is_chat=options.chat))
+            print(json.dumps(result), flush=True)
         server.end()
     finally:
         server.kill()

@@ -76,6 +76,7 @@ INSTANCES = {
             for gate in ("PLAIN", "CLAMPED")
         ),
         *(f"float32_gemm<{gate}>" for gate in ("PLAIN", "SILU", "CLAMPED")),
+        *(f"select_experts<{shape}>" for shape in ("bf16, 1, true", "bf16, 4, false", "float, 16, true")),
         "weighted_sum<bf16, 8>",
         "weighted_sum<float, 1>",
     ],

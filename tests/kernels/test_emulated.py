@@ -175,6 +175,22 @@ def test_experts(pairs: int, dtype: torch.dtype) -> None:
     check("experts", x, expert_ids, torch.rand(pairs // 2, 2), *weights, factor=4)
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(("tokens", "num_experts", "count", "dtype"), [
+    (1, 32, 4, BF16), (9, 5, 5, F32), (20, 128, 8, BF16), (3, 300, 40, F32),
+])  # fmt: skip
+def test_select_experts(tokens: int, num_experts: int, count: int, dtype: torch.dtype, normalized: bool) -> None:
+    logits = torch.stack([torch.randperm(num_experts) for _ in range(tokens)]).to(dtype) / 8 - 3  # no two are equal
+    check("select_experts", logits, count, normalized=normalized)
+
+
+def test_select_experts_takes_the_lesser_of_equal_ones() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 2.0, 2.0, 0.0, -0.0], [3.0] * 6])
+    expert_ids, scores = emulator.emulated().select_experts(logits, 5, normalized=False)
+    assert expert_ids.tolist() == [[2, 3, 0, 4, 5], [0, 1, 2, 3, 4]]
+    torch.testing.assert_close(scores, logits.gather(1, expert_ids).sub(logits.logsumexp(1, keepdim=True)).exp())
+
+
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_experts_with_biases_and_clamped_swiglu(dtype: torch.dtype) -> None:
     x, expert_ids = random(30, 72, dtype=dtype), torch.randint(-1, 4, (30, 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.kernels import ops
-from lockstep.kernels.arguments import FP8Weight
+from lockstep.kernels.arguments import ClampedSwiGLU, FP8Weight, MXFP4Weight
 
-from kernel_cases import dequantized, random_fp8, to_device
+from kernel_cases import dequantized, random_fp8, random_mxfp4, to_device
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,15 +48,29 @@ def inputs(size: tuple[int, ...], device: str, dtype: torch.dtype = torch.bfloat
     return x.to(dtype), expert_ids, torch.rand(t, k, device=device), *weights
 
 
-def brute_force(x: Tensor, expert_ids: Tensor, scores: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def silu_and_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def brute_force(
+    x: Tensor,
+    expert_ids: Tensor,
+    scores: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    biases: Sequence[Tensor] = (),
+    activate: Callable[[Tensor, Tensor], Tensor] = silu_and_mul,
+) -> Tensor:
     """Compute the experts in float64, one token and one choice at a time."""
+    no_biases = [torch.zeros(m.shape[:2], device=m.device) for m in (gate_up, down)]
+    first, second = (bias.double().cpu() for bias in biases or no_biases)
     x, scores, gate_up, down = (tensor.double().cpu() for tensor in (x, scores, gate_up, down))
     out = torch.zeros_like(x)
     for token, ids in enumerate(expert_ids.tolist()):
         for choice, expert in enumerate(ids):
             if 0 <= expert < len(down):
-                gate, up = (gate_up[expert] @ x[token]).chunk(2)
-                out[token] += scores[token, choice] * (down[expert] @ (F.silu(gate) * up))
+                gate, up = (gate_up[expert] @ x[token] + first[expert]).chunk(2)
+                out[token] += scores[token, choice] * (down[expert] @ activate(gate, up) + second[expert])
     return out
 
 
@@ -108,6 +122,59 @@ def test_experts_of_fp8_equal_a_loop_over_the_dequantized_weights(
     gate_up, down = to_device(gate_up, device), to_device(down, device)
     exact = dequantized(gate_up), dequantized(down)
     close(ops.experts(x, expert_ids, scores, gate_up, down), brute_force(x, expert_ids, scores, *exact))
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(("tokens", "num_experts", "count"), [(0, 8, 2), (1, 32, 4), (300, 128, 8), (5, 500, 22)])
+def test_select_experts_equals_softmax_and_topk(
+    device: str, tokens: int, num_experts: int, count: int, normalized: bool
+) -> None:
+    logits = torch.randn(tokens, num_experts, device=device)
+    expert_ids, scores = ops.select_experts(logits, count, normalized=normalized)
+    expected, order = logits.double().softmax(-1).topk(count, dim=-1)
+    assert torch.equal(expert_ids, order)
+    if normalized:
+        expected = expected / expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=1.0), up.clamp(-1.0, 1.0)
+    return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_with_biases_and_clamped_swiglu(device: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
+    arguments = inputs(size, device, dtype)
+    biases = [torch.randn(m.shape[:2], device=device).to(dtype) for m in arguments[3:]]
+    options = {"gate_up_bias": biases[0], "down_bias": biases[1], "swiglu": ClampedSwiGLU(1.702, 1.0)}
+    close(ops.experts(*arguments, **options), brute_force(*arguments, biases, clamped_swiglu))  # type: ignore[arg-type]
+
+
+# T, K, N, D, I as for SIZES
+MXFP4_SIZES = [
+    (1, 4, 8, 96, 32),
+    (2, 4, 6, 480, 224),
+    (40, 2, 3, 160, 96),
+    (300, 4, 5, 64, 160),
+    (1000, 2, 3, 96, 64),
+]
+
+
+@pytest.mark.parametrize("size", MXFP4_SIZES)
+def test_experts_of_mxfp4_equal_a_loop_over_the_dequantized_weights(device: str, size: tuple[int, ...]) -> None:
+    x, expert_ids, scores, *_ = inputs(size, device)
+    _, _, n, d, i = size
+    weights = [MXFP4Weight(*(t.to(device) for t in random_mxfp4(n, *shape))) for shape in ((2 * i, d), (d, i))]
+    exact = [weight.dequantized(torch.float64) for weight in weights]
+    biases = [torch.randn(n, rows, device=device).bfloat16() for rows in (2 * i, d)]
+    options = {"gate_up_bias": biases[0], "down_bias": biases[1], "swiglu": ClampedSwiGLU(1.702, 1.0)}
+    actual = ops.experts(x, expert_ids, scores, *weights, **options)  # type: ignore[arg-type]
+    close(actual, brute_force(x, expert_ids, scores, *exact, biases, clamped_swiglu))
+    for rows in (slice(0, 1), slice(len(x) // 2, None)):  # other tiles
+        part = ops.experts(x[rows], expert_ids[rows], scores[rows], *weights, **options)  # type: ignore[arg-type]
+        assert device == "cpu" or torch.equal(part, actual[rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -84,7 +84,8 @@ def test_gated_delta_equals_transformers(device: str, sizes: tuple[int, int], dt
     b, a = gates.float().chunk(2, dim=1)
     g = -decay[0].float().exp() * F.softplus(a + decay[1].float())
     for slot, piece in zip(SLOTS, pieces(COUNTS), strict=True):
-        whole = [x[None, piece].float() for x in (q, k, v, g, b.sigmoid())]
+        q_of_value, k_of_value = (x.repeat_interleave(VALUE_HEADS // KEY_HEADS, dim=1) for x in (q, k))
+        whole = [x[None, piece].float() for x in (q_of_value, k_of_value, v, g, b.sigmoid())]
         expected, last = torch_recurrent_gated_delta_rule(
             *whole, initial_state=states[slot : slot + 1], output_final_state=True, use_qk_l2norm_in_kernel=True
         )

@@ -498,17 +498,24 @@ def test_decode_attention_reads_fp8_as_the_numbers_it_stands_for(rows: int, size
         assert torch.equal(narrow.float(), exact.float().clamp(-448, 448).to(torch.float8_e4m3fn).float())
 
 
-DECODED = [  # heads, KV heads, head size, softcap
-    (8, 8, 64, None), (10, 2, 64, 2.0), (8, 2, 128, None), (16, 2, 128, 2.0), (8, 2, 96, None), (24, 2, 96, 2.0),
-    (16, 2, 256, None), (6, 2, 256, 2.0),
+DECODED = [  # heads, KV heads, head size, softcap, whether there are sinks
+    (8, 8, 64, None, True), (10, 2, 64, 2.0, True), (8, 2, 128, None, False), (16, 2, 128, 2.0, False),
+    (8, 2, 96, None, True), (24, 2, 96, 2.0, False), (16, 2, 256, None, False), (6, 2, 256, 2.0, True),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("window", [None, 1, 50])
-@pytest.mark.parametrize(("heads", "kv_heads", "size", "softcap"), DECODED)
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "softcap", "has_sinks"), DECODED)
 @pytest.mark.parametrize("page_size", [1, 5, 16])
 def test_decode_attention(
-    device: str, page_size: int, heads: int, kv_heads: int, size: int, softcap: float | None, window: int | None
+    device: str,
+    page_size: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    softcap: float | None,
+    has_sinks: bool,
+    window: int | None,
 ) -> None:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     positions = torch.tensor([0, 1, 17, 64, 999, 300, 3000][: 5 if device == "cpu" else 7], dtype=torch.int32)
@@ -529,8 +536,9 @@ def test_decode_attention(
     expected_cache = KVCache(k_cache.clone(), v_cache.clone())
     pages = Pages(table, table_rows)
     partition = ops.partition_keys(positions, num_groups(heads, kv_heads), window)
+    sinks = (3 * torch.randn(heads, device=device)).to(dtype) if has_sinks else None
     for _ in range(2):  # what one layer leaves behind must not disturb the next
-        out = ops.decode_attention(qkv, norm, rope, cache, slots, pages, partition, 0.1, softcap)
+        out = ops.decode_attention(qkv, norm, rope, cache, slots, pages, partition, 0.1, softcap, sinks)
         out = out.unflatten(1, (heads, size))
     q = ops.rotate_and_store_(qkv, norm, rope, expected_cache, slots)
     assert torch.equal(cache.k, expected_cache.k)
@@ -548,7 +556,9 @@ def test_decode_attention(
         values = torch.stack([*(v_cache[p, o] for p, o in places), new.v[row, 0]]).double()
         keys, values = (t.repeat_interleave(heads // kv_heads, 1) for t in (keys, values))  # [K, H, E]
         scores = torch.einsum("he,khe->hk", q[row].double(), keys) * 0.1
-        weights = torch.softmax(scores if softcap is None else (scores / softcap).tanh() * softcap, dim=-1)
+        scores = scores if softcap is None else (scores / softcap).tanh() * softcap
+        logits = scores if sinks is None else torch.cat((scores, sinks.double()[:, None]), dim=-1)
+        weights = torch.softmax(logits, dim=-1)[:, : len(keys)]
         assert_close(out[row], torch.einsum("hk,khe->he", weights, values), 10 if device == "cpu" else 1)
 
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.runtime.config import Config
-from lockstep.runtime.memory.memory_plan import kv_elements_per_token, parameters_of_rank, plan_weights
+from lockstep.runtime.memory.memory_plan import plan_weights
+from lockstep.runtime.memory.parameter_count import kv_elements_per_token, parameters_of_rank
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.families import ARCHITECTURES
 from lockstep.runtime.model.model_config import DTYPES, ModelConfig
@@ -19,6 +20,7 @@ from ranks import ThreadGroup
 
 Configs = dict[str, Any]
 FLAGS = st.booleans()
+LAYERS = "full_attention", "linear_attention"
 
 
 @st.composite
@@ -27,6 +29,7 @@ def configs(draw: st.DrawFn) -> Configs:
     kv_heads, layers = draw(st.sampled_from([1, 2, 3, 4])), draw(st.integers(1, 4))
     architecture = draw(st.sampled_from(sorted(ARCHITECTURES)))
     dense = {"num_local_experts": 0, "shared_intermediate_size": 24, "layer_types": ["full_attention"] * layers}
+    hybrid = {"layer_types": ["full_attention", *draw(st.lists(st.sampled_from(LAYERS), min_size=3))][:layers]}
     return {
         "architectures": [architecture],
         "vocab_size": draw(st.integers(1, 300)),
@@ -35,17 +38,20 @@ def configs(draw: st.DrawFn) -> Configs:
         "num_hidden_layers": layers,
         "num_attention_heads": kv_heads * draw(st.sampled_from([1, 2, 4, 6])),
         "num_key_value_heads": kv_heads,
-        "head_dim": 2 * draw(st.integers(1, 8)),
+        "head_dim": 8 * draw(st.integers(1, 3)),
         "max_position_embeddings": 64,
         "tie_word_embeddings": draw(FLAGS),
         "attention_bias": draw(FLAGS),
         "mlp_bias": draw(FLAGS),
-        "num_experts": draw(st.integers(2, 5)),
-        "num_experts_per_tok": 2,
+        **dict.fromkeys(("num_experts", "moe_num_experts", "n_routed_experts"), draw(st.integers(2, 5))),
+        **dict.fromkeys(("num_experts_per_tok", "moe_k"), 2),
+        **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts"), draw(st.integers(0, 2))),
+        "shared_expert_intermediate_size": 24 * draw(st.integers(1, 2)),
+        "use_qk_norm": draw(FLAGS),
         "moe_intermediate_size": 24 * draw(st.integers(1, 2)),
         "decoder_sparse_step": draw(st.integers(1, 2)),
         "mlp_only_layers": draw(st.lists(st.integers(0, layers - 1))),
-    } | (dense if "MoeHybrid" in architecture else {})
+    } | (dense if "MoeHybrid" in architecture else hybrid if "Qwen3_5" in architecture else {})
 
 
 def sketch(model: ModelConfig, rank: int, size: int, dtype: torch.dtype) -> Decoder:

@@ -108,13 +108,17 @@ def test_a_request_of_the_same_step_does_not_use_its_states(folder: Path) -> Non
     assert again.tokens[1] == results.tokens[0]
 
 
+def limits_with(saved_states: int) -> Limits:
+    return Limits(
+        max_model_len=64, max_num_seqs=5, max_num_batched_tokens=24, num_pages=20, page_size=4, vocab_size=9,
+        has_states=True, saved_states=saved_states,
+    )  # fmt: skip
+
+
 def test_random_requests_keep_the_states_consistent() -> None:
     """Each state and each key that a plan reads was written for exactly these tokens, by a replay of all plans."""
     rng = np.random.default_rng(0)
-    limits = Limits(
-        max_model_len=64, max_num_seqs=5, max_num_batched_tokens=24, num_pages=20, page_size=4, vocab_size=9,
-        enable_prefix_caching=True, has_states=True, saved_states=4,
-    )  # fmt: skip
+    limits = limits_with(4)
     scheduler, uid, hits = Scheduler(limits), 0, 0
     states: dict[int, tuple[int, ...]] = {}  # the tokens that each state stands for
     tokens: dict[int, list[int]] = {}  # by slot
@@ -163,7 +167,10 @@ def test_random_requests_keep_the_states_consistent() -> None:
 
 
 def test_the_state_used_longest_ago_is_given_up() -> None:
-    saved, nodes = SavedStates(6, 2), [Node(np.zeros(4, np.int32), np.zeros(1, np.int32), None) for _ in range(3)]
+    def states(count: int) -> SavedStates:
+        return SavedStates(limits_with(count))
+
+    saved, nodes = states(2), [Node(np.zeros(4, np.int32), np.zeros(1, np.int32), None) for _ in range(3)]
     for clock, node in enumerate(nodes[:2]):
         node.last_used = clock
         assert saved.save(node, step=1) == 6 + clock
@@ -171,4 +178,4 @@ def test_the_state_used_longest_ago_is_given_up() -> None:
     nodes[0].last_used = 5
     assert saved.save(nodes[2], step=3) == 7
     assert [node.state for node in nodes] == [6, -1, 7]
-    assert SavedStates(6, 0).save(nodes[1], step=1) is None
+    assert states(0).save(nodes[1], step=1) is None

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from msgspec.structs import replace
 
 from lockstep.runtime.plan import RequestEnd, StepPlan
 from lockstep.runtime.request import Limits, Request, SamplingParams
@@ -567,6 +568,19 @@ def test_requests_with_a_window_are_longer_than_the_cache(page_size: int) -> Non
         cached += sum(cached_tokens(simulation))
     assert preempted > 0
     assert cached > 50
+
+
+def test_prompts_with_a_salt_stay_apart_when_the_window_leaves_no_room_for_their_prefix() -> None:
+    simulation = Simulation(limits(max_model_len=60, max_num_batched_tokens=8, num_pages=24, window=4), depth=1)
+    tree = simulation.scheduler.pages.tree
+    for length in (23, 50):  # the first fills the cache; the second cannot use it all and go on
+        request = Request(length, np.array(FAMILY[:length], np.int32), length, SamplingParams(max_tokens=1, seed=0), [])
+        simulation.scheduler.add(replace(request, cache_salt="secret"))
+        simulation.ledger[length] = Ledger(request)
+        while simulation.scheduler.has_work or simulation.in_flight:
+            simulation.advance()
+            assert not tree.root.children
+    assert all(len(entry.tokens) == 1 for entry in simulation.ledger.values())
 
 
 def test_window_frees_pages_only_when_they_are_needed() -> None:

@@ -47,6 +47,39 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
     ),
+    "Qwen2MoeForCausalLM": (
+        "qwen2_moe",
+        {
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+    "OlmoeForCausalLM": ("olmoe", {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16}),
+    "Ernie4_5_MoeForCausalLM": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 2},
+    ),
+    "Glm4MoeForCausalLM": (
+        "glm4_moe",
+        {
+            "use_qk_norm": True,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 16,
+            "n_shared_experts": 1,
+            "routed_scaling_factor": 1.7,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    "MiniMaxM2ForCausalLM": (
+        "minimax_m2",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 16, "rotary_dim": 8},
+    ),
     "Phi3ForCausalLM": ("phi3", {"head_dim": 8}),
     "SmolLM3ForCausalLM": ("smollm3", {"no_rope_layer_interval": 2}),
     "SeedOssForCausalLM": ("seed_oss", {"initializer_range": 0.12}),
@@ -80,6 +113,21 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "linear_key_head_dim": 32,
             "linear_value_head_dim": 16,
             "partial_rotary_factor": 0.25,
+        },
+    ),
+    "Qwen3_5MoeForCausalLM": (
+        "qwen3_5_moe_text",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 16,
+            "partial_rotary_factor": 0.25,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
         },
     ),
     "Exaone4ForCausalLM": ("exaone4", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
@@ -145,6 +193,9 @@ def tiny_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrained
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for module in model.modules():
+        if hasattr(module, "limit") and hasattr(config, "swiglu_limit"):
+            module.limit = config.swiglu_limit  # older transformers have a constant in gpt-oss
     for name, parameter in model.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
@@ -152,6 +203,9 @@ def tiny_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrained
             nn.init.normal_(parameter, std=2.0)
         elif name.endswith("bias"):
             nn.init.normal_(parameter, std=0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            nn.init.normal_(buffer, std=0.1)
     return model
 
 
@@ -163,7 +217,11 @@ def tiny_checkpoint(folder: Path, architecture: str, seed: int = 0, **overrides:
 
 
 # By model type of the text part: those of the whole model and of its image part.
-OUTER_MODELS = {"gemma3_text": ("gemma3", "siglip_vision_model"), "qwen3_5_text": ("qwen3_5", "qwen3_5_vision")}
+OUTER_MODELS = {
+    "gemma3_text": ("gemma3", "siglip_vision_model"),
+    "qwen3_5_text": ("qwen3_5", "qwen3_5_vision"),
+    "qwen3_5_moe_text": ("qwen3_5_moe", "qwen3_5_moe_vision"),
+}
 
 
 def image_checkpoint(folder: Path, text_type: str, naming: str) -> PreTrainedModel:
@@ -182,7 +240,7 @@ def image_checkpoint(folder: Path, text_type: str, naming: str) -> PreTrainedMod
     model = AutoModelForImageTextToText.from_config(config).eval()
     model.save_pretrained(folder)
     tensors = load_file(folder / "model.safetensors")
-    stored = "model.language_model." if text_type == "qwen3_5_text" else "language_model.model."
+    stored = "model.language_model." if text_type.startswith("qwen3_5") else "language_model.model."
     renamed = {name.replace(stored, naming): tensor for name, tensor in tensors.items()}
     renamed["mtp.fc.weight"] = torch.ones(2, 2)  # of speculative decoding, which is not supported
     save_file(renamed, folder / "model.safetensors")

@@ -16,14 +16,14 @@ from lockstep.launch.engine.async_engine import AsyncEngine, AsyncEngineStats
 from lockstep.launch.engine.async_tokenizer import AsyncTokenizer
 from lockstep.launch.engine.recovery import EngineEvent, Health
 from lockstep.launch.errors import EngineFailed
-from lockstep.launch.server.run import Server, bind, create_uvicorn_config
+from lockstep.launch.server.run import Server, bind, create_uvicorn_config, run_loop
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
 from lockstep.runtime.detokenizer import Detokenizer
 from lockstep.runtime.executor import RankLocation
 from lockstep.runtime.frontend import PromptFields
 from lockstep.runtime.outputs import Event, Logprob
 from lockstep.runtime.request import Limits, SamplingParams
-from lockstep.runtime.stats import EngineStats
+from lockstep.runtime.stats import EngineDistributions, EngineStats
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Tokenizer
 
@@ -73,7 +73,8 @@ class FakeService:
     def stats(self) -> AsyncEngineStats:
         engine = EngineStats(steps=self.steps, preemptions=3)
         ranks, events = [RankLocation(0, "host", 1)], [EngineEvent(5.0, "rank 0 died")]
-        return AsyncEngineStats(self.live, self.live, self.waiting, 0.25, 384, 10, 40, engine, 2, ranks, events)
+        seen = EngineDistributions()
+        return AsyncEngineStats(self.live, self.live, self.waiting, 0.25, 384, 10, 40, engine, seen, 2, ranks, events)
 
     async def check_grammar(self, params: StructuredOutputsParams) -> None:
         """Take every grammar."""
@@ -158,7 +159,7 @@ class Running:
         self.url = f"http://127.0.0.1:{self.port.getsockname()[1]}"
         own = cast(AsyncEngine, service)
         self.server = Server(create_uvicorn_config(own, config, limits), own, config)
-        self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.port])))
+        self.thread = threading.Thread(target=lambda: run_loop(self.server.serve(sockets=[self.port])))
         self.thread.start()
         wait_until(lambda: self.server.started)
         self.http = httpx.Client(base_url=self.url, timeout=60)

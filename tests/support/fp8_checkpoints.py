@@ -93,7 +93,8 @@ LAYOUTS = {
 
 def is_linear(name: str) -> bool:
     """Return whether a tensor is the weight of a linear layer that formats quantize."""
-    return name.endswith(("_proj.weight", "_linear.weight", "in_proj_qkv.weight", "in_proj_z.weight"))
+    suffixes = "_proj", "_linear", "in_proj_qkv", "in_proj_z", ".w1", ".w2", ".w3"
+    return name.endswith(tuple(f"{suffix}.weight" for suffix in suffixes))
 
 
 def quantized(matrix: Tensor, granularity: str, stored: Callable[[Tensor], Tensor] = lambda s: s) -> tuple[Tensor, ...]:

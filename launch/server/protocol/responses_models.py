@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
 from .message_models import MAX_TOOLS, ToolName
-from .request_models import Count, Metadata, ReasoningEffort, SamplingFields, TemplateKwargs
+from .request_models import Count, Metadata, ReasoningEffort, SamplingFields, TemplateKwargs, TopCount
 from .strict_model import FalseOnly, NeutralFalse, StrictModel
 
 ChatFields = dict[str, Any]  # fields of a ChatRequest, or of one of its messages
@@ -184,7 +184,7 @@ class ResponsesRequest(SamplingFields):
     store: NeutralFalse = None
     background: NeutralFalse = None
     truncation: Annotated[Literal["disabled"] | None, "neutral only"] = None
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
+    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = None
     tools: Annotated[list[ResponsesTools], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | ResponsesTool | None,
@@ -193,7 +193,7 @@ class ResponsesRequest(SamplingFields):
     parallel_tool_calls: bool | None = None
     reasoning: ResponsesReasoning | None = None
     text: TextOptions | None = None
-    top_logprobs: Annotated[Literal[0] | None, "neutral only"] = None
+    top_logprobs: TopCount | None = None
     service_tier: Literal["auto", "default"] | None = None
     metadata: Metadata | None = None
     client_metadata: Metadata | None = None
@@ -202,6 +202,10 @@ class ResponsesRequest(SamplingFields):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     chat_template_kwargs: TemplateKwargs | None = None
+
+    @property
+    def has_logprobs(self) -> bool:
+        return "message.output_text.logprobs" in (self.include or ())
 
     def chat_fields(self) -> ChatFields:
         """Return the fields of the chat request that computes the answer."""
@@ -215,6 +219,8 @@ class ResponsesRequest(SamplingFields):
             "tool_choice": choice,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
             "response_format": _response_format(self.text.format if self.text else None),
+            "logprobs": self.has_logprobs,
+            "top_logprobs": self.top_logprobs or None,
         }
         same = ("model", "stream", "parallel_tool_calls", "chat_template_kwargs", *SamplingFields.model_fields)
         return fields | {name: getattr(self, name) for name in same}

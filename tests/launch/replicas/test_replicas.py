@@ -256,7 +256,7 @@ def test_replica_killed_is_replaced_and_streams_continue(server: Server, undistu
     assert ["".join(own) for own in got] == undisturbed
     assert holds_within(120, lambda: len(set(server.ranks()) - before) == 1), server.said()
     assert server.http.get("/health").status_code == 200
-    assert "requests go on elsewhere" in server.said()
+    assert "rerouted to others" in server.said()
 
 
 @pytest.mark.nightly

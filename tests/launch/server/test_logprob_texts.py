@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -78,7 +78,8 @@ def streamed(builder: ResponseBuilder, made: list[Event]) -> list[Any]:
     async def chunks() -> list[Any]:
         return [chunk async for chunk in builder.stream(in_turn(made), with_usage=False)]
 
-    return [choice for chunk in asyncio.run(chunks()) for choice in chunk.choices]
+    models = (builder.chunk_type.model_validate_json(chunk) for chunk in asyncio.run(chunks()))
+    return [choice for model in models for choice in cast(Any, model).choices]
 
 
 def check_completion(choice: Any, num_candidates: int, specials: set[str]) -> None:

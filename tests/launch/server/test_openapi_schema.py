@@ -29,7 +29,14 @@ POSTS = [
     "POST /v1/completions", "POST /v1/chat/completions", "POST /v1/responses", "POST /v1/messages",
     "POST /v1/messages/count_tokens", "POST /tokenize", "POST /detokenize",
 ]  # fmt: skip
-GETS = ["GET /v1/models", "GET /v1/models/{name}", "GET /health", "GET /version", "GET /metrics"]  # they take no input
+GETS = [
+    "GET /v1/models",
+    "GET /v1/models/{name}",
+    "GET /health",
+    "GET /version",
+    "GET /metrics",
+    "GET /tokenizer_info",
+]  # they take no input
 WITHIN, OUTSIDE = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 
 

@@ -55,7 +55,7 @@ def test_lengths_of_requests_are_measured(shared: Running) -> None:
     shared.post("/v1/completions", COMPLETION)
     after = counts()
     for name, grown in (("request_generation_tokens", COMPLETION["max_tokens"]), ("request_prompt_tokens", None)):
-        key = f'lockstep:{name}_sum{{model_name="demo"}}'
+        key = f'lockstep:{name}_sum{{engine="0",model_name="demo"}}'
         assert after[key] - before[key] == grown or grown is None
-        key = f'lockstep:{name}_count{{model_name="demo"}}'
+        key = f'lockstep:{name}_count{{engine="0",model_name="demo"}}'
         assert after[key] - before[key] == 1

@@ -51,7 +51,11 @@ def test_killed_batch_continues_with_the_answers_of_llm(tmp_path: Path) -> None:
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     chat = {"messages": [{"role": "user", "content": "Who was Moses?"}], "max_tokens": 8, "seed": 1}
     wrong = line(custom_id="wrong", body={"prompt": "a", "max_tokens": -1})
-    source.write_text("".join(completions(200)) + line(custom_id="chat", url="/v1/chat/completions", body=chat) + wrong)
+    response = line(
+        custom_id="response", url="/v1/responses", body={"input": "Who was Moses?", "max_output_tokens": 8, "seed": 1}
+    )
+    chats = line(custom_id="chat", url="/v1/chat/completions", body=chat) + response
+    source.write_text("".join(completions(200)) + chats + wrong)
     first = subprocess.Popen(command(source, target), stderr=subprocess.PIPE)
     wait_until(lambda: target.exists() and target.read_bytes().count(b"\n") >= 3, 60)
     first.kill()
@@ -59,11 +63,11 @@ def test_killed_batch_continues_with_the_answers_of_llm(tmp_path: Path) -> None:
     with target.open("a") as half:
         half.write('{"custom_id": "half')
     before = target.read_text().splitlines()[:-1]
-    assert len(before) < 26
+    assert len(before) < 27
     second = subprocess.run(command(source, target), capture_output=True, text=True, timeout=100)
     assert second.returncode == 1, "one answer is an error"
-    assert f"26 requests, {len(before)} of them answered before" in second.stderr
-    assert f"26 answers in {target}, 1 of them errors" in second.stderr
+    assert f"27 requests, {len(before)} of them answered before" in second.stderr
+    assert f"27 answers in {target}, 1 error" in second.stderr
     assert target.read_text().splitlines()[: len(before)] == before
     answers = answers_in(target)
     assert answers["wrong"]["status_code"] == 400
@@ -78,6 +82,7 @@ def test_killed_batch_continues_with_the_answers_of_llm(tmp_path: Path) -> None:
                 assert body["usage"]["completion_tokens"] == 200
         (result,) = llm.chat(chat["messages"], replace(defaults, max_tokens=8, seed=1))  # type: ignore[arg-type]
     assert answers["chat"]["body"]["choices"][0]["message"]["content"] == result.outputs[0].text
+    assert answers["response"]["body"]["output"][0]["content"][0]["text"] == result.outputs[0].text
 
 
 @pytest.mark.parametrize(

@@ -224,10 +224,10 @@ def test_metrics(run: Callable[..., Running]) -> None:
     values = {
         name: float(value) for name, value in re.findall(r"^(lockstep:\S+) (\S+)$", response.text, re.M)
     }  # fmt: skip
-    label = '{model_name="demo"}'
+    label = '{engine="0",model_name="demo"}'
     assert values[f"lockstep:prompt_tokens_total{label}"] == 3
     assert values[f"lockstep:generation_tokens_total{label}"] == 8
-    assert values['lockstep:request_success_total{finished_reason="length",model_name="demo"}'] == 2
+    assert values['lockstep:request_success_total{engine="0",finished_reason="length",model_name="demo"}'] == 2
     assert values[f"lockstep:time_to_first_token_seconds_count{label}"] == 1
     assert values[f"lockstep:inter_token_latency_seconds_count{label}"] == 6
     assert values[f"lockstep:request_time_per_output_token_seconds_count{label}"] == 2
@@ -243,9 +243,10 @@ def test_metrics(run: Callable[..., Running]) -> None:
 def test_log_lines_have_no_prompts(run: Callable[..., Running], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     running = run(log_requests=True)
-    running.post("/v1/completions", {**COMPLETION, "prompt": "a secret word"})
+    headers = {"x-request-id": "abc-7"}
+    running.post("/v1/completions", {**COMPLETION, "prompt": "a secret word"}, headers=headers)
     running.post("/v1/completions", {**COMPLETION, "prompt": "a secret word", "temperature": 9})
-    assert "request answered: 1 prompts of" in caplog.text
+    assert "request abc-7 answered: 1 prompt of" in caplog.text
     assert "secret" not in caplog.text
 
 
@@ -255,7 +256,7 @@ def test_slow_tokenization_does_not_block_other_requests(
     started, answered = threading.Event(), threading.Event()
     encode = tokenizer.encode
 
-    def slow(text: str) -> list[int]:
+    def slow(text: str, **options: bool) -> list[int]:
         if text == "slow":
             started.set()
             assert answered.wait(60)

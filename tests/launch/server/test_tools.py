@@ -69,6 +69,29 @@ def test_stream_equals_whole(thinking: Running) -> None:
     assert chunks[-1].usage == expected.usage
 
 
+HARMONY = (
+    "<|channel|>analysis<|message|>Where?<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+    '<|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris"}'
+)
+
+
+def test_harmony_whole_and_streamed(run: Callable[..., Running]) -> None:
+    running = run(reasoning_parser="harmony")
+    fake(running).script = HARMONY
+    response = ask(running)
+    message = response.choices[0].message
+    assert [(c.function.name, c.function.arguments) for c in message.tool_calls] == CALLS[:1]
+    assert (message.reasoning_content, message.content) == ("Where?", "I look.")
+    assert response.choices[0].finish_reason == "tool_calls"
+    assert 0 < response.usage.completion_tokens_details.reasoning_tokens < response.usage.completion_tokens
+    deltas = [chunk.choices[0].delta for chunk in ask(running, stream=True)]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "Where?"
+    assert "".join(delta.content or "" for delta in deltas) == "I look."
+    parts = [part.function.arguments for delta in deltas for part in delta.tool_calls or ()]
+    assert "".join(parts) == CALLS[0][1]
+    assert len(parts) > 3, "arguments come in pieces"
+
+
 def test_openai_stream_helper_accumulates_the_message(thinking: Running) -> None:
     with thinking.openai.chat.completions.stream(
         model="demo",

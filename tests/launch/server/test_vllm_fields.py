@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,45 @@ def test_cache_salt(real: Running, route: str) -> None:
         cached.append(details["cached_tokens"] > 0)
     # The beginning of chats is cached by the tests before.
     assert cached[1:] == [False, False, True, True]
+
+
+def test_log_probabilities_of_responses(real: Running) -> None:
+    body: dict[str, Any] = {"model": "demo", "input": "Who was Moses?", "max_output_tokens": 9, "temperature": 0}
+    chat = real.openai.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": body["input"]}], max_tokens=9, temperature=0, logprobs=True,
+        top_logprobs=2,
+    )  # fmt: skip
+    assert chat.choices[0].logprobs is not None
+    expected = chat.choices[0].logprobs.content or []
+    wanted = body | {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    (item,) = real.openai.responses.create(**wanted).output
+    assert item.type == "message"
+    (part,) = item.content
+    assert part.type == "output_text"
+    assert [(e.token, e.bytes) for e in part.logprobs or ()] == [(e.token, e.bytes) for e in expected]
+    for entry, other in zip(part.logprobs or (), expected, strict=True):
+        assert entry.logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert [c.token for c in entry.top_logprobs] == [c.token for c in other.top_logprobs]
+    streamed = []
+    with real.openai.responses.stream(**wanted) as events:
+        for event in events:
+            if event.type == "response.output_text.delta":
+                streamed += [entry.token for entry in event.logprobs]
+            if event.type == "response.output_text.done":
+                assert [entry.token for entry in event.logprobs] == streamed
+    assert streamed == [e.token for e in expected]
+    plain = real.openai.responses.create(**body).output[0]
+    assert plain.type == "message"
+    assert plain.content[0].model_dump()["logprobs"] == []
+    assert error_of(real.post("/v1/responses", body | {"top_logprobs": 2}))["param"] == "top_logprobs"
+
+
+def test_tokenizer_info(real: Running) -> None:
+    info = real.http.get("/tokenizer_info").json()
+    config = json.loads((Path(DEMO_MODEL) / "tokenizer_config.json").read_text())
+    assert info["chat_template"] == Tokenizer(Path(DEMO_MODEL)).chat_template
+    assert info["tokenizer_class"]
+    assert {name: info[name] for name in ("bos_token", "eos_token") if name in config} == {
+        name: config[name] for name in ("bos_token", "eos_token") if name in config
+    }
+    assert str(Path(DEMO_MODEL).parent) not in json.dumps(info)

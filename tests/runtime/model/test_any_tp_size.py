@@ -22,6 +22,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeForCausalLM",
         {"num_attention_heads": 7, "num_key_value_heads": 7, "hidden_size": 28, "moe_intermediate_size": 40},
     ),
+    "shared experts": ("Glm4MoeForCausalLM", {"num_attention_heads": 7, "num_key_value_heads": 7, "hidden_size": 28}),
     "sinks": ("GptOssForCausalLM", {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 56}),
     "fused tensors": ("Phi3ForCausalLM", {"num_attention_heads": 8, "num_key_value_heads": 4}),
 }

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lockstep import LLM, SamplingParams
 from lockstep.runtime.config import DEMO_MODEL, Config
-from lockstep.runtime.memory.memory_plan import parameters_of_rank
+from lockstep.runtime.memory.parameter_count import parameters_of_rank
 from lockstep.runtime.model.checkpoint import check_folder, find_model, read_model
-from lockstep.runtime.model.families import ARCHITECTURES
+from lockstep.runtime.model.families import ARCHITECTURES, ExpertRules
 from lockstep.runtime.model.generation_config import default_sampling_params
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
@@ -292,12 +292,8 @@ READ = {  # by field of config.json, the field of ModelConfig that it becomes
     "mlp_bias": "mlp_bias",
     **dict(zip(MULTIPLIERS, MULTIPLIERS, strict=True)),
 }
-EXPERTS = {
-    "num_experts": "num_experts",
-    "num_experts_per_tok": "num_per_token",
-    "moe_intermediate_size": "intermediate_size",
-    "norm_topk_prob": "normalized",
-}
+EXPERTS = ("num_experts", "num_per_token", "intermediate_size", "normalized", "least_sum", "scaling")
+GROUPS = {"n_group": "num_groups", "topk_group": "groups_per_token"}
 IMPLICIT = ("decoder_sparse_step", "mlp_only_layers", "sliding_window", "use_sliding_window", "max_window_layers")
 
 
@@ -307,17 +303,38 @@ def test_absent_fields_have_the_values_of_transformers(architecture: str) -> Non
     model_type, family = FAMILIES[architecture]
     whole = {**TINY, **family, "architectures": [architecture]}
     whole |= {} if ARCHITECTURES[architecture].windows == "never" else {"use_sliding_window": True, "sliding_window": 8}
-    whole |= {"num_attention_heads": 32, "num_key_value_heads": 8, "hidden_size": 64}  # go with any default
-    whole |= {"num_experts": 16} if "num_experts" in whole else {}
+    whole |= {"num_attention_heads": 32, "num_key_value_heads": 4, "hidden_size": 768}  # go with any default
+    rules = ARCHITECTURES[architecture].experts
+    whole |= {} if rules is None else {rules.num_experts: 16}
     whole.pop("layer_types", None)
-    if model_type == "qwen3_5_text":
+    if model_type.startswith("qwen3_5"):
         whole["num_hidden_layers"] = 8  # without layer_types each fourth layer has attention
     if model_type == "granitemoehybrid":
         whole |= {"num_hidden_layers": 32, "layer_types": ["full_attention"] * 32}
-    optional = [name for name in (*READ, *EXPERTS, *IMPLICIT) if name in whole or name in IMPLICIT]
+    optional = [name for name in (*READ, *expert_fields(rules), *IMPLICIT) if name in whole or name in IMPLICIT]
+    if model_type == "glm4_moe":  # its defaults rotate 21 of 42 elements
+        optional.remove("head_dim")
     for absent in (*([name] for name in optional), optional):
         fields = {name: value for name, value in whole.items() if name not in absent}
         _assert_equal(ModelConfig.from_hf(fields), AutoConfig.for_model(model_type, **fields))
+
+
+def expert_fields(rules: ExpertRules | None) -> dict[str, str]:
+    """Return the fields of config.json about experts, with the names that Experts has for them."""
+    fields = {} if rules is None else {getattr(rules, name): name for name in EXPERTS}
+    fields |= GROUPS if rules is not None and rules.groups else {}
+    return {field: name for field, name in fields.items() if isinstance(field, str)}
+
+
+def expected_expert_layers(config: Any) -> set[int]:
+    layers = set(range(config.num_hidden_layers))
+    if hasattr(config, "first_k_dense_replace"):
+        return layers - set(range(config.first_k_dense_replace))
+    if hasattr(config, "moe_layer_interval"):
+        first, last, step = config.moe_layer_start_index, config.moe_layer_end_index, config.moe_layer_interval
+        return {n for n in layers if first <= n <= last and (n + 1) % step == 0}
+    step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", [])
+    return {n for n in layers if n not in dense and (n + 1) % step == 0}
 
 
 def _assert_equal(model: ModelConfig, config: Any) -> None:
@@ -339,13 +356,11 @@ def _assert_equal(model: ModelConfig, config: Any) -> None:
         assert actual == tuple(getattr(config, f"linear_{name}") for name in sizes)
         assert net.layers == {n for n, kind in enumerate(config.layer_types) if kind == "linear_attention"}
     if model.experts is not None:
-        for name, ours in EXPERTS.items():
-            name = "intermediate_size" if "intermediate" in name and model.experts.clamped else name
+        for name, ours in expert_fields(model.experts.rules).items():
             if name == "norm_topk_prob" and model.experts.clamped:
                 continue
             assert getattr(model.experts, ours) == getattr(config, name), name
-        step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", [])
-        assert model.experts.layers == {n for n in range(model.num_layers) if n not in dense and (n + 1) % step == 0}
+        assert model.experts.layers == expected_expert_layers(config)
 
 
 def test_qwen3_without_head_dim_has_that_of_transformers(tmp_path: Path) -> None:

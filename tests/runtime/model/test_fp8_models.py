@@ -34,9 +34,11 @@ PROMPT = torch.randint(0, 131, (23,), generator=torch.Generator().manual_seed(1)
 TOLERANCE = 2e-4  # float32; the order of sums differs from transformers
 # Shards of 1, 2 and 4 ranks begin and end inside blocks: 192 columns of the output projection, 328 features of the MLP.
 SIZES: dict[str, Any] = {"hidden_size": 160, "intermediate_size": 328, "head_dim": 48, "moe_intermediate_size": 200}
-OWN: dict[str, dict[str, Any]] = {"Qwen2ForCausalLM": {"head_dim": 40}}  # hidden_size / num_attention_heads
-ADJACENT = "Ernie4_5ForCausalLM"  # rotates adjacent elements of a head
-CASES = [(family, "fp8 blocks") for family in FAMILIES if family not in (ADJACENT, "GptOssForCausalLM")]
+OWN: dict[str, dict[str, Any]] = {  # hidden_size / num_attention_heads
+    name: {"head_dim": 40} for name in ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "OlmoeForCausalLM")
+}
+ADJACENT = "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"  # they rotate adjacent elements of a head
+CASES = [(family, "fp8 blocks") for family in FAMILIES if family not in (*ADJACENT, "GptOssForCausalLM")]
 CASES += [(family, layout) for layout in LAYOUTS for family in ("Qwen2ForCausalLM", "Qwen3MoeForCausalLM")]
 
 
@@ -151,7 +153,7 @@ def test_checkpoint_that_does_not_fit_is_refused_in_one_line(blocks: Path, chang
 
 
 def test_fp8_of_adjacent_pairs_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
-    write_fp8(sources[ADJACENT], tmp_path / "fp8", tmp_path / "dequantized", LAYOUTS["fp8 blocks"])
+    write_fp8(sources[ADJACENT[0]], tmp_path / "fp8", tmp_path / "dequantized", LAYOUTS["fp8 blocks"])
     with pytest.raises(ValueError, match="rotates adjacent elements of a head, are not supported"):
         prompt_logits(SingleRank(), tmp_path / "fp8", PROMPT)
 

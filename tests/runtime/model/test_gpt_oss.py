@@ -59,6 +59,23 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, tp: int) -> N
         assert results.tokens[n] == whole[0, len(prompt) :].tolist()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}, {"deterministic": True}], ids=str)
+def test_bfloat16_on_gpu_is_close_to_transformers(tmp_path: Path, options: dict[str, Any]) -> None:
+    """One token after another of each prompt, and log-probabilities of those that were chosen."""
+    sizes = {"head_dim": 64, "hidden_size": 256, "sliding_window": 20, "num_experts_per_tok": 6}  # all of the experts
+    model = mxfp4_checkpoint(tmp_path, **sizes)
+    prompts = [list(range(5, 45)), [7] * 30, [3]]
+    requests = [request(n, prompt, logprobs=1) for n, prompt in enumerate(prompts)]
+    actual = run_engine(tmp_path, requests, device="cuda", dtype="bfloat16", **options)
+    for n, prompt in enumerate(prompts):
+        part = slice(len(prompt) - 1, -1)
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt + actual.tokens[n]])).logits[0, part].log_softmax(-1)
+        for row, token, got in zip(expected, actual.tokens[n], actual.logprobs[n], strict=True):
+            assert got.token == pytest.approx(float(row[token]), abs=0.3)
+
+
 @pytest.mark.parametrize("mxfp4", [True, False])
 def test_memory_plan_and_dummy_weights(tmp_path: Path, mxfp4: bool) -> None:
     mxfp4_checkpoint(tmp_path) if mxfp4 else tiny_checkpoint(tmp_path, "GptOssForCausalLM", intermediate_size=40)

@@ -19,10 +19,12 @@ from lockstep.runtime.model.attention import backend as backend_module
 from lockstep.runtime.model.attention.backend import BatchInvariantAttention, Heads, TorchAttention
 from lockstep.runtime.model.batch import Batch, HostBatch
 from lockstep.runtime.model.embedding import Embedding, Head, vocabulary_shard
+from lockstep.runtime.model.expert_config import Experts
+from lockstep.runtime.model.families import ExpertRules
 from lockstep.runtime.model.hf_config import HFConfigReader
 from lockstep.runtime.model.kv_pool import AttentionShape
-from lockstep.runtime.model.linear import MLP, ColumnLinear, MoE, Projection, RowLinear, shard_of
-from lockstep.runtime.model.model_config import Experts
+from lockstep.runtime.model.linear import MLP, ColumnLinear, Projection, RowLinear, shard_of
+from lockstep.runtime.model.moe import MoE
 from lockstep.runtime.model.norm import NormInput, Residual, RMSNorm
 from lockstep.runtime.model.rope import RopeConfig
 from lockstep.runtime.model.weights import Weights, load_weights
@@ -79,25 +81,32 @@ def test_mlp_shards_sum_to_the_layer(size: int, tmp_path: Path) -> None:
 
 @SIZES
 def test_moe_shards_sum_to_the_layer(size: int, tmp_path: Path) -> None:
-    experts = Experts(num_experts=5, num_per_token=2, intermediate_size=FF, normalized=True, layers=frozenset([0]))
-    saved = {"moe.gate.weight": _random(5, D)}
+    experts = Experts(
+        rules=ExpertRules(),
+        num_experts=5,
+        num_per_token=2,
+        intermediate_size=FF,
+        normalized=True,
+        layers=frozenset([0]),
+    )
+    saved = {"layer.mlp.gate.weight": _random(5, D)}
     for n in range(5):
-        saved |= {f"moe.experts.{n}.{part}_proj.weight": _random(FF, D) * (n + 1) for part in ("gate", "up")}
-        saved |= {f"moe.experts.{n}.down_proj.weight": _random(D, FF) - n}
+        saved |= {f"layer.mlp.experts.{n}.{part}_proj.weight": _random(FF, D) * (n + 1) for part in ("gate", "up")}
+        saved |= {f"layer.mlp.experts.{n}.down_proj.weight": _random(D, FF) - n}
     save_file(saved, tmp_path / "model.safetensors")
     x = _random(T, D)
 
     def one_token(token: Tensor) -> Tensor:
-        probabilities = torch.softmax(saved["moe.gate.weight"] @ token, dim=0)
+        probabilities = torch.softmax(saved["layer.mlp.gate.weight"] @ token, dim=0)
         chosen = probabilities.argsort(descending=True)[:2].tolist()
         out = torch.zeros(D)
         for n in chosen:
-            gate, up, down = (saved[f"moe.experts.{n}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+            gate, up, down = (saved[f"layer.mlp.experts.{n}.{part}_proj.weight"] for part in ("gate", "up", "down"))
             out += probabilities[n] / probabilities[chosen].sum() * (down @ (F.silu(gate @ token) * (up @ token)))
         return out
 
     def run(comm: Communicator) -> Tensor:
-        return _added(_loaded(lambda weights: MoE(weights, comm, "moe", D, experts), tmp_path), x)
+        return _added(_loaded(lambda weights: MoE(weights, comm, "layer", D, experts, bias=False), tmp_path), x)
 
     expected = torch.stack([one_token(token) for token in x])
     torch.testing.assert_close(sum(run_ranks(size, run)), expected, atol=1e-2, rtol=1e-4)
@@ -239,11 +248,19 @@ def _batch(
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_decoding", [0, 1, 4, 7])
 @pytest.mark.parametrize(
-    ("size", "heads", "window", "softcap"),
-    [(64, 8, None, None), (128, 24, None, None), (128, 8, 33, None), (96, 8, 33, None), (256, 16, 33, 2.0)],
+    ("size", "heads", "window", "softcap", "has_sinks"),
+    [
+        (64, 8, None, None, False),
+        (64, 16, None, None, True),
+        (64, 16, 33, None, True),
+        (128, 24, None, None, False),
+        (128, 8, 33, None, True),
+        (96, 8, 33, None, True),
+        (256, 16, 33, 2.0, False),
+    ],
 )
 def test_flashinfer_attention_matches_torch(
-    size: int, heads: int, window: int | None, softcap: float | None, num_decoding: int
+    size: int, heads: int, window: int | None, softcap: float | None, has_sinks: bool, num_decoding: int
 ) -> None:
     """Decode rows first; of the others one reads what row 0 stores in this step, decoding or not."""
     from lockstep.runtime.model.attention.flashinfer_backend import FlashInferAttention
@@ -264,7 +281,8 @@ def test_flashinfer_attention_matches_torch(
     expected_caches = [cache[..., :size].clone() for cache in caches]
     definition = TorchAttention(scale, softcap)
     definition.plan(_batch(counts, lengths, pages, page_size, num_decoding))
-    expected = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table), KVCache(*expected_caches), window)
+    sinks = (3 * _random(heads)).bfloat16() if has_sinks else None
+    expected = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table, sinks), KVCache(*expected_caches), window)
     shape = AttentionShape(
         num_layers=1,
         num_heads=heads,
@@ -277,7 +295,8 @@ def test_flashinfer_attention_matches_torch(
     attention = FlashInferAttention(shape, scale, {window}, gpu, softcap)
     attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, gpu))
     caches = [cache.to(gpu)[..., :size] for cache in caches]
-    on_gpu = Heads(QKNorm(*(norm.to(gpu) for norm in norms), 1e-6), table.to(gpu))
+    sinks = None if sinks is None else sinks.to(gpu)
+    on_gpu = Heads(QKNorm(*(norm.to(gpu) for norm in norms), 1e-6), table.to(gpu), sinks)
     actual = attention.run(qkv.to(gpu), on_gpu, KVCache(*caches), window)
     for one, other in zip((actual, *caches), (expected, *expected_caches), strict=True):
         torch.testing.assert_close(one.cpu(), other, atol=4e-2, rtol=2e-2)
@@ -285,8 +304,9 @@ def test_flashinfer_attention_matches_torch(
 
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([2.0, -1.0, 0.0, 30.0])])
 def test_batch_invariant_attention_matches_torch(
-    window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+    sinks: Tensor | None, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts whole and from the middle beside decode rows, one of which reads what another row stores in this step."""
     monkeypatch.setattr(backend_module, "MAX_ROWS", 4)
@@ -295,7 +315,8 @@ def test_batch_invariant_attention_matches_torch(
     pages = torch.randperm(40, dtype=torch.int32).view(4, 10)
     pages[3, 0] = pages[0, 0]  # a prefix that row 0 computes
     batch = _batch(counts, lengths, pages, page_size, num_decoding=0)
-    qkv, table = _random(sum(counts), (heads + 2 * kv_heads) * size), Heads(QKNorm(None, None, 0.0), _random(20, size))
+    qkv = _random(sum(counts), (heads + 2 * kv_heads) * size)
+    table = Heads(QKNorm(None, None, 0.0), _random(20, size), sinks)
     actual = []
     shape = AttentionShape(
         num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.float32

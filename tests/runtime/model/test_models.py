@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lockstep.comm.base import Communicator
@@ -64,6 +65,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name.removesuffix("ForCausalLM")
         "Qwen3MoeForCausalLM", {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
     ),
     "Qwen3Moe window": ("Qwen3MoeForCausalLM", SLIDING),
+    "Qwen2Moe tied dense layer": ("Qwen2MoeForCausalLM", {
+        "tie_word_embeddings": True, "num_hidden_layers": 3, "mlp_only_layers": [1], "norm_topk_prob": True,
+        "qkv_bias": False,
+    }),
+    "Olmoe biases": ("OlmoeForCausalLM", {"attention_bias": True, "norm_topk_prob": True}),
+    "Ernie4_5_Moe dense layers": ("Ernie4_5_MoeForCausalLM", {
+        "num_hidden_layers": 5, "moe_layer_start_index": 0, "moe_layer_end_index": 3,
+        "moe_layer_interval": 2, "moe_norm_min": 0.9, "tie_word_embeddings": True,
+    }),
+    "Ernie4_5_Moe no shared experts": ("Ernie4_5_MoeForCausalLM", {"moe_num_shared_experts": 0}),
+    "Glm4Moe biases": ("Glm4MoeForCausalLM", {
+        "attention_bias": True, "use_qk_norm": False, "n_group": 1, "topk_group": 1, "norm_topk_prob": False,
+        "num_hidden_layers": 3, "first_k_dense_replace": 2, "n_shared_experts": 2,
+    }),
     "Phi3 mini": ("Phi3ForCausalLM", {
         "tie_word_embeddings": True, "head_dim": 16, "hidden_size": 64, "rope_parameters": LONGROPE,
         "original_max_position_embeddings": 64,
@@ -223,7 +238,7 @@ def test_logits_match_transformers(case: tuple[Path, list[Tensor]], size: int) -
 
 
 @pytest.mark.parametrize("naming", ["language_model.model.", "model.language_model."])
-@pytest.mark.parametrize("text_type", ["mistral", "ministral3", "gemma3_text", "qwen3_5_text"])
+@pytest.mark.parametrize("text_type", ["mistral", "ministral3", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"])
 def test_text_part_of_a_model_with_images_matches_transformers(tmp_path: Path, text_type: str, naming: str) -> None:
     model = image_checkpoint(tmp_path, text_type, naming)
     with torch.inference_mode():
@@ -232,6 +247,24 @@ def test_text_part_of_a_model_with_images_matches_transformers(tmp_path: Path, t
     assert not fit_weights(ModelConfig.from_folder(tmp_path), tmp_path).tie_word_embeddings
     for logits in run_ranks(2, lambda comm: _logits(comm, tmp_path, _chunked())):
         _assert_close(logits, expected)
+
+
+def test_experts_in_one_tensor_are_those_in_one_for_each(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, "Qwen3_5MoeForCausalLM")
+    expected = run_ranks(2, lambda comm: _logits(comm, tmp_path, _whole()))[0]
+    file, experts = tmp_path / "model.safetensors", range(4)
+    tensors = load_file(file)
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            [tensors.pop(f"{prefix}.{n}.{x}_proj.weight") for n in experts] for x in ("gate", "up", "down")
+        )
+        tensors[f"{prefix}.gate_up_proj"] = torch.cat((torch.stack(gate), torch.stack(up)), dim=1)
+        tensors[f"{prefix}.down_proj"] = torch.stack(down)
+    save_file(tensors, file)
+    assert not fit_weights(ModelConfig.from_folder(tmp_path), tmp_path).tie_word_embeddings
+    for logits in run_ranks(2, lambda comm: _logits(comm, tmp_path, _whole())):
+        assert all(torch.equal(a, b) for a, b in zip(logits, expected, strict=True))
 
 
 @pytest.mark.parametrize("case", ["Qwen3"], indirect=True)
@@ -272,6 +305,8 @@ GRANITE4 = {
     "architectures": ["GraniteMoeHybridForCausalLM"], "num_local_experts": 0, "layer_types": ["attention"] * 2,
 }  # fmt: skip
 GEMMA3 = {"architectures": ["Gemma3ForCausalLM"]}
+GLM4_MOE = {"architectures": ["Glm4MoeForCausalLM"], "n_routed_experts": 8, "num_experts_per_tok": 3}
+ERNIE_MOE = {"architectures": ["Ernie4_5_MoeForCausalLM"]}
 MELLUM = {"architectures": ["MellumForCausalLM"]}
 SMOLLM3 = {"architectures": ["SmolLM3ForCausalLM"]}
 
@@ -345,6 +380,19 @@ def test_yarn_extends_the_positions() -> None:
         ({**GEMMA3, "hidden_activation": "relu"}, "hidden_activation 'relu'.*gelu_pytorch_tanh"),
         ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
         ({**GEMMA3, "attn_logit_softcapping": 0}, "attn_logit_softcapping is 0"),
+        ({**GLM4_MOE, "n_group": 3}, "n_group is 3; it must divide the 8 experts into groups of two or more"),
+        ({**GLM4_MOE, "n_group": 8}, "n_group is 8; it must divide the 8 experts into groups of two or more"),
+        ({**GLM4_MOE, "n_group": 4, "topk_group": 5}, "topk_group is 5; it must be at most n_group, 4"),
+        ({**GLM4_MOE, "n_group": 4, "topk_group": 1}, "topk_group is 1; .* so many groups must have 3 experts"),
+        ({**GLM4_MOE, "scoring_func": "softmax"}, "scoring_func 'softmax' is not supported; it must be 'sigmoid'"),
+        ({**GLM4_MOE, "routed_scaling_factor": 0}, "routed_scaling_factor is 0"),
+        ({**GLM4_MOE, "first_k_dense_replace": -1}, "first_k_dense_replace is -1"),
+        ({**GLM4_MOE, "num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be at most n_routed_experts, 8"),
+        ({**ERNIE_MOE, "use_bias": True}, "use_bias is True; only models without it"),
+        ({**ERNIE_MOE, "moe_layer_interval": 0}, "moe_layer_interval is 0"),
+        ({"architectures": ["OlmoeForCausalLM"], "clip_qkv": 8.0}, "clip_qkv is 8.0; only models without it"),
+        ({"architectures": ["Qwen2MoeForCausalLM"], **SLIDING}, "use_sliding_window is True; only models without it"),
+        ({"architectures": ["MiniMaxM2ForCausalLM"], "rotary_dim": 5, "head_dim": 8}, "rotates 5 of 8"),
         ({**MELLUM, "mlp_layer_types": ["sparse"]}, "mlp_layer_types is .* for each of the 2 layers"),
         ({**MELLUM, "mlp_layer_types": ["sparse", "wide"]}, "mlp_layer_types is .*'dense' or 'sparse'"),
         ({"quantization_config": {"quant_method": "awq"}}, r"quantization_config \(awq\) is not supported"),

@@ -14,10 +14,11 @@ from torch import Tensor
 from lockstep.comm.base import Communicator, SingleRank
 from lockstep.runtime.model import tensor_files as files_module
 from lockstep.runtime.model.decoder import Decoder
+from lockstep.runtime.model.families import ARCHITECTURES
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.model.weights import Piece, Weights, fill_dummy, load_weights
 
-from checkpoints import FAMILIES, tiny_checkpoint
+from checkpoints import FAMILIES, rewrite_config, tiny_checkpoint
 from ranks import ThreadGroup
 
 CPU = torch.device("cpu")
@@ -113,9 +114,11 @@ def test_load_reads_only_the_slices_of_the_rank(
         assert sum(read.values()) == sum(x.numel() for x in _tensors(decoder)) - padding
         total = {name: total.get(name, 0) + count for name, count in read.items()}
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
-        copies = 2 if "k_proj" in name or "v_proj" in name else 4 if "norm" in name or ".gate.weight" in name else 1
+        replicated = "norm", "gate.weight", "e_score_correction_bias", "router", "down_proj_bias", "o_proj.bias"
+        copies = 2 if "k_proj" in name or "v_proj" in name else 4 if any(part in name for part in replicated) else 1
         copies = 1.5 if "qkv_proj" in name else copies
-        if "Olmo" in architecture and ("q_norm" in name or "k_norm" in name):  # of all heads, divided like them
+        is_wide = ARCHITECTURES[architecture].qk_norm == "all heads"
+        if is_wide and ("q_norm" in name or "k_norm" in name):  # divided like the heads
             copies = 1 if "q_norm" in name else 2
         assert total[name] == copies * tensor.numel(), name  # 2 kv heads over 4 ranks: each is on two
 
@@ -197,6 +200,16 @@ def test_load_names_a_damaged_file(copy: Path, damage: str) -> None:
     ) as error:
         load_weights(_decoder(copy).weights, copy)
     assert "\n" not in str(error.value)
+
+
+def test_layers_that_draft_tokens_are_not_read(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, "Glm4MoeForCausalLM")
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "model.layers.2.eh_proj.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 unexpected: model\.layers\.2\.eh_proj\.weight"):
+        load_weights(_decoder(tmp_path).weights, tmp_path)
+    rewrite_config(tmp_path, num_nextn_predict_layers=1)
+    load_weights(_decoder(tmp_path).weights, tmp_path)
 
 
 def test_load_without_safetensors_is_refused(copy: Path) -> None:

@@ -1,0 +1,130 @@
+"""The mixture of experts: the router, the experts that it selects for each token, and the expert of all tokens.
+
+Shapes: T tokens, D hidden, I the rank's intermediate features, N experts, K of them selected per token.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...comm.base import Communicator
+from ...kernels import ops
+from .expert_config import Experts
+from .fp8_weights import add_matrix
+from .linear import MLP, shard_of
+from .norm import NormInput, Residual
+from .weights import ALL, Piece, Weights
+
+
+class Router:
+    """The choice of K experts for each token.
+
+    All ranks choose alike, because the router is replicated and its input is bitwise identical on all of them.
+    """
+
+    def __init__(self, weights: Weights, layer: str, hidden_size: int, experts: Experts) -> None:
+        self.experts, self.batch_invariant = experts, weights.batch_invariant
+        n, rules = experts.num_experts, experts.rules
+        name = f"{layer}.{rules.block}.gate.weight"
+        # With batch_invariant there is a kernel for the model's dtype only.
+        self.in_float32 = rules.float32_router and not weights.batch_invariant
+        dtype = torch.float32 if self.in_float32 else None
+        self.weight = weights.add((n, hidden_size), [Piece(name, (n, hidden_size))], dtype=dtype)
+        self.bias: Tensor | None = None
+        if rules.bias is not None:
+            shape = (1, n) if rules.bias_has_groups else (n,)
+            # Biases of close experts differ by less than 16-bit floats do.
+            self.bias = weights.add(shape, [Piece(f"{layer}.{rules.bias}", shape)], dtype=torch.float32)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts of each row of x [T, D], [T, K] int64, and their scores, [T, K] float32."""
+        experts = self.experts
+        scores = self._scores(x)
+        if self.bias is None:
+            scores, selected = scores.topk(experts.num_per_token, dim=-1)
+        else:
+            selected = self._exclude_groups(scores + self.bias).topk(experts.num_per_token, dim=-1).indices
+            scores = scores.gather(1, selected)
+        if experts.normalized:
+            scores = scores / scores.sum(-1, keepdim=True).clamp(min=experts.least_sum)
+        return selected, scores if experts.scaling == 1.0 else scores * experts.scaling
+
+    def _scores(self, x: Tensor) -> Tensor:
+        """Return the score of each expert, [T, N] float32."""
+        if self.in_float32:
+            logits = F.linear(x.float(), self.weight)
+        else:
+            logits = ops.linear(x, self.weight, batch_invariant=self.batch_invariant)
+        return logits.float().sigmoid() if self.experts.rules.scoring == "sigmoid" else logits.float().softmax(-1)
+
+    def _exclude_groups(self, choice: Tensor) -> Tensor:
+        """Return `choice` [T, N] with -inf outside of the groups whose two best experts have the greatest sums."""
+        if self.experts.num_groups == 1:
+            return choice
+        groups = choice.view(len(choice), self.experts.num_groups, -1)
+        best = groups.topk(2, dim=-1).values.sum(-1).topk(self.experts.groups_per_token, dim=-1).indices
+        excluded = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
+        return groups.masked_fill(excluded.unsqueeze(-1), -torch.inf).flatten(1)
+
+
+class SharedExpert(MLP):
+    """The MLP of all tokens beside the experts; some families have a gate, whose sigmoid scales it for each token."""
+
+    def __init__(
+        self, weights: Weights, comm: Communicator, layer: str, hidden_size: int, experts: Experts, *, bias: bool
+    ) -> None:
+        rules = experts.rules
+        name = f"{layer}.{rules.block}.{rules.shared}"
+        gate_up = f"{name}.gate_proj", f"{name}.up_proj"
+        super().__init__(weights, comm, gate_up, f"{name}.down_proj", hidden_size, experts.shared_size, bias=bias)
+        self.gate: Tensor | None = None
+        if rules.shared_gate:
+            self.gate = weights.add((1, hidden_size), [Piece(f"{name}_gate.weight", (1, hidden_size))])
+        self.batch_invariant = weights.batch_invariant
+
+    def __call__(self, normed: NormInput, residual: Residual) -> None:
+        """Add the MLP of rows [T, D] to `residual`."""
+        hidden = self.gate_up(normed, gated=True)
+        if self.gate is not None:
+            hidden *= ops.linear(normed.tensor(), self.gate, batch_invariant=self.batch_invariant).sigmoid()
+        self.down(hidden, residual)
+
+
+class MoE:
+    """`sum of score * expert(x)` over the experts that a router selects for each token, and the shared expert.
+
+    Every rank holds its shard of the intermediate features of every expert, as of an MLP.
+    """
+
+    def __init__(
+        self, weights: Weights, comm: Communicator, layer: str, hidden_size: int, experts: Experts, *, bias: bool
+    ) -> None:
+        n, full, hidden, rules = experts.num_experts, experts.intermediate_size, hidden_size, experts.rules
+        rows = shard_of(full, comm)
+        size = rows.stop - rows.start
+        gate_up, down = [], []
+        for expert in range(n):
+            gate_name, up_name, down_name = (
+                f"{layer}.{rules.block}.experts.{expert}.{name}.weight" for name in rules.projections
+            )
+            for name, start in ((gate_name, 0), (up_name, size)):
+                into = (expert, slice(start, start + size))
+                gate_up.append(Piece(name, (full, hidden), (rows,), into))
+            down.append(Piece(down_name, (hidden, full), (ALL, rows), (expert,)))
+        self.router = Router(weights, layer, hidden, experts)
+        self.gate_up = add_matrix(weights, (n, 2 * size, hidden), gate_up)
+        self.down = add_matrix(weights, (n, hidden, size), down)
+        self.shared: SharedExpert | None = None
+        if experts.shared_size:
+            self.shared = SharedExpert(weights, comm, layer, hidden, experts, bias=bias)
+
+    def __call__(self, normed: NormInput, residual: Residual) -> None:
+        """Leave the experts' sum for rows [T, D] in `residual`; the next norm adds it."""
+        x = normed.tensor()
+        if self.shared is not None:
+            self.shared(NormInput(x), residual)
+        selected, scores = self.router(x)
+        routed = ops.experts(x, selected, scores, self.gate_up, self.down)
+        residual.partial = routed if residual.partial is None else residual.partial.add_(routed)
