@@ -36,7 +36,7 @@ class ChildProcess:
 
     It has its own session: Ctrl-C does not reach it, and `close` also ends the processes that it has started. Its data
     segment is limited to `memory_bytes`, unless that is None. It inherits the file descriptors `inherited`, and this
-    process's environment unless another one is given.
+    process's environment unless another one is given. With `inherits_stderr` it also writes to this process's stderr.
     """
 
     def __init__(
@@ -46,8 +46,9 @@ class ChildProcess:
         memory_bytes: int | None = None,
         environment: Mapping[str, str] | None = None,
         inherited: Sequence[int] = (),
+        inherits_stderr: bool = False,
     ) -> None:
-        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
+        self._stderr = None if inherits_stderr else tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self._socket, child_end = socket.socketpair()
         with child_end:
             command, stream = [sys.executable, *arguments], child_end.fileno()
@@ -77,8 +78,8 @@ class ChildProcess:
         poller.register(self._socket, select.POLLIN)
         return bool(poller.poll(math.ceil(timeout_s * 1000)))
 
-    def answer(self, timeout_s: float) -> Any:
-        """Return the value in the next line of JSON.
+    def answer(self, timeout_s: float | None) -> Any:
+        """Return the value in the next line of JSON; None waits without a limit.
 
         Raises TimeoutError if the process is silent for timeout_s, and ChildFailed if it ends.
         """
@@ -104,14 +105,24 @@ class ChildProcess:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(EXIT_S)
         self._socket.close()
-        self._stderr.close()
+        if self._stderr is not None:
+            self._stderr.close()
 
     def _last_error(self) -> str:
+        if self._stderr is None:
+            return self._end()
         with suppress(ValueError):  # closed by another thread
             self._stderr.seek(-min(STDERR_BYTES, self._stderr.seek(0, os.SEEK_END)), os.SEEK_END)
             lines = self._stderr.read().decode(errors="replace").strip().splitlines()
             return lines[-1] if lines else "no message"
         return "it was closed"
+
+    def _end(self) -> str:
+        """Return how the process has ended."""
+        with suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(EXIT_S)
+            return f"exit status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
+        return "it has closed its output"
 
 
 def retry_ended(start: Callable[[], Result]) -> Result:

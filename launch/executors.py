@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from packaging.version import Version
 
 from ..runtime.config import Config
@@ -41,6 +42,11 @@ def start_executor(config: Config, model: ModelConfig, folder: Path, connection:
         from .cluster.ray_executor import RayExecutor
 
     return RayExecutor(config, model, connection)
+
+
+def runs_on_gpu(config: Config) -> bool:
+    """Return whether a rank in this process, or in a child process, would run on a GPU."""
+    return config.device != "cpu" and torch.cuda.is_available()  # this makes no CUDA context
 
 
 def start_replicas(config: Config, connection: Connection, replicas: int, max_queued: int) -> Executor:

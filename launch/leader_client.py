@@ -50,15 +50,7 @@ class LeaderClient:
     def receive(self, timeout_s: float) -> list[StepOutput]:
         """Return the outputs since the last call; wait up to timeout_s for the first, or until the wakeup is set."""
         messages = self._outputs.receive(max(0.0, min(timeout_s, self.time_left)), self._wakeup)
-        if not messages:
-            return []
-        self._last_report = time.perf_counter()
-        reports = [decode_report(message) for message in messages]
-        self.stats = reports[-1].stats
-        self._profile = next((report.profile for report in reports if report.profile is not None), self._profile)
-        outputs = [report.output for report in reports]
-        self._live.difference_update(finished.uid for output in outputs for finished in output.finished)
-        return outputs
+        return self._update(messages) if messages else []
 
     def start_profile(self, num_steps: int) -> None:
         """Trace up to `num_steps` decode steps."""
@@ -73,3 +65,12 @@ class LeaderClient:
         """Tell the leader to stop."""
         self._commands.send(encode(Stop()))
         self._commands.close()
+
+    def _update(self, messages: list[bytes]) -> list[StepOutput]:
+        self._last_report = time.perf_counter()
+        reports = [decode_report(message) for message in messages]
+        self.stats = reports[-1].stats
+        self._profile = next((report.profile for report in reports if report.profile is not None), self._profile)
+        outputs = [report.output for report in reports]
+        self._live.difference_update(finished.uid for output in outputs for finished in output.finished)
+        return outputs

@@ -16,8 +16,10 @@ import msgspec
 import torch
 
 from ..comm.base import SingleRank
+from ..comm.message_sockets import PullSocket, PushSocket
 from .config import Config
 from .engine import Engine
+from .leader_loop import lead
 from .memory.memory_plan import MemoryPlan
 from .model.model_config import ModelConfig
 from .plan import StepOutput
@@ -132,6 +134,10 @@ class LocalExecutor:
 
     def take_profile(self) -> Profile | None:
         return self._engine.take_profile()
+
+    def lead(self, inbox: PullSocket, outputs: PushSocket) -> None:
+        """Work for a front end in another process until its Stop command, in place of all calls but `close`."""
+        lead(self._engine, inbox, outputs)
 
     def close(self) -> None:
         self._engine.runner.close()

@@ -9,7 +9,7 @@ import asyncio
 import atexit
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +17,7 @@ import msgspec
 
 from ...comm.message_sockets import WakeupEvent
 from ...runtime.config import DEMO_MODEL, DEMO_NAME, Config
-from ...runtime.executor import RankLocation
+from ...runtime.executor import Executor, RankLocation
 from ...runtime.frontend import Frontend, PromptFields
 from ...runtime.model.checkpoint import find_model
 from ...runtime.model.generation_config import default_sampling_params
@@ -29,7 +29,8 @@ from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.tokenizer import Tokenizer
 from ..cluster.engine_thread import EngineThread
 from ..errors import EngineFailed, RequestCrashedEngine
-from ..executors import connect_ray, start_executor, start_replicas
+from ..executors import connect_ray, runs_on_gpu, start_executor, start_replicas
+from ..process_executor import ProcessExecutor
 from ..signals import Undo
 from .async_tokenizer import AsyncTokenizer
 from .event_streams import OutputQueue
@@ -99,9 +100,12 @@ class AsyncEngine:
             else:
                 wakeup, shutting_down = connection.wakeup, connection.shutting_down
                 stack.callback(connection.close)
+            start_ranks: Callable[[], Executor]
             if self._replicas > 1:
                 assert connection is not None
                 start_ranks = partial(start_replicas, self.config, connection, self._replicas, self._max_queued)
+            elif connection is None and runs_on_gpu(self.config):
+                start_ranks = partial(ProcessExecutor, self.config, folder, wakeup)
             else:
                 start_ranks = partial(start_executor, self.config, model, folder, connection)
             frontend = Frontend(start_ranks(), tokenizer, model.eos_token_ids)

@@ -303,7 +303,7 @@ def _delta(answer: ParsedAnswer) -> api.ChatDelta:
     if answer.content:
         delta["content"] = answer.content
     if answer.reasoning:
-        delta["reasoning_content"] = delta["reasoning"] = answer.reasoning
+        delta["reasoning"] = delta["reasoning_content"] = answer.reasoning
     if answer.calls:
         delta["tool_calls"] = [_call_delta(index, call) for index, call in answer.calls.items()]
     return delta

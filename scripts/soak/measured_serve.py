@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.launch.cli.main import main
-from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.engine import event_streams
+from lockstep.launch.leader_client import LeaderClient
 from lockstep.launch.server.handlers import Handlers
 from lockstep.runtime.outputs import Event
 
@@ -35,10 +35,10 @@ writes: list[tuple[float, float]] = []  # time and CPU seconds of this process a
 
 def measure_steps() -> None:
     """Note when each event's step arrived, and when the event reached the event loop."""
-    update, put, send = RayExecutor._update, event_streams.put_all, event_streams.send
+    update, put, send = LeaderClient._update, event_streams.put_all, event_streams.send
     step_of: dict[int, float] = {}
 
-    def timed_update(self: RayExecutor, messages: list[bytes]) -> Any:
+    def timed_update(self: LeaderClient, messages: list[bytes]) -> Any:
         global step_received_at
         step_received_at = time.perf_counter()
         return update(self, messages)
@@ -53,7 +53,7 @@ def measure_steps() -> None:
         times_of.update((id(event), (step_of.pop(id(event), now), now)) for _, event in items)
         put(items)
 
-    RayExecutor._update = timed_update  # type: ignore[method-assign]
+    LeaderClient._update = timed_update  # type: ignore[method-assign]
     event_streams.send, event_streams.put_all = timed_send, timed_put
 
 

@@ -78,6 +78,17 @@ def test_body_that_breaks_the_protocol_is_answered_once(shared: Running, caplog:
     assert [record for record in caplog.records if record.exc_info] == []
 
 
+def test_stream_of_http_1_0_has_no_chunks(shared: Running) -> None:
+    request = request_of({"max_tokens": 5, "stream": True, "seed": 3})
+    head, _, body = exchange(shared, request.replace(b"HTTP/1.1", b"HTTP/1.0", 1)).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in head.lower()
+    events = body.decode().split("\n\n")
+    assert [event[:6] for event in events] == ["data: "] * 6 + [""]
+    texts = [json.loads(event[6:])["choices"][0]["text"] for event in events[:5]]
+    whole = shared.post("/v1/completions", {**COMPLETION, "max_tokens": 5, "seed": 3})
+    assert "".join(texts) == whole.json()["choices"][0]["text"]
+
+
 def test_half_request_is_dropped(shared: Running) -> None:
     assert exchange(shared, request_of({})[:-5]) == b""
 

@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import pytest
 from lockstep.launch.engine.recovery import Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server import http_io
-from lockstep.launch.server.run import bind, serve_until_signal
+from lockstep.launch.server.run import bind, run_loop, serve_until_signal
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
 from lockstep.runtime.tokenizer import Tokenizer
 
@@ -56,7 +57,7 @@ def test_disconnect_cancels_within_a_step(run: Callable[..., Running], stream: b
     ],
 )
 def test_errors_show_no_folders_of_the_server(run: Callable[..., Running], reason: str, shown: str) -> None:
-    running = run()
+    running = run(keep_alive_on_engine_death=True)  # it would end while the answers are read
     fake(running).fails = EngineFailed(reason)
     streamed = running.post("/v1/completions", {**COMPLETION, "stream": True}).text
     whole = running.post("/v1/completions", COMPLETION)
@@ -216,6 +217,17 @@ def test_internal_error_fails_one_request(shared: Running, monkeypatch: pytest.M
     assert shared.post("/v1/completions", COMPLETION).status_code == 200
 
 
+def test_other_loop_without_uvloop(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    async def name_of_loop() -> str:
+        return type(asyncio.get_running_loop()).__module__
+
+    caplog.set_level("INFO")
+    assert run_loop(name_of_loop()).startswith("uvloop")
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    assert run_loop(name_of_loop()).startswith("asyncio")
+    assert [record.levelname for record in caplog.records if "event loop" in record.message] == ["INFO", "WARNING"]
+
+
 def test_metrics(run: Callable[..., Running]) -> None:
     running = run()
     running.post("/v1/completions", {**COMPLETION, "n": 2, "prompt": [5, 6, 7]})
@@ -260,7 +272,7 @@ def test_slow_tokenization_does_not_block_other_requests(
         if text == "slow":
             started.set()
             assert answered.wait(60)
-        return encode(text)
+        return encode(text, **options)
 
     monkeypatch.setattr(tokenizer, "encode", slow)
     thread = threading.Thread(target=shared.post, args=("/v1/completions", {**COMPLETION, "prompt": "slow"}))
