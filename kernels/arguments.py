@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 MXFP4_BLOCK = 32  # columns with one scale
 MXFP4_NUMBERS = 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0
 MAX_CHUNKS = 8  # the most chunks of a row in a KeyPartition with kv_chunk
+Scoring = Literal["softmax", "sigmoid"]  # of the experts of a router
 MAX_GROUP = 8  # the most query heads that a thread block of decode_attention processes
 
 

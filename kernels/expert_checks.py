@@ -1,4 +1,4 @@
-"""The check of the arguments of `ops.experts`."""
+"""The checks of the arguments of `ops.experts` and `ops.select_experts`."""
 
 from __future__ import annotations
 
@@ -55,3 +55,12 @@ def _check_mxfp4(name: str, weight: MXFP4Weight, x: Tensor) -> None:
     fits = list(weight.scales.shape) == grid and weight.scales.is_contiguous()
     require(fits, f"{name}.scales", weight.scales, f"must be {grid}, contiguous")
     require(x.dtype == torch.bfloat16 or not x.is_cuda, "x", x, "must be bfloat16 for MXFP4 on a GPU")
+
+
+def check_selection(logits: Tensor, count: int, bias: Tensor | None) -> None:
+    require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [T, N], floating point")
+    few = logits.shape[1] <= 512 or not logits.is_cuda
+    require(1 <= count <= logits.shape[1] and few, "logits", logits, f"must have {count} to 512 experts")
+    if bias is not None:
+        fits = bias.shape in (logits.shape, logits.shape[1:]) and bias.dtype == torch.float32
+        require(fits, "bias", bias, f"must be [{logits.shape[1]}] or {list(logits.shape)} float32")

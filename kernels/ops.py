@@ -28,8 +28,19 @@ from torch import Tensor
 
 from . import native, reference
 from .argument_checks import check_fp8, check_int32, check_logits, check_rotary, check_rows, require
-from .arguments import ClampedSwiGLU, ExpertMatrix, FP8Weight, KeyPartition, KVCache, Matrix, Pages, QKNorm, Rope
-from .expert_checks import check_experts
+from .arguments import (
+    ClampedSwiGLU,
+    ExpertMatrix,
+    FP8Weight,
+    KeyPartition,
+    KVCache,
+    Matrix,
+    Pages,
+    QKNorm,
+    Rope,
+    Scoring,
+)
+from .expert_checks import check_experts, check_selection
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -208,16 +219,25 @@ def gelu_and_mul(x: Tensor) -> Tensor:
 
 
 @op("gemm")
-def select_experts(logits: Tensor, count: int, *, normalized: bool) -> tuple[Tensor, Tensor]:
-    """Return the experts of the `count` greatest logits of each token, [T, K] int64, and their scores, [T, K] float32.
+def select_experts(
+    logits: Tensor,
+    count: int,
+    *,
+    normalized: bool,
+    scoring: Scoring = "softmax",
+    bias: Tensor | None = None,
+    least_sum: float = 0.0,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return the `count` best experts of each token, [T, K] int64, best first, and their scores, [T, K] float32.
 
     logits      [T, N]  floating point; on a GPU N is at most 512, and the lesser of two experts with equal logits wins
-    normalized  the scores are the softmax of the selected logits, with the sum 1; else that of all logits
-    Both are in descending order of the logits.
+    scoring     the scores are the softmax of the logits, or the sigmoid of each
+    bias        [N] or [T, N] float32: is added to the scores to find the best experts, and not returned
+    normalized  the scores are divided by their sum, or by least_sum if that is more
+    scaling     factor of the scores, after that
     """
-    require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [T, N], floating point")
-    few = logits.shape[1] <= 512 or not logits.is_cuda
-    require(1 <= count <= logits.shape[1] and few, "logits", logits, f"must have {count} to 512 experts")
+    check_selection(logits, count, bias)
 
 
 @op("gemm")

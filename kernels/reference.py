@@ -20,6 +20,7 @@ from .arguments import (
     Pages,
     QKNorm,
     Rope,
+    Scoring,
     StateRows,
 )
 
@@ -166,11 +167,23 @@ def gelu_and_mul(x: Tensor) -> Tensor:
     return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
 
-def select_experts(logits: Tensor, count: int, *, normalized: bool) -> tuple[Tensor, Tensor]:
+def select_experts(
+    logits: Tensor,
+    count: int,
+    *,
+    normalized: bool,
+    scoring: Scoring = "softmax",
+    bias: Tensor | None = None,
+    least_sum: float = 0.0,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     wide = logits.float()
-    best, expert_ids = wide.topk(count, dim=-1)
-    scores = best.softmax(-1) if normalized else (best - wide.logsumexp(-1, keepdim=True)).exp()
-    return expert_ids, scores
+    scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
+    expert_ids = (wide if bias is None else scores + bias).topk(count, dim=-1).indices
+    scores = scores.gather(1, expert_ids)
+    if normalized:
+        scores = scores / scores.sum(-1, keepdim=True).clamp(min=least_sum)
+    return expert_ids, scores * scaling
 
 
 def experts(

@@ -22,6 +22,7 @@ KVLayout = Literal["layer-first", "page-first"]
 LoadFormat = Literal["auto", "dummy"]
 QuantizationChoice = Literal["auto", "fp8"]
 KVCacheDType = Literal["auto", "fp8"]
+SchedulingPolicy = Literal["fair", "fcfs"]
 AttentionChoice = Literal["auto", "flashinfer", "torch"]
 
 DEMO_MODEL = str(Path(__file__).parent.parent / "launch" / "demo")
@@ -56,6 +57,9 @@ class Config:
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens; the model's own if not given")
     max_num_seqs: int = option(256, "outputs generated at once; a request with n > 1 has n of them")
     max_num_batched_tokens: int = option(8192, "tokens computed in one step, over all requests")
+    scheduling_policy: SchedulingPolicy = option(
+        "fair", "order of requests and division of steps: fair between clients, or fcfs, first come first served"
+    )
     page_size: int = option(16, "tokens in one page of the KV cache")
     kv_layout: KVLayout = option("layer-first", "order of layers and pages in the KV cache")
     kv_cache_dtype: KVCacheDType = option(

@@ -15,7 +15,8 @@ from .plan import RequestEnd, StepOutput, StepPlan
 from .request import Request
 from .runner.profiler import Profiler
 from .runner.runner import PendingStep, Runner
-from .scheduler.scheduler import ScheduledStep, Scheduler
+from .scheduler.scheduled_step import ScheduledStep
+from .scheduler.scheduler import Scheduler
 from .stats import EngineStats, Profile
 
 COMPILATION_S = 0.01  # longest wait for a grammar between two looks for commands
@@ -147,7 +148,10 @@ class Engine:
             self._note_prefills(output, ended)
         self.stats.wait_s += arrived - waiting
         self.stats.commit_s += ended - arrived
-        self._count(step.scheduled.plan, len(output.tokens), ended - max(step.started, self._last_end))
+        seconds = ended - max(step.started, self._last_end)
+        self._count(step.scheduled.plan, len(output.tokens), seconds)
+        latency, is_limited = ended - step.started, step.scheduled.is_limited
+        self.scheduler.division.budget.note(output.num_computed, latency, seconds, is_limited=is_limited)
         self._last_end = ended
         return output
 

@@ -222,6 +222,7 @@ class Limits:
     page_size: int
     vocab_size: int
     enable_prefix_caching: bool = True
+    is_fair: bool = True  # between clients
     has_states: bool = False  # some layers have a recurrent state: a prefix is cached where its state is saved
     saved_states: int = 0  # recurrent states for cached prefixes
     window: int | None = None  # keys that a query sees in any layer, its own included; None: all

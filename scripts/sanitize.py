@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import ops
-from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope
+from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope, num_groups
 
 
 def random(*shape: int) -> Tensor:
@@ -36,9 +36,13 @@ def linear_layers() -> None:
 
 
 def attention() -> None:
-    rows, heads, kv_heads = 70, 8, 2
+    rows, kv_heads = 70, 2
     positions, table_rows = integers([0, 1, 17, 300, 1999] * 14), torch.randperm(rows, device="cuda").int()
-    for size, page_size, window in ((64, 5, None), (128, 16, None), (128, 16, 50)):
+    shapes = (
+        (64, 8, 5, None, None), (128, 8, 16, None, None), (128, 24, 16, 50, None), (96, 8, 16, 50, 2.0),
+        (256, 8, 16, None, None), (256, 8, 16, 50, 2.0),
+    )  # fmt: skip
+    for size, heads, page_size, window, softcap in shapes:
         table = torch.randperm(rows * 400, device="cuda").int().view(rows, 400)
         cache = KVCache(*(random(rows * 400, page_size, kv_heads, size) for _ in range(2)))
         norm, cos_sin = QKNorm(random(size), random(size), 1e-6), torch.randn(2000, size, device="cuda")
@@ -46,9 +50,9 @@ def attention() -> None:
         for first in (0, 65, 67, 69):  # few rows and many take different blocks
             part = slice(first, rows)
             qkv, rope = random(rows - first, (heads + 2 * kv_heads) * size), Rope(positions[part], cos_sin)
-            partition = ops.partition_keys(positions[part], kv_heads, window)
+            partition = ops.partition_keys(positions[part], num_groups(heads, kv_heads), window)
             pages = Pages(table, table_rows[part])
-            ops.decode_attention(qkv, norm, rope, cache, kv_slots[part], pages, partition, 0.1)
+            ops.decode_attention(qkv, norm, rope, cache, kv_slots[part], pages, partition, 0.1, softcap)
             ops.rotate_and_store_(qkv, norm, rope, cache, kv_slots[part])
 
 

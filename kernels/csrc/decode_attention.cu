@@ -375,7 +375,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
         block.prepare_heads(range, stage);
         __syncthreads();
         if (next.chunk < block.stop) block.load_angles(next, stage ^ 1), block.load_heads(next, stage ^ 1);
-        if (range.has_new_token()) block.store_new_token(range.row, value);
+        if (range.has_new_token() && blockIdx.y == 0) block.store_new_token(range.row, value);
 
         SoftmaxState<HEAD_DIM> state;
         block.attend_range(state, tile, range, next);

@@ -56,40 +56,54 @@ DEVICE long long order_key(float x, int index) {
     return (long long)(bits ^ (bits >> 31 & 0x7fffffff)) << 32 | (0x7fffffff - index);
 }
 
-// The `choices` greatest logits of each token, and their softmax: among themselves if NORMALIZED, else among all. A warp has a token,
-// and a lane the logits lane, lane + 32, ...
-template <typename T, int PER_LANE, bool NORMALIZED>
+// The `choices` experts of each token with the greatest scores, to which `bias` is added for the choice if it is not null, and their
+// scores: sigmoid(logit), or the softmax of all logits. NORMALIZED divides them by their sum, which is at least least_sum. A warp has
+// a token, and a lane the experts lane, lane + 32, ... With bias_stride each token has its own row of biases.
+template <typename T, int PER_LANE, bool NORMALIZED, bool SIGMOID>
 __global__ void __launch_bounds__(256) select_experts(
-    long long* __restrict__ expert_ids, float* __restrict__ scores, const T* __restrict__ logits, int tokens, int experts, int choices) {
+    long long* __restrict__ expert_ids, float* __restrict__ scores, const T* __restrict__ logits, const float* __restrict__ bias,
+    int bias_stride, float least_sum, float scaling, int tokens, int experts, int choices) {
     launch_next();
     wait_for_previous();
     const int lane = threadIdx.x % 32, token = blockIdx.x * 8 + threadIdx.x / 32;
     if (token >= tokens) return;
-    float logit[PER_LANE], greatest = -infinity(), sum = 0.f;
+    float key[PER_LANE], score[PER_LANE], greatest = -infinity(), sum = 0.f;
     UNROLL for (int i = 0; i < PER_LANE; ++i) {
         const int expert = lane + 32 * i;
-        logit[i] = expert < experts ? to_float(logits[(long long)token * experts + expert]) : -infinity();
-        greatest = fmaxf(greatest, logit[i]);
+        key[i] = expert < experts ? to_float(logits[(long long)token * experts + expert]) : -infinity();
+        greatest = fmaxf(greatest, key[i]);
     }
     for (int n = 16; n > 0; n >>= 1) greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, n));
-    UNROLL for (int i = 0; i < PER_LANE; ++i) sum += NORMALIZED ? 0.f : __expf(logit[i] - greatest);
+    UNROLL for (int i = 0; i < PER_LANE; ++i) {
+        score[i] = SIGMOID ? 1.f / (1.f + __expf(-key[i])) : __expf(key[i] - greatest);
+        sum += score[i];
+    }
+    float divisor = SIGMOID ? 1.f : warp_sum(sum);
+    if (bias) {
+        UNROLL for (int i = 0; i < PER_LANE; ++i) {
+            const int expert = lane + 32 * i;
+            score[i] /= divisor;
+            if (expert < experts) key[i] = score[i] + bias[(long long)token * bias_stride + expert];
+        }
+        divisor = 1.f;
+    }
+    sum = 0.f;
     for (int choice = 0; choice < choices; ++choice) {
         long long best = order_key(-infinity(), 0x7fffffff);
-        UNROLL for (int i = 0; i < PER_LANE; ++i) best = max(best, order_key(logit[i], lane + 32 * i));
+        UNROLL for (int i = 0; i < PER_LANE; ++i) best = max(best, order_key(key[i], lane + 32 * i));
         for (int n = 16; n > 0; n >>= 1) best = max(best, __shfl_xor_sync(0xffffffffu, best, n));
         const int expert = 0x7fffffff - (int)(best & 0x7fffffff);
         UNROLL for (int i = 0; i < PER_LANE; ++i) {
             if (expert != lane + 32 * i) continue;
-            const float e = __expf(logit[i] - greatest);
-            if (NORMALIZED) sum += e;
+            sum += score[i];
             expert_ids[(long long)token * choices + choice] = expert;
-            scores[(long long)token * choices + choice] = e;
-            logit[i] = -infinity();
+            scores[(long long)token * choices + choice] = score[i];
+            key[i] = -infinity();
         }
     }
-    sum = warp_sum(sum);
+    if (NORMALIZED) divisor = fmaxf(warp_sum(sum), least_sum * divisor);
     __syncwarp();
-    for (int choice = lane; choice < choices; choice += 32) scores[(long long)token * choices + choice] /= sum;
+    for (int choice = lane; choice < choices; choice += 32) scores[(long long)token * choices + choice] *= scaling / divisor;
 }
 
 // Load four matrices of 8 x 8. Lanes 8 i .. 8 i + 7 have the addresses of the rows of matrix i; lane l gets the elements 2 (l % 4)

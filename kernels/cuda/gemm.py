@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import ClampedSwiGLU, ExpertMatrix, FP8Weight, Matrix, MXFP4Weight
+from ..arguments import ClampedSwiGLU, ExpertMatrix, FP8Weight, Matrix, MXFP4Weight, Scoring
 from . import scaled_gemm
 from .elementwise import rms_norm, silu_and_mul
 from .kernel_launch import (
@@ -149,16 +149,30 @@ class ExpertTiles(NamedTuple):
     num_tiles: int
 
 
-def select_experts(logits: Tensor, count: int, *, normalized: bool) -> tuple[Tensor, Tensor]:
+def select_experts(
+    logits: Tensor,
+    count: int,
+    *,
+    normalized: bool,
+    scoring: Scoring = "softmax",
+    bias: Tensor | None = None,
+    least_sum: float = 0.0,
+    scaling: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     tokens, num_experts = logits.shape
     expert_ids = torch.empty(tokens, count, dtype=torch.int64, device=logits.device)
     scores = torch.empty(tokens, count, dtype=torch.float32, device=logits.device)
     if tokens:
         per_lane = next(n for n in (1, 2, 4, 8, 16) if 32 * n >= num_experts)
-        name = f"select_experts<{c_name(logits)}, {per_lane}, {str(normalized).lower()}>"
-        launch = kernel("experts.cu", name, early=True)
+        flags = (str(flag).lower() for flag in (normalized, scoring == "sigmoid"))
+        launch = kernel(
+            "experts.cu", f"select_experts<{', '.join((c_name(logits), str(per_lane), *flags))}>", early=True
+        )
+        stride = num_experts if bias is not None and bias.dim() > 1 else 0
+        biases = optional(None if bias is None else bias.contiguous()), np.int32(stride)
         sizes = map(np.int32, (tokens, num_experts, count))
-        launch((-(-tokens // 8), 1), MAX_THREADS, expert_ids, scores, logits.contiguous(), *sizes)
+        factors = np.float32(least_sum), np.float32(scaling)
+        launch((-(-tokens // 8), 1), MAX_THREADS, expert_ids, scores, logits.contiguous(), *biases, *factors, *sizes)
     return expert_ids, scores
 
 

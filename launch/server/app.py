@@ -158,7 +158,7 @@ class RequireKey:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._digests or scope["path"] == "/health" or self._has_key(scope):
+        if scope["type"] != "http" or not self._digests or scope["path"] == "/health" or self._note_key(scope):
             await self._app(scope, receive, send)
         else:
             error = ApiError(401, "this server needs a valid API key; send the header Authorization: Bearer KEY")
@@ -166,7 +166,8 @@ class RequireKey:
             response.headers["WWW-Authenticate"] = 'Basic realm="lockstep", charset="UTF-8"'  # so browsers prompt
             await response(scope, receive, send)
 
-    def _has_key(self, scope: Scope) -> bool:
+    def _note_key(self, scope: Scope) -> bool:
+        """Return whether the request has a key, and note its index in request.state."""
         headers = dict(scope["headers"])
         authorization = headers.get(b"authorization") or b"Bearer " + headers.get(b"x-api-key", b"")
         scheme, _, key = authorization.partition(b" ")
@@ -174,7 +175,10 @@ class RequireKey:
             key = _password(key)
         # Takes equal time for every key: digests have one length, and no comparison is left out.
         matches = [hmac.compare_digest(_digest(key.strip()), digest) for digest in self._digests]
-        return scheme.lower() in (b"bearer", b"basic") and any(matches)
+        if scheme.lower() not in (b"bearer", b"basic") or not any(matches):
+            return False
+        scope.setdefault("state", {})["key_index"] = matches.index(True)
+        return True
 
 
 def _password(credentials: bytes) -> bytes:

@@ -19,7 +19,7 @@ from ...comm.message_text import counted
 from ...runtime.detokenizer import PromptText
 from ...runtime.frontend import PromptFields
 from ...runtime.outputs import Event
-from ...runtime.request import RequestRefused, SamplingParams
+from ...runtime.request import Origin, RequestRefused, SamplingParams
 from ...runtime.version import __version__
 from ..cluster.engine_thread import StallDetector
 from ..engine.async_engine import AsyncEngine
@@ -37,6 +37,7 @@ from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeR
 from .protocol.response_models import Detokenized, Healthy, InputTokens, Model, ModelList, Tokens, Version
 from .protocol.responses_models import ResponsesRequest
 from .request_id import REQUEST_ID
+from .request_origin import ClientRecognition
 from .response_builders import ChatBuilder, CompletionBuilder, ReplyOptions, ResponseBuilder
 from .responses_builder import ResponsesBuilder
 from .server_config import ServerConfig, ServerLimits
@@ -56,6 +57,7 @@ class Handlers:
         self._engine, self._log_requests = engine, config.log_requests
         self._validator = RequestValidator(engine, config)
         self._admission = AdmissionControl(engine, config)
+        self._clients = ClientRecognition(config)
         self._tokenizer = engine.tokenizer
         max_items = max(MAX_ITEMS, 2 * self._validator.max_model_len)
         self._body_budget = BodyBudget(config.max_body_bytes, limits.max_bodies, max_items)
@@ -66,20 +68,20 @@ class Handlers:
 
     async def completions(self, request: Request) -> Response:
         """Serve POST /v1/completions."""
-        return self._answer(await read_body(request, CompletionRequest, self._body_budget))
+        return self._answer(request, await read_body(request, CompletionRequest, self._body_budget))
 
     async def chat(self, request: Request) -> Response:
         """Serve POST /v1/chat/completions."""
-        return self._answer(await read_body(request, ChatRequest, self._body_budget))
+        return self._answer(request, await read_body(request, ChatRequest, self._body_budget))
 
     async def responses(self, request: Request) -> Response:
         """Serve POST /v1/responses."""
         body = await read_body(request, ResponsesRequest, self._body_budget)
-        return self._answer(as_chat(body), partial(ResponsesBuilder, body))
+        return self._answer(request, body, partial(ResponsesBuilder, body))
 
     async def messages(self, request: Request) -> Response:
         """Serve POST /v1/messages."""
-        return self._answer(as_chat(await read_body(request, MessagesRequest, self._body_budget)), MessagesBuilder)
+        return self._answer(request, await read_body(request, MessagesRequest, self._body_budget), MessagesBuilder)
 
     async def count_tokens(self, request: Request) -> InputTokens:
         """Serve POST /v1/messages/count_tokens."""
@@ -87,20 +89,27 @@ class Handlers:
         self._validator.check_model(body.model)
         return InputTokens(input_tokens=len(await self._chats.prompt(body)))
 
-    def _answer(self, body: GenerateRequest, new_builder: NewBuilder | None = None) -> Response:
-        """Return the response to a checked body; `new_builder` is that of the API if it is not the body's own."""
+    def _answer(
+        self,
+        request: Request,
+        sent: GenerateRequest | ResponsesRequest | MessagesRequest,
+        new_builder: NewBuilder | None = None,
+    ) -> Response:
+        """Return the response to a body; `new_builder` is that of the API if the body is computed as a chat."""
+        origin = self._clients.origin(request, sent)
+        body = as_chat(sent) if isinstance(sent, (ResponsesRequest, MessagesRequest)) else sent
         num_outputs = self._validator.check(body)
         if isinstance(body, ChatRequest):
             self._chats.check(body)
 
         async def answer(send: Send) -> None:
-            with self._admission.admit(num_outputs):
+            with self._admission.admit(num_outputs, origin.client):
                 if isinstance(body, ChatRequest):
                     limit = self._validator.max_encoded(body)
                     chat = await self._chats.prepare(body, structured_outputs(body), limit)
-                    await self._generate(body, [chat.prompt], send, chat, new_builder)
+                    await self._generate(body, [chat.prompt], send, origin, chat, new_builder)
                 else:
-                    await self._generate(body, await self._encode(body), send)
+                    await self._generate(body, await self._encode(body), send, origin)
 
         return StreamingAnswer(answer)
 
@@ -140,8 +149,8 @@ class Handlers:
         return echoes
 
     async def _generate(
-        self, body: GenerateRequest, prompts: list[list[int]], send: Send, chat: PreparedChat | None = None,
-        new_builder: NewBuilder | None = None,
+        self, body: GenerateRequest, prompts: list[list[int]], send: Send, origin: Origin,
+        chat: PreparedChat | None = None, new_builder: NewBuilder | None = None,
     ) -> None:  # fmt: skip
         """Generate the outputs of all prompts and send the response, as a stream if the body says so."""
         prompts = [self._validator.truncated(body, ids) for ids in prompts]
@@ -156,7 +165,7 @@ class Handlers:
         else:
             builder = await self._builder(body, prompts, usage, chat)
         try:
-            async with aclosing(self._events(body, prompts, params, usage)) as events:
+            async with aclosing(self._events(body, prompts, params, usage, origin)) as events:
                 if body.stream:
                     options = body.stream_options
                     with_usage = options is not None and bool(options.include_usage)
@@ -181,7 +190,12 @@ class Handlers:
                 )  # fmt: skip
 
     async def _events(
-        self, body: GenerateRequest, prompts: list[list[int]], params: list[SamplingParams], usage: TokenUsage
+        self,
+        body: GenerateRequest,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+        usage: TokenUsage,
+        origin: Origin,
     ) -> AsyncGenerator[tuple[int, Event], None]:
         """Yield the events of all prompts in the order of arrival, each with the index of its choice in the response.
 
@@ -190,10 +204,8 @@ class Handlers:
         """
         timers = [PromptTimer(self._metrics, p.n) for p in params]
         salt, is_echo_only = body.cache_salt, body.max_tokens == 0
-        streams = [
-            self._engine.generate(ids if salt is None else PromptFields(prompt_token_ids=ids, cache_salt=salt), p)
-            for ids, p in zip(prompts, params, strict=True)
-        ]
+        salted = [ids if salt is None else PromptFields(prompt_token_ids=ids, cache_salt=salt) for ids in prompts]
+        streams = [self._engine.generate(prompt, p, origin) for prompt, p in zip(salted, params, strict=True)]
         async with aclosing(merge(streams)) as events:
             async for prompt, event in events:
                 if is_echo_only:

@@ -50,6 +50,8 @@ def _start_and_answer(
     config: Config, options: BatchOptions, left: Sequence[BatchRequest], answers: AnswerFile, total: int
 ) -> None:
     num_left = len(left)
+    if config.scheduling_policy == "fair":  # nobody else waits
+        config = dataclasses.replace(config, scheduling_policy="fcfs")
     chat_fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(ChatOptions)}
     server_config = ServerConfig(**chat_fields, max_concurrent_requests=num_left, max_queued=num_left * 128)
     template = read_template(options.chat_template)

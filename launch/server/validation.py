@@ -6,6 +6,7 @@ vLLM's `structured_outputs` or by vLLM's older `guided_*` fields.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from .protocol.request_models import ChatRequest, CompletionRequest, GenerateReq
 from .server_config import ServerConfig
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may fill the context
+RESERVE = 8
 MAX_PROMPT_CANDIDATES = 500_000  # 20 MB of JSON
 SAMPLING_FIELDS = (  # SamplingParams has the same names
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -169,29 +171,45 @@ class RequestValidator:
 
 
 class AdmissionControl:
-    """Counts live requests and outputs, and refuses requests above the limits of the configuration."""
+    """Counts live requests and outputs, and refuses requests above the limits of the configuration.
+
+    A client with little may exceed them by a share of 1/RESERVE, so that one that sends as much as it can does not lock
+    the others out.
+    """
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
         self._engine, self._config = engine, config
         self._num_requests = self._num_outputs = 0
+        self._by_client: Counter[int] = Counter()  # outputs
 
     @contextmanager
-    def admit(self, num_outputs: int) -> Iterator[None]:
-        """Count a request as live within the block; raises ApiError if it cannot be admitted."""
+    def admit(self, num_outputs: int, client: int) -> Iterator[None]:
+        """Count a client's request as live within the block; raises ApiError if it cannot be admitted."""
         health = self._engine.health
         if health.state in ("draining", "failed"):
             message = f"the server takes no requests: it is {health.state}, {health.reason}"
             raise ApiError(503, message, code=health.state)
-        num_queued = self._num_outputs + num_outputs - self._engine.limits.max_num_seqs
-        is_full = max(num_queued, self._engine.stats().waiting) > self._config.max_queued
-        if is_full or self._num_requests >= self._config.max_concurrent_requests:
+        max_num_seqs, config = self._engine.limits.max_num_seqs, self._config
+        num_queued = self._num_outputs + num_outputs - max_num_seqs
+        max_queued, max_requests = config.max_queued, config.max_concurrent_requests
+        if self._by_client[client] + num_outputs <= max_queued // RESERVE**2:
+            max_queued += max_queued // RESERVE
+            max_requests += max_requests // RESERVE
+        is_full = max(num_queued, self._engine.stats().waiting) > max_queued
+        if is_full or self._num_requests >= max_requests:
             load = f"{counted(self._num_requests, 'request')} with {counted(self._num_outputs, 'output')}"
             raise ApiError(429, f"the server is busy: {load}; try again later", code="rate_limit_exceeded")
-        self._num_requests, self._num_outputs = self._num_requests + 1, self._num_outputs + num_outputs
+        self._count(client, 1, num_outputs)
         try:
             yield
         finally:
-            self._num_requests, self._num_outputs = self._num_requests - 1, self._num_outputs - num_outputs
+            self._count(client, -1, -num_outputs)
+
+    def _count(self, client: int, num_requests: int, num_outputs: int) -> None:
+        self._num_requests, self._num_outputs = self._num_requests + num_requests, self._num_outputs + num_outputs
+        self._by_client[client] += num_outputs
+        if self._by_client[client] == 0:
+            del self._by_client[client]
 
 
 def num_top_logprobs(body: GenerateRequest) -> int | None:

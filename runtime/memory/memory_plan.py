@@ -137,13 +137,16 @@ class MemoryPlan:
 
 
 def plan_weights(config: Config, model: ModelConfig, rank: int = 0) -> MemoryPlan:
-    """Return the plan of a rank on a CPU before it loads; raises ValueError if the model cannot be split over ranks.
+    """Return the plan of a rank on a CPU before it loads; rank 0 needs the most, because its shares are the largest.
 
-    Rank 0 needs the most: its shares are the largest.
+    Raises ValueError if the model cannot be split over the ranks, or if no kernel of its weights takes the dtype.
     """
     ranks, itemsize = config.tensor_parallel_size, DTYPES[config.dtype]
     kv_itemsize = 1 if config.kv_cache_dtype == "fp8" else itemsize
     model.check_tensor_parallel(ranks)
+    is_mxfp4 = model.experts is not None and model.experts.mxfp4
+    if is_mxfp4 and config.device == "cuda" and config.dtype != "bfloat16":
+        raise ValueError(f"dtype={config.dtype!r} cannot be used: MXFP4 experts need bfloat16 on a GPU; leave it out")
     weights = parameters_of_rank(model, ranks, rank) * itemsize + float32_parameters(model) * (4 - itemsize)
     return MemoryPlan(
         place="the CPU",

@@ -36,37 +36,33 @@ class Router:
         if rules.bias is not None:
             shape = (1, n) if rules.bias_has_groups else (n,)
             # Biases of close experts differ by less than 16-bit floats do.
-            self.bias = weights.add(shape, [Piece(f"{layer}.{rules.bias}", shape)], dtype=torch.float32)
+            self.bias = weights.add(shape, [Piece(f"{layer}.{rules.bias}", shape)], dtype=torch.float32).view(n)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the experts of each row of x [T, D], [T, K] int64, and their scores, [T, K] float32."""
         experts = self.experts
-        scores = self._scores(x)
-        if self.bias is None:
-            scores, selected = scores.topk(experts.num_per_token, dim=-1)
-        else:
-            selected = self._exclude_groups(scores + self.bias).topk(experts.num_per_token, dim=-1).indices
-            scores = scores.gather(1, selected)
-        if experts.normalized:
-            scores = scores / scores.sum(-1, keepdim=True).clamp(min=experts.least_sum)
-        return selected, scores if experts.scaling == 1.0 else scores * experts.scaling
-
-    def _scores(self, x: Tensor) -> Tensor:
-        """Return the score of each expert, [T, N] float32."""
         if self.in_float32:
             logits = F.linear(x.float(), self.weight)
         else:
             logits = ops.linear(x, self.weight, batch_invariant=self.batch_invariant)
-        return logits.float().sigmoid() if self.experts.rules.scoring == "sigmoid" else logits.float().softmax(-1)
+        return ops.select_experts(
+            logits,
+            experts.num_per_token,
+            normalized=experts.normalized,
+            scoring=experts.rules.scoring,
+            bias=self.bias if experts.num_groups == 1 else self._bias_of_groups(logits),
+            least_sum=experts.least_sum,
+            scaling=experts.scaling,
+        )
 
-    def _exclude_groups(self, choice: Tensor) -> Tensor:
-        """Return `choice` [T, N] with -inf outside of the groups whose two best experts have the greatest sums."""
-        if self.experts.num_groups == 1:
-            return choice
-        groups = choice.view(len(choice), self.experts.num_groups, -1)
-        best = groups.topk(2, dim=-1).values.sum(-1).topk(self.experts.groups_per_token, dim=-1).indices
-        excluded = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
-        return groups.masked_fill(excluded.unsqueeze(-1), -torch.inf).flatten(1)
+    def _bias_of_groups(self, logits: Tensor) -> Tensor:
+        """Return the bias [T, N], -inf outside of the groups whose two best experts have the greatest sums."""
+        assert self.bias is not None
+        scores = (logits.float().sigmoid() + self.bias).view(len(logits), self.experts.num_groups, -1)
+        best = scores.topk(2, dim=-1).values.sum(-1).topk(self.experts.groups_per_token, dim=-1).indices
+        excluded = torch.ones_like(scores[..., 0], dtype=torch.bool).scatter(1, best, False)
+        per_group = self.bias.view(self.experts.num_groups, -1)
+        return per_group.masked_fill(excluded.unsqueeze(-1), -torch.inf).flatten(1)
 
 
 class SharedExpert(MLP):

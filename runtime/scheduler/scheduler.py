@@ -5,6 +5,9 @@ first. Prefill and decode share one batch. When pages run out, the newest reques
 prefix cache or are freed, and it is computed again later. The oldest request is never preempted, so there is neither
 deadlock nor starvation.
 
+While several clients have requests, steps are shorter and divided among the clients (`StepDivision`). A client that
+waits gets slots and pages of clients with more than twice as many.
+
 State advances when a step is scheduled, not when it has run. `schedule` may therefore be called again before the
 results of the step before are known; `commit` then only adds the sampled tokens. KV that a scheduled step will write
 may be shared at once: every rank runs the steps in order, and within a step an admitted row reads its prefix after all
@@ -13,44 +16,18 @@ rows have stored their keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import msgspec
 import numpy as np
 
 from ..plan import Admission, FinishReason, RequestEnd, StepOutput, StepPlan, TokenLogprobs
 from ..request import Limits, Request
 from .prefix_cache import NO_PAGES, Node, PagePool
+from .reclaim import reclaim
 from .saved_states import SavedStates
-from .slots import Slots
+from .scheduled_step import RunningRows, ScheduledStep
+from .slots import PromptChunk, Slots
+from .step_division import StepDivision, StepTokens, largest_holder
 from .waiting_queue import WaitingQueue
-
-
-class PromptChunk(NamedTuple):
-    """The next tokens of a prompt that one step computes."""
-
-    slot: int
-    num_tokens: int
-
-
-class RunningRows(NamedTuple):
-    """The part of a step that requests admitted earlier compute, and the pages that they lack for it."""
-
-    decoding: np.ndarray  # [D] int32: slots that compute one token and sample the next
-    full: np.ndarray  # [F] int32: those of `decoding` that need a page
-    chunk: PromptChunk | None  # next tokens of the one prompt in progress
-    num_chunk_pages: int  # pages that the chunk needs
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduledStep:
-    """A plan, and the requests that its sampled rows belonged to when it was made."""
-
-    plan: StepPlan
-    slots: np.ndarray  # [S] int32: the slot of each sampled row
-    admission_ids: np.ndarray  # [S] int64: admissions of these slots; a slot's id changes with its next request
-    prompt_logprobs: dict[int, int]  # row of the plan -> uid, for requests with SamplingParams.prompt_logprobs
 
 
 class Scheduler:
@@ -63,9 +40,9 @@ class Scheduler:
         self.pages = PagePool(limits.num_pages, limits.page_size, on_cut)
         self.slots = Slots(limits, self.pages.tree.root)
         self.waiting = WaitingQueue()
+        self.division = StepDivision(limits, self.slots, self.waiting)
         self.num_preemptions = 0
         self._num_steps = 0
-        self._blocked: Request | None = None  # a head that did not fit, if nothing has been released since
         self._preempted: set[int] = set()  # uids that wait again
         self._prompt_logprobs: set[int] = set()  # slots of requests with SamplingParams.prompt_logprobs
         self._cached_tokens: dict[int, int] = {}  # prefix hits to report with the next output
@@ -92,18 +69,26 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Return the next step, or None if there are no requests or all of them wait for results."""
-        rows = self._make_room()
+        reclaimed = set[int]()
+        if self.division.is_shared:
+            reclaimed = reclaim(self.limits, self.slots, self.waiting, self._preempt, self._fits)
+        if self.limits.window is not None:
+            self.waiting.unblock()  # running requests free pages, too
+        can_admit = bool(self.slots.free) and self.waiting.head() is not None
+        scheduled = self._schedule(reclaimed, can_admit=can_admit)
+        if scheduled is None and can_admit:  # tokens were kept for requests that did not fit
+            scheduled = self._schedule(reclaimed, can_admit=False)
+        return scheduled
+
+    def _schedule(self, reclaimed: set[int], *, can_admit: bool) -> ScheduledStep | None:
+        rows = self._make_room(can_admit=can_admit)
         if len(rows.full):
             self.slots.append_page_each(rows.full, self.pages.allocate(len(rows.full)))
-        chunks: list[PromptChunk] = []
-        if rows.chunk is not None:
-            self._extend_prompt(rows.chunk)
-            chunks.append(rows.chunk)
-        admitted: list[Admission] = []
-        if self.waiting.head is not self._blocked:
-            budget = self.limits.max_num_batched_tokens - len(rows.decoding)
-            admitted = self._admit(budget - sum(chunk.num_tokens for chunk in chunks), chunks)
-        return self._build_plan(rows.decoding, chunks, admitted)
+        for chunk in rows.chunks:
+            self._extend_prompt(chunk)
+        chunks = rows.chunks
+        admitted = self._admit(rows.tokens, chunks, reclaimed) if can_admit else []
+        return self._build_plan(rows.decoding, chunks, admitted, is_limited=rows.tokens.is_limited)
 
     def commit(
         self,
@@ -141,27 +126,44 @@ class Scheduler:
             finished=finished,
             logprobs=logprobs or {},
             cached_tokens=cached_tokens,
-            free_pages=self.pages.num_available,
+            free_pages=self._num_free_pages(),
             num_computed=len(plan.slots) if plan.is_decode_only else int(plan.counts.sum()),
         )
 
-    def _make_room(self) -> RunningRows:
-        """Preempt the newest requests until the rows of the others have their pages; return those rows."""
+    def _make_room(self, *, can_admit: bool) -> RunningRows:
+        """Preempt the newest requests until the rows of the others have their pages; return those rows.
+
+        Of several clients, the one with most pages loses requests, until each has one.
+        """
         while True:
-            rows = self._running_rows()
-            if self._find_pages(len(rows.full) + rows.num_chunk_pages):
+            rows = self._running_rows(can_admit=can_admit)
+            if self._find_pages(rows.num_missing_pages):
                 return rows
-            self._preempt(int(self.slots.running[-1]))
+            several = self.slots.pages_by_client() if len(self.slots.num_by_client) > 1 else {}
+            client = largest_holder(several)[1]
+            self._preempt(self.slots.newest_of(client) if several else int(self.slots.running[-1]))
 
     def _find_pages(self, count: int) -> bool:
         """Return whether so many pages are available, if need be after freeing those that no layer sees any more."""
         if count > self.pages.num_available and self.limits.window is not None:
-            running = self.slots.running
-            first_seen = np.maximum(self.slots.num_computed[running] + 1 - self.limits.window, 0)
-            first_pages = first_seen // self.limits.page_size
+            running, first_pages = self.slots.running, self._first_seen_pages(self.limits.window)
             for i in np.flatnonzero(first_pages > self.slots.num_freed_pages[running]).tolist():
                 self._free_unseen(int(running[i]), int(first_pages[i]))
         return count <= self.pages.num_available
+
+    def _first_seen_pages(self, window: int) -> np.ndarray:
+        """Return the first page that the next token of each running request sees, [R] int32."""
+        first_seen = np.maximum(self.slots.num_computed[self.slots.running] + 1 - window, 0)
+        pages: np.ndarray = first_seen // self.limits.page_size
+        return pages
+
+    def _num_free_pages(self) -> int:
+        """Return the available pages, and those that running requests do not share and no layer sees any more."""
+        if self.limits.window is None:
+            return self.pages.num_available
+        kept = self.slots.num_shared_pages[self.slots.running]
+        unseen = np.maximum(self._first_seen_pages(self.limits.window) - kept, 0)
+        return self.pages.num_available + int(unseen.sum())
 
     def _free_unseen(self, slot: int, end: int) -> None:
         """Free the pages of a slot before page `end`, unless another request uses them."""
@@ -182,19 +184,19 @@ class Scheduler:
         self.pages.release(s.page_table[slot, s.num_shared_pages[slot] : end].copy())
         s.num_shared_pages[slot] = s.num_freed_pages[slot] = end
 
-    def _running_rows(self) -> RunningRows:
+    def _running_rows(self, *, can_admit: bool) -> RunningRows:
         s, running = self.slots, self.slots.running
         lengths = s.length[running]
         pending = np.where(lengths < s.max_length[running], lengths - s.num_computed[running], 0)
-        decoding = running[pending == 1]
+        decoding, in_progress = running[pending == 1], np.flatnonzero(pending > 1)
+        prompts = [PromptChunk(int(running[i]), int(pending[i])) for i in in_progress.tolist()]
+        decoding, tokens = self.division.divide(decoding, prompts, self._num_steps, can_admit=can_admit)
         full = decoding[s.num_computed[decoding] >= s.num_pages[decoding] * self.limits.page_size]
-        prompts = np.flatnonzero(pending > 1)
-        if len(prompts) == 0:
-            return RunningRows(decoding, full, None, 0)
-        (i,) = prompts.tolist()  # a prompt in progress used up the budget of its step, so no other was admitted
-        num_tokens = min(int(pending[i]), self.limits.max_num_batched_tokens - len(decoding))
-        chunk = PromptChunk(int(running[i]), num_tokens)
-        return RunningRows(decoding, full, chunk, self._num_missing_pages(chunk))
+        chunks = [
+            chunk._replace(num_tokens=tokens.take(int(s.client[chunk.slot]), chunk.num_tokens)) for chunk in prompts
+        ]
+        chunks = [chunk for chunk in chunks if chunk.num_tokens]
+        return RunningRows(decoding, full, chunks, tokens, len(full) + sum(map(self._num_missing_pages, chunks)))
 
     def _num_missing_pages(self, chunk: PromptChunk) -> int:
         end = int(self.slots.num_computed[chunk.slot]) + chunk.num_tokens
@@ -218,27 +220,42 @@ class Scheduler:
         self._preempted.add(request.uid)
         self.num_preemptions += 1
 
-    def _admit(self, budget: int, chunks: list[PromptChunk]) -> list[Admission]:
-        """Admit waiting requests in order while slots, tokens and pages last; append their first chunks to `chunks`."""
+    def _admit(self, tokens: StepTokens, chunks: list[PromptChunk], skip: set[int]) -> list[Admission]:
+        """Admit waiting requests of clients not in `skip` while slots, tokens and pages last.
+
+        Appends their first chunks to `chunks`, and adds clients without tokens to `skip`.
+        """
         admitted: list[Admission] = []
-        while (request := self.waiting.head) is not None and self.slots.free and budget > 0:
+        while self.slots.free and tokens.left > 0 and (request := self.waiting.head(skip)) is not None:
+            if tokens.left_for(request.client) == 0:
+                skip.add(request.client)
+                continue
             prefix = self._lock_prefix(request)
             if prefix is None:
-                self._blocked = request if self.limits.window is None else None  # else running requests free pages, too
+                if self.division.is_shared and largest_holder(self.slots.pages_by_client())[1] == request.client:
+                    self.waiting.pass_over(request.client)
+                    continue
+                self.waiting.block(request)
                 break
-            self.waiting.pop()
+            self.waiting.pop(request.client)
             node, pages = prefix
             num_computed, state = self._states.start_of(node, len(pages), self._num_steps)
             slot = self._occupy(request, node, pages, num_computed)
-            chunk = PromptChunk(slot, min(len(request.tokens) - int(self.slots.num_computed[slot]), budget))
+            num_left = len(request.tokens) - int(self.slots.num_computed[slot])
+            chunk = PromptChunk(slot, tokens.take(request.client, num_left))
             self._extend_prompt(chunk)
-            budget -= chunk.num_tokens
             chunks.append(chunk)
             cached = len(pages) * self.limits.page_size
             who = request.tokens, request.num_prompt_tokens, request.params, request.stop_ids, request.bad_words
             admitted.append(Admission(slot, *who, state, cached))
 
         return admitted
+
+    def _fits(self, request: Request) -> bool:
+        prefix = self._lock_prefix(request)
+        if prefix is not None:
+            self.pages.tree.unlock(prefix[0])
+        return prefix is not None
 
     def _occupy(self, request: Request, node: Node, pages: np.ndarray, num_computed: int) -> int:
         """Return a slot for a request; its cached prefix ends at `node`, locked, and lies in `pages`."""
@@ -296,7 +313,7 @@ class Scheduler:
             s.num_shared_pages[slot] = full
 
     def _build_plan(
-        self, decoding: np.ndarray, chunks: list[PromptChunk], admitted: list[Admission]
+        self, decoding: np.ndarray, chunks: list[PromptChunk], admitted: list[Admission], *, is_limited: bool
     ) -> ScheduledStep | None:
         """Advance the state of all rows by the tokens they compute, and make the plan."""
         s = self.slots
@@ -308,6 +325,7 @@ class Scheduler:
             return None
         starts = s.num_computed[rows]
         s.num_computed[rows] += counts
+        s.last_step[rows] = self._num_steps
         sampled = np.flatnonzero(s.num_computed[rows] == s.length[rows]).astype(np.int32)
         slots = rows[sampled]
         s.length[slots] += 1
@@ -326,7 +344,9 @@ class Scheduler:
         uids: dict[int, int] = {}
         if self._prompt_logprobs:
             uids = {row: int(s.uid[slot]) for row, slot in enumerate(rows.tolist()) if slot in self._prompt_logprobs}
-        return ScheduledStep(plan=plan, slots=slots, admission_ids=s.admission_id[slots], prompt_logprobs=uids)
+        return ScheduledStep(
+            plan=plan, slots=slots, admission_ids=s.admission_id[slots], prompt_logprobs=uids, is_limited=is_limited
+        )
 
     def _end_failed(self, scheduled: ScheduledStep, failed: dict[int, str]) -> list[RequestEnd]:
         finished = []
@@ -354,5 +374,5 @@ class Scheduler:
         self.pages.tree.unlock(s.prefix_nodes[slot])
         self._prompt_logprobs.discard(slot)
         self._states.release(slot)
-        self._blocked = None
+        self.waiting.unblock()
         s.release(slot)

@@ -6,12 +6,21 @@ fill a page are handled one at a time.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from ..request import Limits, Request
 from .prefix_cache import NO_PAGES, Node
 
 NO_SLOTS = np.empty(0, dtype=np.int32)
+
+
+class PromptChunk(NamedTuple):
+    """The next tokens of a prompt that one step computes."""
+
+    slot: int
+    num_tokens: int
 
 
 class Slots:
@@ -24,7 +33,9 @@ class Slots:
         self.prefix_nodes: list[Node] = [root] * n  # locked end of the prefix that the slot shares with the tree
         self.tokens = np.zeros((n, limits.max_length), np.int32)
         self.page_table = np.zeros((n, limits.pages_for(limits.max_length)), np.int32)
-        self.uid = np.zeros(n, np.int64)
+        self.uid, self.client = np.zeros(n, np.int64), np.zeros(n, np.int64)
+        self.num_by_client: dict[int, int] = {}  # slots of each client that has any
+        self.last_step = np.zeros(n, np.int64)  # the last step that computed a token of the slot
         self.admission_id = np.full(n, -1, np.int64)  # unique per admission; -1 in a free slot
         # In tokens. num_computed: KV scheduled; num_known: ids on the host; length: num_known plus those being sampled.
         self.num_computed, self.num_known, self.length, self.max_length = (np.zeros(n, np.int32) for _ in range(4))
@@ -49,7 +60,8 @@ class Slots:
         self.running = np.append(self.running, np.int32(slot))
         self.requests[slot] = request
         self.prefix_nodes[slot] = node
-        self.uid[slot] = request.uid
+        self.uid[slot], self.client[slot] = request.uid, request.client
+        self.num_by_client[request.client] = self.num_by_client.get(request.client, 0) + 1
         self.admission_id[slot] = self._num_admissions
         self._num_admissions += 1
         self.tokens[slot, :num_tokens] = request.tokens
@@ -68,10 +80,26 @@ class Slots:
 
     def release(self, slot: int) -> None:
         """Free the slot; its pages are the caller's to release."""
+        client = int(self.client[slot])
+        self.num_by_client[client] -= 1
+        if self.num_by_client[client] == 0:
+            del self.num_by_client[client]
         self.requests[slot] = None
         self.admission_id[slot] = -1
         self.running = self.running[self.running != slot]
         self.free.append(slot)
+
+    def newest_of(self, client: int) -> int:
+        """Return the slot of the newest running request of a client."""
+        return int(self.running[self.client[self.running] == client][-1])
+
+    def pages_by_client(self) -> dict[int, int]:
+        """Return the pages of each client with several slots; a page that slots share counts for each of them."""
+        clients, slots = np.unique(self.client[self.running], return_inverse=True)
+        kept = (self.num_pages - self.num_freed_pages)[self.running]
+        pages = np.bincount(slots, kept).astype(int)
+        held = dict(zip(clients.tolist(), pages.tolist(), strict=True))
+        return {client: num_pages for client, num_pages in held.items() if self.num_by_client[client] > 1}
 
     def append_pages(self, slot: int, pages: np.ndarray) -> None:
         """Add `pages` [n] int32 to the end of one slot's page table."""

@@ -11,10 +11,12 @@ of a language model are from VTC (Sheng et al., 2024, 2401.00588).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, KeysView
+from collections.abc import Callable, Iterator, Mapping, Set
 from typing import NamedTuple
 
 from ..request import Request
+
+NO_CLIENTS: frozenset[int] = frozenset()
 
 
 class VirtualTime:
@@ -52,6 +54,7 @@ class ClientQueue:
 
     def __init__(self, start: int) -> None:
         self.start = start
+        self.num_tokens = 0
         self.entries: list[WaitingEntry] = []  # a heap
         self._time = VirtualTime()  # its flows are the calls
 
@@ -59,17 +62,20 @@ class ClientQueue:
         start = self._time.start(request.call) if is_new else 0
         if is_new:
             self._time.serve(request.call, start + len(request.tokens))
+        self.num_tokens += len(request.tokens)
         heapq.heappush(self.entries, WaitingEntry(rank, is_new, start, request.uid, request))
 
     def pop(self) -> Request:
         entry = heapq.heappop(self.entries)
         self._time.now = max(self._time.now, entry.start)
+        self.num_tokens -= len(entry.request.tokens)
         if entry.is_new:
             self.start += len(entry.request.tokens)
         return entry.request
 
-    def remove(self, uid: int) -> None:
-        self.entries = [entry for entry in self.entries if entry.uid != uid]
+    def remove(self, request: Request) -> None:
+        self.num_tokens -= len(request.tokens)
+        self.entries = [entry for entry in self.entries if entry.uid != request.uid]
         heapq.heapify(self.entries)
 
 
@@ -84,7 +90,9 @@ class WaitingQueue:
         self._clients: dict[int, ClientQueue] = {}  # those with waiting requests
         self._requests: dict[int, Request] = {}  # by uid
         self._time = VirtualTime()  # its flows are the clients
-        self._next: int | None = None  # client of `head`, if known
+        self._next: int | None = None  # client of the head, if known
+        self.blocked: Request | None = None  # the head, if it does not fit and no other may go before it
+        self._passed_over: set[int] = set()  # clients whose requests do not fit, and others may go before them
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -94,14 +102,35 @@ class WaitingQueue:
         return (entry.request for queue in self._clients.values() for entry in sorted(queue.entries))
 
     @property
-    def clients(self) -> KeysView[int]:
-        """The clients with waiting requests."""
-        return self._clients.keys()
+    def clients(self) -> Mapping[int, ClientQueue]:
+        """The queues of the clients with waiting requests."""
+        return self._clients
 
-    @property
-    def head(self) -> Request | None:
-        """The next request to admit."""
-        return self._clients[self._next_client()].entries[0].request if self._requests else None
+    def head(self, skip: Set[int] = NO_CLIENTS) -> Request | None:
+        """Return the next request to admit, of all clients but those in `skip`; None if it would not fit."""
+        if self.blocked is not None:
+            return None
+        skip = skip | self._passed_over if self._passed_over else skip
+        if self._next is None or self._next in skip:
+            queues = [entry for entry in self._clients.items() if entry[0] not in skip]
+            if not queues:
+                return None
+            _, _, _, self._next = min((q.entries[0].rank, q.start, q.entries[0].uid, client) for client, q in queues)
+        client, self._next = self._next, None if skip else self._next
+        return self._clients[client].entries[0].request
+
+    def block(self, request: Request) -> None:
+        """Keep all waiting behind the head, which does not fit, until `unblock` or until one that may pass it comes."""
+        self.blocked = request
+
+    def pass_over(self, client: int) -> None:
+        """Let others go before a client whose next request does not fit, until `unblock` or its next request."""
+        self._passed_over.add(client)
+
+    def unblock(self) -> None:
+        """Note that requests may fit again."""
+        self.blocked = None
+        self._passed_over.clear()
 
     def add(self, request: Request, *, is_new: bool = True) -> None:
         """Add a request; a preempted one (not `is_new`) goes before the new ones of its client."""
@@ -111,10 +140,12 @@ class WaitingQueue:
         queue.add(request, self._rank(request), is_new=is_new)
         self._requests[request.uid] = request
         self._next = None
+        self._passed_over.discard(request.client)
+        if self.blocked is not None and self._may_pass(request, self.blocked):
+            self.blocked = None
 
-    def pop(self) -> Request:
-        """Remove and return the head."""
-        client = self._next_client()
+    def pop(self, client: int) -> Request:
+        """Remove and return the next request of a client with waiting requests."""
         queue = self._clients[client]
         self._time.now = max(self._time.now, queue.start)
         request = queue.pop()
@@ -126,15 +157,14 @@ class WaitingQueue:
         """Remove a request; return None if it does not wait."""
         request = self._requests.pop(uid, None)
         if request is not None:
-            self._clients[request.client].remove(uid)
+            if request is self.blocked:
+                self.blocked = None
+            self._clients[request.client].remove(request)
             self._after_removal(request.client)
         return request
 
-    def _next_client(self) -> int:
-        if self._next is None:
-            queues = self._clients.items()
-            _, _, _, self._next = min((q.entries[0].rank, q.start, q.entries[0].uid, client) for client, q in queues)
-        return self._next
+    def _may_pass(self, request: Request, blocked: Request) -> bool:
+        return request.client != blocked.client or self._rank(request) < self._rank(blocked)
 
     def _after_removal(self, client: int) -> None:
         """Forget the queue of a client that waits for nothing, but note how far the client has been served."""

@@ -47,8 +47,15 @@ def alone() -> list[CompletionOutput]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("choice", get_args(AllReduce))
-@pytest.mark.parametrize("place", [(2, 2), (2, 1), (4, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
+@pytest.mark.parametrize(
+    ("choice", "place"),
+    [
+        pytest.param(choice, place, id=f"{choice}-{place[0]}-on-{place[1]}")
+        for choice in get_args(AllReduce)
+        for place in ((2, 2), (2, 1), (3, 1), (3, 3), (4, 1), (4, 2))
+        if choice == "auto" or place[0] != 3  # 3 ranks do not divide the heads of the demo model
+    ],
+)
 def test_ranks_say_what_one_says(choice: str, place: tuple[int, int], alone: list[CompletionOutput]) -> None:
     size, gpus = place
     where = on_gpus(size, gpus)

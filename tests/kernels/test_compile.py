@@ -76,7 +76,15 @@ INSTANCES = {
             for gate in ("PLAIN", "CLAMPED")
         ),
         *(f"float32_gemm<{gate}>" for gate in ("PLAIN", "SILU", "CLAMPED")),
-        *(f"select_experts<{shape}>" for shape in ("bf16, 1, true", "bf16, 4, false", "float, 16, true")),
+        *(
+            f"select_experts<{shape}>"
+            for shape in (
+                "bf16, 1, true, false",
+                "bf16, 4, false, false",
+                "float, 8, true, true",
+                "float, 16, true, false",
+            )
+        ),
         "weighted_sum<bf16, 8>",
         "weighted_sum<float, 1>",
     ],

@@ -184,6 +184,17 @@ def test_select_experts(tokens: int, num_experts: int, count: int, dtype: torch.
     check("select_experts", logits, count, normalized=normalized)
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("each_token", [True, False])
+def test_select_experts_with_a_bias(scoring: str, normalized: bool, each_token: bool) -> None:
+    logits, bias = torch.randn(9, 70), torch.randn((9, 70) if each_token else 70)
+    bias[..., 5:20] = -torch.inf
+    options = {"normalized": normalized, "least_sum": 0.5, "scaling": 1.7}
+    check("select_experts", logits, 6, scoring=scoring, bias=bias, **options)
+    check("select_experts", logits, 6, scoring=scoring, **options)
+
+
 def test_select_experts_takes_the_lesser_of_equal_ones() -> None:
     logits = torch.tensor([[1.0, -torch.inf, 2.0, 2.0, 0.0, -0.0], [3.0] * 6])
     expert_ids, scores = emulator.emulated().select_experts(logits, 5, normalized=False)

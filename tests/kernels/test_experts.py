@@ -138,6 +138,17 @@ def test_select_experts_equals_softmax_and_topk(
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_select_experts_with_a_bias_equals_float64(device: str, tokens: int) -> None:
+    logits, bias = torch.randn(tokens, 128, device=device), torch.randn(128, device=device)
+    options = {"scoring": "sigmoid", "bias": bias, "normalized": True, "scaling": 2.5}
+    expert_ids, scores = ops.select_experts(logits, 8, **options)
+    wide = logits.double().sigmoid()
+    assert torch.equal(expert_ids, (wide + bias).topk(8, dim=-1).indices)
+    expected = wide.gather(1, expert_ids)
+    torch.testing.assert_close(scores.double(), 2.5 * expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
+
+
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.clamp(max=1.0), up.clamp(-1.0, 1.0)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)

@@ -29,7 +29,8 @@ from msgspec.structs import replace
 from lockstep.runtime.plan import RequestEnd, StepPlan
 from lockstep.runtime.request import Limits, Request, SamplingParams
 from lockstep.runtime.scheduler.prefix_cache import Node, PrefixCache
-from lockstep.runtime.scheduler.scheduler import ScheduledStep, Scheduler
+from lockstep.runtime.scheduler.scheduled_step import ScheduledStep
+from lockstep.runtime.scheduler.scheduler import Scheduler
 
 VOCAB = 7
 MASK = 2**62 - 1
@@ -138,8 +139,9 @@ class Ledger:
 class Simulation:
     """Front end, scheduler and rank; `check` tests all invariants."""
 
-    def __init__(self, limits: Limits, depth: int) -> None:
+    def __init__(self, limits: Limits, depth: int, num_clients: int = 0) -> None:
         self.limits, self.depth = limits, depth
+        self.num_clients, self.rng = num_clients, random.Random(0)  # 0: requests without an origin, in order of arrival
         self.scheduler, self.rank = Scheduler(limits), Rank(limits)
         self.ledger: dict[int, Ledger] = {}
         self.in_flight: deque[tuple[ScheduledStep, np.ndarray]] = deque()
@@ -153,7 +155,8 @@ class Simulation:
     ) -> int:
         uid = len(self.ledger)
         params = SamplingParams(max_tokens=max_tokens, min_tokens=min(min_tokens, max_tokens), seed=uid % 3)
-        request = Request(uid, np.array(prompt, np.int32), len(prompt), params, stop_ids or [])
+        origin = (self.rng.randint(1, self.num_clients), uid % 3) if self.num_clients else ()
+        request = Request(uid, np.array(prompt, np.int32), len(prompt), params, stop_ids or [], *origin)
         self.scheduler.add(request)
         self.ledger[uid] = Ledger(request)
         return uid
@@ -182,10 +185,13 @@ class Simulation:
         plan = scheduled.plan
         assert int(plan.counts.sum()) <= self.limits.max_num_batched_tokens
         older = s.running[:-1]
-        assert (s.length[older] - s.num_computed[older] <= 1).all()  # one prompt in progress at a time: the newest
+        in_progress = older[s.length[older] - s.num_computed[older] > 1]
+        # One prompt in progress at a time, the newest, or one of each client.
+        assert len(in_progress) == 0 or len(set(s.client[in_progress].tolist())) == len(in_progress) < self.num_clients
         for slot in decoding + prompts[:1]:
             preempted = s.admission_id[slot] != admission_ids[slot]
-            assert preempted or (slot in plan.slots and s.num_computed[slot] > before[slot])
+            is_computed = slot in plan.slots and s.num_computed[slot] > before[slot]
+            assert preempted or is_computed or scheduled.is_limited
             assert not preempted or slot != s.running[0]
         for admission in plan.admitted:
             entry = self.ledger[self.uid_in(admission.slot)]
@@ -203,7 +209,13 @@ class Simulation:
 
     def commit(self) -> None:
         """Commit the results of the oldest step in flight."""
-        output = self.scheduler.commit(*self.in_flight.popleft())
+        scheduled, tokens = self.in_flight.popleft()
+        output = self.scheduler.commit(scheduled, tokens)
+        self.check_free_pages(output.free_pages)
+        if self.num_clients:
+            seconds = self.rng.choice([0.001, 0.01, 0.1])
+            num_tokens = int(scheduled.plan.counts.sum())
+            self.scheduler.division.budget.note(num_tokens, seconds, seconds, is_limited=scheduled.is_limited)
         assert len(set(output.uids)) == len(output.uids)
         for uid, token in zip(output.uids, output.tokens, strict=True):
             assert not self.ledger[uid].finished
@@ -212,6 +224,15 @@ class Simulation:
             self.ledger[finished.uid].finished.append(finished)
         for uid, cached in output.cached_tokens.items():
             self.ledger[uid].cached.append(cached)
+
+    def check_free_pages(self, actual: int | None) -> None:
+        """A running request has the pages that it shares, and of the others those with keys that it sees."""
+        s, held = self.scheduler.slots, 0
+        for slot in s.running.tolist():
+            first = max(0, int(s.num_computed[slot]) + 1 - (self.limits.window or MASK)) // self.limits.page_size
+            held += max(0, int(s.num_pages[slot]) - max(first, int(s.num_shared_pages[slot])))
+        locked = self.scheduler.pages.tree.num_pages - self.scheduler.pages.tree.num_evictable
+        assert actual == self.limits.num_pages - locked - held
 
     def advance(self) -> None:
         """Do the next step of an engine: fill the pipeline, else commit the oldest results."""
@@ -225,7 +246,9 @@ class Simulation:
             self.advance()
             self.check()
             # The oldest request advances in each step, but for the steps that wait for its last results.
-            assert self.num_steps <= sum(lengths) + self.depth * len(lengths)
+            # Clients share the tokens of a step, and preempt each other's requests.
+            most = sum(lengths) + self.depth * len(lengths)
+            assert self.num_steps <= (4 * most if self.num_clients else most)
         for entry in self.ledger.values():
             self.check_delivered(entry)
         assert self.scheduler.pages.num_available == self.limits.num_pages
@@ -281,8 +304,9 @@ class Simulation:
             [self.uid_in(slot) for slot in s.running],
             [request.uid for request in self.scheduler.waiting],
         )
-        assert running + waiting == sorted(running + waiting)  # in order of arrival, through preemptions too
-        assert self.admitted == sorted(self.admitted)
+        if not self.num_clients:
+            assert running + waiting == sorted(running + waiting)  # in order of arrival, through preemptions too
+            assert self.admitted == sorted(self.admitted)
         assert self.scheduler._preempted <= set(waiting)  # ended requests are forgotten
         assert sorted(running + waiting) == [uid for uid, entry in self.ledger.items() if not entry.finished]
 
@@ -297,6 +321,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(0, 30),
         caching=st.booleans(),
+        num_clients=st.sampled_from([0, 3]),
         window=st.sampled_from([None, None, 1, 5, 20]),
     )
     def start(
@@ -307,6 +332,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs: int,
         budget: int,
         caching: bool,
+        num_clients: int,
         window: int | None,
     ) -> None:
         self.simulation = Simulation(
@@ -319,6 +345,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 window=window,
             ),
             depth,
+            num_clients,
         )
 
     @rule(
@@ -414,7 +441,7 @@ def test_scheduler_random_operations_with_full_cache(page_size: int, depth: int,
             page_size=page_size,
             enable_prefix_caching=caching,
         )
-        simulation = Simulation(world, depth)
+        simulation = Simulation(world, depth, num_clients=seed % 2 * 4)
         for _ in range(700):
             operate(simulation, rng)
             simulation.check()
@@ -558,7 +585,7 @@ def test_requests_with_a_window_are_longer_than_the_cache(page_size: int) -> Non
             window=rng.choice([16, 30]),
         )
         assert world.max_length == 400
-        simulation = Simulation(world, depth=2)
+        simulation = Simulation(world, depth=2, num_clients=seed % 2 * 3)
         for _ in range(400):
             operate(simulation, rng)
             simulation.check()

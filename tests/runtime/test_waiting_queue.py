@@ -17,10 +17,16 @@ def request(uid: int, num_tokens: int = 1, client: int = 0, call: int = 0) -> Re
     return Request(uid, np.zeros(num_tokens, np.int32), num_tokens, SamplingParams(), [], client, call)
 
 
+def pop(queue: WaitingQueue) -> Request:
+    head = queue.head()
+    assert head is not None
+    return queue.pop(head.client)
+
+
 def drain(queue: WaitingQueue) -> list[int]:
     uids = []
-    while (head := queue.head) is not None:
-        assert queue.pop() is head
+    while (head := queue.head()) is not None:
+        assert queue.pop(head.client) is head
         uids.append(head.uid)
     assert len(queue) == 0
     return uids
@@ -32,7 +38,7 @@ def test_order_of_one_client_is_that_of_arrival_with_preempted_requests_first(ha
     requests = [request(uid, rng.randint(1, 50), call=uid if has_calls else 0) for uid in expected]
     for item in requests[:30]:
         queue.add(item)
-    preempted = [queue.pop() for _ in range(7)]
+    preempted = [pop(queue) for _ in range(7)]
     for item in requests[30:]:
         queue.add(item)
     for item in reversed(preempted):  # the newest is preempted first
@@ -60,8 +66,8 @@ def test_service_of_waiting_flows_differs_by_two_requests_at_most(flow: str) -> 
                 queue.add(request(uid, rng.randint(1, longest[number]), **{flow: number}))
                 number_of[uid] = number
                 waiting[number] += 1
-            elif queue.head is not None:
-                popped = queue.pop()
+            elif len(queue):
+                popped = pop(queue)
                 number = number_of[popped.uid]
                 for pair, tokens in served.items():
                     if number in pair:
@@ -78,7 +84,7 @@ def test_short_request_goes_before_the_rest_of_a_long_call() -> None:
     for uid in range(128):
         queue.add(request(uid, 1900, client=1, call=1))
     for _ in range(2):
-        queue.pop()
+        pop(queue)
     queue.add(request(900, 6, client=1, call=2))
     queue.add(request(901, 6, client=2, call=3))
     assert drain(queue)[:3] == [901, 900, 2]
@@ -91,7 +97,7 @@ def test_client_that_waits_for_one_request_at_a_time_is_charged_for_all() -> Non
     queue.add(request(10, 10, client=2))
     order = []
     for uid in range(11, 14):  # client 2 sends its next request when the last one has been admitted
-        while (popped := queue.pop()).client != 2:
+        while (popped := pop(queue)).client != 2:
             order.append(popped.client)
         order.append(popped.client)
         queue.add(request(uid, 10, client=2))

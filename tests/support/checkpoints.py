@@ -163,7 +163,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 6,
             "num_experts_per_tok": 3,
             "sliding_window": 8,
-            "swiglu_limit": 0.3,  # so that random weights reach it
             "rope_parameters": {
                 "rope_type": "yarn",
                 "rope_theta": 150000.0,
@@ -190,6 +189,8 @@ def tiny_model(architecture: str, seed: int = 0, **overrides: Any) -> PreTrained
     """A random float32 model of the family, in memory."""
     model_type, family = FAMILIES[architecture]
     config = AutoConfig.for_model(model_type, **{**TINY, **family, **overrides}, architectures=[architecture])
+    if hasattr(config, "rotary_dim"):  # which older transformers do not read from here
+        config.rope_parameters["partial_rotary_factor"] = config.rotary_dim / config.head_dim
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

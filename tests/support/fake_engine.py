@@ -22,7 +22,7 @@ from lockstep.runtime.detokenizer import Detokenizer
 from lockstep.runtime.executor import RankLocation
 from lockstep.runtime.frontend import PromptFields
 from lockstep.runtime.outputs import Event, Logprob
-from lockstep.runtime.request import Limits, SamplingParams
+from lockstep.runtime.request import NO_ORIGIN, Limits, Origin, SamplingParams
 from lockstep.runtime.stats import EngineDistributions, EngineStats
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Tokenizer
@@ -65,6 +65,7 @@ class FakeService:
         self.paused = False
         self.fails: EngineFailed | None = None
         self.asked: list[tuple[list[int], SamplingParams]] = []
+        self.origins: list[Origin] = []
         self.salts: list[str | None] = []
         self.cancelled: list[int] = []  # at which step
         self.live = self.waiting = self.steps = 0
@@ -80,12 +81,13 @@ class FakeService:
         """Take every grammar."""
 
     async def generate(
-        self, prompt: Sequence[int] | PromptFields, params: SamplingParams
+        self, prompt: Sequence[int] | PromptFields, params: SamplingParams, origin: Origin = NO_ORIGIN
     ) -> AsyncGenerator[Event, None]:
         if self.health.state in ("failed", "draining"):
             raise EngineFailed(self.health.reason)
         ids = list(prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt)
         self.asked.append((ids, params))
+        self.origins.append(origin)
         self.salts.append(prompt.get("cache_salt") if isinstance(prompt, dict) else None)
         texts = [Detokenizer(self._sync.token_bytes, ids) for _ in range(params.n)]
         lengths = [0] * params.n

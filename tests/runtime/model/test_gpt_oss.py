@@ -126,7 +126,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], object], 
     "FP8": ({"quantization_config": {"quant_method": "fp8"}}, dict, "FP8 weights of GptOssForCausalLM are not"),
     "other family": ({"architectures": ["MistralForCausalLM"]}, dict, r"\(mxfp4\) is not supported for MistralFor"),
     "layer types": ({"layer_types": ["sliding_attention"]}, dict, "layer_types has 1 entries"),
-    "top-k": ({"num_experts_per_tok": 7}, dict, "it must be at most num_experts, 6"),
+    "top-k": ({"num_experts_per_tok": 7}, dict, "it must be at most num_local_experts, 6"),
     "limit": ({"swiglu_limit": 0}, dict, "swiglu_limit is 0, it must be a number above 0"),
 }  # fmt: skip
 
@@ -142,13 +142,16 @@ def test_checkpoint_that_cannot_be_used_is_one_line(tmp_path: Path, damage: str)
     assert "\n" not in str(error.value)
 
 
-def test_more_ranks_than_blocks_and_fp8_while_loading_are_refused(tmp_path: Path) -> None:
+def test_options_that_mxfp4_excludes_are_refused(tmp_path: Path) -> None:
     mxfp4_checkpoint(tmp_path, num_attention_heads=8)
     model = ModelConfig.from_folder(tmp_path)
     with pytest.raises(ValueError, match="5 blocks of 32 intermediate features cannot be split over 6 ranks"):
         model.check_tensor_parallel(6)
     with pytest.raises(ValueError, match="FP8 weights of GptOssForCausalLM are not supported"):
         model.quantized_by("fp8")
+    config = Config(model=str(tmp_path), dtype="float16").resolved(model, cuda=True)
+    with pytest.raises(ValueError, match="dtype='float16' cannot be used: MXFP4 experts need bfloat16 on a GPU"):
+        plan_weights(config, model)
 
 
 def test_published_config_is_read(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lockstep.runtime.model.rope import RopeConfig
 from lockstep.runtime.model.weights import Weights, load_weights
 
 from checkpoints import tiny_model
+from flashinfer_stand_in import flashinfer_stand_in
 from ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -245,27 +247,21 @@ def _batch(
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("num_decoding", [0, 1, 4, 7])
+PREFILLS = [  # head size, heads, window, softcap, sinks
+    (64, 8, None, None, False), (64, 16, None, None, True), (64, 16, 33, None, True), (128, 24, None, None, False),
+    (128, 8, 33, None, True), (96, 8, 33, None, True), (256, 16, 33, 2.0, False),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("size", "heads", "window", "softcap", "has_sinks"),
-    [
-        (64, 8, None, None, False),
-        (64, 16, None, None, True),
-        (64, 16, 33, None, True),
-        (128, 24, None, None, False),
-        (128, 8, 33, None, True),
-        (96, 8, 33, None, True),
-        (256, 16, 33, 2.0, False),
-    ],
+    ("device", "num_decoding"), [("cpu", 4), *(pytest.param("cuda", n, marks=pytest.mark.gpu) for n in (0, 1, 4, 7))]
 )
+@pytest.mark.parametrize(("size", "heads", "window", "softcap", "has_sinks"), PREFILLS)
 def test_flashinfer_attention_matches_torch(
-    size: int, heads: int, window: int | None, softcap: float | None, has_sinks: bool, num_decoding: int
+    size: int, heads: int, window: int | None, softcap: float | None, has_sinks: bool, num_decoding: int, device: str
 ) -> None:
     """Decode rows first; of the others one reads what row 0 stores in this step, decoding or not."""
-    from lockstep.runtime.model.attention.flashinfer_backend import FlashInferAttention
-
-    gpu, kv_heads, page_size, scale = torch.device("cuda"), 2, 16, size**-0.5
+    place, kv_heads, page_size, scale = torch.device(device), 2, 16, size**-0.5
     counts, lengths = [1, 1, 1, 1, 70, 4, 1], [16, 300, 1, 65, 170, 20, 33]
     if num_decoding == len(counts):
         counts = [1] * num_decoding
@@ -292,14 +288,19 @@ def test_flashinfer_attention_matches_torch(
         dtype=torch.bfloat16,
         padded_head_dim=stored,
     )
-    attention = FlashInferAttention(shape, scale, {window}, gpu, softcap)
-    attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, gpu))
-    caches = [cache.to(gpu)[..., :size] for cache in caches]
-    sinks = None if sinks is None else sinks.to(gpu)
-    on_gpu = Heads(QKNorm(*(norm.to(gpu) for norm in norms), 1e-6), table.to(gpu), sinks)
-    actual = attention.run(qkv.to(gpu), on_gpu, KVCache(*caches), window)
+    with flashinfer_stand_in() if device == "cpu" else nullcontext():
+        from lockstep.runtime.model.attention.flashinfer_backend import FlashInferAttention
+
+        attention = FlashInferAttention(shape, scale, {window}, place, softcap)
+    attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, place))
+    caches = [cache.to(place)[..., :size] for cache in caches]
+    there = Heads(
+        QKNorm(*(norm.to(place) for norm in norms), 1e-6), table.to(place), None if sinks is None else sinks.to(place)
+    )
+    actual = attention.run(qkv.to(place), there, KVCache(*caches), window)
     for one, other in zip((actual, *caches), (expected, *expected_caches), strict=True):
-        torch.testing.assert_close(one.cpu(), other, atol=4e-2, rtol=2e-2)
+        # With sinks both round the weights or the result once more.
+        torch.testing.assert_close(one.cpu(), other, atol=8e-2 if has_sinks else 4e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("softcap", [None, 0.5])
