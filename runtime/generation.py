@@ -27,6 +27,8 @@ class StopChecker:
 
     def find(self, text: str, searched: int) -> tuple[int, str] | None:
         """Return the length to cut `text` to and the first stop string that ends after `searched` characters."""
+        if not self._strings:  # the usual case
+            return None
         starts = [(text.find(string, max(0, searched - len(string) + 1)), string) for string in self._strings]
         matches = [(start, string) for start, string in starts if start >= 0]
         if not matches:

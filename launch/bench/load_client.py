@@ -20,6 +20,7 @@ from ..client import Chunk, Events, connection, describe, first_model, refusal
 from .datasets import Prompt
 from .serve_config import ServeBenchConfig
 from .serve_metrics import Record
+from .stream_transport import StreamTransport
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
@@ -50,7 +51,7 @@ class Target:
             async with self.client.stream("POST", self.path, content=content) as response:
                 if response.status_code != 200:
                     raise refusal(response.status_code, await response.aread())
-                async for piece in response.aiter_bytes():
+                async for piece in response.aiter_raw():
                     now = time.perf_counter()
                     for chunk in events.push(piece):
                         reader.add(chunk, now)
@@ -94,7 +95,9 @@ class StreamReader:
 @asynccontextmanager
 async def connect_to_server(config: ServeBenchConfig, model: str | None) -> AsyncIterator[Target]:
     """Wait until the server answers and yield its model; raises ValueError if it does not answer in time."""
-    async with httpx.AsyncClient(**connection(config.url)) as client:
+    options = connection(config.url)
+    options["headers"]["accept-encoding"] = "identity"  # pieces are read as they come
+    async with httpx.AsyncClient(transport=StreamTransport(), **options) as client:
         if model is None or config.ready_check_timeout_sec:
             model = await _wait_ready(client, config.ready_check_timeout_sec, model)
         common: dict[str, Any] = {"model": model, "stream": True, "stream_options": {"include_usage": True}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import deque
@@ -42,6 +43,7 @@ class EngineThread:
     def __init__(self, driver: Driver, name: str, wakeup: WakeupEvent, shutting_down: threading.Event) -> None:
         self._driver, self._wakeup, self._shutting_down = driver, wakeup, shutting_down
         self._commands: deque[Callable[[], None]] = deque()
+        self._is_waking = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -50,6 +52,17 @@ class EngineThread:
     def post(self, command: Callable[[], None]) -> None:
         """Have `command` called in the thread; any other thread may call this."""
         self._commands.append(command)
+        self._wake()
+
+    def post_with_others(self, command: Callable[[], None], loop: asyncio.AbstractEventLoop) -> None:
+        """Do as `post`, from a task of `loop`, and wake the thread once for all commands of one turn of the loop."""
+        self._commands.append(command)
+        if not self._is_waking:  # a wake-up passes the interpreter's lock to the thread and back
+            self._is_waking = True
+            loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        self._is_waking = False
         self._wakeup.set()
 
     def stop(self) -> None:

@@ -175,7 +175,7 @@ class AsyncEngine:
                 raise RequestCrashedEngine("this request recently crashed the engine and is quarantined")
             assert self._thread is not None
             queue, num_unfinished = OutputQueue(generation), params.n
-            self._thread.post(partial(self._engine.submit, queue))
+            self._thread.post_with_others(partial(self._engine.submit, queue), queue.loop)
             try:
                 while num_unfinished > 0:
                     for event in await queue.get():

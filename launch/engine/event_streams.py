@@ -79,7 +79,7 @@ class OutputQueues:
         pairs = [(output, self._queues.get(output.generation.number)) for output in outputs]
         send([(queue, output.take_event()) for output, queue in pairs if queue is not None])
         for output, _ in pairs:
-            if output.generation.finished:
+            if output.finished and output.generation.finished:
                 self.remove(output.generation)
 
     def fail(self, generations: Iterable[Generation], error: EngineFailed) -> None:

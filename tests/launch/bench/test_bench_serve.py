@@ -8,9 +8,11 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,6 +37,7 @@ from lockstep.launch.bench.serve_metrics import (
     tpot,
     ttft,
 )
+from lockstep.launch.bench.stream_transport import StreamTransport
 from lockstep.launch.cli.main import app
 from lockstep.launch.client import Events
 from lockstep.runtime.config import DEMO_MODEL
@@ -465,3 +468,49 @@ def test_plot_is_a_png(tmp_path: Path) -> None:
         ended = serve(stub, "--num-prompts=4", "--random-output-len=3", f"--plot={tmp_path / 'a.png'}")
     assert ended.exit_code == 0, ended.output
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- the transport
+
+
+def test_transport_reads_what_httpx_reads() -> None:
+    """Bodies with a length, in chunks and until the end of the connection; connections are used again."""
+    texts = ["", "a", "b" * 100_000]
+    seen: list[int] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError):
+            while True:
+                request = (await reader.readuntil(b"\r\n\r\n")).decode()
+                seen.append(writer.get_extra_info("peername")[1])
+                kind, number = re.findall(r"/(\w+)/(\d)", request)[0]
+                body = texts[int(number)].encode()
+                early = b"HTTP/1.1 103 Early Hints\r\n\r\n" if number == "1" else b""
+                if kind == "sized":
+                    writer.write(early + b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+                elif kind == "chunked":
+                    pieces = [body[i : i + 70_001] for i in range(0, len(body), 70_001)]
+                    chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+                    writer.write(b"HTTP/1.1 201 OK\r\ntransfer-encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+                else:
+                    writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n" + body)
+                    await writer.drain()
+                    break
+        writer.close()
+
+    async def get_all(client: httpx.AsyncClient) -> list[tuple[int, str]]:
+        paths = [f"/{kind}/{number}" for number in range(len(texts)) for kind in ("sized", "chunked", "ended")]
+        return [(response.status_code, response.text) for response in [await client.get(path) for path in paths]]
+
+    async def main() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with httpx.AsyncClient(base_url=url) as plain:
+            expected = await get_all(plain)
+        seen.clear()
+        async with httpx.AsyncClient(base_url=url, transport=StreamTransport()) as client:
+            assert await get_all(client) == expected
+        assert len(set(seen)) == len(texts), "each connection serves until it is closed"
+        server.close()
+
+    asyncio.run(main())
