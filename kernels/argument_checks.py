@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from .arguments import FP8Weight, Rope
+from .arguments import FP8Weight, Matrix, Rope
 
 
 def require(holds: bool, name: str, tensor: Tensor, rule: str) -> None:
@@ -22,6 +24,29 @@ def check_fp8(name: str, weight: FP8Weight) -> None:
     require(fits, f"{name}.scales", scales, f"must be {grid} float32, contiguous")
     powers = all(n > 0 and n & (n - 1) == 0 for n in (weight.rows, weight.columns))
     require(powers and 0 <= weight.first < weight.columns, name, weight.data, "must have blocks of powers of two")
+
+
+def check_linear(
+    x: Tensor, weight: Matrix, norm: Tensor | None, targets: Mapping[str, Tensor | None], *, gated: bool
+) -> None:
+    features = weight.shape[0] // 2 if gated else weight.shape[0]
+    if isinstance(weight, FP8Weight):
+        check_fp8("weight", weight)
+    require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
+    require(norm is None or norm.shape == x.shape[1:], "x", x, "must have as many columns as the norm's weight")
+    alone = not gated and any(target is None for target in targets.values())
+    for name, target in targets.items():
+        if target is not None:
+            fits = target.shape == (len(x), features) and target.dtype == x.dtype and target.is_contiguous()
+            rule = f"must be [{len(x)}, {features}] {x.dtype}, contiguous, not gated, and alone"
+            require(fits and alone, name, target, rule)
+
+
+def check_batch_invariant(x: Tensor, weight: Matrix) -> None:
+    stored = weight.data if isinstance(weight, FP8Weight) else weight
+    aligned = stored.shape[1] % 8 == 0 and stored.data_ptr() % 16 == 0 and stored.is_contiguous()
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    require(aligned and half, "weight", stored, "must have rows of whole, aligned 16-byte vectors of 16-bit floats")
 
 
 def check_rotary(rope: Rope, head_dim: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,16 @@ def num_groups(heads: int, kv_heads: int) -> int:
     return kv_heads * next(n for n in range(1, shared + 1) if shared % n == 0 and shared // n <= MAX_GROUP)
 
 
+@dataclass
+class FP8Choice:
+    """The GEMM for FP8 weights of one shape and activations in FP8: fp8_gemm up to `tiled_rows` rows, then cuBLAS."""
+
+    tiled_rows: int = 64
+
+
+UNTUNED = FP8Choice()
+
+
 class FP8Weight(NamedTuple):
     """A matrix of float8_e4m3fn with float32 scales.
 
@@ -32,6 +43,7 @@ class FP8Weight(NamedTuple):
     rows: int  # rows of the matrix for one row of scales
     columns: int
     first: int = 0  # the place of column 0 in its block: a shard may begin inside a block
+    choice: FP8Choice = UNTUNED
 
     @property
     def shape(self) -> torch.Size:
@@ -44,8 +56,8 @@ class FP8Weight(NamedTuple):
         column = torch.arange(self.first, self.first + columns, device=self.data.device) // self.columns
         return (self.data.float() * self.scales[..., row[:, None], column]).to(dtype)
 
-    def expert(self, index: int) -> FP8Weight:
-        """Return the matrix [F, D] of one expert."""
+    def expert(self, index: int | None) -> FP8Weight:
+        """Return the matrix [F, D] of one expert; of None, this matrix as that of the only one, [1, F, D]."""
         return self._replace(data=self.data[index], scales=self.scales[index])
 
 

@@ -27,7 +27,16 @@ import torch
 from torch import Tensor
 
 from . import native, reference
-from .argument_checks import check_fp8, check_int32, check_logits, check_rotary, check_rows, require
+from .argument_checks import (
+    check_batch_invariant,
+    check_fp8,
+    check_int32,
+    check_linear,
+    check_logits,
+    check_rotary,
+    check_rows,
+    require,
+)
 from .arguments import (
     ClampedSwiGLU,
     ExpertMatrix,
@@ -117,23 +126,15 @@ def linear(
     identical in any of these batches. With batch_invariant (set by --deterministic) it is identical in all batches, but
     slower; x must be bfloat16 or float16, and weight rows must be whole 16-byte vectors.
     """
-    features = weight.shape[0] // 2 if gated else weight.shape[0]
-    if isinstance(weight, FP8Weight):
-        check_fp8("weight", weight)
-    require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
-    require(norm is None or norm.shape == x.shape[1:], "x", x, "must have as many columns as the norm's weight")
-    for name, target in (("add_to", add_to), ("out", out)):
-        if target is not None:
-            fits = target.shape == (len(x), features) and target.dtype == x.dtype and target.is_contiguous()
-            alone = not gated and (add_to is None or out is None)
-            rule = f"must be [{len(x)}, {features}] {x.dtype}, contiguous, not gated, and alone"
-            require(fits and alone, name, target, rule)
+    check_linear(x, weight, norm, {"add_to": add_to, "out": out}, gated=gated)
     if batch_invariant and x.is_cuda:
-        stored = weight.data if isinstance(weight, FP8Weight) else weight
-        aligned = stored.shape[1] % 8 == 0 and stored.data_ptr() % 16 == 0 and stored.is_contiguous()
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        rule = "must have rows of whole, aligned 16-byte vectors of 16-bit floats"
-        require(aligned and half, "weight", stored, rule)
+        check_batch_invariant(x, weight)
+
+
+@op("scaled_gemm")
+def has_two_fp8_gemms(x: Tensor, weight: FP8Weight) -> bool:
+    """Return whether `linear` of more than 8 such rows has two GEMMs, between which `weight.choice` chooses."""
+    check_fp8("weight", weight)
 
 
 @op("paged_attention")

@@ -70,6 +70,10 @@ def linear(
     return product if out is None else out.copy_(product)
 
 
+def has_two_fp8_gemms(x: Tensor, weight: FP8Weight) -> bool:
+    return False  # weights are dequantized
+
+
 def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_slots: Tensor) -> Tensor:
     q, k, v = _prepare_heads(qkv, norm, rope, cache)
     _store_kv(k, v, cache, kv_slots)

@@ -28,7 +28,9 @@ from .memory.memory_plan import (
 )
 from .model.attention.select_backend import select_backend
 from .model.decoder import Decoder
+from .model.fp8_tuning import tune_fp8_gemms
 from .model.kv_pool import KVPool
+from .model.kv_scales import apply_kv_scales
 from .model.model_config import ModelConfig
 from .model.state_pool import StatePool
 from .model.weights import fill_dummy, load_weights
@@ -77,6 +79,7 @@ class LoadedRank:
     def plan_memory(self) -> MemoryPlan:
         """Return this rank's memory plan, with the pages that `config` names or that fit; see `plan_limits`."""
         if self.device.type == "cuda":
+            self._tune()
             with self._phase("rehearsal"):
                 self._plan = self._rehearse()
                 gc.collect()  # a reference cycle would keep the rehearsal's memory beside the final one
@@ -111,7 +114,18 @@ class LoadedRank:
             fill_dummy(decoder.weights)
         else:
             load_weights(decoder.weights, folder)
+            if config.kv_cache_dtype == "fp8":
+                apply_kv_scales(decoder, folder)
         return decoder
+
+    def _tune(self) -> None:
+        """Choose the FP8 GEMMs; with --deterministic there is no choice."""
+        weights = self._decoder.weights
+        if weights.fp8 and not weights.batch_invariant:
+            with self._timer("FP8 GEMMs"):
+                tune_fp8_gemms(weights.fp8, self.comm, weights.dtype)
+            gc.collect()
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def _allocate_memory(self, num_pages: int, max_length: int, *, announce: bool) -> RankMemory:

@@ -8,6 +8,20 @@ constexpr int BLOCK = 32;  // elements with one scale in MXFP4
 enum Gate { PLAIN, SILU, CLAMPED };  // what becomes of the products of two rows, gate and up; PLAIN has one
 struct mxfp4 { unsigned char pair; };  // two elements, the first in the low half
 
+// The format of weights of type W, and the type of their scales.
+template <typename W> struct Format {
+    typedef unsigned char Scale;
+    static constexpr bool MXFP4 = false, FP8 = false;
+};
+template <> struct Format<mxfp4> {
+    typedef unsigned char Scale;
+    static constexpr bool MXFP4 = true, FP8 = false;
+};
+template <> struct Format<fp8> {
+    typedef float Scale;
+    static constexpr bool MXFP4 = false, FP8 = true;
+};
+
 // What is done with the sums of a tile: `bias`, of the tile's expert, is added if there is one.
 template <typename T> struct Epilogue {
     const T* bias;  // [columns], or those of gate, then of up
@@ -167,6 +181,31 @@ template <int M, int N> DEVICE void multiply_stage(
     }
 }
 
+// Multiply two adjacent numbers by a scale, and round them to T.
+template <typename T> DEVICE unsigned scaled_pair(unsigned halves, float scale) {
+    const Vec<f16, 2> pair = *reinterpret_cast<const Vec<f16, 2>*>(&halves);
+    return pack<T>(to_float(pair.at[0]) * scale, to_float(pair.at[1]) * scale);
+}
+
+// Do multiply_stage with weights in FP8, whose rows of 64 bytes begin at `weights`. Lane (g, t) widens elements 2 t and 2 t + 1 of each
+// eight elements of rows g and g + 8, to what the dequantized matrix has there.
+template <typename T, int M, int N> DEVICE void multiply_fp8_stage(
+    float (&sums)[M][N][2][4], unsigned stage, int lane, int first_row, const char* weights, const float (&scales)[N][2]) {
+    const unsigned selector = lane % 2 ? 0x7632 : 0x5410;
+    UNROLL for (int k = 0; k < DEPTH / 8; k += 2) {
+        unsigned a[M][4];
+        UNROLL for (int m = 0; m < M; ++m) load_matrices(a[m], stage + swizzle(first_row + 16 * m + lane % 16, k + lane / 16));
+        UNROLL for (int n = 0; n < N; ++n)
+            UNROLL for (int half = 0; half < 2; ++half) {
+                const uint4 row = *reinterpret_cast<const uint4*>(weights + (16 * n + 8 * half + lane / 4) * DEPTH + 8 * k);
+                unsigned b[2];
+                widen(lane % 4 < 2 ? __byte_perm(row.x, row.z, selector) : __byte_perm(row.y, row.w, selector), b[0], b[1], f16());
+                UNROLL for (int i = 0; i < 2; ++i) b[i] = scaled_pair<T>(b[i], scales[n][half]);
+                UNROLL for (int m = 0; m < M; ++m) multiply(sums[m][n][half], a[m][0], a[m][1], a[m][2], a[m][3], b[0], b[1], T());
+            }
+    }
+}
+
 // Write a warp's sums; its tiles begin at this row and column of the block's tile and of out.
 template <typename T, int M, int N, Gate GATE, typename F> DEVICE void store_sums(
     T* __restrict__ out, const float (&sums)[M][N][2][4], const Epilogue<T>& epilogue, const F& pair_of, int rows, int first_row,
@@ -196,15 +235,16 @@ template <typename T, int M, int N, Gate GATE, typename F> DEVICE void store_sum
 }
 
 // out[p] = weights[expert of p] x[p / pairs_per_row] for the pairs of a tile and a part of the columns. Unless GATE is PLAIN, column c
-// is made of the products gate and up of the rows c and columns + c of the weights. W is T, or mxfp4 with scales. A block has WARPS_M x WARPS_N warps, a warp M x N tiles of 16 rows by
-// 16 weight rows. Every shape adds the same products of 16 in the same order: a row is bitwise identical in any shape and batch.
+// is made of the products gate and up of the rows c and columns + c of the weights. W is T, mxfp4 or fp8; see FP8Weight of
+// arguments.py for the scales of the latter, and `first`. A block has WARPS_M x WARPS_N warps, a warp M x N tiles of 16 rows by 16
+// weight rows. Every shape adds the same products of 16 in the same order: a row is bitwise identical in any shape and batch.
 // Without `tiles` and `order` there is one expert that has all pairs in order.
 template <typename T, typename W, int WARPS_M, int WARPS_N, int M, int N, int STAGES, Gate GATE>
 __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
-    T* __restrict__ out, const T* __restrict__ x, const W* __restrict__ weights, const unsigned char* __restrict__ scales,
-    const T* __restrict__ bias, const int4* __restrict__ tiles, const int* __restrict__ order, int pairs_per_row, int num_pairs,
-    int width, int columns, float alpha, float limit) {
-    constexpr bool GATED = GATE != PLAIN, IS_MXFP4 = sizeof(W) == 1;
+    T* __restrict__ out, const T* __restrict__ x, const W* __restrict__ weights, const typename Format<W>::Scale* __restrict__ scales,
+    int row_shift, int column_shift, int scale_columns, int first, const T* __restrict__ bias, const int4* __restrict__ tiles,
+    const int* __restrict__ order, int pairs_per_row, int num_pairs, int width, int columns, float alpha, float limit) {
+    constexpr bool GATED = GATE != PLAIN, IS_MXFP4 = Format<W>::MXFP4, IS_FP8 = Format<W>::FP8;
     constexpr int THREADS = 32 * WARPS_M * WARPS_N, ROWS = 16 * M * WARPS_M, WEIGHT_ROWS = 16 * N * WARPS_N;
     constexpr int PART = GATED ? WEIGHT_ROWS / 2 : WEIGHT_ROWS;
     constexpr int PACKED = IS_MXFP4 ? 2 : 1;                          // elements in a W
@@ -234,21 +274,25 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     }
     UNROLL for (int i = 0; i < WEIGHT_ROWS / WEIGHT_STEP; ++i)
         weight_rows[i] = weights + matrix_row(copied_weight + i * WEIGHT_STEP) * (width / PACKED);
+    const int before = IS_FP8 ? first : 0;  // columns of the first block of scales that are another shard's
     const unsigned memory = (unsigned)__cvta_generic_to_shared(stages);
+    const auto inside = [&](int at) { return (!IS_FP8 || at >= 0) && at < width; };
+    const auto clamped = [&](int at, int length) { return IS_FP8 && at < 0 ? 0 : min(at, width - length); };
     const auto load = [&](int step) {
         const unsigned stage = memory + step % STAGES * STAGE, weight_stage = stage + ROWS * 2 * DEPTH;
-        const int k = step * DEPTH + chunk * 8, weight_k = step * DEPTH + weight_chunk * CHUNK;
+        const int k = step * DEPTH + chunk * 8 - before, weight_k = step * DEPTH + weight_chunk * CHUNK - before;
         UNROLL for (int i = 0; i < ROWS / STEP; ++i) {
             const int row = copied_row + i * STEP;
-            copy_async(stage + swizzle(row, chunk), x_rows[i] + min(k, width - 8), k < width && row < rows);
+            copy_async(stage + swizzle(row, chunk), x_rows[i] + clamped(k, 8), inside(k) && row < rows);
         }
         UNROLL for (int i = 0; i < WEIGHT_ROWS / WEIGHT_STEP; ++i) {
-            const int row = copied_weight + i * WEIGHT_STEP, at = IS_MXFP4 ? row * WEIGHT_BYTES + weight_chunk * 16 : swizzle(row, weight_chunk);
-            copy_async(weight_stage + at, weight_rows[i] + min(weight_k, width - CHUNK) / PACKED, weight_k < width);
+            const int row = copied_weight + i * WEIGHT_STEP;
+            const int at = CHUNKS < 8 ? row * WEIGHT_BYTES + weight_chunk * 16 : swizzle(row, weight_chunk);
+            copy_async(weight_stage + at, weight_rows[i] + clamped(weight_k, CHUNK) / PACKED, inside(weight_k));
         }
     };
 
-    const int steps = (width + DEPTH - 1) / DEPTH;
+    const int steps = (before + width + DEPTH - 1) / DEPTH;
     UNROLL for (int step = 0; step < STAGES - 1; ++step) {
         if (step < steps) load(step);
         commit_copies();
@@ -263,17 +307,28 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
             step_scales[i / 4][i / 2 % 2][i % 2] = scales[row * blocks + min(2 * step + i % 2, blocks - 1)];
         }
     };
+    float fp8_scales[N][2];
+    const auto load_fp8_scales = [&](int step) {
+        const long long matrix = (GATED ? 2ll : 1ll) * columns, scale_rows = ((matrix - 1) >> row_shift) + 1;
+        UNROLL for (int i = 0; i < 2 * N; ++i) {
+            const long long row = matrix_row(first_weight_row + i * 8 + lane / 4) - expert * matrix;
+            fp8_scales[i / 2][i % 2] = scales[(expert * scale_rows + (row >> row_shift)) * scale_columns + (step * DEPTH >> column_shift)];
+        }
+    };
     float sums[M][N][2][4] = {};
     for (int step = 0; step < steps; ++step) {
         if constexpr (IS_MXFP4) load_scales(step);
+        if constexpr (IS_FP8) load_fp8_scales(step);
         wait_copies<STAGES - 2>();  // this thread's copies of this step are done; after the barrier, those of all threads,
         __syncthreads();            // and all threads have left the stage that the next copies overwrite
         if (step + STAGES - 1 < steps) load(step + STAGES - 1);
         commit_copies();  // also an empty group: the wait counts groups
         const int at = step % STAGES * STAGE;
+        const char* warp_weights = stages + at + ROWS * 2 * DEPTH + first_weight_row * WEIGHT_BYTES;
         if constexpr (IS_MXFP4) {
-            const char* warp_weights = stages + at + ROWS * 2 * DEPTH + first_weight_row * WEIGHT_BYTES;
             multiply_stage(sums, memory + at, lane, first_row, warp_weights, step_scales);
+        } else if constexpr (IS_FP8) {
+            multiply_fp8_stage<T>(sums, memory + at, lane, first_row, warp_weights, fp8_scales);
         } else {
             multiply_stage<T, M, N>(sums, memory + at, lane, first_row, ROWS + first_weight_row);
         }

@@ -32,6 +32,7 @@ GROUP_THREADS = 1024  # threads of the one block that groups pairs by expert
 # Tile shapes of the grouped GEMM by their rows: warps down and across, 16 x 16 tiles down and across a warp, stages.
 TILE_SHAPES = {16: (1, 4, 1, 1, 6), 64: (1, 4, 4, 2, 3), 128: (2, 4, 4, 2, 3)}
 MXFP4_SHAPES = {16: (1, 4, 1, 1, 12), 64: (1, 4, 4, 2, 4), 128: (2, 4, 4, 2, 4)}
+FP8_SHAPES = {16: (1, 4, 1, 1, 8), 64: (1, 4, 4, 2, 4), 128: (2, 4, 4, 2, 4)}
 
 Gate = Literal["PLAIN", "SILU", "CLAMPED"]  # the names of Gate in experts.cu
 Epilogue = Literal["STORE", "ADD", "SILU"]  # the names of Epilogue in skinny_gemm.cu
@@ -51,9 +52,10 @@ def linear(
 ) -> Tensor:
     skinny = _is_skinny(x, weight) and not batch_invariant
     if isinstance(weight, FP8Weight) and not skinny:
-        if not batch_invariant and len(x) and scaled_gemm.takes(x, weight):
-            return scaled_gemm.scaled_linear(x, weight, bias, norm, eps, gated, add_to, out)
-        weight = weight.dequantized(x.dtype)
+        if len(x) and scaled_gemm.takes(x, weight):
+            return scaled_gemm.scaled_linear(x, weight, bias, norm, eps, gated, add_to, out, batch_invariant)
+        if not _can_widen(x, weight):
+            weight = weight.dequantized(x.dtype)
     if norm is not None and not (skinny and _can_fuse_norm(x, norm, isinstance(weight, FP8Weight))):
         x, norm = rms_norm(x, norm, eps), None
     if skinny:
@@ -63,8 +65,7 @@ def linear(
         epilogue: Epilogue = "SILU" if gated else "STORE" if add_to is None else "ADD"
         _skinny_gemm(target, x, weight, norm, bias, eps, epilogue)
         return target
-    assert isinstance(weight, Tensor)
-    if batch_invariant:
+    if batch_invariant or isinstance(weight, FP8Weight):
         product = _batch_invariant_linear(x.contiguous(), weight, bias, gated, out)
         return product if add_to is None else add_to.add_(product)
     if add_to is not None:
@@ -76,15 +77,23 @@ def linear(
     return silu_and_mul(product) if gated else product
 
 
-def _batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, out: Tensor | None) -> Tensor:
+def _batch_invariant_linear(x: Tensor, weight: Matrix, bias: Tensor | None, gated: bool, out: Tensor | None) -> Tensor:
     """Multiply as one expert that has all rows: all tiles sum in one order."""
     if out is None:
-        out = x.new_empty(len(x), len(weight) // 2 if gated else len(weight))
+        out = x.new_empty(len(x), weight.shape[0] // 2 if gated else weight.shape[0])
     if out.numel():
         rows = _tile_rows(len(x))
         tiles = ExpertTiles(None, None, rows, -(-len(x) // rows))
-        _multiply_tiles(out, x, weight[None], bias, "SILU" if gated else "PLAIN", None, tiles)
+        expert = weight.expert(None) if isinstance(weight, FP8Weight) else weight[None]
+        _multiply_tiles(out, x, expert, bias, "SILU" if gated else "PLAIN", None, tiles)
     return out
+
+
+def _can_widen(x: Tensor, weight: FP8Weight) -> bool:
+    """Return whether grouped_gemm reads this weight in FP8."""
+    vectors = weight.shape[-1] % VECTOR_BYTES == 0 and weight.first % VECTOR_BYTES == 0 and weight.columns % 64 == 0
+    aligned = weight.data.is_contiguous() and weight.data.data_ptr() % VECTOR_BYTES == 0
+    return vectors and aligned and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _is_skinny(x: Tensor, weight: Matrix) -> bool:
@@ -187,9 +196,9 @@ def experts(
     down_bias: Tensor | None = None,
     swiglu: ClampedSwiGLU | None = None,
 ) -> Tensor:
-    if isinstance(gate_up, FP8Weight):
+    if isinstance(gate_up, FP8Weight) and not _can_widen(x, gate_up):
         gate_up = gate_up.dequantized(x.dtype)
-    if isinstance(down, FP8Weight):
+    if isinstance(down, FP8Weight) and not _can_widen(x, down):
         down = down.dequantized(x.dtype)
     (tokens, size), pairs, num_experts = x.shape, expert_ids.numel(), gate_up.shape[0]
     if pairs == 0:
@@ -238,26 +247,41 @@ def _tile_rows(rows: int) -> int:
 def _multiply_tiles(
     out: Tensor,
     x: Tensor,
-    weights: Tensor | MXFP4Weight,
+    weights: ExpertMatrix,
     bias: Tensor | None,
     gate: Gate,
     swiglu: ClampedSwiGLU | None,
     tiles: ExpertTiles,
 ) -> None:
     """Write out [pairs, F] from the rows of x; several pairs in a row share one if x has fewer."""
-    columns, is_mxfp4 = out.shape[1], isinstance(weights, MXFP4Weight)
-    warps_down, warps_across, m, n, stages = (MXFP4_SHAPES if is_mxfp4 else TILE_SHAPES)[tiles.rows]
+    columns, form = out.shape[1], _format_of(x, weights)
+    warps_down, warps_across, m, n, stages = form.shapes[tiles.rows]
     weight_rows = 16 * n * warps_across
-    types = f"{c_name(x)}, {'mxfp4' if is_mxfp4 else c_name(x)}"
-    name = f"grouped_gemm<{types}, {warps_down}, {warps_across}, {m}, {n}, {stages}, {gate}>"
-    shared_bytes = stages * (tiles.rows * 128 + weight_rows * (32 if is_mxfp4 else 128))
+    name = f"grouped_gemm<{c_name(x)}, {form.name}, {warps_down}, {warps_across}, {m}, {n}, {stages}, {gate}>"
+    shared_bytes = stages * (tiles.rows * 128 + weight_rows * form.stage_bytes)
     launch = kernel("experts.cu", name, shared_bytes=shared_bytes)
     parts = -(-columns // (weight_rows if gate == "PLAIN" else weight_rows // 2))
     grid, threads = (tiles.num_tiles * parts, 1), 32 * warps_down * warps_across
-    matrices = (weights.data, weights.scales) if isinstance(weights, MXFP4Weight) else (weights, NULL)
     sizes = map(np.int32, (len(out) // len(x), len(out), x.shape[1], columns))
     groups = optional(tiles.tiles), optional(tiles.order)
-    launch(grid, threads, out, x, *matrices, optional(bias), *groups, *sizes, *_parameters(swiglu))
+    launch(grid, threads, out, x, *form.matrices, optional(bias), *groups, *sizes, *_parameters(swiglu))
+
+
+class WeightFormat(NamedTuple):
+    """How grouped_gemm reads weights."""
+
+    name: str  # of the type in experts.cu
+    shapes: dict[int, tuple[int, int, int, int, int]]  # of tiles, by their rows
+    stage_bytes: int  # of a row of the weights in a stage
+    matrices: tuple[Argument, ...]  # the weights and their scales
+
+
+def _format_of(x: Tensor, weights: ExpertMatrix) -> WeightFormat:
+    if isinstance(weights, MXFP4Weight):
+        return WeightFormat("mxfp4", MXFP4_SHAPES, 32, (weights.data, weights.scales, *NO_SCALES[1:]))
+    if isinstance(weights, FP8Weight):
+        return WeightFormat("fp8", FP8_SHAPES, 64, (weights.data, *_scale_arguments(weights)))
+    return WeightFormat(c_name(x), TILE_SHAPES, 128, (weights, *NO_SCALES))
 
 
 def _float32_gemm(

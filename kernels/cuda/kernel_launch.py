@@ -29,7 +29,9 @@ VECTOR_BYTES = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel that needs more must request it
 NULL = np.int64(0)
 
-Argument = Tensor | np.int64 | np.int32 | np.float32
+BOX_COLUMNS = 128  # of a tile map; mirrors LINE of wgmma.cuh
+TileMap = Any  # driver.CUtensorMap, from tile_map
+Argument = Tensor | np.int64 | np.int32 | np.float32 | TileMap
 Launch = Callable[..., None]  # takes grid, threads and Arguments
 
 
@@ -66,16 +68,26 @@ def num_multiprocessors(device: int) -> int:
 
 
 @functools.cache
-def kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False) -> Launch:
+def compute_capability(device: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@functools.cache
+def kernel(
+    source: str, name: str, *, shared_bytes: int = 0, early: bool = False, cluster: int = 1, architecture: str = ""
+) -> Launch:
     """Compile one instance of a kernel template; call the result with grid, threads and arguments.
 
-    Arguments are tensors or NumPy scalars. Raises CompileError with NVRTC's log.
-    early  launch while the previous kernel still runs (programmatic dependent launch); the kernel calls
-           wait_for_previous() of common.cuh before it reads what the previous kernel writes
+    Arguments are tensors, NumPy scalars or tile maps. Raises CompileError with NVRTC's log.
+    early         launch while the previous kernel still runs (programmatic dependent launch); the kernel calls
+                  wait_for_previous() of common.cuh before it reads what the previous kernel writes
+    cluster       adjacent blocks that run together and read each other's shared memory
+    architecture  such as sm_90a, for instructions that sm_90 lacks; NVRTC prefers it to the GPU's that CuPy names
     """
     templates = (name,) if "<" in name else None
+    options = ("-std=c++17", f"-arch={architecture}") if architecture else ("-std=c++17",)
     try:
-        module = cupy.RawModule(code=source_text(source), options=("-std=c++17",), name_expressions=templates)
+        module = cupy.RawModule(code=source_text(source), options=options, name_expressions=templates)
         function = module.get_function(name)
         static_bytes = function.shared_size_bytes
     except cupy.cuda.compiler.CompileException as error:
@@ -85,16 +97,18 @@ def kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False
         maximum = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
         function.max_dynamic_shared_size_bytes = maximum - static_bytes
 
+    attributes = [_early_attribute()] * early + [_cluster_attribute(cluster)] * (cluster > 1)
+
     def launch(grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.hStream = torch.cuda.current_stream().cuda_stream
-        if early:
-            config.attrs, config.numAttrs = [_early_attribute()], 1
-        values = tuple(a.data_ptr() if isinstance(a, Tensor) else a.item() for a in arguments)
-        types = tuple(C_TYPES[type(a)] for a in arguments)
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
+        values = tuple(map(_value, arguments))
+        types = tuple(C_TYPES.get(type(a)) for a in arguments)
         (status,) = driver.cuLaunchKernelEx(config, function.kernel.ptr, (values, types), 0)
         if status != driver.CUresult.CUDA_SUCCESS:
             raise RuntimeError(f"cannot launch {name} on {grid} x {threads} threads: {status.name}")
@@ -102,9 +116,49 @@ def kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False
     return launch
 
 
+def _value(argument: Argument) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return argument.item() if isinstance(argument, np.generic) else argument
+
+
+def tile_map(matrix: Tensor, box_rows: int) -> TileMap:
+    """Return the TileMap argument of wgmma.cuh for boxes of a matrix of bytes [R, C]: box_rows by BOX_COLUMNS."""
+    return _tile_map(matrix.data_ptr(), *matrix.shape, box_rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile_map(address: int, rows: int, columns: int, box_rows: int) -> TileMap:
+    sizes, box = (columns, rows), (BOX_COLUMNS, box_rows)
+    status, encoded = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        len(sizes),
+        address,
+        list(map(driver.cuuint64_t, sizes)),
+        [driver.cuuint64_t(columns)],  # bytes from a row to the next
+        list(map(driver.cuuint32_t, box)),
+        [driver.cuuint32_t(1)] * len(box),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cannot describe a matrix [{rows}, {columns}] to TMA: {status.name}")
+    return encoded
+
+
 @functools.cache
 def _early_attribute() -> Any:
     attribute = driver.CUlaunchAttribute()
     attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
+
+
+@functools.cache
+def _cluster_attribute(blocks: int) -> Any:
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    attribute.value.clusterDim.x, attribute.value.clusterDim.y, attribute.value.clusterDim.z = blocks, 1, 1
     return attribute

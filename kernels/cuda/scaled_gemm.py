@@ -1,6 +1,6 @@
-"""Linear layers of FP8 weights for more rows than skinny_gemm takes: FP8 activations, and cuBLAS's or CUTLASS's GEMMs.
+"""Linear layers of FP8 weights and FP8 activations: fp8_gemm for tens of rows, the GEMMs of cuBLAS or CUTLASS for more.
 
-Activations are quantized for each row, or for each 128 columns of a row if the weight has blocks.
+Activations are scaled for each 128 columns of a row; for the library's GEMM of a weight without blocks, for each row.
 """
 
 from __future__ import annotations
@@ -13,23 +13,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import FP8Weight
-from .kernel_launch import MAX_THREADS, VECTOR_BYTES, c_name, kernel, num_threads, optional
+from .kernel_launch import (
+    MAX_THREADS,
+    VECTOR_BYTES,
+    c_name,
+    compute_capability,
+    kernel,
+    num_multiprocessors,
+    num_threads,
+    optional,
+    tile_map,
+)
 
-GROUP = 128  # columns of a scale of activations; mirrors GROUP of quantize_rows.cu
-ALIGNMENT = 4  # rows of activations with group scales, and columns of block scales, are multiples of this in cuBLAS
-MAX_UNSCALED_ROWS = 512  # up to here a GEMM without scales and a kernel that applies them are faster
-Source = Literal["PLAIN", "NORM", "SILU"]  # the names of Source in quantize_rows.cu
+GROUP = 128  # columns of a scale of activations; mirrors GROUP of quantize_rows.cu and STEP of fp8_gemm.cu
+ALIGNMENT = 4  # scales of activations are copied four at once; in cuBLAS rows and columns of block scales are multiples
+GROUP_ROWS, WEIGHT_ROWS = 64, 128  # rows of the weight of four warps and of a block; GROUP_ROWS and TILE of fp8_gemm.cu
+CONSUMERS = 256  # threads of a block that multiply; a warp more copies
+STAGES = {16: 6, 32: 5, 64: 4}  # steps in shared memory by the rows of x of a tile; two blocks share the memory
+MAX_PARTS = 4  # blocks of a cluster; 8 are slower
+MIN_STEPS = 4  # of 128 columns for each block of a cluster
+Epilogue = Literal["STORE", "ADD", "SILU"]  # the names of Epilogue in fp8_gemm.cu and of Finish in quantize_rows.cu
+EPILOGUES: tuple[Epilogue, ...] = ("STORE", "ADD", "SILU")
 
 
 def takes(x: Tensor, weight: FP8Weight) -> bool:
     """Return whether `scaled_linear` takes these tensors."""
     features, size = weight.shape
-    by_block = weight.columns < size
-    blocks = weight.rows == weight.columns == GROUP and weight.first == 0 and weight.scales.shape[1] % ALIGNMENT == 0
     aligned = all(t.is_contiguous() and t.data_ptr() % VECTOR_BYTES == 0 for t in (x, weight.data))
-    half = x.dtype == torch.bfloat16 or (x.dtype == torch.float16 and by_block)  # unscaled sums may overflow float16
-    fits = half and aligned and size % GROUP == 0 and features % 16 == 0 and (blocks or not by_block)
-    return fits and torch.cuda.get_device_capability(x.device) == (9, 0)
+    vectors = size % VECTOR_BYTES == 0 and features % 16 == 0 and weight.first % VECTOR_BYTES == 0
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and aligned and vectors and weight.columns % GROUP == 0 and compute_capability(x.device.index) == (9, 0)
+
+
+def has_two_fp8_gemms(x: Tensor, weight: FP8Weight) -> bool:
+    return takes(x, weight) and _library_takes(x, weight)
 
 
 def scaled_linear(
@@ -41,69 +58,118 @@ def scaled_linear(
     gated: bool,
     add_to: Tensor | None,
     out: Tensor | None,
+    batch_invariant: bool,
 ) -> Tensor:
     """Do `linear` with activations in FP8."""
-    by_block = weight.columns < weight.shape[1]
-    numbers, scales = quantize_rows(x, "PLAIN" if norm is None else "NORM", norm, eps, grouped=by_block)
-    if by_block:
-        products = F.scaled_mm(
-            numbers,
-            weight.data.t(),
-            scales,
-            F.ScalingType.BlockWise1x128,
-            weight.scales.t(),
-            F.ScalingType.BlockWise128x128,
-            output_dtype=x.dtype,
-        )[: len(x)]
-        return _finish(products, None, None, bias, gated, add_to, out)
-    if len(x) <= MAX_UNSCALED_ROWS:
-        one = torch.ones((), dtype=torch.float32, device=x.device)
-        products = torch._scaled_mm(numbers, weight.data.t(), one, one, out_dtype=x.dtype, use_fast_accum=True)
-        return _finish(products, scales, weight, bias, gated, add_to, out)
-    columns = weight.scales.repeat_interleave(min(weight.rows, weight.shape[0]), 0)[: weight.shape[0]].t().contiguous()
-    products = torch._scaled_mm(
-        numbers, weight.data.t(), scales[:, None], columns, out_dtype=x.dtype, use_fast_accum=True
+    tiled = batch_invariant or len(x) <= weight.choice.tiled_rows or not _library_takes(x, weight)
+    numbers, scales = quantize_rows(x, norm, eps, grouped=tiled or _is_blocked(weight), first=weight.first)
+    epilogue: Epilogue = "ADD" if add_to is not None else "SILU" if gated else "STORE"
+    target = add_to if out is None else out
+    if target is None:
+        target = x.new_empty(len(x), weight.shape[0] // (2 if gated else 1))
+    if tiled:
+        _tiled_gemm(target, numbers, scales, weight, bias, epilogue, batch_invariant)
+        return target
+    products = _library_gemm(numbers, scales, weight, x.dtype)[: len(x)]
+    if bias is None and epilogue == "STORE":
+        return products if out is None else out.copy_(products)
+    finish_products(target, products, bias, epilogue)
+    return target
+
+
+def _is_blocked(weight: FP8Weight) -> bool:
+    """Return whether a row of the weight has several scales."""
+    return weight.scales.shape[1] > 1
+
+
+def _tiled_gemm(
+    out: Tensor,
+    numbers: Tensor,
+    scales: Tensor,
+    weight: FP8Weight,
+    bias: Tensor | None,
+    epilogue: Epilogue,
+    batch_invariant: bool,
+) -> None:
+    """Write or add the products of fp8_gemm; with batch_invariant the order of a sum depends on the weight alone."""
+    (rows, features), size = out.shape, numbers.shape[1]
+    tile_rows = next((n for n in STAGES if rows <= n), max(STAGES))
+    tiles = -(-features // (GROUP_ROWS if epilogue == "SILU" else WEIGHT_ROWS))
+    row_tiles = -(-rows // tile_rows)
+    parts = _num_parts(tiles * (1 if batch_invariant else row_tiles), size, num_multiprocessors(out.device.index))
+    launch = kernel(
+        "fp8_gemm.cu",
+        f"fp8_gemm<{c_name(out)}, {tile_rows}, {STAGES[tile_rows]}>",
+        shared_bytes=STAGES[tile_rows] * ((WEIGHT_ROWS + tile_rows) * GROUP + 4 * tile_rows + 16),
+        early=True,
+        cluster=parts,
+        architecture="sm_90a",
     )
-    return _finish(products, None, None, bias, gated, add_to, out)
+    shifts = weight.rows.bit_length() - 1, weight.columns.bit_length() - 1
+    sizes = rows, scales.shape[1], features, size, weight.first, *shifts, weight.scales.shape[1]
+    maps = tile_map(numbers[:rows], tile_rows), tile_map(weight.data, GROUP_ROWS)
+    tensors = out, maps[0], scales, maps[1], weight.scales, optional(bias)
+    grid = tiles * row_tiles * parts, 1
+    launch(grid, CONSUMERS + 32, *tensors, *map(np.int32, (*sizes, EPILOGUES.index(epilogue), parts)))
+
+
+def _num_parts(tiles: int, size: int, multiprocessors: int) -> int:
+    """Return how many blocks share the columns of a tile: a power of two with some blocks for every multiprocessor."""
+    parts, steps, most = 1, -(-size // GROUP), 3 * multiprocessors // 2  # more blocks than this are slower
+    while 2 * parts <= MAX_PARTS and 2 * parts * tiles <= most and steps >= 2 * parts * MIN_STEPS:
+        parts *= 2
+    return parts
+
+
+def _library_takes(x: Tensor, weight: FP8Weight) -> bool:
+    """Return whether `scaled_mm` has a fast GEMM for these tensors. Of float16, for blocks only."""
+    blocks = weight.rows == weight.columns == GROUP and weight.first == 0 and weight.scales.shape[1] % ALIGNMENT == 0
+    return x.shape[1] % GROUP == 0 and (blocks if _is_blocked(weight) else x.dtype == torch.bfloat16)
+
+
+def _library_gemm(numbers: Tensor, scales: Tensor, weight: FP8Weight, dtype: torch.dtype) -> Tensor:
+    """Return `x @ weight^T` [T, F] of the FP8 numbers and scales of x."""
+    if not _is_blocked(weight):
+        columns = weight.scales.repeat_interleave(min(weight.rows, weight.shape[0]), 0)[: weight.shape[0]]
+        return torch._scaled_mm(
+            numbers, weight.data.t(), scales[:, None], columns.t().contiguous(), out_dtype=dtype, use_fast_accum=True
+        )
+    return F.scaled_mm(
+        numbers,
+        weight.data.t(),
+        scales.t(),
+        F.ScalingType.BlockWise1x128,
+        weight.scales.t(),
+        F.ScalingType.BlockWise128x128,
+        output_dtype=dtype,
+    )
 
 
 def quantize_rows(
-    x: Tensor, source: Source, norm: Tensor | None, eps: float, *, grouped: bool
+    x: Tensor, norm: Tensor | None, eps: float, *, grouped: bool, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Return rows of x [T, D] in FP8 and their scales: [T], or [T, D / 128] with the rows of a group side by side.
+    """Return rows of x [T, D], or of their RMSNorm, in FP8, [padded, D], and their scales in float32.
 
-    With groups, rows are added until their number is a multiple of ALIGNMENT; they are not written.
+    The scales are [padded], or [groups, padded] if grouped. T of `padded` rows, a multiple of ALIGNMENT, are written. A
+    group is 128 columns; `first` is the place of column 0 in its group.
     """
-    rows, size = len(x), x.shape[1] // (2 if source == "SILU" else 1)
-    padded = -(-rows // ALIGNMENT) * ALIGNMENT if grouped else rows
+    rows, size = x.shape
+    padded = -(-rows // ALIGNMENT) * ALIGNMENT
+    groups = -(-(first + size) // GROUP)
     numbers = torch.empty(padded, size, dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((size // GROUP, padded) if grouped else (rows,), dtype=torch.float32, device=x.device)
-    launch = kernel("quantize_rows.cu", f"quantize_rows<{c_name(x)}, {source}, {str(grouped).lower()}>", early=True)
-    shape = np.float32(eps), np.int32(size), np.int32(padded)
-    launch((rows, 1), num_threads(size // 8), numbers, scales, x, optional(norm), *shape)
-    return numbers, scales.t() if grouped else scales
+    scales = torch.empty((groups, padded) if grouped else (padded,), dtype=torch.float32, device=x.device)
+    options = f"{str(norm is not None).lower()}, {str(grouped).lower()}"
+    launch = kernel("quantize_rows.cu", f"quantize_rows<{c_name(x)}, {options}>", early=True)
+    vectors = groups * GROUP // 8
+    parts = -(-vectors // MAX_THREADS) if grouped and norm is None else 1
+    sizes = np.float32(eps), np.int32(size), np.int32(first if grouped else 0), np.int32(padded)
+    launch((rows, parts), num_threads(vectors), numbers, scales, x, optional(norm), *sizes)
+    return numbers, scales
 
 
-def _finish(
-    products: Tensor,
-    row_scales: Tensor | None,
-    weight: FP8Weight | None,
-    bias: Tensor | None,
-    gated: bool,
-    add_to: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    """Apply the scales that the GEMM has not, the bias and SiLU; add to `add_to`, or write to `out`."""
-    if row_scales is None and bias is None and not gated and add_to is None:
-        return products if out is None else out.copy_(products)
-    features = products.shape[1] // (2 if gated else 1)
-    target = add_to if add_to is not None else out if out is not None else products.new_empty(len(products), features)
-    finish = "ADD" if add_to is not None else "GATE" if gated else "STORE"
-    shift = 0 if weight is None else weight.rows.bit_length() - 1
-    launch = kernel("quantize_rows.cu", f"scale_products<{c_name(products)}, {finish}>", early=True)
-    threads = num_threads(features // 8)
+def finish_products(target: Tensor, products: Tensor, bias: Tensor | None, epilogue: Epilogue) -> None:
+    """Apply the bias and SiLU to the result of a GEMM [T, F]; write it to `target`, or add it."""
+    features = target.shape[1]
+    launch = kernel("quantize_rows.cu", f"finish_products<{c_name(products)}, {epilogue}>", early=True)
     grid = len(products), -(-features // (8 * MAX_THREADS))
-    column_scales = optional(None if weight is None else weight.scales)
-    arguments = optional(row_scales), column_scales, np.int32(shift), optional(bias), np.int32(features)
-    launch(grid, threads, target, products, *arguments)
-    return target
+    launch(grid, num_threads(features // 8), target, products, optional(bias), np.int32(features))

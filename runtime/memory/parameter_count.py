@@ -48,7 +48,10 @@ def saved_by_quantization(model: ModelConfig, ranks: int, itemsize: int, rank: i
     saved = 0
     for names, rows, columns, copies in _matrices(model, ranks, rank):
         if model.quantization.covers_all(names):
-            grid = model.quantization.grid([sum(rows[:n]) for n in range(len(rows))], columns, first_column=0)
+            bounds = [sum(rows[:n]) for n in range(len(rows))]
+            if model.adjacent_pairs and len(rows) == 3:  # of q, k and v
+                bounds += model.quantization.bounds_of_pairs(model.head_dim)
+            grid = model.quantization.grid(bounds, columns, first_column=0)
             down, across = grid.shape(sum(rows), columns)
             saved += copies * (sum(rows) * columns * (itemsize - 1) - 4 * down * across)
     return saved
@@ -57,34 +60,35 @@ def saved_by_quantization(model: ModelConfig, ranks: int, itemsize: int, rank: i
 def _matrices(model: ModelConfig, ranks: int, rank: int) -> Iterator[tuple[list[str], list[int], int, int]]:
     """Yield the modules, rows of each, columns and number of all matrices of the rank that may be FP8."""
     assert model.quantization is not None
-    hidden, (q, kv) = model.hidden_size, _head_features(model, ranks, rank)
+    hidden, names, (q, kv) = model.hidden_size, model.names, _head_features(model, ranks, rank)
     for layer in range(model.num_layers):
         name = f"model.layers.{layer}"
         if model.delta_net is not None and layer in model.delta_net.layers:
             yield from _delta_matrices(f"{name}.linear_attn", hidden, model.delta_net, ranks, rank)
         else:
-            yield [f"{name}.self_attn.{x}_proj" for x in "qkv"], [q, kv, kv], hidden, 1
+            yield [f"{name}.{module}" for module in names.qkv], [q, kv, kv], hidden, 1
             if model.output_gate:
-                yield [f"{name}.self_attn.q_proj"], [q], hidden, 1
-            yield [f"{name}.self_attn.o_proj"], [hidden], q, 1
-        for mlp, (gate, up, down), size, copies in _mlps(model, layer):
+                yield [f"{name}.{names.qkv[0]}"], [q], hidden, 1
+            yield [f"{name}.{names.output}"], [hidden], q, 1
+        for gate_up, down, size, copies in _mlps(model, layer):
             features = _share(size, ranks, rank)
-            yield [f"{name}.{mlp}.{gate}", f"{name}.{mlp}.{up}"], [features, features], hidden, copies
-            yield [f"{name}.{mlp}.{down}"], [hidden], features, copies
+            yield [f"{name}.{module}" for module in gate_up], [features, features], hidden, copies
+            yield [f"{name}.{down}"], [hidden], features, copies
     if model.quantization.includes_head and not model.tie_word_embeddings:
         yield ["lm_head"], [-(-model.vocab_size // ranks)], hidden, 1
 
 
-def _mlps(model: ModelConfig, layer: int) -> Iterator[tuple[str, tuple[str, str, str], int, int]]:
-    """Yield the module, its projections, the features and the number of a layer's MLPs or experts."""
-    plain = "gate_proj", "up_proj", "down_proj"
+def _mlps(model: ModelConfig, layer: int) -> Iterator[tuple[tuple[str, ...], str, int, int]]:
+    """Yield the modules of gate and up, that of down, the features and the number of a layer's MLPs or experts."""
     if model.experts is None or not model.has_experts(layer):
-        yield "mlp", plain, model.intermediate_size, 1
+        yield model.names.gate_up, model.names.down, model.intermediate_size, 1
         return
     experts, rules = model.experts, model.experts.rules
-    yield f"{rules.block}.experts.0", rules.projections, experts.intermediate_size, experts.num_experts
+    gate, up, down = (f"{rules.block}.experts.0.{projection}" for projection in rules.projections)
+    yield (gate, up), down, experts.intermediate_size, experts.num_experts
     if experts.shared_size:
-        yield f"{rules.block}.{rules.shared}", plain, experts.shared_size, 1
+        gate, up, down = (f"{rules.block}.{rules.shared}.{x}_proj" for x in ("gate", "up", "down"))
+        yield (gate, up), down, experts.shared_size, 1
 
 
 def _delta_matrices(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.arguments import FP8Weight, Matrix
+from ...kernels.arguments import FP8Choice, FP8Weight, Matrix
 from .quantization import BLOCK, Quantization, ScaleGrid
 from .tensor_files import STORED_DTYPES, TensorFiles
 from .weights import DUMMY_DEVIATION, Piece, Weight, Weights
@@ -31,11 +31,6 @@ def add_matrix(weights: Weights, shape: Sequence[int], pieces: Iterable[Piece]) 
     modules = sorted({module_of(piece) for piece in pieces})
     if quantization is None or not quantization.covers_all(modules):
         return weights.add(shape, pieces)
-    if any(piece.pairs for piece in pieces):
-        raise ValueError(
-            f"FP8 weights of {modules[0]}, whose model rotates adjacent elements of a head, are not supported; use the"
-            " checkpoint in bfloat16 or float16"
-        )
     grid = grid_of(quantization, pieces, shape[-1])
     data = torch.zeros(*shape, dtype=torch.float8_e4m3fn, device=weights.device)
     scales = torch.zeros(*shape[:-2], *grid.shape(shape[-2], shape[-1]), dtype=torch.float32, device=weights.device)
@@ -45,7 +40,12 @@ def add_matrix(weights: Weights, shape: Sequence[int], pieces: Iterable[Piece]) 
     else:
         weights.append(FP8Data(data, pieces))
         weights.append(ScaleWeight(scales, tuple(_scale_piece(quantization, grid, piece) for piece in pieces)))
-    return FP8Weight(data, scales, grid.rows, grid.columns, grid.first)
+    layout = grid.rows, grid.columns, grid.first
+    alike = [other for other in weights.fp8 if (other.shape, other[2:5]) == (data.shape, layout)]
+    matrix = FP8Weight(data, scales, *layout, alike[0].choice if alike else FP8Choice())
+    if len(shape) == 2:
+        weights.fp8.append(matrix)
+    return matrix
 
 
 def module_of(piece: Piece) -> str:
@@ -59,6 +59,7 @@ def grid_of(quantization: Quantization, pieces: Sequence[Piece], columns: int) -
     for piece in pieces:
         (first, _), (start, _) = _ranges(piece)[0], _rows_into(piece)
         bounds += [start, first - start] if quantization.granularity == "block" else [start]
+        bounds += quantization.bounds_of_pairs(piece.pairs) if piece.pairs else []
     return quantization.grid(bounds, columns, _ranges(pieces[0])[1][0])
 
 
@@ -80,20 +81,18 @@ def _rows_into(piece: Piece) -> tuple[int, int]:
 def _scale_piece(quantization: Quantization, grid: ScaleGrid, piece: Piece) -> ScalePiece:
     (first, _), (left, right) = _ranges(piece)
     start, stop = _rows_into(piece)
-    count = -(-(stop - start) // grid.rows)
+    source = piece.ordered(torch.arange(first, first + stop - start)).tolist()[:: grid.rows]
     rows, columns = piece.shape
     name = f"{module_of(piece)}.{quantization.scale_name}"
     into: tuple[int | slice, ...] = (
         *(part for part in piece.into if isinstance(part, int)),
-        slice(start // grid.rows, start // grid.rows + count),
+        slice(start // grid.rows, start // grid.rows + len(source)),
     )
     if quantization.granularity == "tensor":
-        return ScalePiece(name=name, shape=(1, 1), into=into, rows=(0,) * count, columns=slice(0, 1))
+        return ScalePiece(name=name, shape=(1, 1), into=into, rows=(0,) * len(source), columns=slice(0, 1))
     if quantization.granularity == "row":
-        return ScalePiece(
-            name=name, shape=(rows, 1), into=into, rows=tuple(range(first, first + count)), columns=slice(0, 1)
-        )
-    blocks = tuple((first + n * grid.rows) // BLOCK for n in range(count))
+        return ScalePiece(name=name, shape=(rows, 1), into=into, rows=tuple(source), columns=slice(0, 1))
+    blocks = tuple(row // BLOCK for row in source)
     shape = -(-rows // BLOCK), -(-columns // BLOCK)
     return ScalePiece(name=name, shape=shape, into=into, rows=blocks, columns=slice(left // BLOCK, -(-right // BLOCK)))
 
@@ -151,8 +150,8 @@ class QuantizedWeight(FP8Data):
         for piece in self.pieces:
             (first, stop), (left, right) = _ranges(piece)
             numbers, scales = quantize_rows(tensors[piece.name][first:stop].to(self.tensor.device))
-            self.tensor[piece.into].copy_(numbers[:, left:right])
-            self.scales[piece.into].copy_(scales)
+            self.tensor[piece.into].copy_(piece.ordered(numbers[:, left:right]))
+            self.scales[piece.into].copy_(piece.ordered(scales))
 
     def fill_dummy(self, part: Tensor, generator: torch.Generator) -> None:
         super().fill_dummy(part, generator)

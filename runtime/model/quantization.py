@@ -154,6 +154,10 @@ class Quantization:
             )
         return bool(covered)
 
+    def bounds_of_pairs(self, head_dim: int) -> list[int]:
+        """Return the bounds that heads add whose rows are reordered: blocks across two heads fall into single rows."""
+        return [1] if self.granularity == "block" and BLOCK % head_dim else []
+
     def grid(self, bounds: Sequence[int], columns: int, first_column: int) -> ScaleGrid:
         """Return the scales of a rank's matrix of `columns` columns that begin at `first_column` of the checkpoint's.
 

@@ -6,6 +6,7 @@ fill it. The loader reads exactly those parts: a rank neither reads nor holds th
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -16,11 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.arguments import FP8Weight
 from .quantization import Quantization
 from .tensor_files import STORED_DTYPES, TensorFiles, check_shapes, format_names, not_finite
 
+log = logging.getLogger(__name__)
 ALL = slice(None)
-UNUSED_SCALES = (".input_scale", ".output_scale", ".q_scale", ".k_scale", ".v_scale")  # of activations and KV cache
+KV_SCALES = (".k_scale", ".v_scale")  # of the KV cache; see kv_scales.py
+UNUSED_SCALES = (".input_scale", ".output_scale", ".q_scale")  # of activations
 DUMMY_DEVIATION = 0.02  # of random weights
 
 
@@ -37,10 +41,15 @@ class Piece:
 
     def value(self, tensor: Any) -> Tensor:
         """Return the part of a slice of safetensors."""
-        part: Tensor = tensor[self.read]
-        if self.pairs:
-            part = part.unflatten(0, (-1, self.pairs // 2, 2)).transpose(1, 2).flatten(0, 2)
+        part = self.ordered(tensor[self.read])
         return part.float() + self.offset if self.offset else part
+
+    def ordered(self, rows: Tensor) -> Tensor:
+        """Return the rows that were read in the order in which the weight has them."""
+        if not self.pairs:
+            return rows
+        ordered: Tensor = rows.unflatten(0, (-1, self.pairs // 2, 2)).transpose(1, 2).flatten(0, 2)
+        return ordered
 
     def shape_in(self, tensors: TensorFiles) -> tuple[int, ...]:
         """Return the shape that the tensor must have in these files."""
@@ -81,6 +90,7 @@ class Weights(list[Weight]):
     batch_invariant     of their GEMMs, as --deterministic asks for
     zero_centred_norms  the checkpoint has the weights of norms less 1
     unused              beginnings of names in the checkpoint that no layer uses
+    fp8                 the FP8 matrices [F, D] of linear layers; their tensors are weights, too
     """
 
     def __init__(
@@ -97,6 +107,7 @@ class Weights(list[Weight]):
         self.unused = unused
         self.dtype, self.device, self.batch_invariant = dtype, device, batch_invariant
         self.quantization, self.zero_centred_norms = quantization, zero_centred_norms
+        self.fp8: list[FP8Weight] = []
 
     def add(
         self,
@@ -130,8 +141,15 @@ def load_weights(weights: Weights, folder: str | Path) -> None:
     with ExitStack() as stack:
         tensors = TensorFiles(Path(folder), "pt", stack)
         ignored |= {name for name in tensors if name.startswith(weights.unused)}
+        ignored |= {name for name in tensors if name.endswith(KV_SCALES)}
         if any(weight.tensor.dtype == torch.float8_e4m3fn for weight in weights):
-            ignored |= {name for name in tensors if name.endswith(UNUSED_SCALES)}
+            unused = {name for name in tensors if name.endswith(UNUSED_SCALES)}
+            if unused:
+                log.info(
+                    "weights: scales of activations are not used (%s): they are quantized by their own values",
+                    format_names(sorted(unused)),
+                )
+            ignored |= unused
         expected = {piece.name: piece.shape_in(tensors) for weight in weights for piece in weight.pieces}
         check_shapes(expected, tensors, ignored, stored_dtypes(weights))
         _check_dtypes(weights, tensors)

@@ -75,6 +75,12 @@ INSTANCES = {
             for shape in ("1, 4, 1, 1, 12", "1, 4, 4, 2, 4", "2, 4, 4, 2, 4")
             for gate in ("PLAIN", "CLAMPED")
         ),
+        *(
+            f"grouped_gemm<{t}, fp8, {shape}, {gate}>"
+            for t in ("bf16", "f16")
+            for shape in ("1, 4, 1, 1, 8", "1, 4, 4, 2, 4", "2, 4, 4, 2, 4")
+            for gate in ("PLAIN", "SILU")
+        ),
         *(f"float32_gemm<{gate}>" for gate in ("PLAIN", "SILU", "CLAMPED")),
         *(
             f"select_experts<{shape}>"
@@ -89,9 +95,10 @@ INSTANCES = {
         "weighted_sum<float, 1>",
     ],
     "quantize_rows.cu": [
-        *(f"quantize_rows<{shape}>" for shape in ("bf16, PLAIN, true", "bf16, NORM, false", "f16, SILU, true")),
-        *(f"scale_products<bf16, {finish}>" for finish in ("STORE", "ADD", "GATE")),
+        *(f"quantize_rows<{shape}>" for shape in ("bf16, false, true", "bf16, true, false", "f16, true, true")),
+        *(f"finish_products<bf16, {finish}>" for finish in ("STORE", "ADD", "SILU")),
     ],
+    "fp8_gemm.cu": [f"fp8_gemm<{shape}>" for shape in ("bf16, 16, 6", "f16, 32, 5", "bf16, 64, 4", "f16, 64, 4")],
     "rotate_and_store.cu": [
         f"rotate_and_store<{t}, {t}, {p}, {min(p, 4)}>" for t in ("bf16", "f16", "float") for p in (1, 2, 4, 8)
     ],
@@ -110,12 +117,17 @@ INSTANCES = {
 }
 
 
+ARCHITECTURES = {"fp8_gemm.cu": ["sm_90a"]}  # others: sm_80, sm_90 and sm_100
+
+
 def test_every_source_is_listed() -> None:
     assert set(INSTANCES) == {p.name for p in native.SOURCES.glob("*.cu")}
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("source", list(INSTANCES))
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [(s, a) for s in INSTANCES for a in ARCHITECTURES.get(s, ["sm_80", "sm_90", "sm_100"])],
+)
 def test_source_compiles_without_spilling(source: str, architecture: str, tmp_path: Path) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")

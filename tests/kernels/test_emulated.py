@@ -19,7 +19,14 @@ from lockstep.kernels import native, reference
 from lockstep.kernels.arguments import ClampedSwiGLU, KVCache, Pages, QKNorm, Rope, num_groups
 
 import emulator
-from kernel_cases import SamplingInputs, assert_close, batch_invariant_linears, random_fp8, random_mxfp4
+from kernel_cases import (
+    SamplingInputs,
+    assert_close,
+    batch_invariant_linears,
+    random_fp8,
+    random_fp8_experts,
+    random_mxfp4,
+)
 
 pytestmark = [pytest.mark.emulator, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 SWIGLU = ClampedSwiGLU(1.702, 1.0)
@@ -208,6 +215,36 @@ def test_experts_with_biases_and_clamped_swiglu(dtype: torch.dtype) -> None:
     weights = (random(3, 80, 72) / 4).to(dtype), (random(3, 72, 40) / 8).to(dtype)
     biases = {"gate_up_bias": random(3, 80, dtype=dtype), "down_bias": random(3, 72, dtype=dtype)}
     check("experts", x, expert_ids, torch.rand(30, 2), *weights, **biases, swiglu=ClampedSwiGLU(1.7, 1.5), factor=4)
+
+
+# Pairs, hidden and intermediate features, rows and columns of a block, place of column 0 in its block, dtype.
+FP8_EXPERTS = [
+    (2, 80, 48, 128, 128, 0, BF16),
+    pytest.param(60, 144, 80, 16, 128, 112, F16, marks=pytest.mark.nightly),
+    pytest.param(400, 64, 32, 1, 64, 0, BF16, marks=pytest.mark.nightly),
+]
+
+
+@pytest.mark.parametrize(("pairs", "size", "features", "block_rows", "block_columns", "first", "dtype"), FP8_EXPERTS)
+def test_experts_of_fp8_are_bitwise_those_of_the_dequantized_weights(
+    pairs: int, size: int, features: int, block_rows: int, block_columns: int, first: int, dtype: torch.dtype
+) -> None:
+    x, expert_ids = random(pairs // 2, size, dtype=dtype), torch.randint(-1, 4, (pairs // 2, 2))
+    gate_up = random_fp8_experts(3, 2 * features, size, block_rows, 2 * block_columns)
+    down = random_fp8_experts(3, size, features, block_rows, block_columns, first)
+    scores = torch.rand(pairs // 2, 2)
+    check("experts", x, expert_ids, scores, gate_up, down, factor=4)
+    wide = gate_up.dequantized(dtype), down.dequantized(dtype)
+    actual, expected = (emulator.emulated().experts(x, expert_ids, scores, *w) for w in ((gate_up, down), wide))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(("rows", "first"), [(9, 48), pytest.param(70, 0, marks=pytest.mark.nightly)])
+def test_linear_of_fp8_without_wgmma(rows: int, first: int) -> None:
+    x, norm, bias = random(rows, 144), random(144), random(80)
+    weight, before = random_fp8(80, 144, 16, 128, first), random(rows, 80)
+    check("linear", x, weight, bias, add_to=before, factor=2)
+    check("linear", x, weight, bias, norm=norm, eps=1e-5, gated=True, factor=4)
 
 
 @pytest.mark.parametrize(("pairs", "size", "features"), [(2, 96, 32), (60, 64, 96), (400, 32, 32), (1600, 64, 32)])

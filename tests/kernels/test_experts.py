@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.kernels import ops
-from lockstep.kernels.arguments import ClampedSwiGLU, FP8Weight, MXFP4Weight
+from lockstep.kernels.arguments import ClampedSwiGLU, MXFP4Weight
 
-from kernel_cases import dequantized, random_fp8, random_mxfp4, to_device
+from kernel_cases import dequantized, random_fp8_experts, random_mxfp4, to_device
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -103,25 +103,32 @@ def test_experts_equal_a_loop_over_tokens_and_choices(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "block_rows", "block_columns"), [(1, 8, 128), (7, 1, 256), (300, 16, 128)])
+@pytest.mark.parametrize(
+    ("size", "first"), [((1, 2, 5, 136, 40), 40), ((7, 2, 5, 144, 48), 80), ((300, 2, 5, 272, 64), 0)]
+)
+@pytest.mark.parametrize(("block_rows", "block_columns"), [(8, 128), (1, 512)])
 def test_experts_of_fp8_equal_a_loop_over_the_dequantized_weights(
-    device: str, tokens: int, block_rows: int, block_columns: int, dtype: torch.dtype
+    device: str, size: tuple[int, ...], first: int, block_rows: int, block_columns: int, dtype: torch.dtype
 ) -> None:
-    x, expert_ids, scores, *_ = inputs((tokens, 2, 5, 136, 40), device, dtype)
-    gate_up, down = (
-        FP8Weight(
-            torch.stack([part.data for part in parts]),
-            torch.stack([part.scales for part in parts]),
-            *parts[0][2:],
-        )
-        for parts in (
-            [random_fp8(80, 136, block_rows, block_columns) for _ in range(5)],
-            [random_fp8(136, 40, block_rows, block_columns, 40 if block_columns == 128 else 0) for _ in range(5)],
-        )
-    )
-    gate_up, down = to_device(gate_up, device), to_device(down, device)
+    x, expert_ids, scores, *_ = inputs(size, device, dtype)
+    *_, n, d, i = size
+    gate_up = to_device(random_fp8_experts(n, 2 * i, d, block_rows, block_columns), device)
+    first = first if block_columns == 128 else 0
+    down = to_device(random_fp8_experts(n, d, i, block_rows, block_columns, first), device)
     exact = dequantized(gate_up), dequantized(down)
     close(ops.experts(x, expert_ids, scores, gate_up, down), brute_force(x, expert_ids, scores, *exact))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_experts_of_fp8_are_bitwise_those_of_the_dequantized_weights(tokens: int, dtype: torch.dtype) -> None:
+    size = tokens, 2, 5, 272, 144
+    x, expert_ids, scores, *_ = inputs(size, "cuda", dtype)
+    gate_up, down = (to_device(random_fp8_experts(5, *shape, 128, 128), "cuda") for shape in ((288, 272), (272, 144)))
+    wide = gate_up.dequantized(dtype), down.dequantized(dtype)
+    pairs = x, expert_ids, scores
+    assert torch.equal(ops.experts(*pairs, gate_up, down), ops.experts(*pairs, *wide))
 
 
 @pytest.mark.parametrize("normalized", [True, False])

@@ -1,7 +1,8 @@
-"""FP8 activations against their definition in float64, in the emulator and on a GPU; the GEMM of both on a GPU."""
+"""FP8 activations and their GEMM against definitions in float64, in the emulator and on a GPU."""
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.kernels import ops
+from lockstep.kernels import native, ops
+from lockstep.kernels.arguments import FP8Weight
 
 import emulator
 from kernel_cases import assert_close, dequantized, random_fp8, to_device
@@ -33,67 +35,136 @@ def launches(device: str) -> Any:
         return emulator.emulated()
     from lockstep.kernels.cuda import scaled_gemm
 
-    return SimpleNamespace(quantize_rows=scaled_gemm.quantize_rows, _finish=scaled_gemm._finish)
+    return SimpleNamespace(**vars(scaled_gemm))
 
 
-def activations(x: Tensor, source: str, norm: Tensor) -> Tensor:
+def activations(x: Tensor, norm: Tensor | None) -> Tensor:
     """Return what is quantized, in float64."""
-    if source == "NORM":
-        return F.rms_norm(x.double(), x.shape[1:], norm.double(), EPS)
-    gate, up = x.double().chunk(2, dim=-1)
-    return F.silu(gate) * up if source == "SILU" else x.double()
+    return x.double() if norm is None else F.rms_norm(x.double(), x.shape[1:], norm.double(), EPS)
 
 
-def meant(numbers: Tensor, scales: Tensor, rows: int) -> Tensor:
+def meant(numbers: Tensor, scales: Tensor, rows: int, first: int = 0) -> Tensor:
     """Return the activations that FP8 numbers and their scales mean, in float64."""
-    scales = scales[:rows].double()
-    width = numbers.shape[1] // (scales.shape[1] if scales.dim() == 2 else 1)
-    return numbers[:rows].double() * scales.reshape(rows, -1).repeat_interleave(width, 1)
+    groups = (first + torch.arange(numbers.shape[1], device=numbers.device)) // 128
+    factors = scales[groups, :rows].T if scales.dim() == 2 else scales[:rows, None]
+    return numbers[:rows].double() * factors.double()
 
 
+@pytest.mark.parametrize("first", [0, 48])
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.parametrize("source", ["PLAIN", "NORM", "SILU"])
-@pytest.mark.parametrize(("rows", "size", "dtype"), [(1, 128, torch.float16), (5, 4224, torch.bfloat16)])
-def test_quantize_rows(device: str, rows: int, size: int, dtype: torch.dtype, source: Any, grouped: bool) -> None:
-    x = (torch.randn(rows, size * (2 if source == "SILU" else 1)) * 3).to(device, dtype)
-    x[0, :128] = 0  # a group, or a row, of zeros
-    norm = torch.rand(size).to(device, dtype)
-    numbers, scales = launches(device).quantize_rows(
-        x, source, norm if source == "NORM" else None, EPS, grouped=grouped
-    )
-    expected, actual = activations(x, source, norm), meant(numbers, scales, rows)
-    width = 128 if grouped else size
-    peaks = expected.unflatten(1, (-1, width)).abs().amax(-1, keepdim=True)
-    # Half a step of FP8: a sixteenth of a number, or 2^-10 of the scale; and the rounding of the activations before.
-    allowed = (expected.unflatten(1, (-1, width)).abs() / 15 + peaks / 448 / 1000).flatten(1) + 1e-9
-    assert ((actual - expected).abs() <= allowed).all()
-    assert torch.equal(numbers[:rows].double().unflatten(1, (-1, width)).abs().amax(-1) == 448, (peaks > 0)[..., 0])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("rows", "size", "dtype"), [(1, 128, torch.float16), (5, 4240, torch.bfloat16)])
+def test_quantize_rows(
+    device: str, rows: int, size: int, dtype: torch.dtype, normed: bool, grouped: bool, first: int
+) -> None:
+    x, norm = (torch.randn(rows, size) * 3).to(device, dtype), torch.rand(size).to(device, dtype) if normed else None
+    x[0, : 128 - first] = 0  # a group, or a row, of zeros
+    numbers, scales = launches(device).quantize_rows(x, norm, EPS, grouped=grouped, first=first)
+    assert scales.shape == (((first + size + 127) // 128, -(-rows // 4) * 4) if grouped else (-(-rows // 4) * 4,))
+    expected, actual = activations(x, norm), meant(numbers, scales, rows, first)
+    ends = [0, *range(128 - first, size, 128), size] if grouped else [0, size]
+    for begin, end in itertools.pairwise(ends):
+        group = expected[:, begin:end].abs()
+        peaks = group.amax(-1, keepdim=True)
+        # Half a step of FP8: a sixteenth of a number, or 2^-10 of the scale; and the rounding of x before.
+        allowed = group / 15 + peaks / 448 / 1000 + 1e-9
+        assert ((actual - expected)[:, begin:end].abs() <= allowed).all()
+        assert torch.equal(numbers[:rows, begin:end].double().abs().amax(-1) == 448, (peaks > 0)[:, 0])
+
+
+@pytest.mark.parametrize("epilogue", ["STORE", "ADD", "SILU"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_finish_of_products(device: str, epilogue: str, biased: bool) -> None:
+    rows, features = 3, 4096 + 16
+    products = torch.randn(rows, 2 * features if epilogue == "SILU" else features).to(device, torch.bfloat16)
+    bias = torch.randn(products.shape[1]).to(device, torch.bfloat16) if biased else None
+    before = torch.randn(rows, features).to(device, torch.bfloat16)
+    expected = finished(products.double(), bias, epilogue, before)
+    launches(device).finish_products(before, products, bias, epilogue)
+    assert_close(before, expected)
+
+
+def finished(sums: Tensor, bias: Tensor | None, epilogue: str, before: Tensor) -> Tensor:
+    """Return what an epilogue makes of sums, in float64."""
+    sums = sums if bias is None else sums + bias.double()
+    gate, up = sums.chunk(2, dim=-1)
+    return F.silu(gate) * up if epilogue == "SILU" else sums + before.double() if epilogue == "ADD" else sums
+
+
+def tiled(
+    device: str, x: Tensor, weight: FP8Weight, bias: Tensor | None, epilogue: str, before: Tensor, invariant: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the result of fp8_gemm for rows of x, and its definition in float64."""
+    module, out = launches(device), before.clone()
+    numbers, scales = module.quantize_rows(x, None, 0.0, grouped=True, first=weight.first)
+    module._tiled_gemm(out, numbers, scales, weight, bias, epilogue, invariant)
+    sums = meant(numbers, scales, len(x), weight.first) @ dequantized(weight).T
+    return out, finished(sums, bias, epilogue, before)
+
+
+TILED = [  # rows, features, size, rows and columns of a block, place of column 0 in its block, epilogue, dtype
+    (9, 24, 640, 128, 128, 0, "ADD", torch.bfloat16),
+    (16, 72, 1200, 16, 128, 48, "SILU", torch.float16),
+    (33, 136, 768, 128, 128, 0, "SILU", torch.bfloat16),
+    (130, 144, 208, 1, 256, 0, "STORE", torch.bfloat16),
+    (20, 16, 2048, 1 << 30, 2048, 0, "STORE", torch.float16),
+    (3, 24, 16, 8, 128, 112, "ADD", torch.bfloat16),
+]
 
 
 @pytest.mark.parametrize(
-    ("gated", "adds", "scaled"), [(False, False, True), (False, True, True), (True, False, True), (True, False, False)]
+    ("rows", "features", "size", "block_rows", "block_columns", "first", "epilogue", "dtype"),
+    [pytest.param(*case, marks=pytest.mark.nightly if n % 2 else []) for n, case in enumerate(TILED)],
 )
-def test_finish_of_products(device: str, gated: bool, adds: bool, scaled: bool) -> None:
-    rows, features = 3, 4096 + 16
-    products = torch.randn(rows, 2 * features if gated else features).to(device, torch.bfloat16)
-    weight = to_device(random_fp8(products.shape[1], 128, 16, 128), device)._replace()
-    scales, bias = torch.rand(rows).to(device) + 0.5, torch.randn(products.shape[1]).to(device, torch.bfloat16)
-    before = torch.randn(rows, features).to(device, torch.bfloat16)
-    expected = products.double()
-    if scaled:
-        expected = expected * scales.double()[:, None] * weight.scales.double()[:, 0].repeat_interleave(16)
-    expected += bias.double()
-    if gated:
-        expected = F.silu(expected[:, :features]) * expected[:, features:]
-    if adds:
-        expected += before.double()
-    arguments = (scales, weight) if scaled else (None, None)
-    actual = launches(device)._finish(products, *arguments, bias, gated, before.clone() if adds else None, None)
-    assert_close(actual, expected)
+def test_tiled_gemm(
+    device: str,
+    rows: int,
+    features: int,
+    size: int,
+    block_rows: int,
+    block_columns: int,
+    first: int,
+    epilogue: str,
+    dtype: torch.dtype,
+) -> None:
+    weight_rows = features * (2 if epilogue == "SILU" else 1)
+    weight = to_device(random_fp8(weight_rows, size, block_rows, block_columns, first), device)
+    x, before = torch.randn(rows, size).to(device, dtype), torch.randn(rows, features).to(device, dtype)
+    for bias in (None, torch.randn(weight_rows).to(device, dtype)):
+        assert_close(*tiled(device, x, weight, bias, epilogue, before, False))
+
+
+@pytest.mark.emulator
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("right", "wrong", "case"),
+    [
+        ("wait_for_phase(memory.full(ring.stage), ring.phase);", "", 2),
+        ("wait_for_phase(memory.empty(ring.stage), ring.phase);", "", 2),
+        ("sync_cluster();\n    const", "__syncthreads();\n    const", 4),
+        ("__syncthreads();  // all have left", "// all have left", 3),
+    ],
+)
+def test_tiled_gemm_needs_its_barriers(right: str, wrong: str, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = native.source_text
+    assert original("fp8_gemm.cu").count(right) == 1
+    monkeypatch.setattr(native, "source_text", lambda name: original(name).replace(right, wrong))
+    with pytest.raises(AssertionError, match=r"not close|forever"):
+        test_tiled_gemm("cpu", *TILED[case])
+
+
+@pytest.mark.nightly
+def test_tiled_gemm_row_is_bitwise_equal_in_any_batch(device: str) -> None:
+    weight = to_device(random_fp8(160, 1040, 128, 128, 16), device)
+    x, before = torch.randn(135, 1040).to(device, torch.bfloat16), torch.zeros(135, 160).to(device, torch.bfloat16)
+    together, _ = tiled(device, x, weight, None, "STORE", before, True)
+    for rows in (slice(0, 1), slice(4, 20), slice(4, 36), slice(10, 74), slice(128, 135)):
+        part, _ = tiled(device, x[rows].contiguous(), weight, None, "STORE", before[rows], True)
+        assert torch.equal(part, together[rows])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [9, 64, 130, 700])
+@pytest.mark.parametrize("rows", [9, 64, 130, 256, 700])
 @pytest.mark.parametrize(("block_rows", "block_columns"), [(128, 128), (1, 4096), (1 << 20, 4096)])
 def test_linear_of_fp8_activations_is_exact_about_them(rows: int, block_rows: int, block_columns: int) -> None:
     from lockstep.kernels.cuda import scaled_gemm
@@ -105,12 +176,16 @@ def test_linear_of_fp8_activations_is_exact_about_them(rows: int, block_rows: in
     both = to_device(random_fp8(2 * features, size, block_rows, block_columns), "cuda")
     half = to_device(random_fp8(features, size, block_rows, block_columns), "cuda")
     assert scaled_gemm.takes(x, half)
-    grouped = block_columns == 128
-    plain = meant(*scaled_gemm.quantize_rows(x, "PLAIN", None, 0.0, grouped=grouped), rows)
-    normed = meant(*scaled_gemm.quantize_rows(x, "NORM", norm, EPS, grouped=grouped), rows)
-    sums = plain @ dequantized(half).T
-    assert_close(ops.linear(x, half), sums)
-    assert_close(ops.linear(x, half, bias[:features], out=torch.empty_like(before)), sums + bias[:features].double())
-    assert_close(ops.linear(x, half, add_to=before.clone()), sums + before.double())
-    gate, up = (normed @ dequantized(both).T + bias.double()).chunk(2, dim=-1)
-    assert_close(ops.linear(x, both, bias, norm=norm, eps=EPS, gated=True), F.silu(gate) * up)
+    for invariant in (False, True):
+        option: dict[str, Any] = {"batch_invariant": invariant}
+        grouped = block_columns == 128 or invariant or rows <= half.choice.tiled_rows
+        plain = meant(*scaled_gemm.quantize_rows(x, None, 0.0, grouped=grouped), rows)
+        normed = meant(*scaled_gemm.quantize_rows(x, norm, EPS, grouped=grouped), rows)
+        sums = plain @ dequantized(half).T
+        assert_close(ops.linear(x, half, **option), sums)
+        out = ops.linear(x, half, bias[:features], out=torch.empty_like(before), **option)
+        assert_close(out, sums + bias[:features].double())
+        assert_close(ops.linear(x, half, add_to=before.clone(), **option), sums + before.double())
+        gate, up = (normed @ dequantized(both).T + bias.double()).chunk(2, dim=-1)
+        actual = ops.linear(x, both, bias, norm=norm, eps=EPS, gated=True, **option)
+        assert_close(actual, F.silu(gate) * up)

@@ -1,5 +1,6 @@
-// Enough of CUDA to run our kernels on a CPU, one block after the other. Threads are fibers that run in random order between
-// barriers. Background copies happen at the wait for them, not before.
+// Enough of CUDA to run our kernels on a CPU, one cluster of blocks after the other. Threads are fibers that run in random order
+// between barriers. Background copies happen at the wait for them, not before. Only dynamic shared memory is apart for each block of
+// a cluster.
 #pragma once
 #include <ucontext.h>
 
@@ -7,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -17,11 +19,14 @@
 #define __launch_bounds__(...)
 #define __restrict__
 #define __shared__ static
+#define __align__(n) alignas(n)
+#define __grid_constant__
 
 template <typename T> constexpr T max(T a, T b) { return a < b ? b : a; }
 template <typename T> constexpr T min(T a, T b) { return b < a ? b : a; }
 struct uint4 { unsigned x, y, z, w; };
 struct uint2 { unsigned x, y; };
+struct float4 { float x, y, z, w; };
 struct int4 { int x, y, z, w; };
 struct longlong2 { long long x, y; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -44,14 +49,15 @@ struct __nv_fp8_e4m3 {
     uint8_t bits;
     explicit __nv_fp8_e4m3(float x) {  // round to nearest, ties to even
         int nearest = 0;
-        auto value = [](int code) { return code < 8 ? code * 0x1p-9f : std::ldexp(8.f + code % 8, code / 8 - 10); };
         for (int code = 1; code < 127; ++code) {
-            const float best = std::fabs(std::fabs(x) - value(nearest)), error = std::fabs(std::fabs(x) - value(code));
+            const float best = std::fabs(std::fabs(x) - magnitude(nearest)), error = std::fabs(std::fabs(x) - magnitude(code));
             if (error < best || (error == best && code % 2 == 0)) nearest = code;
         }
         bits = nearest | (std::signbit(x) ? 128 : 0);
     }
     __nv_fp8_e4m3() = default;
+    static float magnitude(int code) { return code < 8 ? code * 0x1p-9f : std::ldexp(8.f + code % 8, code / 8 - 10); }
+    static float value(uint8_t bits) { return (bits & 128 ? -1 : 1) * magnitude(bits & 127); }
 };
 inline float __bfloat162float(__nv_bfloat16 x) { return __int_as_float(x.bits << 16); }
 inline float __half2float(__half x) { return x.value; }
@@ -78,14 +84,15 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __threadfence() {}
+template <typename T> T __ldg(const T* from) { return *from; }
 template <typename T> T __ldcg(const T* from) { return *from; }
 template <typename T, typename V> T atomicAdd(T* to, V value) { return std::exchange(*to, *to + value); }
 template <typename T> T atomicMax(T* to, T value) { return std::exchange(*to, max(*to, value)); }
 
 namespace emulator {
 
-constexpr int STACK = 256 << 10, SHARED = 256 << 10;
-alignas(128) inline char shared[SHARED + 4096];  // of the block; static variables are within 32 bits of it
+constexpr int STACK = 256 << 10, SHARED = 256 << 10, MAX_CLUSTER = 8;
+alignas(1024) inline char shared[MAX_CLUSTER * SHARED];  // of the blocks of a cluster; static variables are within 32 bits of it
 
 inline unsigned random_below(size_t count) {  // Knuth's linear congruential generator
     static uint64_t state = 1;
@@ -101,12 +108,15 @@ struct Fiber {
     std::unique_ptr<char[]> stack{new char[STACK]};
     std::vector<std::vector<Copy>> groups;  // the closed groups of copies, then the open one
 };
-inline std::vector<Fiber> fibers;
+inline std::vector<Fiber> fibers;  // of the cluster's threads
 inline std::vector<Warp> warps;
 inline std::vector<int> ready;
-inline Barrier block;
+inline std::vector<Barrier> blocks;  // of the cluster
+inline Barrier cluster;
 inline ucontext_t scheduler;
-inline int current;
+inline int current;  // thread of the cluster
+inline int rank() { return current / blockDim.x; }
+inline char* block_memory() { return shared + rank() * SHARED; }
 inline void (*kernel)(void**);
 inline void** arguments;
 
@@ -122,16 +132,35 @@ inline void arrive_and_wait(Barrier& barrier) {
 }
 inline void run_thread() {
     kernel(arguments);
-    for (Barrier* barrier : {&block, &warps[current / 32].barrier}) {
+    for (Barrier* barrier : {&blocks[rank()], &cluster, &warps[current / 32].barrier}) {
         --barrier->expected;
         release_if_complete(*barrier);
     }
 }
+// An mbarrier in shared memory, and the copies that it reports; they happen when a thread waits for them.
+struct PhaseBarrier { int16_t count, missing; int32_t phase : 1, bytes : 31; };
+inline std::vector<std::pair<PhaseBarrier*, std::function<int()>>> box_copies;
+inline PhaseBarrier& phase_barrier(unsigned at) { return *(PhaseBarrier*)(shared + (int)at); }
+inline void end_phase_if_complete(PhaseBarrier& barrier) {
+    if (barrier.missing == 0 && barrier.bytes == 0) barrier.missing = barrier.count, barrier.phase = ~barrier.phase;
+}
+inline void copy_boxes(PhaseBarrier& barrier) {
+    for (size_t i = 0; i < box_copies.size(); ++i)
+        if (box_copies[i].first == &barrier) {
+            barrier.bytes -= box_copies[i].second();
+            box_copies.erase(box_copies.begin() + i--);
+            end_phase_if_complete(barrier);
+        }
+}
+
 // Return an error, or null.
-inline const char* run_block(int threads, int shared_bytes) {
-    memset(shared, 0xff, sizeof(shared));  // NaN, for reads of unwritten memory
-    block = {threads, {}};
+inline const char* run_cluster(int num_blocks, Dim first, int shared_bytes) {
+    const int threads = num_blocks * blockDim.x;
+    memset(shared, 0xff, num_blocks * SHARED);  // NaN, for reads of unwritten memory
+    blocks.assign(num_blocks, Barrier{blockDim.x, {}});
+    cluster = {threads, {}};
     warps.assign(threads / 32, Warp{{32, {}}});
+    box_copies.clear();  // of a kernel that has not waited for them
     fibers.resize(max(fibers.size(), (size_t)threads));
     for (int i = 0; i < threads; ++i) {
         fibers[i].groups.assign(1, {});
@@ -145,12 +174,14 @@ inline const char* run_block(int threads, int shared_bytes) {
         std::swap(ready[random_below(ready.size())], ready.back());
         current = ready.back();
         ready.pop_back();
-        threadIdx = {current, 0};
+        threadIdx = {current % blockDim.x, 0};
+        blockIdx = {first.x + rank(), first.y};
         swapcontext(&scheduler, &fibers[current].context);
     }
-    if (block.expected > 0) return "threads wait for each other forever";
-    for (size_t i = shared_bytes; i < sizeof(shared); ++i)
-        if (shared[i] != (char)0xff) return "a block has written beyond its shared memory";
+    if (cluster.expected > 0) return "threads wait for each other forever";
+    for (int block = 0; block < num_blocks; ++block)
+        for (int i = shared_bytes; i < SHARED; ++i)
+            if (shared[block * SHARED + i] != (char)0xff) return "a block has written beyond its shared memory";
     return nullptr;
 }
 
@@ -173,29 +204,29 @@ inline void wait_for_copies(size_t pending) {
 
 template <typename... A, size_t... I> void call(void (*function)(A...), void** values, std::index_sequence<I...>) { function(*(A*)values[I]...); }
 template <typename... A> void call(void (*function)(A...), void** values) { call(function, values, std::index_sequence_for<A...>()); }
-inline const char* launch(int width, int height, int threads, int shared_bytes, void (*body)(void**), void** values) {
+inline const char* launch(int width, int height, int threads, int shared_bytes, int cluster_size, void (*body)(void**), void** values) {
     kernel = body, arguments = values;
     blockDim = {threads, 1}, gridDim = {width, height};
-    std::vector<int> blocks;
-    for (int i = 0; i < width * height; ++i) blocks.push_back(i), std::swap(blocks[i], blocks[random_below(i + 1)]);
-    for (int i : blocks) {
-        blockIdx = {i % width, i / width};
-        if (const char* fault = run_block(threads, shared_bytes)) return fault;
+    std::vector<int> clusters;
+    for (int i = 0; i < width / cluster_size * height; ++i) clusters.push_back(i), std::swap(clusters[i], clusters[random_below(i + 1)]);
+    for (int i : clusters) {
+        const int at = i * cluster_size;
+        if (const char* fault = run_cluster(cluster_size, {at % width, at / width}, shared_bytes)) return fault;
     }
     return nullptr;
 }
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::arrive_and_wait(emulator::block); }
+inline void __syncthreads() { emulator::arrive_and_wait(emulator::blocks[emulator::rank()]); }
 inline int __syncthreads_or(int predicate) {
     static int any = 0;
     any |= predicate;
-    emulator::arrive_and_wait(emulator::block);
+    emulator::arrive_and_wait(emulator::blocks[emulator::rank()]);
     const int result = any;
-    emulator::arrive_and_wait(emulator::block);  // all have read
+    emulator::arrive_and_wait(emulator::blocks[emulator::rank()]);  // all have read
     any = 0;
-    emulator::arrive_and_wait(emulator::block);  // all have reset it: the next call may set it
+    emulator::arrive_and_wait(emulator::blocks[emulator::rank()]);  // all have reset it: the next call may set it
     return result;
 }
 inline void __syncwarp() { emulator::arrive_and_wait(emulator::warps[emulator::current / 32].barrier); }
@@ -243,4 +274,59 @@ inline void load_matrices(unsigned (&to)[4], unsigned row) {
     unsigned at[32];
     memcpy(at, rows, sizeof(at));
     for (int i = 0; i < 4; ++i) memcpy(&to[i], emulator::shared + (int)at[8 * i + threadIdx.x % 32 / 4] + threadIdx.x % 4 * 4, 4);
+}
+
+inline void sync_cluster() { emulator::arrive_and_wait(emulator::cluster); }
+inline float4 load_of_block(const float* at, int block) {
+    float4 v;
+    memcpy(&v, (const char*)at + (block - emulator::rank()) * emulator::SHARED, sizeof(v));
+    return v;
+}
+inline void prefetch_line(const void*) {}
+inline void init_barrier(unsigned at, int count) { emulator::phase_barrier(at) = {(int16_t)count, (int16_t)count, 0, 0}; }
+inline void publish_barriers() {}
+inline void arrive_expecting(unsigned at, int bytes) {
+    auto& barrier = emulator::phase_barrier(at);
+    --barrier.missing, barrier.bytes += bytes;
+    emulator::end_phase_if_complete(barrier);
+}
+inline void arrive(unsigned at) { arrive_expecting(at, 0); }
+inline void wait_for_phase(unsigned at, int phase) {
+    auto& barrier = emulator::phase_barrier(at);
+    for (int turns = 0; emulator::copy_boxes(barrier), (barrier.phase & 1) == (phase & 1); ++turns) {
+        if (turns < 3'000) emulator::ready.push_back(emulator::current);  // else it waits forever
+        swapcontext(&emulator::fibers[emulator::current].context, &emulator::scheduler);
+    }
+}
+struct EmulatedMap { const char* data; long long rows, columns, box_rows; };  // of tile_map in emulator.py
+template <typename Map> void copy_box(unsigned to, const Map& map, int row, int column, unsigned barrier) {
+    EmulatedMap m;
+    memcpy(&m, &map, sizeof(m));
+    emulator::box_copies.push_back({&emulator::phase_barrier(barrier), [=] {
+        for (int i = 0; i < m.box_rows * 128; ++i) {
+            const int r = row + i / 128, c = column + i % 128;
+            const bool inside = r >= 0 && r < m.rows && c >= 0 && c < m.columns;
+            emulator::shared[(int)to + (i ^ (i >> 7 & 7) << 4)] = inside ? m.data[r * m.columns + c] : 0;
+        }
+        return (int)m.box_rows * 128;
+    }});
+}
+inline void copy_bytes(unsigned to, const void* from, int bytes, unsigned barrier) {
+    emulator::box_copies.push_back({&emulator::phase_barrier(barrier), [=] { return memcpy(emulator::shared + (int)to, from, bytes), bytes; }});
+}
+inline void begin_multiply() {}
+inline void end_multiply() {}
+// Return byte k of a row of a matrix that wgmma reads with this descriptor: rows of 128 bytes, chunks of 16 swizzled by row.
+inline float wgmma_operand(unsigned long long descriptor, int row, int k) {
+    const unsigned at = (unsigned)(descriptor & 0x3fff) * 16 + row * 128 + k;
+    return __nv_fp8_e4m3::value(emulator::block_memory()[at ^ (at >> 7 & 7) << 4]);
+}
+template <int SIZE> void multiply_async(float (&d)[SIZE], unsigned long long a, unsigned long long b, int add) {
+    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    for (int i = 0; i < SIZE; ++i) {
+        float sum = add ? d[i] : 0.f;
+        for (int k = 0; k < 32; ++k)
+            sum += wgmma_operand(a, row + i / 2 % 2 * 8, k) * wgmma_operand(b, i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2, k);
+        d[i] = sum;
+    }
 }

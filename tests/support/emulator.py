@@ -30,7 +30,11 @@ PACKAGE = "lockstep.kernels.emulated"
 FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-w")
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 * 1024
-IN_ASSEMBLY = "stream|stream_half|transpose|copy_async|commit_copies|wait_copies|wait_all_copies|load_matrices"
+IN_ASSEMBLY = (
+    "stream|stream_half|transpose|copy_async|commit_copies|wait_copies|wait_all_copies|load_matrices|multiply_async"
+    "|begin_multiply|end_multiply|init_barrier|publish_barriers|arrive|arrive_expecting|wait_for_phase|copy_box"
+    "|copy_bytes|prefetch_line|sync_cluster|load_of_block"
+)
 Launch = Callable[..., None]
 
 
@@ -47,7 +51,12 @@ def emulated() -> SimpleNamespace:
     stubs[PACKAGE] = importlib.util.module_from_spec(spec)
     with mock.patch.dict(sys.modules, stubs):
         launches = importlib.import_module(f"{PACKAGE}.kernel_launch")
-        substitutes: dict[str, Any] = {"kernel": _kernel, "num_multiprocessors": lambda device: MULTIPROCESSORS}
+        substitutes: dict[str, Any] = {
+            "kernel": _kernel,
+            "num_multiprocessors": lambda device: MULTIPROCESSORS,
+            "compute_capability": lambda device: (8, 0),
+            "tile_map": _tile_map,
+        }
         for name, substitute in substitutes.items():
             assert hasattr(launches, name)
             setattr(launches, name, substitute)
@@ -56,7 +65,9 @@ def emulated() -> SimpleNamespace:
     return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
 
 
-def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = False) -> Launch:
+def _kernel(
+    source: str, name: str, *, shared_bytes: int = 0, early: bool = False, cluster: int = 1, architecture: str = ""
+) -> Launch:
     """Stand for `kernel` of kernel_launch.py: return one instance, called with grid, threads and arguments."""
     library = _compiled(native.source_text(source), name)
 
@@ -65,21 +76,28 @@ def _kernel(source: str, name: str, *, shared_bytes: int = 0, early: bool = Fals
         assert threads % 32 == 0
         assert min(grid) > 0
         assert shared_bytes <= SHARED_BYTES
+        assert grid[0] % cluster == 0
         addresses = [np.int64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         values = (ctypes.c_char_p * len(addresses))(*(a.tobytes() for a in addresses))
-        fault = library.launch(*grid, threads, shared_bytes, values)
+        fault = library.launch(*grid, threads, shared_bytes, cluster, values)
         assert fault is None, f"{name}: {fault.decode()}"
 
     return launch
+
+
+def _tile_map(matrix: torch.Tensor, box_rows: int) -> np.ndarray:
+    """Stand for `tile_map` of kernel_launch.py: the bytes of a TileMap that begin with an EmulatedMap."""
+    return np.array([matrix.data_ptr(), *matrix.shape, box_rows, *[0] * 12])
 
 
 @functools.cache
 def _compiled(text: str, name: str) -> ctypes.CDLL:
     program = (
         f'#include "emulator.hpp"\n{in_cpp(text)}\n'
-        'extern "C" const char* launch(int width, int height, int threads, int shared_bytes, void** arguments) {\n'
+        'extern "C" const char* launch(int width, int height, int threads, int shared_bytes, int cluster,'
+        " void** arguments) {\n"
         f"    auto body = [](void** values) {{ emulator::call(&{name}, values); }};\n"
-        "    return emulator::launch(width, height, threads, shared_bytes, body, arguments);\n}\n"
+        "    return emulator::launch(width, height, threads, shared_bytes, cluster, body, arguments);\n}\n"
     )
     library = ctypes.CDLL(str(native.build_library("emulated", program, (*FLAGS, "-I", str(_header_folder())))))
     library.launch.restype = ctypes.c_char_p
@@ -108,6 +126,8 @@ def in_cpp(text: str) -> str:
     text = re.sub(r"#if __CUDA_ARCH__ >= 890\n.*?#endif\n", "", text, flags=re.DOTALL)
     text = re.sub(rf"(template <int N> )?DEVICE [\w ]+ ({IN_ASSEMBLY})\(.*?\n?}}\n", "", text, flags=re.DOTALL)
     text = re.sub(
-        r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];", r"\1* \2 = (\1*)emulator::shared;", text
+        r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];",
+        r"\1* \2 = (\1*)emulator::block_memory();",
+        text,
     )
     return re.sub(r"__shared__ alignas\((\d+)\)", r"alignas(\1) __shared__", text)

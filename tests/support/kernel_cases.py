@@ -92,6 +92,15 @@ def random_mxfp4(experts: int, rows: int, size: int) -> MXFP4Weight:
     return MXFP4Weight(data, scales)
 
 
+def random_fp8_experts(
+    count: int, rows: int, size: int, block_rows: int, block_columns: int, first: int = 0
+) -> FP8Weight:
+    """Return the matrices [count, rows, size] of experts, each by `random_fp8`."""
+    parts = [random_fp8(rows, size, block_rows, block_columns, first) for _ in range(count)]
+    data, scales = torch.stack([p.data for p in parts]), torch.stack([p.scales for p in parts])
+    return parts[0]._replace(data=data, scales=scales)
+
+
 def to_device(weight: FP8Weight, device: str) -> FP8Weight:
     return weight._replace(data=weight.data.to(device), scales=weight.scales.to(device))
 

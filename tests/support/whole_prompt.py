@@ -14,6 +14,7 @@ from lockstep.runtime.model.attention.backend import TorchAttention
 from lockstep.runtime.model.batch import Batch, HostBatch
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.kv_pool import KVPool
+from lockstep.runtime.model.kv_scales import apply_kv_scales
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.model.state_pool import StatePool
 from lockstep.runtime.model.weights import load_weights
@@ -28,6 +29,8 @@ def prompt_logits(
     config, length = ModelConfig.from_folder(folder).quantized_by(option), len(prompt)
     decoder = Decoder(config, comm, dtype=torch.float32, device=CPU, max_positions=length)
     load_weights(decoder.weights, folder)
+    if kv_dtype == torch.float8_e4m3fn:
+        apply_kv_scales(decoder, folder)
     positions = torch.arange(length, dtype=torch.int32)
     host = HostBatch(
         slots=np.zeros(length, np.int32),

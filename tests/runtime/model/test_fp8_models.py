@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -37,14 +38,15 @@ SIZES: dict[str, Any] = {"hidden_size": 160, "intermediate_size": 328, "head_dim
 OWN: dict[str, dict[str, Any]] = {  # hidden_size / num_attention_heads
     name: {"head_dim": 40} for name in ("Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "OlmoeForCausalLM")
 }
-ADJACENT = "Ernie4_5ForCausalLM", "Ernie4_5_MoeForCausalLM"  # they rotate adjacent elements of a head
-DAILY = "Phi3ForCausalLM", "Gemma3ForCausalLM", "Glm4MoeForCausalLM", "Qwen3_5ForCausalLM"
+DAILY = "Phi3ForCausalLM", "Ernie4_5ForCausalLM", "Gemma3ForCausalLM", "Glm4MoeForCausalLM", "Qwen3_5ForCausalLM"
 CASES: list[Any] = [(family, layout) for layout in LAYOUTS for family in ("Qwen2ForCausalLM", "Qwen3MoeForCausalLM")]
 CASES += [
     pytest.param(family, "fp8 blocks", marks=() if family in DAILY else pytest.mark.nightly)
     for family in FAMILIES
-    if family not in (*ADJACENT, "GptOssForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM")
+    if family not in ("GptOssForCausalLM", "Qwen2ForCausalLM", "Qwen3MoeForCausalLM")
 ]
+# ERNIE's rows of q and k are reordered, and so are their scales.
+CASES += [("Ernie4_5ForCausalLM", layout) for layout in ("compressed-tensors channel", "fp8 tensor")]
 
 
 def sizes(family: str) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def test_fp8_checkpoint_equals_transformers_with_dequantized_weights(
     assert (expected - transformers_logits(sources[family])).abs().max() > 20 * TOLERANCE  # it was quantized
 
 
-@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "Ernie4_5ForCausalLM"])
 def test_quantization_while_loading_equals_transformers_with_dequantized_weights(
     family: str, sources: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -157,12 +159,6 @@ def test_checkpoint_that_does_not_fit_is_refused_in_one_line(blocks: Path, chang
     assert "\n" not in str(error.value)
 
 
-def test_fp8_of_adjacent_pairs_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
-    write_fp8(sources[ADJACENT[0]], tmp_path / "fp8", tmp_path / "dequantized", LAYOUTS["fp8 blocks"])
-    with pytest.raises(ValueError, match="rotates adjacent elements of a head, are not supported"):
-        prompt_logits(SingleRank(), tmp_path / "fp8", PROMPT)
-
-
 def test_projections_of_one_matrix_must_have_one_format(blocks: Path) -> None:
     set_quantization(blocks, {**LAYOUTS["fp8 blocks"].config, "modules_to_not_convert": ["lm_head", "q_proj"]})
     with pytest.raises(ValueError, match=r"self_attn\.k_proj in FP8 and .*q_proj not; .* one format"):
@@ -220,7 +216,9 @@ def test_lists_of_modules(ignored: tuple[str, ...], targets: tuple[str, ...], co
     assert quantization.covers("model.layers.11.mlp.up_proj") == covered
 
 
-@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize(
+    "family", ["LlamaForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM", "Ernie4_5ForCausalLM"]
+)
 @pytest.mark.parametrize("layout", [*LAYOUTS, "online"])
 def test_dummy_weights_and_memory_plan_of_every_layout(
     layout: str, family: str, sources: dict[str, Path], tmp_path: Path
@@ -303,3 +301,61 @@ def test_greedy_tokens_equal_those_of_transformers_with_the_dequantized_weights(
     request = Request(0, np.array(prompt, np.int32), len(prompt), params, [])
     results = run_engine(blocks, [request], tp=tp)
     assert results.tokens[0] == expected.tolist()
+
+
+# The factors that the names mean, rounded up to powers of two.
+K_SCALES, V_SCALES = {0: (0.011, 2.0**-6), 1: (2.0**-9, 2.0**-9)}, {0: (0.003, 2.0**-8), 1: (0.0009, 2.0**-10)}
+
+
+def add_kv_scales(source: Path, folder: Path, module: str) -> None:
+    """Copy a checkpoint, with scales of the KV cache; `module` is that of keys or values, below self_attn."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for which, scales in (("k", K_SCALES), ("v", V_SCALES)):
+        for layer, (scale, _) in scales.items():
+            name = f"model.layers.{layer}.self_attn.{module.format(which)}{which}_scale"
+            tensors[name] = torch.tensor(scale)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("layout", [None, "fp8 blocks", "modelopt tensor"])
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_scales_of_the_kv_cache_equal_transformers_with_scaled_keys_and_values(
+    family: str, layout: str | None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp8 = exact = sources[family]
+    if layout is not None:
+        fp8, exact = tmp_path / "fp8", tmp_path / "dequantized"
+        plain = LAYOUTS[layout]._replace(extra=())
+        write_fp8(sources[family], fp8, exact, plain)
+    add_kv_scales(fp8, tmp_path / "scaled", "{}_proj." if layout == "modelopt tensor" else "")
+    model = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32, attn_implementation="eager").eval()
+    module = importlib.import_module(type(model).__module__)
+    rotate, layers = module.apply_rotary_pos_emb, iter(K_SCALES)
+
+    def rounded(x: Tensor, scale: float) -> Tensor:
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+    def rotate_and_round(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        q, k = rotate(*arguments, **options)
+        return q, rounded(k, K_SCALES[next(layers)][1])
+
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", rotate_and_round)
+    for n, layer in enumerate(model.model.layers):
+        scale = V_SCALES[n][1]
+        layer.self_attn.v_proj.register_forward_hook(lambda m, i, output, scale=scale: rounded(output, scale))
+    with torch.inference_mode():
+        expected = model(PROMPT[None]).logits[0]
+    folder = tmp_path / "scaled"
+    for size in (1, 2):
+        for logits in run_ranks(size, lambda comm: prompt_logits(comm, folder, PROMPT, kv_dtype=torch.float8_e4m3fn)):
+            assert_close(logits, expected)
+
+
+def test_scale_of_the_kv_cache_that_is_no_number_is_refused(sources: dict[str, Path], tmp_path: Path) -> None:
+    add_kv_scales(sources["LlamaForCausalLM"], tmp_path / "scaled", "")
+    tensors = load_file(tmp_path / "scaled/model.safetensors")
+    tensors["model.layers.1.self_attn.k_scale"] = torch.tensor([0.5, 0.5])
+    save_file(tensors, tmp_path / "scaled/model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.k_scale must be one positive number, not \["):
+        prompt_logits(SingleRank(), tmp_path / "scaled", PROMPT, kv_dtype=torch.float8_e4m3fn)

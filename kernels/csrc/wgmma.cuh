@@ -1,0 +1,68 @@
+// What only sm_90a has: wgmma, the MMA of four warps whose operands stand in shared memory, and TMA, copies of boxes of a matrix to
+// shared memory, whose end a barrier (mbarrier) reports. The emulator has all of this in C++.
+#pragma once
+#include "common.cuh"
+
+constexpr int LINE = 128;  // bytes of a row of a box; its chunks of 16 bytes are swizzled, eight rows make 1024 bytes
+
+// wgmma: d (+)= a b^T for 64 rows of a, N rows of b, and 32 columns of FP8. Lane (g, t) = (lane / 4, lane % 4) of warp w holds rows
+// 16 w + g and 16 w + g + 8 of d, at columns 8 j + 2 t and 8 j + 2 t + 1: d[4 j .. 4 j + 3].
+#define EIGHT(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define WGMMA(N, REGISTERS, A, B, ADD) \
+    "{ .reg .pred p; setp.ne.b32 p, " ADD ", 0; wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" REGISTERS "}, " A ", " B ", p, 1, 1; }"
+DEVICE void multiply_async(float (&d)[8], unsigned long long a, unsigned long long b, int add) {
+    asm volatile(WGMMA(16, "%0,%1,%2,%3,%4,%5,%6,%7", "%8", "%9", "%10") : EIGHT(0) : "l"(a), "l"(b), "r"(add));
+}
+DEVICE void multiply_async(float (&d)[16], unsigned long long a, unsigned long long b, int add) {
+    asm volatile(WGMMA(32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16", "%17", "%18")
+                 : EIGHT(0), EIGHT(8) : "l"(a), "l"(b), "r"(add));
+}
+DEVICE void multiply_async(float (&d)[32], unsigned long long a, unsigned long long b, int add) {
+    asm volatile(WGMMA(64, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31",
+                       "%32", "%33", "%34")
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24) : "l"(a), "l"(b), "r"(add));
+}
+DEVICE void begin_multiply() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+DEVICE void end_multiply() { asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Return wgmma's descriptor of rows that TMA has copied to `at`, a multiple of 1024; 32 columns further are 2 more.
+DEVICE unsigned long long descriptor(unsigned at) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (at & 0x3ffff) >> 4; }
+
+// A matrix of bytes in global memory whose boxes TMA copies; tile_map of kernel_launch.py makes it.
+struct alignas(64) TileMap { char bytes[128]; };
+
+// Barriers, at addresses of shared memory. A phase ends when `count` threads have arrived, and all expected bytes, too.
+DEVICE void init_barrier(unsigned at, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory"); }
+DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory"); }
+DEVICE void arrive(unsigned at) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory"); }
+DEVICE void arrive_expecting(unsigned at, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+// Wait until phase 0, 1, 2 ... of the barrier has ended; only the phase's parity counts.
+DEVICE void wait_for_phase(unsigned at, int phase) {
+    unsigned ended = 0;
+    while (!ended)
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(ended) : "r"(at), "r"(phase & 1) : "memory");
+}
+
+// Copy the box of the matrix that begins at this row and column; what is outside of the matrix becomes zeros.
+DEVICE void copy_box(unsigned to, const TileMap& map, int row, int column, unsigned barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+// Copy bytes, a multiple of 16.
+DEVICE void copy_bytes(unsigned to, const void* from, int bytes, unsigned barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+}
+DEVICE void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+DEVICE void sync_cluster() { asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory"); }
+// Read from the shared memory of another block of the cluster, at an address of this block's.
+DEVICE float4 load_of_block(const float* at, int block) {
+    float4 v;
+    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a]; }"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block) : "memory");
+    return v;
+}
