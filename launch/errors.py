@@ -16,6 +16,14 @@ class RankFailed(RuntimeError):
         self.stderr_tail = stderr_tail
 
 
+class ReplicaFailed(RankFailed):
+    """A replica's ranks have failed; `replica` is its name in Ray Serve."""
+
+    def __init__(self, reason: str, replica: str = "") -> None:  # unpickled with the reason alone
+        super().__init__(reason)
+        self.replica = replica
+
+
 class RayLost(RankFailed):
     """Ray has ended, and with it the ranks, whatever they were doing; the message names the process and the cause."""
 

@@ -40,7 +40,10 @@ step format .venv/bin/ruff format --check --quiet .
 step lint .venv/bin/ruff check --quiet .
 step types types
 step tests tests "not serial" -n 2 --dist loadfile --no-loadscope-reorder "$@"
-[ $tier = fast ] || step "serial tests" tests serial "$@"  # all of them start processes
+# All of them start processes. Their files are named to save the collection of the others.
+serial=()
+[ $# -gt 0 ] || mapfile -t serial < <(grep -rl "mark\.serial" tests --include="test_*.py")
+[ $tier = fast ] || step "serial tests" tests serial "${serial[@]}" "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
   echo "check: FAILED: ${failed[*]}" >&2

@@ -37,11 +37,14 @@ POLL_S, WATCH_S = 0.2, 0.5
 LOOPBACK = "127.0.0.1"
 # Settings of the cluster. Nothing reads its metrics, and telemetry leaves a thread behind at each shutdown. Ray checks
 # for a lack of memory once a second instead of four times. Ray ends a process whose call waits for a GCS that has
-# ended, after a minute by default: nothing else interrupts such a call.
+# ended, after a minute by default: nothing else interrupts such a call. It waits as long for a worker that was killed
+# before it had registered, which takes a second on an idle machine: none is started in advance, one for each CPU.
 SYSTEM_CONFIG = {
     "enable_open_telemetry": False,
     "enable_metrics_collection": False,
     "gcs_rpc_server_reconnect_timeout_s": 20,
+    "prestart_worker_first_driver": False,
+    "worker_register_timeout_seconds": 30,
 }
 DEFAULTS = {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_memory_monitor_refresh_ms": "1000"}
 # With this Ray takes 127.0.0.1 for the node's address, as it does on Windows and macOS: other hosts cannot reach it.

@@ -37,7 +37,8 @@ class Preflight(ChildProcess):
             log.warning("%s", sentence)
         failures = _sentences(findings, "fail")
         if failures:
-            raise ValueError("the start would fail (--no-preflight tries it anyway)\n  " + "\n  ".join(failures))
+            text = f": {failures[0]}" if len(failures) == 1 else "\n  ".join(["", *failures])
+            raise ValueError(f"the start would fail (--no-preflight tries it anyway){text}")
 
     def _findings(self) -> list[dict[str, str]]:
         try:

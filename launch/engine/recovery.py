@@ -199,8 +199,9 @@ class RecoveringEngine:
     def _restart(self) -> None:
         started = time.perf_counter()
         self.health = replace(self.health, restarts=self.health.restarts + 1)
-        gc.unfreeze()  # a runner in this process has frozen all objects, itself included
-        gc.collect()
+        if gc.get_freeze_count():  # a runner in this process has frozen all objects, itself included
+            gc.unfreeze()
+            gc.collect()
         try:
             executor = self._start_executor()
         except (PlacementError, ValueError, OSError) as error:  # another attempt would not help

@@ -27,7 +27,7 @@ from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
 from ..cluster.engine_thread import EngineThread, StallDetector
 from ..cluster.ray_executor import RayExecutor
-from ..errors import RankFailed
+from ..errors import RankFailed, ReplicaFailed
 
 log = logging.getLogger(__name__)
 
@@ -78,16 +78,18 @@ class Replica:
         self._outputs = PushSocket(frontend.address)
         self._calls: dict[int, asyncio.Future[None]] = {}  # uid -> future that is done when the request has ended
         self._stall = StallDetector()
-        self._failure: RankFailed | None = None
+        self._failure: ReplicaFailed | None = None
         self._outputs.send(encode(ReplicaReady(self._name, self._executor.limits, self._executor.locations)))
         self._outputs.watch(self._end_application)
         self._thread = EngineThread(self, "lockstep-replica", self._connection.wakeup, self._connection.shutting_down)
         self._thread.start()
 
     async def run(self, request: Request) -> None:
-        """Return when the request has ended; a call that is cancelled ends it."""
+        """Return when the request has ended; a call that is cancelled ends it. Raises ReplicaFailed."""
         ended = asyncio.get_running_loop().create_future()
         self._thread.post(partial(self._submit, request, ended))
+        if self._failure is not None:  # set before the thread's end, after which nothing takes the request
+            raise self._failure
         try:
             await ended
         except asyncio.CancelledError:
@@ -126,14 +128,14 @@ class Replica:
     def on_failure(self, error: Exception) -> bool:
         if isinstance(error, RankFailed):
             log.error("%s", error)
-            self._failure = error
+            self._failure = ReplicaFailed(str(error), self._name)
         else:
             log.error("the replica failed", exc_info=error)
-            self._failure = RankFailed(f"{type(error).__name__}: {error}")
+            self._failure = ReplicaFailed(f"{type(error).__name__}: {error}", self._name)
         return False
 
     def detach(self) -> None:
-        self._failure = self._failure or RankFailed("the replica ends")
+        self._failure = self._failure or ReplicaFailed("the replica ends", self._name)
 
     def close(self) -> None:
         for uid in list(self._calls):

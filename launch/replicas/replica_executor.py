@@ -35,10 +35,10 @@ from ...runtime.request import Limits, Request
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
-from ..errors import PlacementError, RankFailed, RequestsLost
+from ..errors import PlacementError, RankFailed, ReplicaFailed, RequestsLost
 from ..signals import Undo
 from .replica import FrontendInfo, Replica, ReplicaReady, StepReport, decode
-from .router import PrefixRouter
+from .router import PrefixRouter, avoid
 
 log = logging.getLogger(__name__)
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 30.0
@@ -182,7 +182,9 @@ class ReplicaExecutor:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except (RayActorError, RankFailed, ReplicaUnavailableError) as error:
+        except (RayActorError, ReplicaFailed, ReplicaUnavailableError) as error:
+            if isinstance(error, ReplicaFailed):
+                avoid(error.replica)
             self._lost.append((request.uid, _last_line(str(error))))
             self._connection.wakeup.set()
         except RayServeException as error:

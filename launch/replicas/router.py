@@ -13,6 +13,13 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 SPREAD = 8  # a replica with this many requests more than the least busy one may be chosen for its cache
 
+_failed = set[str]()  # replicas whose ranks have failed, until Serve has removed them
+
+
+def avoid(replica: str) -> None:
+    """Send no more requests to this replica: until Ray Serve removes it, it is the one with the least to do."""
+    _failed.add(replica)
+
 
 class PrefixAffinity:
     """An estimate of the prefix cache of each replica: the pages of the prompts that were sent to it.
@@ -56,15 +63,19 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
-        self._affinity.keep({replica.replica_id.unique_id for replica in replicas})
+        names = {replica.replica_id.unique_id for replica in replicas}
+        self._affinity.keep(names)
+        _failed.intersection_update(names)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return all candidates, best first: a full one is passed over, and the request waits only if all are full."""
+        """Return the candidates that have not failed, best first; a request waits only if all of them are full."""
+        usable = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in _failed]
         if pending_request is None:
-            return [candidate_replicas]
-        loads = {r.replica_id: self.replica_queue_len_cache.get(r.replica_id) or 0 for r in candidate_replicas}
+            return [usable]
+        pending_request.routing_context.should_backoff = not usable  # else Serve would ask again without a pause
+        loads = {r.replica_id: self.replica_queue_len_cache.get(r.replica_id) or 0 for r in usable}
         least = min(loads.values(), default=0)
         request = pending_request.args[0]
 
@@ -75,7 +86,7 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
             )
             return (-num_cached, load, random.random())
 
-        return [[replica] for replica in sorted(candidate_replicas, key=rank)]
+        return [[replica] for replica in sorted(usable, key=rank)]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         request = pending_request.args[0]

@@ -87,11 +87,14 @@ class ServerProcess:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def wait(condition: Callable[[], object], timeout_s: float) -> None:
-    """Return when the condition holds or the time is over."""
+def wait(condition: Callable[[], object], timeout_s: float) -> bool:
+    """Return True when the condition holds, False when the time is over."""
     deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.02)
+    return True
 
 
 def dev_shm_files() -> set[Path]:

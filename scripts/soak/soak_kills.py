@@ -2,11 +2,12 @@
 
     python scripts/soak/soak_kills.py --seconds 300 -- --tp 2 --device cpu
     python scripts/soak/soak_kills.py --kill raylet:SIGKILL --phase load -- --tp 2 --device cpu
-    python scripts/soak/soak_kills.py --kill rank:SIGKILL --kill gcs_server:SIGKILL -- --tp 2 --device cpu
+    python scripts/soak/soak_kills.py --kill rank:SIGKILL,gcs_server:SIGKILL --kill raylet:SIGSTOP -- --tp 2
 
-With --seconds, one or two random processes get a random signal every few seconds. With --kill, these processes get
-their signals at once, in one phase: "start" (as soon as all of them exist), "load", "recovery" (while the ranks
-start again after the loss of one), "ray-recovery" (while Ray starts again after the loss of the raylet), "drain".
+With --seconds, one or two random processes get a random signal every few seconds. With --kill, the processes of each
+--kill get their signals at once while all clients stream, in one phase: "start" (as soon as the process exists),
+"load", "recovery" (while the ranks start again after the loss of one), "ray-recovery" (while Ray starts again after the
+loss of the raylet), "drain". One server after another serves for all of them, the same one as long as it lives.
 Flags after `--` go to the server.
 
 Each stream has a seed, and its text is compared with that of an undisturbed server. Two of the streams have a grammar
@@ -46,6 +47,7 @@ HAVE_TIME_LIMITS = ("grammar compiler", "text process")
 SERVER = "server"
 FIRST_VICTIMS = {"recovery": "rank", "ray-recovery": "raylet"}  # by phase
 PHASES = ("start", "load", *FIRST_VICTIMS, "drain")
+ENDING_PHASES = ("start", "drain")  # each kill gets another server
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Outcome:
     lost: int = 0
     restarts: int = 0
     exits: list[str] = field(default_factory=list)  # last lines of servers that have ended
+    rounds: list[dict[str, object]] = field(default_factory=list)  # the result of each --kill
     faults: list[str] = field(default_factory=list)
 
     def fault(self, text: str) -> None:
@@ -73,12 +76,12 @@ def body_of(number: int, unique: int, length: int) -> dict[str, object]:
     }  # fmt: skip
     body |= {"messages": [{"role": "user", "content": prompt}]} if number in CHATS else {"prompt": prompt}
     if number >= 14:
-        body |= {"structured_outputs": {"regex": grammar(unique)}, "ignore_eos": False}
+        body |= {"structured_outputs": {"regex": grammar(unique)}, "ignore_eos": False, "max_tokens": 400}
     return body
 
 
 def grammar(unique: int) -> str:
-    return f"(([a-z]{{2,6}} ){{8,30}}){unique}"
+    return f"(([a-z]{{2,6}} ){{12,18}}){unique}"
 
 
 async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object], times: list[float] | None = None) -> str:
@@ -104,35 +107,48 @@ async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object], t
 
 
 class Clients:
-    """Sixteen clients of one server; each starts its next stream at once."""
+    """Sixteen clients of one server."""
 
     def __init__(self, server: ServerProcess, outcome: Outcome, expected: list[str], length: int) -> None:
         self._server, self._outcome, self._expected, self._length = server, outcome, expected, length
         self._numbers = itertools.count(1000)
-        self.num_answers = 0
+        self._times: list[list[float]] = [[] for _ in range(NUM_STREAMS)]  # of each stream's events
 
     async def run(self, until: asyncio.Event, url: str) -> None:
+        """Start one stream after another with each client, until the event."""
         async with httpx.AsyncClient(timeout=httpx.Timeout(STREAM_S)) as client:
             await asyncio.gather(*(self._repeat(client, url, number, until) for number in range(NUM_STREAMS)))
 
+    async def run_once(self, url: str) -> None:
+        """Receive one stream with each client."""
+        async with httpx.AsyncClient(timeout=httpx.Timeout(STREAM_S)) as client:
+            await asyncio.gather(*(self._stream(client, url, number) for number in range(NUM_STREAMS)))
+
+    @property
+    def all_begun(self) -> bool:
+        return all(self._times)
+
     async def _repeat(self, client: httpx.AsyncClient, url: str, number: int, until: asyncio.Event) -> None:
         while not until.is_set() and self._server.process.poll() is None:
-            unique, times = next(self._numbers), list[float]()
-            body = body_of(number, unique, self._length)
-            try:
-                text = await asyncio.wait_for(stream(client, url, body, times), STREAM_S)
-            except Exception as error:  # noqa: BLE001 - anything is a lost stream
-                last = f", the last one {time.monotonic() - times[-1]:.0f} s ago" if times else ""
-                await asyncio.sleep(0.5)
-                await self._lose(f"stream {number}, after {len(times)} events{last}", error)
-                continue
-            self.num_answers += 1
-            is_right = re.fullmatch(grammar(unique), text) if number >= 14 else text == self._expected[number]
-            if is_right:
-                self._outcome.right += 1
-            else:
-                self._outcome.wrong += 1
-                self._outcome.fault(f"stream {number} is wrong: {text[:200]!r}")
+            await self._stream(client, url, number)
+
+    async def _stream(self, client: httpx.AsyncClient, url: str, number: int) -> None:
+        unique, times = next(self._numbers), self._times[number]
+        times.clear()
+        body = body_of(number, unique, self._length)
+        try:
+            text = await asyncio.wait_for(stream(client, url, body, times), STREAM_S)
+        except Exception as error:  # noqa: BLE001 - anything is a lost stream
+            last = f", the last one {time.monotonic() - times[-1]:.0f} s ago" if times else ""
+            await asyncio.sleep(0.5)
+            await self._lose(f"stream {number}, after {len(times)} events{last}", error)
+            return
+        is_right = re.fullmatch(grammar(unique), text) if number >= 14 else text == self._expected[number]
+        if is_right:
+            self._outcome.right += 1
+        else:
+            self._outcome.wrong += 1
+            self._outcome.fault(f"stream {number} is wrong: {text[:200]!r}")
 
     async def _lose(self, name: str, error: Exception) -> None:
         """Count a stream as lost, unless the server is about to end."""
@@ -148,7 +164,8 @@ class Clients:
 class Soak:
     """One server after another, its clients, and the kills."""
 
-    def __init__(self, flags: list[str], length: int, seed: int) -> None:
+    def __init__(self, flags: list[str], length: int, seed: int, prints_logs: bool = False) -> None:
+        self.prints_logs = prints_logs
         self.flags = ["--max-restarts=1000", "--step-timeout=8", "--max-num-seqs=16", "--drain-timeout=60", *flags]
         self.outcome, self.length, self.chance = Outcome(), length, random.Random(seed)
         self.expected: list[str] = []
@@ -189,26 +206,47 @@ class Soak:
             # A grammar or a text is refused, rightly, if its process is stopped: it has taken too long.
             self.kill(server, role, self.chance.choice(SIGNALS[:3] if role in HAVE_TIME_LIMITS else SIGNALS))
 
-    async def kill_in_phase(self, kills: list[str], phase: str) -> None:
-        """Send the signals once, in this phase, and wait for the streams."""
-        server = self.start()
-        targets = [tuple(kill.rsplit(":", 1)) for kill in kills]
-        if phase == "start":
-            for role, number in targets:
-                await asyncio.to_thread(wait, lambda r=role: server.pids(r) or server.process.poll() is not None, END_S)
-                self.kill(server, role, number)
-            await asyncio.to_thread(wait, lambda: "on http://" in server.log() or server.ended, END_S)
-            await self.end(server)
-            return
+    async def kill_in_rounds(self, rounds: list[str], phase: str) -> None:
+        """For each element, send its signals once in this phase and wait for the streams."""
+        server: KillableServer | None = None
+        outcome = self.outcome
+        for kills in rounds:
+            targets = [tuple(kill.rsplit(":", 1)) for kill in kills.split(",")]
+            right, restarts, num_exits, started = outcome.right, outcome.restarts, len(outcome.exits), time.monotonic()
+            server = server or self.start()
+            if phase == "start":
+                await self._kill_at_start(server, targets)
+            else:
+                await self._kill_with_streams(server, targets, phase)
+            outcome.restarts += server.num_new_restarts()
+            if phase in ENDING_PHASES or server.ended or len(outcome.rounds) == len(rounds) - 1:
+                await self.end(server)
+                server = None
+            outcome.rounds.append({
+                "kills": kills, "right": outcome.right - right, "restarts": outcome.restarts - restarts,
+                "exits": outcome.exits[num_exits:], "seconds": round(time.monotonic() - started, 1),
+            })  # fmt: skip
+            print(outcome.rounds[-1], flush=True)
+
+    async def _kill_at_start(self, server: KillableServer, targets: list[tuple[str, ...]]) -> None:
+        for role, number in targets:
+            await asyncio.to_thread(wait, lambda r=role: server.pids(r) or server.ended, END_S)
+            self.kill(server, role, number)
+        await asyncio.to_thread(wait, lambda: "on http://" in server.log() or server.ended, END_S)
+
+    async def _kill_with_streams(self, server: KillableServer, targets: list[tuple[str, ...]], phase: str) -> None:
         url = await asyncio.to_thread(server.url)
-        await self.learn(server, url)
-        done = asyncio.Event()
+        if not self.expected:
+            await self.learn(server, url)
+        right, roles = self.outcome.right, [role for role, _ in targets]
+        await asyncio.to_thread(wait, server.is_complete, END_S)
         clients = Clients(server, self.outcome, self.expected, self.length)
-        running = asyncio.create_task(clients.run(done, url))
-        await asyncio.sleep(1.0)
-        done.set()  # each client's stream in progress is its last one
+        running = asyncio.create_task(clients.run_once(url))
+        await asyncio.to_thread(
+            wait, lambda: (clients.all_begun and all(map(server.pids, roles))) or server.ended, END_S
+        )
         if phase in FIRST_VICTIMS:
-            await self._start_recovery(server, FIRST_VICTIMS[phase], targets[0][0])
+            await self._start_recovery(server, FIRST_VICTIMS[phase], roles[0])
         if phase == "drain":
             server.drains = True
             server.process.send_signal(signal.SIGTERM)
@@ -216,9 +254,8 @@ class Soak:
         for role, number in targets:
             self.kill(server, role, number)
         await running
-        if phase == "drain" and self.outcome.right < NUM_STREAMS and not server.ended:
-            self.outcome.fault(f"only {self.outcome.right} of {NUM_STREAMS} streams ended while draining")
-        await self.end(server)
+        if not server.ended and self.outcome.right - right < NUM_STREAMS:
+            self.outcome.fault(f"only {self.outcome.right - right} of {NUM_STREAMS} streams ended")
 
     async def _start_recovery(self, server: KillableServer, victim: str, next_victim: str) -> None:
         """Kill a process; return when there is another one with its role, and one of the next role."""
@@ -230,26 +267,28 @@ class Soak:
 
     def kill(self, server: KillableServer, role: str, name: str) -> None:
         """Send the signal to one of the processes with this role."""
-        pids = [server.process.pid] if role == SERVER else server.pids(role)
+        pids = [pid for pid in server.pids(role) if pid not in server.killed]
         if not pids:
             print(f"no process has the role {role}", flush=True)
             return
         pid = self.chance.choice(pids)
         with suppress(ProcessLookupError):
             os.kill(pid, getattr(signal, name))
-        server.killed.append((time.monotonic(), role, name, len(server.log())))
+        server.killed[pid] = role
         self.outcome.kills[f"{role} {name}"] += 1
         print(f"{time.strftime('%H:%M:%S')} {name} to {role} ({pid})", flush=True)
 
     async def end(self, server: KillableServer) -> None:
         """End the server, if it lives, and check how it has ended and what is left."""
-        was_killed = any(role == SERVER for _, role, _, _ in server.killed)
+        was_killed = SERVER in server.killed.values()
         if server.process.poll() is None and not server.drains:
             server.drains = True
             server.process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(wait, lambda: server.process.poll() is not None, END_S)
         status, log = server.process.poll(), server.log()
-        self.outcome.restarts += log.count("back after")
+        if self.prints_logs:
+            print(log)
+        self.outcome.restarts += server.num_new_restarts()
         last = log.strip().rpartition("\n")[2]
         if status is None:
             self.outcome.fault(f"the server does not end; the last line of its log: {last}")
@@ -271,38 +310,51 @@ class KillableServer(ServerProcess):
 
     def __init__(self, *flags: str) -> None:
         super().__init__(*flags)
-        self.killed: list[tuple[float, str, str, int]] = []
+        self.killed: dict[int, str] = {}  # pid -> role
         self.drains = False
+        self._num_restarts, self._num_ranks = 0, 0
 
     @property
     def ended(self) -> bool:
         return self.process.poll() is not None
 
     def pids(self, role: str) -> list[int]:
+        if role == SERVER:
+            return [self.process.pid]
         return [pid for pid, found in process_tree(self.process.pid).items() if found == role]
+
+    def is_complete(self) -> bool:
+        """Return whether it has as many ranks as at the first call: replicas are replaced while streams go on."""
+        self._num_ranks = self._num_ranks or len(self.pids("rank"))
+        return len(self.pids("rank")) == self._num_ranks
+
+    def num_new_restarts(self) -> int:
+        """Return how often its ranks were started again since the last call."""
+        before, self._num_restarts = self._num_restarts, self.log().count("back after")
+        return self._num_restarts - before
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=0, help="time of random kills")
     parser.add_argument("--pause", type=float, nargs=2, default=(1, 20), help="shortest and longest time between kills")
-    parser.add_argument("--kill", action="append", default=[], help="ROLE:SIGNAL; repeat for several at once")
+    parser.add_argument("--kill", action="append", default=[], help="ROLE:SIGNAL,ROLE:SIGNAL at once")
     parser.add_argument("--phase", choices=PHASES, default="load", help="when --kill happens")
     parser.add_argument("--length", type=int, default=400, help="tokens of a stream")
     parser.add_argument("--seed", type=int, default=1, help="of the random kills")
-    parser.add_argument("--log", action="store_true", help="print the log of the server at the end")
+    parser.add_argument("--log", action="store_true", help="print the logs of the servers")
     parser.add_argument("flags", nargs="*", help="flags of the server")
     options = parser.parse_args()
-    soak = Soak(options.flags, options.length, options.seed)
+    soak = Soak(options.flags, options.length, options.seed, options.log)
     if options.kill:
-        asyncio.run(soak.kill_in_phase(options.kill, options.phase))
+        asyncio.run(soak.kill_in_rounds(options.kill, options.phase))
     else:
         asyncio.run(soak.kill_at_random(options.seconds, *options.pause))
     outcome = soak.outcome
     print(json.dumps({
         "kills": sum(outcome.kills.values()), "by role": dict(sorted(outcome.kills.items())), "right": outcome.right,
         "wrong": outcome.wrong, "lost": outcome.lost, "restarts": outcome.restarts, "exits": outcome.exits,
-        "faults": len(outcome.faults),
+        "rounds": outcome.rounds, "faults": len(outcome.faults),
     }))  # fmt: skip
     return 1 if outcome.faults else 0
 

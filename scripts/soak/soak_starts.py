@@ -30,6 +30,7 @@ from server_process import END_S, ServerProcess, wait
 REQUEST = {"prompt": "In the beginning", "max_tokens": 8, "temperature": 0}
 LONG_REQUEST = {"prompt": "In the beginning", "max_tokens": 1900, "ignore_eos": True, "stream": True}
 CRASH_WORDS = ("Traceback", "Fatal Python error", "terminate called", "core dumped")
+SIGNALS = ("SIGINT", "SIGTERM")
 Phase = Callable[[ServerProcess], bool]
 
 
@@ -38,9 +39,9 @@ def log_contains(text: str) -> Phase:
     return lambda server: text in server.log()
 
 
-def has_process(name: str) -> Phase:
-    """Return the phase in which a process of that name is live."""
-    return lambda server: any(name in command for command in server.processes().values())
+def has_process(*names: str) -> Phase:
+    """Return the phase in which a process of one of these names is live."""
+    return lambda server: any(name in command for command in server.processes().values() for name in names)
 
 
 def has_loaded(library: str) -> Phase:
@@ -61,10 +62,10 @@ PHASES: dict[str, Phase] = {
     "Ray is imported": has_loaded("_raylet"),
     "Ray's first server is there": has_process("gcs_server"),
     "Ray's node is there": has_process("/raylet/raylet"),
-    "Ray's agents are there": has_process("dashboard/agent.py"),
-    "ranks are started": log_contains("Ray cluster"),
-    "ranks load": has_process("ray::Worker.load"),
-    "ranks size their cache": has_process("ray::Worker.allocate"),
+    "Ray's agents are there": has_process("dashboard/agent.py", "ray::DashboardAgent"),
+    "Ray has started": log_contains("Ray is ready"),
+    "ranks are there": has_process("ray::Worker"),  # they load the model within milliseconds
+    "ranks size their cache": log_contains("communication:"),
     "serving": log_contains("on http://"),
     "streaming": log_contains("on http://"),
     "draining": log_contains("on http://"),
@@ -86,7 +87,8 @@ def interrupt(flags: list[str], phase: str, number: int, twice: bool) -> tuple[S
     """Start a server and send the signal in the phase; returns the server and its exit status."""
     server = ServerProcess(*flags, "--drain-timeout=1")
     try:
-        wait(lambda: PHASES[phase](server) or server.process.poll() is not None, END_S)
+        if not wait(lambda: PHASES[phase](server), END_S):
+            raise SystemExit(f"within {END_S:.0f} s it was never true that {phase}:\n{server.log()}")
         client = _stream(server) if phase in ("streaming", "draining") else None
         if phase == "draining":
             _send(server, number)
@@ -95,7 +97,9 @@ def interrupt(flags: list[str], phase: str, number: int, twice: bool) -> tuple[S
         if twice:
             time.sleep(0.2)
             _send(server, number)
-        status = server.process.wait(END_S)
+        if not wait(lambda: server.process.poll() is not None, END_S):
+            raise SystemExit(f"it has not ended {END_S:.0f} s after signal {number}:\n{server.log()}")
+        status = server.process.wait()
         if client is not None:
             client.close()
         return server, status
@@ -134,11 +138,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=0, help="starts and ends")
     parser.add_argument("--signals", action="store_true", help="interrupt each phase")
+    parser.add_argument("--signal", action="append", choices=SIGNALS, help="only this signal; repeat for both")
     parser.add_argument("--twice", action="store_true", help="send each signal twice")
     parser.add_argument("--phase", action="append", choices=list(PHASES), help="only this phase; repeat for several")
     parser.add_argument("--patience", type=float, default=5, help="seconds until everything must be gone")
     parser.add_argument("flags", nargs="*", help="flags of the server")
     options = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs and their children ignore it
     faults: list[str] = []
     num_ends, started = 0, time.monotonic()
     for i in range(options.times):
@@ -146,9 +152,10 @@ def main() -> int:
         faults += check(f"start {i + 1}", server, status, options.patience) or ([f"status {status}"] if status else [])
         num_ends += 1
     for phase in (options.phase or PHASES) if options.signals else []:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for name in options.signal or SIGNALS:
+            number = signal.Signals[name]
             server, status = interrupt(options.flags, phase, number, options.twice)
-            faults += check(f"{signal.Signals(number).name} when {phase}", server, status, options.patience)
+            faults += check(f"{name} when {phase}", server, status, options.patience)
             num_ends += 1
     print(json.dumps({"ends": num_ends, "seconds": round(time.monotonic() - started, 1), "wrong": len(faults)}))
     return 1 if faults else 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -132,10 +135,29 @@ def test_source_compiles_without_spilling(source: str, architecture: str, tmp_pa
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     uses = "".join(f"auto use{i} = &{name};\n" for i, name in enumerate(INSTANCES[source]))
-    (tmp_path / "all.cu").write_text(f"{native.source_text(source)}\n{uses}")  # as NVRTC gets it
-    command = ["nvcc", f"-arch={architecture}", "-std=c++17", "-Xptxas=-v", "-cubin"]
-    done = subprocess.run([*command, "-o", "all.cubin", "all.cu"], cwd=tmp_path, capture_output=True, text=True)
+    report = compile_report(f"{native.source_text(source)}\n{uses}", architecture, tmp_path)  # as NVRTC gets it
+    lines = [line for line in report.splitlines() if "spill" in line]
+    assert len(lines) == len(INSTANCES[source])
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in lines), report
+
+
+def compile_report(text: str, architecture: str, folder: Path) -> str:
+    """Return what nvcc says about a source that compiles; cached by source, flags and compiler, like native code."""
+    command = ["nvcc", f"-arch={architecture}", "-std=c++17", "-Xptxas=-v", "-cubin", "-o", "all.cubin", "all.cu"]
+    key = hashlib.sha256(repr((text, command, nvcc_version())).encode()).hexdigest()[:16]
+    cached = native.cache_dir() / f"nvcc-{key}.txt"
+    if cached.exists():
+        return cached.read_text()
+    (folder / "all.cu").write_text(text)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    reports = [line for line in done.stderr.splitlines() if "spill" in line]
-    assert len(reports) == len(INSTANCES[source])
-    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in reports), done.stderr
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = cached.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(done.stderr)
+    os.replace(unfinished, cached)
+    return done.stderr
+
+
+@functools.cache
+def nvcc_version() -> str:
+    return subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout

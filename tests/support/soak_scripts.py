@@ -19,7 +19,7 @@ def script(name: str, *arguments: str) -> dict[str, Any]:
     """Return the JSON at the end of a script that must succeed."""
     command = [sys.executable, str(SCRIPTS / name), *arguments]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -15,6 +15,7 @@ from bad_checkpoints import CASES, copy_of_demo
 
 from lockstep import LLM
 
+from forked_commands import ForkedCommands
 from small import COMMAND, SMALL, SMALL_FLAGS
 
 LIMIT_S = 5
@@ -58,41 +59,56 @@ DAILY = [
     ("doctor", "model.safetensors: all NaN"),
     ("doctor", "tokenizer.json: post-processor that panics"),
 ]
-NIGHTLY = [(command, name) for n, name in enumerate(CASES) for command in COMMANDS if n % 12 == 0]
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(("command", "name"), DAILY)
 def test_command_refuses_in_one_line(command: str, name: str, tmp_path: Path) -> None:
-    _assert_refused(command, name, tmp_path)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(("command", "name"), NIGHTLY)
-def test_every_command_refuses_in_one_line(command: str, name: str, tmp_path: Path) -> None:
-    _assert_refused(command, name, tmp_path)
-
-
-def _assert_refused(command: str, name: str, tmp_path: Path) -> None:
-    damage, file = CASES[name]
-    folder = copy_of_demo(tmp_path / "model")
-    damage(folder)
+    arguments = command_line(command, name, tmp_path)
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     ended = subprocess.run(
-        [*COMMAND, command, str(folder), *SMALL_FLAGS, *COMMANDS[command]],
+        [*COMMAND, *arguments],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         timeout=60,
         env=environment,
     )
-    assert "Traceback" not in ended.stderr
+    assert_refused(command, name, ended.returncode, ended.stdout, ended.stderr)
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[ForkedCommands]:
+    started = ForkedCommands()
+    yield started
+    started.close()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_command_refuses_in_one_line(command: str, name: str, tmp_path: Path, forked: ForkedCommands) -> None:
+    ended = forked.run(*command_line(command, name, tmp_path))
+    assert_refused(command, name, ended.status, ended.stdout, ended.stderr)
+    assert ended.cpu_s < LIMIT_S
+
+
+def command_line(command: str, name: str, tmp_path: Path) -> list[str]:
+    """Return the arguments of a command for the demo model with this damage."""
+    folder = copy_of_demo(tmp_path / "model")
+    CASES[name][0](folder)
+    return [command, str(folder), *SMALL_FLAGS, *COMMANDS[command]]
+
+
+def assert_refused(command: str, name: str, status: int, stdout: str, stderr: str) -> None:
+    file = CASES[name][1]
+    assert "Traceback" not in stderr
     if command == "doctor":
-        assert ended.returncode == 1
-        lines = [line for line in ended.stdout.splitlines() if line.startswith("fail")]
-        assert any(file in line for line in lines)
+        assert status == 1, stdout
+        lines = [line for line in stdout.splitlines() if line.startswith("fail")]
+        assert any(file in line for line in lines), stdout
     else:
-        assert ended.returncode == 2
-        error = ended.stderr[ended.stderr.index("error: ") :]
+        assert status == 2, stderr
+        error = stderr[stderr.index("error: ") :]
         assert len(error.splitlines()) == 1
         assert file in error

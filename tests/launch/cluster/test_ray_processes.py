@@ -74,7 +74,8 @@ def test_server_that_ended_before_the_first_look_is_found() -> None:
     """It has no command line any more."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(shutil.copy("/bin/sleep", Path(folder) / "raylet"))
-        code = f"import subprocess, sys; subprocess.Popen([{str(program)!r}, '0']); sys.stdin.read()"
+        # The variable keeps the ended process a zombie: Python waits for the processes of collected Popen objects.
+        code = f"import subprocess, sys; ended = subprocess.Popen([{str(program)!r}, '0']); sys.stdin.read()"
         starter = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
         watch = RayProcesses(starter.pid)
         wait_until(lambda: watch.look() or "has ended with status 0" in str(watch.problem()))

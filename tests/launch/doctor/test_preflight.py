@@ -60,7 +60,7 @@ def test_checks_are_those_of_the_doctor(caplog: pytest.LogCaptureFixture) -> Non
     with caplog.at_level(logging.WARNING):
         verify(num_pages=256)
     assert not caplog.records
-    with pytest.raises(ValueError, match=r"\n  tensor parallel, memory: 4 attention heads .* over 5 ranks; use "):
+    with pytest.raises(ValueError, match=r"^.*: tensor parallel, memory: 4 attention heads .* over 5 ranks; use "):
         verify(tensor_parallel_size=5)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import numpy as np
@@ -22,7 +23,7 @@ import pytest
 from lockstep import LLM, SamplingParams
 from lockstep.comm.message_sockets import PullSocket, WakeupEvent
 from lockstep.launch import executors
-from lockstep.launch.errors import RequestsLost
+from lockstep.launch.errors import ReplicaFailed, RequestsLost
 from lockstep.launch.server.server_config import ServerConfig
 from lockstep.runtime.config import Config
 from lockstep.runtime.outputs import RequestOutput
@@ -94,6 +95,44 @@ def test_lost_and_refused_requests_are_both_reported() -> None:
     assert executor._attempts == {2: 12}
     executor._inbox.close()
     executor._connection.wakeup.close()
+
+
+def test_failed_replica_refuses_calls_and_gets_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve keeps it for some seconds, in which it has the prefix and the least to do."""
+    from lockstep.launch.replicas import router  # needs Ray Serve
+    from lockstep.launch.replicas.replica import Replica
+
+    failed: Any = Replica.__new__(Replica)
+    failed._failure, failed._thread = ReplicaFailed("rank 0 died", "a"), SimpleNamespace(post=lambda command: None)
+    request: Any = SimpleNamespace(uid=1, tokens=np.arange(8, dtype=np.int32), cache_salt=None)
+    with pytest.raises(ReplicaFailed, match="rank 0 died") as raised:
+        asyncio.run(asyncio.wait_for(failed.run(request), 10))
+    del failed._thread  # its destructor would stop it
+    assert pickle.loads(pickle.dumps(raised.value)).replica == "a"
+
+    monkeypatch.setattr(router, "_failed", set())
+    choice: Any = router.PrefixRouter.__new__(router.PrefixRouter)
+    choice._affinity, choice._replica_queue_len_cache = router.PrefixAffinity(4, 100), {}
+    choice._affinity.add(request.tokens, "a")
+    context = SimpleNamespace(should_backoff=False)
+    pending: Any = SimpleNamespace(args=[request], routing_context=context)
+    replicas: Any = [SimpleNamespace(replica_id=ReplicaName(name)) for name in ("a", "b")]
+
+    def chosen() -> list[str]:
+        ranked = asyncio.run(choice.choose_replicas(replicas, pending))
+        return [replica.replica_id.unique_id for (replica,) in ranked]
+
+    assert chosen() == ["a", "b"]
+    router.avoid("a")
+    assert chosen() == ["b"]
+    assert not context.should_backoff
+    router.avoid("b")
+    assert chosen() == []
+    assert context.should_backoff
+
+
+class ReplicaName(NamedTuple):
+    unique_id: str
 
 
 def test_ray_serve_with_an_open_port_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,19 +23,21 @@ from small import COMMAND
 from soak_scripts import FLAGS, script
 from waiting import wait_until
 
-PHASES = [  # of a start and an end, but for the phase that is tested daily
+PHASES = [  # of a start and an end
     "the interpreter starts",
     "torch is imported",
     "Ray is imported",
     "Ray's first server is there",
     "Ray's node is there",
     "Ray's agents are there",
-    "ranks are started",
+    "Ray has started",
+    "ranks are there",
     "ranks size their cache",
     "serving",
     "streaming",
     "draining",
 ]
+DAILY = ("SIGINT", "ranks are there")
 
 
 def connect(running: Running, **options: int) -> socket.socket:
@@ -168,12 +170,12 @@ def test_invalid_http_gets_an_error_envelope(run: Callable[..., Running]) -> Non
 @pytest.mark.process
 @pytest.mark.serial
 @pytest.mark.parametrize(
-    ("streams", "seconds", "requests"), [(12, 1, 4), pytest.param(24, 3, 8, marks=pytest.mark.soak)]
+    ("ranks", "streams", "seconds", "requests"),
+    [(1, 12, 1, 4), pytest.param(2, 24, 3, 8, marks=pytest.mark.soak)],
 )
-def test_streams_under_load_equal_streams_alone(streams: int, seconds: int, requests: int) -> None:
-    """Also the daily start and end of `lockstep serve` with two ranks on a Ray cluster that it starts."""
+def test_streams_under_load_equal_streams_alone(ranks: int, streams: int, seconds: int, requests: int) -> None:
     load = [f"--streams={streams}", f"--seconds={seconds}", f"--requests={requests}"]
-    result = script("soak_server.py", *load, "--", "--tp=2", *FLAGS)
+    result = script("soak_server.py", *load, "--", f"--tp={ranks}", *FLAGS)
     assert result["streams"] >= streams
 
 
@@ -207,12 +209,17 @@ def test_starts_and_ends_leave_nothing() -> None:
 
 @pytest.mark.process
 @pytest.mark.serial
-@pytest.mark.parametrize("phase", ["ranks load", *(pytest.param(p, marks=pytest.mark.soak) for p in PHASES)])
-def test_signals_at_startup_leave_nothing(phase: str) -> None:
-    result = script(
-        "soak_starts.py", "--signals", "--twice", "--patience=15", f"--phase={phase}", "--", "--tp=2", *FLAGS
-    )
-    assert result["ends"] == 2
+@pytest.mark.parametrize(
+    ("name", "phase"),
+    [
+        pytest.param(name, phase, marks=() if (name, phase) == DAILY else pytest.mark.soak)
+        for name in ("SIGINT", "SIGTERM")
+        for phase in PHASES
+    ],
+)
+def test_signals_at_startup_leave_nothing(name: str, phase: str) -> None:
+    arguments = ["--signals", "--twice", "--patience=15", f"--signal={name}", f"--phase={phase}"]
+    assert script("soak_starts.py", *arguments, "--", "--tp=2", *FLAGS)["ends"] == 1
 
 
 @pytest.mark.process
