@@ -22,7 +22,7 @@ KVLayout = Literal["layer-first", "page-first"]
 LoadFormat = Literal["auto", "dummy"]
 QuantizationChoice = Literal["auto", "fp8"]
 KVCacheDType = Literal["auto", "fp8"]
-SchedulingPolicy = Literal["fair", "fcfs"]
+SchedulingPolicy = Literal["fair", "fcfs", "priority"]
 AttentionChoice = Literal["auto", "flashinfer", "torch"]
 
 DEMO_MODEL = str(Path(__file__).parent.parent / "launch" / "demo")
@@ -58,7 +58,9 @@ class Config:
     max_num_seqs: int = option(256, "outputs generated at once; a request with n > 1 has n of them")
     max_num_batched_tokens: int = option(8192, "tokens computed in one step, over all requests")
     scheduling_policy: SchedulingPolicy = option(
-        "fair", "order of requests and division of steps: fair between clients, or fcfs, first come first served"
+        "fair",
+        "order of requests and division of steps: fair between clients, fcfs (first come, first served), or priority "
+        "(the lowest number in the field of this name first)",
     )
     page_size: int = option(16, "tokens in one page of the KV cache")
     kv_layout: KVLayout = option("layer-first", "order of layers and pages in the KV cache")

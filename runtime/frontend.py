@@ -64,7 +64,7 @@ class Frontend:
     def prepare(self, prompt: Prompt, params: SamplingParams, origin: Origin = NO_ORIGIN) -> Generation:
         """Check a prompt and make its requests, without starting them; raises RequestRefused with the way out."""
         text_or_ids, cache_salt = _parts(prompt)
-        origin = origin if self.executor.limits.is_fair else NO_ORIGIN
+        origin = origin if self.executor.limits.is_fair else Origin(priority=origin.priority)
         tokens = self._tokenize(text_or_ids)
         first = self._request(tokens, params, origin, cache_salt)
         requests = [first, *(self._sibling(first, i) for i in range(1, params.n))]

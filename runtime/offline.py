@@ -16,7 +16,7 @@ from .generation import Generation, Output
 from .model.generation_config import default_sampling_params
 from .model.model_config import ModelConfig
 from .outputs import Event, RequestOutput
-from .request import RequestRefused, SamplingParams
+from .request import Origin, RequestRefused, SamplingParams
 from .sampling.grammar import Vocabulary
 from .tokenizer import Tokenizer
 
@@ -44,15 +44,21 @@ class OfflineLLM:
         self._frontend = Frontend(executor, self.tokenizer, model.eos_token_ids, vocabulary)
 
     def generate(
-        self, prompts: Prompts, sampling_params: ManyParams | None = None, *, use_tqdm: bool = True
+        self,
+        prompts: Prompts,
+        sampling_params: ManyParams | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Complete each prompt and return the results in the order of the prompts.
 
         prompts          a text, a list of token ids, a PromptFields, or a list of these
         sampling_params  for all prompts, or one for each; by default the checkpoint's recommendation
+        priority         a number for each prompt, of which the lowest goes first; needs scheduling_policy priority
         Raises RequestRefused (a ValueError) naming the first prompt that cannot run, before any is started.
         """
-        generations = self._prepare(_as_list(prompts), sampling_params)
+        generations = self._prepare(_as_list(prompts), sampling_params, priority)
         with tqdm(total=len(generations), desc="generate", unit="prompt", disable=not use_tqdm) as bar:
             for changed in self._run(generations):
                 done = sum(g.finished for g in generations)
@@ -104,15 +110,20 @@ class OfflineLLM:
     ) -> None:
         self.close()
 
-    def _prepare(self, prompts: Sequence[Prompt], params: ManyParams | None) -> list[Generation]:
+    def _prepare(
+        self, prompts: Sequence[Prompt], params: ManyParams | None, priority: Sequence[int] | None = None
+    ) -> list[Generation]:
         if params is None or isinstance(params, SamplingParams):
             params = [params or self._defaults] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling params for {len(prompts)} prompts; give one, or one for each")
+        origins = [Origin(priority=number) for number in priority or [0] * len(prompts)]
+        if len(origins) != len(prompts):
+            raise ValueError(f"{len(origins)} priorities for {len(prompts)} prompts; give one for each")
         generations = []
-        for i, (prompt, prompt_params) in enumerate(zip(prompts, params, strict=True)):
+        for i, (prompt, prompt_params, origin) in enumerate(zip(prompts, params, origins, strict=True)):
             try:
-                generations.append(self._frontend.prepare(prompt, prompt_params))
+                generations.append(self._frontend.prepare(prompt, prompt_params, origin))
             except RequestRefused as error:
                 raise RequestRefused(f"prompt {i}: {error}" if len(prompts) > 1 else str(error)) from error
         return generations

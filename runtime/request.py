@@ -175,6 +175,7 @@ class Origin(NamedTuple):
 
     client: int = 0
     call: int = 0
+    priority: int = 0  # the lowest goes first
 
 
 NO_ORIGIN = Origin()
@@ -185,8 +186,8 @@ class Request(msgspec.Struct, frozen=True):
 
     `tokens` are the prompt and, for a request that is submitted again, its generated tokens. `stop_ids` end the output;
     they include the EOS ids unless these are ignored. params.seed and params.max_tokens are set, and params.n is 1.
-    `client` and `call` are those of its Origin. `bad_words` are the token sequences of params.bad_words. Only requests
-    with the same `cache_salt` share cached prefixes.
+    `client`, `call` and `priority` are those of its Origin. `bad_words` are the token sequences of params.bad_words.
+    Only requests with the same `cache_salt` share cached prefixes.
     """
 
     uid: int
@@ -196,6 +197,7 @@ class Request(msgspec.Struct, frozen=True):
     stop_ids: list[int]
     client: int = 0
     call: int = 0
+    priority: int = 0
     bad_words: list[list[int]] = []
     cache_salt: str | None = None
 
@@ -223,6 +225,7 @@ class Limits:
     vocab_size: int
     enable_prefix_caching: bool = True
     is_fair: bool = True  # between clients
+    has_priorities: bool = False  # requests may have a priority
     has_states: bool = False  # some layers have a recurrent state: a prefix is cached where its state is saved
     saved_states: int = 0  # recurrent states for cached prefixes
     window: int | None = None  # keys that a query sees in any layer, its own included; None: all
@@ -263,6 +266,8 @@ class Limits:
             raise ValueError(f"token id {invalid} in the prompt; the model has ids 0 to {self.vocab_size - 1}")
         params = request.params
         params.check_vocabulary(self.vocab_size)
+        if request.priority and not self.has_priorities:
+            raise ValueError(f"priority={request.priority} has no effect here; start with --scheduling-policy priority")
         if params.min_tokens > 0 and params.allowed_token_ids and set(params.allowed_token_ids) <= {*request.stop_ids}:
             raise ValueError(
                 f"min_tokens={params.min_tokens} needs a token that does not end the output, but all of"

@@ -215,6 +215,7 @@ def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: M
         vocab_size=model.vocab_size,
         enable_prefix_caching=config.enable_prefix_caching,
         is_fair=config.scheduling_policy == "fair",
+        has_priorities=config.scheduling_policy == "priority",
         has_states=model.delta_net is not None,
         saved_states=saved_states(config) if model.delta_net is not None else 0,
         window=model.window,

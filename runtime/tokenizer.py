@@ -66,6 +66,10 @@ class Tokenizer:
         templates = self._tokenizer.chat_template or ""
         return "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
 
+    def names(self, ids: Iterable[int]) -> list[str]:
+        """Return what the vocabulary calls each id; an id that it does not have is called as its number."""
+        return [self._backend.id_to_token(i) or str(i) for i in ids]
+
     @property
     def info(self) -> dict[str, Any]:
         """The configuration as in tokenizer_config.json, without the names of files, and with the chat template."""

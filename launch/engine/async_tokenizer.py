@@ -152,14 +152,9 @@ class AsyncTokenizer:
             return cast("str", await self._run(self._long, DecodeJob(list(ids), skip_special_tokens), "tokens"))
         return await self._in_thread(lambda: self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
-    async def decode_each(self, ids: Sequence[int]) -> list[str]:
-        """Return the text of each id after another one, special tokens included."""
-
-        def decode() -> list[str]:
-            texts = {i: self._tokenizer.token_bytes.text(i) for i in set(ids)}
-            return [texts[i] for i in ids]
-
-        return await self._in_thread(decode)
+    async def names(self, ids: Sequence[int]) -> list[str]:
+        """Return what the vocabulary calls each id, as `Ġunto`."""
+        return await self._in_thread(lambda: self._tokenizer.names(ids))
 
     async def locate_tokens(self, ids: Sequence[int], text: str | None = None) -> PromptText:
         """Return where each token of a prompt begins in its text, or in the text of `ids` with all special tokens."""

@@ -32,6 +32,7 @@ from ...runtime.config import Config
 from ...runtime.executor import RankLocation, Wakeup
 from ...runtime.plan import RequestEnd, StepOutput
 from ...runtime.request import Limits, Request
+from ...runtime.scheduler.waiting_queue import WaitingQueue, no_rank
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
@@ -59,6 +60,8 @@ class ReplicaExecutor:
         self._calls: dict[int, tuple[int, Future[None]]] = {}  # uid -> (attempt, Serve's call)
         self._lost: deque[tuple[int, str]] = deque()  # (attempt, reason) after the failure of a replica
         self._refused: deque[tuple[int, str]] = deque()  # (attempt, reason) of Ray Serve's refusal
+        rank = (lambda request: request.priority) if config.scheduling_policy == "priority" else no_rank
+        self._waiting = WaitingQueue(rank)  # requests for which no replica has a place
         self._ready: dict[str, ReplicaReady] = {}  # replica -> its report; the latest num_replicas
         self._stats: dict[str, EngineStats] = {}  # replica -> its counters; lost ones included
         self._free_pages: dict[str, int | None] = {}  # replica -> its free pages after its last step
@@ -86,16 +89,16 @@ class ReplicaExecutor:
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            attempt = next(self._numbers)
-            self._attempts[attempt] = request.uid
-            numbered = msgspec.structs.replace(request, uid=attempt)
-            self._calls[request.uid] = attempt, asyncio.run_coroutine_threadsafe(self._call(numbered), self._loop)
+            self._waiting.add(request)
+        self._call_waiting()
 
     def cancel(self, uids: Sequence[int]) -> None:
         for uid in uids:
+            self._waiting.remove(uid)
             call = self._forget(uid)
             if call is not None:
                 call.cancel()
+        self._call_waiting()
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         """Do as Executor.poll; raise RequestsLost if requests have lost their replica and no outputs have come."""
@@ -107,6 +110,7 @@ class ReplicaExecutor:
             self._connection.check()
         refused = [RequestEnd(uid, "abort", error=reason) for uid, reason in self._take(self._refused)]
         if refused:
+            self._call_waiting()
             return [StepOutput(finished=refused)]
         lost = self._take(self._lost)
         if lost:
@@ -191,6 +195,17 @@ class ReplicaExecutor:
             self._refused.append((request.uid, f"Ray Serve: {_last_line(str(error))}"))
             self._connection.wakeup.set()
 
+    def _call_waiting(self) -> None:
+        """Hand waiting requests to Serve, in their order, while the replicas have places for them."""
+        while len(self._waiting) > 0 and len(self._calls) < self.limits.max_num_seqs:
+            request = self._waiting.head()
+            assert request is not None, "nothing blocks this queue"
+            self._waiting.pop(request.client)
+            attempt = next(self._numbers)
+            self._attempts[attempt] = request.uid
+            numbered = msgspec.structs.replace(request, uid=attempt)
+            self._calls[request.uid] = attempt, asyncio.run_coroutine_threadsafe(self._call(numbered), self._loop)
+
     def _take(self, attempts: deque[tuple[int, str]]) -> list[tuple[int, str]]:
         """Empty a queue of attempts; return the uid and the reason for those of live requests."""
         taken = [attempts.popleft() for _ in range(len(attempts))]
@@ -226,6 +241,7 @@ class ReplicaExecutor:
         )
         for finished in translated.finished:
             self._forget(finished.uid)
+        self._call_waiting()
         is_empty = not (
             pairs
             or translated.finished

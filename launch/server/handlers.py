@@ -55,6 +55,7 @@ class Handlers:
 
     def __init__(self, engine: AsyncEngine, config: ServerConfig, limits: ServerLimits) -> None:
         self._engine, self._log_requests = engine, config.log_requests
+        self._names_ids = config.return_tokens_as_token_ids
         self._validator = RequestValidator(engine, config)
         self._admission = AdmissionControl(engine, config)
         self._clients = ClientRecognition(config)
@@ -129,7 +130,10 @@ class Handlers:
         if isinstance(body, ChatRequest) and body.logprob_token_ids:
             num_top = len(body.logprob_token_ids) + 1  # a chat lists the sampled token too
         options = ReplyOptions(
-            num_top, bool(body.return_tokens_as_token_ids), bool(body.return_token_ids), body.prompt_logprobs
+            num_top,
+            self._names_ids if body.return_tokens_as_token_ids is None else body.return_tokens_as_token_ids,
+            bool(body.return_token_ids),
+            body.prompt_logprobs,
         )
         if isinstance(body, ChatRequest):
             assert chat is not None
@@ -247,7 +251,7 @@ class Handlers:
         else:
             with_special = body.add_special_tokens is not False
             (ids,) = await self._tokenizer.encode([body.prompt or ""], add_special_tokens=with_special)
-        texts = await self._tokenizer.decode_each(ids) if body.return_token_strs else None
+        texts = await self._tokenizer.names(ids) if body.return_token_strs else None
         limit = self._validator.max_model_len
         return await _json_response(
             Tokens.model_construct(count=len(ids), max_model_len=limit, tokens=ids, token_strs=texts)

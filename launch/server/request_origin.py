@@ -29,7 +29,8 @@ class ClientRecognition:
             name = f"address {address}"
         # Equal in all processes of a server, unlike hash().
         digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=8).digest()
-        return Origin(int.from_bytes(digest, "big", signed=True), secrets.randbits(63))
+        client, call = int.from_bytes(digest, "big", signed=True), secrets.randbits(63)
+        return Origin(client, call, getattr(body, "priority", None) or 0)
 
 
 def _user(body: Any) -> str | None:

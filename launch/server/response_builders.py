@@ -242,7 +242,9 @@ class ChatBuilder(ResponseBuilder):
             if self._options.token_ids and not self._parts:
                 self._prompt_ids = event.prompt_token_ids
             self._parts[index] = []
+            self._usage.num_completion -= len(event.token_ids)  # the next chunk has them
             yield _delta_json(index, api.ChatDelta(role="assistant", content=""))
+            self._usage.num_completion += len(event.token_ids)
         delta = _delta(fields.sort(reader.read(event)))
         if event.logprobs or event.finish_reason or self._options.token_ids:
             ids: dict[str, Any] = {"token_ids": event.token_ids} if self._options.token_ids else {}

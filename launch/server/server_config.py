@@ -87,6 +87,9 @@ class ServerConfig(ChatOptions):
         False, "answer with 503 when the engine has failed for good, in place of an end with status 1"
     )
     preflight: bool = option(True, "before the start, look for what would make it fail, as lockstep doctor does")
+    return_tokens_as_token_ids: bool = option(
+        False, "log-probabilities name tokens as token_id:N, unless the field of this name in a request is false"
+    )
     log_requests: bool = option(False, "log a line for each request, without its text")
 
     def __post_init__(self) -> None:

@@ -45,6 +45,7 @@ class RequestValidator:
         self._config = config
         self._defaults = engine.default_params
         self._max_num_seqs, self._vocab_size = limits.max_num_seqs, limits.vocab_size
+        self._has_priorities = limits.has_priorities
 
     def check(self, body: GenerateRequest) -> int:
         """Check everything but the number of prompt tokens; returns the number of outputs."""
@@ -61,6 +62,8 @@ class RequestValidator:
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options", "is for streams; leave it out or set stream to true")
         self._check_logprobs(body)
+        if body.priority and not self._has_priorities:
+            raise invalid("priority", "needs a server with --scheduling-policy priority")
         if (body.truncate_prompt_tokens or 0) > self.max_input:
             raise invalid("truncate_prompt_tokens", f"exceeds the longest prompt, {self.max_input} tokens")
         if body.truncation_side is not None and body.truncate_prompt_tokens is None:

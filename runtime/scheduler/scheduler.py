@@ -27,7 +27,7 @@ from .saved_states import SavedStates
 from .scheduled_step import RunningRows, ScheduledStep
 from .slots import PromptChunk, Slots
 from .step_division import StepDivision, StepTokens, largest_holder
-from .waiting_queue import WaitingQueue
+from .waiting_queue import WaitingQueue, no_rank
 
 
 class Scheduler:
@@ -39,7 +39,7 @@ class Scheduler:
         on_cut = self._states.give_up if limits.has_states else None
         self.pages = PagePool(limits.num_pages, limits.page_size, on_cut)
         self.slots = Slots(limits, self.pages.tree.root)
-        self.waiting = WaitingQueue()
+        self.waiting = WaitingQueue(_priority if limits.has_priorities else no_rank)
         self.division = StepDivision(limits, self.slots, self.waiting)
         self.num_preemptions = 0
         self._num_steps = 0
@@ -141,7 +141,18 @@ class Scheduler:
                 return rows
             several = self.slots.pages_by_client() if len(self.slots.num_by_client) > 1 else {}
             client = largest_holder(several)[1]
-            self._preempt(self.slots.newest_of(client) if several else int(self.slots.running[-1]))
+            self._preempt(self.slots.newest_of(client) if several else self._last_in_order())
+
+    def _last_in_order(self) -> int:
+        """Return the slot of the newest running request, of those with the lowest priority."""
+        running: list[int] = self.slots.running.tolist()
+        if not self.limits.has_priorities:
+            return running[-1]
+        return max(enumerate(running), key=lambda item: (self._priority_in(item[1]), item[0]))[1]
+
+    def _priority_in(self, slot: int) -> int:
+        request = self.slots.requests[slot]
+        return 0 if request is None else request.priority
 
     def _find_pages(self, count: int) -> bool:
         """Return whether so many pages are available, if need be after freeing those that no layer sees any more."""
@@ -376,3 +387,7 @@ class Scheduler:
         self._states.release(slot)
         self.waiting.unblock()
         s.release(slot)
+
+
+def _priority(request: Request) -> int:
+    return request.priority

@@ -79,13 +79,17 @@ class ClientQueue:
         heapq.heapify(self.entries)
 
 
+def no_rank(request: Request) -> int:
+    return 0
+
+
 class WaitingQueue:
     """Requests in fair order.
 
     rank  of two requests with different ranks the lower one goes first, whatever its client; 0 by default
     """
 
-    def __init__(self, rank: Callable[[Request], int] = lambda request: 0) -> None:
+    def __init__(self, rank: Callable[[Request], int] = no_rank) -> None:
         self._rank = rank
         self._clients: dict[int, ClientQueue] = {}  # those with waiting requests
         self._requests: dict[int, Request] = {}  # by uid

@@ -33,15 +33,33 @@ import httpx
 from server_process import ServerProcess, wait
 
 GOLDEN = {"prompt": "And the LORD said unto Moses", "max_tokens": 24, "temperature": 0.9, "seed": 3, "logprobs": 2}
-VALID = {
+SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+FUNCTION = {"name": "get_weather", "parameters": SCHEMA}
+VALID: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "In the", "max_tokens": 2},
-    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Who?"}], "max_tokens": 2},
+    "/v1/chat/completions": {
+        "messages": [{"role": "user", "content": "Who?"}],
+        "max_tokens": 2,
+        "tools": [{"type": "function", "function": FUNCTION}],
+        "tool_choice": "required",
+    },
+    "/v1/responses": {"input": "Who?", "max_output_tokens": 2, "tools": [{"type": "function", **FUNCTION}]},
+    "/v1/messages": {
+        "model": "lockstep-demo",
+        "messages": [{"role": "user", "content": "Who?"}],
+        "max_tokens": 2,
+        "tools": [{"name": "get_weather", "input_schema": SCHEMA}],
+    },
     "/tokenize": {"prompt": "In the"},
     "/detokenize": {"tokens": [5, 6]},
 }
-REQUIRED = {"/v1/completions": "prompt", "/v1/chat/completions": "messages", "/detokenize": "tokens"}
+REQUIRED = {
+    "/v1/completions": "prompt", "/v1/chat/completions": "messages", "/v1/responses": "input",
+    "/v1/messages": "messages", "/detokenize": "tokens",
+}  # fmt: skip
 FIELDS = [
-    "temperature", "top_p", "n", "max_tokens", "stop", "seed", "logit_bias", "logprobs", "stream", "top_k", "model"
+    "temperature", "top_p", "n", "max_tokens", "stop", "seed", "logit_bias", "logprobs", "stream", "top_k", "model",
+    "tools", "tool_choice", "bad_words", "allowed_token_ids", "prompt_logprobs", "cache_salt", "truncate_prompt_tokens",
 ]  # fmt: skip
 JSON = {"content-type": "application/json"}
 NOT_NUMBERS = (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"0x10", b"01", b"1_0", b"'1'", b"undefined")
@@ -71,7 +89,7 @@ def unknown_field(rng: random.Random, path: str) -> bytes:
 
 def wrong_type(rng: random.Random, path: str) -> bytes:
     """Return a body with a field of the wrong type."""
-    if path in ("/v1/completions", "/v1/chat/completions"):
+    if path.startswith("/v1"):
         return json.dumps(VALID[path] | {rng.choice(FIELDS): {"x": wrong_value(rng)}}).encode()
     return json.dumps(VALID[path] | {"model": {"x": wrong_value(rng)}}).encode()
 
@@ -92,7 +110,9 @@ def nested(rng: random.Random, path: str) -> bytes:
     depth = rng.choice([50, 1000, 100_000])
     opening, closing = rng.choice([(b"[", b"]"), (b'{"a":', b"}")])
     inner = opening * depth + b"1" + closing * depth
-    return b'{"prompt": ' + inner + b', "messages": ' + inner + b', "tokens": ' + inner + b"}"
+    return (
+        b"{" + b", ".join(b'"%b": %b' % (name, inner) for name in (b"prompt", b"messages", b"tokens", b"input")) + b"}"
+    )
 
 
 def invalid_utf8(rng: random.Random, path: str) -> bytes:
@@ -173,7 +193,9 @@ def send_bad_requests(client: httpx.Client, num_requests: int, seed: int) -> tup
 
 def _is_in_envelope(response: httpx.Response) -> bool:
     try:
-        is_error = set(response.json()["error"]) == {"message", "type", "param", "code"}
+        error = response.json()["error"]
+        is_anthropic = response.url.path.startswith("/v1/messages")
+        is_error = set(error) == {"message", "type"} | (set() if is_anthropic else {"param", "code"})
     except (ValueError, KeyError, TypeError):
         return False
     return is_error and len(response.content) < 3000

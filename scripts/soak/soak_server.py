@@ -1,5 +1,7 @@
 """Many concurrent streams against `lockstep serve`: every stream must equal the response to the same request alone.
 
+Completions, chats with a required tool, and the same chats in the Responses and the Messages API are mixed.
+
     python scripts/soak/soak_server.py --streams 256 --seconds 60 --idle 60 -- --tp 2 --device cpu
 
 Flags after `--` go to the server, which serves the demo model. First, each of --requests different requests, greedy
@@ -35,13 +37,27 @@ PROMPTS = ["In the beginning", "And the LORD spake unto Moses, saying,", "Blesse
 PROGRAM = [str(Path(__file__).with_name("measured_serve.py"))]
 WORDS = ["the", "king", "water", "house", "of", "and", "sons", "came", "land", "heart", "unto", "people", "children"]
 LINE_S = 60.0  # longest wait for a line of a stream
+MODEL = "lockstep-demo"
+CHAT_PATHS = {5: "/v1/chat/completions", 6: "/v1/responses", 7: "/v1/messages"}  # by number of a request, modulo 8
+SCHEMA = {
+    "type": "object", "properties": {"unit": {"enum": ["C", "F"]}, "days": {"type": "integer", "maximum": 9}},
+    "required": ["unit", "days"], "additionalProperties": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request."""
+
+    path: str
+    body: bytes
 
 
 @dataclass(frozen=True)
 class Answer:
     """The content of a stream; equal for equal requests."""
 
-    text: str
+    text: str  # of a chat: its text and the arguments of its calls
     tokens: int
     finish_reason: str
 
@@ -50,14 +66,17 @@ class WrongStream(Exception):
     """A stream that breaks the protocol."""
 
 
-def make_requests(num_requests: int) -> list[bytes]:
-    """Return different bodies: greedy and seeded, 16 to 160 tokens, some with log-probabilities or stop strings.
+def make_requests(num_requests: int) -> list[Call]:
+    """Return different requests: greedy and seeded, 16 to 160 tokens, some with log-probabilities or stop strings.
 
     The prompts have words that the model knows. After unknown words its logits are so close that rounding decides.
     """
     rng = random.Random(0)
-    bodies = []
+    calls = []
     for i in range(num_requests):
+        if i % 8 in CHAT_PATHS:
+            calls.append(make_chat(CHAT_PATHS[i % 8], i, " ".join(rng.sample(WORDS, 3))))
+            continue
         body: dict[str, Any] = {
             "prompt": f"{PROMPTS[i % len(PROMPTS)]} {' '.join(rng.sample(WORDS, 3))}",
             "max_tokens": rng.randrange(16, 161), "ignore_eos": True, "stream": True,
@@ -65,17 +84,34 @@ def make_requests(num_requests: int) -> list[bytes]:
         }  # fmt: skip
         body |= {"logprobs": 0} if i % 4 == 0 else {}
         body |= {"stop": [" of", "Brs"]} if i % 5 == 0 else {}
-        bodies.append(json.dumps(body).encode())
-    return bodies
+        calls.append(Call("/v1/completions", json.dumps(body).encode()))
+    return calls
 
 
-async def stream(address: tuple[str, int], body: bytes) -> tuple[Answer, str, int]:
+def make_chat(path: str, number: int, words: str) -> Call:
+    """Return a chat with a tool that the model must call."""
+    body: dict[str, Any] = {"model": MODEL, "stream": True, "temperature": 0.9 if number % 3 else 0}
+    question = [{"role": "user", "content": f"{PROMPTS[number % len(PROMPTS)]} {words}"}]
+    if path == "/v1/messages":
+        tool = {"name": "place", "input_schema": SCHEMA}
+        body |= {"messages": question, "max_tokens": 60, "tools": [tool], "tool_choice": {"type": "any"}}
+        body["temperature"] = 0  # this API has no seed
+    elif path == "/v1/responses":
+        tool = {"type": "function", "name": "place", "parameters": SCHEMA}
+        body |= {"input": question, "max_output_tokens": 60, "tools": [tool], "tool_choice": "required", "seed": number}
+    else:
+        tool = {"type": "function", "function": {"name": "place", "parameters": SCHEMA}}
+        body |= {"messages": question, "max_tokens": 60, "tools": [tool], "tool_choice": "required", "seed": number}
+        body["stream_options"] = {"include_usage": True}
+    return Call(path, json.dumps(body).encode())
+
+
+async def stream(address: tuple[str, int], call: Call) -> tuple[Answer, str, int]:
     """Read one stream on a new connection; returns the answer, its id, and the number of chunks."""
+    body = call.body
     reader, writer = await asyncio.open_connection(*address)
     try:
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
-        )
+        head = f"POST {call.path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {len(body)}\r\n"
         writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
         status = await asyncio.wait_for(reader.readline(), LINE_S)
         if b" 200 " not in status:
@@ -84,7 +120,7 @@ async def stream(address: tuple[str, int], body: bytes) -> tuple[Answer, str, in
         while line := await asyncio.wait_for(reader.readline(), LINE_S):
             if line.startswith(b"data: "):
                 lines.append(line[6:].strip())
-        return parse(lines)
+        return PARSERS[call.path](lines)
     finally:
         writer.close()
 
@@ -99,7 +135,7 @@ def parse(lines: list[bytes]) -> tuple[Answer, str, int]:
         if "error" in chunk or reasons:
             raise WrongStream(f"an unexpected event: {chunk}")
         (choice,) = chunk["choices"]
-        text += choice["text"]
+        text += choice["text"] if "text" in choice else text_of_delta(choice["delta"])
         reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
         ids.add(chunk["id"])
     if len(reasons) != 1 or last["choices"] or len(ids) != 1:
@@ -107,13 +143,50 @@ def parse(lines: list[bytes]) -> tuple[Answer, str, int]:
     return Answer(text, last["usage"]["completion_tokens"], reasons[0]), last["id"], len(chunks)
 
 
-async def answer_alone(address: tuple[str, int], requests: list[bytes]) -> list[Answer]:
+def text_of_delta(delta: dict[str, Any]) -> str:
+    calls = (call["function"].get("arguments", "") for call in delta.get("tool_calls", ()))
+    return (delta.get("content") or "") + "".join(calls)
+
+
+def parse_response(lines: list[bytes]) -> tuple[Answer, str, int]:
+    """Do as `parse` for the Responses API."""
+    events = [json.loads(line) for line in lines]
+    last = events[-1] if events else {}
+    if last.get("type") not in ("response.completed", "response.incomplete"):
+        raise WrongStream(f"the stream was cut off after {len(events)} events: {last}")
+    numbers = [event["sequence_number"] for event in events]
+    if numbers != list(range(len(events))):
+        raise WrongStream(f"the numbers of the events are {numbers}")
+    text = "".join(event["delta"] for event in events if event["type"].endswith(".delta"))
+    response = last["response"]
+    return Answer(text, response["usage"]["output_tokens"], response["status"]), response["id"], len(events)
+
+
+def parse_message(lines: list[bytes]) -> tuple[Answer, str, int]:
+    """Do as `parse` for the Messages API."""
+    events = [json.loads(line) for line in lines]
+    if len(events) < 3 or events[-1]["type"] != "message_stop" or events[0]["type"] != "message_start":
+        raise WrongStream(f"the stream was cut off after {len(events)} events: {events[-1:]}")
+    deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
+    text = "".join(delta.get("partial_json") or delta.get("text") or "" for delta in deltas)
+    end = events[-2]
+    answer = Answer(text, end["usage"]["output_tokens"], end["delta"]["stop_reason"])
+    return answer, events[0]["message"]["id"], len(events)
+
+
+PARSERS = {
+    "/v1/completions": parse, "/v1/chat/completions": parse, "/v1/responses": parse_response,
+    "/v1/messages": parse_message,
+}  # fmt: skip
+
+
+async def answer_alone(address: tuple[str, int], requests: list[Call]) -> list[Answer]:
     """Return the answers to the requests, sent one after the other."""
     return [(await stream(address, body))[0] for body in requests]
 
 
 async def run_clients(
-    address: tuple[str, int], requests: list[bytes], answers: list[Answer], num_clients: int, seconds: float
+    address: tuple[str, int], requests: list[Call], answers: list[Answer], num_clients: int, seconds: float
 ) -> tuple[Counter[str], list[str], float]:
     """Let clients send requests without a pause; returns the counts, the faults and the seconds."""
     deadline, faults, ids = time.monotonic() + seconds, [], Counter[str]()

@@ -10,36 +10,15 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scripted_agent import ScriptedAgent
 
-from lockstep.runtime.config import DEMO_MODEL
-from lockstep.runtime.outputs import Event
-from lockstep.runtime.request import SamplingParams
-from lockstep.runtime.tokenizer import Tokenizer
-
-from fake_engine import FakeService, Running
+from fake_engine import Running
 
 pytestmark = [pytest.mark.clients, pytest.mark.process]
 TIMEOUT_S = 120
-
-
-class ScriptedAgent(FakeService):
-    """Calls one tool, and says that it is done when it gets the result."""
-
-    def __init__(self, name: str, arguments: dict[str, str]) -> None:
-        super().__init__(Tokenizer(Path(DEMO_MODEL)))
-        self.limits = replace(self.limits, max_model_len=1_000_000, num_pages=100_000)
-        self.call = f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
-
-    async def generate(self, prompt: Sequence[int], params: SamplingParams) -> AsyncGenerator[Event, None]:
-        text = self._sync.decode(list(prompt), skip_special_tokens=False)
-        self.script = "Done." if "<tool_response>" in text[text.rindex("<|user|>") :] else self.call
-        async for event in super().generate(prompt, params):
-            yield event
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ class StructuredOutputs(StrictModel):
 
 
 class SamplingFields(StrictModel):
-    """How tokens are sampled, where an output ends, and whose cached prefixes it may use."""
+    """How tokens are sampled, where an output ends, when it is its turn, and whose cached prefixes it may use."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -148,6 +148,7 @@ class SamplingFields(StrictModel):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    priority: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
 
 
@@ -156,7 +157,7 @@ class GenerateFields(SamplingFields):
 
     UNSUPPORTED: ClassVar = frozenset({
         "guided_decoding_backend", "guided_whitespace_pattern", "kv_transfer_params", "length_penalty",
-        "logits_processors", "priority", "vllm_xargs",
+        "logits_processors", "vllm_xargs",
     })  # fmt: skip
 
     model: str | None = None

@@ -28,6 +28,7 @@ from lockstep.launch.server.server_config import ServerConfig
 from lockstep.runtime.config import Config
 from lockstep.runtime.outputs import RequestOutput
 from lockstep.runtime.plan import RequestEnd, StepOutput
+from lockstep.runtime.scheduler.waiting_queue import WaitingQueue
 
 from processes import kill_marked, marked, new_mark
 from small import COMMAND, SMALL, SMALL_FLAGS
@@ -84,7 +85,7 @@ def test_lost_and_refused_requests_are_both_reported() -> None:
         PullSocket("127.0.0.1"),
         SimpleNamespace(wakeup=WakeupEvent(), failure=None, is_lost=lambda: False),
     )
-    executor._attempts = {0: 10, 1: 11, 2: 12}
+    executor._attempts, executor._waiting = {0: 10, 1: 11, 2: 12}, WaitingQueue()
     executor._calls = {uid: (number, Future()) for number, uid in executor._attempts.items()}
     executor._lost, executor._refused = deque([(0, "died"), (9, "out of date")]), deque([(1, "full")])
     assert executor.poll(0.0) == [StepOutput(finished=[RequestEnd(11, "abort", error="full")])]

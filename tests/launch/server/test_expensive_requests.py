@@ -194,7 +194,7 @@ def test_long_bodies_arrive_at_one_rate(monkeypatch: pytest.MonkeyPatch) -> None
 def test_tokens_of_a_long_text_come_back(shared: Running) -> None:
     text = "In the beginning God created the heaven and the earth. " * 2000
     tokens = shared.post("/tokenize", {"prompt": text, "return_token_strs": True}).json()
-    assert "".join(tokens["token_strs"][1:]) == text
+    assert "".join(tokens["token_strs"][1:]).replace("Ġ", " ") == text
     assert tokens["count"] == len(tokens["tokens"]) == len(tokens["token_strs"])
     assert shared.post("/detokenize", {"tokens": tokens["tokens"][1:]}).json() == {"prompt": text}
     assert shared.post("/v1/completions", COMPLETION).json()["choices"][0]["text"] == expected_text(

@@ -16,7 +16,7 @@ def test_usage_in_every_chunk(shared: Running, route: str, body: dict[str, Any])
     create = shared.openai.completions.create if route == "completions" else shared.openai.chat.completions.create
     chunks: Any = list(create(**body, stream=True, stream_options=options))  # type: ignore[call-overload]
     counts = [chunk.usage.completion_tokens for chunk in chunks]
-    assert counts == sorted(counts)
+    assert counts[:-1] == sorted(set(counts)), "every chunk but the last has more tokens than the one before"
     assert counts[-1] == body["max_tokens"]
     assert {chunk.usage.prompt_tokens for chunk in chunks} == {chunks[-1].usage.prompt_tokens}
     silent: Any = list(create(**body, stream=True, stream_options={"continuous_usage_stats": True}))  # type: ignore[call-overload]

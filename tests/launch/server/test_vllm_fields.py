@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.tokenizer import Tokenizer
 
-from fake_engine import CHAT, PROMPT, Running, error_of
+from fake_engine import CHAT, COMPLETION, PROMPT, Running, error_of
 from small import SMALL
 
 GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
@@ -276,3 +276,13 @@ def test_tokenizer_info(real: Running) -> None:
         name: config[name] for name in ("bos_token", "eos_token") if name in config
     }
     assert str(Path(DEMO_MODEL).parent) not in json.dumps(info)
+
+
+def test_option_of_the_server_names_tokens_by_id(run: Callable[..., Running]) -> None:
+    running = run(return_tokens_as_token_ids=True)
+    body = COMPLETION | {"logprobs": 1}
+    tokens = running.post("/v1/completions", body).json()["choices"][0]["logprobs"]["tokens"]
+    assert all(token.startswith("token_id:") for token in tokens)
+    body["return_tokens_as_token_ids"] = False
+    tokens = running.post("/v1/completions", body).json()["choices"][0]["logprobs"]["tokens"]
+    assert not any(token.startswith("token_id:") for token in tokens)
