@@ -30,6 +30,8 @@ class Terminated(KeyboardInterrupt):
 def end_on_sigterm() -> None:
     """Let SIGTERM end the process in order from now on, as Ctrl-C does."""
     signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # the entry point has set it for the time of the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.unraisablehook = resend_dropped
 
 

@@ -120,7 +120,9 @@ class Engine:
 
     def _launch(self) -> InFlightStep | None:
         started = time.perf_counter()
-        scheduled = self.scheduler.schedule()
+        grammars, scheduler = self.runner.memory.grammars, self.scheduler
+        scheduler.division.left_out = grammars.slots_to_leave_out(scheduler.slots.last_step)
+        scheduled = scheduler.schedule()
         if self._profiler is not None:
             self._profile = self._profiler.before_launch(scheduled.plan if scheduled is not None else None)
             self._profiler = self._profiler if self._profile is None else None

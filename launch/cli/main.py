@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import closing, nullcontext, redirect_stdout
@@ -21,11 +22,12 @@ from ...runtime.config import Config
 from ...runtime.model.checkpoint import check_local_model
 from ...runtime.version import __version__
 from ..bench.commands import app as bench
+from ..doctor.finding import Finding
 from ..doctor.preflight import Preflight
 from ..errors import EngineFailed, PlacementError, RankFailed
 from ..options import LogLevel, start_logging, with_config, with_fields
 from ..server.server_config import BatchOptions, ServerConfig
-from ..signals import end_at_once, end_on_sigterm, signals_wait, status_of
+from ..signals import Terminated, end_at_once, end_on_sigterm, signals_wait, status_of
 from ..standard_streams import protect_standard_streams
 from .chat import chat
 from .generate import GenerateOptions, generate
@@ -49,6 +51,9 @@ def main() -> None:
     except (ValueError, PlacementError, RankFailed, EngineFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    except KeyboardInterrupt as interruption:  # outside a command, where typer does not catch it
+        atexit.register(end_at_once)
+        sys.exit(128 + (signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT))
     except SystemExit as end:
         atexit.register(end_at_once)  # runs first at exit: the ranks have stopped, and signals need not be handled
         sys.exit(status_of(end))
@@ -138,12 +143,12 @@ def doctor_command(
     start_logging(log_level)
     from ..doctor.diagnosis import diagnose
 
-    stdout, findings = sys.stdout, []
+    stdout, findings = sys.stdout, list[Finding]()
     with redirect_stdout(sys.stderr):
-        for finding in diagnose(Config.from_options(config)):
-            findings.append(finding)
-            if not as_json:
+        for finding in diagnose(Config.from_options(config), reads_contents=True):
+            if not as_json and not any(finding.repeats(other) for other in findings):
                 print(finding, file=stdout, flush=True)
+            findings.append(finding)
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     if any(finding.status == "fail" for finding in findings):

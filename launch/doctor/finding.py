@@ -23,6 +23,10 @@ class Finding:
     finding: str
     remedy: str = ""
 
+    def repeats(self, other: Finding) -> bool:
+        """Return whether another check has found the same fault."""
+        return self.status != "ok" and (self.finding, self.remedy) == (other.finding, other.remedy)
+
     def __str__(self) -> str:
         return f"{self.status:<4}  {self.name}: {self.finding}" + (f"; {self.remedy}" if self.remedy else "")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from ...runtime.config import Config
 from ...runtime.model.checkpoint import checkpoint_folder, fit_weights
 from ...runtime.model.model_config import ModelConfig
+from ..signals import signals_wait
 from .p2p import P2PCheck
 
 LOOPBACK = "127.0.0.1"
@@ -53,7 +54,8 @@ def visible_gpus() -> int:
     """Return the number of GPUs that torch sees."""
     if not has_driver():
         return 0
-    import torch  # takes seconds
+    with signals_wait():
+        import torch  # takes seconds
 
     return torch.cuda.device_count()
 

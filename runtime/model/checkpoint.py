@@ -12,11 +12,10 @@ from ...comm.message_text import first_line
 from ..config import Config
 from .generation_config import default_sampling_params
 from .model_config import ModelConfig
-from .tensor_files import FP8_DTYPES, STORED_DTYPES, TensorFiles, check_finite, check_shapes
+from .tensor_files import EMBEDDING, FP8_DTYPES, HEAD, STORED_DTYPES, TensorFiles, check_finite, check_shapes
 from .tokenizer_files import check_tokenizer_files
 
 log = logging.getLogger(__name__)
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FILE_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
 
 
@@ -103,6 +102,8 @@ def fit_weights(model: ModelConfig, folder: Path) -> ModelConfig:
     """
     with ExitStack() as stack:
         tensors = TensorFiles(folder, "np", stack)
+        if model.tie_word_embeddings:
+            tensors.use_tied_head()
         dimensions = _dimensions(model)
         check_shapes(dimensions, tensors, dtypes=_stored_dtypes(model))
         # Only vectors, which are small: the ranks check every number when they load.

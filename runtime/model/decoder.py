@@ -17,7 +17,6 @@ from ...comm.base import Communicator
 from ...kernels.arguments import KVCache, QKNorm
 from .attention.backend import AttentionBackend, Heads
 from .batch import Batch
-from .checkpoint import EMBEDDING, HEAD
 from .delta_net import GatedDeltaNet
 from .embedding import Embedding, Head, Logits, head_shard, vocabulary_shard
 from .gpt_oss_moe import GptOssMoE
@@ -29,6 +28,7 @@ from .norm import LayerNorms, NormInput, Residual, RMSNorm, WideQKNorm, norm_wei
 from .rank_shares import share
 from .rope import RopeConfig
 from .state_pool import LayerStates, StatePool, StateShape
+from .tensor_files import EMBEDDING, HEAD
 from .weights import Piece, Weights
 
 

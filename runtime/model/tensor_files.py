@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -15,12 +15,16 @@ from safetensors import SafetensorError, safe_open
 from .fused_experts import matrices_of_experts
 from .hf_config import HFConfigReader, check_regular, exists
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 # Tensors of a model that also sees images; its text part is below `language_model`.
 IMAGE_PARTS = (
     "vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.", "model.visual.",
 )  # fmt: skip
-UNUSED_PARTS = (*IMAGE_PARTS, "mtp.")  # mtp: multi-token prediction, for speculative decoding
+UNUSED_PARTS = (*IMAGE_PARTS, "mtp.", "model.mtp_")  # mtp: multi-token prediction, for speculative decoding
+# Last parts of the names of tensors that follow from the config: rotary frequencies and tables, positions and masks.
+BUFFERS = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached", "position_ids", "masked_bias", "causal_mask")
+MASK = "attn.bias"  # if its numbers are integers or booleans
 MAX_NAME_BYTES = 255  # as file systems have it
 MAX_NAMED = 8  # entries of a list in an error message
 COMPARED_BYTES = 16 * 2**20  # compared at once
@@ -85,6 +89,21 @@ class TensorFiles(Mapping[str, Any]):
         """Return the file of a tensor."""
         return self._paths[name]
 
+    def use_tied_head(self) -> None:
+        """Take the output head of a tied model for its embedding, if the files have the head only."""
+        if HEAD in self and EMBEDDING not in self:
+            self._slices[EMBEDDING], self._paths[EMBEDDING] = self._slices.pop(HEAD), self._paths.pop(HEAD)
+            self._stored_names[EMBEDDING] = self._stored_names.pop(HEAD)
+
+    def is_zero(self, name: str) -> bool:
+        """Return whether all bytes of a tensor are zero; reads all of it."""
+        return not self._bytes(name).any()
+
+    def is_buffer(self, name: str) -> bool:
+        """Return whether a tensor follows from the config, so that it is not needed."""
+        is_mask = name.endswith(MASK) and self[name].get_dtype() not in FP8_DTYPES
+        return is_mask or name.rpartition(".")[2] in BUFFERS
+
     def equal(self, a: str, b: str) -> bool:
         """Return whether two tensors have the same dtype, shape and bytes."""
         slices = self[a], self[b]
@@ -112,21 +131,29 @@ class TensorFiles(Mapping[str, Any]):
 def check_shapes(
     expected: Mapping[str, tuple[int, ...]],
     tensors: TensorFiles,
-    ignored: Container[str] | None = None,
+    ignored: Set[str] | None = None,
     dtypes: Collection[str] = STORED_DTYPES,
 ) -> None:
     """Raise ValueError naming the tensors that are missing or of another shape, and all that hold no weights' dtype.
+
+    Buffers and biases of zeros are not needed. Others than the expected tensors must be `ignored`.
 
     dtypes   those that the checkpoint's weights may have
     ignored  the only names that may be in the files beside the expected ones; None allows all names
     """
     shapes = {name: tuple(tensors[name].get_shape()) for name in expected if name in tensors}
-    stored = {name: tensors[name].get_dtype() for name in tensors if not _is_redundant(name)}
+    others = [name for name in tensors if name not in expected]
+    redundant = {name for name in others if tensors.is_buffer(name)}
+    stored = {name: tensors[name].get_dtype() for name in tensors if name not in redundant}
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": []
         if ignored is None
-        else [name for name in tensors if name not in expected and name not in ignored and not _is_redundant(name)],
+        else [
+            name
+            for name in others
+            if name not in ignored | redundant and not (name.endswith(".bias") and tensors.is_zero(name))
+        ],
         "misshapen": [
             f"{name} {list(shape)} instead of {list(expected[name])}"
             for name, shape in shapes.items()
@@ -151,11 +178,6 @@ def check_finite(names: Sequence[str], tensors: TensorFiles) -> None:
 def not_finite(path: Path, names: Sequence[str]) -> str:
     """Return the message about tensors of which one number makes every output nonsense."""
     return f"{path}: NaN or infinite numbers in {format_names(names)}; fetch the file again"
-
-
-def _is_redundant(name: str) -> bool:
-    """Return True for rotary frequencies, which the config determines, and for layers that draft several tokens."""
-    return name.endswith("rotary_emb.inv_freq") or name.startswith(("mtp.", "model.mtp_"))
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

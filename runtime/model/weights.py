@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...kernels.arguments import FP8Weight
 from .quantization import Quantization
-from .tensor_files import STORED_DTYPES, TensorFiles, check_shapes, format_names, not_finite
+from .tensor_files import HEAD, STORED_DTYPES, TensorFiles, check_shapes, format_names, not_finite
 
 log = logging.getLogger(__name__)
 ALL = slice(None)
@@ -137,25 +137,36 @@ def load_weights(weights: Weights, folder: str | Path) -> None:
     Raises ValueError naming the tensors that are missing, unexpected, of another shape, no floating-point numbers, or
     not finite, and for a folder without safetensors or a file that cannot be read.
     """
-    ignored = {name for weight in weights for name in weight.ignored}
     with ExitStack() as stack:
         tensors = TensorFiles(Path(folder), "pt", stack)
-        ignored |= {name for name in tensors if name.startswith(weights.unused)}
-        ignored |= {name for name in tensors if name.endswith(KV_SCALES)}
-        if any(weight.tensor.dtype == torch.float8_e4m3fn for weight in weights):
-            unused = {name for name in tensors if name.endswith(UNUSED_SCALES)}
-            if unused:
-                log.info(
-                    "weights: scales of activations are not used (%s): they are quantized by their own values",
-                    format_names(sorted(unused)),
-                )
-            ignored |= unused
-        expected = {piece.name: piece.shape_in(tensors) for weight in weights for piece in weight.pieces}
-        check_shapes(expected, tensors, ignored, stored_dtypes(weights))
-        _check_dtypes(weights, tensors)
+        check_files(weights, tensors)
+        if unused := _unused_scales(weights, tensors):
+            log.info(
+                "weights: scales of activations are not used (%s): they are quantized by their own values",
+                format_names(unused),
+            )
         for weight in weights:
             weight.fill(tensors)
         _check_finite(weights, tensors)
+
+
+def check_files(weights: Weights, tensors: TensorFiles) -> None:
+    """Raise ValueError unless the files have the weights' tensors, and no others, with their shapes and dtypes."""
+    ignored = {name for weight in weights for name in weight.ignored}
+    if HEAD in ignored:
+        tensors.use_tied_head()
+    ignored |= {name for name in tensors if name.startswith(weights.unused) or name.endswith(KV_SCALES)}
+    ignored |= set(_unused_scales(weights, tensors))
+    expected = {piece.name: piece.shape_in(tensors) for weight in weights for piece in weight.pieces}
+    check_shapes(expected, tensors, ignored, stored_dtypes(weights))
+    _check_dtypes(weights, tensors)
+
+
+def _unused_scales(weights: Sequence[Weight], tensors: TensorFiles) -> list[str]:
+    """Return the scales of activations in the files of FP8 weights."""
+    if not any(weight.tensor.dtype == torch.float8_e4m3fn for weight in weights):
+        return []
+    return sorted(name for name in tensors if name.endswith(UNUSED_SCALES))
 
 
 def fill_dummy(weights: Sequence[Weight]) -> None:
@@ -209,9 +220,15 @@ def _check_finite(weights: Sequence[Weight], tensors: TensorFiles) -> None:
     raise ValueError(f"{not_finite(tensors.path(wrong[0]), wrong)}, or use a dtype with a wider range than {dtype}")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no number is NaN or infinite; integers are finite."""
+    is_float = tensor.is_floating_point() and tensor.numel() > 0
+    return not is_float or bool(_extremes(tensor).isfinite().all())
+
+
 def _extremes(tensor: Tensor) -> Tensor:
     """Return the least and the greatest number of a tensor in float64; NaN if it has any, of FP8 all or nothing."""
     if tensor.dtype != torch.float8_e4m3fn:
         return torch.stack(tensor.aminmax()).double()
-    magnitude = (tensor.view(torch.uint8) & 0x7F).amax()  # 0x7F is NaN, and there is no infinity
-    return torch.where(magnitude == 0x7F, torch.nan, 0.0).double().expand(2)
+    is_nan = (tensor.view(torch.int8).amax() == 0x7F) | (tensor.view(torch.uint8).amax() == 0xFF)  # no infinity
+    return torch.where(is_nan, torch.nan, 0.0).double().expand(2)

@@ -44,6 +44,8 @@ class MaskBudget:
 
     def __init__(self) -> None:
         self.debt_s = 0.0
+        self._owed_s = 0.0  # time of masks for which the others have not had as much yet
+        self._rest_s = 0.0  # time of the last step without its masks
         self._step_s = 0.0  # time of the masks of the last step
         self._step_began = 0.0
 
@@ -52,7 +54,12 @@ class MaskBudget:
         now = time.perf_counter()
         rest_s = now - self._step_began - self._step_s
         self.debt_s = max(0.0, self.debt_s - min(max(rest_s, MIN_EARNED_S), MAX_EARNED_S))
+        self._rest_s, self._owed_s = rest_s, max(0.0, self._owed_s - rest_s)
         self._step_began, self._step_s = now, 0.0
+
+    def num_masks(self, mask_s: float) -> int:
+        """Return how many masks of this duration the next step may wait for: over many steps half of the time."""
+        return 0 if self._owed_s > 0 else max(1, int(self._rest_s / mask_s))
 
     def add_mask(self, cost: GrammarCost, seconds: float) -> None:
         """Charge a mask of the grammar with this cost, in seconds of CPU time."""
@@ -63,6 +70,10 @@ class MaskBudget:
         """Charge the time in which a matcher consumed tokens."""
         cost.mask_s += SHARE * seconds
         self._charge(seconds)
+
+    def forgive(self) -> None:
+        """Forget the debt: the last step had no request that was kept waiting."""
+        self.debt_s = 0.0
 
     def enforce(self, costs: Collection[GrammarCost]) -> None:
         """Ban the slowest of these grammars if the budget is exceeded, unless its masks are cheap."""
@@ -76,3 +87,4 @@ class MaskBudget:
     def _charge(self, seconds: float) -> None:
         self._step_s += seconds
         self.debt_s += seconds
+        self._owed_s += seconds

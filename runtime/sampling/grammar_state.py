@@ -23,8 +23,9 @@ from ..model.batch import to_device
 from ..plan import Admission
 from ..structured_outputs import StructuredOutputsParams
 from .grammar import CompiledGrammar, GrammarError, Vocabulary, failure_reason, load_tokenizer
-from .grammar_budget import MaskBudget
+from .grammar_budget import CHEAP_S, GrammarCost, MaskBudget
 
+NO_SLOTS = np.empty(0, np.int32)
 REPLAYED_TOKENS = 16  # tokens consumed between two looks at the budget
 
 
@@ -144,7 +145,8 @@ class GrammarStates:
             self._refusals[slot] = str(error)
 
     def advance(self) -> None:
-        """Advance by the tokens of the last step; waits for them if a slot still needs them."""
+        """Advance by the tokens of the last step; waits for them if a slot still needs them. Called in every step."""
+        self._budget.begin_step()
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -153,6 +155,26 @@ class GrammarStates:
             tokens = pending.wait()
             for i, state in live:
                 state.advance([int(tokens[i])])
+
+    def slots_to_leave_out(self, last_step: np.ndarray) -> np.ndarray:
+        """Return slots [n] int32 with slow grammars, for whose masks the other requests of a step should not wait.
+
+        last_step  [slots] int64: the last step of each slot; those that have waited longest are not left out
+        """
+        if not self.active.any():
+            return NO_SLOTS
+        slow = {slot: cost.mask_s for slot in np.flatnonzero(self.active).tolist() if (cost := self._slow_cost(slot))}
+        if not slow:
+            return NO_SLOTS
+        in_turn = sorted(slow, key=lambda slot: int(last_step[slot]))
+        return np.array(in_turn[self._budget.num_masks(max(slow.values())) :], np.int32)
+
+    def _slow_cost(self, slot: int) -> GrammarCost | None:
+        """Return the cost of a slot's grammar if its masks are slow."""
+        state = self._states[slot]
+        if state is None or state.error is not None or state.compiled.cost.mask_s <= CHEAP_S:
+            return None
+        return state.compiled.cost
 
     def advance_later(self, slots: np.ndarray, wait: Callable[[], np.ndarray]) -> None:
         """Leave the sampled tokens [S] of `slots` [S], which `wait` returns, to the next `advance`."""
@@ -171,7 +193,8 @@ class GrammarStates:
         masks = allocate_token_bitmask(len(rows), logits.shape[1])
         states = [self._states[slot] for slot in slots[rows]]
         costs = {state.compiled.cost for state in states if state is not None}
-        self._budget.begin_step()
+        if len(rows) == len(slots) and all(cost.mask_s > CHEAP_S for cost in costs):
+            self._budget.forgive()
         for mask, row, state in zip(masks, rows.tolist(), states, strict=True):
             if state is not None:
                 state.fill(mask, int(positions[row]))

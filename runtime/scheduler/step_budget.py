@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 
 FIRST_TOKENS = 64  # in the first limited step; up to twice as many in each further one
-LEAST_TOKENS = 32
+LEAST_TOKENS = 16
 LIGHT_TOKENS = 8  # a step with this many, or two of each client, is light
 SLOWDOWN = 3  # a step that clients share may take this many times as long as a light one
 LONGEST_S = 0.25  # duration of a step of one client, in which another may arrive; longer ones are not faster

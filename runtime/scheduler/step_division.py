@@ -9,7 +9,7 @@ from operator import itemgetter
 import numpy as np
 
 from ..request import Limits
-from .slots import PromptChunk, Slots
+from .slots import NO_SLOTS, PromptChunk, Slots
 from .step_budget import StepBudget
 from .waiting_queue import WaitingQueue
 
@@ -62,6 +62,7 @@ class StepDivision:
 
     def __init__(self, limits: Limits, slots: Slots, waiting: WaitingQueue) -> None:
         self.budget = StepBudget(limits.max_num_batched_tokens)
+        self.left_out = NO_SLOTS  # slots for which the others of a step should not wait, [n] int32
         self._most, self._slots, self._waiting = limits.max_num_batched_tokens, slots, waiting
 
     @property
@@ -79,6 +80,8 @@ class StepDivision:
         prompts    the prompts in progress, with all their missing tokens
         can_admit  whether the step may admit waiting requests
         """
+        if len(self.left_out):
+            decoding = self._without_left_out(decoding)
         running, waiting = self._slots.num_by_client, self._waiting.clients
         if ANONYMOUS in running or ANONYMOUS in waiting:
             return decoding, StepTokens(self._most - len(decoding))
@@ -91,6 +94,14 @@ class StepDivision:
         if len(decoding) + of_prompts.total() <= limit:
             return decoding, StepTokens(self._most - len(decoding))
         return self._share(decoding, of_prompts, limit, step)
+
+    def _without_left_out(self, decoding: np.ndarray) -> np.ndarray:
+        """Return the slots that the step waits for; if there is none, the one that has waited longest."""
+        others = decoding[~np.isin(decoding, self.left_out)]
+        if len(others) or not len(decoding):
+            return others
+        oldest = int(np.argmin(self._slots.last_step[decoding]))
+        return decoding[oldest : oldest + 1]
 
     def _share(
         self, decoding: np.ndarray, of_prompts: Counter[int], limit: int, step: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import llguidance
@@ -271,3 +272,39 @@ def test_values_of_wrong_types_are_refused(value: Any, message: str) -> None:
 def test_dictionary_is_accepted() -> None:
     params = SamplingParams(structured_outputs={"choice": ["a", "b"]})  # type: ignore[arg-type]
     assert params.structured_outputs == StructuredOutputsParams(choice=["a", "b"])
+
+
+def test_requests_without_grammar_do_not_wait_for_slow_masks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of 4 ms beside 2 ms of other work: the streams of the others have two steps of three without a mask."""
+    slow = Vocabulary(folder, 131, (EOS,)).compile(StructuredOutputsParams(**SLOW)).cost
+    constrained_requests = [constrained(uid, SLOW) for uid in range(10, 14)]
+    expected = run_engine(folder, [*constrained_requests, request(0, PROMPT, max_tokens=100)])
+    clock = 0.0
+
+    def add_mask(self: MaskBudget, cost: GrammarCost, seconds: float) -> None:
+        nonlocal clock
+        clock += 0.004
+        masks.append(1)
+        charge(self, cost, 0.004)
+
+    def begin_step(self: MaskBudget) -> None:
+        nonlocal clock
+        clock += 0.002
+        gaps.append(len(masks))
+        masks.clear()
+        begin(self)
+
+    masks, gaps, charge, begin = list[int](), list[int](), MaskBudget.add_mask, MaskBudget.begin_step
+    fake_time = SimpleNamespace(perf_counter=lambda: clock, monotonic=time.monotonic)
+    monkeypatch.setattr(grammar_budget, "time", fake_time)
+    monkeypatch.setattr(MaskBudget, "add_mask", add_mask)
+    monkeypatch.setattr(MaskBudget, "begin_step", begin_step)
+    monkeypatch.setattr(MaskBudget, "add_tokens", lambda *_: None)
+    actual = run_engine(folder, [*constrained_requests, request(0, PROMPT, max_tokens=100)])
+    assert actual.tokens == expected.tokens
+    assert slow.mask_s > CHEAP_S
+    assert max(gaps[20:]) == 1  # of the constrained requests alone, too
+    beside = gaps[10:90]  # while request 0 decodes
+    assert max(beside) == 1
+    assert sum(beside) < len(beside) / 2
+    assert 1 in beside

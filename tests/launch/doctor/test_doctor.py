@@ -18,9 +18,10 @@ import pytest
 import ray
 import torch
 from packaging.requirements import Requirement
+from safetensors.torch import load_file, save_file
 
 from lockstep.launch.cli.main import main
-from lockstep.launch.doctor import machine_checks, p2p, planned_start
+from lockstep.launch.doctor import content_checks, machine_checks, p2p, planned_start
 from lockstep.launch.doctor.cluster_survey import (
     addresses_finding,
     candidates,
@@ -28,7 +29,7 @@ from lockstep.launch.doctor.cluster_survey import (
     token_finding,
     versions_finding,
 )
-from lockstep.launch.doctor.diagnosis import CHECKS, LOCAL_CHECKS, diagnose
+from lockstep.launch.doctor.diagnosis import CHECKS, CONTENT_CHECKS, LOCAL_CHECKS, diagnose
 from lockstep.launch.doctor.finding import Finding, run_check
 from lockstep.launch.doctor.machine_checks import (
     check_devices,
@@ -51,6 +52,8 @@ from lockstep.runtime.executor import LocalExecutor
 from lockstep.runtime.memory.gpu import Process
 from lockstep.runtime.memory.memory_plan import GIB, MemoryPlan, plan_weights
 from lockstep.runtime.model.model_config import ModelConfig
+
+from checkpoints import FAMILIES, tiny_checkpoint
 
 MIB = 2**20
 UUID = "8a1f0c5e-3b1d-4c3a-9f55-0d2e6a7b9c10"
@@ -105,7 +108,7 @@ def test_demo_model_passes_on_this_machine(command: Command) -> None:
     lines = [re.fullmatch(r"(ok  |warn)  ([^:]+): .+", line) for line in out.splitlines()]
     assert status == 0
     assert all(lines), out
-    assert [line[2] for line in lines if line] == [*LOCAL_CHECKS, *CHECKS]
+    assert [line[2] for line in lines if line] == [*LOCAL_CHECKS, *CHECKS, *CONTENT_CHECKS]
 
 
 def test_json_is_a_list_of_findings(command: Command) -> None:
@@ -116,18 +119,19 @@ def test_json_is_a_list_of_findings(command: Command) -> None:
     assert all(isinstance(value, str) for each in found for value in each.values())
     assert all(each["status"] in ("ok", "warn", "fail") for each in found)
     assert all(each["remedy"] for each in found if each["status"] != "ok")
-    assert [each["name"] for each in found] == [*LOCAL_CHECKS, *CHECKS]
+    assert [each["name"] for each in found] == [*LOCAL_CHECKS, *CHECKS, *CONTENT_CHECKS]
 
 
 @needs_no_driver
 @pytest.mark.parametrize("device", ["auto", "cpu"])
 def test_torch_is_not_imported_without_a_gpu(device: str) -> None:
+    """By the checks of a server's start."""
     report = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))"
-    program = f"{report}; from lockstep.launch.cli.main import main; main()"
-    command = [sys.executable, "-c", program, "doctor", DEMO_MODEL, f"--device={device}", "--tp=2", "--max-num-seqs=8"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    program = f"{report}; from lockstep.launch.doctor.preflight import print_findings; print_findings()"
+    config = json.dumps({"device": device, "tensor_parallel_size": 2, "max_num_seqs": 8})
+    ended = subprocess.run([sys.executable, "-c", program, config], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert len(ended.stdout.splitlines()) == len(LOCAL_CHECKS) + len(CHECKS)
+    assert len(json.loads(ended.stdout)) == len(LOCAL_CHECKS) + len(CHECKS)
     imported = set(ended.stderr.split())
     assert "lockstep.launch.doctor.diagnosis" in imported
     assert not imported & {"torch", "transformers", "ray"}
@@ -218,6 +222,61 @@ def test_damaged_checkpoint_fails_the_check_of_the_damaged_file(
         assert message in found[name].finding
         assert found[name].remedy
         assert "\n" not in str(found[name])
+
+
+def edit_tensor(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, folder / "model.safetensors")
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.index_fill(0, torch.tensor([3]), torch.nan)
+
+
+UP = "model.layers.3.mlp.up_proj.weight"
+CONTENT_DAMAGES: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
+    "NaN": (lambda f: edit_tensor(f, UP, with_nan), "fail", "weights", f"NaN or infinite numbers in {UP}"),
+    "shape": (lambda f: edit_tensor(f, UP, lambda t: t[1:]), "fail", "weights", f"1 misshapen: {UP} "),
+    "template": (
+        lambda f: (f / "chat_template.jinja").write_text("a\n{% if x %}"), "warn", "chat template",
+        "is not valid Jinja: line",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "status", "name", "message"), CONTENT_DAMAGES.values(), ids=CONTENT_DAMAGES)
+def test_damaged_contents_are_found(
+    checkpoint: Path, damage: Callable[[Path], object], status: str, name: str, message: str
+) -> None:
+    damage(checkpoint)
+    config = Config(model=str(checkpoint), device="cpu", max_num_seqs=8)
+    (wrong,) = [finding for finding in diagnose(config, reads_contents=True) if finding.status != "ok"]
+    assert (wrong.status, wrong.name) == (status, name)
+    assert message in wrong.finding
+    assert wrong.remedy
+
+
+def test_weights_that_take_too_long_are_read_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content_checks, "READ_S", -1.0)
+    monkeypatch.setattr(content_checks, "UNREAD_BYTES", 0)
+    finding = content_checks.check_weights(PlannedStart(Config(device="cpu"), ""))
+    assert finding.status == "ok"
+    assert "the first 0 KiB of 2.6 MiB finite" in finding.finding
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_each_family(family: str, tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path, family)
+    finding = content_checks.check_weights(PlannedStart(Config(model=str(tmp_path), device="cpu"), ""))
+    assert finding.status == "ok", finding
+
+
+def test_one_fault_is_printed_once(command: Command, checkpoint: Path) -> None:
+    (checkpoint / "config.json").unlink()
+    status, out = command(str(checkpoint), "--max-num-seqs=8")
+    assert status == 1
+    (line,) = [line for line in out.splitlines() if "has no config.json" in line]
+    assert line.startswith("fail  checkpoint: ")
 
 
 def test_dummy_weights_need_no_checkpoint(checkpoint: Path) -> None:

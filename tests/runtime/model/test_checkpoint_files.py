@@ -175,6 +175,24 @@ def test_other_head_of_a_tied_model_is_used_as_in_transformers(
     assert "but lm_head.weight differs from model.embed_tokens.weight: both are used" in caplog.text
 
 
+def test_tied_model_with_its_head_only_is_as_in_transformers(other_head: Path) -> None:
+    path, prompt = other_head / "model.safetensors", [5, 9, 77, 31]
+    tensors = load_file(path)
+    del tensors[HEAD]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with torch.inference_mode():
+        model = AutoModelForCausalLM.from_pretrained(other_head, dtype=torch.float32).eval()
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :].tolist()
+    tensors[HEAD] = tensors.pop(EMBEDDING)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with LLM(str(other_head), **SMALL) as llm:
+        params = SamplingParams(temperature=0, max_tokens=8)
+        assert llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids == expected
+    rewrite_config(other_head, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=f"1 missing: {EMBEDDING}"):
+        read_model(Config(model=str(other_head)), other_head)
+
+
 def test_equal_head_of_a_tied_model_stays_tied(other_head: Path) -> None:
     config, path = Config(model=str(other_head)), other_head / "model.safetensors"
     assert not read_model(config, other_head).tie_word_embeddings

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lockstep.comm.base import Communicator, SingleRank
+from lockstep.runtime.config import Config
 from lockstep.runtime.model import tensor_files as files_module
+from lockstep.runtime.model.checkpoint import read_model
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.families import ARCHITECTURES
 from lockstep.runtime.model.model_config import ModelConfig
@@ -188,6 +190,42 @@ def test_load_ignores_redundant_tensors(tmp_path: Path) -> None:
     )
     load_weights(decoder.weights, tmp_path)
     assert torch.equal(decoder.head.weight, load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"])
+
+
+BUFFERS = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+    "model.rotary_emb_local.original_inv_freq": torch.ones(8),
+    "model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(64, 16),
+    "model.layers.1.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.bool),
+    "model.layers.1.self_attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8),
+    "model.layers.1.attn.masked_bias": torch.tensor(-1e4),
+    "model.position_ids": torch.arange(64)[None],
+    "lm_head.bias": torch.zeros(131),
+    "model.layers.0.self_attn.o_proj.bias": torch.zeros(32, dtype=torch.float16),
+}
+
+
+def test_load_ignores_buffers_and_biases_of_zeros(copy: Path) -> None:
+    expected = load_file(copy / "model.safetensors")
+    _change(copy, BUFFERS)
+    read_model(Config(model=str(copy)), copy)
+    decoder = _decoder(copy)
+    load_weights(decoder.weights, copy)
+    assert torch.equal(decoder.head.weight[:131], expected["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("lm_head.bias", torch.ones(131), "1 unexpected: lm_head.bias"),
+        ("model.layers.0.self_attn.bias", torch.zeros(64) + 0.5, "1 unexpected: model.layers.0.self_attn.bias"),
+        ("model.layers.0.mlp.up_proj.qweight", torch.ones(4, 4, dtype=torch.int32), "1 unexpected"),
+    ],
+)
+def test_load_refuses_what_may_change_the_answer(copy: Path, name: str, tensor: Tensor, message: str) -> None:
+    _change(copy, {name: tensor})
+    with pytest.raises(ValueError, match=message):
+        load_weights(_decoder(copy).weights, copy)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
