@@ -56,7 +56,7 @@ constexpr int LANES = 8, COLUMNS = 16, TILE = 16;  // lanes of a column, columns
 // qkv [T, 2 key heads E + value heads value_size], gates [T, 2 value heads] with b, then a; decay [2, value heads] with A, then bias.
 // Grid (B * value heads, value_size / COLUMNS). Lane l of a column has the elements l, l + LANES, ... of that column.
 template <typename T, int E>
-__global__ void __launch_bounds__(LANES * COLUMNS) gated_delta(
+__global__ void __launch_bounds__(LANES * COLUMNS, 6) gated_delta(
     T* __restrict__ out, const T* __restrict__ qkv, const T* __restrict__ gates, const T* __restrict__ decay, float* states,
     int key_heads, int value_heads, int value_size, const int* slots, const int* starts, const int* saves) {
     constexpr int N = E / LANES, PARTS = E / 32;

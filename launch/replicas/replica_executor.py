@@ -38,8 +38,9 @@ from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
 from ..errors import PlacementError, RankFailed, ReplicaFailed, RequestsLost
 from ..signals import Undo
+from .failed_replicas import avoid
 from .replica import FrontendInfo, Replica, ReplicaReady, StepReport, decode
-from .router import PrefixRouter, avoid
+from .router import PrefixRouter
 
 log = logging.getLogger(__name__)
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 30.0

@@ -11,14 +11,9 @@ from typing import Any
 import numpy as np
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from .failed_replicas import forget_others, is_avoided
+
 SPREAD = 8  # a replica with this many requests more than the least busy one may be chosen for its cache
-
-_failed = set[str]()  # replicas whose ranks have failed, until Serve has removed them
-
-
-def avoid(replica: str) -> None:
-    """Send no more requests to this replica: until Ray Serve removes it, it is the one with the least to do."""
-    _failed.add(replica)
 
 
 class PrefixAffinity:
@@ -65,13 +60,13 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
         super().update_replicas(replicas)
         names = {replica.replica_id.unique_id for replica in replicas}
         self._affinity.keep(names)
-        _failed.intersection_update(names)
+        forget_others(names)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Return the candidates that have not failed, best first; a request waits only if all of them are full."""
-        usable = [replica for replica in candidate_replicas if replica.replica_id.unique_id not in _failed]
+        usable = [replica for replica in candidate_replicas if not is_avoided(replica.replica_id.unique_id)]
         if pending_request is None:
             return [usable]
         pending_request.routing_context.should_backoff = not usable  # else Serve would ask again without a pause

@@ -563,7 +563,7 @@ def test_row_linear_writes_into_the_buffer_of_the_communicator() -> None:
 
     torch.manual_seed(0)
     comm = Buffered()
-    layer = RowLinear(Weights(torch.float32, CPU), comm, "o_proj", 6, 16, bias=False)
+    layer = RowLinear(Weights(torch.float32, CPU), comm, "o_proj", 6, 16, slice(0, 8), bias=False)
     layer.weight.normal_()
     x, residual = torch.randn(3, 8), Residual(torch.zeros(3, 6))
     layer(x, residual)

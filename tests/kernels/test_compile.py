@@ -65,6 +65,11 @@ INSTANCES = {
             )
         ),
     ],
+    "gated_delta.cu": [
+        *(f"causal_conv<{t}, 4>" for t in ("bf16", "f16", "float")),
+        *(f"gated_delta<{shape}>" for shape in ("bf16, 128", "f16, 64", "float, 32")),
+        *(f"gated_rms_norm<{t}>" for t in ("bf16", "float")),
+    ],
     "experts.cu": [
         *(f"group_pairs<{rows}>" for rows in (16, 64, 128)),
         *(

@@ -42,7 +42,7 @@ def test_results_equal_the_synchronous_tokenizer(tokenizer: Tokenizer, tokenizin
         assert await tokenizing.encode_chat(CHAT, variables) == tokenizer.encode_chat(CHAT, variables)
         assert await tokenizing.decode(ids, skip_special_tokens=True) == "In the beginning"
         assert await tokenizing.decode(ids, skip_special_tokens=False) == "<|bos|>In the beginning"
-        assert "".join(await tokenizing.decode_each(ids)) == "<|bos|>In the beginning"
+        assert "".join(await tokenizing.names(ids)).replace("Ġ", " ") == "<|bos|>In the beginning"
 
     asyncio.run(main())
 
@@ -52,7 +52,7 @@ def test_long_input_gives_the_same_in_the_other_process(tokenizer: Tokenizer, to
         ids = tokenizer.encode(LONG)
         assert await tokenizing.encode([LONG, "Blessed"]) == [ids, tokenizer.encode("Blessed")]
         assert await tokenizing.decode(ids, skip_special_tokens=True) == LONG
-        assert "".join(await tokenizing.decode_each(ids)) == "<|bos|>" + LONG
+        assert "".join(await tokenizing.names(ids)).replace("Ġ", " ") == "<|bos|>" + LONG
         chat = [{"role": "user", "content": LONG * 3}]
         assert await tokenizing.encode_chat(chat) == tokenizer.encode_chat(chat)
 

@@ -100,7 +100,9 @@ def test_lost_and_refused_requests_are_both_reported() -> None:
 
 def test_failed_replica_refuses_calls_and_gets_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve keeps it for some seconds, in which it has the prefix and the least to do."""
-    from lockstep.launch.replicas import router  # needs Ray Serve
+    from ray.serve.config import RequestRouterConfig
+
+    from lockstep.launch.replicas import failed_replicas, router  # needs Ray Serve
     from lockstep.launch.replicas.replica import Replica
 
     failed: Any = Replica.__new__(Replica)
@@ -111,8 +113,9 @@ def test_failed_replica_refuses_calls_and_gets_no_more(monkeypatch: pytest.Monke
     del failed._thread  # its destructor would stop it
     assert pickle.loads(pickle.dumps(raised.value)).replica == "a"
 
-    monkeypatch.setattr(router, "_failed", set())
-    choice: Any = router.PrefixRouter.__new__(router.PrefixRouter)
+    monkeypatch.setattr(failed_replicas, "_failed", set())
+    pickled = RequestRouterConfig(request_router_class=router.PrefixRouter).get_request_router_class()  # as Serve does
+    choice: Any = pickled.__new__(pickled)
     choice._affinity, choice._replica_queue_len_cache = router.PrefixAffinity(4, 100), {}
     choice._affinity.add(request.tokens, "a")
     context = SimpleNamespace(should_backoff=False)
@@ -124,10 +127,10 @@ def test_failed_replica_refuses_calls_and_gets_no_more(monkeypatch: pytest.Monke
         return [replica.replica_id.unique_id for (replica,) in ranked]
 
     assert chosen() == ["a", "b"]
-    router.avoid("a")
+    failed_replicas.avoid("a")
     assert chosen() == ["b"]
     assert not context.should_backoff
-    router.avoid("b")
+    failed_replicas.avoid("b")
     assert chosen() == []
     assert context.should_backoff
 
