@@ -11,7 +11,7 @@ from typing import Any
 from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.frontend import PromptFields
 from lockstep.runtime.outputs import Event
-from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.request import NO_ORIGIN, Origin, SamplingParams
 from lockstep.runtime.tokenizer import Tokenizer
 
 from fake_engine import FakeService
@@ -26,10 +26,10 @@ class ScriptedAgent(FakeService):
         self.call = f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
     async def generate(
-        self, prompt: Sequence[int] | PromptFields, params: SamplingParams
+        self, prompt: Sequence[int] | PromptFields, params: SamplingParams, origin: Origin = NO_ORIGIN
     ) -> AsyncGenerator[Event, None]:
         assert not isinstance(prompt, dict), "agents send no salt"
         text = self._sync.decode(list(prompt), skip_special_tokens=False)
         self.script = "Done." if "<tool_response>" in text[text.rindex("<|user|>") :] else self.call
-        async for event in super().generate(prompt, params):
+        async for event in super().generate(prompt, params, origin):
             yield event

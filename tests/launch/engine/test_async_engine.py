@@ -928,7 +928,7 @@ def test_rank_killed_while_idle_is_replaced(ray_cluster: dict[str, str]) -> None
             assert len((await tokens_of(started, 1, 5))[0]) <= 5
             os.kill(pids(started)[1], signal.SIGKILL)
             await until(lambda: started.health.state == "failed")
-            with pytest.raises(EngineFailed, match=r"rank 1 on .* died: .*; given up after 1 restarts within 600 s"):
+            with pytest.raises(EngineFailed, match=r"rank 1 on .* died: .*; given up after 1 restart within 600 s"):
                 await tokens_of(started, 1, 5)
             assert not left_after(5, lambda: marked(ray_cluster, "ray::Worker"))
 
