@@ -71,6 +71,7 @@ def many_with_a_laggard(comm: Communicator) -> bool:
 def dies(comm: Communicator) -> tuple[str, float]:
     """Kill rank 1; returns the error of rank 0, and the seconds until it came."""
     if comm.rank == 1:
+        time.sleep(0.5)  # rank 0 may still be connecting
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.perf_counter()
     return error_of(lambda: comm.all_reduce(torch.ones(1 << 20))), time.perf_counter() - started
