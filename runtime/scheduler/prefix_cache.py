@@ -26,7 +26,7 @@ NO_PAGES = np.empty(0, dtype=np.int32)
 class Node:
     """A run of whole pages below `parent`; `locks` counts the requests that use it or a node below it."""
 
-    __slots__ = ("children", "last_used", "locks", "pages", "parent", "state", "state_step", "tokens")
+    __slots__ = ("children", "last_used", "locks", "pages", "parent", "state", "tokens")
 
     def __init__(self, tokens: np.ndarray, pages: np.ndarray, parent: Node | None) -> None:
         self.tokens = tokens  # [n * page_size] int32
@@ -36,7 +36,6 @@ class Node:
         self.locks = 0
         self.last_used = 0
         self.state = -1  # the recurrent state at the end of the run, see SavedStates; negative: none
-        self.state_step = -1  # the step that writes it
 
 
 class PrefixCache:

@@ -24,6 +24,7 @@ class SavedStates:
         self._limits = limits
         self._free = list(range(first + limits.saved_states - 1, first - 1, -1))
         self._nodes: dict[int, Node] = {}  # by state
+        self._written: dict[int, int] = {}  # state -> the last step that writes it
         self._points: dict[int, list[int]] = {}  # slot -> lengths at which its state is saved
         self._planned: list[tuple[int, int, int]] = []  # (slot, tokens, state) of the step in the making
 
@@ -33,7 +34,7 @@ class SavedStates:
         A state is usable after the step that writes it.
         """
         if self._limits.has_states:
-            while node.parent is not None and not (node.state >= 0 and node.state_step < step):
+            while node.parent is not None and not (node.state >= 0 and self._written[node.state] < step):
                 num_pages -= len(node.pages)
                 node = node.parent
         return num_pages * self._limits.page_size, node.state
@@ -72,14 +73,20 @@ class SavedStates:
         return np.array([(numbers + [0] * 4)[:4] for numbers in pairs.values()], np.int32).ravel()
 
     def save(self, node: Node, step: int) -> int | None:
-        """Return the state for the end of `node`, written in `step`; None if the node has one, or none exist."""
-        if node.state >= 0 or not (self._free or self._nodes):
+        """Return the state for the end of `node`, written in `step`; None if the node has one, or none can be given up.
+
+        Two rows of a step must not write to one state: the order of their writes is not defined.
+        """
+        if node.state >= 0:
             return None
-        if not self._free:
-            self.give_up(min(self._nodes.values(), key=lambda used: used.last_used))
-        node.state, node.state_step = self._free.pop(), step
-        self._nodes[node.state] = node
-        return node.state
+        earlier = [used for state, used in self._nodes.items() if self._written[state] < step]
+        if not self._free and earlier:
+            self.give_up(min(earlier, key=lambda used: used.last_used))
+        state = next((free for free in reversed(self._free) if self._written.get(free, -1) < step), None)
+        if state is not None:
+            self._free.remove(state)
+            node.state, self._written[state], self._nodes[state] = state, step, node
+        return state
 
     def give_up(self, node: Node) -> None:
         """Free the state of `node`, if it has one."""

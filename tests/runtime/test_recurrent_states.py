@@ -144,6 +144,7 @@ def test_random_requests_keep_the_states_consistent() -> None:
             assert len(states[admission.slot]) <= admission.num_cached
         pages |= {(slot, index): page for slot, index, page in plan.page_writes.reshape(-1, 3).tolist()}
         saves = plan.state_saves.reshape(-1, 2, 2) if len(plan.state_saves) else np.zeros((len(plan.slots), 2, 2), int)
+        written: list[int] = []
         for slot, start, count, pairs in zip(plan.slots.tolist(), plan.starts, plan.counts, saves, strict=True):
             known = tuple(tokens[slot])
             assert states[slot] == known[:start], "the slot's state is not that before its next token"
@@ -152,9 +153,11 @@ def test_random_requests_keep_the_states_consistent() -> None:
                     assert 0 < at <= count
                     assert state > limits.max_num_seqs
                     states[state] = known[: start + at]
+                    written.append(state)
             states[slot] = known[: start + count]
             for position in range(max(start, cached[slot]), start + count):
                 keys[pages[slot, position // 4], position % 4] = known[: position + 1]
+        assert len(set(written)) == len(written), "two rows write to one state"
         for slot, start, count in zip(plan.slots.tolist(), plan.starts, plan.counts, strict=True):
             for position in range(start + count):  # read after all rows have stored theirs
                 assert keys[pages[slot, position // 4], position % 4] == tuple(tokens[slot][: position + 1])
@@ -175,6 +178,7 @@ def test_the_state_used_longest_ago_is_given_up() -> None:
         node.last_used = clock
         assert saved.save(node, step=1) == 6 + clock
         assert saved.save(node, step=2) is None
+    assert saved.save(nodes[2], step=1) is None, "both are written in this step"
     nodes[0].last_used = 5
     assert saved.save(nodes[2], step=3) == 7
     assert [node.state for node in nodes] == [6, -1, 7]
