@@ -81,11 +81,11 @@ class SlotTables:
         """Return the step on the device, and write its rows' page tables there."""
         device = self.tokens.device
         packed = to_device(np.stack((host.slots, host.positions, host.kv_slots)), device)
-        rows = to_device(plan.slots, device).long()
-        self.device_page_table[rows, : host.page_table.shape[1]] = to_device(host.page_table, device)
+        rows = to_device(plan.slots, device)
+        self.device_page_table[rows.long(), : host.page_table.shape[1]] = to_device(host.page_table, device)
         slots, positions, kv_slots = packed.unbind(0)
         ids = self.tokens[slots.long(), positions.long()]
-        return self._batch(ids, slots, positions, kv_slots, host, self._state_rows(plan, host))
+        return self._batch(ids, slots, positions, kv_slots, host, self._state_rows(rows, plan, host))
 
     def decode_batch(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
         """Return a step of one token per row from device memory alone, each [B] int32; can be captured in a graph."""
@@ -96,12 +96,12 @@ class SlotTables:
         """Write sampled tokens after `positions` of `slots`, all [S] int32: inputs of the next step."""
         ops.append_tokens_(self.tokens, slots, positions, tokens)
 
-    def _state_rows(self, plan: StepPlan, host: HostBatch) -> StateRows | None:
+    def _state_rows(self, rows: Tensor, plan: StepPlan, host: HostBatch) -> StateRows | None:
         if not self._has_states:
             return None
         device, saves = self.tokens.device, plan.state_saves
         on_device = to_device(saves.reshape(-1, 2, 2), device) if len(saves) else None
-        return StateRows(to_device(plan.slots, device), to_device(host.query_starts, device), on_device)
+        return StateRows(rows, to_device(host.query_starts, device), on_device)
 
     def _batch(
         self, ids: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch, rows: StateRows | None

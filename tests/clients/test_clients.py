@@ -13,11 +13,9 @@ import openai
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from lockstep.launch.engine.async_engine import AsyncEngine
-from lockstep.runtime.config import DEMO_NAME, Config
+from lockstep.runtime.config import DEMO_NAME
 
-from fake_engine import Running
-from small import SMALL
+from fake_engine import Running, demo_server
 
 pytestmark = pytest.mark.clients
 CHAT: list[Any] = [{"role": "user", "content": "Who was Moses?"}]
@@ -40,12 +38,8 @@ class City(BaseModel):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    engine = AsyncEngine(Config(**SMALL))
-    engine.start()
-    running = Running(engine)
-    yield running
-    running.close()
-    asyncio.run(engine.close())
+    with demo_server() as running:
+        yield running
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ PATH=DIR/bin:$PATH python -m pytest tests/clients
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import shutil
@@ -18,12 +17,11 @@ from typing import Any
 import pytest
 from scripted_agent import ScriptedAgent
 
-from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.launch.llm import LLM
-from lockstep.runtime.config import DEMO_MODEL, DEMO_NAME, Config
+from lockstep.runtime.config import DEMO_MODEL, DEMO_NAME
 from lockstep.runtime.request import SamplingParams
 
-from fake_engine import Running
+from fake_engine import Running, demo_server
 from small import SMALL
 
 pytestmark = [pytest.mark.clients, pytest.mark.process]
@@ -62,12 +60,8 @@ def run(command: list[str], home: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    engine = AsyncEngine(Config(**SMALL))
-    engine.start()
-    running = Running(engine)
-    yield running
-    running.close()
-    asyncio.run(engine.close())
+    with demo_server() as running:
+        yield running
 
 
 def test_llm_calls_a_function(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from lockstep.launch.engine.recovery import EngineEvent, Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server.run import Server, bind, create_uvicorn_config, run_loop
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
+from lockstep.runtime.config import Config
 from lockstep.runtime.detokenizer import Detokenizer
 from lockstep.runtime.executor import RankLocation
 from lockstep.runtime.frontend import PromptFields
@@ -27,6 +29,7 @@ from lockstep.runtime.stats import EngineDistributions, EngineStats
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Tokenizer
 
+from small import SMALL
 from waiting import wait_until
 
 MAX_LEN = 512
@@ -176,6 +179,17 @@ class Running:
         self.server.should_exit = self.server.force_exit = True
         self.thread.join(30)
         assert not self.thread.is_alive()
+
+
+@contextmanager
+def demo_server(**options: Any) -> Iterator[Running]:
+    """Serve the demo model with a small real engine; `options` are fields of ServerConfig."""
+    engine = AsyncEngine(Config(**SMALL))
+    engine.start()
+    running = Running(engine, **options)
+    yield running
+    running.close()
+    asyncio.run(engine.close())
 
 
 def fake(running: Running) -> FakeService:

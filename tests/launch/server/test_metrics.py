@@ -12,12 +12,9 @@ from typing import Any
 
 import pytest
 
-from lockstep.launch.engine.async_engine import AsyncEngine
-from lockstep.runtime.config import Config
 from lockstep.runtime.stats import Distribution
 
-from fake_engine import PROMPT, Running
-from small import SMALL
+from fake_engine import PROMPT, Running, demo_server
 
 BOARD = Path(__file__).parents[3] / "examples" / "grafana_board.json"
 # What the three dashboards that vLLM 0.33 ships read, and their labels.
@@ -36,12 +33,8 @@ VLLM_NAMES = [
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Running]:
-    service = AsyncEngine(Config(**SMALL))
-    service.start()
-    running = Running(service, served_model_name=["demo"])
-    yield running
-    running.close()
-    asyncio.run(service.close())
+    with demo_server(served_model_name=["demo"]) as running:
+        yield running
 
 
 def metrics(real: Running) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -16,23 +15,18 @@ from pydantic import BaseModel, Field
 
 from lockstep import LLM
 from lockstep.launch.engine.async_engine import AsyncEngine
-from lockstep.runtime.config import Config
 from lockstep.runtime.request import SamplingParams
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
 
-from fake_engine import CHAT, COMPLETION, PROMPT, Running, error_of
+from fake_engine import CHAT, COMPLETION, PROMPT, Running, demo_server, error_of
 from small import SMALL
 from waiting import wait_until
 
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Running]:
-    service = AsyncEngine(Config(**SMALL))
-    service.start()
-    running = Running(service, served_model_name=["demo"])
-    yield running
-    running.close()
-    asyncio.run(service.close())
+    with demo_server(served_model_name=["demo"]) as running:
+        yield running
 
 
 def test_demo_model_answers_as_offline(real: Running) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from lockstep.launch.engine.async_engine import AsyncEngine
-from lockstep.runtime.config import DEMO_MODEL, Config
+from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.tokenizer import Tokenizer
 
-from fake_engine import CHAT, COMPLETION, PROMPT, Running, error_of
-from small import SMALL
+from fake_engine import CHAT, COMPLETION, PROMPT, Running, demo_server, error_of
 
 GREEDY: dict[str, Any] = {"max_tokens": 12, "temperature": 0}
 ROUTES = [("/v1/completions", {"prompt": PROMPT}), ("/v1/chat/completions", {"messages": CHAT})]
@@ -24,12 +21,8 @@ ROUTES = [("/v1/completions", {"prompt": PROMPT}), ("/v1/chat/completions", {"me
 
 @pytest.fixture(scope="module")
 def real() -> Iterator[Running]:
-    service = AsyncEngine(Config(**SMALL))
-    service.start()
-    running = Running(service, served_model_name=["demo"])
-    yield running
-    running.close()
-    asyncio.run(service.close())
+    with demo_server(served_model_name=["demo"]) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
