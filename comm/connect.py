@@ -50,7 +50,7 @@ def connect(
     shares_device    another rank may use the same GPU
     library          path of the libnccl to use between GPUs; torch's if None
     all_reduce       the algorithm of small all-reduces between GPUs; auto chooses by their size
-    batch_invariant  set by --deterministic: sums between GPUs have the same bits in any batch; else raises CommError
+    batch_invariant  set by --deterministic: sums are bitwise identical in any batch; else raises CommError
     timeout_s        deadline of joining and of each collective; raises CommError after it
     """
     if size == 1:

@@ -10,12 +10,14 @@ from torch import Tensor
 from .arguments import FP8Weight, Matrix, Rope
 
 
-def require(holds: bool, name: str, tensor: Tensor, rule: str) -> None:
-    if not holds:
+def require(condition: bool, name: str, tensor: Tensor, rule: str) -> None:
+    """Raise ValueError unless the condition holds; `rule` is the predicate of a sentence about the tensor."""
+    if not condition:
         raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} {rule}")
 
 
 def check_fp8(name: str, weight: FP8Weight) -> None:
+    """Check that data and scales of an FP8 weight fit each other, and that its blocks are powers of two."""
     require(weight.data.dtype == torch.float8_e4m3fn, name, weight.data, "must be float8_e4m3fn")
     *experts, rows, columns = weight.shape
     grid = [*experts, -(-rows // weight.rows), -(-(weight.first + columns) // weight.columns)]
@@ -29,6 +31,7 @@ def check_fp8(name: str, weight: FP8Weight) -> None:
 def check_linear(
     x: Tensor, weight: Matrix, norm: Tensor | None, targets: Mapping[str, Tensor | None], *, gated: bool
 ) -> None:
+    """Check the arguments of `ops.linear`; `targets` are `add_to` and `out` by name."""
     features = weight.shape[0] // 2 if gated else weight.shape[0]
     if isinstance(weight, FP8Weight):
         check_fp8("weight", weight)
@@ -43,6 +46,7 @@ def check_linear(
 
 
 def check_batch_invariant(x: Tensor, weight: Matrix) -> None:
+    """Check that the batch-invariant GEMM takes the rows of this weight."""
     stored = weight.data if isinstance(weight, FP8Weight) else weight
     aligned = stored.shape[1] % 8 == 0 and stored.data_ptr() % 16 == 0 and stored.is_contiguous()
     half = x.dtype in (torch.bfloat16, torch.float16)
@@ -50,11 +54,13 @@ def check_batch_invariant(x: Tensor, weight: Matrix) -> None:
 
 
 def check_rotary(rope: Rope, head_dim: int) -> None:
+    """Check that the rotary table fits heads of this size."""
     fits = rope.cos_sin.dim() == 2 and rope.cos_sin.shape[1] in range(0, head_dim + 1, 2)
     require(fits, "cos_sin", rope.cos_sin, f"must be [P, R] with an even R of at most {head_dim}")
 
 
 def check_logits(logits: Tensor) -> None:
+    """Check that logits are a matrix of floating-point numbers."""
     require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [S, V], floating point")
 
 
@@ -67,5 +73,6 @@ def check_rows(rows: int, **parameters: Tensor) -> None:
 
 
 def check_int32(shape: torch.Size, **tensors: Tensor) -> None:
+    """Check that the tensors are int32 and have this shape."""
     for name, tensor in tensors.items():
         require(tensor.shape == shape and tensor.dtype == torch.int32, name, tensor, f"must be {list(shape)} int32")

@@ -11,7 +11,7 @@ from torch import Tensor
 MXFP4_BLOCK = 32  # columns with one scale
 MXFP4_NUMBERS = 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0
 MAX_CHUNKS = 8  # the most chunks of a row in a KeyPartition with kv_chunk
-Scoring = Literal["softmax", "sigmoid"]  # of the experts of a router
+Scoring = Literal["softmax", "sigmoid"]  # how a router scores the experts
 MAX_GROUP = 8  # the most query heads that a thread block of decode_attention processes
 
 

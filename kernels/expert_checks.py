@@ -58,9 +58,10 @@ def _check_mxfp4(name: str, weight: MXFP4Weight, x: Tensor) -> None:
 
 
 def check_selection(logits: Tensor, count: int, bias: Tensor | None) -> None:
+    """Check the arguments of `ops.select_experts`."""
     require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [T, N], floating point")
-    few = logits.shape[1] <= 512 or not logits.is_cuda
-    require(1 <= count <= logits.shape[1] and few, "logits", logits, f"must have {count} to 512 experts")
+    fits = logits.shape[1] <= 512 or not logits.is_cuda
+    require(1 <= count <= logits.shape[1] and fits, "logits", logits, f"must have {count} to 512 experts")
     if bias is not None:
         fits = bias.shape in (logits.shape, logits.shape[1:]) and bias.dtype == torch.float32
         require(fits, "bias", bias, f"must be [{logits.shape[1]}] or {list(logits.shape)} float32")

@@ -58,5 +58,5 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 
 def _check_states(states: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    wanted = states.shape[1:] == shape and states.dtype == dtype and states.is_contiguous()
-    require(wanted, "states", states, f"must be [N, {', '.join(map(str, shape))}] {dtype}, contiguous")
+    fits = states.shape[1:] == shape and states.dtype == dtype and states.is_contiguous()
+    require(fits, "states", states, f"must be [N, {', '.join(map(str, shape))}] {dtype}, contiguous")

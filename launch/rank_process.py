@@ -30,10 +30,10 @@ LOOPBACK = "127.0.0.1"
 
 
 class RankStart(msgspec.Struct, frozen=True):
-    """What the process needs to start; `outputs` is where its reports go."""
+    """The settings of the process; it sends its reports to `outputs`."""
 
     config: Config
-    folder: str  # of the checkpoint
+    folder: str  # the folder of the checkpoint
     outputs: Address
     log_level: str
 
@@ -51,7 +51,7 @@ class RankError(msgspec.Struct, frozen=True, tag=True):
     """The last answer of a process that fails."""
 
     message: str
-    is_mistake: bool  # of the user, and another attempt would not help
+    is_mistake: bool  # the user's: another attempt would not help
 
 
 def main() -> None:

@@ -111,7 +111,7 @@ def encode_job(job: Job) -> bytes:
 
 
 class IsolatedTokenizer(Tokenizer):
-    """A Tokenizer that renders chat templates in a process of its own; `close` ends it."""
+    """A Tokenizer that renders chat templates in a separate process; `close` ends it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

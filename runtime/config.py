@@ -60,7 +60,7 @@ class Config:
     scheduling_policy: SchedulingPolicy = option(
         "fair",
         "order of requests and division of steps: fair between clients, fcfs (first come, first served), or priority "
-        "(the lowest number in the field of this name first)",
+        "(the lowest `priority` of a request first)",
     )
     page_size: int = option(16, "tokens in one page of the KV cache")
     kv_layout: KVLayout = option("layer-first", "order of layers and pages in the KV cache")
@@ -74,7 +74,7 @@ class Config:
     gpu_memory_utilization: float = option(0.9, "share of each GPU's memory to use, weights included")
     enable_prefix_caching: bool = option(True, "keep the KV of finished prompts and reuse it for equal prefixes")
     attention_backend: AttentionChoice = option(
-        "auto", "auto is flashinfer on a GPU where it has the dtype and head size"
+        "auto", "auto is flashinfer on a GPU, if it supports the dtype and head size"
     )
     enforce_eager: bool = option(
         False, "launch every kernel of a decode step from Python instead of replaying CUDA graphs"
@@ -82,7 +82,7 @@ class Config:
     overlap_scheduling: bool = option(True, "on a GPU, schedule a step while the one before still runs")
     load_format: LoadFormat = option("auto", "auto reads safetensors; dummy fills the weights with random numbers")
     quantization: QuantizationChoice = option(
-        "auto", "weights; auto is the checkpoint's, fp8 makes FP8 of a 16-bit checkpoint while loading it"
+        "auto", "format of the weights: auto is the checkpoint's, fp8 quantizes a 16-bit checkpoint while loading it"
     )
     generation_config: str = option(
         "auto",
@@ -105,8 +105,8 @@ class Config:
     startup_timeout: float = option(600.0, "seconds within which the ranks must be placed, loaded and connected")
     wait_for_resources: float | None = option(
         None,
-        "seconds to wait for CPUs or GPUs of the Ray cluster, also of nodes that have yet to join it; if not given, 60"
-        " for those in use by others and none for nodes",
+        "seconds to wait for free CPUs or GPUs of the Ray cluster, and for nodes that have yet to join it; if not"
+        " given, 60 for resources that are in use, and none for nodes",
         "--wait-for-gpus",
     )
     deterministic: bool = option(
@@ -153,10 +153,10 @@ class Config:
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> Config:
         """Return a Config from keyword arguments; raises ValueError for an unknown one, with the known names."""
-        known = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(options) - set(known))
+        names = [f.name for f in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(names))
         if unknown:
-            raise ValueError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
+            raise ValueError(f"unknown option {', '.join(unknown)}; the options are {', '.join(names)}")
         return cls(**options)
 
     def resolved(self, model: ModelDefaults, *, cuda: bool) -> Config:

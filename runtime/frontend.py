@@ -62,7 +62,7 @@ class Frontend:
         self._numbers = itertools.count()
 
     def prepare(self, prompt: Prompt, params: SamplingParams, origin: Origin = NO_ORIGIN) -> Generation:
-        """Check a prompt and make its requests, without starting them; raises RequestRefused with the way out."""
+        """Check a prompt and make its requests, without starting them; raises RequestRefused."""
         text_or_ids, cache_salt = _parts(prompt)
         origin = origin if self.executor.limits.is_fair else Origin(priority=origin.priority)
         tokens = self._tokenize(text_or_ids)

@@ -12,7 +12,7 @@ PHASE_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 
 
 
 class Distribution(msgspec.Struct):
-    """How many values lie in each bucket: up to bounds[i] and above the bound before it, the last without a bound."""
+    """Counts of values by bucket: bucket i ends at bounds[i], included, and the last one has no end."""
 
     bounds: tuple[float, ...]
     counts: list[int] = []
@@ -28,7 +28,7 @@ class Distribution(msgspec.Struct):
 
 
 class EngineDistributions(msgspec.Struct):
-    """What the front end has seen of steps and outputs since it started; restarts of the ranks do not reset it."""
+    """Distributions over all steps and outputs since the front end started; restarts of the ranks do not reset them."""
 
     step_tokens: Distribution = msgspec.field(default_factory=lambda: Distribution(TOKENS_PER_STEP))
     queue_s: Distribution = msgspec.field(default_factory=lambda: Distribution(PHASE_S))  # until admitted

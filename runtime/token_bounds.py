@@ -27,7 +27,7 @@ def max_chars_per_token(tokenizer_json: str) -> int | None:
     factor = _shrinkage(parts["normalizer"])
     if factor is None or not _keeps_characters(parts["pre_tokenizer"]) or not _has_all_bytes(parts):
         return None
-    vocabulary = model["vocab"]  # of Unigram: pairs of a token and its score
+    vocabulary = model["vocab"]  # Unigram has pairs of a token and its score
     tokens = vocabulary if isinstance(vocabulary, dict) else [token for token, _ in vocabulary]
     return factor * max(len(token) for token in [*tokens, *(token["content"] for token in added)])
 

@@ -15,6 +15,8 @@ SOURCES = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 CODE = sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*") if p.suffix in (".py", ".cu", ".cuh", ".cpp"))
 MODULES = [p for p in SOURCES if p.name != "__init__.py"]
 MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 40
+PARTICIPLES = {"found", "own", "given", "told", "asked", "wanted", "who", "whose"}  # they do not say of what
 MAX_ROOM_SHARE = 0.25
 HEAVY = {  # by whom they are imported
     "cupy": ["kernels/cuda/kernel_launch.py", "kernels/peer_memory.py"],
@@ -131,6 +133,32 @@ def test_public_class_names_are_unique() -> None:
             if isinstance(node, ast.ClassDef) and node.name[0] != "_":
                 homes.setdefault(node.name, []).append(name_of(path))
     assert not {name: paths for name, paths in homes.items() if len(paths) > 1}
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_functions_are_short(path: Path) -> None:
+    """Count the lines of each body without its docstring."""
+    for function in functions(path):
+        first = function.body[ast.get_docstring(function, clean=False) is not None :][:1]
+        length = sum(function.body[-1].end_lineno - node.lineno + 1 for node in first)  # type: ignore[operator]
+        assert length <= MAX_FUNCTION_LINES, f"{function.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_variables_are_named_for_what_they_hold(path: Path) -> None:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add((node.id if isinstance(node, ast.Name) else node.attr).strip("_"))
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+    assert not names & PARTICIPLES
 
 
 @pytest.mark.parametrize("path", CODE, ids=name_of)

@@ -1,10 +1,9 @@
 // decode_attention: norm and rotation of q and k, the store of k and v, and attention over pages, for one new token per row.
 //
-// partition_keys divides the keys of all rows into parts, once per step for all layers. A block processes one part of
-// one KV head, with a group of its query heads: all of them, if they are at most MAX_GROUP. It goes through its part row by row: a KeyRange is the keys of one row in a
-// part. The last block of a row to finish merges the row's partial results in the order of the parts, so rounding does not depend
-// on timing.
-// Adjacent blocks have the heads of one part, so that they read a page at about the same time.
+// partition_keys divides the keys of all rows into parts, once per step for all layers. A block processes one part of one KV head,
+// with a group of its query heads: all of them, if they are at most MAX_GROUP. It goes through its part row by row: a KeyRange is the
+// keys of one row in a part. The last block of a row to finish merges the row's partial results in the order of the parts, so
+// rounding does not depend on timing. Adjacent blocks have the heads of one part, so that they read a page at about the same time.
 //
 // Both products run on tensor cores, straight from registers (see skinny_gemm.cu for the order of the columns). Lane (g, t) = (lane / 4,
 // lane % 4) loads elements 8 t .. 8 t + 7 of every 32 elements of keys g and g + 8. The first product is [keys, elements] x [elements,

@@ -268,7 +268,7 @@ def _multiply_tiles(
 
 
 class WeightFormat(NamedTuple):
-    """How grouped_gemm reads weights."""
+    """The format in which grouped_gemm reads weights."""
 
     name: str  # of the type in experts.cu
     shapes: dict[int, tuple[int, int, int, int, int]]  # of tiles, by their rows

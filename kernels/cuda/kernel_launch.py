@@ -29,7 +29,7 @@ VECTOR_BYTES = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel that needs more must request it
 NULL = np.int64(0)
 
-BOX_COLUMNS = 128  # of a tile map; mirrors LINE of wgmma.cuh
+BOX_COLUMNS = 128  # columns of a box of a tile map; mirrors LINE of wgmma.cuh
 TileMap = Any  # driver.CUtensorMap, from tile_map
 Argument = Tensor | np.int64 | np.int32 | np.float32 | TileMap
 Launch = Callable[..., None]  # takes grid, threads and Arguments
@@ -64,11 +64,13 @@ def vector_width(size: int, *tensors: Tensor, strides: Sequence[int] = ()) -> in
 
 @functools.cache
 def num_multiprocessors(device: int) -> int:
+    """Return the number of multiprocessors (SMs) of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache
 def compute_capability(device: int) -> tuple[int, int]:
+    """Return the compute capability of a GPU, such as (9, 0)."""
     return torch.cuda.get_device_capability(device)
 
 

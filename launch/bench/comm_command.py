@@ -56,7 +56,9 @@ def bench_comm(
     ] = None,
     log_level: LogLevel = "warning",
 ) -> None:
-    """Check and time all-reduces between ranks that are started as for a model; status 1 if any result is wrong.
+    """Check and time all-reduces between ranks.
+
+    The ranks are started as for a model. Status 1 if a result is wrong.
 
     Times are those of the slowest rank. "In place" has the meaning of nccl-tests if an algorithm can do that. For
     algorithms that read their input from peer buffers it means that the input is there already.

@@ -56,7 +56,7 @@ def bench_latency(
     profile_steps: TraceSteps = 32,
     log_level: LogLevel = "info",
 ) -> None:
-    """Time batches of equal requests, from their submission to their last token.
+    """Time batches of equal requests, to their last token.
 
     ms per output token is (time of output-len tokens - time of 1) / (output-len - 1), of the medians.
     """
@@ -103,7 +103,10 @@ def bench_throughput(
     profile_steps: TraceSteps = 32,
     log_level: LogLevel = "info",
 ) -> None:
-    """Submit all requests at once and time them until the last one has ended; none stops early."""
+    """Submit all requests at once and time them together.
+
+    No request stops before its last token.
+    """
     start_logging(log_level)
     flags = {
         "num_prompts": num_prompts, "input_len": input_len, "output_len": output_len,

@@ -58,7 +58,7 @@ def bench_serve(
     model: Annotated[str | None, typer.Option(help="Model to ask for; the server's first one if not given.")] = None,
     log_level: LogLevel = "info",
 ) -> None:
-    """Send requests to a server, at a rate or all at once, and time the tokens that come back.
+    """Send requests to a server and time the tokens of the answers.
 
     A key in the environment variable OPENAI_API_KEY goes with them. TTFT, ITL and E2EL are timed chunk by chunk of the
     stream; TPOT is (E2EL - TTFT) / (output tokens - 1), tokens as the server counts them.

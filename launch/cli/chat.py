@@ -56,7 +56,7 @@ class Conversation:
     messages: list[Message] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     system: str = ""
-    reasoning: str = ""  # of the last answer
+    reasoning: str = ""  # the reasoning of the last answer
 
     @property
     def sent(self) -> list[Message]:

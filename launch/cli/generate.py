@@ -53,7 +53,7 @@ class GenerateOptions:
     choice: list[str] | None = option(None, "the output is one of these; repeat for several")
     n: int = option(1, "outputs for each prompt", "-n")
     logprobs: int | None = option(None, "with --json: log-probabilities of this many candidates")
-    ignore_eos: bool = _switch("--ignore-eos", "go on to max-tokens whatever is sampled")
+    ignore_eos: bool = _switch("--ignore-eos", "do not end the output at an EOS token")
     as_json: bool = _switch("--json", "print one JSON object for each output")
 
 

@@ -87,7 +87,7 @@ def generate_command(config: dict[str, Any], options: dict[str, Any], *, log_lev
 @with_config
 @with_fields("server_options", ServerConfig)
 def serve_command(config: dict[str, Any], server_options: dict[str, Any], *, log_level: LogLevel = "info") -> None:
-    """Serve the model over HTTP, as OpenAI does."""
+    """Serve a model over HTTP with the APIs of OpenAI and Anthropic."""
     start_logging(log_level)
     options, runtime_config = ServerConfig(**server_options), Config.from_options(config)
     check_local_model(runtime_config)
@@ -103,7 +103,10 @@ def serve_command(config: dict[str, Any], server_options: dict[str, Any], *, log
 @with_config
 @with_fields("batch_options", BatchOptions)
 def run_batch_command(config: dict[str, Any], batch_options: dict[str, Any], *, log_level: LogLevel = "info") -> None:
-    """Answer a file of requests in OpenAI's batch format; run it again to continue. Status 1 if one is an error."""
+    """Answer a file of requests in OpenAI's batch format.
+
+    The same command continues after a kill. Status 1 if one of the answers is an error.
+    """
     start_logging(log_level)
     options, runtime_config = BatchOptions(**batch_options), Config.from_options(config)
     check_local_model(runtime_config)
@@ -126,7 +129,10 @@ def chat_command(
     url: Annotated[str | None, typer.Option(help="A server to talk to; the model runs here if not given.")] = None,
     log_level: LogLevel = "warning",
 ) -> None:
-    """Talk to a model, or to a server that serves one: Ctrl-C stops an answer, /exit ends."""
+    """Chat in the terminal with a model, or with a server.
+
+    Ctrl-C stops an answer, /exit ends.
+    """
     start_logging(log_level)
     chat(config, url)
 
@@ -139,7 +145,10 @@ def doctor_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print a list of objects.")] = False,
     log_level: LogLevel = "warning",
 ) -> None:
-    """Say what would keep the ranks from starting here or on the cluster, and the way out; status 1 if anything."""
+    """Check everything that a start needs, here or on a cluster.
+
+    Each problem has a fix. Status 1 if a check fails.
+    """
     start_logging(log_level)
     from ..doctor.diagnosis import diagnose
 

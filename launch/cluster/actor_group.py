@@ -216,7 +216,7 @@ def rank_table(endpoints: Sequence[Endpoint]) -> str:
     num_nodes = len({endpoint.host for endpoint in endpoints})
     title = f"{len(rows)} rank{'s' * (len(rows) > 1)} on {num_nodes} node{'s' * (num_nodes > 1)}"
     names = ", ".join(sorted(forwarded_environment())) or "nothing"
-    return "\n  ".join([title, *lines, f"environment that they get from here: {names}"])
+    return "\n  ".join([title, *lines, f"forwarded environment variables: {names}"])
 
 
 def _error_of(call: Any) -> RayError | None:

@@ -123,7 +123,7 @@ class LocalRay:
         while not self._process.has_answer(POLL_S):
             if shutting_down.is_set():
                 raise PlacementError("the start of Ray was aborted: the server is shutting down")
-            self._processes.look()
+            self._processes.update()
             problem = self._processes.problem()
             if problem is not None:  # Ray would wait for it for half a minute
                 raise PlacementError(f"Ray does not start on this machine: {problem}")
@@ -135,7 +135,7 @@ class LocalRay:
             answer = {"error": f"{self._processes.problem() or 'its starter gives up'}: {error}"}
         if "error" in answer:
             raise PlacementError(f"Ray does not start on this machine: {answer['error']}")
-        self._processes.look()
+        self._processes.update()
         return str(answer["address"])
 
 

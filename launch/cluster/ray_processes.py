@@ -51,7 +51,7 @@ class NeededProcess:
     def __init__(self, role: str, pid: int) -> None:
         self.role, self.pid = role, pid
         self._first = ProcessState.read(pid)
-        self._runs_at = time.monotonic()  # time of the last look at which it was not stopped
+        self._runs_at = time.monotonic()  # time of the last check at which it was not stopped
 
     def problem(self) -> str:
         """Return how it has ended, or that it is stopped; empty if neither."""
@@ -76,8 +76,8 @@ class RayProcesses:
         self._root_pid = root_pid
         self._needed = {"starter": NeededProcess("starter", root_pid)}
 
-    def look(self) -> None:
-        """Find the needed processes that have started since the last look, among all processes of the machine."""
+    def update(self) -> None:
+        """Add the needed processes that have started since the last call, from all below the root."""
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self._root_pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):

@@ -94,8 +94,8 @@ def _create_in(parent: Path) -> tuple[Path, int]:
 
 def _parents() -> Iterator[Path]:
     """Yield the temporary folders with a path short enough for Ray's sockets, the preferred one first."""
-    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    for folder in dict.fromkeys([os.path.abspath(wanted), *FALLBACKS]):
+    preferred = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    for folder in dict.fromkeys([os.path.abspath(preferred), *FALLBACKS]):
         length = len(os.fsencode(folder)) + len(f"/{PREFIX}") + 8 + SOCKET_PATH_BYTES  # 8: mkdtemp's random characters
         if length <= UNIX_PATH_BYTES and os.path.isdir(folder):
             yield Path(folder)

@@ -67,11 +67,11 @@ def _no_answer_finding(ip: str, error: RayError) -> Finding:
 def versions_finding(by_node: Mapping[str, Mapping[str, str]]) -> Finding:
     """Return the finding for the versions of each node by name; nodes without GPUs need no NCCL."""
     names = list(dict.fromkeys(name for versions in by_node.values() for name in versions))
-    by_name = {name: {ip: known[name] for ip, known in by_node.items() if name in known} for name in names}
+    by_name = {name: {ip: versions[name] for ip, versions in by_node.items() if name in versions} for name in names}
     unequal = [
-        f"{name} ({', '.join(f'{ip} has {version}' for ip, version in known.items())})"
-        for name, known in by_name.items()
-        if len(set(known.values())) > 1
+        f"{name} ({', '.join(f'{ip} has {version}' for ip, version in by_ip.items())})"
+        for name, by_ip in by_name.items()
+        if len(set(by_ip.values())) > 1
     ]
     if unequal:
         return Finding("equal versions", "fail", ", ".join(unequal), "install the same on every node")
@@ -95,6 +95,7 @@ def _connect(config: Config) -> Finding:
 
 
 def addresses_finding(addresses: Sequence[str]) -> Finding:
+    """Return the finding for the addresses of a cluster's nodes."""
     if addresses == [LOOPBACK]:  # Ray takes it without a route to the outside; no other node can join then
         remedy = "ray start --head --node-ip-address=ITS_IP lets others join"
         return warn(f"the only node calls itself {LOOPBACK}", remedy)
@@ -122,6 +123,7 @@ def _examine_node(config: Config, examine: Examine, ip: str) -> tuple[dict[str, 
 
 
 def token_finding(*, authenticated: bool) -> Finding:
+    """Return the finding for a cluster that does or does not authenticate its clients."""
     if not authenticated:
         remedy = "start Ray with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH on every node (docs/security.md)"
         return warn("every process that reaches this Ray cluster can run code on it: it asks for no token", remedy)

@@ -13,8 +13,8 @@ from ..signals import signals_wait
 from .finding import Finding, fail, ok, warn
 from .planned_start import PlannedStart
 
-READ_S = 30.0  # the weights that can be read in this time are
-UNREAD_BYTES = 100 * 2**20  # this much may be headers, and parts that are not used
+READ_S = 30.0  # only the weights that can be read in this time are checked
+UNREAD_BYTES = 100 * 2**20  # headers and unused tensors may take this much of the files
 
 
 def check_weights(start: PlannedStart) -> Finding:

@@ -16,7 +16,7 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check; `remedy` is the way out if something is wrong."""
+    """The result of one check; `remedy` is the fix if something is wrong."""
 
     name: str
     status: Status
@@ -40,7 +40,7 @@ fail = partial(Finding, "", "fail")
 def run_check(name: str, check: Callable[[], Finding]) -> Finding:
     """Return the check's finding under its name; an error is a failure.
 
-    Messages of lockstep's errors have the form `values, rule; way out`, and are split into finding and remedy.
+    Messages of lockstep's errors have the form `values, rule; fix`, and are split into finding and remedy.
     """
     try:
         return replace(check(), name=name)

@@ -146,6 +146,7 @@ def check_p2p(start: PlannedStart) -> Finding:
 
 
 def p2p_finding(results: PairResults) -> Finding:
+    """Return the finding for the copies between each pair of GPUs."""
     wrong, staged = ([pair for pair, result in results.items() if result == kind] for kind in ("wrong", "staged"))
     if wrong:
         remedy = "set NCCL_P2P_DISABLE=1, and look at the IOMMU's settings (ACS)"
@@ -219,6 +220,7 @@ def check_open_files(start: PlannedStart) -> Finding:
 
 
 def open_files_finding(soft: int, hard: int, requests: int) -> Finding:
+    """Return the finding for the limits of open files; `requests` may be open at once."""
     if soft == resource.RLIM_INFINITY or soft >= ENOUGH_FILES + requests:
         return ok("no limit" if soft == resource.RLIM_INFINITY else f"limit of {soft}")
     remedy = f"ulimit -n {ENOUGH_FILES + requests}" + (f" (as root: the hard limit is {hard})" if hard == soft else "")

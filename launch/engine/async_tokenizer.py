@@ -48,7 +48,7 @@ class TextLane:
     def __init__(self, process: TextProcess) -> None:
         self._process = process
         self._thread = ThreadPoolExecutor(1, "lockstep-text")  # waits for the process
-        self._num_bytes = 0  # of jobs that wait or run
+        self._num_bytes = 0  # size of the jobs that wait or run
 
     def start(self) -> None:
         """Start the process without waiting for it."""

@@ -22,8 +22,8 @@ from ..child_process import ChildFailed, ChildProcess, retry_ended
 log = logging.getLogger(__name__)
 START_S = 60.0  # start of Python and the tokenizer on a busy machine
 MEMORY_BYTES = 4 * 2**30
-MOST_WAITING = 16  # more grammars than this are not compiled at once: each may take the time limit and a new start
-MOST_PASSED = 256  # this many grammars are remembered and not compiled again
+MAX_WAITING = 16  # grammars that wait for the compiler: each may take the time limit and a new start
+MAX_REMEMBERED = 256  # accepted grammars, which are not compiled again
 
 
 class GrammarsWaiting(RequestRefused):
@@ -40,7 +40,7 @@ class GrammarCheck:
         self._closed = False
         self._num_ends = 0  # times that the process has ended by itself
         self._passed: OrderedDict[bytes, None] = OrderedDict()
-        self._answers: dict[bytes, Future[str | None]] = {}  # of the grammars that are being compiled, or wait for it
+        self._answers: dict[bytes, Future[str | None]] = {}  # results of the grammars that are being compiled or wait
 
     async def check(self, params: StructuredOutputsParams) -> None:
         """Compile a grammar; raises RequestRefused naming the mistake or the limit, or GrammarsWaiting."""
@@ -49,8 +49,8 @@ class GrammarCheck:
             return
         answer = self._answers.get(line)
         if answer is None:
-            if len(self._answers) >= MOST_WAITING:
-                raise GrammarsWaiting(f"{MOST_WAITING} other grammars are being compiled; try again later")
+            if len(self._answers) >= MAX_WAITING:
+                raise GrammarsWaiting(f"{MAX_WAITING} other grammars are being compiled; try again later")
             answer = self._answers[line] = self._thread.submit(self._problem, line, params.kind)
             answer.add_done_callback(lambda _: self._answers.pop(line, None))
         error = await asyncio.shield(asyncio.wrap_future(answer))  # other requests may wait for the same answer
@@ -74,7 +74,7 @@ class GrammarCheck:
             error = self._attempt(line, kind)
         if error is None:
             self._passed[line] = None
-            if len(self._passed) > MOST_PASSED:
+            if len(self._passed) > MAX_REMEMBERED:
                 self._passed.popitem(last=False)
         return error
 

@@ -127,7 +127,7 @@ class RecoveringEngine:
         if isinstance(error, RequestsLost):
             self._reroute(error)
         elif isinstance(error, RankFailed):
-            log.error("%s%s", error, f"\nits last lines of stderr:\n{error.stderr_tail}" if error.stderr_tail else "")
+            log.error("%s%s", error, f"\nlast lines of its stderr:\n{error.stderr_tail}" if error.stderr_tail else "")
             self._on_ranks_failed(str(error), may_be_request=not isinstance(error, RayLost))
         else:  # a rank in this process: its step raises anything
             log.error("the engine failed", exc_info=error)

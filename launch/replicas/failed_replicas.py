@@ -1,6 +1,7 @@
-"""The replicas whose ranks have failed, until Ray Serve has removed them; each has the least to do of all meanwhile.
+"""The replicas whose ranks have failed, until Ray Serve has removed them.
 
-This is no part of router.py: Serve pickles that module by value, and the router would read a copy of the set.
+The router must avoid them: they have no load and would be chosen first. The set is not in router.py, because Serve
+pickles that module by value and the router would read a copy.
 """
 
 from __future__ import annotations

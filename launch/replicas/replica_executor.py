@@ -32,7 +32,7 @@ from ...runtime.config import Config
 from ...runtime.executor import RankLocation, Wakeup
 from ...runtime.plan import RequestEnd, StepOutput
 from ...runtime.request import Limits, Request
-from ...runtime.scheduler.waiting_queue import WaitingQueue, no_rank
+from ...runtime.scheduler.waiting_queue import WaitingQueue
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
@@ -61,8 +61,8 @@ class ReplicaExecutor:
         self._calls: dict[int, tuple[int, Future[None]]] = {}  # uid -> (attempt, Serve's call)
         self._lost: deque[tuple[int, str]] = deque()  # (attempt, reason) after the failure of a replica
         self._refused: deque[tuple[int, str]] = deque()  # (attempt, reason) of Ray Serve's refusal
-        rank = (lambda request: request.priority) if config.scheduling_policy == "priority" else no_rank
-        self._waiting = WaitingQueue(rank)  # requests for which no replica has a place
+        # Requests for which no replica has a place.
+        self._waiting = WaitingQueue(by_priority=config.scheduling_policy == "priority")
         self._ready: dict[str, ReplicaReady] = {}  # replica -> its report; the latest num_replicas
         self._stats: dict[str, EngineStats] = {}  # replica -> its counters; lost ones included
         self._free_pages: dict[str, int | None] = {}  # replica -> its free pages after its last step

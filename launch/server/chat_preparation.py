@@ -32,7 +32,7 @@ CheckGrammar = Callable[[StructuredOutputsParams], Awaitable[None]]
 
 @dataclass(frozen=True)
 class PreparedChat:
-    """What a chat request needs beside its sampling parameters.
+    """The prompt of a chat request, and the format of its answer.
 
     new_parser             returns the parser for one of the n answers; None if their text is content as it is
     keeps_special_tokens   the text of the answers must have special tokens, because markers are such tokens

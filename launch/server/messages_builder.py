@@ -109,7 +109,7 @@ class MessagesBuilder:
         yield _event("content_block_stop", index=len(self._blocks) - 1)
 
     def _stop(self, end: str, event: Event) -> Json:
-        """Return why the answer ended; a stop string of the request has a reason of its own."""
+        """Return why the answer ended; a stop string of the request gives `stop_sequence`."""
         if end == "stop" and isinstance(event.stop_reason, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": event.stop_reason}
         return {"stop_reason": STOP_REASONS[end], "stop_sequence": None}

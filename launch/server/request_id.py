@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 VALID_ID = re.compile(rb"[!-~]{1,128}")
-REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")  # of the request that a task answers
+REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")  # the id of the request that a task answers
 
 
 class RequestIds:

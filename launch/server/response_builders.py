@@ -39,7 +39,7 @@ ChoiceEvent = tuple[int, Event]  # (index of the choice, event)
 
 @dataclass(frozen=True)
 class ReplyOptions:
-    """What a request wants in its reply beside texts.
+    """The parts of a reply that a request asks for beside texts.
 
     num_top          candidates at each position; None without log-probabilities
     tokens_as_ids    log-probabilities name tokens by their ids

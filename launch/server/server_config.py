@@ -28,7 +28,7 @@ class ChatOptions:
     served_model_name: list[str] | None = option(None, "name of the model in requests; repeat for several")
     chat_template: str | None = option(None, "file with a Jinja chat template, in place of the checkpoint's")
     default_chat_template_kwargs: str | None = option(
-        None, "JSON object of variables for the chat template; chat_template_kwargs of a request go before them"
+        None, "JSON object of variables for the chat template; chat_template_kwargs of a request override them"
     )
     tool_call_parser: ToolCallParserName = option("auto", "format of tool calls; auto finds it in the chat template")
     reasoning_parser: ReasoningParserName = option("auto", "format of reasoning; auto finds it in the chat template")
@@ -54,7 +54,7 @@ class ServerConfig(ChatOptions):
     """The address, the keys and the limits of the server; raises ValueError naming field, value and rule."""
 
     replicas: int = option(1, "groups of tensor_parallel_size ranks that share the requests, under Ray Serve")
-    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all of them, with an api-key then")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all interfaces, which an api-key should protect")
     port: int = option(8000, "port to listen on; 0 takes a free one")
     api_key: list[str] | None = field(
         default=None,
@@ -84,9 +84,11 @@ class ServerConfig(ChatOptions):
     drain_timeout: float = option(30.0, "seconds that live requests get to end after SIGTERM or Ctrl-C")
     max_restarts: int = option(3, "times that a failed group of ranks is started again within ten minutes")
     keep_alive_on_engine_death: bool = option(
-        False, "answer with 503 when the engine has failed for good, in place of an end with status 1"
+        False, "answer with 503 when the engine has failed for good, instead of ending with status 1"
     )
-    preflight: bool = option(True, "before the start, look for what would make it fail, as lockstep doctor does")
+    preflight: bool = option(
+        True, "run the checks of lockstep doctor before the start, except those that read all weights"
+    )
     return_tokens_as_token_ids: bool = option(
         False, "log-probabilities name tokens as token_id:N, unless the field of this name in a request is false"
     )

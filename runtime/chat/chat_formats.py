@@ -54,7 +54,7 @@ REASONING_FORMATS = {
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a model writes reasoning and calls; a `response_template` describes both.
+    """The form in which a model writes reasoning and calls; a `response_template` describes both.
 
     harmony       messages with channels, for reasoning and calls
     mistral_args  calls are `[TOOL_CALLS]NAME[ARGS]{...}`, not a JSON list
@@ -70,7 +70,7 @@ class ChatFormat:
 
     @property
     def has_tools(self) -> bool:
-        """Whether tool calls can be parsed."""
+        """True if tool calls can be parsed."""
         return self.calls is not None or self.harmony or self.parses_with_template
 
     @property

@@ -33,13 +33,13 @@ class HarmonyParser:
     def __init__(self, prompt_end: str, *, returns_calls: bool) -> None:
         self._returns_calls = returns_calls
         self._search = MarkerSearch(MARKERS)
-        self._of_prompt: str | None = None
+        self._prompt_header: str | None = None
         self._header: str | None = ""  # its text so far; None within a message
         self._kind: Literal["reasoning", "content", "arguments"] = "content"
         self._is_empty = True  # the message, so far
         self._buffer = ""
         self.push(prompt_end[max(prompt_end.rfind(START), 0) :])
-        self._of_prompt = self._header  # the part of the first header that the prompt has; None behind that header
+        self._prompt_header = self._header  # the part of the first header that the prompt has; None behind that header
 
     @property
     def in_reasoning(self) -> bool:
@@ -47,7 +47,7 @@ class HarmonyParser:
 
     @property
     def in_message(self) -> bool:
-        """Whether the text so far ends within a message, not within a header."""
+        """True if the text so far ends within a message, not within a header."""
         return self._header is None
 
     def push(self, text: str) -> list[AnswerPart]:
@@ -56,46 +56,46 @@ class HarmonyParser:
         pieces: list[AnswerPart] = []
         while (match := self._search.find(self._buffer)) is not None:
             before, self._buffer = self._buffer[: match.start()], self._buffer[match.end() :]
-            self._text(pieces, before)
-            self._marker(pieces, match.group())
+            self._add_text(pieces, before)
+            self._apply_marker(pieces, match.group())
         end = self._search.num_certain(self._buffer)
-        self._text(pieces, self._buffer[:end])
+        self._add_text(pieces, self._buffer[:end])
         self._buffer = self._buffer[end:]
         return pieces
 
     def finish(self) -> list[AnswerPart]:
         """Return the last pieces; an answer without any header is content."""
         pieces: list[AnswerPart] = []
-        self._text(pieces, self._buffer)
+        self._add_text(pieces, self._buffer)
         self._buffer = ""
         if self._header is None:
             self._end_message(pieces)
-        elif self._of_prompt is not None and CHANNEL not in self._header:
-            rest = self._header[len(self._of_prompt) :].strip()
+        elif self._prompt_header is not None and CHANNEL not in self._header:
+            rest = self._header[len(self._prompt_header) :].strip()
             self._header, self._kind = None, "content"
-            self._text(pieces, rest)
+            self._add_text(pieces, rest)
         return pieces
 
-    def _text(self, pieces: list[AnswerPart], text: str) -> None:
+    def _add_text(self, pieces: list[AnswerPart], text: str) -> None:
         if self._header is not None:
             self._header += text
         elif text:
             self._is_empty = False
             pieces.append(AnswerPart(self._kind, text))
 
-    def _marker(self, pieces: list[AnswerPart], marker: str) -> None:
+    def _apply_marker(self, pieces: list[AnswerPart], marker: str) -> None:
         if self._header is not None:
             if marker == MESSAGE:
                 self._begin_message(pieces, self._header)
             elif marker in (CHANNEL, CONSTRAIN):
                 self._header += marker
             else:
-                self._header, self._of_prompt = "", None
+                self._header, self._prompt_header = "", None
         elif marker in (MESSAGE, CONSTRAIN):
-            self._text(pieces, marker)
+            self._add_text(pieces, marker)
         else:
             self._end_message(pieces)
-            self._header, self._of_prompt = marker if marker == CHANNEL else "", None
+            self._header, self._prompt_header = marker if marker == CHANNEL else "", None
 
     def _begin_message(self, pieces: list[AnswerPart], header: str) -> None:
         recipient = RECIPIENT.search(header)

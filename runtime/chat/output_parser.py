@@ -40,7 +40,7 @@ class AnswerParser(Protocol):
 
     @property
     def in_reasoning(self) -> bool:
-        """Whether the text so far ends within reasoning."""
+        """True if the text so far ends within reasoning."""
         ...
 
     def push(self, text: str) -> list[AnswerPart]:
@@ -80,7 +80,7 @@ class OutputParser:
         self._bare_calls = bare_calls
         self._tries_bare = bare_calls and not in_reasoning
         self._reader: CallReader | None = None
-        self._marker = ""  # what opened the block of the reader, with the whitespace before it
+        self._marker = ""  # the text that opened the reader's block, with the whitespace before it
         self._buffer = ""
         self._skips_blanks = in_reasoning
 
@@ -132,7 +132,7 @@ class OutputParser:
         blanks = text[len(visible) :]
         self._buffer = self._buffer[match.end() :]
         if marker == (self._open if self.in_reasoning else self._close):
-            self._buffer = blanks + self._buffer  # it changes nothing
+            self._buffer = blanks + self._buffer  # a repeated marker has no effect
         else:
             self._enter(marker, blanks)
         return True

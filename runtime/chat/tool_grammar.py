@@ -25,7 +25,7 @@ LARK_HEAD = "%llguidance {}\nTEXT: /(.|\\n)*/\n"
 
 @dataclass(frozen=True)
 class ToolRules:
-    """What an answer may contain.
+    """The parts that an answer may contain.
 
     required  at least one call, and no text beside calls
     parallel  more than one call

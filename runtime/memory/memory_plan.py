@@ -3,8 +3,8 @@
 A MemoryPlan holds plain numbers, and everything is computed from them without torch; gpu.py reads a GPU.
 The KV cache gets the rest of the share of the GPU that the rank may use:
 
-    |-- at start --|-- weights --|-- graphs --|-- workspaces --|------ room: KV cache ------|-- free --|
-    0                                                                                    allowed     total
+    |- at start -|- weights -|- graphs -|- states -|- workspaces -|----- room: KV cache -----|- free -|
+    0                                                                                     allowed   total
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .parameter_count import (
 log = logging.getLogger(__name__)
 GIB = 2**30
 CPU_KV_CACHE_GIB = 1.0  # without kv_cache_memory: other programs need the host's memory, too
-OWN_CONTEXT = 768 * 2**20  # a CUDA context takes some 500 MiB: with more in use at start, another process is there
+OWN_CONTEXT = 768 * 2**20  # a CUDA context takes about 500 MiB: with more in use at start, another process is there
 MIN_TOKENS = 2  # any request needs KV cache for two tokens: one of its prompt, one of its output
 
 
@@ -42,7 +42,7 @@ class MemoryPlan:
     page_bytes: int
     page_size: int  # tokens
     num_pages: int = 0
-    reduced_token_bytes: int = 0  # what all-reduces of a step take, for each of its tokens
+    reduced_token_bytes: int = 0  # bytes that all-reduces sum for each token of a step
     pages_of_window: int | None = None  # the most that a request needs in a step; None: pages of its whole context
     total: int | None = None  # memory of the GPU; None on a CPU, where it is not measured
     utilization: float = 1.0
@@ -227,11 +227,13 @@ def loading_speed(weights: int, seconds: float) -> str:
 
 def _no_room(plan: MemoryPlan, least: int) -> str:
     assert plan.allowed is not None
+    states = f" {format_bytes(plan.states)} of recurrent states," if plan.states else ""
     return (
         f"no room for the KV cache: {format_bytes(plan.weights)} of weights, {format_bytes(plan.graphs)} of CUDA"
-        f" graphs, {format_bytes(plan.workspaces)} of workspaces and {format_bytes(plan.at_start)} in use before make"
-        f" {format_bytes(plan.taken)}, and {plan.share_text} allows {format_bytes(plan.allowed)} of {plan.place};"
-        f" {_more_room(plan, least)}, or lower max_num_batched_tokens or max_num_seqs{plan.other_processes}"
+        f" graphs,{states} {format_bytes(plan.workspaces)} of workspaces and {format_bytes(plan.at_start)} in use"
+        f" before make {format_bytes(plan.taken)}, and {plan.share_text} allows {format_bytes(plan.allowed)} of"
+        f" {plan.place}; {_more_room(plan, least)}, or lower max_num_batched_tokens or max_num_seqs"
+        f"{plan.other_processes}"
     )
 
 

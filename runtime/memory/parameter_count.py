@@ -151,7 +151,7 @@ def _experts_size(model: ModelConfig, ranks: int, rank: int) -> int:
 
 
 def float32_parameters(model: ModelConfig) -> int:
-    """Return the parameters of routers that are in float32 in any case."""
+    """Return the parameters of routers that are float32, whatever the model's dtype."""
     if model.experts is None:
         return 0
     rules = model.experts.rules

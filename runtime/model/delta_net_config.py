@@ -16,7 +16,7 @@ class DeltaNetConfig:
     value_heads: int
     key_size: int
     value_size: int
-    taps: int  # of the convolution before it
+    taps: int  # width of the convolution before it
     layers: frozenset[int]
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What config.json says about a model's mixture of experts, by the rules of its family."""
+"""The mixture of experts that config.json describes, read by the rules of the model's family."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 Windows = Literal["never", "always", "flagged", "flagged, upper layers", "flagged, unrotated layers", "layer types"]
 Rotation = Literal["every layer", "no_rope_layers", "windowed layers", "by layer type", "position_embedding_type"]
 ExpertLayers = Literal["sparse steps", "after the dense ones", "interval"]
-Activation = Literal["silu", "gelu"]  # of the gate of an MLP; GELU in its tanh form
+Activation = Literal["silu", "gelu"]  # activation of an MLP's gate; GELU in its tanh form
 QKNormKind = Literal["none", "each head", "all heads"]
 Flag = bool | str  # whether something exists, or the field of config.json that says so
 
@@ -51,7 +51,7 @@ class ExpertRules:
 
     num_experts: str = "num_experts"
     num_per_token: str = "num_experts_per_tok"
-    intermediate_size: str = "moe_intermediate_size"  # of an expert
+    intermediate_size: str = "moe_intermediate_size"  # the field for the intermediate features of an expert
     layers: ExpertLayers = "sparse steps"
     normalized: Flag = "norm_topk_prob"  # the scores of a token's experts are scaled to sum up to 1
     least_sum: str | None = None  # the least divisor of that scaling
@@ -80,7 +80,7 @@ class Architecture:
     names: TensorNames = field(default_factory=TensorNames)
     intermediate_size: str = "intermediate_size"  # the field of config.json
     qkv_bias: Flag = False
-    output_bias: Flag = False  # of the attention's output projection
+    output_bias: Flag = False  # bias of the attention's output projection
     mlp_bias: Flag = False
     qk_norm: QKNormKind = "none"  # RMSNorm of each query and key head, or of all heads together
     qk_norm_flag: str | None = None  # the field of config.json that says whether there is one

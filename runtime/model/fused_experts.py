@@ -13,7 +13,7 @@ GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"  # [N, 2 I, D] and
 class ExpertSlice:
     """The rows from `first` on of one expert, with the methods of a slice of safetensors."""
 
-    tensor: Any  # of all experts
+    tensor: Any  # the tensor of all experts
     expert: int
     first: int
     rows: int

@@ -29,8 +29,8 @@ class AttentionShape:
     num_kv_heads: int  # KV heads of this rank
     head_dim: int
     page_size: int
-    dtype: torch.dtype  # of q and of the activations
-    kv_dtype: torch.dtype | None = None  # of keys and values in the cache; None: as dtype
+    dtype: torch.dtype  # dtype of q and of the activations
+    kv_dtype: torch.dtype | None = None  # dtype of keys and values in the cache; None: the same as dtype
     padded_head_dim: int | None = None  # elements that the cache has for a head, zeros at its end; None: as head_dim
 
     @property

@@ -1,4 +1,4 @@
-"""What config.json says about each layer of a model: sliding windows, rotation, experts.
+"""The properties of each layer that config.json describes: sliding windows, rotation, experts.
 
 Families describe this in different fields; `Architecture` in families.py says which apply.
 """

@@ -50,10 +50,10 @@ class ModelConfig:
     output_bias: bool  # the attention's output projection has a bias
     mlp_bias: bool
     qk_norm: QKNormKind
-    sinks: bool  # of the query heads
-    embedding_multiplier: float  # of the rows of the embedding
-    residual_multiplier: float  # of the result of attention, MLP or experts
-    attention_multiplier: float  # of the scores of attention
+    sinks: bool  # each query head has an attention sink
+    embedding_multiplier: float  # factor of the rows of the embedding
+    residual_multiplier: float  # factor of the results of attention, MLP and experts
+    attention_multiplier: float  # factor of the attention scores
     logits_scaling: float  # divides the logits
     attention_softcap: float | None  # bounds the scores of attention by a tanh
     logits_softcap: float | None  # bounds the logits by a tanh
@@ -110,7 +110,7 @@ class ModelConfig:
         ropes = ropes_of_layers(fields, architecture, num_layers)
         config = cls(
             architecture=name,
-            names=architecture.names,
+            **_family_fields(fields, architecture, hidden_size, head_dim),
             vocab_size=vocab_size,
             hidden_size=hidden_size,
             intermediate_size=fields.integer(architecture.intermediate_size),
@@ -120,20 +120,8 @@ class ModelConfig:
             head_dim=head_dim,
             norm_eps=fields.number("rms_norm_eps", 1e-6, maximum=1.0),
             ropes=ropes,
-            adjacent_pairs=architecture.adjacent_pairs,
-            qkv_bias=_flag(fields, architecture.qkv_bias),
-            output_bias=_flag(fields, architecture.output_bias),
-            mlp_bias=_flag(fields, architecture.mlp_bias),
-            qk_norm=architecture.qk_norm if _flag(fields, architecture.qk_norm_flag or True) else "none",
-            sinks=architecture.sinks,
-            **_multipliers(fields, architecture, hidden_size, head_dim),
-            attention_softcap=_softcap(fields, architecture, "attn_logit_softcapping"),
-            logits_softcap=_softcap(fields, architecture, "final_logit_softcapping"),
-            activation=architecture.activation,
-            zero_centred_norms=architecture.zero_centred_norms,
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             windows=windows_of_layers(fields, architecture.windows, num_layers),
-            output_gate=architecture.output_gate,
             delta_net=DeltaNetConfig.from_hf(fields, num_layers) if architecture.delta_net else None,
             experts=Experts.from_hf(fields, architecture.experts, num_layers) if architecture.experts else None,
             dtype=_dtype(fields),
@@ -315,6 +303,23 @@ def _num_positions(fields: HFConfigReader, ropes: Iterable[RopeConfig | None]) -
             )
         positions = max(positions, rope.extended_positions)
     return positions
+
+
+def _family_fields(
+    fields: HFConfigReader, architecture: Architecture, hidden_size: int, head_dim: int
+) -> dict[str, Any]:
+    """Return what the family says, or leaves to a field of config.json."""
+    fixed = "names", "adjacent_pairs", "sinks", "activation", "zero_centred_norms", "output_gate"
+    flags = "qkv_bias", "output_bias", "mlp_bias"
+    has_qk_norm = _flag(fields, architecture.qk_norm_flag or True)
+    return {
+        **{name: getattr(architecture, name) for name in fixed},
+        **{name: _flag(fields, getattr(architecture, name)) for name in flags},
+        **_multipliers(fields, architecture, hidden_size, head_dim),
+        "qk_norm": architecture.qk_norm if has_qk_norm else "none",
+        "attention_softcap": _softcap(fields, architecture, "attn_logit_softcapping"),
+        "logits_softcap": _softcap(fields, architecture, "final_logit_softcapping"),
+    }
 
 
 def _flag(fields: HFConfigReader, flag: Flag) -> bool:

@@ -8,7 +8,7 @@ Every supported format stores a matrix as float8_e4m3fn and its scales beside it
     modelopt              one for the tensor, one a row, or blocks      weight_scale
     fbgemm_fp8            one a row                                     weight_scale
 
-Scales of activations are ignored: activations are scaled by their own values.
+Scales of activations are ignored: activations are scaled by their section values.
 """
 
 from __future__ import annotations
@@ -66,24 +66,26 @@ class Quantization:
         path = folder / "hf_quant_config.json"
         if "quantization_config" in fields or not path.is_file():
             return cls.from_hf(fields)
-        own = HFConfigReader.from_file(path).nested("quantization")
-        ignored = tuple(own.texts("exclude_modules"))
-        return cls._modelopt(own, ignored)
+        section = HFConfigReader.from_file(path).nested("quantization")
+        ignored = tuple(section.texts("exclude_modules"))
+        return cls._modelopt(section, ignored)
 
     @classmethod
     def from_hf(cls, fields: HFConfigReader) -> Quantization | None:
         """Read `quantization_config` of config.json; None if there is none."""
         if "quantization_config" not in fields:
             return None
-        own = fields.nested("quantization_config")
-        method = own.text("quant_method", "unknown")
-        ignored = tuple(own.texts("modules_to_not_convert") + own.texts("ignored_layers") + own.texts("ignore"))
+        section = fields.nested("quantization_config")
+        method = section.text("quant_method", "unknown")
+        ignored = tuple(
+            section.texts("modules_to_not_convert") + section.texts("ignored_layers") + section.texts("ignore")
+        )
         if method == "fp8":
-            return cls._fp8(own, ignored)
+            return cls._fp8(section, ignored)
         if method == "compressed-tensors":
-            return cls._compressed_tensors(own, ignored)
+            return cls._compressed_tensors(section, ignored)
         if method in ("modelopt", "modelopt_fp8"):
-            return cls._modelopt(own, ignored + tuple(own.texts("exclude_modules")))
+            return cls._modelopt(section, ignored + tuple(section.texts("exclude_modules")))
         if is_mxfp4(fields):  # Experts says so
             return None
         if method == "fbgemm_fp8":
@@ -96,24 +98,24 @@ class Quantization:
         return cls(method="fp8", granularity="row", online=True)
 
     @classmethod
-    def _fp8(cls, own: HFConfigReader, ignored: tuple[str, ...]) -> Quantization:
-        kind = own.text("fmt", "e4m3")
+    def _fp8(cls, section: HFConfigReader, ignored: tuple[str, ...]) -> Quantization:
+        kind = section.text("fmt", "e4m3")
         if kind not in ("e4m3", "float8_e4m3fn"):
             raise _unsupported(f"fp8, fmt {kind!r}")
-        if "weight_block_size" not in own:
+        if "weight_block_size" not in section:
             return cls(method="fp8", granularity="tensor", ignored=ignored)
-        _check_block(own.integers("weight_block_size"))
+        _check_block(section.integers("weight_block_size"))
         return cls(method="fp8", granularity="block", scale_name="weight_scale_inv", ignored=ignored)
 
     @classmethod
-    def _compressed_tensors(cls, own: HFConfigReader, ignored: tuple[str, ...]) -> Quantization:
-        method, groups = "compressed-tensors", own.nested("config_groups")
-        layout = own.text("format", "unknown")
+    def _compressed_tensors(cls, section: HFConfigReader, ignored: tuple[str, ...]) -> Quantization:
+        method, groups = "compressed-tensors", section.nested("config_groups")
+        layout = section.text("format", "unknown")
         if layout not in ("float-quantized", "naive-quantized"):
             raise _unsupported(f"{method}, format {layout!r}")
         if len(groups.values) != 1:
             raise _unsupported(f"{method}, {len(groups.values)} config_groups")
-        if own.nested("sparsity_config").text("format", "dense") != "dense":
+        if section.nested("sparsity_config").text("format", "dense") != "dense":
             raise _unsupported(f"{method}, sparse")
         group = groups.nested(next(iter(groups.values)))
         weights, inputs = group.nested("weights"), group.nested("input_activations")
@@ -131,8 +133,8 @@ class Quantization:
         )
 
     @classmethod
-    def _modelopt(cls, own: HFConfigReader, ignored: tuple[str, ...]) -> Quantization:
-        algorithm = own.text("quant_algo", "unknown")
+    def _modelopt(cls, section: HFConfigReader, ignored: tuple[str, ...]) -> Quantization:
+        algorithm = section.text("quant_algo", "unknown")
         if algorithm not in MODELOPT_ALGORITHMS:
             raise _unsupported(f"modelopt, quant_algo {algorithm!r}")
         return cls(method="modelopt", granularity=MODELOPT_ALGORITHMS[algorithm], ignored=ignored, includes_head=True)

@@ -86,7 +86,9 @@ class RopeConfig:
     def _from_scaling(cls, hf: HFConfigReader, scaling: HFConfigReader, *, partial: bool) -> RopeConfig:
         """Read the parameters `scaling` of one kind of layers."""
         kind = _rope_type(scaling)
-        whole = hf.integer("rotary_dim") / hf.integer("head_dim") if "rotary_dim" in hf else 1.0  # of MiniMax-M2
+        whole = (
+            hf.integer("rotary_dim") / hf.integer("head_dim") if "rotary_dim" in hf else 1.0
+        )  # a field of MiniMax-M2
         part = scaling.number(
             "partial_rotary_factor", hf.number("partial_rotary_factor", whole, maximum=1.0), maximum=1.0
         )

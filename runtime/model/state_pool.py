@@ -21,12 +21,12 @@ class StateShape:
     """The layers of one rank that have states, and the size of these."""
 
     num_layers: int
-    taps: int  # of the convolution; it needs the last taps - 1 inputs
-    channels: int  # of the convolution
+    taps: int  # width of the convolution, which needs the last taps - 1 inputs
+    channels: int  # channels of the convolution
     heads: int  # value heads
     key_size: int
     value_size: int
-    dtype: torch.dtype  # of the inputs; the sums are float32
+    dtype: torch.dtype  # dtype of the inputs; the sums are float32
 
     @property
     def state_bytes(self) -> int:

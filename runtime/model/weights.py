@@ -23,9 +23,9 @@ from .tensor_files import HEAD, STORED_DTYPES, TensorFiles, check_shapes, format
 
 log = logging.getLogger(__name__)
 ALL = slice(None)
-KV_SCALES = (".k_scale", ".v_scale")  # of the KV cache; see kv_scales.py
-UNUSED_SCALES = (".input_scale", ".output_scale", ".q_scale")  # of activations
-DUMMY_DEVIATION = 0.02  # of random weights
+KV_SCALES = (".k_scale", ".v_scale")  # scales of the KV cache; see kv_scales.py
+UNUSED_SCALES = (".input_scale", ".output_scale", ".q_scale")  # scales of activations
+DUMMY_DEVIATION = 0.02  # standard deviation of random weights
 
 
 @dataclass(frozen=True)
@@ -191,12 +191,12 @@ def _check_dtypes(weights: Sequence[Weight], tensors: TensorFiles) -> None:
     """Raise ValueError naming 8-bit tensors in place of others, and the reverse."""
     wrong = []
     for weight in weights:
-        wanted = weight.stored_dtypes
+        allowed = weight.stored_dtypes
         dtypes = {piece.name: tensors[piece.name].get_dtype() for piece in weight.pieces}
         wrong += [
-            f"{name} is {dtype} instead of {' or '.join(wanted)}"
+            f"{name} is {dtype} instead of {' or '.join(allowed)}"
             for name, dtype in dtypes.items()
-            if dtype not in wanted
+            if dtype not in allowed
         ]
     if wrong:
         raise ValueError(

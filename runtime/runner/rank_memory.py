@@ -40,7 +40,9 @@ class SlotTables:
         self.host_page_table = np.zeros((num_slots, pages_per_slot), np.int32)
         self.device_page_table = torch.zeros(num_slots + 1, pages_per_slot, dtype=torch.int32, device=device)
         self._num_cached = np.zeros(num_slots, np.int32)
-        self._row_starts = torch.arange(num_slots + 2, dtype=torch.int32, device=device)  # of rows of one token
+        self._row_starts = torch.arange(
+            num_slots + 2, dtype=torch.int32, device=device
+        )  # the first token of each row, for rows of one token
 
     def update(self, plan: StepPlan) -> None:
         """Store the tokens of admitted requests, and the plan's page writes."""
@@ -62,9 +64,8 @@ class SlotTables:
             positions = np.arange(ends[-1], dtype=np.int32) - np.repeat(before, plan.counts)
         page, offset = np.divmod(positions, self.page_size)
         kv_slots = self.host_page_table[slots, page] * self.page_size + offset
-        if (
-            self._has_states and not plan.is_decode_only
-        ):  # a part of a cached prefix may be computed again for its recurrent state
+        if self._has_states and not plan.is_decode_only:
+            # A part of a cached prefix may be computed again for its recurrent state; its keys are stored already.
             kv_slots[positions < self._num_cached[slots]] = -1
         kv_lengths = plan.starts + plan.counts
         return HostBatch(
@@ -160,7 +161,7 @@ class RankMemory:
     decoder: Decoder
     attention: AttentionBackend
     pool: KVPool
-    states: StatePool | None  # of a model with recurrent layers
+    states: StatePool | None  # None for a model without recurrent layers
     tables: SlotTables
     sampler: Sampler
     grammars: GrammarStates

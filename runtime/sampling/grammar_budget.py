@@ -11,9 +11,7 @@ from collections.abc import Collection
 MIN_EARNED_S = 0.010  # masks of a step may take this long, or as long as the rest of the step if that is longer
 MAX_EARNED_S = 0.050
 MAX_DEBT_S = 0.050  # masks may exceed that by this much in total before a grammar is ended
-CHEAP_S = (
-    0.00075  # a grammar whose masks take less is never ended: 128 requests with a JSON schema are an ordinary load
-)
+CHEAP_S = 0.00075  # a grammar with faster masks is never ended: 128 requests with a JSON schema are an ordinary load
 BAN_S = 60.0  # new requests with an ended grammar are refused for this long
 SHARE = 1 / 8  # weight of the newest mask in the average
 

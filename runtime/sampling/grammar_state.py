@@ -40,7 +40,7 @@ class GrammarState:
         self.first_stop = admission.num_prompt_tokens + admission.params.min_tokens
         self.error: str | None = None
         self.compiled, self._budget = compiled, budget
-        self._tokens: list[int] = []  # those consumed so far
+        self._tokens: list[int] = []  # the tokens consumed so far
         self._matcher: llguidance.LLMatcher = compiled.matcher()
         self.advance(admission.tokens[admission.num_prompt_tokens :].tolist())
 
@@ -123,7 +123,7 @@ class GrammarStates:
     def preload(self) -> None:
         """Load the vocabulary before the first request: that holds the GIL, 1 s for 128k tokens."""
         if self._vocabulary is not None:
-            with suppress(GrammarError):  # told to the requests with a grammar
+            with suppress(GrammarError):  # each request with a grammar gets the error
                 load_tokenizer(self._vocabulary)
 
     def compile(self, params: StructuredOutputsParams) -> Future[object]:

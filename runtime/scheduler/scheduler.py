@@ -27,7 +27,7 @@ from .saved_states import SavedStates
 from .scheduled_step import RunningRows, ScheduledStep
 from .slots import PromptChunk, Slots
 from .step_division import StepDivision, StepTokens, largest_holder
-from .waiting_queue import WaitingQueue, no_rank
+from .waiting_queue import WaitingQueue
 
 
 class Scheduler:
@@ -39,7 +39,7 @@ class Scheduler:
         on_cut = self._states.give_up if limits.has_states else None
         self.pages = PagePool(limits.num_pages, limits.page_size, on_cut)
         self.slots = Slots(limits, self.pages.tree.root)
-        self.waiting = WaitingQueue(_priority if limits.has_priorities else no_rank)
+        self.waiting = WaitingQueue(by_priority=limits.has_priorities)
         self.division = StepDivision(limits, self.slots, self.waiting)
         self.num_preemptions = 0
         self._num_steps = 0
@@ -155,7 +155,7 @@ class Scheduler:
         return 0 if request is None else request.priority
 
     def _find_pages(self, count: int) -> bool:
-        """Return whether so many pages are available, if need be after freeing those that no layer sees any more."""
+        """Return whether `count` pages are available; frees those that no layer sees any more if they are needed."""
         if count > self.pages.num_available and self.limits.window is not None:
             running, first_pages = self.slots.running, self._first_seen_pages(self.limits.window)
             for i in np.flatnonzero(first_pages > self.slots.num_freed_pages[running]).tolist():
@@ -256,10 +256,12 @@ class Scheduler:
             chunk = PromptChunk(slot, tokens.take(request.client, num_left))
             self._extend_prompt(chunk)
             chunks.append(chunk)
-            cached = len(pages) * self.limits.page_size
-            who = request.tokens, request.num_prompt_tokens, request.params, request.stop_ids, request.bad_words
-            admitted.append(Admission(slot, *who, state, cached))
-
+            admitted.append(
+                Admission(
+                    slot, request.tokens, request.num_prompt_tokens, request.params, request.stop_ids,
+                    bad_words=request.bad_words, state=state, num_cached=len(pages) * self.limits.page_size,
+                )
+            )  # fmt: skip
         return admitted
 
     def _fits(self, request: Request) -> bool:
@@ -387,7 +389,3 @@ class Scheduler:
         self._states.release(slot)
         self.waiting.unblock()
         s.release(slot)
-
-
-def _priority(request: Request) -> int:
-    return request.priority

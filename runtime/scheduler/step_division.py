@@ -42,7 +42,7 @@ class StepTokens:
 
     @property
     def is_limited(self) -> bool:
-        """Whether the shares of clients are less than the tokens that could be computed."""
+        """True if the shares of clients are less than the tokens that could be computed."""
         return self._shares is not None
 
     def left_for(self, client: int) -> int:
@@ -67,7 +67,7 @@ class StepDivision:
 
     @property
     def is_shared(self) -> bool:
-        """Whether several clients have requests."""
+        """True if several clients have requests."""
         running, waiting = self._slots.num_by_client.keys(), self._waiting.clients.keys()
         return len(running) > 1 or len(waiting) > 1 or (bool(running and waiting) and running != waiting)
 
@@ -115,7 +115,7 @@ class StepDivision:
             # At least every second step leaves a token for prompts.
             reserved = min(of_prompts[client], max(shares[client] // 4, step % 2))
             num_left_out = num_rows - tokens.take(client, min(num_rows, shares[client] - reserved))
-            if num_left_out:  # those that were computed last
+            if num_left_out:  # leave out those that were computed last
                 of_client = np.flatnonzero(clients == client)
                 by_age = np.argsort(self._slots.last_step[decoding[of_client]], kind="stable")
                 decodes[of_client[by_age[num_rows - num_left_out :]]] = False

@@ -11,7 +11,7 @@ of a language model are from VTC (Sheng et al., 2024, 2401.00588).
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import NamedTuple
 
 from ..request import Request
@@ -42,7 +42,7 @@ class VirtualTime:
 class WaitingEntry(NamedTuple):
     """A waiting request of one client; the smallest entry is the client's next one. `uid` makes entries distinct."""
 
-    rank: int
+    priority: int  # the lowest goes first; 0 if the queue has none
     is_new: bool  # false for a preempted request, which goes first
     start: int  # virtual time within its client; 0 if preempted
     uid: int
@@ -58,12 +58,12 @@ class ClientQueue:
         self.entries: list[WaitingEntry] = []  # a heap
         self._time = VirtualTime()  # its flows are the calls
 
-    def add(self, request: Request, rank: int, *, is_new: bool) -> None:
+    def add(self, request: Request, priority: int, *, is_new: bool) -> None:
         start = self._time.start(request.call) if is_new else 0
         if is_new:
             self._time.serve(request.call, start + len(request.tokens))
         self.num_tokens += len(request.tokens)
-        heapq.heappush(self.entries, WaitingEntry(rank, is_new, start, request.uid, request))
+        heapq.heappush(self.entries, WaitingEntry(priority, is_new, start, request.uid, request))
 
     def pop(self) -> Request:
         entry = heapq.heappop(self.entries)
@@ -79,19 +79,12 @@ class ClientQueue:
         heapq.heapify(self.entries)
 
 
-def no_rank(request: Request) -> int:
-    return 0
-
-
 class WaitingQueue:
-    """Requests in fair order.
+    """Requests in fair order; `by_priority`, those with the lowest priority go before all others."""
 
-    rank  of two requests with different ranks the lower one goes first, whatever its client; 0 by default
-    """
-
-    def __init__(self, rank: Callable[[Request], int] = no_rank) -> None:
-        self._rank = rank
-        self._clients: dict[int, ClientQueue] = {}  # those with waiting requests
+    def __init__(self, *, by_priority: bool = False) -> None:
+        self._by_priority = by_priority
+        self._clients: dict[int, ClientQueue] = {}  # the clients with waiting requests
         self._requests: dict[int, Request] = {}  # by uid
         self._time = VirtualTime()  # its flows are the clients
         self._next: int | None = None  # client of the head, if known
@@ -119,7 +112,9 @@ class WaitingQueue:
             queues = [entry for entry in self._clients.items() if entry[0] not in skip]
             if not queues:
                 return None
-            _, _, _, self._next = min((q.entries[0].rank, q.start, q.entries[0].uid, client) for client, q in queues)
+            _, _, _, self._next = min(
+                (q.entries[0].priority, q.start, q.entries[0].uid, client) for client, q in queues
+            )
         client, self._next = self._next, None if skip else self._next
         return self._clients[client].entries[0].request
 
@@ -141,7 +136,7 @@ class WaitingQueue:
         queue = self._clients.get(request.client)
         if queue is None:
             queue = self._clients[request.client] = ClientQueue(self._time.start(request.client))
-        queue.add(request, self._rank(request), is_new=is_new)
+        queue.add(request, self._priority(request), is_new=is_new)
         self._requests[request.uid] = request
         self._next = None
         self._passed_over.discard(request.client)
@@ -168,7 +163,10 @@ class WaitingQueue:
         return request
 
     def _may_pass(self, request: Request, blocked: Request) -> bool:
-        return request.client != blocked.client or self._rank(request) < self._rank(blocked)
+        return request.client != blocked.client or self._priority(request) < self._priority(blocked)
+
+    def _priority(self, request: Request) -> int:
+        return request.priority if self._by_priority else 0
 
     def _after_removal(self, client: int) -> None:
         """Forget the queue of a client that waits for nothing, but note how far the client has been served."""

@@ -120,7 +120,7 @@ def post(url: str, request: Body, source: str = INNOCENT, timeout_s: float = 120
 
 
 class Measurement:
-    """What innocent clients see for some seconds."""
+    """The latencies of innocent clients over some seconds."""
 
     def __init__(self, url: str, num_innocents: int, seconds: float) -> None:
         self._url, self._deadline = url, time.monotonic() + seconds

@@ -13,9 +13,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from scripted_agent import ScriptedAgent
 
 from fake_engine import Running
+from scripted_agent import ScriptedAgent
 
 pytestmark = [pytest.mark.clients, pytest.mark.process]
 TIMEOUT_S = 120

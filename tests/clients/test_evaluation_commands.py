@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_agent import ScriptedAgent
 
 from lockstep.launch.llm import LLM
 from lockstep.runtime.config import DEMO_MODEL, DEMO_NAME
 from lockstep.runtime.request import SamplingParams
 
 from fake_engine import Running, demo_server
+from scripted_agent import ScriptedAgent
 from small import SMALL
 
 pytestmark = [pytest.mark.clients, pytest.mark.process]

@@ -15,6 +15,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "examples/README.md",
     ROOT / "launch/demo/README.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "scripts/results").glob("*.md")),
@@ -143,6 +144,17 @@ def test_extras_that_the_pages_install_exist() -> None:
         for extras in re.findall(r"'\.\[([\w,]+)\]'", page.read_text()):
             for extra in extras.split(","):
                 assert re.search(rf"^{extra} = \[", pyproject, re.M), f"{page.name}: there is no extra {extra}"
+
+
+def test_messages_that_the_troubleshooting_page_quotes_are_those_of_the_code() -> None:
+    source = "".join(path.read_text() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # a message may go over several lines
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quotes = [quote for row in re.findall(r"^\| (.*?) \|", page, re.M) for quote in re.findall(r"`(.*?)`", row)]
+    assert len(quotes) > 20
+    for quote in quotes:
+        for part in re.split(r"\.\.\.|\bN\b|\d[\d.]*|\bthis machine\b", quote):
+            assert part.strip() in source, f"no message has {part.strip()!r}"
 
 
 def test_flags_page_is_current() -> None:

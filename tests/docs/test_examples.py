@@ -38,11 +38,12 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def test_every_example_is_tested() -> None:
+def test_every_example_is_tested_and_listed() -> None:
     tests = Path(__file__), Path(__file__).parents[1] / "launch/server/test_metrics.py"
     source = "".join(path.read_text() for path in tests)
-    for example in EXAMPLES.iterdir():
-        assert example.name.startswith("_") or f'"{example.name}"' in source or f'/ "{example.name}"' in source
+    listed = set(re.findall(r"^\| \[([\w.]+)\]", (EXAMPLES / "README.md").read_text(), re.M))
+    assert listed == {path.name for path in EXAMPLES.iterdir() if path.name[0] != "_" and path.suffix != ".md"}
+    assert not {name for name in listed if f'"{name}"' not in source}
 
 
 def test_offline(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

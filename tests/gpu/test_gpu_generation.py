@@ -41,7 +41,7 @@ def outputs(llm: LLM, params: SamplingParams) -> list[CompletionOutput]:
 
 @pytest.fixture(scope="module")
 def alone() -> list[CompletionOutput]:
-    """What one rank says."""
+    """Return the outputs of one rank."""
     with engine() as llm:
         return outputs(llm, ASKED)
 

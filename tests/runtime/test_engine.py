@@ -262,9 +262,10 @@ ON_GPU = {
 
 
 def router_margins(model: PreTrainedModel) -> list[torch.Tensor]:
-    """To which each router adds, when `model` runs, by how much each token's last expert beats the next: [T] logits.
+    """Return a list to which each router of a running `model` adds the margins of each token, [T].
 
-    A sigmoid, or a softmax with a bias after it, changes by a fourth of a logit at most. So do the sums of groups.
+    A margin is the logit of the last selected expert less that of the next one. A sigmoid, or a softmax with a bias
+    after it, changes by a fourth of a logit at most. So do the sums of groups.
     """
     margins: list[torch.Tensor] = []
     chosen = getattr(model.config, "num_experts_per_tok", 0)

@@ -1,4 +1,4 @@
-"""What a client with little work sees beside one with much: the scheduler alone, with steps of a made-up duration.
+"""A client with little work beside one with much: the scheduler alone, with steps of an assumed duration.
 
 A step takes a constant time and a time for each token. Four requests of six letters and a stream are the light client's
 work, as in scripts/soak/soak_attacks.py. Their times beside a heavy client are compared with those without it.

@@ -220,6 +220,11 @@ def test_kv_cache_without_room_is_refused() -> None:
         " max_num_seqs"
     )
 
+    with_states = replace(H200, weights=100 * GIB, workspaces=16 * GIB, states=10 * GIB)
+    assert refusal(with_states).startswith(
+        "no room for the KV cache: 100.00 GiB of weights, 0.50 GiB of CUDA graphs, 10.00 GiB of recurrent states,"
+        " 16.00 GiB of workspaces and 0.50 GiB in use before make 127.00 GiB"
+    )
     less_than_a_page = replace(H200, weights=(15 + 108) * GIB - MIB)
     assert refusal(less_than_a_page).startswith("no room for the KV cache: 123.00 GiB of weights")
     assert "raise gpu_memory_utilization to 0.91," in refusal(less_than_a_page)

@@ -18,7 +18,7 @@ from lockstep.runtime.scheduler.waiting_queue import WaitingQueue
 from engines import request, run_engine
 
 
-def ranked(uid: int, priority: int, length: int = 12) -> Request:
+def prioritized(uid: int, priority: int, length: int = 12) -> Request:
     prompt = np.random.default_rng(uid).integers(3, 131, length).tolist()
     return replace(request(uid, prompt, max_tokens=6, temperature=1), priority=priority)
 
@@ -26,7 +26,7 @@ def ranked(uid: int, priority: int, length: int = 12) -> Request:
 @pytest.mark.parametrize(("tp", "slots"), [(1, 1), (1, 3), (2, 1)])
 def test_lowest_priority_number_goes_first(llama_folder: Path, tp: int, slots: int) -> None:
     rng = random.Random(slots)
-    requests = [ranked(uid, rng.choice([-(2**62), -1, 0, 0, 5])) for uid in range(14)]
+    requests = [prioritized(uid, rng.choice([-(2**62), -1, 0, 0, 5])) for uid in range(14)]
     options: dict[str, Any] = {"max_num_seqs": slots, "scheduling_policy": "priority"}
     actual = run_engine(llama_folder, requests, tp=tp, **options)
     expected = [r.uid for r in sorted(requests, key=lambda r: (r.priority, r.uid))]
@@ -38,16 +38,16 @@ def test_lowest_priority_number_goes_first(llama_folder: Path, tp: int, slots: i
 def test_request_that_comes_later_overtakes(llama_folder: Path) -> None:
     def add(step: int, engine: Engine) -> None:
         if step == 2:
-            engine.add([ranked(10, -1)])
+            engine.add([prioritized(10, -1)])
 
     options: dict[str, Any] = {"max_num_seqs": 1, "scheduling_policy": "priority"}
-    actual = run_engine(llama_folder, [ranked(uid, 0) for uid in range(3)], between=add, **options)
+    actual = run_engine(llama_folder, [prioritized(uid, 0) for uid in range(3)], between=add, **options)
     assert list(actual.tokens) == [0, 10, 1, 2], "running requests are not interrupted for it"
 
 
 def test_pages_are_taken_from_the_lowest_priority(llama_folder: Path) -> None:
     params = SamplingParams(max_tokens=60, temperature=0, seed=1)
-    requests = [replace(ranked(uid, priority, 20), params=params) for uid, priority in enumerate([5, 1, 5, 1])]
+    requests = [replace(prioritized(uid, priority, 20), params=params) for uid, priority in enumerate([5, 1, 5, 1])]
     preempted: list[set[int]] = []
 
     def note(step: int, engine: Engine) -> None:
@@ -75,8 +75,8 @@ def test_priorities_are_refused_without_the_policy() -> None:
         assert [len(result.outputs[0].token_ids) for result in results] == [1, 1, 1]
 
 
-def test_queue_with_ranks_is_a_sorted_list() -> None:
-    rng, queue = random.Random(0), WaitingQueue(lambda r: r.priority)
+def test_queue_by_priority_is_a_sorted_list() -> None:
+    rng, queue = random.Random(0), WaitingQueue(by_priority=True)
     waiting: list[Request] = []
     for uid in range(400):
         if waiting and rng.random() < 0.4:
@@ -85,6 +85,6 @@ def test_queue_with_ranks_is_a_sorted_list() -> None:
             expected = min(waiting, key=lambda r: (r.priority, r.uid))
             assert queue.pop(head.client) is head is expected
             waiting.remove(head)
-        added = ranked(uid, rng.randrange(-3, 3))
+        added = prioritized(uid, rng.randrange(-3, 3))
         queue.add(added)
         waiting.append(added)

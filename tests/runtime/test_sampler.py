@@ -50,7 +50,7 @@ def whole(logits: torch.Tensor) -> Logits:
 
 
 def draw(params: SamplingParams, logits: torch.Tensor, positions: int = 4000) -> torch.Tensor:
-    """How often each token comes over many positions, [V]."""
+    """Return the frequency of each token over many positions, [V]."""
     device = logits.device
     s = sampler(params, device=str(device))
     positions_of_rows = np.arange(10, 10 + positions, dtype=np.int32)

@@ -185,7 +185,7 @@ def test_grammar_tokens_with_graphs_and_overlap_on_gpu(folder: Path, baseline: R
 
 
 def test_grammar_continues_after_readmission_at_any_token(folder: Path, baseline: Results) -> None:
-    """As after the death of a rank: with what has been produced, by an engine that knows nothing of it."""
+    """A new engine continues from the tokens produced so far, as after the death of a rank."""
     for cut in (1, 3, 8):
         again = []
         for r in kinds():

@@ -28,7 +28,7 @@ PROMPTS = 4
 
 
 def completes(words: list[list[int]], output: list[int], token: int) -> bool:
-    """Whether the token ends a word after this output."""
+    """Return whether the token completes a word after this output."""
     text = [*output, token]
     return any(text[-len(word) :] == word for word in words)
 

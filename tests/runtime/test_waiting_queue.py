@@ -13,8 +13,8 @@ from lockstep.runtime.request import Request, SamplingParams
 from lockstep.runtime.scheduler.waiting_queue import VirtualTime, WaitingQueue
 
 
-def request(uid: int, num_tokens: int = 1, client: int = 0, call: int = 0) -> Request:
-    return Request(uid, np.zeros(num_tokens, np.int32), num_tokens, SamplingParams(), [], client, call)
+def request(uid: int, num_tokens: int = 1, client: int = 0, call: int = 0, priority: int = 0) -> Request:
+    return Request(uid, np.zeros(num_tokens, np.int32), num_tokens, SamplingParams(), [], client, call, priority)
 
 
 def pop(queue: WaitingQueue) -> Request:
@@ -104,11 +104,12 @@ def test_client_that_waits_for_one_request_at_a_time_is_charged_for_all() -> Non
     assert order == [1, 2, 1, 2, 1, 2]
 
 
-def test_lower_rank_goes_first_whatever_its_client() -> None:
-    queue = WaitingQueue(rank=lambda item: -item.num_prompt_tokens)
-    for uid, num_tokens in enumerate([1, 5, 3, 5, 2]):
-        queue.add(request(uid, num_tokens, client=uid % 2))
-    assert drain(queue) == [1, 3, 2, 4, 0]
+@pytest.mark.parametrize("by_priority", [False, True])
+def test_lower_priority_goes_first_whatever_its_client(by_priority: bool) -> None:
+    queue = WaitingQueue(by_priority=by_priority)
+    for uid, priority in enumerate([-1, -5, -3, -5, -2]):
+        queue.add(request(uid, client=uid % 2, priority=priority))
+    assert drain(queue) == ([1, 3, 2, 4, 0] if by_priority else [0, 1, 2, 3, 4])
 
 
 def test_flows_of_the_past_are_forgotten() -> None:

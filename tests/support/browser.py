@@ -45,7 +45,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
 
 
 def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:
-    """Of the page; the browser writes its port into the profile."""
+    """Return the address of the page; the browser writes its port into the profile."""
     port, until = profile / "DevToolsActivePort", time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
         assert process.poll() is None, (profile / "log").read_text()
@@ -58,7 +58,7 @@ def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:
 
 
 class Browser:
-    """The one page, and all that it has told since `open`."""
+    """The page, and its events since `open`."""
 
     def __init__(self, wire: ClientConnection) -> None:
         self._wire = wire
@@ -68,7 +68,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The result of a method of the protocol."""
+        """Call a method of the protocol; return its result."""
         self._calls += 1
         self._wire.send(json.dumps({"id": self._calls, "method": method, "params": params}))
         while True:
@@ -79,7 +79,7 @@ class Browser:
             self.events.append(message)
 
     def find(self, method: str) -> list[dict[str, Any]]:
-        """What events of this name have told so far."""
+        """Return the parameters of the events of this name so far."""
         return [event["params"] for event in self.events if event.get("method") == method]
 
     def evaluate(self, script: str) -> Any:
@@ -88,11 +88,11 @@ class Browser:
         return found["result"].get("value")
 
     def wait(self, script: str) -> None:
-        """Until it is true for the page."""
+        """Wait until the script is true for the page."""
         until = time.monotonic() + PATIENCE_S
         while not self.evaluate(f"Boolean({script})"):
             shown = "document.body.innerText"
-            assert time.monotonic() < until, f"waited in vain for {script}; there is:\n{self.evaluate(shown)}"
+            assert time.monotonic() < until, f"{script} did not become true; the page shows:\n{self.evaluate(shown)}"
             time.sleep(0.02)
 
     def open(self, url: str) -> None:
@@ -107,7 +107,7 @@ class Browser:
         return str(self.evaluate(f"document.querySelector({json.dumps(selector)}).textContent"))
 
     def click(self, selector: str) -> None:
-        """With the mouse, in the middle of what must be visible."""
+        """Click the middle of an element, which must be visible, with the mouse."""
         element = f"document.querySelector({json.dumps(selector)})"
         box = self.evaluate(f"{element}.scrollIntoView(), {element}.getBoundingClientRect().toJSON()")
         assert box["width"], f"{selector} is not shown"
@@ -116,7 +116,7 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, button="left", clickCount=1, **where)
 
     def type(self, selector: str, text: str) -> None:
-        """In place of what is there."""
+        """Replace the text of an element."""
         self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
         if text:
             self.call("Input.insertText", text=text)
@@ -130,7 +130,7 @@ class Browser:
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key, code=key, windowsVirtualKeyCode=code)
 
     def complaints(self) -> list[str]:
-        """Uncaught exceptions, and errors and warnings of the console."""
+        """Return uncaught exceptions, and errors and warnings of the console."""
         self.call("Runtime.evaluate", expression="0")  # events before this one have come
         said = [str(p["exceptionDetails"]) for p in self.find("Runtime.exceptionThrown")]
         said += [str(p) for p in self.find("Runtime.consoleAPICalled") if p["type"] in ("error", "warning", "assert")]
@@ -138,5 +138,5 @@ class Browser:
         return said + [f"{e['text']} {e.get('url', '')}" for e in entries if e["level"] in ("error", "warning")]
 
     def requests(self, path: str = "") -> list[dict[str, Any]]:
-        """What was requested since `open`, in order; of the URLs that end so."""
+        """Return the requests since `open` whose URL ends with `path`, in order."""
         return [p["request"] for p in self.find("Network.requestWillBeSent") if p["request"]["url"].endswith(path)]

@@ -26,7 +26,7 @@ def error_of(call: Callable[[], Any]) -> str:
 def lose_last_rank(
     comm: Communicator, when: str, how: str, in_graph: bool, be_impatient: Callable[[], None]
 ) -> tuple[list[str], float, float]:
-    """The last rank is killed or stopped; what the others are told, after how long, and how long the GPU was busy."""
+    """Kill or stop the last rank; return the error of the others, its delay, and how long the GPU was busy."""
     x = torch.ones(4096, device="cuda")
     graph = torch.cuda.CUDAGraph()
     comm.all_reduce(x)
@@ -40,7 +40,7 @@ def lose_last_rank(
     be_impatient()  # compiling and joining took longer
     if when == "after":
         work()
-    torch.cuda.synchronize()  # who leaves work behind when killed takes the MPS server along
+    torch.cuda.synchronize()  # a process that is killed with work in flight takes the MPS server along
     if comm.rank == comm.size - 1:
         time.sleep(0.5 if when == "during" else 0)
         subprocess.Popen(["sh", "-c", f"sleep 8; kill -KILL {os.getpid()}"])  # what is stopped must end as well

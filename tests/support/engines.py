@@ -25,7 +25,7 @@ OPTIONS = {"num_pages": 512, "page_size": 4, "max_num_seqs": 32, "max_num_batche
 
 
 class Results:
-    """What came of the requests, by uid."""
+    """The results of requests, by uid."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, list[int]] = {}

@@ -198,7 +198,7 @@ def fake(running: Running) -> FakeService:
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    """The error in OpenAI's envelope, and nothing else in the body."""
+    """Return the error in OpenAI's envelope, which must be all of the body."""
     body = response.json()
     assert set(body) == {"error"}
     assert set(body["error"]) == {"message", "type", "param", "code"}

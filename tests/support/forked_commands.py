@@ -48,7 +48,7 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class EndedCommand:
-    """What a command has printed, how it has ended, and its CPU time with that of its child processes."""
+    """The output of a command, its exit status, and its CPU time with that of its child processes."""
 
     status: int
     cpu_s: float

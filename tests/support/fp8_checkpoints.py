@@ -17,7 +17,7 @@ Scales = Callable[[Tensor], Tensor]  # from a float32 matrix to scales that broa
 
 
 class Layout(NamedTuple):
-    """How a format writes the scales of a matrix, and its quantization_config."""
+    """The scales of a matrix in a format, and the format's quantization_config."""
 
     scale_name: str
     scales: str  # "tensor", "row" or "block"

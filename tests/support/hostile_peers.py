@@ -16,7 +16,7 @@ TORCH_SET = bytes([0]) + struct.pack("<Q", 3) + b"key" + struct.pack("<Q", 800 *
 
 
 def send(address: tuple[str, int], start: bytes, megabytes: int = 0) -> int:
-    """Send bytes and then so many MiB of noise; return how many MiB were taken before the connection was closed."""
+    """Send bytes, then MiBs of noise; return how many MiB were taken before the connection was closed."""
     noise = os.urandom(MIB)
     with suppress(OSError), socket.create_connection(address, timeout=2) as peer:
         peer.sendall(start)

@@ -32,7 +32,7 @@ SOON = {
 
 
 def why_not() -> str:
-    """Why this machine cannot have namespaces; empty if it can."""
+    """Return why this machine cannot have namespaces; empty if it can."""
     missing = [tool for tool in ("ip", "unshare", "sh", "hostname") if shutil.which(tool) is None]
     if missing:
         return f"needs {', '.join(missing)}"
@@ -46,7 +46,7 @@ def why_not() -> str:
 
 
 class Nodes:
-    """The nodes "a", with the head, and "b", of one CPU each; call `close` in any case."""
+    """The nodes "a", with the head, and "b", of one CPU each; always call `close`."""
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="ls-"))  # short: it holds sockets, whose paths end at 107 characters
@@ -81,12 +81,12 @@ class Nodes:
         self._ray[node] = started
 
     def end_ray(self, node: str) -> None:
-        """Wherever it is: a node that Ray has given up ends by itself."""
+        """End Ray on a node; one that Ray has given up ends without this."""
         self._ray[node].terminate()
         self._ray.pop(node).wait(20)
 
     def start(self, node: str, command: Sequence[str], out: Path, err: Path) -> subprocess.Popen[str]:
-        """A command on the node `node`, with its output in files: a pipe that nobody reads fills up."""
+        """Start a command on a node, with its output in files: a pipe without a reader fills up."""
         inside = ["ip", "netns", "exec", self._space(node), "unshare", "--uts", "sh", "-c"]
         named = [*inside, 'hostname "$0" && exec "$@"', f"node-{node}", *command]
         with out.open("w") as to, err.open("w") as errors:
@@ -96,7 +96,7 @@ class Nodes:
             )  # fmt: skip
 
     def run(self, node: str, command: Sequence[str], timeout_s: float = 60) -> str:
-        """stdout of a command that must succeed."""
+        """Return the stdout of a command that must succeed."""
         out, err = self.folder / "out", self.folder / "err"
         process = self.start(node, command, out, err)
         try:
@@ -106,11 +106,11 @@ class Nodes:
         return out.read_text()
 
     def link(self, state: str) -> None:
-        """Set the link "up" or "down"; messages on their way are lost, and nobody is told."""
+        """Set the link "up" or "down"; messages on their way are lost without an error."""
         _ip("-n", self._space("a"), "link", "set", self.interface("a"), state)
 
     def marked(self, title: str = "") -> list[int]:
-        """The processes of these nodes whose command line contains `title`."""
+        """Return the processes of these nodes whose command line contains `title`."""
         return list(marked(self.mark, title))
 
     def close(self) -> None:

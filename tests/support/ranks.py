@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class ThreadGroup:
-    """What the threads share: a place for each rank's operation and tensor, and a barrier."""
+    """The state that the threads share: a place for each rank's operation and tensor, and a barrier."""
 
     def __init__(self, size: int, timeout_s: float = 60.0) -> None:
         self.size = size

@@ -25,7 +25,7 @@ def refuse(status: int, message: str) -> list[bytes]:
 
 
 def completion(number: int, body: dict[str, Any]) -> list[bytes]:
-    """One chunk for each of max_tokens tokens, then the usage."""
+    """Return one chunk for each of max_tokens tokens, then the usage."""
     count = body["max_tokens"]
     chunks = [
         event(choices=[{"text": "x", "finish_reason": "length" if i == count - 1 else None}]) for i in range(count)
@@ -35,7 +35,7 @@ def completion(number: int, body: dict[str, Any]) -> list[bytes]:
 
 
 def conversation(number: int, body: dict[str, Any]) -> list[bytes]:
-    """Who speaks, the words of the last message reversed, that it is over, and the usage."""
+    """Return the events of an answer: the role, the words of the last message reversed, the end, the usage."""
     words = [
         event(choices=[{"delta": {"content": word + " "}}]) for word in body["messages"][-1]["content"].split()[::-1]
     ]
@@ -83,7 +83,7 @@ class Stub:
 
 @contextmanager
 def stub_server(reply: Reply) -> Iterator[Stub]:
-    """A stub that listens, in a thread of its own."""
+    """Yield a stub that listens, in a thread."""
     stub, loop = Stub(reply), asyncio.new_event_loop()
     server = loop.run_until_complete(asyncio.start_server(stub.answer, "127.0.0.1", 0))
     stub.port = server.sockets[0].getsockname()[1]

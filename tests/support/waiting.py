@@ -22,7 +22,7 @@ def holds_within(timeout_s: float, holds: Callable[[], object]) -> bool:
 
 def wait_until(holds: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     """Wait until the condition holds; fail after `timeout_s`."""
-    assert holds_within(timeout_s, holds), "waited in vain"
+    assert holds_within(timeout_s, holds), f"the condition did not hold within {timeout_s:g} s"
 
 
 def left_after(timeout_s: float, find: Callable[[], T]) -> T:

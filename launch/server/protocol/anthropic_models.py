@@ -130,7 +130,7 @@ class AnthropicToolChoice(StrictModel):
 
 
 class ThinkingOptions(StrictModel):
-    """Whether to think; the model decides how long, as `budget_tokens` is not a limit in Anthropic's API either."""
+    """The field `thinking`. `budget_tokens` is no limit, as in Anthropic's API: the model decides when to stop."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Count | None = None

@@ -117,7 +117,7 @@ class StructuredOutputs(StrictModel):
 
 
 class SamplingFields(StrictModel):
-    """How tokens are sampled, where an output ends, when it is its turn, and whose cached prefixes it may use."""
+    """Fields of sampling, of the end of an output, of priority and of cached prefixes."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None

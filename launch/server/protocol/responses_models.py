@@ -146,7 +146,7 @@ class ResponsesTool(StrictModel):
 
 
 class ResponsesReasoning(StrictModel):
-    """How much to think; answers have the reasoning itself in place of a summary."""
+    """The field `reasoning`; answers have the reasoning itself in place of a summary."""
 
     effort: ReasoningEffort | None = None
     summary: Literal["auto", "concise", "detailed", "none"] | None = None

@@ -11,10 +11,10 @@ from types import FrameType
 from typing import NoReturn
 
 import pytest
-from bad_checkpoints import CASES, copy_of_demo
 
 from lockstep import LLM
 
+from bad_checkpoints import CASES, copy_of_demo
 from forked_commands import ForkedCommands
 from small import COMMAND, SMALL, SMALL_FLAGS
 

@@ -90,7 +90,7 @@ def nodes() -> Iterator[Nodes]:
 
 @pytest.fixture(scope="module")
 def undisturbed() -> str:
-    """What one rank makes of PROMPT."""
+    """Return the output of one rank for PROMPT."""
     with LLM(**SMALL) as llm:
         params = SamplingParams(temperature=0, max_tokens=LONG, ignore_eos=True)
         return llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0].text

@@ -238,7 +238,7 @@ def test_placement_in_too_small_cluster_fails_at_once(ray_cluster: dict[str, str
 
 
 def test_placement_waits_for_nodes_to_join(ray_cluster: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    """What comes of it when one joins is in test_nodes.py."""
+    """test_nodes.py has a node that joins in time."""
     with pytest.raises(PlacementError, match=r"^after \d s, 2 ranks with 1 CPU, 1 GPU each never fit "):
         LLM(tensor_parallel_size=2, wait_for_resources=3, **{**SMALL, "device": "cuda"})
     assert "of 3 s, nodes are missing: " in caplog.text
@@ -272,7 +272,7 @@ FLAGS = ["--temperature=0.8", "--top-p=1", "--top-k=0", "--seed=3", "--max-token
 
 
 def start(arguments: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
-    """In a session of its own, as from a terminal of its own."""
+    """Start a command in its own session, as in another terminal."""
     environment = {**os.environ, **environment}
     pipe = subprocess.PIPE
     return subprocess.Popen(
@@ -352,8 +352,11 @@ def test_program_without_close_ends_its_cluster(own_mark: dict[str, str]) -> Non
 
 
 def orphans(mark: dict[str, str], number: int) -> list[str]:
-    """What a signal to the owner has left; after SIGKILL Ray's two agents may go on for the 60 s in which they try to
-    report the raylet's death to a GCS that is dead as well (a constant of Ray's)."""
+    """Return the processes that are left after a signal to the owner.
+
+    After SIGKILL Ray's two agents may try for 60 s (a constant of Ray) to report the raylet's end to a GCS that has
+    ended as well.
+    """
     left = marked(mark).values()
     return [title for title in left if number != signal.SIGKILL or not title.rstrip().endswith("Agent")]
 

@@ -56,7 +56,7 @@ class FakeRay:
 @pytest.fixture
 def fake_ray() -> Iterator[FakeRay]:
     started = FakeRay()
-    wait_until(lambda: started.watch.look() or len(started.watch._needed) == 5)
+    wait_until(lambda: started.watch.update() or len(started.watch._needed) == 5)
     assert started.watch.problem() is None
     yield started
     started.end()
@@ -70,15 +70,15 @@ def test_killed_process_is_named_with_its_signal(fake_ray: FakeRay, role: str, n
     assert fake_ray.watch.problem() == f"Ray's {role} (pid {fake_ray.pids[role]}) was killed by {number.name}"
 
 
-def test_server_that_ended_before_the_first_look_is_found() -> None:
-    """It has no command line any more."""
+def test_server_that_ended_before_the_first_update_is_found() -> None:
+    """A process that has ended has no command line."""
     with tempfile.TemporaryDirectory() as folder:
         program = Path(shutil.copy("/bin/sleep", Path(folder) / "raylet"))
         # The variable keeps the ended process a zombie: Python waits for the processes of collected Popen objects.
         code = f"import subprocess, sys; ended = subprocess.Popen([{str(program)!r}, '0']); sys.stdin.read()"
         starter = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, start_new_session=True)
         watch = RayProcesses(starter.pid)
-        wait_until(lambda: watch.look() or "has ended with status 0" in str(watch.problem()))
+        wait_until(lambda: watch.update() or "has ended with status 0" in str(watch.problem()))
         assert str(watch.problem()).startswith("Ray's raylet (pid ")
         starter.communicate()
 

@@ -952,8 +952,11 @@ def test_close_during_recovery_does_not_wait(ray_cluster: dict[str, str]) -> Non
 @pytest.mark.nightly
 @pytest.mark.process
 def test_starting_and_stopping_ray_leaves_nothing() -> None:
-    """In a process of its own. Not counted: a log file and a dead socket that Ray leaves open each time, and the
-    threads of gRPC's pools, which grow and shrink with load."""
+    """Count threads and open files in a separate process.
+
+    Not counted: a log file and a dead socket that Ray leaves open each time, and the threads of gRPC's pools, which
+    grow and shrink with load.
+    """
     program = f"""
 import asyncio, gc, os, sys
 sys.path.append({str(Path(processes.__file__).parent)!r})

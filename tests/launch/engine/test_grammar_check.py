@@ -64,7 +64,7 @@ def test_compiler_killed_while_it_compiles_compiles_again(check: GrammarCheck, m
 
 
 def test_compiler_that_ends_twice_refuses_the_grammar(check: GrammarCheck, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the grammar's fault, and others are compiled."""
+    """The grammar is to blame, and others are compiled."""
 
     class DyingProcess(ChildProcess):
         def request(self, line: bytes, timeout_s: float) -> object:

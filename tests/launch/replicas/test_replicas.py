@@ -60,7 +60,7 @@ def test_prefix_affinity_equals_brute_force() -> None:
 
 
 def common(a: list[int], b: list[int]) -> int:
-    """How many tokens both begin with."""
+    """Return the number of tokens with which both begin."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -192,7 +192,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def undisturbed() -> list[str]:
-    """What one rank makes of the prompts, greedily."""
+    """Return the greedy outputs of one rank."""
     with LLM(**SMALL) as llm:
         params = SamplingParams(temperature=0, max_tokens=LONG, ignore_eos=True)
         results: list[RequestOutput] = llm.generate(PROMPTS, params, use_tqdm=False)

@@ -1,4 +1,4 @@
-"""What happens on a connection: half-closed clients, refused bodies, HEAD, and the hosts and origins of browsers."""
+"""Events of a connection: half-closed clients, refused bodies, HEAD, and the hosts and origins of browsers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the server tells clients apart, and the places that it keeps for those with little work."""
+"""The recognition of clients, and the places that the server keeps for those with little work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers of ranks that divide neither heads nor features: the tokens of one rank, and transformers' logits."""
+"""Numbers of ranks that divide neither heads nor features: their tokens are those of one rank."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from bad_checkpoints import copy_of_demo, edit, edit_weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -26,6 +25,7 @@ from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Tokenizer
 
+from bad_checkpoints import copy_of_demo, edit, edit_weights
 from checkpoints import FAMILIES, TINY, rewrite_config, tiny_checkpoint
 from small import SMALL
 
