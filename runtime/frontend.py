@@ -216,10 +216,10 @@ class Frontend:
         return Request(next(self._uids), tokens, len(tokens), request_params, stop_ids, *origin, bad_words, cache_salt)
 
     def _sibling(self, first: Request, index: int) -> Request:
-        """Return the request for another output; one of them is enough for the prompt's log-probabilities."""
+        """Return the request for another output."""
         assert first.params.seed is not None
         seed = (first.params.seed + index + INT64 // 2) % INT64 - INT64 // 2
-        params = msgspec.structs.replace(first.params, seed=seed, prompt_logprobs=None)
+        params = first.params.of_further_output(seed)
         return msgspec.structs.replace(first, uid=next(self._uids), params=params)
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from reprlib import repr as shortened
 from typing import Any, NamedTuple
@@ -107,6 +108,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
     @property
     def has_logprobs(self) -> bool:
         return self.logprobs is not None or self.logprob_token_ids is not None
+
+    def of_further_output(self, seed: int) -> SamplingParams:
+        """Return the parameters of another output of a prompt, of which one is enough for its log-probabilities."""
+        params = copy(self)  # without another check of all values
+        msgspec.structs.force_setattr(params, "seed", seed)
+        msgspec.structs.force_setattr(params, "prompt_logprobs", None)
+        return params
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if a token id in these parameters is not one of the model's."""

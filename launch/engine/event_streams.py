@@ -12,6 +12,7 @@ from ...runtime.outputs import Event
 from ..errors import EngineFailed
 
 Item = TypeVar("Item")
+STARTED_AT_ONCE = 2  # streams in one turn of the loop: a long prompt takes half a millisecond
 
 
 class OutputQueue:
@@ -103,10 +104,13 @@ def put_all(batch: Iterable[tuple[OutputQueue, Event | EngineFailed]]) -> None:
         queue.put(item)
 
 
-async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[tuple[int, Item], None]:
+async def merge(
+    streams: Sequence[AsyncGenerator[Item, None]], starting: asyncio.Lock
+) -> AsyncGenerator[tuple[int, Item], None]:
     """Yield the items of all streams as they come, each with the number of its stream.
 
-    All streams are closed when this generator is closed or when one of them fails.
+    Several streams start one after the other, and only while they hold the lock: those of many callers together would
+    keep other tasks from their turns. All are closed when this generator is closed or when one of them fails.
     """
     if len(streams) == 1:  # the usual case, without a task and a queue
         async with aclosing(streams[0]) as stream:
@@ -119,10 +123,14 @@ async def merge(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator
         async for item in stream:
             queue.put_nowait((number, item))
 
-    tasks = [asyncio.ensure_future(forward(i, stream)) for i, stream in enumerate(streams)]
-    for task in tasks:
-        task.add_done_callback(queue.put_nowait)
+    tasks: list[asyncio.Task[None]] = []
     try:
+        for first in range(0, len(streams), STARTED_AT_ONCE):
+            async with starting:
+                for i, stream in enumerate(streams[first : first + STARTED_AT_ONCE], start=first):
+                    tasks.append(asyncio.ensure_future(forward(i, stream)))
+                    tasks[-1].add_done_callback(queue.put_nowait)
+                await asyncio.sleep(0)
         num_running = len(tasks)
         while num_running:
             entry = await queue.get()

@@ -39,6 +39,7 @@ from .protocol.response_models import (
     Version,
 )
 from .protocol.responses_models import ResponsesRequest
+from .refusal_pacing import RefusalPacing
 from .request_id import RequestIds
 from .server_config import ServerConfig
 
@@ -98,7 +99,7 @@ def create_app(handlers: Handlers, config: ServerConfig) -> ASGIApp:
     app.add_route("/stats", handlers.stats, include_in_schema=False)
     for path in PAGE_FILES:
         app.add_route(path, _send_page_file, include_in_schema=False)
-    return check_origin(AnswerHead(RequestIds(RequireKey(app, keys))), config)
+    return RefusalPacing(check_origin(AnswerHead(RequestIds(RequireKey(app, keys))), config))
 
 
 async def _send_page_file(request: Request) -> Response:

@@ -65,6 +65,7 @@ class Handlers:
         self._chats = ChatPreparer(engine.tokenizer, engine.check_grammar, config)
         self._metrics = Metrics(self._validator.model_names[0], engine.stats)
         self._stall_detector = StallDetector(limits.stall_timeout_s)
+        self._starting = asyncio.Lock()  # of the prompts of requests with several
         self._created = int(time.time())
 
     async def completions(self, request: Request) -> Response:
@@ -160,7 +161,7 @@ class Handlers:
         prompts = [self._validator.truncated(body, ids) for ids in prompts]
         self._validator.check_prompt_logprobs(body, sum(map(len, prompts)))
         constraint = chat.constraint if chat else structured_outputs(body)
-        params = [self._validator.sampling_params(body, len(ids), constraint) for ids in prompts]
+        params = self._validator.sampling_params(body, [len(ids) for ids in prompts], constraint)
         if chat is not None and chat.keeps_special_tokens:
             params = [msgspec.structs.replace(p, skip_special_tokens=False) for p in params]
         usage, started, outcome = TokenUsage(sum(map(len, prompts))), time.perf_counter(), "failed"
@@ -210,7 +211,7 @@ class Handlers:
         salt, is_echo_only = body.cache_salt, body.max_tokens == 0
         salted = [ids if salt is None else PromptFields(prompt_token_ids=ids, cache_salt=salt) for ids in prompts]
         streams = [self._engine.generate(prompt, p, origin) for prompt, p in zip(salted, params, strict=True)]
-        async with aclosing(merge(streams)) as events:
+        async with aclosing(merge(streams, self._starting)) as events:
             async for prompt, event in events:
                 if is_echo_only:
                     event = event.without_tokens()

@@ -6,6 +6,7 @@ nothing but text is made as bytes: it is on the path of every token, where pydan
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -89,6 +90,8 @@ class ResponseBuilder(ABC):
         for index, (first, *later) in sorted(by_choice.items()):
             make = partial(self._choice_json, index, first, later)
             is_long = len(later) > LONG_EVENTS or num_candidates(first) > LONG_CANDIDATES
+            if choices:
+                await asyncio.sleep(0)  # other tasks of the loop do not wait for all choices
             choices += [b"," if choices else b"", await make_long(make) if is_long else make()]
         head, _, tail = (await self._frame(by_choice[min(by_choice)][0])).partition(NO_CHOICES)
         return [head + b'"choices":[', *choices, b"]" + tail]

@@ -74,10 +74,19 @@ class RequestValidator:
         return num_prompts * n
 
     def sampling_params(
-        self, body: GenerateRequest, num_prompt_tokens: int, constraint: StructuredOutputsParams | None
+        self, body: GenerateRequest, prompt_lengths: Sequence[int], constraint: StructuredOutputsParams | None
+    ) -> list[SamplingParams]:
+        """Return the sampling parameters for prompts of these lengths in tokens.
+
+        Those that the request leaves out are the model's recommendation.
+        """
+        lengths = [max(1, self._max_tokens(body, length)) for length in prompt_lengths]
+        params = {length: self._sampling_params(body, length, constraint) for length in set(lengths)}
+        return [params[length] for length in lengths]
+
+    def _sampling_params(
+        self, body: GenerateRequest, max_tokens: int, constraint: StructuredOutputsParams | None
     ) -> SamplingParams:
-        """Return the sampling parameters; those that the request leaves out are the model's recommendation."""
-        max_tokens = max(1, self._max_tokens(body, num_prompt_tokens))
         fields = {name: value for name in SAMPLING_FIELDS if (value := getattr(body, name)) is not None}
         num_top = None if body.logprob_token_ids else num_top_logprobs(body)
         try:
@@ -198,8 +207,8 @@ class AdmissionControl:
         if self._by_client[client] + num_outputs <= max_queued // RESERVE**2:
             max_queued += max_queued // RESERVE
             max_requests += max_requests // RESERVE
-        is_full = max(num_queued, self._engine.stats().waiting) > max_queued
-        if is_full or self._num_requests >= max_requests:
+        is_full = num_queued > max_queued or self._num_requests >= max_requests
+        if is_full or self._engine.stats().waiting > max_queued:  # the statistics cost much with many outputs
             load = f"{counted(self._num_requests, 'request')} with {counted(self._num_outputs, 'output')}"
             raise ApiError(429, f"the server is busy: {load}; try again later", code="rate_limit_exceeded")
         self._count(client, 1, num_outputs)

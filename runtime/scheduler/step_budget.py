@@ -7,7 +7,7 @@ from math import inf
 FIRST_TOKENS = 64  # in the first limited step; up to twice as many in each further one
 LEAST_TOKENS = 16
 LIGHT_TOKENS = 8  # a step with this many, or two of each client, is light
-SLOWDOWN = 3  # a step that clients share may take this many times as long as a light one
+SLOWDOWN = 2.5  # a step that clients share may take this many times as long as a light one
 LONGEST_S = 0.25  # duration of a step of one client, in which another may arrive; longer ones are not faster
 MEMORY_S = 5.0  # seconds of steps for which a client that has ended is expected back
 
@@ -58,13 +58,20 @@ class StepBudget:
         With `is_limited` it left out tokens beyond the limit.
         """
         if num_tokens <= max(LIGHT_TOKENS, 2 * self._num_clients) and not is_limited:
-            self._light_s = latency_s if self._light_s == inf else self._light_s + (latency_s - self._light_s) / 16
+            self._note_light(latency_s)
         self._alone_s += duration_s
         if self._expects_others:
             target, least = SLOWDOWN * self._light_s / latency_s, max(LEAST_TOKENS, 2 * self._num_clients)
             self._shared.note(num_tokens, target, is_limited=is_limited, least=least)
         else:
             self._alone.note(num_tokens, LONGEST_S / duration_s, is_limited=is_limited)
+
+    def _note_light(self, latency_s: float) -> None:
+        """Follow shorter steps fast and longer ones slowly: a step that something else delayed is no measure."""
+        if self._light_s == inf:
+            self._light_s = latency_s
+        else:
+            self._light_s += (latency_s - self._light_s) / (4 if latency_s < self._light_s else 64)
 
     @property
     def _expects_others(self) -> bool:

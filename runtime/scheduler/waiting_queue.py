@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Mapping, Set
+from itertools import chain
 from typing import NamedTuple
 
 from ..request import Request
@@ -55,7 +56,8 @@ class ClientQueue:
     def __init__(self, start: int) -> None:
         self.start = start
         self.num_tokens = 0
-        self.entries: list[WaitingEntry] = []  # a heap
+        self._entries: list[WaitingEntry] = []  # a heap; its first entry has not been removed
+        self._removed: set[int] = set()  # uids of entries that are still in the heap
         self._time = VirtualTime()  # its flows are the calls
 
     def add(self, request: Request, priority: int, *, is_new: bool) -> None:
@@ -63,10 +65,22 @@ class ClientQueue:
         if is_new:
             self._time.serve(request.call, start + len(request.tokens))
         self.num_tokens += len(request.tokens)
-        heapq.heappush(self.entries, WaitingEntry(priority, is_new, start, request.uid, request))
+        heapq.heappush(self._entries, WaitingEntry(priority, is_new, start, request.uid, request))
+
+    @property
+    def first(self) -> WaitingEntry:
+        return self._entries[0]
+
+    def __len__(self) -> int:
+        return len(self._entries) - len(self._removed)
+
+    def __iter__(self) -> Iterator[Request]:
+        """Yield the requests in the order of admission."""
+        return (entry.request for entry in sorted(self._entries) if entry.uid not in self._removed)
 
     def pop(self) -> Request:
-        entry = heapq.heappop(self.entries)
+        entry = heapq.heappop(self._entries)
+        self._drop_removed()
         self._time.now = max(self._time.now, entry.start)
         self.num_tokens -= len(entry.request.tokens)
         if entry.is_new:
@@ -75,8 +89,16 @@ class ClientQueue:
 
     def remove(self, request: Request) -> None:
         self.num_tokens -= len(request.tokens)
-        self.entries = [entry for entry in self.entries if entry.uid != request.uid]
-        heapq.heapify(self.entries)
+        self._removed.add(request.uid)
+        if 2 * len(self._removed) > len(self._entries):  # not each time: clients cancel a thousand requests at once
+            self._entries = [entry for entry in self._entries if entry.uid not in self._removed]
+            heapq.heapify(self._entries)
+            self._removed.clear()
+        self._drop_removed()
+
+    def _drop_removed(self) -> None:
+        while self._entries and self._entries[0].uid in self._removed:
+            self._removed.remove(heapq.heappop(self._entries).uid)
 
 
 class WaitingQueue:
@@ -96,7 +118,7 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Request]:
         """Yield the requests of one client after the other, each in the order of admission."""
-        return (entry.request for queue in self._clients.values() for entry in sorted(queue.entries))
+        return chain.from_iterable(self._clients.values())
 
     @property
     def clients(self) -> Mapping[int, ClientQueue]:
@@ -112,11 +134,9 @@ class WaitingQueue:
             queues = [entry for entry in self._clients.items() if entry[0] not in skip]
             if not queues:
                 return None
-            _, _, _, self._next = min(
-                (q.entries[0].priority, q.start, q.entries[0].uid, client) for client, q in queues
-            )
+            _, _, _, self._next = min((q.first.priority, q.start, q.first.uid, client) for client, q in queues)
         client, self._next = self._next, None if skip else self._next
-        return self._clients[client].entries[0].request
+        return self._clients[client].first.request
 
     def block(self, request: Request) -> None:
         """Keep all waiting behind the head, which does not fit, until `unblock` or until one that may pass it comes."""
@@ -171,7 +191,7 @@ class WaitingQueue:
     def _after_removal(self, client: int) -> None:
         """Forget the queue of a client that waits for nothing, but note how far the client has been served."""
         self._next = None
-        if not self._clients[client].entries:
+        if not self._clients[client]:
             self._time.serve(client, self._clients.pop(client).start)
         if not self._clients:  # nobody is kept waiting: the past has no influence
             self._time = VirtualTime()

@@ -2,19 +2,22 @@
 
     python scripts/soak/soak_attacks.py --seconds 10 --attackers 8 -- --device cpu
 
-First without attackers, then with --attackers clients for each kind of attack. Three kinds of clients measure: one
-calls /health, one reads streams, --innocents others send short prompts. The attackers run at the lowest priority, as
-if on another machine, and have another address than the others: the server is fair between addresses.
+--attackers clients send each kind of request. Before each attack, and after the last one, the same is measured without
+attackers: an attack is compared with the calm times before and after it. Three kinds of clients measure: one calls
+/health, one reads streams, --innocents others send short prompts. The attackers run at the lowest priority, as if on
+another machine, and have another address than the others: the server is fair between addresses.
 
-Prints a line for each attack: latencies in milliseconds, the worst gap within a stream, the statuses of innocent
-clients and attackers, and the memory of the server. The last line is JSON. The exit status is 1 if an innocent request
-was not answered with 200, or if its p99 is above --factor times that without an attack.
+Prints a line for each attack: latencies in milliseconds, the worst gap within a stream, p99 and the p99 of gaps in
+those without the attack, the statuses of innocent clients and attackers, and the memory of the server. The last line
+is JSON. The exit status is 1 if an innocent request was not answered with 200, or if its p99 is above --factor times
+that without the attack.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import multiprocessing
 import os
@@ -37,6 +40,9 @@ SHORT = {"prompt": "Moses.", "max_tokens": 4, "temperature": 0}
 STREAM = {"prompt": "And it came to pass", "max_tokens": 200, "ignore_eos": True, "stream": True}
 INNOCENT = "127.0.0.1"  # address of innocent clients
 USER = {"role": "user", "content": ""}
+UNIQUE = "777777777"  # another number takes its place in each request
+SLOW_RULES = 's: s s s s | "a" | "b" |'  # an ambiguous grammar
+SLOW_PATTERN = ".*a.{18}b"
 Body = tuple[str, bytes]  # path and JSON
 
 
@@ -52,6 +58,7 @@ def attacks() -> dict[str, Body]:
     """Return the most expensive request of each kind."""
     words = long_words(random.Random(1))
     completion, chat = "/v1/completions", "/v1/chat/completions"
+    many = {"n": 128, "max_tokens": 200, "temperature": 1}
     return {
         "one prompt of a letter": body(completion, prompt="a" * LONG),
         "one prompt of words": body(completion, prompt=words),
@@ -79,19 +86,33 @@ def attacks() -> dict[str, Body]:
         "many outputs": body(
             completion, prompt=[[5]] * 8, n=64, max_tokens=8, logprobs=20, logit_bias={str(i): 1 for i in range(1000)}
         ),
+        "an invalid request": body(completion, prompt="a", max_tokens=-1),
+        "an unknown route": body("/nothing"),
+        "short prompts": body(completion, prompt="a", max_tokens=1),
+        "an ambiguous grammar": body(completion, prompt="a", guided_grammar=lark(SLOW_RULES), **many),
+        "a slow pattern": body(completion, prompt="a", guided_regex=SLOW_PATTERN, **many),
+        "ambiguous grammars": body(completion, prompt="a", guided_grammar=lark(SLOW_RULES) + f"\n// {UNIQUE}", **many),
+        "slow patterns": body(completion, prompt="a", guided_regex=f"{SLOW_PATTERN}{UNIQUE}", **many),
+        "large patterns": body(completion, prompt="a", guided_regex=f"([a-z]{{1,900}}x){{900}}{UNIQUE}"),
     }
+
+
+def lark(rules: str) -> str:
+    return f"start: s\n{rules}"
 
 
 def attack(url: str, request: Body, sources: list[str], seconds: float, statuses: Queue[Counter[str]]) -> None:
     """Send the request from each address in a loop; the counts of the statuses go to `statuses`."""
     os.nice(19)
     counts: Counter[str] = Counter()
-    deadline = time.monotonic() + seconds
+    deadline, numbers = time.monotonic() + seconds, itertools.count(100_000_000)
+    path, content = request
 
     def send(source: str) -> None:
         while (left_s := deadline - time.monotonic()) > 0:
+            unique = content.replace(UNIQUE.encode(), str(next(numbers)).encode())
             try:
-                counts[str(post(url, request, source, timeout_s=left_s)[0])] += 1
+                counts[str(post(url, (path, unique), source, timeout_s=left_s)[0])] += 1
             except OSError as error:
                 counts[type(error).__name__] += 1
 
@@ -223,15 +244,18 @@ def main() -> int:
     try:
         url = server.url()
         post(url, body("/v1/completions", **SHORT))
-        names: dict[str, Body | None] = {"none": None, **attacks()}
-        for name, request in names.items():
-            if request is None or not options.only or any(text in name for text in options.only):
-                figures[name] = measure(url, request, options) | {"memory_mib": memory_mib(server)}
-                print(f"{name}: {figures[name]}", flush=True)
+        chosen = [(k, v) for k, v in attacks().items() if not options.only or any(text in k for text in options.only)]
+        calm = measure(url, None, options)
+        print(f"none: {calm}", flush=True)
+        for name, request in chosen:
+            during = measure(url, request, options)
+            before, calm = calm, measure(url, None, options)
+            mean = {f"calm_{key}": round((before[key] + calm[key]) / 2, 1) for key in ("p99", "p99_gap")}
+            figures[name] = during | mean | {"memory_mib": memory_mib(server)}
+            print(f"{name}: {figures[name]}", flush=True)
     finally:
         server.kill()
-    highest = options.factor * figures["none"]["p99"]
-    wrong = [name for name in figures if figures[name]["p99"] > highest]
+    wrong = [name for name, f in figures.items() if f["p99"] > options.factor * f["calm_p99"]]
     wrong += [name for name, f in figures.items() if set(f["innocent"]) != {"200"}]
     print(json.dumps({"wrong": wrong, **figures}))
     return 1 if wrong else 0

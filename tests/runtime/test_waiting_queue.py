@@ -51,6 +51,17 @@ def test_order_of_one_client_is_that_of_arrival_with_preempted_requests_first(ha
     assert drain(queue) == [uid for uid in expected if uid not in removed]
 
 
+def test_removed_requests_leave_nothing_behind() -> None:
+    queue = WaitingQueue()
+    queue.add(request(0))
+    for uid in range(1, 1000):
+        queue.add(request(uid))
+        assert queue.remove(uid) is not None
+    assert len(queue.clients[0]._entries) < 5
+    assert [item.uid for item in queue] == [0]
+    assert drain(queue) == [0]
+
+
 @pytest.mark.parametrize("flow", ["client", "call"])
 def test_service_of_waiting_flows_differs_by_two_requests_at_most(flow: str) -> None:
     """Goyal et al., theorem 1: over any time in which both wait, by the sum of their longest requests."""

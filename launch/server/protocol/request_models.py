@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
@@ -269,6 +270,7 @@ class DetokenizeRequest(StrictModel):
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
+@cache
 def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """Return the fields of a request by name, and those of its nested models as `parent.name`."""
     fields: dict[str, FieldInfo] = {}

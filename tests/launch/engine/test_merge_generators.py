@@ -31,7 +31,7 @@ class Stream:
 @pytest.mark.parametrize("numbers", [[3], [3, 0, 5], [1] * 20], ids=str)
 def test_merged_items_keep_the_order_of_each_stream(numbers: list[int]) -> None:
     async def main() -> None:
-        merged = [entry async for entry in merge([Stream(number).items() for number in numbers])]
+        merged = [entry async for entry in merge([Stream(number).items() for number in numbers], asyncio.Lock())]
         for index, number in enumerate(numbers):
             assert [item for stream, item in merged if stream == index] == list(range(number))
 
@@ -43,7 +43,7 @@ def test_failure_of_one_stream_is_raised_and_closes_all(count: int) -> None:
     async def main() -> None:
         streams = [Stream(2, KeyError("broken")), *(Stream(10**9) for _ in range(count - 1))]
         with pytest.raises(KeyError, match="broken"):
-            async for _ in merge([stream.items() for stream in streams]):
+            async for _ in merge([stream.items() for stream in streams], asyncio.Lock()):
                 pass
         assert all(stream.closed for stream in streams)
 
@@ -54,7 +54,7 @@ def test_failure_of_one_stream_is_raised_and_closes_all(count: int) -> None:
 def test_merged_generator_closed_early_closes_all(count: int) -> None:
     async def main() -> None:
         streams = [Stream(10**9) for _ in range(count)]
-        async with aclosing(merge([stream.items() for stream in streams])) as merged:
+        async with aclosing(merge([stream.items() for stream in streams], asyncio.Lock())) as merged:
             for _ in range(2 * count):
                 await anext(merged)
         assert all(stream.closed for stream in streams)

@@ -114,3 +114,10 @@ def test_replicas_killed_under_load_are_replaced() -> None:
 def test_random_kills_lose_no_stream() -> None:
     result = script("soak_kills.py", "--seconds=120", "--", "--tp=2", *FLAGS)
     assert result["right"] > STREAMS
+
+
+@pytest.mark.nightly
+def test_two_servers_start_at_once_and_fail_independently() -> None:
+    kills = ("rank:SIGKILL", "raylet:SIGKILL", "gcs_server:SIGSTOP", "starter of Ray:SIGKILL")
+    result = script("soak_two_servers.py", *(f"--kill={kill}" for kill in kills), "--", "--tp=2", *FLAGS)
+    assert len(result["rounds"]) == len(kills) + 1
