@@ -122,9 +122,9 @@ def linear(
     norm    [D]     weight of an RMSNorm of x with `eps`, before the GEMM
     add_to  [T, F]  the result is added in place, and this is returned; not together with gated
     out     [T, F]  receives the result, and is returned; not together with gated or add_to
-    On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed. With batch_invariant (set by
-    --deterministic) a row's result is bitwise identical in any batch, but slower; x must be bfloat16 or float16, and
-    weight rows must be whole 16-byte vectors.
+    On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed, and a row's result is bitwise
+    identical in any of these batches. With batch_invariant (set by --deterministic) it is identical in all batches, but
+    slower; x must be bfloat16 or float16, and weight rows must be whole 16-byte vectors.
     """
     check_linear(x, weight, norm, {"add_to": add_to, "out": out}, gated=gated)
     if batch_invariant and x.is_cuda:

@@ -20,9 +20,9 @@ from ..comm.message_sockets import PullSocket, PushSocket
 from .config import Config
 from .engine import Engine
 from .leader_loop import lead
-from .memory.memory_plan import MemoryPlan
 from .model.model_config import ModelConfig
 from .plan import StepOutput
+from .rank_location import RankLocation
 from .request import Limits, Request
 from .scheduler.scheduler import Scheduler
 from .startup import LoadedRank, plan_limits
@@ -30,26 +30,6 @@ from .startup_timer import StartupTimer, summary
 from .stats import EngineStats, Profile
 
 log = logging.getLogger(__name__)
-
-
-class RankLocation(msgspec.Struct, frozen=True):
-    """The host, process and memory of one rank."""
-
-    rank: int
-    host: str
-    pid: int
-    device: str = ""  # "GPU 0 (NVIDIA H200, 139.81 GiB)"
-    weight_bytes: int = 0
-    kv_cache_bytes: int = 0
-    reduced_token_bytes: int = 0  # bytes of a token that the rank gives to all-reduces, over all layers
-
-    def with_memory(self, plan: MemoryPlan, limits: Limits) -> RankLocation:
-        """Return this location with the device and the memory of a rank that has loaded its weights."""
-        kv_cache = plan.page_bytes * limits.num_pages
-        return msgspec.structs.replace(
-            self, device=plan.place, weight_bytes=plan.weights, kv_cache_bytes=kv_cache,
-            reduced_token_bytes=plan.reduced_token_bytes,
-        )  # fmt: skip
 
 
 class Wakeup(Protocol):

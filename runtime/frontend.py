@@ -9,7 +9,6 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
-from typing import TypedDict
 
 import msgspec
 import numpy as np
@@ -18,24 +17,13 @@ from .detokenizer import Detokenizer
 from .executor import Executor
 from .generation import Generation, Output
 from .plan import RequestEnd, StepOutput, TokenLogprobs
-from .request import NO_ORIGIN, Origin, Request, RequestRefused, SamplingParams
+from .request import NO_ORIGIN, Origin, PromptFields, Request, RequestRefused, SamplingParams
 from .sampling.grammar import Vocabulary, try_out
 from .stats import EngineDistributions
 from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 INT64 = 2**64
-
-
-class PromptFields(TypedDict, total=False):
-    """A prompt with vLLM's names: either `prompt` or `prompt_token_ids`, and a `cache_salt` if it has one.
-
-    Only prompts with the same salt share what is in the prefix cache.
-    """
-
-    prompt: str
-    prompt_token_ids: Sequence[int]
-    cache_salt: str
 
 
 Prompt = str | Sequence[int] | PromptFields

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from reprlib import repr as shortened
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import msgspec
 import numpy as np
@@ -187,6 +187,17 @@ class Origin(NamedTuple):
 
 
 NO_ORIGIN = Origin()
+
+
+class PromptFields(TypedDict, total=False):
+    """A prompt with vLLM's names: either `prompt` or `prompt_token_ids`, and a `cache_salt` if it has one.
+
+    Only prompts with the same salt share what is in the prefix cache.
+    """
+
+    prompt: str
+    prompt_token_ids: Sequence[int]
+    cache_salt: str
 
 
 class Request(msgspec.Struct, frozen=True):

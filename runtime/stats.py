@@ -26,6 +26,9 @@ class Distribution(msgspec.Struct):
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
+    def __add__(self, other: Distribution) -> Distribution:
+        return Distribution(self.bounds, list(map(add, self.counts, other.counts)), self.total + other.total)
+
 
 class EngineDistributions(msgspec.Struct):
     """Distributions over all steps and outputs since the front end started; restarts of the ranks do not reset them."""

@@ -13,10 +13,11 @@ from ray.util.placement_group import remove_placement_group
 
 from ...comm.message_sockets import PullSocket
 from ...runtime.config import Config
-from ...runtime.executor import RankLocation, Wakeup
+from ...runtime.executor import Wakeup
 from ...runtime.memory.memory_plan import loading_speed, tightest
 from ...runtime.model.model_config import ModelConfig
 from ...runtime.plan import StepOutput
+from ...runtime.rank_location import RankLocation
 from ...runtime.request import Request
 from ...runtime.startup import plan_limits
 from ...runtime.startup_timer import StartupTimer, summary

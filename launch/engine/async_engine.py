@@ -9,22 +9,21 @@ import asyncio
 import atexit
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-import msgspec
-
 from ...comm.message_sockets import WakeupEvent
 from ...runtime.config import DEMO_MODEL, DEMO_NAME, Config
-from ...runtime.executor import Executor, RankLocation
-from ...runtime.frontend import Frontend, PromptFields
+from ...runtime.executor import Executor
+from ...runtime.frontend import Frontend
+from ...runtime.generation import Generation
 from ...runtime.model.checkpoint import find_model
 from ...runtime.model.generation_config import default_sampling_params
 from ...runtime.outputs import Event
-from ...runtime.request import NO_ORIGIN, Limits, Origin, SamplingParams
+from ...runtime.request import NO_ORIGIN, Limits, Origin, PromptFields, SamplingParams
 from ...runtime.sampling.grammar import Vocabulary
-from ...runtime.stats import EngineDistributions, EngineStats
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.tokenizer import Tokenizer
 from ..cluster.engine_thread import EngineThread
@@ -33,26 +32,10 @@ from ..executors import connect_ray, runs_on_gpu, start_executor, start_replicas
 from ..process_executor import ProcessExecutor
 from ..signals import Undo
 from .async_tokenizer import AsyncTokenizer
-from .event_streams import OutputQueue
+from .engine_state import AsyncEngineStats, Health
+from .event_streams import EventSink, OutputQueue
 from .grammar_check import GrammarCheck
-from .recovery import CLOSING, EngineEvent, Health, RecoveringEngine
-
-
-class AsyncEngineStats(msgspec.Struct, frozen=True):
-    """A reading of the engine's state, as seen from the front end."""
-
-    num_live: int  # outputs that have not ended
-    running: int  # live outputs that the ranks have started
-    waiting: int
-    kv_usage: float  # 0 to 1: pages of the running outputs; shared pages count for each output
-    free_pages: int  # free pages of the KV cache after the scheduler's last step
-    prefix_hits: int  # tokens found in the prefix cache; only grows
-    prefix_queries: int  # tokens looked up in the prefix cache; only grows
-    engine: EngineStats  # counters since the start, including those before a restart
-    distributions: EngineDistributions
-    restarts: int
-    ranks: Sequence[RankLocation]  # the last ones, if the ranks have failed
-    events: list[EngineEvent]
+from .recovery import CLOSING, RecoveringEngine
 
 
 class AsyncEngine:
@@ -77,17 +60,17 @@ class AsyncEngine:
         self.name = DEMO_NAME if config.model == DEMO_MODEL else config.model
         self._max_restarts, self._restart_window = max_restarts, restart_window
         self._replicas, self._max_queued = replicas, max_queued
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self._closing_since = 0.0  # time.time at the first `close`; 0 before
-        self._active: set[asyncio.Future[None]] = set()  # one for each `generate` in progress
+        self._active: set[asyncio.Future[None]] = set()  # one for each generation in progress
         self._thread: EngineThread | None = None
 
     def start(self) -> None:
         """Load the model and start the ranks; blocks until requests can run. Raises the errors of LLM."""
         folder, model = find_model(self.config)
-        tokenizer = Tokenizer(folder, self._chat_template)
+        self.folder = folder
+        tokenizer = Tokenizer(folder, self.chat_template)
         self.tokenizer = AsyncTokenizer(tokenizer)
-        self.tokenizer.start()
         self.default_params = default_sampling_params(folder, self.config.generation_config)
         self._grammars = GrammarCheck(Vocabulary(folder, model.vocab_size, model.eos_token_ids))
         with Undo() as stack:
@@ -128,6 +111,11 @@ class AsyncEngine:
         """The limits that every request must keep."""
         return self._engine.frontend.executor.limits
 
+    @property
+    def num_waiting(self) -> int:
+        """The number of live outputs that the ranks have not started."""
+        return sum(not output.running for output in self._engine.frontend.live)
+
     def stats(self) -> AsyncEngineStats:
         """Return a reading of the state after `start`, without waiting for anything."""
         frontend = self._engine.frontend
@@ -163,19 +151,10 @@ class AsyncEngine:
         Raises RequestRefused before anything starts, RequestCrashedEngine if this request crashes the engine
         repeatedly, and EngineFailed if the ranks have failed for good. It pauses while the ranks restart.
         """
-        ended = asyncio.get_running_loop().create_future()
-        self._active.add(ended)
-        try:
-            self._check()
-            if params.structured_outputs is not None:
-                await self._grammars.check(params.structured_outputs)
-                self._check()
-            generation = self._engine.frontend.prepare(prompt, params, origin)
-            if self._engine.quarantine.refuses(generation):
-                raise RequestCrashedEngine("this request recently crashed the engine and is quarantined")
-            assert self._thread is not None
-            queue, num_unfinished = OutputQueue(generation), params.n
-            self._thread.post_with_others(partial(self._engine.submit, queue), queue.loop)
+        with self.in_progress():
+            generation, queue = await self.prepare(prompt, params, origin), OutputQueue()
+            num_unfinished = params.n
+            self.submit(generation, queue)
             try:
                 while num_unfinished > 0:
                     for event in await queue.get():
@@ -183,10 +162,41 @@ class AsyncEngine:
                         yield event
             finally:
                 if num_unfinished > 0:
-                    self._thread.post(partial(self._engine.cancel, generation))
+                    self.cancel(generation)
+
+    @contextmanager
+    def in_progress(self) -> Iterator[None]:
+        """Let `close` wait until the block has ended, before and after a generation is submitted."""
+        ended = asyncio.get_running_loop().create_future()
+        self._active.add(ended)
+        try:
+            yield
         finally:
             self._active.discard(ended)
             ended.set_result(None)
+
+    async def prepare(
+        self, prompt: Sequence[int] | PromptFields, params: SamplingParams, origin: Origin = NO_ORIGIN
+    ) -> Generation:
+        """Return a generation for `submit`; raises as `generate` does before anything starts."""
+        self._check()
+        if params.structured_outputs is not None:
+            await self._grammars.check(params.structured_outputs)
+            self._check()
+        generation = self._engine.frontend.prepare(prompt, params, origin)
+        if self._engine.quarantine.refuses(generation):
+            raise RequestCrashedEngine("this request recently crashed the engine and is quarantined")
+        return generation
+
+    def submit(self, generation: Generation, sink: EventSink) -> None:
+        """Start a prepared generation, whose events `sink` receives; for a task of the sink's loop."""
+        assert self._thread is not None
+        self._thread.post_with_others(partial(self._engine.submit, generation, sink), sink.loop)
+
+    def cancel(self, generation: Generation) -> None:
+        """End a generation that was submitted; its sink receives nothing any more."""
+        assert self._thread is not None
+        self._thread.post(partial(self._engine.cancel, generation))
 
     async def close(self, drain_timeout: float = 0.0) -> None:
         """Refuse new requests, give live ones drain_timeout seconds, abort the rest, and end the ranks.

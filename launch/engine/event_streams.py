@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing, suppress
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from ...runtime.generation import Generation, Output
 from ...runtime.outputs import Event
@@ -15,22 +15,30 @@ Item = TypeVar("Item")
 STARTED_AT_ONCE = 2  # streams in one turn of the loop: a long prompt takes half a millisecond
 
 
+class EventSink(Protocol):
+    """What receives the events of a generation; `put` is called in the thread of `loop`."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def put(self, item: Event | EngineFailed) -> None:
+        """Take an event, or the failure that comes after all of them."""
+
+
 class OutputQueue:
     """The events of one generation, for a task of the loop in which the queue was made.
 
     Events that come while the task is busy are joined: a slow reader gets fewer events, of more tokens each.
     """
 
-    def __init__(self, generation: Generation) -> None:
-        self.generation = generation
+    def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._events: dict[int, Event] = {}  # index of the output -> its joined events
-        self._failure: EngineFailed | None = None
+        self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None  # of the task in `get`, until there is something to return
 
-    def put(self, item: Event | EngineFailed) -> None:
+    def put(self, item: Event | Exception) -> None:
         """Add an event, or the failure that comes after all of them; for the loop's thread."""
-        if isinstance(item, EngineFailed):
+        if isinstance(item, Exception):
             self._failure = item
         else:
             before = self._events.get(item.index)
@@ -41,7 +49,7 @@ class OutputQueue:
                 waiter.set_result(None)
 
     async def get(self) -> list[Event]:
-        """Wait for events and return at most one of each output; raises the EngineFailed after the last of them.
+        """Wait for events and return at most one of each output; raises the failure after the last of them.
 
         Only one task may call this at a time.
         """
@@ -57,27 +65,27 @@ class OutputQueue:
 
 
 class OutputQueues:
-    """The queues of the live generations, filled by the engine thread."""
+    """The sinks of the live generations, filled by the engine thread."""
 
     def __init__(self) -> None:
-        self._queues: dict[int, OutputQueue] = {}  # number of the generation -> its queue
+        self._queues: dict[Generation, EventSink] = {}
 
     def __len__(self) -> int:
         return len(self._queues)
 
     @property
     def generations(self) -> list[Generation]:
-        return [queue.generation for queue in self._queues.values()]
+        return list(self._queues)
 
-    def add(self, queue: OutputQueue) -> None:
-        self._queues[queue.generation.number] = queue
+    def add(self, generation: Generation, sink: EventSink) -> None:
+        self._queues[generation] = sink
 
     def remove(self, generation: Generation) -> None:
-        self._queues.pop(generation.number, None)
+        self._queues.pop(generation, None)
 
     def deliver(self, outputs: Iterable[Output]) -> None:
         """Put the new events of these outputs into their queues; queues of finished generations are removed."""
-        pairs = [(output, self._queues.get(output.generation.number)) for output in outputs]
+        pairs = [(output, self._queues.get(output.generation)) for output in outputs]
         send([(queue, output.take_event()) for output, queue in pairs if queue is not None])
         for output, _ in pairs:
             if output.finished and output.generation.finished:
@@ -85,13 +93,13 @@ class OutputQueues:
 
     def fail(self, generations: Iterable[Generation], error: EngineFailed) -> None:
         """End the queues of these generations with an error."""
-        queues = [self._queues.pop(generation.number, None) for generation in generations]
+        queues = [self._queues.pop(generation, None) for generation in generations]
         send([(queue, error) for queue in queues if queue is not None])
 
 
-def send(items: Iterable[tuple[OutputQueue, Event | EngineFailed]]) -> None:
+def send(items: Iterable[tuple[EventSink, Event | EngineFailed]]) -> None:
     """Put items into their queues from another thread, with one wake-up for each loop."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[OutputQueue, Event | EngineFailed]]] = {}
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[EventSink, Event | EngineFailed]]] = {}
     for queue, item in items:
         by_loop.setdefault(queue.loop, []).append((queue, item))
     for loop, batch in by_loop.items():
@@ -99,7 +107,7 @@ def send(items: Iterable[tuple[OutputQueue, Event | EngineFailed]]) -> None:
             loop.call_soon_threadsafe(put_all, batch)
 
 
-def put_all(batch: Iterable[tuple[OutputQueue, Event | EngineFailed]]) -> None:
+def put_all(batch: Iterable[tuple[EventSink, Event | EngineFailed]]) -> None:
     for queue, item in batch:
         queue.put(item)
 

@@ -96,9 +96,9 @@ class CrashQuarantine:
 
     def refuses(self, generation: Generation) -> bool:
         """Return whether the same request crashed the engine recently; clients retry automatically."""
-        now = time.monotonic()
-        request = (generation.prompt_ids, _params(generation))
-        return any(entry.until > now and (entry.prompt_ids, entry.params) == request for entry in self._quarantined)
+        now, ids = time.monotonic(), generation.prompt_ids
+        recent = (entry for entry in self._quarantined if entry.until > now)
+        return any(entry.prompt_ids == ids and entry.params == _params(generation) for entry in recent)
 
     def _quarantine(self, generation: Generation) -> None:
         self._progress.clear()

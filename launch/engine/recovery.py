@@ -12,8 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import Literal
 
 from ...comm.message_text import counted
 from ...runtime.executor import Executor, Wakeup
@@ -23,29 +23,13 @@ from ...runtime.plan import StepOutput
 from ...runtime.request import Request
 from ...runtime.stats import EngineStats
 from ..errors import EngineFailed, PlacementError, RankFailed, RayLost, RequestCrashedEngine, RequestsLost
-from .event_streams import OutputQueue, OutputQueues, send
+from .engine_state import EngineEvent, Health
+from .event_streams import EventSink, OutputQueues, send
 from .quarantine import CrashQuarantine
 
 log = logging.getLogger(__name__)
 MOST_EVENTS = 100  # this many are kept
 CLOSING = "the server is shutting down"  # clients see this reason
-
-
-@dataclass(frozen=True)
-class Health:
-    """The engine's state and, unless it is ready, the reason."""
-
-    state: Literal["ready", "recovering", "draining", "failed"]
-    reason: str = ""
-    since: float = field(default_factory=time.time)
-    restarts: int = 0  # number of times that the ranks were started again
-
-
-class EngineEvent(NamedTuple):
-    """A failure or a recovery, for people to read."""
-
-    at: float  # time.time()
-    event: str
 
 
 class NullExecutor:
@@ -102,13 +86,13 @@ class RecoveringEngine:
     def busy(self) -> bool:
         return len(self.queues) > 0
 
-    def submit(self, queue: OutputQueue) -> None:
-        """Submit the generation of `queue`, which receives its events."""
+    def submit(self, generation: Generation, sink: EventSink) -> None:
+        """Submit a generation, whose events `sink` receives."""
         if self.health.state == "failed":
-            send([(queue, EngineFailed(self.health.reason))])
+            send([(sink, EngineFailed(self.health.reason))])
         else:
-            self.queues.add(queue)
-            self.frontend.submit([queue.generation], paused=self.quarantine.hold(queue.generation))
+            self.queues.add(generation, sink)
+            self.frontend.submit([generation], paused=self.quarantine.hold(generation))
 
     def cancel(self, generation: Generation) -> None:
         self.queues.remove(generation)

@@ -29,8 +29,9 @@ from ray.serve.schema import LoggingConfig
 
 from ...comm.message_sockets import PullSocket
 from ...runtime.config import Config
-from ...runtime.executor import RankLocation, Wakeup
+from ...runtime.executor import Wakeup
 from ...runtime.plan import RequestEnd, StepOutput
+from ...runtime.rank_location import RankLocation
 from ...runtime.request import Limits, Request
 from ...runtime.scheduler.waiting_queue import WaitingQueue
 from ...runtime.stats import EngineStats, Profile

@@ -17,32 +17,31 @@ from starlette.types import Send
 
 from ...comm.message_text import counted
 from ...runtime.detokenizer import PromptText
-from ...runtime.frontend import PromptFields
 from ...runtime.outputs import Event
-from ...runtime.request import Origin, RequestRefused, SamplingParams
+from ...runtime.request import Origin, PromptFields, RequestRefused, SamplingParams
 from ...runtime.version import __version__
-from ..cluster.engine_thread import StallDetector
-from ..engine.async_engine import AsyncEngine
 from ..engine.event_streams import merge
 from .answer_thread import make_long
 from .api_errors import ApiError, without_folders
 from .body_structure import MAX_ITEMS
 from .chat_preparation import ChatPreparer, PreparedChat
 from .chat_translation import as_chat
+from .engine_client import EngineClient
 from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_json
 from .messages_builder import MessagesBuilder
-from .metrics import Metrics, PromptTimer
+from .metrics import metrics_page
 from .protocol.anthropic_models import CountTokensRequest, MessagesRequest
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
 from .protocol.response_models import Detokenized, Healthy, InputTokens, Model, ModelList, Tokens, Version
 from .protocol.responses_models import ResponsesRequest
 from .request_id import REQUEST_ID
+from .request_metrics import PromptTimer
 from .request_origin import ClientRecognition
 from .response_builders import ChatBuilder, CompletionBuilder, ReplyOptions, ResponseBuilder
 from .responses_builder import ResponsesBuilder
 from .server_config import ServerConfig, ServerLimits
 from .token_usage import TokenUsage
-from .validation import AdmissionControl, RequestValidator, from_refusal, num_top_logprobs, structured_outputs
+from .validation import RequestValidator, from_refusal, num_top_logprobs, structured_outputs
 
 AnyBuilder = ResponseBuilder | ResponsesBuilder | MessagesBuilder
 NewBuilder = Callable[[str, TokenUsage, PreparedChat], AnyBuilder]  # (name of the model, usage, chat)
@@ -53,20 +52,17 @@ log = logging.getLogger(__name__)
 class Handlers:
     """The handlers over an engine that has been started."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig, limits: ServerLimits) -> None:
+    def __init__(self, engine: EngineClient, config: ServerConfig, limits: ServerLimits) -> None:
         self._engine, self._log_requests = engine, config.log_requests
         self._names_ids = config.return_tokens_as_token_ids
         self._validator = RequestValidator(engine, config)
-        self._admission = AdmissionControl(engine, config)
         self._clients = ClientRecognition(config)
         self._tokenizer = engine.tokenizer
         max_items = max(MAX_ITEMS, 2 * self._validator.max_model_len)
         self._body_budget = BodyBudget(config.max_body_bytes, limits.max_bodies, max_items)
         self._chats = ChatPreparer(engine.tokenizer, engine.check_grammar, config)
-        self._metrics = Metrics(self._validator.model_names[0], engine.stats)
-        self._stall_detector = StallDetector(limits.stall_timeout_s)
+        self._metrics = engine.metrics
         self._starting = asyncio.Lock()  # of the prompts of requests with several
-        self._created = int(time.time())
 
     async def completions(self, request: Request) -> Response:
         """Serve POST /v1/completions."""
@@ -105,7 +101,7 @@ class Handlers:
             self._chats.check(body)
 
         async def answer(send: Send) -> None:
-            with self._admission.admit(num_outputs, origin.client):
+            async with self._engine.admit(num_outputs, origin.client):
                 if isinstance(body, ChatRequest):
                     limit = self._validator.max_encoded(body)
                     chat = await self._chats.prepare(body, structured_outputs(body), limit)
@@ -183,7 +179,7 @@ class Handlers:
         except RequestRefused as error:
             raise from_refusal(error, body) from error
         except asyncio.CancelledError:
-            self._metrics.count_finished("abort")
+            self._metrics.count_end("abort")
             outcome = "cancelled by its client"
             raise
         finally:
@@ -226,7 +222,7 @@ class Handlers:
 
     async def models(self, request: Request) -> ModelList:
         """Serve GET /v1/models."""
-        health = self._engine.health
+        health = (await self._engine.status()).health
         if health.state == "failed":
             raise ApiError(503, f"the engine has failed: {health.reason}", code="failed")
         return ModelList(data=[self._model(name) for name in self._validator.model_names])
@@ -238,8 +234,8 @@ class Handlers:
         return self._model(name)
 
     def _model(self, name: str) -> Model:
-        root, limit = self._engine.name, self._validator.max_model_len
-        return Model(id=name, created=self._created, root=root.rstrip("/").rpartition("/")[2], max_model_len=limit)
+        root, created = self._engine.name.rstrip("/").rpartition("/")[2], self._engine.started_at
+        return Model(id=name, created=created, root=root, max_model_len=self._validator.max_model_len)
 
     async def tokenize(self, request: Request) -> Response:
         """Serve POST /tokenize."""
@@ -272,19 +268,13 @@ class Handlers:
 
     async def health(self, request: Request) -> Healthy:
         """Serve GET /health: 503 with the reason unless the engine is ready and makes progress."""
-        health = self._engine.health
+        status = await self._engine.status()
+        health = status.health
         if health.state != "ready":
             raise ApiError(503, f"the engine is {health.state}: {health.reason}", code=health.state)
-        await self.update_stall_detector()
-        problem = self._stall_detector.problem()
-        if problem is not None:
-            raise ApiError(503, f"the engine has made {problem}", code=health.state)
+        if status.stall is not None:
+            raise ApiError(503, f"the engine has made {status.stall}", code=health.state)
         return Healthy()
-
-    async def update_stall_detector(self) -> None:
-        """Note the engine's progress; called about once a second, so that /health reports a stall at once."""
-        stats = self._engine.stats()
-        self._stall_detector.update(stats.engine.steps, stats.num_live)
 
     async def version(self, request: Request) -> Version:
         """Serve GET /version."""
@@ -292,8 +282,8 @@ class Handlers:
 
     async def stats(self, request: Request) -> Response:
         """Serve GET /stats, the statistics of the engine for the page."""
-        stats, health = self._engine.stats(), self._engine.health
-        engine = stats.engine
+        status = await self._engine.status()
+        stats, health, engine = status.stats, status.health, status.stats.engine
         rank_state = "running" if health.state in ("ready", "draining") else "ended"
         fields = {
             "state": health.state, "reason": without_folders(health.reason), "restarts": stats.restarts,
@@ -307,7 +297,9 @@ class Handlers:
 
     async def metrics(self, request: Request) -> Response:
         """Serve GET /metrics."""
-        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4")
+        status, requests = await self._engine.status(), await self._engine.all_metrics()
+        page = metrics_page(self._validator.model_names[0], status.stats, requests)
+        return Response(page, media_type="text/plain; version=0.0.4")
 
 
 async def _json_response(reply: BaseModel) -> Response:

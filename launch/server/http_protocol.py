@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -59,10 +60,12 @@ class ChunkedBody:
 class TimeoutHTTPProtocol(H11Protocol):
     """One connection."""
 
-    def __init__(self, *args: Any, limits: ServerLimits, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, limits: ServerLimits, on_close: Callable[[], None] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._app, self.app = self.app, self._run_app
-        self._limits = limits
+        self._limits, self._on_close = limits, on_close
         self._request_timer: asyncio.TimerHandle | None = None
         self._response_timer: asyncio.TimerHandle | None = None
         self._probe_timer: asyncio.TimerHandle | None = None  # runs after the client has closed its side
@@ -122,6 +125,8 @@ class TimeoutHTTPProtocol(H11Protocol):
         for timer in (self._request_timer, self._response_timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
+        if self._on_close is not None:
+            self._on_close()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(ApiError(400, msg, code="invalid_request"), lingers=True)

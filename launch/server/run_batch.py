@@ -20,6 +20,7 @@ from ..signals import signals_wait
 from .app import create_app
 from .batch_file import AnswerFile, BatchRequest, read_requests
 from .handlers import Handlers
+from .local_client import LocalEngineClient
 from .server_config import BatchOptions, ChatOptions, ServerConfig, ServerLimits, read_template
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def _start_and_answer(
     engine = AsyncEngine(config, max_restarts=server_config.max_restarts, chat_template=template)
     try:
         engine.start()
+        engine.tokenizer.start()
         asyncio.run(_answer_all(engine, server_config, left, answers, total))
     finally:
         with signals_wait():
@@ -67,7 +69,9 @@ def _start_and_answer(
 async def _answer_all(
     engine: AsyncEngine, config: ServerConfig, left: Sequence[BatchRequest], answers: AnswerFile, total: int
 ) -> None:
-    app, iterator = create_app(Handlers(engine, config, ServerLimits()), config), iter(left)
+    limits = ServerLimits()
+    client_of_engine = LocalEngineClient(engine, config, limits)
+    app, iterator = create_app(Handlers(client_of_engine, config, limits), config), iter(left)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     num_senders = min(len(left), IN_FLIGHT * engine.limits.max_num_seqs)
     with tqdm(total=total, initial=total - len(left), unit=" requests", desc="batch") as progress:

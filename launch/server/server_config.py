@@ -16,7 +16,7 @@ from .protocol.request_models import MAX_STOPS_BY_DEFAULT
 
 MIB = 2**20
 # The largest values that SamplingParams takes (runtime/request.py), repeated here to keep `lockstep --help` fast.
-HIGHEST = {"port": 65535, "max_n": 128, "max_stop_strings": 16, "max_logprobs": 20}
+HIGHEST = {"port": 65535, "api_server_count": 64, "max_n": 128, "max_stop_strings": 16, "max_logprobs": 20}
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 LOWEST = {"port": 0, "max_queued": 0, "max_logprobs": 0, "max_restarts": 0}  # the lowest value of other fields is 1
 
@@ -54,6 +54,9 @@ class ServerConfig(ChatOptions):
     """The address, the keys and the limits of the server; raises ValueError naming field, value and rule."""
 
     replicas: int = option(1, "groups of tensor_parallel_size ranks that share the requests, under Ray Serve")
+    api_server_count: int | None = option(
+        None, "processes that answer HTTP requests; beside GPUs up to 4 by default, one for every 4 cores, otherwise 1"
+    )
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all interfaces, which an api-key should protect")
     port: int = option(8000, "port to listen on; 0 takes a free one")
     api_key: list[str] | None = field(

@@ -1,4 +1,4 @@
-"""Request validation beyond the schema, translation into SamplingParams, and admission control.
+"""Request validation beyond the schema, and translation into SamplingParams.
 
 The limits are the server's and the model's. A structured output may be requested by OpenAI's `response_format`, by
 vLLM's `structured_outputs` or by vLLM's older `guided_*` fields.
@@ -6,25 +6,21 @@ vLLM's `structured_outputs` or by vLLM's older `guided_*` fields.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from ...comm.message_text import counted
 from ...runtime.request import RequestRefused, SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.text_worker import MAX_TOKENS
-from ..engine.async_engine import AsyncEngine
 from ..engine.grammar_check import GrammarsWaiting
 from .api_errors import ApiError, invalid, missing
+from .engine_client import EngineClient
 from .protocol.request_models import ChatRequest, CompletionRequest, GenerateRequest, ResponseFormat
 from .server_config import ServerConfig
 
 COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions; a chat may fill the context
-RESERVE = 8
 MAX_PROMPT_CANDIDATES = 500_000  # 20 MB of JSON
 SAMPLING_FIELDS = (  # SamplingParams has the same names
     "n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
@@ -37,7 +33,7 @@ GUIDED_FIELDS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar
 class RequestValidator:
     """Checks requests against the limits; raises ApiError naming the field."""
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
+    def __init__(self, engine: EngineClient, config: ServerConfig) -> None:
         limits = engine.limits
         self.model_names = config.served_model_name or [engine.name]
         self.max_model_len = min(limits.max_length, config.max_total_tokens or limits.max_length)
@@ -180,48 +176,6 @@ class RequestValidator:
             message = f"Invalid '{param}': expected at most {limit}, but got {f'{value} {unit}'.strip()}."
             code = "array_above_max_length" if unit else "integer_above_max_value"
             raise ApiError(400, message, param=param, code=code)
-
-
-class AdmissionControl:
-    """Counts live requests and outputs, and refuses requests above the limits of the configuration.
-
-    A client with little may exceed them by a share of 1/RESERVE, so that one that sends as much as it can does not lock
-    the others out.
-    """
-
-    def __init__(self, engine: AsyncEngine, config: ServerConfig) -> None:
-        self._engine, self._config = engine, config
-        self._num_requests = self._num_outputs = 0
-        self._by_client: Counter[int] = Counter()  # outputs
-
-    @contextmanager
-    def admit(self, num_outputs: int, client: int) -> Iterator[None]:
-        """Count a client's request as live within the block; raises ApiError if it cannot be admitted."""
-        health = self._engine.health
-        if health.state in ("draining", "failed"):
-            message = f"the server takes no requests: it is {health.state}, {health.reason}"
-            raise ApiError(503, message, code=health.state)
-        max_num_seqs, config = self._engine.limits.max_num_seqs, self._config
-        num_queued = self._num_outputs + num_outputs - max_num_seqs
-        max_queued, max_requests = config.max_queued, config.max_concurrent_requests
-        if self._by_client[client] + num_outputs <= max_queued // RESERVE**2:
-            max_queued += max_queued // RESERVE
-            max_requests += max_requests // RESERVE
-        is_full = num_queued > max_queued or self._num_requests >= max_requests
-        if is_full or self._engine.stats().waiting > max_queued:  # the statistics cost much with many outputs
-            load = f"{counted(self._num_requests, 'request')} with {counted(self._num_outputs, 'output')}"
-            raise ApiError(429, f"the server is busy: {load}; try again later", code="rate_limit_exceeded")
-        self._count(client, 1, num_outputs)
-        try:
-            yield
-        finally:
-            self._count(client, -1, -num_outputs)
-
-    def _count(self, client: int, num_requests: int, num_outputs: int) -> None:
-        self._num_requests, self._num_outputs = self._num_requests + num_requests, self._num_outputs + num_outputs
-        self._by_client[client] += num_outputs
-        if self._by_client[client] == 0:
-            del self._by_client[client]
 
 
 def num_top_logprobs(body: GenerateRequest) -> int | None:

@@ -82,7 +82,7 @@ class SharedExpert(MLP):
 
     def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Add the MLP of rows [T, D] to `residual`."""
-        hidden = self.gate_up(normed)
+        hidden = self.gate_up(normed, gated=True)
         if self.gate is not None:
             hidden *= ops.linear(normed.tensor(), self.gate, batch_invariant=self.batch_invariant).sigmoid()
         self.down(hidden, residual)

@@ -2,12 +2,14 @@
 
     python scripts/bench/bench_frontend.py --streams 64 256 --tokens 400 --step-ms 10
     python scripts/bench/bench_frontend.py --streams 256 --step-ms 9 --host-ms 2 --chat --profile loop.prof
+    python scripts/bench/bench_frontend.py --streams 256 --step-ms 7 --api-server-count 4
 
 Each live request gets its next token every --step-ms, or later if the front end has not finished the tokens before.
 With --host-ms the executor also computes in Python for that long in each step, as a scheduler does.
 One process is all clients, and only counts. Prints a line of JSON for each number of streams: tokens and chunks per
 second, and microseconds of the server's processor time per token: in all, and of each of its busy threads. The loop is
-asyncio's thread. --profile writes the loop's functions for `python -m pstats`, and slows it down.
+asyncio's thread of the engine's process; the loops of other processes have the name of the process and its pid.
+--profile writes the functions of the engine's process for `python -m pstats`, and slows it down.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,20 +147,23 @@ async def stream(port: int, tokens: int, *, is_chat: bool) -> int:
     return await client.chunks
 
 
-def thread_seconds(pid: int) -> dict[str, float]:
-    """Return the processor time of each thread by its id; the loop's has the name "loop"."""
+def thread_seconds(server: ServerProcess) -> dict[str, float]:
+    """Return the processor time of each thread of the server's processes by its name and id."""
     seconds = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        name = "loop" if task.name == str(pid) else task.name
-        seconds[name] = int((task / "schedstat").read_text().split()[0]) / 1e9
+    for pid in server.processes():
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):  # it has ended
+                is_loop, command = task.name == str(pid), (task / "comm").read_text().strip()
+                name = "loop" if pid == server.process.pid and is_loop else f"{command} {task.name}"
+                seconds[name] = int((task / "schedstat").read_text().split()[0]) / 1e9
     return seconds
 
 
 async def measure(server: ServerProcess, port: int, streams: int, tokens: int, *, is_chat: bool) -> dict[str, Any]:
-    before, started = thread_seconds(server.process.pid), time.perf_counter()
+    before, started = thread_seconds(server), time.perf_counter()
     chunks = sum(await asyncio.gather(*(stream(port, tokens, is_chat=is_chat) for _ in range(streams))))
     seconds, total = time.perf_counter() - started, streams * tokens
-    after = thread_seconds(server.process.pid)
+    after = thread_seconds(server)
     used = {name: cpu_s - before.get(name, 0.0) for name, cpu_s in after.items()}
     by_thread = {name: round(cpu_s / total * 1e6, 1) for name, cpu_s in used.items() if cpu_s > BUSY_S}
     return {
@@ -177,10 +183,12 @@ def main() -> None:
     parser.add_argument("--step-ms", type=float, default=10.0)
     parser.add_argument("--host-ms", type=float, default=0.0)
     parser.add_argument("--chat", action="store_true")
+    parser.add_argument("--api-server-count", type=int, default=1)
     parser.add_argument("--profile", default="")
     options = parser.parse_args()
     variables = {STEP_VARIABLE: str(options.step_ms / 1000), HOST_VARIABLE: str(options.host_ms / 1000)}
-    server = ServerProcess("--device=cpu", program=[__file__], **variables, **{PROFILE_VARIABLE: options.profile})
+    flags = "--device=cpu", f"--api-server-count={options.api_server_count}"
+    server = ServerProcess(*flags, program=[__file__], **variables, **{PROFILE_VARIABLE: options.profile})
     try:
         port = int(server.url().rpartition(":")[2])
         asyncio.run(stream(port, 10, is_chat=options.chat))

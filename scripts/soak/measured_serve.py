@@ -2,9 +2,9 @@
 
     MEASURED_TIMES=times.json python scripts/soak/measured_serve.py serve MODEL ...
 
-The first clock is read when a step's tokens arrive from the ranks, the second when a token has been written. The time
-between them is the server's share of the latency: decoding, text, the queue of the event loop, JSON and the write. It
-includes the time that the tokens of one step wait for each other.
+The first clock is read when the front end has a step's tokens, the second when a token has been written. The time
+between them is the server's share of the latency: text, the queue of the event loop, JSON and the write. It includes
+the time that the tokens of one step wait for each other. Only answers of the engine's process are measured.
 
 At the end, a JSON object goes to $MEASURED_TIMES. `to_loop_us` and `to_socket_us` hold the latency of each token in
 microseconds, to the event loop and to the socket. `at` holds the time of each write, and `cpu_s` the CPU seconds of the
@@ -22,9 +22,10 @@ from typing import Any
 
 from lockstep.launch.cli.main import main
 from lockstep.launch.engine import event_streams
-from lockstep.launch.leader_client import LeaderClient
 from lockstep.launch.server.handlers import Handlers
+from lockstep.runtime.frontend import Frontend
 from lockstep.runtime.outputs import Event
+from lockstep.runtime.plan import StepOutput
 
 step_received_at = 0.0
 times_of: dict[int, tuple[float, float]] = {}  # id of a live event -> (arrival of its step, arrival in the loop)
@@ -35,13 +36,13 @@ writes: list[tuple[float, float]] = []  # time and CPU seconds of this process a
 
 def measure_steps() -> None:
     """Note when each event's step arrived, and when the event reached the event loop."""
-    update, put, send = LeaderClient._update, event_streams.put_all, event_streams.send
+    update, put, send = Frontend._update, event_streams.put_all, event_streams.send
     step_of: dict[int, float] = {}
 
-    def timed_update(self: LeaderClient, messages: list[bytes]) -> Any:
+    def timed_update(self: Frontend, step: StepOutput) -> Any:  # every executor's steps pass it
         global step_received_at
         step_received_at = time.perf_counter()
-        return update(self, messages)
+        return update(self, step)
 
     def timed_send(items: Iterable[tuple[Any, Any]]) -> None:
         batch = list(items)
@@ -53,7 +54,7 @@ def measure_steps() -> None:
         times_of.update((id(event), (step_of.pop(id(event), now), now)) for _, event in items)
         put(items)
 
-    LeaderClient._update = timed_update  # type: ignore[method-assign]
+    Frontend._update = timed_update  # type: ignore[method-assign]
     event_streams.send, event_streams.put_all = timed_send, timed_put
 
 

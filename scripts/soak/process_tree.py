@@ -9,6 +9,7 @@ from pathlib import Path
 ROLES = {
     "starter of Ray": "import serve_cluster",
     "preflight checks": "import print_findings",
+    "API server": "api_server_process import",
     "grammar compiler": "lockstep.runtime.sampling.grammar",
     "text process": "lockstep.runtime.text_worker",
     "gcs_server": "/gcs_server ",

@@ -44,7 +44,7 @@ END_S = 90.0
 NOTICE = re.compile(r"ERROR|error:|WARNING the grammar compiler")
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGSEGV", "SIGSTOP")
 HAVE_TIME_LIMITS = ("grammar compiler", "text process")
-SERVER = "server"
+SERVER, API_SERVER = "server", "API server"  # the streams of an API server end with it: no random one is killed
 FIRST_VICTIMS = {"recovery": "rank", "ray-recovery": "raylet"}  # by phase
 PHASES = ("start", "load", *FIRST_VICTIMS, "drain")
 ENDING_PHASES = ("start", "drain")  # each kill gets another server
@@ -202,7 +202,7 @@ class Soak:
     def _kill_random(self, server: KillableServer) -> None:
         tree = process_tree(server.process.pid)
         if tree and server.process.poll() is None:
-            role = self.chance.choice(sorted(set(tree.values())))
+            role = self.chance.choice(sorted(set(tree.values()) - {API_SERVER}))
             # A grammar or a text is refused, rightly, if its process is stopped: it has taken too long.
             self.kill(server, role, self.chance.choice(SIGNALS[:3] if role in HAVE_TIME_LIMITS else SIGNALS))
 

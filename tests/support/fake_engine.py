@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, cast
@@ -13,18 +13,21 @@ from typing import Any, cast
 import httpx
 import openai
 
-from lockstep.launch.engine.async_engine import AsyncEngine, AsyncEngineStats
+from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.launch.engine.async_tokenizer import AsyncTokenizer
-from lockstep.launch.engine.recovery import EngineEvent, Health
+from lockstep.launch.engine.engine_state import AsyncEngineStats, EngineEvent, Health
 from lockstep.launch.errors import EngineFailed
-from lockstep.launch.server.run import Server, bind, create_uvicorn_config, run_loop
+from lockstep.launch.server.draining_server import DrainingServer
+from lockstep.launch.server.engine_client import EngineClient
+from lockstep.launch.server.local_client import LocalEngineClient
+from lockstep.launch.server.run import bind
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
+from lockstep.launch.server.uvicorn_setup import create_uvicorn_config, run_loop
 from lockstep.runtime.config import Config
 from lockstep.runtime.detokenizer import Detokenizer
-from lockstep.runtime.executor import RankLocation
-from lockstep.runtime.frontend import PromptFields
 from lockstep.runtime.outputs import Event, Logprob
-from lockstep.runtime.request import NO_ORIGIN, Limits, Origin, SamplingParams
+from lockstep.runtime.rank_location import RankLocation
+from lockstep.runtime.request import NO_ORIGIN, Limits, Origin, PromptFields, SamplingParams
 from lockstep.runtime.stats import EngineDistributions, EngineStats
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Tokenizer
@@ -73,6 +76,10 @@ class FakeService:
         self.cancelled: list[int] = []  # at which step
         self.live = self.waiting = self.steps = 0
         self.closed = False
+
+    @property
+    def num_waiting(self) -> int:
+        return self.waiting
 
     def stats(self) -> AsyncEngineStats:
         engine = EngineStats(steps=self.steps, preemptions=3)
@@ -157,13 +164,21 @@ class FakeService:
 class Running:
     """A server on a free port, in a thread."""
 
-    def __init__(self, service: FakeService | AsyncEngine, limits: ServerLimits | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        service: FakeService | AsyncEngine,
+        limits: ServerLimits | None = None,
+        new_client: Callable[[AsyncEngine, ServerConfig, ServerLimits], EngineClient] = LocalEngineClient,
+        **options: Any,
+    ) -> None:
         config = ServerConfig(**({"port": 0} | options))
         self.service = service
         self.port = bind(config)
         self.url = f"http://127.0.0.1:{self.port.getsockname()[1]}"
         own = cast(AsyncEngine, service)
-        self.server = Server(create_uvicorn_config(own, config, limits), own, config)
+        limits = limits or ServerLimits()
+        client = new_client(own, config, limits)
+        self.server = DrainingServer(create_uvicorn_config(client, config, limits), own, config)
         self.thread = threading.Thread(target=lambda: run_loop(self.server.serve(sockets=[self.port])))
         self.thread.start()
         wait_until(lambda: self.server.started)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.runtime.config import DEMO_MODEL
-from lockstep.runtime.frontend import PromptFields
 from lockstep.runtime.outputs import Event
-from lockstep.runtime.request import NO_ORIGIN, Origin, SamplingParams
+from lockstep.runtime.request import NO_ORIGIN, Origin, PromptFields, SamplingParams
 from lockstep.runtime.tokenizer import Tokenizer
 
 from fake_engine import FakeService

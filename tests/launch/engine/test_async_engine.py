@@ -37,11 +37,12 @@ from lockstep.launch.engine.event_streams import OutputQueue
 from lockstep.launch.errors import EngineFailed, PlacementError, RankFailed, RayLost, RequestCrashedEngine
 from lockstep.runtime import startup
 from lockstep.runtime.config import DEMO_MODEL, Config
-from lockstep.runtime.executor import LocalExecutor, RankLocation, Wakeup
+from lockstep.runtime.executor import LocalExecutor, Wakeup
 from lockstep.runtime.frontend import Frontend
-from lockstep.runtime.generation import Generation, Output
+from lockstep.runtime.generation import Output
 from lockstep.runtime.outputs import CompletionOutput, Event, Logprob
 from lockstep.runtime.plan import RequestEnd, StepOutput
+from lockstep.runtime.rank_location import RankLocation
 from lockstep.runtime.request import Limits, Request, RequestRefused
 from lockstep.runtime.runner.runner import Runner
 from lockstep.runtime.stats import EngineStats, Profile
@@ -518,13 +519,13 @@ def test_event_streams_joins_waiting_events() -> None:
         return Event(index, text, list(tokens), logprobs, "stop" if last else None, 7 if last else None, [1], 0)
 
     async def main() -> None:
-        listener = OutputQueue(Generation(0, None, [1]))
+        listener = OutputQueue()
         for news in (event(1, 5), event(0, 6), event(1, 7, 8), EngineFailed("gone"), event(1, 9, last=True)):
             listener.put(news)
         assert await listener.get() == [event(1, 5, 7, 8, 9, last=True), event(0, 6)]
         with pytest.raises(EngineFailed, match="gone"):
             await listener.get()
-        waiting = asyncio.create_task((other := OutputQueue(Generation(0, None, [1]))).get())
+        waiting = asyncio.create_task((other := OutputQueue()).get())
         await asyncio.sleep(0)
         other.put(event(0, 3))
         assert await waiting == [event(0, 3)]

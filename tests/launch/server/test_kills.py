@@ -18,10 +18,10 @@ RAY = ["starter of Ray", "gcs_server", "raylet", "dashboard agent", "runtime env
 UNNEEDED = ["monitor", "dashboard", "log monitor"]
 
 
-def kill(*rounds: str, phase: str = "load", ranks: str = "--tp=2") -> list[dict[str, Any]]:
+def kill(*rounds: str, phase: str = "load", ranks: str = "--tp=2", api_servers: int = 1) -> list[dict[str, Any]]:
     """Return the result of each round of ROLE:SIGNAL,ROLE:SIGNAL at once, in one phase of a server."""
-    arguments = [f"--kill={kills}" for kills in rounds]
-    result = script("soak_kills.py", *arguments, f"--phase={phase}", "--length=100", "--", ranks, *FLAGS)
+    arguments, count = [f"--kill={kills}" for kills in rounds], f"--api-server-count={api_servers}"
+    result = script("soak_kills.py", *arguments, f"--phase={phase}", "--length=100", "--", ranks, count, *FLAGS)
     assert result["kills"] >= len(rounds), "there was no such process"
     rounds_done: list[dict[str, Any]] = result["rounds"]
     return rounds_done
@@ -55,6 +55,12 @@ def test_unneeded_helper_killed_changes_nothing() -> None:
 @pytest.mark.nightly
 def test_rank_killed_under_load_is_restarted() -> None:
     assert_restarted(kill("rank:SIGKILL", "rank:SIGSEGV", "rank:SIGSTOP"))
+
+
+@pytest.mark.nightly
+def test_ranks_killed_beside_api_servers_are_restarted() -> None:
+    assert_restarted(kill("rank:SIGKILL", "raylet:SIGKILL", "rank:SIGSTOP", api_servers=3))
+    assert_unchanged(kill("grammar compiler:SIGKILL", "text process:SIGKILL", api_servers=3))
 
 
 @pytest.mark.nightly

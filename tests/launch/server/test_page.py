@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import httpx
 
-from lockstep.launch.engine.recovery import Health
+from lockstep.launch.engine.engine_state import Health
 
 from fake_engine import KEY, Running, fake
 

@@ -17,11 +17,12 @@ import httpx
 import openai
 import pytest
 
-from lockstep.launch.engine.recovery import Health
+from lockstep.launch.engine.engine_state import Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server import http_io
-from lockstep.launch.server.run import bind, run_loop, serve_until_signal
+from lockstep.launch.server.run import bind, serve_until_signal
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
+from lockstep.launch.server.uvicorn_setup import run_loop
 from lockstep.runtime.tokenizer import Tokenizer
 
 from fake_engine import CHAT, COMPLETION, PROMPT, FakeService, Running, error_of, fake
