@@ -26,6 +26,7 @@ class FP8Choice:
     """The GEMM for FP8 weights of one shape and activations in FP8: fp8_gemm up to `tiled_rows` rows, then cuBLAS."""
 
     tiled_rows: int = 64
+    gated: bool = False  # the GEMM ends with `silu(gate) * up`
 
 
 UNTUNED = FP8Choice()

@@ -122,9 +122,9 @@ def linear(
     norm    [D]     weight of an RMSNorm of x with `eps`, before the GEMM
     add_to  [T, F]  the result is added in place, and this is returned; not together with gated
     out     [T, F]  receives the result, and is returned; not together with gated or add_to
-    On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed, and a row's result is bitwise
-    identical in any of these batches. With batch_invariant (set by --deterministic) it is identical in all batches, but
-    slower; x must be bfloat16 or float16, and weight rows must be whole 16-byte vectors.
+    On a GPU up to 8 rows are one kernel that reads the weight at the memory's speed. With batch_invariant (set by
+    --deterministic) a row's result is bitwise identical in any batch, but slower; x must be bfloat16 or float16, and
+    weight rows must be whole 16-byte vectors.
     """
     check_linear(x, weight, norm, {"add_to": add_to, "out": out}, gated=gated)
     if batch_invariant and x.is_cuda:
@@ -229,14 +229,15 @@ def select_experts(
     bias: Tensor | None = None,
     least_sum: float = 0.0,
     scaling: float = 1.0,
+    first_expert: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return the `count` best experts of each token, [T, K] int64, best first, and their scores, [T, K] float32.
 
-    logits      [T, N]  floating point; on a GPU N is at most 512, and the lesser of two experts with equal logits wins
-    scoring     the scores are the softmax of the logits, or the sigmoid of each
-    bias        [N] or [T, N] float32: is added to the scores to find the best experts, and not returned
-    normalized  the scores are divided by their sum, or by least_sum if that is more
-    scaling     factor of the scores, after that
+    logits        [T, N]  floating point; on a GPU N is at most 512, and of experts with equal logits the lesser wins
+    scoring       the scores are the softmax of the logits, or the sigmoid of each
+    bias          [N] or [T, N] float32: is added to the scores to find the best experts, and not returned
+    normalized    the scores are divided by their sum, or by least_sum if that is more; then they are times `scaling`
+    first_expert  is subtracted from the numbers of the experts that are returned
     """
     check_selection(logits, count, bias)
 

@@ -180,6 +180,7 @@ def select_experts(
     bias: Tensor | None = None,
     least_sum: float = 0.0,
     scaling: float = 1.0,
+    first_expert: int = 0,
 ) -> tuple[Tensor, Tensor]:
     wide = logits.float()
     scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
@@ -187,7 +188,7 @@ def select_experts(
     scores = scores.gather(1, expert_ids)
     if normalized:
         scores = scores / scores.sum(-1, keepdim=True).clamp(min=least_sum)
-    return expert_ids, scores * scaling
+    return expert_ids - first_expert, scores * scaling
 
 
 def experts(

@@ -52,6 +52,9 @@ class Config:
         DEMO_MODEL, "folder of a Hugging Face checkpoint, or a hub id; the bundled demo model if not given"
     )
     tensor_parallel_size: int = option(1, "number of ranks that share each layer, one per GPU", "--tp")
+    enable_expert_parallel: bool = option(
+        False, "give each rank whole experts of a mixture of experts, not a part of the features of every expert"
+    )
     device: Device = option("auto", "where to run; auto is cuda where there is a GPU")
     dtype: DType = option("auto", "dtype of weights and activations; auto is the checkpoint's on cuda, float32 on cpu")
     max_model_len: int | None = option(None, "longest prompt plus output, in tokens; the model's own if not given")

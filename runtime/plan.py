@@ -48,7 +48,8 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_decoding: int
     sampled_rows: np.ndarray  # [S] int32: rows at the end of their request, which sample
     state_saves: np.ndarray  # [B * 4] int32, the `saves` of StateRows; empty: none
-    page_writes: np.ndarray  # [W * 3] int32: (slot, index, page) sets page_table[slot, index] = page before the step
+    # [W * (2 + G)] int32: (slot, index, pages) sets page_table[g, slot, index] = pages[g] for each group g of layers
+    page_writes: np.ndarray
 
     @property
     def is_decode_only(self) -> bool:

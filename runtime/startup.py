@@ -134,7 +134,14 @@ class LoadedRank:
         states = self._decoder.state_shape(config.torch_dtype)
         return RankMemory(
             decoder=self._decoder,
-            tables=SlotTables(config.max_num_seqs, max_length, config.page_size, device, has_states=states is not None),
+            tables=SlotTables(
+                config.max_num_seqs,
+                max_length,
+                config.page_size,
+                device,
+                num_tables=1 + self.model.layer_groups.num_window_groups,
+                has_states=states is not None,
+            ),
             pool=KVPool(shape, num_pages, device, config.kv_layout),
             states=StatePool(states, num_states(config), device) if states is not None else None,
             sampler=Sampler(config.max_num_seqs, device),
@@ -219,6 +226,8 @@ def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: M
         has_states=model.delta_net is not None,
         saved_states=saved_states(config) if model.delta_net is not None else 0,
         window=model.window,
+        num_window_groups=memory.num_window_groups,
+        group_window=model.layer_groups.window,
     )
 
 

@@ -72,11 +72,12 @@ DEVICE long long order_key(float x, int index) {
 
 // The `choices` experts of each token with the greatest scores, to which `bias` is added for the choice if it is not null, and their
 // scores: sigmoid(logit), or the softmax of all logits. NORMALIZED divides them by their sum, which is at least least_sum. A warp has
-// a token, and a lane the experts lane, lane + 32, ... With bias_stride each token has its own row of biases.
+// a token, and a lane the experts lane, lane + 32, ... With bias_stride each token has its own row of biases. first_expert is subtracted
+// from the numbers that are written.
 template <typename T, int PER_LANE, bool NORMALIZED, bool SIGMOID>
 __global__ void __launch_bounds__(256) select_experts(
     long long* __restrict__ expert_ids, float* __restrict__ scores, const T* __restrict__ logits, const float* __restrict__ bias,
-    int bias_stride, float least_sum, float scaling, int tokens, int experts, int choices) {
+    int bias_stride, float least_sum, float scaling, int tokens, int experts, int choices, int first_expert) {
     launch_next();
     wait_for_previous();
     const int lane = threadIdx.x % 32, token = blockIdx.x * 8 + threadIdx.x / 32;
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(256) select_experts(
         UNROLL for (int i = 0; i < PER_LANE; ++i) {
             if (expert != lane + 32 * i) continue;
             sum += score[i];
-            expert_ids[(long long)token * choices + choice] = expert;
+            expert_ids[(long long)token * choices + choice] = expert - first_expert;
             scores[(long long)token * choices + choice] = score[i];
             key[i] = -infinity();
         }

@@ -30,7 +30,7 @@ DEVICE float greatest(const float (&values)[8]) {
 // The grid is (T, parts of a row). GROUPED: scales[group * stride + row], else scales[row], and the grid is (T, 1). `first` is the place
 // of column 0 in its group.
 template <typename T, bool NORMED, bool GROUPED>
-__global__ void __launch_bounds__(256) quantize_rows(
+__global__ void __launch_bounds__(1024) quantize_rows(
     fp8* __restrict__ out, float* __restrict__ scales, const T* __restrict__ x, const T* __restrict__ norm, float eps, int size, int first,
     int stride) {
     launch_next();

@@ -167,6 +167,7 @@ def select_experts(
     bias: Tensor | None = None,
     least_sum: float = 0.0,
     scaling: float = 1.0,
+    first_expert: int = 0,
 ) -> tuple[Tensor, Tensor]:
     tokens, num_experts = logits.shape
     expert_ids = torch.empty(tokens, count, dtype=torch.int64, device=logits.device)
@@ -179,7 +180,7 @@ def select_experts(
         )
         stride = num_experts if bias is not None and bias.dim() > 1 else 0
         biases = optional(None if bias is None else bias.contiguous()), np.int32(stride)
-        sizes = map(np.int32, (tokens, num_experts, count))
+        sizes = map(np.int32, (tokens, num_experts, count, first_expert))
         factors = np.float32(least_sum), np.float32(scaling)
         launch((-(-tokens // 8), 1), MAX_THREADS, expert_ids, scores, logits.contiguous(), *biases, *factors, *sizes)
     return expert_ids, scores

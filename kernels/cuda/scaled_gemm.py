@@ -30,6 +30,7 @@ ALIGNMENT = 4  # scales of activations are copied four at once; in cuBLAS rows a
 GROUP_ROWS, WEIGHT_ROWS = 64, 128  # rows of the weight of four warps and of a block; GROUP_ROWS and TILE of fp8_gemm.cu
 CONSUMERS = 256  # threads of a block that multiply; a warp more copies
 STAGES = {16: 6, 32: 5, 64: 4}  # steps in shared memory by the rows of x of a tile; two blocks share the memory
+MAX_ROW_THREADS = 1024  # of quantize_rows
 MAX_PARTS = 4  # blocks of a cluster; 8 are slower
 MIN_STEPS = 4  # of 128 columns for each block of a cluster
 Epilogue = Literal["STORE", "ADD", "SILU"]  # the names of Epilogue in fp8_gemm.cu and of Finish in quantize_rows.cu
@@ -163,7 +164,9 @@ def quantize_rows(
     vectors = groups * GROUP // 8
     parts = -(-vectors // MAX_THREADS) if grouped and norm is None else 1
     sizes = np.float32(eps), np.int32(size), np.int32(first if grouped else 0), np.int32(padded)
-    launch((rows, parts), num_threads(vectors), numbers, scales, x, optional(norm), *sizes)
+    # With a norm a block has a whole row: more threads read it at once.
+    threads = num_threads(vectors) if parts > 1 else min(MAX_ROW_THREADS, -(-vectors // 32) * 32)
+    launch((rows, parts), threads, numbers, scales, x, optional(norm), *sizes)
     return numbers, scales
 
 

@@ -26,7 +26,8 @@ def check_tensor_parallel(start: PlannedStart) -> Finding:
     """Check that the model can be split over the ranks."""
     model, ranks = start.model, start.config.tensor_parallel_size
     model.check_tensor_parallel(ranks)
-    return ok(f"{ranks}, and at most {model.max_tensor_parallel_size} are possible")
+    experts = f"; {model.experts.note(ranks)}" if model.experts is not None and model.experts.parallel else ""
+    return ok(f"{ranks}, and at most {model.max_tensor_parallel_size} are possible{experts}")
 
 
 def check_checkpoint(start: PlannedStart) -> Finding:

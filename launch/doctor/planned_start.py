@@ -45,6 +45,7 @@ class PlannedStart:
     def model(self) -> ModelConfig:
         """The model's configuration, read from the folder; check_checkpoint reports weights that do not fit it."""
         model = ModelConfig.from_config_file(self.folder).quantized_by(self.config.quantization)
+        model = model.with_expert_parallel(self.config.enable_expert_parallel)
         with suppress(ValueError):
             return model if self.config.load_format == "dummy" else fit_weights(model, self.folder)
         return model

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from ...comm.message_text import format_bytes
 from ..config import Config
 from ..model.model_config import DTYPES, ModelConfig
-from ..request import pages_of_window
+from ..request import longest_context, pages_at_once, pages_of_window
 from .parameter_count import (
     float32_parameters,
     kv_elements_per_token,
@@ -43,7 +43,8 @@ class MemoryPlan:
     page_size: int  # tokens
     num_pages: int = 0
     reduced_token_bytes: int = 0  # bytes that all-reduces sum for each token of a step
-    pages_of_window: int | None = None  # the most that a request needs in a step; None: pages of its whole context
+    pages_of_window: int | None = None  # the most that a step of a request needs of a layer with a window
+    num_window_groups: int = 0  # groups of layers with a window, beside one that sees all keys; see LayerGroups
     total: int | None = None  # memory of the GPU; None on a CPU, where it is not measured
     utilization: float = 1.0
     gpus_per_rank: float = 1.0
@@ -61,16 +62,16 @@ class MemoryPlan:
 
     @property
     def tokens(self) -> int:
-        """The capacity of the KV cache."""
-        return self.num_pages * self.page_size
+        """The longest context that the KV cache holds."""
+        return longest_context(self.num_pages, self.pages_of_window, self.num_window_groups) * self.page_size
 
     def longest_context(self, max_model_len: int) -> int:
         """Return the longest context of a request that the KV cache allows."""
-        return max_model_len if self.tokens_at_once(max_model_len) <= self.tokens else self.tokens
+        return max_model_len if self.pages_at_once(max_model_len) <= self.num_pages else self.tokens
 
-    def tokens_at_once(self, context: int) -> int:
-        """Return the tokens of KV cache that a request needs in one step at most."""
-        return context if self.pages_of_window is None else min(context, self.pages_of_window * self.page_size)
+    def pages_at_once(self, context: int) -> int:
+        """Return the pages that a request with so many tokens needs in one step at most."""
+        return pages_at_once(-(-context // self.page_size), self.pages_of_window, self.num_window_groups)
 
     @property
     def taken(self) -> int:
@@ -99,7 +100,7 @@ class MemoryPlan:
     def table(self, max_model_len: int) -> str:
         """Return all parts as text, one per line."""
         context = self.longest_context(max_model_len)
-        contexts = f"{self.tokens / self.tokens_at_once(context):,.1f} contexts of {context:,}"
+        contexts = f"{self.num_pages / self.pages_at_once(context):,.1f} contexts of {context:,}"
         tokens = f"{self.tokens:,} tokens of {format_bytes(self.page_bytes // self.page_size)}: {contexts}"
         graphs = f"{self.num_graphs} captured, up to {self.graph_rows} rows"
         in_use = (
@@ -132,7 +133,7 @@ class MemoryPlan:
         if self.room is not None:
             return max(0, self.room) // self.page_bytes
         assert config.max_model_len is not None
-        per_seq = -(-config.max_model_len // self.page_size)
+        per_seq = self.pages_at_once(config.max_model_len)
         return min(config.max_num_seqs * per_seq, max(int(CPU_KV_CACHE_GIB * GIB) // self.page_bytes, per_seq))
 
 
@@ -142,6 +143,8 @@ def plan_weights(config: Config, model: ModelConfig, rank: int = 0) -> MemoryPla
     Raises ValueError if the model cannot be split over the ranks, or if no kernel of its weights takes the dtype.
     """
     ranks, itemsize = config.tensor_parallel_size, DTYPES[config.dtype]
+    groups = model.layer_groups
+    window = groups.window if groups.num_window_groups else model.window
     kv_itemsize = 1 if config.kv_cache_dtype == "fp8" else itemsize
     model.check_tensor_parallel(ranks)
     is_mxfp4 = model.experts is not None and model.experts.mxfp4
@@ -157,8 +160,9 @@ def plan_weights(config: Config, model: ModelConfig, rank: int = 0) -> MemoryPla
         reduced_token_bytes=(2 * model.num_layers + 1) * model.hidden_size * itemsize if ranks > 1 else 0,
         states=num_states(config) * state_bytes(model, ranks, rank, itemsize),
         pages_of_window=None
-        if model.window is None
-        else pages_of_window(model.window, config.page_size, config.max_num_batched_tokens),
+        if window is None
+        else pages_of_window(window, config.page_size, config.max_num_batched_tokens),
+        num_window_groups=groups.num_window_groups,
     )
 
 
@@ -195,7 +199,7 @@ def check_weights(plan: MemoryPlan) -> None:
 def check_kv_cache(requested: Config, plan: MemoryPlan) -> None:
     """Raise ValueError if nothing fits, or if the pages, GiB or context that the user's Config names do not."""
     flag = _sizing_flag(requested, plan)
-    least = -(-MIN_TOKENS // plan.page_size)
+    least = plan.pages_at_once(MIN_TOKENS)
     if plan.room is not None and plan.room < least * plan.page_bytes:
         raise ValueError(_no_room(plan, least))
     if plan.room is not None and plan.kv_cache > plan.room:
@@ -212,7 +216,7 @@ def check_kv_cache(requested: Config, plan: MemoryPlan) -> None:
             f" {_raise(flag, plan, least)}"
         )
     if requested.max_model_len is not None and plan.longest_context(requested.max_model_len) < requested.max_model_len:
-        needed = -(-plan.tokens_at_once(requested.max_model_len) // plan.page_size)
+        needed = plan.pages_at_once(requested.max_model_len)
         raise ValueError(
             f"max_model_len={requested.max_model_len} needs more than the {plan.tokens} tokens that the KV cache holds:"
             f" {format_bytes(needed * plan.page_bytes)} instead of {format_bytes(plan.kv_cache)};"

@@ -41,7 +41,8 @@ def parameters_of_rank(model: ModelConfig, ranks: int, rank: int = 0) -> int:
 def saved_by_quantization(model: ModelConfig, ranks: int, itemsize: int, rank: int = 0) -> int:
     """Return the bytes that FP8 or MXFP4 saves, less the scales, on a rank whose other weights have this itemsize."""
     if model.experts is not None and model.experts.mxfp4:
-        numbers = 3 * _expert_features(model, ranks, rank) * model.hidden_size * model.experts.num_experts
+        part = model.experts.of_rank(rank, ranks)
+        numbers = 3 * part.num_features * model.hidden_size * len(part.experts)
         return len(model.experts.layers) * (numbers * itemsize - numbers // 2 - numbers // MXFP4_BLOCK)
     if model.quantization is None:
         return 0
@@ -70,25 +71,25 @@ def _matrices(model: ModelConfig, ranks: int, rank: int) -> Iterator[tuple[list[
             if model.output_gate:
                 yield [f"{name}.{names.qkv[0]}"], [q], hidden, 1
             yield [f"{name}.{names.output}"], [hidden], q, 1
-        for gate_up, down, size, copies in _mlps(model, layer):
-            features = _share(size, ranks, rank)
+        for gate_up, down, features, copies in _mlps(model, layer, ranks, rank):
             yield [f"{name}.{module}" for module in gate_up], [features, features], hidden, copies
             yield [f"{name}.{down}"], [hidden], features, copies
     if model.quantization.includes_head and not model.tie_word_embeddings:
         yield ["lm_head"], [-(-model.vocab_size // ranks)], hidden, 1
 
 
-def _mlps(model: ModelConfig, layer: int) -> Iterator[tuple[tuple[str, ...], str, int, int]]:
-    """Yield the modules of gate and up, that of down, the features and the number of a layer's MLPs or experts."""
+def _mlps(model: ModelConfig, layer: int, ranks: int, rank: int) -> Iterator[tuple[tuple[str, ...], str, int, int]]:
+    """Yield the modules of gate and up, that of down, the rank's features and number of a layer's MLPs or experts."""
     if model.experts is None or not model.has_experts(layer):
-        yield model.names.gate_up, model.names.down, model.intermediate_size, 1
+        yield model.names.gate_up, model.names.down, _share(model.intermediate_size, ranks, rank), 1
         return
     experts, rules = model.experts, model.experts.rules
     gate, up, down = (f"{rules.block}.experts.0.{projection}" for projection in rules.projections)
-    yield (gate, up), down, experts.intermediate_size, experts.num_experts
+    part = experts.of_rank(rank, ranks)
+    yield (gate, up), down, part.num_features, len(part.experts)
     if experts.shared_size:
         gate, up, down = (f"{rules.block}.{rules.shared}.{x}_proj" for x in ("gate", "up", "down"))
-        yield (gate, up), down, experts.shared_size, 1
+        yield (gate, up), down, _share(experts.shared_size, ranks, rank), 1
 
 
 def _delta_matrices(
@@ -102,8 +103,8 @@ def _delta_matrices(
 
 
 def kv_elements_per_token(model: ModelConfig, ranks: int, rank: int = 0) -> int:
-    """Return the elements of one token's keys and values, over all layers."""
-    return 2 * len(model.attention_layers) * len(model.heads_of_rank(rank, ranks).kv) * model.stored_head_dim
+    """Return the elements of one token's keys and values in a page, over the layers that a page has."""
+    return 2 * model.layer_groups.layers_per_page * len(model.heads_of_rank(rank, ranks).kv) * model.stored_head_dim
 
 
 def _attention_size(model: ModelConfig, ranks: int, rank: int) -> int:
@@ -140,14 +141,15 @@ def _dense_size(model: ModelConfig, features: int) -> int:
 def _experts_size(model: ModelConfig, ranks: int, rank: int) -> int:
     experts = model.experts
     assert experts is not None
-    router, features = model.hidden_size + (experts.rules.bias is not None), _expert_features(model, ranks, rank)
-    expert, shared = 3 * features * model.hidden_size, 0
+    part = experts.of_rank(rank, ranks)
+    router, expert, shared = model.hidden_size + (experts.rules.bias is not None), 3 * part.num_features, 0
+    expert *= model.hidden_size
     if experts.clamped is not None:
-        router, expert = router + 1, expert + 2 * features + model.hidden_size  # with biases
+        router, expert = router + 1, expert + 2 * part.num_features + model.hidden_size  # with biases
     if experts.shared_size:
         shared = _dense_size(model, _share(experts.shared_size, ranks, rank))
         shared += experts.rules.shared_gate * model.hidden_size
-    return experts.num_experts * (router + expert) + shared
+    return experts.num_experts * router + len(part.experts) * expert + shared
 
 
 def float32_parameters(model: ModelConfig) -> int:
@@ -159,17 +161,12 @@ def float32_parameters(model: ModelConfig) -> int:
     return len(model.experts.layers) * model.experts.num_experts * per_expert
 
 
-def _expert_features(model: ModelConfig, ranks: int, rank: int) -> int:
-    assert model.experts is not None
-    return _share(model.experts.intermediate_size, ranks, rank, model.experts.block)
-
-
 def _head_features(model: ModelConfig, ranks: int, rank: int) -> tuple[int, int]:
     """Return the features of the rank's query heads, and of its KV heads."""
     heads = model.heads_of_rank(rank, ranks)
     return len(heads.queries) * model.head_dim, len(heads.kv) * model.head_dim
 
 
-def _share(features: int, ranks: int, rank: int, block: int | None = None) -> int:
-    part = share_of_features(features, rank, ranks, block)
+def _share(features: int, ranks: int, rank: int) -> int:
+    part = share_of_features(features, rank, ranks)
     return int(part.stop - part.start)

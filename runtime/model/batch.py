@@ -14,12 +14,12 @@ from ...kernels.arguments import StateRows
 
 @dataclass(frozen=True, kw_only=True)
 class HostBatch:
-    """The part of a step that is on the host: arrays int32, per token [T] or per row [B]."""
+    """The part of a step that is on the host: arrays int32, per token [T] or per row [B], of G groups of layers."""
 
     slots: np.ndarray  # [T]: the slot of each token
     positions: np.ndarray  # [T]: position of each token in its request
-    kv_slots: np.ndarray  # [T]: place of each token's K and V, page * page_size + offset
-    page_table: np.ndarray  # [B, P]: pages of each row, in order; undefined beyond its length
+    kv_slots: np.ndarray  # [G, T]: place of each token's K and V, page * page_size + offset
+    page_table: np.ndarray  # [G, B, P]: pages of each row, in order; any pages beyond its length and out of the window
     query_starts: np.ndarray  # [B + 1]: row b has tokens query_starts[b]:query_starts[b + 1]
     kv_lengths: np.ndarray  # [B]: keys that the last token of the row sees, itself included
     num_decoding: int  # leading rows of one token each, which read no keys that another row stores in this step
@@ -38,9 +38,9 @@ class Batch:
 
     token_ids: Tensor  # [T]
     positions: Tensor  # [T]: position of each token in its request
-    kv_slots: Tensor  # [T]: page * page_size + offset, the place of its K and V; negative: not stored
+    kv_slots: Sequence[Tensor]  # G of [T]: page * page_size + offset, the place of its K and V; negative: not stored
     page_table_rows: Tensor  # [T]: row of device_page_table for each token, its slot
-    device_page_table: Tensor  # [slots, P]: pages of each slot, in order; undefined beyond its length
+    device_page_table: Sequence[Tensor]  # G of [slots, P]: pages of each slot, in order; as those of HostBatch
     host: HostBatch
     state_rows: StateRows | None = None  # for layers with a recurrent state
 

@@ -66,6 +66,8 @@ def find_model(config: Config) -> tuple[Path, ModelConfig]:
         log.info("%s", note)
     if model.experts is not None and model.experts.mxfp4:
         log.info("weights: MXFP4 (experts)")
+    if model.experts is not None and model.experts.parallel:
+        log.info("experts: %s", model.experts.note(config.tensor_parallel_size))
     if model.quantization is not None:
         log.info("weights: FP8 (%s), a scale for each %s", model.quantization.method, model.quantization.granularity)
     return folder, model
@@ -92,6 +94,7 @@ def check_folder(config: Config, folder: Path) -> ModelConfig:
 def read_model(config: Config, folder: Path) -> ModelConfig:
     """Return the ModelConfig of a checkpoint; raises ValueError for a file that cannot be read or does not fit."""
     model = ModelConfig.from_folder(folder, config.generation_config).quantized_by(config.quantization)
+    model = model.with_expert_parallel(config.enable_expert_parallel)
     return model if config.load_format == "dummy" else fit_weights(model, folder)
 
 

@@ -39,6 +39,7 @@ class Attention:
         self, weights: Weights, comm: Communicator, config: ModelConfig, layer: int, name: str, cos_sin: Tensor
     ) -> None:
         self.window = config.windows[layer]
+        self.group = config.layer_groups.groups[config.attention_layers.index(layer)]
         q_features = config.num_heads * config.head_dim
         kv_features = config.num_kv_heads * config.head_dim
         heads = config.heads_of_rank(comm.rank, comm.size)
@@ -93,7 +94,7 @@ class Attention:
             qkv[:, : self.q_size] *= query_scale
         if self.wide_norm is not None:
             self.wide_norm(qkv)
-        out = backend.run(qkv, self.heads, cache, self.window)
+        out = backend.run(qkv, self.heads, cache, self.window, self.group)
         if self.gate is not None:
             out *= self.gate(normed).sigmoid()
         self.output(out, residual)
@@ -207,6 +208,7 @@ class Decoder:
         self.layers = [
             DecoderLayer(weights, comm, config, layer, tables[rope]) for layer, rope in enumerate(config.ropes)
         ]
+        self.places = config.layer_groups.places  # of the layers with keys and values in the pages of their group
         self.norm = RMSNorm(weights, comm, "model.norm", hidden, config.stream_eps)
         head = rows if tied else head_shard(weights, comm, HEAD, vocab, hidden)
         scaling, softcap = config.logits_scaling, config.logits_softcap
@@ -219,7 +221,7 @@ class Decoder:
         config = self.config
         heads = config.heads_of_rank(self.comm.rank, self.comm.size)
         return AttentionShape(
-            num_layers=len(config.attention_layers),
+            num_layers=config.layer_groups.layers_per_page,
             num_heads=len(heads.queries),
             num_kv_heads=len(heads.kv),
             head_dim=config.head_dim,
@@ -255,7 +257,7 @@ class Decoder:
         """
         residual = Residual(self.embedding(batch.token_ids), separate=self.config.names.has_norms_after)
         query_scale = None if self.query_scale is None else self.query_scale[batch.positions].unsqueeze(1)
-        caches = map(pool.layer, range(len(self.config.attention_layers)))
+        caches = map(pool.layer, self.places)
         recurrent = iter([] if states is None else states.layers(batch.state_rows))
         for layer in self.layers:
             is_recurrent = isinstance(layer.attention, GatedDeltaNet)

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from reprlib import repr as shortened
+from typing import NamedTuple
 
 from .families import ExpertRules
 from .hf_config import HFConfigReader
 from .layer_rules import expert_layers
 from .quantization import is_mxfp4
+from .rank_shares import share, share_of_features
 
 MXFP4_BLOCK = 32  # numbers with one scale
+
+
+class ExpertShare(NamedTuple):
+    """The experts of one rank, and the intermediate features of each that it has."""
+
+    experts: range
+    features: slice
+
+    @property
+    def num_features(self) -> int:
+        return int(self.features.stop - self.features.start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +43,24 @@ class Experts:
     shared_size: int = 0  # features of the expert of all tokens; 0 for none
     clamped: tuple[float, float] | None = None  # alpha and limit of the SwiGLU of gpt-oss
     mxfp4: bool = False  # the weights are 4-bit numbers
+    parallel: bool = False  # a rank has whole experts, not a part of the features of every expert
 
     @property
     def block(self) -> int | None:
         """The number of intermediate features that one rank holds together; None for any."""
         return MXFP4_BLOCK if self.mxfp4 else None
+
+    def of_rank(self, rank: int, ranks: int) -> ExpertShare:
+        """Return the experts and features of this rank; the expert of all tokens is divided by features in any case."""
+        if self.parallel:
+            return ExpertShare(share(self.num_experts, rank, ranks), slice(0, self.intermediate_size))
+        features = share_of_features(self.intermediate_size, rank, ranks, self.block)
+        return ExpertShare(range(self.num_experts), features)
+
+    def note(self, ranks: int) -> str:
+        """Return the number of whole experts of a rank as text."""
+        most = "" if self.num_experts % ranks == 0 else "up to "
+        return f"{most}{len(self.of_rank(0, ranks).experts)} of {self.num_experts} whole experts on each rank"
 
     @classmethod
     def from_hf(cls, fields: HFConfigReader, rules: ExpertRules, num_layers: int) -> Experts:

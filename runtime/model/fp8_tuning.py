@@ -1,8 +1,8 @@
 """The choice between the two GEMMs with FP8 activations, by timing both on each shape of weight at start.
 
-fp8_gemm is faster for few rows, the library's GEMM for many; where they meet depends on shape and GPU. The weights of
-several layers are multiplied in turn, so that they come from memory as in a step. The slowest rank's times count, and
-all ranks choose alike.
+fp8_gemm is faster for few rows, the library's GEMM, with kernels around it, for many. Where they meet depends on shape
+and GPU. The weights of several layers are multiplied in turn, so that they come from memory as in a step. The slowest
+rank's times count, and all ranks choose alike.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def tiled_rows(tiled: Sequence[float], library: Sequence[float]) -> int:
 
 def _us(comm: Communicator, x: Tensor, weights: Sequence[FP8Weight], *, tiled_rows: int) -> float:
     """Return the time of one linear layer of x with fp8_gemm up to this many rows."""
-    weights[0].choice.tiled_rows = tiled_rows
-    turns = itertools.cycle(weights)
-    ops.linear(x, next(turns))  # compiles
-    return graph_us(comm, lambda: ops.linear(x, next(turns)), length=len(weights), times=REPLAYS)
+    choice, turns = weights[0].choice, itertools.cycle(weights)
+    choice.tiled_rows = tiled_rows
+    ops.linear(x, next(turns), gated=choice.gated)  # compiles
+    return graph_us(comm, lambda: ops.linear(x, next(turns), gated=choice.gated), length=len(weights), times=REPLAYS)
 
 
 def _described(most: int, tiled: Sequence[float], library: Sequence[float]) -> str:

@@ -22,10 +22,11 @@ FP8_MAX = 448.0  # the maximum of float8_e4m3fn
 DUMMY_MAGNITUDE = 100.0  # deviation of random FP8 numbers
 
 
-def add_matrix(weights: Weights, shape: Sequence[int], pieces: Iterable[Piece]) -> Matrix:
+def add_matrix(weights: Weights, shape: Sequence[int], pieces: Iterable[Piece], *, gated: bool = False) -> Matrix:
     """Add a matrix [F, D] or [N, F, D] to `weights`; return its tensor, or an FP8Weight if its modules are quantized.
 
-    The pieces are rows and columns of tensors named `<module>.weight`. Raises ValueError if only some modules are FP8.
+    The pieces are rows and columns of tensors named `<module>.weight`. `gated` tells the choice of a GEMM what it ends
+    with. Raises ValueError if only some modules are FP8.
     """
     pieces, quantization = tuple(pieces), weights.quantization
     modules = sorted({module_of(piece) for piece in pieces})
@@ -41,8 +42,9 @@ def add_matrix(weights: Weights, shape: Sequence[int], pieces: Iterable[Piece]) 
         weights.append(FP8Data(data, pieces))
         weights.append(ScaleWeight(scales, tuple(_scale_piece(quantization, grid, piece) for piece in pieces)))
     layout = grid.rows, grid.columns, grid.first
-    alike = [other for other in weights.fp8 if (other.shape, other[2:5]) == (data.shape, layout)]
-    matrix = FP8Weight(data, scales, *layout, alike[0].choice if alike else FP8Choice())
+    kind = data.shape, layout, gated
+    alike = [other for other in weights.fp8 if (other.shape, other[2:5], other.choice.gated) == kind]
+    matrix = FP8Weight(data, scales, *layout, alike[0].choice if alike else FP8Choice(gated=gated))
     if len(shape) == 2:
         weights.fp8.append(matrix)
     return matrix

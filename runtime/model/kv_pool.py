@@ -24,7 +24,7 @@ from ..config import KVLayout
 class AttentionShape:
     """The layers, heads and pages of one rank, for its KV cache and its attention backend."""
 
-    num_layers: int
+    num_layers: int  # that a page has; see LayerGroups
     num_heads: int  # query heads of this rank
     num_kv_heads: int  # KV heads of this rank
     head_dim: int
@@ -45,13 +45,13 @@ class AttentionShape:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page over all layers, keys and values."""
+        """Bytes of the keys and values of one page."""
         elements = self.page_size * self.num_kv_heads * self.stored_head_dim
         return 2 * self.num_layers * elements * self.cache_dtype.itemsize
 
 
 class KVPool:
-    """`num_pages` pages of keys and values for every layer, allocated once."""
+    """`num_pages` pages of keys and values for the layers of any group, allocated once."""
 
     def __init__(self, shape: AttentionShape, num_pages: int, device: torch.device, layout: KVLayout) -> None:
         self.shape, self.num_pages, self.layout = shape, num_pages, layout
@@ -60,7 +60,7 @@ class KVPool:
         self._memory = _zeros((*outer, *page), shape.cache_dtype, device)
 
     def layer(self, layer: int) -> KVCache:
-        """Return views [pages, page_size, Hkv, E] of the keys and values of one layer."""
+        """Return views [pages, page_size, Hkv, E] of the keys and values of the layer at this place in a page."""
         memory = self._memory[layer] if self.layout == "layer-first" else self._memory[:, layer].transpose(0, 1)
         return KVCache(*(part[..., : self.shape.head_dim] for part in memory))
 

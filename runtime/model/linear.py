@@ -55,10 +55,21 @@ def projections(names: Sequence[str], features: Sequence[int], rows: Sequence[sl
 
 
 class ColumnLinear:
-    """Several projections of the same input in one GEMM: the rank's rows of each, concatenated."""
+    """Several projections of the same input in one GEMM: the rank's rows of each, concatenated.
 
-    def __init__(self, weights: Weights, projections: Sequence[Projection], in_features: int, *, bias: bool) -> None:
-        self.batch_invariant = weights.batch_invariant
+    gated  the result is `silu(first half) * second half`
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        projections: Sequence[Projection],
+        in_features: int,
+        *,
+        bias: bool,
+        gated: bool = False,
+    ) -> None:
+        self.batch_invariant, self.gated = weights.batch_invariant, gated
         total = sum(p.num_rows for p in projections)
         matrix, vector, start = [], [], 0
         for p in projections:
@@ -66,13 +77,13 @@ class ColumnLinear:
             matrix.append(Piece(f"{p.name}.weight", (p.features, in_features), (p.rows,), into, pairs=p.pairs))
             vector.append(Piece(f"{p.name}.bias", (p.features,), (p.rows,), into, pairs=p.pairs))
             start += p.num_rows
-        self.weight = add_matrix(weights, (total, in_features), matrix)
+        self.weight = add_matrix(weights, (total, in_features), matrix, gated=gated)
         self.bias = weights.add((total,), vector) if bias else None
 
-    def __call__(self, normed: NormInput, *, gated: bool = False) -> Tensor:
-        """Return [T, the rank's rows] of rows [T, D], or `silu(first half) * second half` if gated."""
+    def __call__(self, normed: NormInput) -> Tensor:
+        """Return [T, the rank's rows] of rows [T, D], or half as many if gated."""
         x, norm, eps, invariant = normed.x, normed.weight, normed.eps, self.batch_invariant
-        return ops.linear(x, self.weight, self.bias, norm=norm, eps=eps, gated=gated, batch_invariant=invariant)
+        return ops.linear(x, self.weight, self.bias, norm=norm, eps=eps, gated=self.gated, batch_invariant=invariant)
 
 
 class RowLinear:
@@ -125,15 +136,12 @@ class MLP:
         bias: bool,
         activation: Activation = "silu",
     ) -> None:
-        self.activation = activation
         rows = shard_of(intermediate_size, comm)
         parts = projections(gate_up, (intermediate_size,) * 2, (rows, rows))
-        self.gate_up = ColumnLinear(weights, parts, hidden_size, bias=bias)
+        self.gate_up = ColumnLinear(weights, parts, hidden_size, bias=bias, gated=activation == "silu")
         self.down = RowLinear(weights, comm, down, hidden_size, intermediate_size, rows, bias=bias)
 
     def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Add the MLP of rows [T, D] to `residual`."""
-        if self.activation == "silu":
-            self.down(self.gate_up(normed, gated=True), residual)
-        else:
-            self.down(ops.gelu_and_mul(self.gate_up(normed)), residual)
+        hidden = self.gate_up(normed)
+        self.down(hidden if self.gate_up.gated else ops.gelu_and_mul(hidden), residual)

@@ -18,6 +18,7 @@ from .expert_config import MXFP4_BLOCK, Experts
 from .families import ARCHITECTURES, TEXT_PARTS, Activation, Architecture, Flag, QKNormKind, TensorNames
 from .generation_config import generation_fields, not_applied
 from .hf_config import HFConfigReader, exists
+from .layer_groups import LayerGroups
 from .layer_rules import ropes_of_layers, windows_of_layers
 from .quantization import Quantization, is_mxfp4
 from .rank_shares import HeadShare, share_of_heads
@@ -142,6 +143,17 @@ class ModelConfig:
             return self
         return self._quantized(Quantization.made_while_loading())
 
+    def with_expert_parallel(self, enabled: bool) -> ModelConfig:
+        """Return this config with whole experts on each rank if enabled; raises ValueError if it has no experts."""
+        if not enabled:
+            return self
+        if self.experts is None or not self.experts.layers:
+            raise ValueError(
+                f"enable_expert_parallel=True divides a mixture of experts, and this {self.architecture} has none;"
+                " leave it out"
+            )
+        return replace(self, experts=replace(self.experts, parallel=True))
+
     def _quantized(self, quantization: Quantization | None) -> ModelConfig:
         """Return this config with FP8 weights; raises ValueError if there are no kernels for such experts."""
         if quantization is not None and self.experts is not None and self.experts.clamped is not None:
@@ -170,6 +182,11 @@ class ModelConfig:
     def window(self) -> int | None:
         """The number of keys that a query sees in any layer, its own included; None if a layer sees all."""
         return None if None in self.windows else max(window for window in self.windows if window is not None)
+
+    @property
+    def layer_groups(self) -> LayerGroups:
+        """The groups of the layers with keys and values that share a page table."""
+        return LayerGroups.of_windows([self.windows[layer] for layer in self.attention_layers])
 
     @property
     def stored_head_dim(self) -> int:
@@ -201,17 +218,22 @@ class ModelConfig:
         """Return the number of each part of which every rank must have one."""
         is_mxfp4 = self.experts is not None and self.experts.mxfp4
         features = f"{'blocks of 32 ' if is_mxfp4 else ''}intermediate features"
-        parts = {"attention heads": self.num_heads, features: min(self._intermediate_sizes())}
+        parts = {"attention heads": self.num_heads}
+        if sizes := self._intermediate_sizes():
+            parts[features] = min(sizes)
+        if self.experts is not None and self.experts.parallel:
+            parts["experts"] = self.experts.num_experts
         return parts if self.delta_net is None else parts | {"linear key heads": self.delta_net.key_heads}
 
     def _intermediate_sizes(self) -> set[int]:
-        """Return the intermediate features, or blocks of them, of MLPs and experts.
+        """Return the intermediate features, or blocks of them, of MLPs and experts that the ranks divide.
 
         An MLP's do not count if every layer has experts.
         """
         sizes: set[int] = set()
         if self.experts and self.experts.layers:
-            sizes.add(self.experts.intermediate_size // (self.experts.block or 1))
+            if not self.experts.parallel:
+                sizes.add(self.experts.intermediate_size // (self.experts.block or 1))
             sizes |= {self.experts.shared_size} - {0}
         if not all(map(self.has_experts, range(self.num_layers))):
             sizes.add(self.intermediate_size)

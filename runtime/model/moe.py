@@ -1,6 +1,7 @@
 """The mixture of experts: the router, the experts that it selects for each token, and the expert of all tokens.
 
-Shapes: T tokens, D hidden, I the rank's intermediate features, N experts, K of them selected per token.
+Shapes: T tokens, D hidden, N experts, K of them selected per token; I the intermediate features that the rank has of
+each of its M experts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ...comm.base import Communicator
 from ...kernels import ops
 from .expert_config import Experts
 from .fp8_weights import add_matrix
-from .linear import MLP, shard_of
+from .linear import MLP
 from .norm import NormInput, Residual
 from .weights import ALL, Piece, Weights
 
@@ -24,8 +25,8 @@ class Router:
     All ranks choose alike, because the router is replicated and its input is bitwise identical on all of them.
     """
 
-    def __init__(self, weights: Weights, layer: str, hidden_size: int, experts: Experts) -> None:
-        self.experts, self.batch_invariant = experts, weights.batch_invariant
+    def __init__(self, weights: Weights, layer: str, hidden_size: int, experts: Experts, first_expert: int) -> None:
+        self.experts, self.first_expert, self.batch_invariant = experts, first_expert, weights.batch_invariant
         n, rules = experts.num_experts, experts.rules
         name = f"{layer}.{rules.block}.gate.weight"
         # With batch_invariant there is a kernel for the model's dtype only.
@@ -39,7 +40,10 @@ class Router:
             self.bias = weights.add(shape, [Piece(f"{layer}.{rules.bias}", shape)], dtype=torch.float32).view(n)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the experts of each row of x [T, D], [T, K] int64, and their scores, [T, K] float32."""
+        """Return the experts of each row of x [T, D], [T, K] int64, and their scores, [T, K] float32.
+
+        The rank's experts are numbered from 0; other numbers are experts of other ranks.
+        """
         experts = self.experts
         if self.in_float32:
             logits = F.linear(x.float(), self.weight)
@@ -53,6 +57,7 @@ class Router:
             bias=self.bias if experts.num_groups == 1 else self._bias_of_groups(logits),
             least_sum=experts.least_sum,
             scaling=experts.scaling,
+            first_expert=self.first_expert,
         )
 
     def _bias_of_groups(self, logits: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ class SharedExpert(MLP):
 
     def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Add the MLP of rows [T, D] to `residual`."""
-        hidden = self.gate_up(normed, gated=True)
+        hidden = self.gate_up(normed)
         if self.gate is not None:
             hidden *= ops.linear(normed.tensor(), self.gate, batch_invariant=self.batch_invariant).sigmoid()
         self.down(hidden, residual)
@@ -91,27 +96,30 @@ class SharedExpert(MLP):
 class MoE:
     """`sum of score * expert(x)` over the experts that a router selects for each token, and the shared expert.
 
-    Every rank holds its shard of the intermediate features of every expert, as of an MLP.
+    Every rank holds its shard of the intermediate features of every expert, as of an MLP; or, with expert parallelism,
+    whole experts. It then leaves the sum over its own ones, and nothing else changes.
     """
 
     def __init__(
         self, weights: Weights, comm: Communicator, layer: str, hidden_size: int, experts: Experts, *, bias: bool
     ) -> None:
-        n, full, hidden, rules = experts.num_experts, experts.intermediate_size, hidden_size, experts.rules
-        rows = shard_of(full, comm)
-        size = rows.stop - rows.start
+        part, full, hidden = experts.of_rank(comm.rank, comm.size), experts.intermediate_size, hidden_size
+        rows, size, count = part.features, part.num_features, len(part.experts)
         gate_up, down = [], []
-        for expert in range(n):
-            gate_name, up_name, down_name = (
-                f"{layer}.{rules.block}.experts.{expert}.{name}.weight" for name in rules.projections
-            )
+        for expert in range(experts.num_experts):
+            modules = [f"{layer}.{experts.rules.block}.experts.{expert}.{name}" for name in experts.rules.projections]
+            if expert not in part.experts:
+                weights.of_other_ranks.update(modules)
+                continue
+            place = expert - part.experts.start
+            gate_name, up_name, down_name = (f"{module}.weight" for module in modules)
             for name, start in ((gate_name, 0), (up_name, size)):
-                into = (expert, slice(start, start + size))
+                into = (place, slice(start, start + size))
                 gate_up.append(Piece(name, (full, hidden), (rows,), into))
-            down.append(Piece(down_name, (hidden, full), (ALL, rows), (expert,)))
-        self.router = Router(weights, layer, hidden, experts)
-        self.gate_up = add_matrix(weights, (n, 2 * size, hidden), gate_up)
-        self.down = add_matrix(weights, (n, hidden, size), down)
+            down.append(Piece(down_name, (hidden, full), (ALL, rows), (place,)))
+        self.router = Router(weights, layer, hidden, experts, part.experts.start)
+        self.gate_up = add_matrix(weights, (count, 2 * size, hidden), gate_up)
+        self.down = add_matrix(weights, (count, hidden, size), down)
         self.shared: SharedExpert | None = None
         if experts.shared_size:
             self.shared = SharedExpert(weights, comm, layer, hidden, experts, bias=bias)

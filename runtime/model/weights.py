@@ -90,6 +90,7 @@ class Weights(list[Weight]):
     batch_invariant     of their GEMMs, as --deterministic asks for
     zero_centred_norms  the checkpoint has the weights of norms less 1
     unused              beginnings of names in the checkpoint that no layer uses
+    of_other_ranks      modules of which this rank has nothing: whole experts of other ranks
     fp8                 the FP8 matrices [F, D] of linear layers; their tensors are weights, too
     """
 
@@ -104,7 +105,7 @@ class Weights(list[Weight]):
         unused: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self.unused = unused
+        self.unused, self.of_other_ranks = unused, set[str]()
         self.dtype, self.device, self.batch_invariant = dtype, device, batch_invariant
         self.quantization, self.zero_centred_norms = quantization, zero_centred_norms
         self.fp8: list[FP8Weight] = []
@@ -157,6 +158,7 @@ def check_files(weights: Weights, tensors: TensorFiles) -> None:
         tensors.use_tied_head()
     ignored |= {name for name in tensors if name.startswith(weights.unused) or name.endswith(KV_SCALES)}
     ignored |= set(_unused_scales(weights, tensors))
+    ignored |= {name for name in tensors if name.rpartition(".")[0] in weights.of_other_ranks}
     expected = {piece.name: piece.shape_in(tensors) for weight in weights for piece in weight.pieces}
     check_shapes(expected, tensors, ignored, stored_dtypes(weights))
     _check_dtypes(weights, tensors)

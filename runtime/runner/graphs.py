@@ -27,9 +27,10 @@ class GraphInputs:
         ("slots", "positions", "kv_slots"), np.dtype(np.int32)
     )
 
-    def __init__(self, size: int, device: torch.device) -> None:
+    def __init__(self, size: int, device: torch.device, num_tables: int = 1) -> None:
         self.size = size
         lengths = [dtype.itemsize * size for dtype in self.TYPES.values()]
+        lengths[-1] *= num_tables
         self._host = np.zeros(sum(lengths), np.uint8)
         self._device = torch.zeros(sum(lengths), dtype=torch.uint8, device=device)
         parts = np.split(self._host, np.cumsum(lengths)[:-1])
@@ -39,7 +40,9 @@ class GraphInputs:
             for part, (name, field) in zip(self._device.split(lengths), self._fields.items(), strict=True)
         }
         self.params = RowParams(**{name: on_device[name] for name in ROW_PARAMS})
-        self.slots, self.positions, self.kv_slots = (on_device[name] for name in ("slots", "positions", "kv_slots"))
+        self.slots, self.positions = on_device["slots"], on_device["positions"]
+        self._fields["kv_slots"] = self._fields["kv_slots"].reshape(num_tables, size)
+        self.kv_slots = on_device["kv_slots"].view(num_tables, size)
 
     def fill(self, host: HostBatch, params: np.ndarray, spare_slot: int) -> None:
         """Copy a step to the device; padding rows belong to the spare slot, are greedy and store no keys."""
@@ -51,7 +54,7 @@ class GraphInputs:
             ("positions", host.positions, 0),
             ("kv_slots", host.kv_slots, -1),
         ):
-            self._fields[name][:n], self._fields[name][n:] = values, padding
+            self._fields[name][..., :n], self._fields[name][..., n:] = values, padding
         # The driver copies this little pageable memory within the call: the host may write the next step's at once.
         self._device.copy_(torch.from_numpy(self._host), non_blocking=True)
 
@@ -82,8 +85,8 @@ class DecodeGraphs:
         pool_owner = reuse
         # Capture the largest size first: the smaller ones then fit into its memory.
         for size in tqdm(self.sizes[::-1], desc="capture CUDA graphs", unit="graph", disable=not show_progress):
-            inputs = GraphInputs(size, memory.device)
-            inputs.fill(_decode_rows(0), np.empty(0, PARAMS), memory.tables.spare_slot)
+            inputs = GraphInputs(size, memory.device, memory.tables.num_tables)
+            inputs.fill(_decode_rows(0, memory.tables.num_tables), np.empty(0, PARAMS), memory.tables.spare_slot)
             # The first run is outside of the graphs: it loads kernels and grows workspaces.
             self._resample(inputs, *self._step(inputs))
             step, resample = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -113,7 +116,7 @@ class DecodeGraphs:
 
     def _step(self, inputs: GraphInputs) -> tuple[Logits, Tensor]:
         memory, tables = self._memory, self._memory.tables
-        rows = _decode_rows(inputs.size)
+        rows = _decode_rows(inputs.size, tables.num_tables)
         batch = tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, rows)
         memory.attention.plan(batch)
         logits = memory.decoder.logits(memory.decoder.forward(batch, memory.pool, memory.attention, memory.states))
@@ -133,14 +136,14 @@ def graph_sizes(max_rows: int) -> list[int]:
     return [*(s for s in sizes if s < max_rows), max_rows]
 
 
-def _decode_rows(count: int) -> HostBatch:
+def _decode_rows(count: int, num_tables: int) -> HostBatch:
     """Return the metadata of `count` decoding rows; their slots and positions are on the device only."""
     zeros = np.zeros(count, np.int32)
     return HostBatch(
         slots=zeros,
         positions=zeros,
-        kv_slots=zeros,
-        page_table=np.zeros((count, 1), np.int32),
+        kv_slots=np.zeros((num_tables, count), np.int32),
+        page_table=np.zeros((num_tables, count, 1), np.int32),
         query_starts=np.arange(count + 1, dtype=np.int32),
         kv_lengths=zeros + 1,
         num_decoding=count,

@@ -52,7 +52,7 @@ class Profiler:
             trace=trace,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
             weight_bytes=weight_bytes,
-            kv_token_bytes=kv.page_bytes // kv.page_size,
+            kv_token_bytes=kv.page_bytes // kv.page_size // kv.num_layers * len(decoder.places),
             copy_bytes_per_s=copy_bytes_per_s(device),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 
@@ -27,18 +28,31 @@ NUM_BUFFERS = 3  # more buffers than steps can be in flight
 class SlotTables:
     """The tokens of a rank's slots, on the device, and their page tables, on the host and on the device.
 
-    The device's page table follows the steps: the entries of a step's rows are written before its layers run.
+    There is a page table for each group of layers. Those of the device follow the steps: the entries of a step's rows
+    are written before its layers run.
     """
 
     def __init__(
-        self, num_slots: int, max_length: int, page_size: int, device: torch.device, *, has_states: bool = False
+        self,
+        num_slots: int,
+        max_length: int,
+        page_size: int,
+        device: torch.device,
+        *,
+        num_tables: int = 1,
+        has_states: bool = False,
     ) -> None:
-        self.page_size, self._has_states = page_size, has_states
+        self.page_size, self.num_tables, self._has_states = page_size, num_tables, has_states
         self.spare_slot = num_slots  # receives the writes of padding rows
         self.tokens = torch.zeros(num_slots + 1, max_length, dtype=torch.int32, device=device)
         pages_per_slot = -(-max_length // page_size)
-        self.host_page_table = np.zeros((num_slots, pages_per_slot), np.int32)
-        self.device_page_table = torch.zeros(num_slots + 1, pages_per_slot, dtype=torch.int32, device=device)
+        tables = num_tables, num_slots, pages_per_slot
+        self.host_page_table = np.zeros(tables, np.int32)
+        self._host_pages = self.host_page_table.reshape(num_tables, -1)
+        self.device_page_table = torch.zeros(
+            num_tables, num_slots + 1, pages_per_slot, dtype=torch.int32, device=device
+        )
+        self._device_tables = self.device_page_table.unbind(0)
         self._num_cached = np.zeros(num_slots, np.int32)
         self._row_starts = torch.arange(
             num_slots + 2, dtype=torch.int32, device=device
@@ -50,8 +64,8 @@ class SlotTables:
             tokens = torch.from_numpy(admission.tokens).to(self.tokens.device, non_blocking=True)
             self.tokens[admission.slot, : len(tokens)] = tokens
             self._num_cached[admission.slot] = admission.num_cached
-        slot, index, page = plan.page_writes.reshape(-1, 3).T
-        self.host_page_table[slot, index] = page
+        slot, index, *pages = plan.page_writes.reshape(-1, 2 + self.num_tables).T
+        self.host_page_table[:, slot, index] = pages
 
     def host_batch(self, plan: StepPlan) -> HostBatch:
         """Return the plan's rows, token by token."""
@@ -63,16 +77,17 @@ class SlotTables:
             before = ends - plan.counts - plan.starts
             positions = np.arange(ends[-1], dtype=np.int32) - np.repeat(before, plan.counts)
         page, offset = np.divmod(positions, self.page_size)
-        kv_slots = self.host_page_table[slots, page] * self.page_size + offset
+        places = slots * self.host_page_table.shape[2] + page
+        kv_slots = self._host_pages.take(places, axis=1) * self.page_size + offset
         if self._has_states and not plan.is_decode_only:
             # A part of a cached prefix may be computed again for its recurrent state; its keys are stored already.
-            kv_slots[positions < self._num_cached[slots]] = -1
+            kv_slots[:, positions < self._num_cached[slots]] = -1
         kv_lengths = plan.starts + plan.counts
         return HostBatch(
             slots=slots,
             positions=positions,
             kv_slots=kv_slots,
-            page_table=self.host_page_table[plan.slots, : -(-int(kv_lengths.max()) // self.page_size)],
+            page_table=self.host_page_table[:, plan.slots, : -(-int(kv_lengths.max()) // self.page_size)],
             query_starts=np.append(np.int32(0), ends),
             kv_lengths=kv_lengths,
             num_decoding=plan.num_decoding,
@@ -81,17 +96,25 @@ class SlotTables:
     def batch(self, plan: StepPlan, host: HostBatch) -> Batch:
         """Return the step on the device, and write its rows' page tables there."""
         device = self.tokens.device
-        packed = to_device(np.stack((host.slots, host.positions, host.kv_slots)), device)
+        packed = to_device(np.stack((host.slots, host.positions, *host.kv_slots)), device)
         rows = to_device(plan.slots, device)
-        self.device_page_table[rows.long(), : host.page_table.shape[1]] = to_device(host.page_table, device)
-        slots, positions, kv_slots = packed.unbind(0)
+        for table, pages in zip(self._device_tables, to_device(host.page_table, device), strict=True):
+            table[rows.long(), : pages.shape[1]] = pages
+        slots, positions, *kv_slots = packed.unbind(0)
         ids = self.tokens[slots.long(), positions.long()]
         return self._batch(ids, slots, positions, kv_slots, host, self._state_rows(rows, plan, host))
 
     def decode_batch(self, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch) -> Batch:
-        """Return a step of one token per row from device memory alone, each [B] int32; can be captured in a graph."""
-        ids = ops.begin_decode_(self.tokens, self.device_page_table, slots, positions, kv_slots, self.page_size)
-        return self._batch(ids, slots, positions, kv_slots, host, StateRows(slots, self._row_starts[: len(slots) + 1]))
+        """Return a step of one token per row from device memory alone; can be captured in a graph.
+
+        slots, positions  [B] int32
+        kv_slots          [G, B] int32
+        """
+        for table, table_slots in zip(self._device_tables, kv_slots, strict=True):
+            ids = ops.begin_decode_(self.tokens, table, slots, positions, table_slots, self.page_size)
+        return self._batch(
+            ids, slots, positions, kv_slots.unbind(0), host, StateRows(slots, self._row_starts[: len(slots) + 1])
+        )
 
     def append(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
         """Write sampled tokens after `positions` of `slots`, all [S] int32: inputs of the next step."""
@@ -105,14 +128,20 @@ class SlotTables:
         return StateRows(rows, to_device(host.query_starts, device), on_device)
 
     def _batch(
-        self, ids: Tensor, slots: Tensor, positions: Tensor, kv_slots: Tensor, host: HostBatch, rows: StateRows | None
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        kv_slots: Sequence[Tensor],
+        host: HostBatch,
+        rows: StateRows | None,
     ) -> Batch:
         return Batch(
             token_ids=ids,
             positions=positions,
             kv_slots=kv_slots,
             page_table_rows=slots,
-            device_page_table=self.device_page_table,
+            device_page_table=self._device_tables,
             host=host,
             state_rows=rows,
         )

@@ -133,19 +133,35 @@ class PrefixCache:
         self.num_pages -= len(node.pages)
         return node.pages
 
+    @property
+    def now(self) -> int:
+        """The logical time."""
+        return self._clock
+
+    def oldest(self) -> Node | None:
+        """Return the least recently used node that can be evicted."""
+        while self._leaves:
+            last_used, _, node = self._leaves[0]
+            if node.last_used == last_used and self._is_evictable_leaf(node):
+                return node
+            heapq.heappop(self._leaves)  # out of date
+        return None
+
     def evict(self, num_pages: int) -> np.ndarray:
         """Remove and return the least recently used pages, ends of sequences first; called by PagePool.allocate."""
         assert num_pages <= self.num_evictable, "evicting more than is evictable"
         freed: list[np.ndarray] = []
-        while num_pages > 0:
-            last_used, _, node = heapq.heappop(self._leaves)
-            if node.last_used != last_used or not self._is_evictable_leaf(node):
-                continue  # out of date
-            n = min(num_pages, len(node.pages))
-            freed.append(node.pages[len(node.pages) - n :])
-            self._drop_tail(node, n)
-            num_pages -= n
+        while num_pages > 0 and (node := self.oldest()) is not None:
+            freed.append(self.evict_end(node, num_pages))
+            num_pages -= len(freed[-1])
         return np.concatenate(freed) if freed else NO_PAGES
+
+    def evict_end(self, node: Node, num_pages: int) -> np.ndarray:
+        """Remove and return up to `num_pages` pages from the end of a node that can be evicted."""
+        n = min(num_pages, len(node.pages))
+        pages = node.pages[len(node.pages) - n :]
+        self._drop_tail(node, n)
+        return pages
 
     def _drop_tail(self, node: Node, n: int) -> None:
         self.num_pages -= n
@@ -215,10 +231,13 @@ class PagePool:
         if n == 0:
             return NO_PAGES
         if n > self.num_free:
-            self.release(self.tree.evict(n - self.num_free))
+            self._make_free(n - self.num_free)
         self.num_free -= n
         pages: np.ndarray = self._free[self.num_free : self.num_free + n].copy()
         return pages
+
+    def _make_free(self, n: int) -> None:
+        self.release(self.tree.evict(n))
 
     def release(self, pages: np.ndarray) -> None:
         """Free pages."""

@@ -21,13 +21,15 @@ import numpy as np
 
 from ..plan import Admission, FinishReason, RequestEnd, StepOutput, StepPlan, TokenLogprobs
 from ..request import Limits, Request
-from .prefix_cache import NO_PAGES, Node, PagePool
+from .prefix_cache import Node, PagePool
 from .reclaim import reclaim
 from .saved_states import SavedStates
 from .scheduled_step import RunningRows, ScheduledStep
+from .slot_pages import SlotPages
 from .slots import PromptChunk, Slots
 from .step_division import StepDivision, StepTokens, largest_holder
 from .waiting_queue import WaitingQueue
+from .window_pages import BlockPool
 
 
 class Scheduler:
@@ -37,8 +39,11 @@ class Scheduler:
         self.limits = limits
         self._states = SavedStates(limits)
         on_cut = self._states.give_up if limits.has_states else None
-        self.pages = PagePool(limits.num_pages, limits.page_size, on_cut)
+        self.pages = (
+            BlockPool(limits) if limits.num_window_groups else PagePool(limits.num_pages, limits.page_size, on_cut)
+        )
         self.slots = Slots(limits, self.pages.tree.root)
+        self._slot_pages = SlotPages(limits, self.slots, self.pages)
         self.waiting = WaitingQueue(by_priority=limits.has_priorities)
         self.division = StepDivision(limits, self.slots, self.waiting)
         self.num_preemptions = 0
@@ -72,7 +77,7 @@ class Scheduler:
         reclaimed = set[int]()
         if self.division.is_shared:
             reclaimed = reclaim(self.limits, self.slots, self.waiting, self._preempt, self._fits)
-        if self.limits.window is not None:
+        if self._slot_pages.drop_unseen() or self.limits.window is not None:
             self.waiting.unblock()  # running requests free pages, too
         can_admit = bool(self.slots.free) and self.waiting.head() is not None
         scheduled = self._schedule(reclaimed, can_admit=can_admit)
@@ -82,8 +87,7 @@ class Scheduler:
 
     def _schedule(self, reclaimed: set[int], *, can_admit: bool) -> ScheduledStep | None:
         rows = self._make_room(can_admit=can_admit)
-        if len(rows.full):
-            self.slots.append_page_each(rows.full, self.pages.allocate(len(rows.full)))
+        self._slot_pages.extend_each(rows.full)
         for chunk in rows.chunks:
             self._extend_prompt(chunk)
         chunks = rows.chunks
@@ -126,7 +130,7 @@ class Scheduler:
             finished=finished,
             logprobs=logprobs or {},
             cached_tokens=cached_tokens,
-            free_pages=self._num_free_pages(),
+            free_pages=self._slot_pages.num_free(),
             num_computed=len(plan.slots) if plan.is_decode_only else int(plan.counts.sum()),
         )
 
@@ -137,7 +141,7 @@ class Scheduler:
         """
         while True:
             rows = self._running_rows(can_admit=can_admit)
-            if self._find_pages(rows.num_missing_pages):
+            if self._slot_pages.find(rows.num_missing_pages):
                 return rows
             several = self.slots.pages_by_client() if len(self.slots.num_by_client) > 1 else {}
             client = largest_holder(several)[1]
@@ -154,47 +158,6 @@ class Scheduler:
         request = self.slots.requests[slot]
         return 0 if request is None else request.priority
 
-    def _find_pages(self, count: int) -> bool:
-        """Return whether `count` pages are available; frees those that no layer sees any more if they are needed."""
-        if count > self.pages.num_available and self.limits.window is not None:
-            running, first_pages = self.slots.running, self._first_seen_pages(self.limits.window)
-            for i in np.flatnonzero(first_pages > self.slots.num_freed_pages[running]).tolist():
-                self._free_unseen(int(running[i]), int(first_pages[i]))
-        return count <= self.pages.num_available
-
-    def _first_seen_pages(self, window: int) -> np.ndarray:
-        """Return the first page that the next token of each running request sees, [R] int32."""
-        first_seen = np.maximum(self.slots.num_computed[self.slots.running] + 1 - window, 0)
-        pages: np.ndarray = first_seen // self.limits.page_size
-        return pages
-
-    def _num_free_pages(self) -> int:
-        """Return the available pages, and those that running requests do not share and no layer sees any more."""
-        if self.limits.window is None:
-            return self.pages.num_available
-        kept = self.slots.num_shared_pages[self.slots.running]
-        unseen = np.maximum(self._first_seen_pages(self.limits.window) - kept, 0)
-        return self.pages.num_available + int(unseen.sum())
-
-    def _free_unseen(self, slot: int, end: int) -> None:
-        """Free the pages of a slot before page `end`, unless another request uses them."""
-        s, tree = self.slots, self.pages.tree
-        while s.num_shared_pages[slot] > end:  # the slot sees a part of what it shares with the tree
-            node = s.prefix_nodes[slot]
-            if node.children:
-                self.pages.release(tree.evict(tree.num_evictable))
-            taken = tree.take_back(node)
-            if len(taken) == 0:
-                return
-            assert node.parent is not None
-            s.prefix_nodes[slot] = node.parent
-            s.num_shared_pages[slot] -= len(taken)
-        tree.unlock(s.prefix_nodes[slot])
-        s.prefix_nodes[slot] = tree.root
-        tree.lock(tree.root)
-        self.pages.release(s.page_table[slot, s.num_shared_pages[slot] : end].copy())
-        s.num_shared_pages[slot] = s.num_freed_pages[slot] = end
-
     def _running_rows(self, *, can_admit: bool) -> RunningRows:
         s, running = self.slots, self.slots.running
         lengths = s.length[running]
@@ -207,16 +170,15 @@ class Scheduler:
             chunk._replace(num_tokens=tokens.take(int(s.client[chunk.slot]), chunk.num_tokens)) for chunk in prompts
         ]
         chunks = [chunk for chunk in chunks if chunk.num_tokens]
-        return RunningRows(decoding, full, chunks, tokens, len(full) + sum(map(self._num_missing_pages, chunks)))
+        num_missing = len(full) + sum(self._slot_pages.num_missing(c.slot, self._end_of(c)) for c in chunks)
+        return RunningRows(decoding, full, chunks, tokens, num_missing * self.limits.num_tables)
 
-    def _num_missing_pages(self, chunk: PromptChunk) -> int:
-        end = int(self.slots.num_computed[chunk.slot]) + chunk.num_tokens
-        return max(0, self.limits.pages_for(end) - int(self.slots.num_pages[chunk.slot]))
+    def _end_of(self, chunk: PromptChunk) -> int:
+        return int(self.slots.num_computed[chunk.slot]) + chunk.num_tokens
 
     def _extend_prompt(self, chunk: PromptChunk) -> None:
         """Allocate the pages of a chunk, and share the pages that it completes."""
-        self.slots.append_pages(chunk.slot, self.pages.allocate(self._num_missing_pages(chunk)))
-        self._share(chunk.slot, int(self.slots.num_computed[chunk.slot]) + chunk.num_tokens)
+        self._slot_pages.extend(chunk.slot, self._end_of(chunk))
         start, tokens = int(self.slots.num_computed[chunk.slot]), self.slots.tokens[chunk.slot]
         prefix = self.slots.prefix_nodes[chunk.slot]
         self._states.plan(chunk.slot, tokens, start, chunk.num_tokens, self.pages.tree, prefix, self._num_steps)
@@ -241,7 +203,7 @@ class Scheduler:
             if tokens.left_for(request.client) == 0:
                 skip.add(request.client)
                 continue
-            prefix = self._lock_prefix(request)
+            prefix = self._slot_pages.lock_prefix(request)
             if prefix is None:
                 if self.division.is_shared and largest_holder(self.slots.pages_by_client())[1] == request.client:
                     self.waiting.pass_over(request.client)
@@ -265,7 +227,7 @@ class Scheduler:
         return admitted
 
     def _fits(self, request: Request) -> bool:
-        prefix = self._lock_prefix(request)
+        prefix = self._slot_pages.lock_prefix(request)
         if prefix is not None:
             self.pages.tree.unlock(prefix[0])
         return prefix is not None
@@ -273,7 +235,8 @@ class Scheduler:
     def _occupy(self, request: Request, node: Node, pages: np.ndarray, num_computed: int) -> int:
         """Return a slot for a request; its cached prefix ends at `node`, locked, and lies in `pages`."""
         max_length = min(request.max_length, self.limits.max_length)
-        slot = self.slots.acquire(request, node, pages, num_computed, max_length)
+        slot = self.slots.acquire(request, node, num_computed, max_length)
+        self._slot_pages.begin(slot, pages)
         self._states.admit(slot, len(request.tokens), len(pages) * self.limits.page_size, num_computed)
         if request.params.prompt_logprobs is not None:
             self._prompt_logprobs.add(slot)
@@ -281,49 +244,6 @@ class Scheduler:
             self._cached_tokens[request.uid] = num_computed
         self._preempted.discard(request.uid)
         return slot
-
-    def _lock_prefix(self, request: Request) -> tuple[Node, np.ndarray] | None:
-        """Lock the longest cached prefix of a request; return its node and pages, or None if the other pages lack.
-
-        With a window a prefix may leave no room for what follows it. It is not used then, if nothing else runs.
-        """
-        limits, tree, num_running = self.limits, self.pages.tree, len(self.slots.running)
-        for uses_cache in (True, False):
-            node, pages = self._match(request) if uses_cache else (tree.root_of(request.cache_salt), NO_PAGES)
-            tree.lock(node)
-            needed = min(limits.pages_for(len(request.tokens)) - len(pages), limits.pages_at_once(limits.max_length))
-            if self._find_pages(needed + num_running):  # one more page for each running request
-                return node, pages
-            tree.unlock(node)
-            if limits.window is None or num_running:
-                break
-        return None
-
-    def _match(self, request: Request) -> tuple[Node, np.ndarray]:
-        """Return the longest cached prefix of a request's tokens: the tree's node, and the pages [n] int32.
-
-        The last token is always computed, because its hidden state gives the next one. A request for prompt
-        log-probabilities computes all tokens: the cache has keys and values, but no hidden states.
-        """
-        root = self.pages.tree.root_of(request.cache_salt)
-        if not self.limits.enable_prefix_caching or request.params.prompt_logprobs is not None:
-            return root, NO_PAGES
-        size, tokens = self.limits.page_size, request.tokens
-        return self.pages.tree.match(tokens[: (len(tokens) - 1) // size * size], root)
-
-    def _share(self, slot: int, end: int) -> None:
-        """Give the tree the whole pages before token `end`, unless it has a copy by now; the slot keeps using them."""
-        s, size, shared = self.slots, self.limits.page_size, int(self.slots.num_shared_pages[slot])
-        full = min(end, int(s.num_known[slot])) // size
-        if not self.limits.enable_prefix_caching or full <= shared or s.num_freed_pages[slot]:
-            return
-        tree, tokens, above = self.pages.tree, s.tokens[slot, shared * size : full * size], s.prefix_nodes[slot]
-        if len(tree.match(tokens, above)[1]) == 0:
-            node, _ = tree.insert(tokens, s.page_table[slot, shared:full], above)
-            tree.lock(node)
-            tree.unlock(above)
-            s.prefix_nodes[slot] = node
-            s.num_shared_pages[slot] = full
 
     def _build_plan(
         self, decoding: np.ndarray, chunks: list[PromptChunk], admitted: list[Admission], *, is_limited: bool
@@ -371,21 +291,9 @@ class Scheduler:
         return finished
 
     def _release(self, slot: int) -> None:
-        """Free a slot. Its whole pages go to the tree; duplicates and the last, partial page go back to the pool.
-
-        So do all of its pages if it has freed some: a sequence in the tree has all of its pages.
-        """
-        s, size, shared = self.slots, self.limits.page_size, int(self.slots.num_shared_pages[slot])
-        pages = s.page_table[slot, : s.num_pages[slot]].copy()
-        kept = shared
-        if self.limits.enable_prefix_caching and not s.num_freed_pages[slot]:
-            kept = max(shared, int(min(s.num_computed[slot], s.num_known[slot])) // size)
-            tokens = s.tokens[slot, shared * size : kept * size]
-            _, num_present = self.pages.tree.insert(tokens, pages[shared:kept], s.prefix_nodes[slot])
-            self.pages.release(pages[shared : shared + num_present])
-        self.pages.release(pages[kept:])
-        self.pages.tree.unlock(s.prefix_nodes[slot])
+        """Free a slot and its pages, of which whole ones go to the prefix cache."""
+        self._slot_pages.release(slot)
         self._prompt_logprobs.discard(slot)
         self._states.release(slot)
         self.waiting.unblock()
-        s.release(slot)
+        self.slots.release(slot)

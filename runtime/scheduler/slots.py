@@ -43,16 +43,17 @@ class Slots:
         self.num_pages = np.zeros(n, np.int32)  # entries of the page table that are in use
         self.num_shared_pages = np.zeros(n, np.int32)  # leading entries that the tree owns, or that are freed
         self.num_freed_pages = np.zeros(n, np.int32)  # leading entries that no layer sees any more, and that are freed
+        self.num_tables = limits.num_tables
+        self.num_unseen_pages = np.zeros(n, np.int32)  # leading entries without pages of layers with a window
         self.stop_ids = np.full((n, 1), -1, np.int32)  # padded with -1
         self.free = list(range(n - 1, -1, -1))
         self._num_admissions = 0
-        self._page_writes: list[np.ndarray] = []  # [n, 3] int32 each: (slot, index, page)
+        self._page_writes: list[np.ndarray] = []  # [n, 2 + G] int32 each: (slot, index, page of each table)
 
-    def acquire(self, request: Request, node: Node, pages: np.ndarray, num_computed: int, max_length: int) -> int:
-        """Return a slot that `request` now holds.
+    def acquire(self, request: Request, node: Node, num_computed: int, max_length: int) -> int:
+        """Return a slot that `request` now holds, without pages.
 
         node          end of the request's cached prefix, locked
-        pages         [n] int32: the prefix's pages, which the tree keeps
         num_computed  tokens of the prefix that are not computed again
         max_length    longest prompt plus output, in tokens
         """
@@ -72,10 +73,8 @@ class Slots:
         min_tokens = 0 if request.params.structured_outputs is not None else request.params.min_tokens
         self.min_length[slot] = request.num_prompt_tokens + min_tokens
         self._set_stop_ids(slot, request.stop_ids)
-        self.num_pages[slot] = 0
-        self.append_pages(slot, pages)
-        self.num_shared_pages[slot] = len(pages)
-        self.num_freed_pages[slot] = 0
+        for numbers in (self.num_pages, self.num_shared_pages, self.num_freed_pages, self.num_unseen_pages):
+            numbers[slot] = 0
         return slot
 
     def release(self, slot: int) -> None:
@@ -97,33 +96,38 @@ class Slots:
         """Return the pages of each client with several slots; a page that slots share counts for each of them."""
         clients, slots = np.unique(self.client[self.running], return_inverse=True)
         kept = (self.num_pages - self.num_freed_pages)[self.running]
+        if self.num_tables > 1:
+            kept = kept + (self.num_tables - 1) * (self.num_pages - self.num_unseen_pages)[self.running]
         pages = np.bincount(slots, kept).astype(int)
         held = dict(zip(clients.tolist(), pages.tolist(), strict=True))
         return {client: num_pages for client, num_pages in held.items() if self.num_by_client[client] > 1}
 
-    def append_pages(self, slot: int, pages: np.ndarray) -> None:
-        """Add `pages` [n] int32 to the end of one slot's page table."""
+    def append_pages(self, slot: int, pages: np.ndarray, others: np.ndarray | None = None) -> None:
+        """Add `pages` [n] int32 to the end of one slot's page table; `others` [n, G - 1] to its other tables."""
         start = int(self.num_pages[slot])
         indices = np.arange(start, start + len(pages), dtype=np.int32)
         self.page_table[slot, indices] = pages
         self.num_pages[slot] += len(pages)
-        self._record_writes(np.full(len(pages), slot, np.int32), indices, pages)
+        self._record_writes(np.full(len(pages), slot, np.int32), indices, pages, others)
 
-    def append_page_each(self, slots: np.ndarray, pages: np.ndarray) -> None:
-        """Add pages[i] to the page table of slots[i]; `slots` [n] int32 are distinct."""
+    def append_page_each(self, slots: np.ndarray, pages: np.ndarray, others: np.ndarray | None = None) -> None:
+        """Add pages[i] to the page table of slots[i], and others[i] to its other ones; `slots` [n] are distinct."""
         indices = self.num_pages[slots]
         self.page_table[slots, indices] = pages
         self.num_pages[slots] += 1
-        self._record_writes(slots, indices, pages)
+        self._record_writes(slots, indices, pages, others)
 
     def take_page_writes(self) -> np.ndarray:
         """Return the changes of the page table since the last call, as StepPlan.page_writes."""
         writes, self._page_writes = self._page_writes, []
         return np.concatenate(writes).ravel() if writes else NO_PAGES
 
-    def _record_writes(self, slots: np.ndarray, indices: np.ndarray, pages: np.ndarray) -> None:
+    def _record_writes(
+        self, slots: np.ndarray, indices: np.ndarray, pages: np.ndarray, others: np.ndarray | None
+    ) -> None:
         if len(pages):
-            self._page_writes.append(np.stack((slots, indices, pages), axis=1).astype(np.int32))
+            columns = (slots, indices, pages) if others is None else (slots, indices, pages, *others.T)
+            self._page_writes.append(np.stack(columns, axis=1).astype(np.int32))
 
     def _set_stop_ids(self, slot: int, ids: list[int]) -> None:
         missing = len(ids) - self.stop_ids.shape[1]

@@ -43,8 +43,8 @@ def batch_of(tokens: Tensor) -> Batch:
     host = HostBatch(
         slots=np.zeros(length, np.int32),
         positions=np.arange(length, dtype=np.int32),
-        kv_slots=np.arange(length, dtype=np.int32),
-        page_table=np.zeros((1, 1), np.int32),
+        kv_slots=np.arange(length, dtype=np.int32)[None],
+        page_table=np.zeros((1, 1, 1), np.int32),
         query_starts=np.array([0, length], np.int32),
         kv_lengths=np.array([length], np.int32),
         num_decoding=0,
@@ -53,9 +53,9 @@ def batch_of(tokens: Tensor) -> Batch:
     return Batch(
         token_ids=tokens.int(),
         positions=positions,
-        kv_slots=positions,
+        kv_slots=positions[None],
         page_table_rows=zeros,
-        device_page_table=zeros[None],
+        device_page_table=zeros[None, None],
         host=host,
     )
 

@@ -154,6 +154,19 @@ def test_select_experts_with_a_bias_equals_float64(device: str, tokens: int) -> 
     assert torch.equal(expert_ids, (wide + bias).topk(8, dim=-1).indices)
     expected = wide.gather(1, expert_ids)
     torch.testing.assert_close(scores.double(), 2.5 * expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
+    shifted, same_scores = ops.select_experts(logits, 8, **options, first_expert=40)
+    assert torch.equal(shifted, expert_ids - 40)
+    assert torch.equal(same_scores, scores)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_sum_over_ranks_with_whole_experts_is_that_of_all(device: str, tokens: int, dtype: torch.dtype) -> None:
+    x, expert_ids, scores, gate_up, down = inputs((tokens, 3, 7, 64, 48), device, dtype)
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
+        total += ops.experts(x, expert_ids - part.start, scores, gate_up[part], down[part]).float()
+    close(total.to(dtype), brute_force(x, expert_ids, scores, gate_up, down))
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -439,6 +439,17 @@ def test_linear_row_is_bitwise_equal_in_any_small_batch(gated: bool) -> None:
 
 
 @pytest.mark.gpu
+def test_linear_of_fp8_row_is_bitwise_equal_in_any_small_batch() -> None:
+    torch.manual_seed(0)
+    x, before = (torch.randn(8, n, device="cuda").bfloat16() for n in (4096, 4200))
+    weight = to_device(random_fp8(4200, 4096, 128, 128), "cuda")
+    together = ops.linear(x, weight, add_to=before.clone())
+    assert_close(together, before.double() + x.double() @ dequantized(weight).T)
+    for rows in (slice(0, 1), slice(2, 3), slice(5, 8)):
+        assert torch.equal(ops.linear(x[rows].contiguous(), weight, add_to=before[rows].clone()), together[rows])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("block_columns", [128, 1024])
 def test_linear_of_fp8_batch_invariant_row_is_bitwise_equal_in_any_batch(block_columns: int) -> None:
     torch.manual_seed(0)
@@ -446,7 +457,7 @@ def test_linear_of_fp8_batch_invariant_row_is_bitwise_equal_in_any_batch(block_c
     x, norm = torch.randn(300, 1024, device="cuda").bfloat16(), torch.rand(1024, device="cuda").bfloat16()
     together = ops.linear(x, weight, norm=norm, eps=1e-5, gated=True, batch_invariant=True)
     gate, up = (F.rms_norm(x.double(), (1024,), norm.double(), 1e-5) @ dequantized(weight).T).chunk(2, dim=-1)
-    assert_close(together, F.silu(gate) * up)
+    assert_close(together, F.silu(gate) * up, factor=4)  # activations may be FP8, too
     for rows in (slice(0, 1), slice(5, 21), slice(6, 70)):
         part = ops.linear(x[rows], weight, norm=norm, eps=1e-5, gated=True, batch_invariant=True)
         assert torch.equal(part, together[rows])

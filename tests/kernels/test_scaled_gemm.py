@@ -109,6 +109,7 @@ TILED = [  # rows, features, size, rows and columns of a block, place of column 
     (130, 144, 208, 1, 256, 0, "STORE", torch.bfloat16),
     (20, 16, 2048, 1 << 30, 2048, 0, "STORE", torch.float16),
     (3, 24, 16, 8, 128, 112, "ADD", torch.bfloat16),
+    (100, 152, 592, 128, 128, 64, "SILU", torch.bfloat16),
 ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,8 @@ DAILY = (
     [
         pytest.param(family, tp, marks=() if family == SPLIT or (tp == 1 and family in DAILY) else pytest.mark.nightly)
         for family in FAMILIES
-        for tp in (1, 2, 4)
+        for tp in (1, 2, 3, 4)
+        if family != SPLIT or tp != 3
     ],
 )
 def test_tokens_match_transformers(tmp_path: Path, architecture: str, tp: int) -> None:
@@ -78,6 +80,55 @@ def test_tokens_match_transformers(tmp_path: Path, architecture: str, tp: int) -
     assert max(len(set(tokens)) for tokens in expected) > 8, (
         "the checkpoint repeats itself and would hide a broken cache"
     )
+
+
+HARD: dict[str, dict[str, Any]] = {
+    "chunks of 7 tokens, few pages": {"max_num_batched_tokens": 7, "max_num_seqs": 6, "num_pages": 40},
+    "chunks, few pages, three ranks": {"max_num_batched_tokens": 7, "max_num_seqs": 6, "num_pages": 40, "tp": 3},
+    "one token at a time": {"max_num_batched_tokens": 1, "max_num_seqs": 1},
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("options", list(HARD.values()), ids=list(HARD))
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_tokens_of_every_family_match_with_chunks_and_preemptions(
+    tmp_path: Path, architecture: str, options: dict[str, Any]
+) -> None:
+    tiny_checkpoint(tmp_path, architecture)
+    requests = [request(i, prompt, max_tokens=64) for i, prompt in enumerate(prompts())]
+    actual = run_engine(tmp_path, requests, max_model_len=128, **options)
+    assert actual.tokens == dict(enumerate(tokens_of_transformers(architecture)))
+    assert ("num_pages" in options) == (actual.preemptions > 0)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(f, marks=() if f == "GptOssForCausalLM" else pytest.mark.nightly) for f in FAMILIES],
+)
+def test_tokens_continue_after_a_recovery(tmp_path: Path, architecture: str) -> None:
+    """A new engine gets the prompts and the tokens so far, as after a crash of the ranks."""
+    tiny_checkpoint(tmp_path, architecture)
+    requests = [request(i, prompt, max_tokens=64) for i, prompt in enumerate(prompts())]
+    before: dict[int, list[int]] = {}
+
+    def crash(step: int, engine: Engine) -> None:
+        if step == 30:
+            slots = engine.scheduler.slots
+            for slot in slots.running.tolist():
+                tokens = slots.tokens[slot, : slots.num_known[slot]].tolist()
+                before[int(slots.uid[slot])] = tokens
+            engine.cancel([r.uid for r in requests])
+
+    options: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 30, "num_pages": 60, "max_model_len": 128}
+    first = run_engine(tmp_path, requests, between=crash, **options)
+    again = [replace(r, tokens=np.array(before.get(r.uid, r.tokens), np.int32)) for r in requests]
+    again = [r for r in again if first.finished[r.uid].reason == "abort"]
+    actual = run_engine(tmp_path, again, **options)
+    expected = tokens_of_transformers(architecture)
+    for r in again:
+        assert expected[r.uid] == r.tokens[r.num_prompt_tokens :].tolist() + actual.tokens[r.uid]
+    assert sum(len(r.tokens) > r.num_prompt_tokens for r in again) >= 3
 
 
 def mixed() -> list[Request]:

@@ -63,6 +63,8 @@ def sketch(model: ModelConfig, rank: int, size: int, dtype: torch.dtype) -> Deco
 @given(configs(), st.data())
 def test_parameter_count_equals_allocation_of_every_rank(hf: Configs, data: st.DataObject) -> None:
     model = ModelConfig.from_hf(hf)
+    has_experts = model.experts is not None and bool(model.experts.layers)
+    model = model.with_expert_parallel(has_experts and data.draw(FLAGS, "whole experts"))
     size = data.draw(st.integers(1, model.max_tensor_parallel_size), "size")
     rank = data.draw(st.integers(0, size - 1), "rank")
     decoder = sketch(model, rank, size, torch.float32)

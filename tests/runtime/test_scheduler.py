@@ -8,8 +8,10 @@ position, prefix), so that a request has one correct output in any batch.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +33,7 @@ from lockstep.runtime.request import Limits, Request, SamplingParams
 from lockstep.runtime.scheduler.prefix_cache import Node, PrefixCache
 from lockstep.runtime.scheduler.scheduled_step import ScheduledStep
 from lockstep.runtime.scheduler.scheduler import Scheduler
+from lockstep.runtime.scheduler.window_pages import BlockPool
 
 VOCAB = 7
 MASK = 2**62 - 1
@@ -66,9 +69,13 @@ class Rank:
     """A simulated follower: its state follows from the plans alone."""
 
     def __init__(self, limits: Limits) -> None:
-        self.size, self.window = limits.page_size, limits.window or limits.max_length
-        self.page_table = np.full((limits.max_num_seqs, -(-limits.max_length // self.size)), -1)
-        self.content = np.zeros((limits.num_pages, self.size), np.int64)  # hash of the prefix that ends here
+        self.size = limits.page_size
+        # Of each page table: the keys that a query sees.
+        self.windows = [limits.window or limits.max_length] + [limits.group_window] * limits.num_window_groups
+        tables = limits.num_tables, limits.max_num_seqs, -(-limits.max_length // self.size)
+        self.page_tables = np.full(tables, -1)
+        # Hash of the prefix that ends here, and of the group of layers.
+        self.content = np.zeros((limits.num_pages, self.size), np.int64)
         self.prefix = np.zeros((limits.max_num_seqs, limits.max_length), np.int64)  # hash up to each position
         self.length = np.zeros(limits.max_num_seqs, np.int64)
         self.seed = np.zeros(limits.max_num_seqs, np.int64)
@@ -82,36 +89,38 @@ class Rank:
             self.length[admission.slot], self.seed[admission.slot] = 0, admission.params.seed
             for token in admission.tokens.tolist():
                 self.append(admission.slot, token)
-        writes = plan.page_writes.reshape(-1, 3).tolist()
-        assert len({(slot, index) for slot, index, _ in writes}) == len(writes)  # so their order has no meaning
-        for slot, index, page in writes:
-            self.page_table[slot, index] = page
+        writes = plan.page_writes.reshape(-1, 2 + len(self.page_tables)).tolist()
+        assert len({(slot, index) for slot, index, *_ in writes}) == len(writes)  # so their order has no meaning
+        for slot, index, *pages in writes:
+            self.page_tables[:, slot, index] = pages
         rows = list(zip(plan.slots.tolist(), plan.starts.tolist(), plan.counts.tolist(), strict=True))
         assert len({slot for slot, _, _ in rows}) == len(rows)
         decoding, longer = rows[: plan.num_decoding], rows[plan.num_decoding :]
         assert plan.is_decode_only == (not longer)
         for slot, start, count in decoding:  # in any order, so all read before any writes
             assert count == 1
-            self.read(slot, start, start + 1 - self.window)
+            self.read(slot, start, start + 1)
         for slot, start, count in rows:  # and then all others write before any of them reads
             assert count >= 1
             assert start + count <= self.length[slot]
             positions = np.arange(start, start + count)
-            self.content[self.places(slot, positions)] = self.prefix[slot, positions]
+            for group in range(len(self.windows)):
+                self.content[self.places(group, slot, positions)] = self.prefix[slot, positions] + group
         for slot, start, count in longer:
-            self.read(slot, start + count, start + 1 - self.window)
+            self.read(slot, start + count, start + 1)
         at_end = [row for row, (slot, start, count) in enumerate(rows) if start + count == self.length[slot]]
         assert plan.sampled_rows.tolist() == at_end
         assert at_end[: plan.num_decoding] == list(range(plan.num_decoding))  # every decoding row samples
         return np.array([self.sample(rows[row][0]) for row in at_end], np.int32)
 
-    def read(self, slot: int, length: int, first: int = 0) -> None:
-        """Read the keys from `first` to `length`."""
-        positions = np.arange(max(first, 0), length)
-        assert (self.content[self.places(slot, positions)] == self.prefix[slot, positions]).all()
+    def read(self, slot: int, length: int, end: int) -> None:
+        """Read the keys before `length` that the query before position `end` sees in each group of layers."""
+        for group, window in enumerate(self.windows):
+            positions = np.arange(max(end - window, 0), length)
+            assert (self.content[self.places(group, slot, positions)] == self.prefix[slot, positions] + group).all()
 
-    def places(self, slot: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self.page_table[slot, positions // self.size], positions % self.size
+    def places(self, group: int, slot: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.page_tables[group, slot, positions // self.size], positions % self.size
 
     def sample(self, slot: int) -> int:
         length = int(self.length[slot])
@@ -232,7 +241,33 @@ class Simulation:
             first = max(0, int(s.num_computed[slot]) + 1 - (self.limits.window or MASK)) // self.limits.page_size
             held += max(0, int(s.num_pages[slot]) - max(first, int(s.num_shared_pages[slot])))
         locked = self.scheduler.pages.tree.num_pages - self.scheduler.pages.tree.num_evictable
-        assert actual == self.limits.num_pages - locked - held
+        assert actual == self.limits.num_pages - locked - held - self.limits.num_window_groups * len(self.held_blocks())
+
+    def held_blocks(self) -> Counter[int]:
+        """Return the slots that hold each block."""
+        s, windows = self.scheduler.slots, self.scheduler._slot_pages._windows
+        held: Counter[int] = Counter()
+        for slot in s.running.tolist() if windows is not None else ():
+            held.update(windows._table[slot, s.num_unseen_pages[slot] : s.num_pages[slot]].tolist())
+        return held
+
+    def check_blocks(self) -> list[int]:
+        """Check who has each block, and that it has the content of its page of the tree; return the pages of all."""
+        pool, tree_pages = self.scheduler.pages, [page for node in self.nodes() for page in node.pages.tolist()]
+        if not isinstance(pool, BlockPool):
+            return []
+        held = self.held_blocks()
+        cached = {int(pool._block_of[page]): page for page in tree_pages if pool._block_of[page] >= 0}
+        assert (pool._block_of >= 0).sum() == (pool._page_of >= 0).sum() == len(cached)
+        for block, page in cached.items():
+            assert pool._page_of[block] == page
+            for group, window_page in enumerate(pool._pages[block].tolist(), start=1):
+                assert (self.rank.content[window_page] == self.rank.content[page] + group).all()
+        assert all(pool._num_users[block] == count for block, count in held.items())
+        assert pool._num_users[list(cached.keys() - held.keys())].sum() == 0
+        assert pool.num_idle == len(cached.keys() - held.keys())
+        assert sum(len(pool._still_idle(number, old)) for _, number, old in pool._idle) == pool.num_idle
+        return [page for block in cached.keys() | held.keys() for page in pool._pages[block].tolist()]
 
     def advance(self) -> None:
         """Do the next step of an engine: fill the pipeline, else commit the oldest results."""
@@ -284,6 +319,7 @@ class Simulation:
     def check(self) -> None:
         s, pages, nodes = self.scheduler.slots, self.scheduler.pages, self.nodes()
         owned = pages._free[: pages.num_free].tolist() + [page for node in nodes for page in node.pages.tolist()]
+        owned += self.check_blocks()
         locks: Counter[int] = Counter()
         for slot in s.running.tolist():
             shared, held = s.page_table[slot, : s.num_pages[slot]], int(s.num_shared_pages[slot])
@@ -323,6 +359,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching=st.booleans(),
         num_clients=st.sampled_from([0, 3]),
         window=st.sampled_from([None, None, 1, 5, 20]),
+        num_window_groups=st.sampled_from([0, 0, 1, 3]),
     )
     def start(
         self,
@@ -334,15 +371,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         caching: bool,
         num_clients: int,
         window: int | None,
+        num_window_groups: int,
     ) -> None:
+        groups = num_window_groups if window is not None else 0
+        budget = min(budget, 8) if groups else budget  # so that a step leaves room for the prompt before it
         self.simulation = Simulation(
             limits(
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_seqs + budget,
-                num_pages=-(-capacity // page_size),
+                num_pages=max(-(-capacity // page_size), 2 * (1 + groups)),
                 page_size=page_size,
                 enable_prefix_caching=caching,
-                window=window,
+                window=None if groups else window,
+                num_window_groups=groups,
+                group_window=window or 0,
             ),
             depth,
             num_clients,
@@ -404,6 +446,8 @@ def limits(
     page_size: int = 1,
     enable_prefix_caching: bool = True,
     window: int | None = None,
+    num_window_groups: int = 0,
+    group_window: int = 0,
 ) -> Limits:
     return Limits(
         max_model_len=max_model_len,
@@ -414,6 +458,8 @@ def limits(
         vocab_size=VOCAB,
         enable_prefix_caching=enable_prefix_caching,
         window=window,
+        num_window_groups=num_window_groups,
+        group_window=group_window,
     )
 
 
@@ -632,3 +678,74 @@ def test_longest_request_fills_the_whole_cache() -> None:
     simulation.add([1], max_tokens=500)
     simulation.finish()
     assert [len(entry.tokens) for entry in simulation.ledger.values()] == [1, 47]
+
+
+@pytest.mark.parametrize(
+    ("page_size", "num_window_groups"),
+    [(3, 1), *(pytest.param(*case, marks=pytest.mark.nightly) for case in [(1, 1), (16, 1), (1, 3), (3, 3), (16, 3)])],
+)
+def test_random_operations_with_window_groups_and_a_full_cache(page_size: int, num_window_groups: int) -> None:
+    """Layers with a window keep pages for it only, and a cached prefix is used where the pages seen are left."""
+    preempted = cached = shortened = 0
+    for seed in range(max(4, settings().max_examples // 25)):
+        rng = random.Random(f"{seed} {page_size} {num_window_groups}")
+        world = limits(
+            max_model_len=150,
+            max_num_seqs=8,
+            max_num_batched_tokens=rng.choice([12, 40]),
+            num_pages=(400 + 300 * num_window_groups) // page_size // 2,
+            page_size=page_size,
+            num_window_groups=num_window_groups,
+            group_window=rng.choice([1, 16, 30]),
+        )
+        simulation = Simulation(world, depth=1 + seed % 2, num_clients=seed // 2 % 2 * 3)
+        windows = simulation.scheduler._slot_pages._windows
+        assert windows is not None
+        lost: list[int] = []
+        usable = windows.usable
+
+        def count_lost(pages: np.ndarray, usable: Callable = usable, lost: list[int] = lost) -> int:
+            count: int = usable(pages)
+            lost.append(len(pages) - count)
+            return count
+
+        windows.usable = count_lost  # type: ignore[method-assign]
+        for _ in range(300):
+            operate(simulation, rng)
+            simulation.check()
+        simulation.finish()
+        preempted += simulation.scheduler.num_preemptions
+        cached += sum(cached_tokens(simulation))
+        shortened += sum(count > 0 for count in lost)
+    assert preempted > 0
+    assert cached > 50
+    assert shortened > 0
+
+
+def test_window_groups_need_pages_for_their_window_only() -> None:
+    """60 tokens in all layers would need 60 pages of each of 4 tables."""
+    world = limits(
+        max_model_len=60, max_num_batched_tokens=8, num_pages=60 + 3 * 13, num_window_groups=3, group_window=5
+    )
+    assert world.max_length == 60
+    simulation = Simulation(world, depth=2)
+    simulation.add(FAMILY[:40], max_tokens=20)
+    simulation.finish()
+    assert simulation.scheduler.num_preemptions == 0
+    with pytest.raises(ValueError, match="raise num_pages or kv_cache_memory"):
+        Simulation(dataclasses.replace(world, num_pages=60 + 3 * 13 - 1), depth=1).add(FAMILY[:59])
+
+
+def test_prefix_without_the_pages_of_its_window_is_computed_again_and_then_complete() -> None:
+    world = limits(max_model_len=60, num_pages=200, num_window_groups=1, group_window=8)
+    simulation = Simulation(world, depth=1)
+    pool = simulation.scheduler.pages
+    assert isinstance(pool, BlockPool)
+    for expected in (0, 39, 36, 39):
+        turn = simulation.add(FAMILY[:40], max_tokens=1)
+        simulation.finish()
+        assert simulation.ledger[turn].cached == [expected]
+        if turn == 1:  # of the window before token 39, lose a page
+            pages = pool.tree.match(np.array(FAMILY[:40], np.int32))[1]
+            pool._give_up(pool.blocks_of(pages[36:37]))
+            simulation.check()

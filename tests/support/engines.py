@@ -74,6 +74,7 @@ def run_engine(
     """
     asked = Config(model=str(folder), tensor_parallel_size=tp, **{"device": "cpu", **OPTIONS, **options})
     model = ModelConfig.from_folder(folder).quantized_by(asked.quantization)
+    model = model.with_expert_parallel(asked.enable_expert_parallel)
     config = asked.resolved(model, cuda=False)
     wires: list[queue.Queue[bytes]] = [queue.Queue() for _ in range(tp)]
 

@@ -42,20 +42,23 @@ class AttentionBackend(Protocol):
     def plan(self, batch: Batch) -> None:
         """Prepare for the layers of one step. For a decode-only step this launches, and neither copies nor waits."""
 
-    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None) -> Tensor:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0) -> Tensor:
         """Store keys and values of the batch as planned; return attention of its tokens over all keys of their rows.
 
         qkv     [T, (H + 2 Hkv) E]  the projection, before norm and rotation
         cache   this layer's pages; updated in place
         window  a query at position p sees the keys p - window < j <= p; None: all j <= p
+        group   of the layer: its pages are those of this page table
         Returns [T, H E].
         """
 
 
-def rotate_and_store(qkv: Tensor, heads: Heads, batch: Batch, cache: KVCache, tokens: slice = slice(None)) -> Tensor:
+def rotate_and_store(
+    qkv: Tensor, heads: Heads, batch: Batch, cache: KVCache, group: int, tokens: slice = slice(None)
+) -> Tensor:
     """Return the queries [T, H, E] of `tokens`, ready for attention; store their keys and values in the cache."""
     rope = Rope(batch.positions[tokens], heads.cos_sin)
-    return ops.rotate_and_store_(qkv[tokens], heads.norm, rope, cache, batch.kv_slots[tokens])
+    return ops.rotate_and_store_(qkv[tokens], heads.norm, rope, cache, batch.kv_slots[group][tokens])
 
 
 def unsupported_reason(shape: AttentionShape) -> str | None:
@@ -84,15 +87,15 @@ class TorchAttention:
         self._prefills = np.flatnonzero(counts > 1).tolist()
         decode_rows = np.flatnonzero(counts == 1)
         device = batch.positions.device
-        self._pages = torch.from_numpy(host.page_table).to(device)
+        self._page_tables = torch.from_numpy(host.page_table).to(device)
         self._decode_rows = torch.from_numpy(decode_rows).to(device)
         self._decode_tokens = torch.from_numpy(host.query_starts[decode_rows]).long().to(device)
         self._decode_lengths = torch.from_numpy(host.kv_lengths[decode_rows]).long().to(device)
         self._longest_decode = int(host.kv_lengths[decode_rows].max(initial=0))
 
-    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None) -> Tensor:
-        q = rotate_and_store(qkv, heads, self._batch, cache)
-        self._sinks = heads.sinks
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0) -> Tensor:
+        q = rotate_and_store(qkv, heads, self._batch, cache, group)
+        self._sinks, self._pages = heads.sinks, self._page_tables[group]
         out = torch.empty_like(q)
         if len(self._decode_rows):
             out[self._decode_tokens] = self._decode(q[self._decode_tokens], cache, window)
@@ -181,14 +184,14 @@ class BatchInvariantAttention:
             for window in self._windows
         }
 
-    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None) -> Tensor:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0) -> Tensor:
         batch = self._batch
         if self._stores_first:
-            rotate_and_store(qkv, heads, batch, cache)
+            rotate_and_store(qkv, heads, batch, cache, group)
         outputs = []
         for rows, partition in zip(self._slices, self._partitions[window], strict=True):
-            q, kv_slots, rope = qkv[rows], batch.kv_slots[rows], Rope(batch.positions[rows], heads.cos_sin)
-            pages = Pages(batch.device_page_table, batch.page_table_rows[rows])
+            q, kv_slots, rope = qkv[rows], batch.kv_slots[group][rows], Rope(batch.positions[rows], heads.cos_sin)
+            pages = Pages(batch.device_page_table[group], batch.page_table_rows[rows])
             keys = cache, kv_slots, pages, partition
             outputs.append(ops.decode_attention(q, heads.norm, rope, *keys, self._scale, self._softcap, heads.sinks))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

@@ -2,7 +2,7 @@
 
 Decoding rows go first, through `ops.decode_attention`, which needs nothing from the host. The other rows go through
 FlashInfer's prefill kernels, where a row of one token would take as long as one of 128. Their plan is made on the host
-once per step and window.
+once per step for each window and page table.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WORKSPACE_BYTES = 128 * 2**20  # FlashInfer's recommendation; holds partial resu
 
 
 class FlashInferAttention:
-    """The AttentionBackend for layers with one of `windows`."""
+    """The AttentionBackend for layers with one of `windows`, each with the group of layers that have it."""
 
     capturable = True
 
@@ -34,7 +34,7 @@ class FlashInferAttention:
         self,
         shape: AttentionShape,
         scale: float,
-        windows: Collection[int | None],
+        windows: Collection[tuple[int | None, int]],
         device: torch.device,
         softcap: float | None = None,
     ) -> None:
@@ -47,33 +47,36 @@ class FlashInferAttention:
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         backend = "fa3" if hopper and shape.stored_head_dim == 128 and shape.cache_dtype == shape.dtype else "fa2"
         self._prefill = {w: flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, backend=backend) for w in windows}
+        self._windows = {window for window, _ in windows}
         self._planned = torch.cuda.Event()
 
     def plan(self, batch: Batch) -> None:
         self._batch, n = batch, batch.host.num_decoding
         positions, groups = batch.positions[:n], self._groups
-        self._partitions = {window: ops.partition_keys(positions, groups, window) for window in self._prefill if n}
+        self._partitions = {window: ops.partition_keys(positions, groups, window) for window in self._windows if n}
         if n < batch.host.num_rows:
             self._plan_prefill(batch)
 
-    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None) -> Tensor:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0) -> Tensor:
         batch, n = self._batch, self._batch.host.num_decoding
         decoded = None
         if n:
-            rope, kv_slots = Rope(batch.positions[:n], heads.cos_sin), batch.kv_slots[:n]
-            pages, partition = Pages(batch.device_page_table, batch.page_table_rows[:n]), self._partitions[window]
-            keys = cache, kv_slots, pages, partition
+            rope, kv_slots = Rope(batch.positions[:n], heads.cos_sin), batch.kv_slots[group][:n]
+            pages = Pages(batch.device_page_table[group], batch.page_table_rows[:n])
+            keys = cache, kv_slots, pages, self._partitions[window]
             decoded = ops.decode_attention(qkv[:n], heads.norm, rope, *keys, self._scale, self._softcap, heads.sinks)
             if n == batch.host.num_rows:
                 return decoded
-        q = rotate_and_store(qkv, heads, batch, cache, slice(n, None))
+        q = rotate_and_store(qkv, heads, batch, cache, group, slice(n, None))
         out = q.new_empty(len(qkv), *q.shape[1:])
-        self._attend_prompts(q, cache, window, heads.sinks, out[n:])
+        self._attend_prompts(q, cache, (window, group), heads.sinks, out[n:])
         if decoded is not None:
             out[:n] = decoded.view_as(out[:n])
         return out.flatten(1)
 
-    def _attend_prompts(self, q: Tensor, cache: KVCache, window: int | None, sinks: Tensor | None, out: Tensor) -> None:
+    def _attend_prompts(
+        self, q: Tensor, cache: KVCache, window: tuple[int | None, int], sinks: Tensor | None, out: Tensor
+    ) -> None:
         """Write attention of the queries [T, H, E] into `out`; heads of a size that FlashInfer has not are padded."""
         prefill, padding = self._prefill[window], self.shape.stored_head_dim - self.shape.head_dim
         if padding == 0 and sinks is None:
@@ -94,8 +97,8 @@ class FlashInferAttention:
         counts = -(-kv_lengths // shape.page_size)
         starts = np.zeros(len(counts) + 1, np.int32)
         np.cumsum(counts, out=starts[1:])
-        used = np.arange(host.page_table.shape[1]) < counts[:, None]
-        pages = to_device(host.page_table[rows][used], batch.positions.device)
+        used = np.arange(host.page_table.shape[2]) < counts[:, None]
+        pages = to_device(host.page_table[:, rows][:, used], batch.positions.device)
         last_lengths = (kv_lengths - (counts - 1) * shape.page_size).astype(np.int32)
         queries, indptr, last = (torch.from_numpy(a) for a in (query_starts, starts, last_lengths))
         heads = shape.num_heads, shape.num_kv_heads, shape.stored_head_dim, shape.page_size
@@ -107,7 +110,7 @@ class FlashInferAttention:
             "logits_soft_cap": self._softcap or 0.0,  # 0: none
         }
         self._planned.synchronize()  # wait for the copy of the last plan: all plans use one pinned buffer
-        for window, wrapper in self._prefill.items():
+        for (window, group), wrapper in self._prefill.items():
             left = -1 if window is None else window - 1  # FlashInfer does not count the query's key
-            wrapper.plan(queries, indptr, pages, last, *heads, window_left=left, **options)
+            wrapper.plan(queries, indptr, pages[group], last, *heads, window_left=left, **options)
         self._planned.record()

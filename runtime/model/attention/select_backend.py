@@ -34,10 +34,13 @@ def select_backend(
         if announce:
             log.warning("using slow PyTorch attention: %s", reason)
         return TorchAttention(scale, softcap)
-    windows = set(model.windows)
+    groups = model.layer_groups.groups
+    windows = dict.fromkeys(
+        (model.windows[layer], group) for layer, group in zip(model.attention_layers, groups, strict=True)
+    )
     if config.deterministic:
         assert config.max_model_len is not None
-        return BatchInvariantAttention(shape, scale, windows, config.max_model_len, softcap)
+        return BatchInvariantAttention(shape, scale, {window for window, _ in windows}, config.max_model_len, softcap)
     with timer("imports"):
         from . import flashinfer_backend  # costs 5 s and needs a GPU
 

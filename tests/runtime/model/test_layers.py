@@ -194,15 +194,15 @@ def test_torch_attention_matches_definition(window: int | None, kv_heads: int) -
     unrotated = Heads(QKNorm(None, None, 0.0), torch.tensor([[1.0] * (size // 2) + [0.0] * (size // 2)]))
     starts = np.cumsum([0, *counts], dtype=np.int32)
     host = HostBatch(
-        slots=none.numpy(), positions=none.numpy(), kv_slots=none.numpy(), page_table=tables.numpy(),
+        slots=none.numpy(), positions=none.numpy(), kv_slots=none.numpy()[None], page_table=tables.numpy()[None],
         query_starts=starts, kv_lengths=np.array(lengths, dtype=np.int32), num_decoding=0,
     )  # fmt: skip
     batch = Batch(
         token_ids=none,
         positions=torch.zeros_like(none),
-        kv_slots=none,
+        kv_slots=none[None],
         page_table_rows=none,
-        device_page_table=tables,
+        device_page_table=tables[None],
         host=host,
     )
     attention = TorchAttention(scale)
@@ -231,8 +231,8 @@ def _batch(
     host = HostBatch(
         slots=rows,
         positions=positions,
-        kv_slots=kv_slots,
-        page_table=pages.numpy(),
+        kv_slots=kv_slots[None],
+        page_table=pages.numpy()[None],
         query_starts=np.cumsum([0, *counts], dtype=np.int32),
         kv_lengths=np.array(lengths, dtype=np.int32),
         num_decoding=num_decoding,
@@ -240,9 +240,9 @@ def _batch(
     return Batch(
         token_ids=torch.zeros(0),
         positions=torch.from_numpy(positions).to(device),
-        kv_slots=torch.from_numpy(kv_slots).to(device),
+        kv_slots=torch.from_numpy(kv_slots).to(device)[None],
         page_table_rows=torch.from_numpy(rows).to(device),
-        device_page_table=pages.to(device),
+        device_page_table=pages.to(device)[None],
         host=host,
     )
 
@@ -291,7 +291,7 @@ def test_flashinfer_attention_matches_torch(
     with flashinfer_stand_in() if device == "cpu" else nullcontext():
         from lockstep.runtime.model.attention.flashinfer_backend import FlashInferAttention
 
-        attention = FlashInferAttention(shape, scale, {window}, place, softcap)
+        attention = FlashInferAttention(shape, scale, {(window, 0)}, place, softcap)
     attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, place))
     caches = [cache.to(place)[..., :size] for cache in caches]
     there = Heads(

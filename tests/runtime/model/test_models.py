@@ -156,12 +156,12 @@ def _chunked() -> list[Step]:
 def _batch(step: Step, tables: Tensor, page_size: int) -> Batch:
     positions = torch.cat([torch.arange(start, stop) for _, start, stop in step])
     rows = torch.cat([torch.full((stop - start,), n) for n, start, stop in step])
-    kv_slots = (tables[rows, positions // page_size] * page_size + positions % page_size).int()
+    kv_slots = (tables[:, rows, positions // page_size] * page_size + positions % page_size).int()
     host = HostBatch(
         slots=rows.int().numpy(),
         positions=positions.int().numpy(),
         kv_slots=kv_slots.numpy(),
-        page_table=tables[[n for n, _, _ in step]].int().numpy(),
+        page_table=tables[:, [n for n, _, _ in step]].int().numpy(),
         query_starts=np.cumsum([0] + [stop - start for _, start, stop in step], dtype=np.int32),
         kv_lengths=np.array([stop for _, _, stop in step], dtype=np.int32),
         num_decoding=0,
@@ -177,14 +177,15 @@ def _batch(step: Step, tables: Tensor, page_size: int) -> Batch:
     )
 
 
-def _tables(page_size: int) -> tuple[Tensor, int]:
-    """Shuffled pages for each sequence; what lies beyond a sequence is no page at all."""
+def _tables(page_size: int, num_groups: int) -> tuple[Tensor, int]:
+    """Shuffled pages for each sequence and group of layers; what lies beyond a sequence is no page at all."""
     counts = [-(-length // page_size) for length in LENGTHS]
-    pages = torch.randperm(sum(counts), generator=torch.Generator().manual_seed(2)).split(counts)
-    tables = torch.full((len(LENGTHS), max(counts) + 1), 10**9)
-    for row, row_pages in zip(tables, pages, strict=True):
+    total = num_groups * sum(counts)
+    pages = torch.randperm(total, generator=torch.Generator().manual_seed(2)).split(counts * num_groups)
+    tables = torch.full((num_groups, len(LENGTHS), max(counts) + 1), 10**9)
+    for row, row_pages in zip(tables.flatten(0, 1), pages, strict=True):
         row[: len(row_pages)] = row_pages
-    return tables, sum(counts)
+    return tables, total
 
 
 def _logits(
@@ -194,7 +195,7 @@ def _logits(
     config = ModelConfig.from_folder(folder)
     decoder = Decoder(config, comm, dtype=torch.float32, device=CPU, max_positions=config.max_position_embeddings)
     load_weights(decoder.weights, folder)
-    tables, num_pages = _tables(page_size)
+    tables, num_pages = _tables(page_size, 1 + config.layer_groups.num_window_groups)
     pool = KVPool(decoder.attention_shape(page_size, torch.float32), num_pages, CPU, layout)
     state_shape = decoder.state_shape(torch.float32)
     states = None if state_shape is None else StatePool(state_shape, len(LENGTHS), CPU)
