@@ -28,6 +28,13 @@ def check_fp8(name: str, weight: FP8Weight) -> None:
     require(powers and 0 <= weight.first < weight.columns, name, weight.data, "must have blocks of powers of two")
 
 
+def check_heads(qkv: Tensor) -> None:
+    """Raise ValueError unless qkv has rows of heads that are contiguous, and aligned on a GPU."""
+    aligned = not qkv.is_cuda or qkv.stride(0) * qkv.element_size() % 16 == 0
+    rule = "must be [T, (H + 2 Hkv) E]; rows may have any stride, on a GPU a multiple of 16 bytes"
+    require(qkv.dim() == 2 and qkv.stride(1) == 1 and aligned, "qkv", qkv, rule)
+
+
 def check_linear(
     x: Tensor, weight: Matrix, norm: Tensor | None, targets: Mapping[str, Tensor | None], *, gated: bool
 ) -> None:

@@ -151,6 +151,15 @@ class KeyPartition(NamedTuple):
     kv_chunk: int | None
 
 
+class DeltaLayer(NamedTuple):
+    """The weights of a layer of the gated delta rule between its projections."""
+
+    taps: Tensor  # [C, K] of the convolution of q, k and v
+    decay: Tensor  # [2, Hv]: A, then bias
+    norm: Tensor  # [Ev]
+    eps: float
+
+
 class StateRows(NamedTuple):
     """The rows of a batch for layers with a recurrent state: B rows, each a run of tokens of one request.
 

@@ -1,4 +1,4 @@
-"""The checks of the arguments of `ops.experts` and `ops.select_experts`."""
+"""The checks of the arguments of expert_ops.py."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def check_experts(
     down: ExpertMatrix,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    add_to: Tensor | None,
 ) -> None:
     """Raise ValueError naming the tensor that does not fit the others, and the rule."""
     for name, matrix in (("gate_up", gate_up), ("down", down)):
@@ -36,6 +37,9 @@ def check_experts(
         if bias is not None:
             fits = bias.shape == (num_experts, features) and bias.dtype == x.dtype and bias.is_contiguous()
             require(fits, name, bias, f"must be [{num_experts}, {features}] {x.dtype}, contiguous")
+    if add_to is not None:
+        fits = add_to.shape == x.shape and add_to.dtype == x.dtype and add_to.is_contiguous()
+        require(fits, "add_to", add_to, f"must be {list(x.shape)} {x.dtype}, contiguous")
     pairs = expert_ids.dim() == 2 and len(expert_ids) == len(x) and expert_ids.dtype == torch.int64
     require(pairs, "expert_ids", expert_ids, f"must be [{len(x)}, K] int64")
     scored = scores.shape == expert_ids.shape and scores.dtype == torch.float32
@@ -58,7 +62,7 @@ def _check_mxfp4(name: str, weight: MXFP4Weight, x: Tensor) -> None:
 
 
 def check_selection(logits: Tensor, count: int, bias: Tensor | None) -> None:
-    """Check the arguments of `ops.select_experts`."""
+    """Check the arguments of `select_experts`."""
     require(logits.dim() == 2 and logits.is_floating_point(), "logits", logits, "must be [T, N], floating point")
     fits = logits.shape[1] <= 512 or not logits.is_cuda
     require(1 <= count <= logits.shape[1] and fits, "logits", logits, f"must have {count} to 512 experts")

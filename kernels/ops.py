@@ -2,8 +2,8 @@
 
 Every op on tensors exists three times under one name and one signature, which a test compares:
 
-    ops.py        what it computes, and what its arguments must be; call this one. state_ops.py has those with a state
-    reference.py  its definition in plain torch, for tensors on a CPU
+    ops.py        what it computes, and what its arguments must be; call this one. Also state_ops.py and expert_ops.py
+    reference.py  its definition in plain torch, for tensors on a CPU. Also state_reference.py
     cuda/         its kernels, for tensors on a GPU
 
 `@op(module)` makes the public function from the check; `module` is a file of cuda/. A trailing underscore means that an
@@ -30,6 +30,7 @@ from . import native, reference
 from .argument_checks import (
     check_batch_invariant,
     check_fp8,
+    check_heads,
     check_int32,
     check_linear,
     check_logits,
@@ -38,8 +39,6 @@ from .argument_checks import (
     require,
 )
 from .arguments import (
-    ClampedSwiGLU,
-    ExpertMatrix,
     FP8Weight,
     KeyPartition,
     KVCache,
@@ -47,9 +46,7 @@ from .arguments import (
     Pages,
     QKNorm,
     Rope,
-    Scoring,
 )
-from .expert_checks import check_experts, check_selection
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -151,7 +148,7 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
     require(
         cache.k.shape == cache.v.shape, "v_cache", cache.v, f"must have the shape of k_cache, {list(cache.k.shape)}"
     )
-    require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [T, (H + 2 Hkv) E], contiguous")
+    check_heads(qkv)
     require(qkv.shape[1] % head_dim == 0, "qkv", qkv, f"must have heads of size {head_dim}")
     require(qkv.shape[1] > 2 * kv_heads * head_dim, "qkv", qkv, "must have heads of q, k and v")
     check_rotary(rope, head_dim)
@@ -197,7 +194,7 @@ def decode_attention(
     with R a multiple of 4, of 8 for 256; any on a CPU. If the partition has a kv_chunk, rows may be tokens of one
     request, provided that their keys are in the cache already.
     """
-    require(qkv.dim() == 2 and qkv.is_contiguous(), "qkv", qkv, "must be [B, (H + 2 Hkv) E], contiguous")
+    check_heads(qkv)
     check_rotary(rope, cache.k.shape[-1])
     if sinks is not None:
         heads = qkv.shape[1] // cache.k.shape[-1] - 2 * cache.k.shape[-2]
@@ -219,58 +216,10 @@ def gelu_and_mul(x: Tensor) -> Tensor:
     require(x.shape[-1] % 2 == 0, "x", x, "must be [T, 2 I]")
 
 
-@op("gemm")
-def select_experts(
-    logits: Tensor,
-    count: int,
-    *,
-    normalized: bool,
-    scoring: Scoring = "softmax",
-    bias: Tensor | None = None,
-    least_sum: float = 0.0,
-    scaling: float = 1.0,
-    first_expert: int = 0,
-) -> tuple[Tensor, Tensor]:
-    """Return the `count` best experts of each token, [T, K] int64, best first, and their scores, [T, K] float32.
-
-    logits        [T, N]  floating point; on a GPU N is at most 512, and of experts with equal logits the lesser wins
-    scoring       the scores are the softmax of the logits, or the sigmoid of each
-    bias          [N] or [T, N] float32: is added to the scores to find the best experts, and not returned
-    normalized    the scores are divided by their sum, or by least_sum if that is more; then they are times `scaling`
-    first_expert  is subtracted from the numbers of the experts that are returned
-    """
-    check_selection(logits, count, bias)
-
-
-@op("gemm")
-def experts(
-    x: Tensor,
-    expert_ids: Tensor,
-    scores: Tensor,
-    gate_up: ExpertMatrix,
-    down: ExpertMatrix,
-    *,
-    gate_up_bias: Tensor | None = None,
-    down_bias: Tensor | None = None,
-    swiglu: ClampedSwiGLU | None = None,
-) -> Tensor:
-    """Return `out[t] = sum over k of scores[t, k] * down[e] @ (silu(gate[e] @ x[t]) * (up[e] @ x[t]))`, [T, D].
-
-    e is `expert_ids[t, k]`.
-
-    x             [T, D]
-    expert_ids    [T, K]      int64; a number outside [0, N) adds nothing
-    scores        [T, K]      float32
-    gate_up       [N, 2 I, D] rows of gate, then of up; contiguous
-    down          [N, D, I]   contiguous
-    gate_up_bias  [N, 2 I]    is added before the activation
-    down_bias     [N, D]      is added before the sum
-    swiglu        takes the place of `silu(gate) * up`
-    The result has x's dtype; all sums are in float32. On a GPU, rows of D and I must be whole vectors of 16 bytes
-    (multiples of 8 in bfloat16), and MXFP4 needs x in bfloat16. No launch depends on the routing, and a token is
-    bitwise identical in any batch.
-    """
-    check_experts(x, expert_ids, scores, gate_up, down, gate_up_bias, down_bias)
+@op("elementwise")
+def multiply_by_sigmoid_(x: Tensor, gate: Tensor) -> Tensor:
+    """Multiply x [T, I] by `sigmoid(gate)` in place, in float32, and return it; rows of gate may have any stride."""
+    require(gate.shape == x.shape and gate.stride(1) == 1, "gate", gate, f"must have the shape of x, {list(x.shape)}")
 
 
 @op("token_sampling")

@@ -1,8 +1,11 @@
-"""Every op of ops.py in plain torch: the CPU path, the oracle of the tests, and the definition of each op."""
+"""Every op of ops.py in plain torch: the CPU path, the oracle of the tests, and the definition of each op.
+
+Those with a state are in state_reference.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -21,8 +24,11 @@ from .arguments import (
     QKNorm,
     Rope,
     Scoring,
-    StateRows,
 )
+from .state_reference import causal_conv_ as causal_conv_
+from .state_reference import delta_net_ as delta_net_
+from .state_reference import gated_delta_ as gated_delta_
+from .state_reference import gated_rms_norm as gated_rms_norm
 
 FP8_MAX = 448.0  # the maximum of float8_e4m3fn
 NO_CANDIDATE = torch.iinfo(torch.int64).min  # less than any candidate
@@ -171,24 +177,65 @@ def gelu_and_mul(x: Tensor) -> Tensor:
     return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
 
 
+def multiply_by_sigmoid_(x: Tensor, gate: Tensor) -> Tensor:
+    return x.copy_(x.float() * gate.float().sigmoid())
+
+
 def select_experts(
     logits: Tensor,
     count: int,
     *,
     normalized: bool,
     scoring: Scoring = "softmax",
+    logit_bias: Tensor | None = None,
     bias: Tensor | None = None,
     least_sum: float = 0.0,
     scaling: float = 1.0,
     first_expert: int = 0,
+    has_shared: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    wide = logits.float()
+    logits = logits.float() if logit_bias is None else logits.float() + logit_bias.float()
+    wide, gate = logits.split([logits.shape[1] - has_shared, int(has_shared)], dim=1)
     scores = wide.sigmoid() if scoring == "sigmoid" else wide.softmax(-1)
     expert_ids = (wide if bias is None else scores + bias).topk(count, dim=-1).indices
     scores = scores.gather(1, expert_ids)
     if normalized:
         scores = scores / scores.sum(-1, keepdim=True).clamp(min=least_sum)
-    return expert_ids - first_expert, scores * scaling
+    shared_ids = torch.full_like(gate, wide.shape[1], dtype=torch.int64)  # [T, 0] without has_shared
+    return torch.cat((expert_ids, shared_ids), 1) - first_expert, torch.cat((scores * scaling, gate.sigmoid()), 1)
+
+
+def route_tokens(
+    x: Tensor,
+    weight: Tensor,
+    count: int,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    logit_bias: Tensor | None = None,
+    normalized: bool,
+    scoring: Scoring = "softmax",
+    bias: Tensor | None = None,
+    least_sum: float = 0.0,
+    scaling: float = 1.0,
+    first_expert: int = 0,
+    has_shared: bool = False,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = x if norm is None else rms_norm(x, norm, eps)
+    logits = linear(x, weight, logit_bias)
+    expert_ids, scores = select_experts(
+        logits,
+        count,
+        normalized=normalized,
+        scoring=scoring,
+        bias=bias,
+        least_sum=least_sum,
+        scaling=scaling,
+        first_expert=first_expert,
+        has_shared=has_shared,
+    )
+    return x, expert_ids, scores
 
 
 def experts(
@@ -201,6 +248,8 @@ def experts(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     swiglu: ClampedSwiGLU | None = None,
+    add_to: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     out = torch.zeros_like(x, dtype=torch.float32)
     for expert in expert_ids.unique().tolist():
@@ -211,7 +260,7 @@ def experts(
             hidden = silu_and_mul(product) if swiglu is None else _clamped_swiglu(product, swiglu)  # [t, I]
             expert_out = linear(hidden, _expert(down, expert, x.dtype), second).float()
             out.index_add_(0, tokens, expert_out * scores[tokens, choice, None])
-    return out.to(x.dtype)
+    return out.to(x.dtype) if add_to is None else add_to.copy_(out.add_(add_to))
 
 
 def _expert(weights: ExpertMatrix, expert: int, dtype: torch.dtype) -> Matrix:
@@ -277,61 +326,6 @@ def mask_top_k_top_p(ordered: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tenso
 def sum_squares(x: Tensor, sizes: Sequence[int]) -> Tensor:
     parts = x[:, : sum(sizes)].float().square().split(list(sizes), dim=1)
     return torch.stack([part.sum(dim=1) for part in parts], dim=1)
-
-
-def causal_conv_(x: Tensor, weight: Tensor, states: Tensor, rows: StateRows) -> Tensor:
-    out, before = x.new_empty(x.shape), states.shape[1]
-    for slot, tokens, saves in _state_rows(rows):
-        inputs = torch.cat((states[slot], x[tokens])).float()  # [K - 1 + n, C]
-        windows = inputs.unfold(0, before + 1, 1)  # [n, C, K]
-        out[tokens] = F.silu((windows * weight.float()).sum(-1)).to(x.dtype)
-        for count, saved in (*saves, (len(inputs) - before, slot)):
-            states[saved] = inputs[count : count + before].to(states.dtype)
-    return out
-
-
-def gated_delta_(qkv: Tensor, gates: Tensor, decay: Tensor, states: Tensor, rows: StateRows) -> Tensor:
-    heads, key_size, value_size = states.shape[1:]
-    q, k, v = (x.unflatten(1, (-1, size)) for x, size in _split_qkv(qkv.float(), heads, key_size, value_size))
-    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q * 1.0, k))
-    q, k = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (q * key_size**-0.5, k))  # [T, Hv, E]
-    b, a = gates.float().chunk(2, dim=1)
-    beta = b.sigmoid()
-    factor = (-decay[0].float().exp() * F.softplus(a + decay[1].float())).exp()  # [T, Hv]
-    out = torch.empty_like(v)
-    for slot, tokens, saves in _state_rows(rows):
-        state = states[slot].clone()
-        for count, t in enumerate(range(tokens.start, tokens.stop), start=1):
-            state *= factor[t, :, None, None]
-            delta = beta[t, :, None] * (v[t] - (k[t, :, :, None] * state).sum(1))  # [Hv, Ev]
-            state += k[t, :, :, None] * delta[:, None]
-            out[t] = (q[t, :, :, None] * state).sum(1)
-            for at, saved in saves:
-                if at == count:
-                    states[saved] = state
-        states[slot] = state
-    return out.flatten(1).to(qkv.dtype)
-
-
-def _split_qkv(qkv: Tensor, heads: int, key_size: int, value_size: int) -> list[tuple[Tensor, int]]:
-    """Return q, k and v, and the size of a head of each."""
-    keys = (qkv.shape[1] - heads * value_size) // 2
-    q, k, v = qkv.split([keys, keys, heads * value_size], dim=1)
-    return [(q, key_size), (k, key_size), (v, value_size)]
-
-
-def _state_rows(rows: StateRows) -> Iterator[tuple[int, slice, list[tuple[int, int]]]]:
-    """Yield the state, the tokens and the saves of each row."""
-    starts = rows.starts.tolist()
-    saves = [[]] * len(rows.slots) if rows.saves is None else rows.saves.tolist()
-    for slot, start, stop, pairs in zip(rows.slots.tolist(), starts, starts[1:], saves, strict=False):
-        yield slot, slice(start, stop), [(count, state) for count, state in pairs if count]
-
-
-def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    heads = x.float().unflatten(1, (-1, len(weight)))
-    normed = (rms_norm(heads, weight.float(), eps)).flatten(1)
-    return (normed * F.silu(gate.float())).to(x.dtype)
 
 
 def begin_decode_(

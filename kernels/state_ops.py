@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .argument_checks import require
-from .arguments import StateRows
+from .arguments import DeltaLayer, StateRows
 from .ops import op
 
 
@@ -34,7 +34,7 @@ def gated_delta_(qkv: Tensor, gates: Tensor, decay: Tensor, states: Tensor, rows
     """Return `q S` for each token after `S = g S + k (beta (v - k g S))`, computed in float32: [T, Hv Ev].
 
     qkv     [T, 2 Hk E + Hv Ev]  q and k are scaled to length E^-0.5 and 1; Hv / Hk value heads share a key head
-    gates   [T, 2 Hv]            b, then a: beta = sigmoid(b)
+    gates   [T, 2 Hv]            b, then a: beta = sigmoid(b); rows may have any stride
     decay   [2, Hv]              A, then bias: g = exp(-exp(A) softplus(a + bias))
     states  [N, Hv, E, Ev] float32  S of each request, updated in place
     Source: Gated Delta Networks (Yang et al., 2024, 2412.06464), token by token.
@@ -42,7 +42,8 @@ def gated_delta_(qkv: Tensor, gates: Tensor, decay: Tensor, states: Tensor, rows
     heads, key_size, value_size = states.shape[1:]
     keys = qkv.shape[-1] - heads * value_size
     require(keys > 0 and keys % (2 * key_size) == 0, "qkv", qkv, f"does not fit states {list(states.shape)}")
-    require(gates.shape == (len(qkv), 2 * heads), "gates", gates, f"must be [{len(qkv)}, {2 * heads}]")
+    fits = gates.shape == (len(qkv), 2 * heads) and gates.stride(1) == 1
+    require(fits, "gates", gates, f"must be [{len(qkv)}, {2 * heads}]")
     require(decay.shape == (2, heads), "decay", decay, f"must be [2, {heads}]")
     _check_states(states, states.shape[1:], torch.float32)
 
@@ -55,6 +56,28 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     """
     require(gate.shape == x.shape and gate.stride(1) == 1, "gate", gate, f"must have the shape of x, {list(x.shape)}")
     require(x.shape[1] % len(weight) == 0, "weight", weight, f"must divide the rows of x {list(x.shape)}")
+
+
+@op("gated_delta")
+def delta_net_(
+    x: Tensor, z: Tensor, gates: Tensor, layer: DeltaLayer, inputs: Tensor, sums: Tensor, rows: StateRows
+) -> Tensor:
+    """Do causal_conv_ of x, gated_delta_ and gated_rms_norm with gate z: [T, Hv Ev], bitwise the same.
+
+    inputs, sums  the states of causal_conv_ and gated_delta_, updated in place
+    x, z and gates may have rows of any stride. If each row has one token, a GPU with clusters does it in one launch.
+    """
+    heads, key_size, value_size = sums.shape[1:]
+    channels, taps = layer.taps.shape
+    keys = channels - heads * value_size
+    require(keys > 0 and keys % (2 * key_size) == 0, "taps", layer.taps, f"do not fit states {list(sums.shape)}")
+    for name, tensor, width in (("x", x, channels), ("z", z, heads * value_size), ("gates", gates, 2 * heads)):
+        fits = tensor.shape == (len(x), width) and tensor.stride(1) == 1
+        require(fits, name, tensor, f"must be [{len(x)}, {width}]")
+    require(layer.decay.shape == (2, heads), "decay", layer.decay, f"must be [2, {heads}]")
+    require(layer.norm.shape == (value_size,), "norm", layer.norm, f"must be [{value_size}]")
+    _check_states(inputs, (taps - 1, channels), x.dtype)
+    _check_states(sums, sums.shape[1:], torch.float32)
 
 
 def _check_states(states: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

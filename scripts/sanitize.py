@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lockstep.kernels import ops
+from lockstep.kernels import expert_ops, ops
 from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope, num_groups
 
 
@@ -32,7 +32,7 @@ def linear_layers() -> None:
     ops.linear(random(8, 14336), random(328, 14336), add_to=random(8, 328))  # x does not fit into shared memory
     for tokens in (1, 7, 64):
         expert_ids, scores = torch.randint(-1, 7, (tokens, 2), device="cuda"), torch.rand(tokens, 2, device="cuda")
-        ops.experts(random(tokens, 64), expert_ids, scores, random(6, 80, 64), random(6, 64, 40))
+        expert_ops.experts(random(tokens, 64), expert_ids, scores, random(6, 80, 64), random(6, 64, 40))
 
 
 def attention() -> None:

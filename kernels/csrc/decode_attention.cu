@@ -102,7 +102,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     long long page_stride, slot_stride, page_table_stride;
     float eps;
     Score<CAPPED> score;
-    int head_stride, table_rows, rotary, num_slots, page_size, window, kv_chunk, heads, kv_heads, group_size;
+    int qkv_stride, head_stride, table_rows, rotary, num_slots, page_size, window, kv_chunk, heads, kv_heads, group_size;
     Partition<const int> partition;
     float* partial;
     unsigned* counters;
@@ -145,7 +145,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
 
     DEVICE void load_heads(const KeyRange& range, int stage) const {
         constexpr int VECTORS = HEAD_DIM / 8;
-        const T* from = qkv + (long long)range.row * (heads + 2 * kv_heads) * HEAD_DIM;
+        const T* from = qkv + (long long)range.row * qkv_stride;
         for (int i = threadIdx.x; i < (group_size + 2) * VECTORS; i += THREADS) {
             const int h = i / VECTORS, place = h < group_size ? group() * group_size + h : heads + (h - group_size) * kv_heads + kv_head;
             copy_async(&s.projected[stage][h][i % VECTORS * 8], from + place * HEAD_DIM + i % VECTORS * 8);
@@ -340,7 +340,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
 // The grid is max_parts * kv_heads by groups of one KV head.
 template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED>
 __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2 : 3) decode_attention(
-    T* __restrict__ out, const T* qkv, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
+    T* __restrict__ out, const T* qkv, int qkv_stride, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows, int rotary,
     C* k_cache, C* v_cache, long long page_stride, long long slot_stride, int head_stride, const int* __restrict__ kv_slots, int num_slots,
     const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ page_table_rows, int page_size,
@@ -351,8 +351,8 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
     launch_next();
     DecodeBlock<T, C, HEAD_DIM, WARPS, CAPPED> block{
         qkv, q_norm, k_norm, sinks, k_cache, v_cache, positions, kv_slots, page_table, page_table_rows, cos_sin,
-        page_stride, slot_stride, page_table_stride, eps, {scale, softcap}, head_stride, table_rows, rotary, num_slots, page_size, window, kv_chunk,
-        heads, kv_heads, heads / (kv_heads * (int)gridDim.y), {partition, rows}, partial, counters, shared,
+        page_stride, slot_stride, page_table_stride, eps, {scale, softcap}, qkv_stride, head_stride, table_rows, rotary, num_slots,
+        page_size, window, kv_chunk, heads, kv_heads, heads / (kv_heads * (int)gridDim.y), {partition, rows}, partial, counters, shared,
         reinterpret_cast<WarpSums<HEAD_DIM>*>(warp_sums)};
     block.part = blockIdx.x / kv_heads, block.kv_head = blockIdx.x % kv_heads;
     block.num_parts = block.partition.num_parts(), block.num_chunks = block.partition.num_chunks();

@@ -76,6 +76,21 @@ __global__ void __launch_bounds__(256) gelu_and_mul(T* __restrict__ out, const T
     gated<T, V>(out, x, size, Gelu());
 }
 
+// x[t] *= sigmoid(gate[t]), for rows of gate gate_stride apart; grid (T, parts).
+template <typename T, int V>
+__global__ void __launch_bounds__(256) multiply_by_sigmoid(T* __restrict__ x, const T* __restrict__ gate, long long gate_stride, int size) {
+    launch_next();
+    wait_for_previous();
+    x += (long long)blockIdx.x * size;
+    gate += blockIdx.x * gate_stride;
+    for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * V; i < size; i += gridDim.y * blockDim.x * V) {
+        Vec<T, V> product = *reinterpret_cast<const Vec<T, V>*>(x + i);
+        const Vec<T, V> by = *reinterpret_cast<const Vec<T, V>*>(gate + i);
+        UNROLL for (int j = 0; j < V; ++j) product.at[j] = from_float<T>(to_float(product.at[j]) / (1.f + __expf(-to_float(by.at[j]))));
+        *reinterpret_cast<Vec<T, V>*>(x + i) = product;
+    }
+}
+
 // out[t] = weight[ids[t] - first_row], or zero if that row is in another shard. Grid (T, parts): a block has a part of a row of
 // `vectors` vectors W. One unsigned comparison of a row index checks both bounds.
 template <typename W, typename Id>

@@ -1,12 +1,10 @@
 // A mixture of experts without the host: group the pairs (token, choice) by expert, run two GEMMs over the groups, and sum the
 // choices of each token. Pair p is choice p % K of token p / K. No grid depends on the routing.
-#include "mma.cuh"
+#include "expert_choice.cuh"
+#include "expert_epilogue.cuh"
 
 constexpr int DEPTH = 64;  // elements of a row in one stage: of x 128 bytes, eight chunks of 16 bytes
 constexpr int BLOCK = 32;  // elements with one scale in MXFP4
-
-enum Gate { PLAIN, SILU, CLAMPED };  // what becomes of the products of two rows, gate and up; PLAIN has one
-struct mxfp4 { unsigned char pair; };  // two elements, the first in the low half
 
 // The format of weights of type W, and the type of their scales.
 template <typename W> struct Format {
@@ -22,20 +20,23 @@ template <> struct Format<fp8> {
     static constexpr bool MXFP4 = false, FP8 = true;
 };
 
-// What is done with the sums of a tile: `bias`, of the tile's expert, is added if there is one.
-template <typename T> struct Epilogue {
-    const T* bias;  // [columns], or those of gate, then of up
-    float alpha, limit;  // of CLAMPED
-};
-
-template <Gate GATE> DEVICE float activate(float gate, float up, float alpha, float limit) {
-    if (GATE == SILU) return silu(gate) * up;
-    gate = gate > limit ? limit : gate;  // fminf would hide NaN
-    up = up > limit ? limit : up < -limit ? -limit : up;
-    return gate / (1.f + __expf(-alpha * gate)) * (up + 1.f);
+// Return `before` and the sum of `value` over this thread and the lower ones of the block; add the whole block's sum to `before`.
+DEVICE int2 running_sum(int2 value, int2& before) {
+    __shared__ int2 of_warp[32];
+    UNROLL for (int by = 1; by < 32; by *= 2) {
+        const int2 below = make_int2(__shfl_up_sync(0xffffffffu, value.x, by), __shfl_up_sync(0xffffffffu, value.y, by));
+        if (lane_id() >= by) value.x += below.x, value.y += below.y;
+    }
+    if (lane_id() == 31) of_warp[warp_id()] = value;
+    __syncthreads();
+    value.x += before.x, value.y += before.y;
+    for (int w = 0; w < blockDim.x / 32; ++w) {
+        if (w < warp_id()) value.x += of_warp[w].x, value.y += of_warp[w].y;
+        before.x += of_warp[w].x, before.y += of_warp[w].y;
+    }
+    __syncthreads();  // all have read of_warp
+    return value;
 }
-
-DEVICE bool exists(long long expert, int experts) { return (unsigned long long)expert < (unsigned)experts; }
 
 // The grid is one block. order = the pairs by expert; tiles[i] = (expert, first index in `order`, rows, 0), with 0 rows for unused tiles.
 // Within an expert the atomics decide the order, on which no result depends.
@@ -44,81 +45,42 @@ __global__ void __launch_bounds__(1024) group_pairs(
     int4* __restrict__ tiles, int* __restrict__ order, const long long* __restrict__ expert_ids, int pairs, int experts, int num_tiles) {
     extern __shared__ int count[];  // pairs [experts], then next index [experts], at a multiple of 16 bytes for vector loads
     int* next = count + (experts + 3) / 4 * 4;
+    wait_for_previous();
+    launch_next();
     for (int e = threadIdx.x; e < experts; e += blockDim.x) count[e] = 0;
     for (int i = threadIdx.x; i < num_tiles; i += blockDim.x) tiles[i] = make_int4(0, 0, 0, 0);
     __syncthreads();
     for (int p = threadIdx.x; p < pairs; p += blockDim.x)
         if (exists(expert_ids[p], experts)) atomicAdd(count + expert_ids[p], 1);
     __syncthreads();
-    for (int e = threadIdx.x; e < experts; e += blockDim.x) {
-        int first = 0, tile = 0;
-        for (int lower = 0; lower < e; ++lower) {
-            first += count[lower];
-            tile += (count[lower] + ROWS - 1) / ROWS;
-        }
-        next[e] = first;
-        for (int done = 0; done < count[e]; done += ROWS) tiles[tile++] = make_int4(e, first + done, min(ROWS, count[e] - done), 0);
+    int2 before = make_int2(0, 0);  // pairs and tiles of the experts below `start`
+    for (int start = 0; start < experts; start += blockDim.x) {
+        const int e = start + threadIdx.x, n = e < experts ? count[e] : 0, num_tiles_of_expert = (n + ROWS - 1) / ROWS;
+        const int2 sum = running_sum(make_int2(n, num_tiles_of_expert), before);
+        const int first = sum.x - n, tile = sum.y - num_tiles_of_expert;
+        if (e < experts) next[e] = first;
+        for (int i = 0; i < num_tiles_of_expert; ++i) tiles[tile + i] = make_int4(e, first + i * ROWS, min(ROWS, n - i * ROWS), 0);
     }
     __syncthreads();
     for (int p = threadIdx.x; p < pairs; p += blockDim.x)
         if (exists(expert_ids[p], experts)) order[atomicAdd(next + expert_ids[p], 1)] = p;
 }
 
-// Return a number that is greater for a greater x, and then for a lesser index.
-DEVICE long long order_key(float x, int index) {
-    const int bits = __float_as_int(x + 0.f);  // -0 becomes 0
-    return (long long)(bits ^ (bits >> 31 & 0x7fffffff)) << 32 | (0x7fffffff - index);
-}
-
-// The `choices` experts of each token with the greatest scores, to which `bias` is added for the choice if it is not null, and their
-// scores: sigmoid(logit), or the softmax of all logits. NORMALIZED divides them by their sum, which is at least least_sum. A warp has
-// a token, and a lane the experts lane, lane + 32, ... With bias_stride each token has its own row of biases. first_expert is subtracted
-// from the numbers that are written.
+// choose_experts for each token, by a warp. With bias_stride each token has its own row of biases.
 template <typename T, int PER_LANE, bool NORMALIZED, bool SIGMOID>
 __global__ void __launch_bounds__(256) select_experts(
-    long long* __restrict__ expert_ids, float* __restrict__ scores, const T* __restrict__ logits, const float* __restrict__ bias,
-    int bias_stride, float least_sum, float scaling, int tokens, int experts, int choices, int first_expert) {
+    long long* __restrict__ expert_ids, float* __restrict__ scores, const T* __restrict__ logits, const T* __restrict__ logit_bias,
+    const float* __restrict__ bias, int bias_stride, float least_sum, float scaling, int tokens, int experts, int choices,
+    int first_expert, int shared) {
     launch_next();
     wait_for_previous();
-    const int lane = threadIdx.x % 32, token = blockIdx.x * 8 + threadIdx.x / 32;
+    const long long token = blockIdx.x * 8 + threadIdx.x / 32, first = token * (choices + shared);
     if (token >= tokens) return;
-    float key[PER_LANE], score[PER_LANE], greatest = -infinity(), sum = 0.f;
-    UNROLL for (int i = 0; i < PER_LANE; ++i) {
-        const int expert = lane + 32 * i;
-        key[i] = expert < experts ? to_float(logits[(long long)token * experts + expert]) : -infinity();
-        greatest = fmaxf(greatest, key[i]);
-    }
-    for (int n = 16; n > 0; n >>= 1) greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, n));
-    UNROLL for (int i = 0; i < PER_LANE; ++i) {
-        score[i] = SIGMOID ? 1.f / (1.f + __expf(-key[i])) : __expf(key[i] - greatest);
-        sum += score[i];
-    }
-    float divisor = SIGMOID ? 1.f : warp_sum(sum);
-    if (bias) {
-        UNROLL for (int i = 0; i < PER_LANE; ++i) {
-            const int expert = lane + 32 * i;
-            score[i] /= divisor;
-            if (expert < experts) key[i] = score[i] + bias[(long long)token * bias_stride + expert];
-        }
-        divisor = 1.f;
-    }
-    sum = 0.f;
-    for (int choice = 0; choice < choices; ++choice) {
-        long long best = order_key(-infinity(), 0x7fffffff);
-        UNROLL for (int i = 0; i < PER_LANE; ++i) best = max(best, order_key(key[i], lane + 32 * i));
-        for (int n = 16; n > 0; n >>= 1) best = max(best, __shfl_xor_sync(0xffffffffu, best, n));
-        const int expert = 0x7fffffff - (int)(best & 0x7fffffff);
-        UNROLL for (int i = 0; i < PER_LANE; ++i) {
-            if (expert != lane + 32 * i) continue;
-            sum += score[i];
-            expert_ids[(long long)token * choices + choice] = expert - first_expert;
-            scores[(long long)token * choices + choice] = score[i];
-            key[i] = -infinity();
-        }
-    }
-    if (NORMALIZED) divisor = fmaxf(warp_sum(sum), least_sum * divisor);
-    __syncwarp();
-    for (int choice = lane; choice < choices; choice += 32) scores[(long long)token * choices + choice] *= scaling / divisor;
+    const Choice choice = {bias ? bias + token * bias_stride : nullptr, least_sum, scaling, experts, choices, first_expert, shared};
+    const T* row = logits + token * (experts + shared);
+    choose_experts<PER_LANE, NORMALIZED, SIGMOID>(expert_ids + first, scores + first, choice, [&](int i) {
+        return to_float(row[i]) + (logit_bias ? to_float(logit_bias[i]) : 0.f);
+    });
 }
 
 // Load four matrices of 8 x 8. Lanes 8 i .. 8 i + 7 have the addresses of the rows of matrix i; lane l gets the elements 2 (l % 4)
@@ -212,7 +174,6 @@ template <typename T, int M, int N, Gate GATE, typename F> DEVICE void store_sum
     T* __restrict__ out, const float (&sums)[M][N][2][4], const Epilogue<T>& epilogue, const F& pair_of, int rows, int first_row,
     int columns, int first_column) {
     constexpr bool GATED = GATE != PLAIN;
-    const auto biased = [&](float sum, int column) { return epilogue.bias ? sum + to_float(epilogue.bias[column]) : sum; };
     const int lane = threadIdx.x % 32;
     UNROLL for (int i = 0; i < 2 * M; ++i) {  // rows of eight
         const int row = first_row + 8 * i + lane / 4;
@@ -224,10 +185,9 @@ template <typename T, int M, int N, Gate GATE, typename F> DEVICE void store_sum
             Vec<T, 2> result;
             UNROLL for (int c = 0; c < 2; ++c) {
                 const auto& sum = sums[i / 2][GATED ? j : j / 2];
-                const int at = i % 2 * 2 + c, inside = min(column + c, columns - 1);
-                const float first = biased(sum[GATED ? 0 : j % 2][at], inside);
-                if (!GATED) result.at[c] = from_float<T>(first);
-                else result.at[c] = from_float<T>(activate<GATE>(first, biased(sum[1][at], columns + inside), epilogue.alpha, epilogue.limit));
+                const int at = i % 2 * 2 + c;
+                const float first = sum[GATED ? 0 : j % 2][at], up = GATED ? sum[1][at] : 0.f;
+                result.at[c] = epilogue.template finish<GATE>(first, up, min(column + c, columns - 1), columns);
             }
             if (columns % 2 == 0) *reinterpret_cast<Vec<T, 2>*>(target + column) = result;
             else for (int c = 0; c < 2 && column + c < columns; ++c) target[column + c] = result.at[c];
@@ -256,6 +216,8 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     extern __shared__ __align__(128) char stages[];  // each: rows of x, then rows of the weights
     const int parts = (columns + PART - 1) / PART, first_column = blockIdx.x % parts * PART;
     const int number = blockIdx.x / parts;
+    wait_for_previous();
+    launch_next();
     const int4 tile = tiles ? tiles[number] : make_int4(0, number * ROWS, min(ROWS, num_pairs - number * ROWS), 0);
     const int expert = tile.x, rows = tile.z;
     if (rows == 0) return;
@@ -335,7 +297,7 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
         }
     }
 
-    const Epilogue<T> epilogue{bias ? bias + (GATED ? 2ll : 1ll) * expert * columns : nullptr, alpha, limit};
+    const Epilogue<T> epilogue = epilogue_of<GATE>(bias, expert, columns, alpha, limit);
     const int warp_column = first_column + first_weight_row / (GATED ? 2 : 1);
     store_sums<T, M, N, GATE>(out, sums, epilogue, pair_of, rows, first_row, columns, warp_column);
 }
@@ -358,15 +320,18 @@ __global__ void __launch_bounds__(256) float32_gemm(
         if (GATED) second += x[i] * row[(long long)columns * width + i];
     }
     first = warp_sum(first), second = warp_sum(second);
-    if (bias) first += bias[matrix_row], second += GATED ? bias[matrix_row + columns] : 0.f;
-    if (lane == 0) out[at] = GATED ? activate<GATE>(first, second, alpha, limit) : first;
+    const Epilogue<float> epilogue = epilogue_of<GATE>(bias, expert_ids[pair], columns, alpha, limit);
+    if (lane == 0) out[at] = epilogue.template finish<GATE>(first, second, column, columns);
 }
 
-// out[t] = sum over k of scores[t, k] * expert_out[t K + k] in float32, in the order of k; grid (T, parts of a row).
+// out[t] = sum over k of scores[t, k] * expert_out[t K + k] in float32, in the order of k, and add_to[t] if it is not null, which may
+// be out; grid (T, parts of a row).
 template <typename T, int V>
 __global__ void __launch_bounds__(256) weighted_sum(
-    T* __restrict__ out, const T* __restrict__ expert_out, const float* __restrict__ scores, const long long* __restrict__ expert_ids,
-    int choices, int experts, int size) {
+    T* out, const T* __restrict__ expert_out, const float* __restrict__ scores, const long long* __restrict__ expert_ids,
+    const T* add_to, int choices, int experts, int size) {
+    launch_next();
+    wait_for_previous();
     const long long first = (long long)blockIdx.x * choices;
     for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * V; i < size; i += gridDim.y * blockDim.x * V) {
         float sum[V] = {};
@@ -375,6 +340,11 @@ __global__ void __launch_bounds__(256) weighted_sum(
             const Vec<T, V> in = *reinterpret_cast<const Vec<T, V>*>(expert_out + pair * size + i);
             UNROLL for (int j = 0; j < V; ++j) sum[j] += scores[pair] * to_float(in.at[j]);
         }
-        *reinterpret_cast<Vec<T, V>*>(out + (long long)blockIdx.x * size + i) = round_all<T>(sum);
+        const long long at = (long long)blockIdx.x * size + i;
+        if (add_to) {
+            const Vec<T, V> before = *reinterpret_cast<const Vec<T, V>*>(add_to + at);
+            UNROLL for (int j = 0; j < V; ++j) sum[j] += to_float(before.at[j]);
+        }
+        *reinterpret_cast<Vec<T, V>*>(out + at) = round_all<T>(sum);
     }
 }

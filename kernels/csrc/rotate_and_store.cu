@@ -6,8 +6,9 @@ constexpr int WARPS = 4;  // warps of a block, which processes one token
 // P and V are as in head_norm_rope.cuh. The heads of a token are those of q, then of k, then of v.
 template <typename T, typename C, int P, int V>
 __global__ void __launch_bounds__(32 * WARPS, 8) rotate_and_store(
-    T* __restrict__ q_out, const T* __restrict__ qkv, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
-    const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows, int rotary,
+    T* __restrict__ q_out, const T* __restrict__ qkv, long long qkv_stride, const T* __restrict__ q_norm,
+    const T* __restrict__ k_norm, float eps,
+       const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows, int rotary,
     C* __restrict__ k_cache, C* __restrict__ v_cache, long long page_stride, long long slot_stride, int head_stride,
     const int* __restrict__ kv_slots, int page_size, int num_slots, int heads, int kv_heads, int head_dim) {
     constexpr int AT_ONCE = P < 4 ? 4 : P < 8 ? 2 : 1;  // heads of a warp that load together
@@ -22,7 +23,7 @@ __global__ void __launch_bounds__(32 * WARPS, 8) rotate_and_store(
         Pairs<P> loaded[AT_ONCE];
         UNROLL for (int n = 0; n < AT_ONCE; ++n) {
             const int head = first + n * WARPS;
-            if (head < heads) loaded[n] = load_head<P, V>(qkv + (token * heads + head) * head_dim, rotary, head_dim);
+            if (head < heads) loaded[n] = load_head<P, V>(qkv + token * qkv_stride + head * head_dim, rotary, head_dim);
         }
         UNROLL for (int n = 0; n < AT_ONCE; ++n) {
             const int head = first + n * WARPS;

@@ -1,7 +1,7 @@
 // What only sm_90a has: wgmma, the MMA of four warps whose operands stand in shared memory, and TMA, copies of boxes of a matrix to
 // shared memory, whose end a barrier (mbarrier) reports. The emulator has all of this in C++.
 #pragma once
-#include "common.cuh"
+#include "cluster.cuh"
 
 constexpr int LINE = 128;  // bytes of a row of a box; its chunks of 16 bytes are swizzled, eight rows make 1024 bytes
 
@@ -57,12 +57,3 @@ DEVICE void copy_bytes(unsigned to, const void* from, int bytes, unsigned barrie
                  ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 DEVICE void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
-DEVICE void sync_cluster() { asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory"); }
-// Read from the shared memory of another block of the cluster, at an address of this block's.
-DEVICE float4 load_of_block(const float* at, int block) {
-    float4 v;
-    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a]; }"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block) : "memory");
-    return v;
-}

@@ -40,6 +40,17 @@ def _gated(x: Tensor, name: str) -> Tensor:
     return out
 
 
+def multiply_by_sigmoid_(x: Tensor, gate: Tensor) -> Tensor:
+    if x.numel():
+        rows, size = x.shape
+        v = vector_width(size, x, gate, strides=(gate.stride(0),))
+        threads = num_threads(size // v)
+        parts = min(-(-size // (v * threads)), 32 if rows < 256 else 4)
+        launch = kernel("elementwise.cu", f"multiply_by_sigmoid<{c_name(x)}, {v}>", early=True)
+        launch((rows, parts), threads, x, gate, np.int64(gate.stride(0)), np.int32(size))
+    return x
+
+
 def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
     rows, size = weight.shape
     out = weight.new_empty(len(ids), size)

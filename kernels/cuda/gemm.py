@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import ClampedSwiGLU, ExpertMatrix, FP8Weight, Matrix, MXFP4Weight, Scoring
+from ..arguments import ClampedSwiGLU, ExpertMatrix, FP8Weight, Matrix, MXFP4Weight
 from . import scaled_gemm
 from .elementwise import rms_norm, silu_and_mul
 from .kernel_launch import (
@@ -31,6 +33,12 @@ NO_SCALES = NULL, *map(np.int32, (0, 0, 0, 0))
 GROUP_THREADS = 1024  # threads of the one block that groups pairs by expert
 # Tile shapes of the grouped GEMM by their rows: warps down and across, 16 x 16 tiles down and across a warp, stages.
 TILE_SHAPES = {16: (1, 4, 1, 1, 6), 64: (1, 4, 4, 2, 3), 128: (2, 4, 4, 2, 3)}
+# Mean rows of an expert up to which skinny_experts is faster than the grouped GEMM: of MXFP4, and of 16 bits.
+MAX_FEW_ROWS = {True: 16, False: 1}
+SKINNY_WARPS = 4  # WARPS of skinny_experts.cu
+SKINNY_DEPTHS = {1: 3, 2: 4, 4: 3}  # chunks that a lane loads ahead, by the tile's rows / 8
+SKINNY_BLOCKS = 4.4  # of skinny_experts for a multiprocessor, which runs 4 at once; a tenth more end soon after
+MAX_UNGROUPED_PAIRS = 96  # up to so many, blocks of skinny_experts find their rows themselves
 MXFP4_SHAPES = {16: (1, 4, 1, 1, 12), 64: (1, 4, 4, 2, 4), 128: (2, 4, 4, 2, 4)}
 FP8_SHAPES = {16: (1, 4, 1, 1, 8), 64: (1, 4, 4, 2, 4), 128: (2, 4, 4, 2, 4)}
 
@@ -158,34 +166,6 @@ class ExpertTiles(NamedTuple):
     num_tiles: int
 
 
-def select_experts(
-    logits: Tensor,
-    count: int,
-    *,
-    normalized: bool,
-    scoring: Scoring = "softmax",
-    bias: Tensor | None = None,
-    least_sum: float = 0.0,
-    scaling: float = 1.0,
-    first_expert: int = 0,
-) -> tuple[Tensor, Tensor]:
-    tokens, num_experts = logits.shape
-    expert_ids = torch.empty(tokens, count, dtype=torch.int64, device=logits.device)
-    scores = torch.empty(tokens, count, dtype=torch.float32, device=logits.device)
-    if tokens:
-        per_lane = next(n for n in (1, 2, 4, 8, 16) if 32 * n >= num_experts)
-        flags = (str(flag).lower() for flag in (normalized, scoring == "sigmoid"))
-        launch = kernel(
-            "experts.cu", f"select_experts<{', '.join((c_name(logits), str(per_lane), *flags))}>", early=True
-        )
-        stride = num_experts if bias is not None and bias.dim() > 1 else 0
-        biases = optional(None if bias is None else bias.contiguous()), np.int32(stride)
-        sizes = map(np.int32, (tokens, num_experts, count, first_expert))
-        factors = np.float32(least_sum), np.float32(scaling)
-        launch((-(-tokens // 8), 1), MAX_THREADS, expert_ids, scores, logits.contiguous(), *biases, *factors, *sizes)
-    return expert_ids, scores
-
-
 def experts(
     x: Tensor,
     expert_ids: Tensor,
@@ -196,6 +176,8 @@ def experts(
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     swiglu: ClampedSwiGLU | None = None,
+    add_to: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     if isinstance(gate_up, FP8Weight) and not _can_widen(x, gate_up):
         gate_up = gate_up.dequantized(x.dtype)
@@ -203,7 +185,7 @@ def experts(
         down = down.dequantized(x.dtype)
     (tokens, size), pairs, num_experts = x.shape, expert_ids.numel(), gate_up.shape[0]
     if pairs == 0:
-        return torch.zeros_like(x)
+        return torch.zeros_like(x) if add_to is None else add_to
     x, expert_ids, scores = x.contiguous(), expert_ids.contiguous(), scores.contiguous()
     hidden, expert_out = x.new_empty(pairs, down.shape[2]), x.new_empty(pairs, size)
     # Rows of pairs without an expert are neither written nor read.
@@ -214,27 +196,51 @@ def experts(
         _float32_gemm(hidden, x, gate_up, gate_up_bias, gate, swiglu, expert_ids)
         _float32_gemm(expert_out, hidden, down, down_bias, "PLAIN", None, expert_ids)
     else:
-        tiles = _group_pairs(expert_ids, num_experts)
-        _multiply_tiles(hidden, x, gate_up, gate_up_bias, gate, swiglu, tiles)
-        _multiply_tiles(expert_out, hidden, down, down_bias, "PLAIN", None, tiles)
-    out = x.new_empty(tokens, size)
+        max_few = 0 if batch_invariant else _max_few_rows(gate_up, down)
+        multiply = _multiply_by_expert(expert_ids, num_experts, max_few)
+        multiply(hidden, x, gate_up, gate_up_bias, gate, swiglu)
+        multiply(expert_out, hidden, down, down_bias, "PLAIN", None)
+    out = x.new_empty(tokens, size) if add_to is None else add_to
     v = vector_width(size, expert_out, out)
     threads = num_threads(size // v)
-    launch = kernel("experts.cu", f"weighted_sum<{c_name(x)}, {v}>")
+    launch = kernel("experts.cu", f"weighted_sum<{c_name(x)}, {v}>", early=True)
     shape = np.int32(expert_ids.shape[1]), np.int32(num_experts), np.int32(size)
-    launch((tokens, -(-size // (v * threads))), threads, out, expert_out, scores, expert_ids, *shape)
+    grid = tokens, -(-size // (v * threads))
+    launch(grid, threads, out, expert_out, scores, expert_ids, optional(add_to), *shape)
     return out
 
 
-def _group_pairs(expert_ids: Tensor, num_experts: int) -> ExpertTiles:
-    """Group the pairs by expert."""
+def _max_few_rows(*matrices: ExpertMatrix) -> int:
+    """Return the mean rows of an expert up to which skinny_experts multiplies these weights; 0 for never."""
+    if any(isinstance(matrix, FP8Weight) for matrix in matrices):
+        return 0
+    return MAX_FEW_ROWS[isinstance(matrices[0], MXFP4Weight)]
+
+
+def _multiply_by_expert(expert_ids: Tensor, num_experts: int, max_few: int) -> Callable[..., None]:
+    """Group the pairs by expert; return the function that multiplies them, as `_multiply_tiles` without tiles.
+
+    max_few  mean rows of an expert up to which this is skinny_experts
+    """
     pairs = expert_ids.numel()
-    rows = _tile_rows(-(-pairs // num_experts))
+    mean = -(-pairs // num_experts)
+    if mean > max_few:
+        return functools.partial(_multiply_tiles, tiles=_group_pairs(expert_ids, num_experts, _tile_rows(mean)))
+    if pairs <= MAX_UNGROUPED_PAIRS:
+        tiles = ExpertTiles(None, None, 8, pairs)
+    else:
+        tiles = _group_pairs(expert_ids, num_experts, 8 if mean <= 4 else 16 if mean <= 8 else 32)
+    return functools.partial(_skinny_experts, tiles=tiles, expert_ids=expert_ids)
+
+
+def _group_pairs(expert_ids: Tensor, num_experts: int, rows: int) -> ExpertTiles:
+    """Group the pairs by expert, in tiles of up to so many rows."""
+    pairs = expert_ids.numel()
     in_use = min(num_experts, pairs)
     num_tiles = in_use + (pairs - in_use) // rows  # an upper bound for any routing
     tiles = expert_ids.new_empty(num_tiles, 4, dtype=torch.int32)
     order = expert_ids.new_empty(pairs, dtype=torch.int32)
-    group = kernel("experts.cu", f"group_pairs<{rows}>", shared_bytes=8 * (num_experts + 3))
+    group = kernel("experts.cu", f"group_pairs<{rows}>", shared_bytes=8 * (num_experts + 3), early=True)
     shape = np.int32(pairs), np.int32(num_experts), np.int32(num_tiles)
     group((1, 1), GROUP_THREADS, tiles, order, expert_ids, *shape)
     return ExpertTiles(tiles, order, rows, num_tiles)
@@ -260,7 +266,7 @@ def _multiply_tiles(
     weight_rows = 16 * n * warps_across
     name = f"grouped_gemm<{c_name(x)}, {form.name}, {warps_down}, {warps_across}, {m}, {n}, {stages}, {gate}>"
     shared_bytes = stages * (tiles.rows * 128 + weight_rows * form.stage_bytes)
-    launch = kernel("experts.cu", name, shared_bytes=shared_bytes)
+    launch = kernel("experts.cu", name, shared_bytes=shared_bytes, early=True)
     parts = -(-columns // (weight_rows if gate == "PLAIN" else weight_rows // 2))
     grid, threads = (tiles.num_tiles * parts, 1), 32 * warps_down * warps_across
     sizes = map(np.int32, (len(out) // len(x), len(out), x.shape[1], columns))
@@ -283,6 +289,36 @@ def _format_of(x: Tensor, weights: ExpertMatrix) -> WeightFormat:
     if isinstance(weights, FP8Weight):
         return WeightFormat("fp8", FP8_SHAPES, 64, (weights.data, *_scale_arguments(weights)))
     return WeightFormat(c_name(x), TILE_SHAPES, 128, (weights, *NO_SCALES))
+
+
+def _skinny_experts(
+    out: Tensor,
+    x: Tensor,
+    weights: ExpertMatrix,
+    bias: Tensor | None,
+    gate: Gate,
+    swiglu: ClampedSwiGLU | None,
+    tiles: ExpertTiles,
+    expert_ids: Tensor,
+) -> None:
+    """Do `_multiply_tiles` for tiles of 8 or 16 rows."""
+    assert not isinstance(weights, FP8Weight)
+    matrices = (weights.data, weights.scales) if isinstance(weights, MXFP4Weight) else (weights, NULL)
+    columns, eights = out.shape[1], tiles.rows // 8
+    units = tiles.num_tiles * -(-columns // (16 if gate == "PLAIN" else 8))  # what a warp, or several, multiplies
+    split = _skinny_split(units, out.device.index)
+    instance = c_name(x), _format_of(x, weights).name, eights, SKINNY_DEPTHS[eights], split, gate
+    launch = kernel("skinny_experts.cu", f"skinny_experts<{', '.join(map(str, instance))}>", early=True)
+    grid = tiles.num_tiles * -(-columns * split // (SKINNY_WARPS * (16 if gate == "PLAIN" else 8))), 1
+    groups = optional(tiles.tiles), optional(tiles.order), expert_ids
+    sizes = map(np.int32, (len(out), weights.shape[0], len(out) // len(x), x.shape[1], columns))
+    launch(grid, 32 * SKINNY_WARPS, out, x, *matrices, optional(bias), *groups, *sizes, *_parameters(swiglu))
+
+
+def _skinny_split(units: int, device: int) -> int:
+    """Return how many warps share the columns of a unit: as many as run at once, if all units do."""
+    warps = int(SKINNY_BLOCKS * SKINNY_WARPS * num_multiprocessors(device))
+    return next((split for split in (4, 2) if units * split <= warps), 1)
 
 
 def _float32_gemm(

@@ -26,7 +26,7 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
     if pairs is None:
         raise ValueError(f"heads of {head_dim} elements are too long to rotate; at most 512")
     moved = [qkv, q, cache.k, cache.v]
-    strides = head_dim // 2, rope.cos_sin.shape[1] // 2, *cache.k.stride()[:3]
+    strides = head_dim // 2, rope.cos_sin.shape[1] // 2, qkv.stride(0), *cache.k.stride()[:3]
     v = next(
         v
         for v in (4, 2, 1)  # adjacent elements of a lane, as in decode_attention.cu, so that both kernels round alike
@@ -39,7 +39,7 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
     )
     head_arguments = _head_arguments(norm, Rope(rope.positions.int(), rope.cos_sin), cache, kv_slots.int())
     shape = page_size, pages * page_size, heads, kv_heads, head_dim
-    launch((tokens, 1), STORE_THREADS, q, qkv, *head_arguments, *map(np.int32, shape))
+    launch((tokens, 1), STORE_THREADS, q, qkv, np.int64(qkv.stride(0)), *head_arguments, *map(np.int32, shape))
     return q
 
 
@@ -122,5 +122,5 @@ def decode_attention(
     results = partial, partition.table[-rows * groups :]  # partial results, then the counters
     factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
     shape = *map(np.float32, factors), optional(sinks), np.int32(heads), np.int32(kv_heads)
-    launch(grid, threads, out, qkv, *head_arguments, *page_table, *keys, *results, *shape)
+    launch(grid, threads, out, qkv, np.int32(qkv.stride(0)), *head_arguments, *page_table, *keys, *results, *shape)
     return out

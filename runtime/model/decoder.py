@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...comm.base import Communicator
+from ...kernels import ops
 from ...kernels.arguments import KVCache, QKNorm
 from .attention.backend import AttentionBackend, Heads
 from .batch import Batch
@@ -50,13 +51,13 @@ class Attention:
             (q_features, kv_features, kv_features),
             (q_rows, kv_rows, kv_rows),
         )
-        self.gate: ColumnLinear | None = None
+        gates: list[Projection] = []
         if config.output_gate:
             parts[:1], gates = _heads_and_gates(parts[0], heads.queries, config.head_dim)
-            self.gate = ColumnLinear(weights, gates, config.hidden_size, bias=config.qkv_bias)
+        self.num_gates = sum(gate.num_rows for gate in gates)
         if config.adjacent_pairs:
             parts[:2] = [replace(part, pairs=config.head_dim) for part in parts[:2]]
-        self.qkv = ColumnLinear(weights, parts, config.hidden_size, bias=config.qkv_bias)
+        self.qkv = ColumnLinear(weights, [*parts, *gates], config.hidden_size, bias=config.qkv_bias)
         q_norm = k_norm = None
         self.wide_norm: WideQKNorm | None = None
         if config.qk_norm == "each head":
@@ -89,15 +90,21 @@ class Attention:
 
         query_scale  [T, 1] float32: factors of the queries; None if all are 1
         """
-        qkv = self.qkv(normed)
+        qkv, gate = _split_last(self.qkv(normed), self.num_gates)
         if query_scale is not None:
             qkv[:, : self.q_size] *= query_scale
         if self.wide_norm is not None:
             self.wide_norm(qkv)
         out = backend.run(qkv, self.heads, cache, self.window, self.group)
-        if self.gate is not None:
-            out *= self.gate(normed).sigmoid()
+        if self.num_gates:
+            ops.multiply_by_sigmoid_(out, gate)
         self.output(out, residual)
+
+
+def _split_last(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Return the columns of x [T, F] before the last ones, and the last ones."""
+    first, last = x.split([x.shape[1] - columns, columns], dim=1)
+    return first, last
 
 
 def _heads_and_gates(q: Projection, heads: range, head_dim: int) -> tuple[list[Projection], list[Projection]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ...comm.base import Communicator
 from ...kernels import state_ops
+from ...kernels.arguments import DeltaLayer
 from .linear import ColumnLinear, Projection, RowLinear, projections
 from .model_config import ModelConfig
 from .norm import NormInput, Residual
@@ -24,7 +25,7 @@ class GatedDeltaNet:
     def __init__(self, weights: Weights, comm: Communicator, config: ModelConfig, name: str) -> None:
         net = config.delta_net
         assert net is not None
-        name, self.eps = f"{name}.linear_attn", config.norm_eps
+        name = f"{name}.linear_attn"
         keys, group = share(net.key_heads, comm.rank, comm.size), net.value_heads // net.key_heads
         heads = slice(keys.start * group, keys.stop * group)
         key_rows = slice(keys.start * net.key_size, keys.stop * net.key_size)
@@ -33,28 +34,34 @@ class GatedDeltaNet:
         features = key_features, key_features, value_features
         qkv = projections([f"{name}.in_proj_qkv"], features, (key_rows, key_rows, value_rows))
         z = Projection(f"{name}.in_proj_z", value_features, value_rows)
-        self.qkvz = ColumnLinear(weights, [*qkv, z], config.hidden_size, bias=False)
         gates = [Projection(f"{name}.in_proj_{gate}", net.value_heads, heads) for gate in "ba"]
-        self.gates = ColumnLinear(weights, gates, config.hidden_size, bias=False)
-        self.channels = sum(part.num_rows for part in qkv)
+        # FP8 checkpoints may leave the gates in 16 bits.
+        joined, apart = ([*qkv, z, *gates], []) if weights.quantization is None else ([*qkv, z], gates)
+        self.inputs = ColumnLinear(weights, joined, config.hidden_size, bias=False)
+        self.gates = ColumnLinear(weights, apart, config.hidden_size, bias=False) if apart else None
+        self.channels, self.num_gates = sum(part.num_rows for part in qkv), 2 * (heads.stop - heads.start)
         shape, pieces, start = (sum(features), 1, net.taps), [], 0
         for part in qkv:
             pieces.append(Piece(f"{name}.conv1d.weight", shape, (part.rows,), (slice(start, start + part.num_rows),)))
             start += part.num_rows
-        self.taps = weights.add((self.channels, 1, net.taps), pieces).squeeze(1)
+        taps = weights.add((self.channels, 1, net.taps), pieces).squeeze(1)
         parameters = [
             Piece(f"{name}.{part}", (net.value_heads,), (heads,), (n,)) for n, part in enumerate(("A_log", "dt_bias"))
         ]
-        self.decay = weights.add((2, heads.stop - heads.start), parameters)
+        decay = weights.add((2, heads.stop - heads.start), parameters)
         norm = Piece(f"{name}.norm.weight", (net.value_size,))
-        self.norm = weights.add((net.value_size,), [norm], is_norm=True, is_zero_centred=False)
+        norm_weight = weights.add((net.value_size,), [norm], is_norm=True, is_zero_centred=False)
+        self.layer = DeltaLayer(taps, decay, norm_weight, config.norm_eps)
         output = f"{name}.out_proj"
         self.output = RowLinear(weights, comm, output, config.hidden_size, value_features, value_rows, bias=False)
 
     def __call__(self, normed: NormInput, residual: Residual, states: LayerStates) -> None:
         """Add the layer's result for `normed` [T, D] to `residual`; update the states of the batch's rows."""
-        mixed = self.qkvz(normed)
+        mixed = self.inputs(normed)
+        if self.gates is None:
+            mixed, gates = mixed[:, : -self.num_gates], mixed[:, -self.num_gates :]
+        else:
+            gates = self.gates(normed)
         qkv, z = mixed[:, : self.channels], mixed[:, self.channels :]
-        qkv = state_ops.causal_conv_(qkv, self.taps, states.inputs, states.rows)
-        out = state_ops.gated_delta_(qkv, self.gates(normed), self.decay, states.sums, states.rows)
-        self.output(state_ops.gated_rms_norm(out, z, self.norm, self.eps), residual)
+        out = state_ops.delta_net_(qkv, z, gates, self.layer, states.inputs, states.sums, states.rows)
+        self.output(out, residual)

@@ -50,6 +50,11 @@ class Experts:
         """The number of intermediate features that one rank holds together; None for any."""
         return MXFP4_BLOCK if self.mxfp4 else None
 
+    @property
+    def shared_fits_expert(self) -> bool:
+        """Whether the expert of all tokens can be computed as one more expert: it has the same size, and a gate."""
+        return self.rules.shared_gate and self.shared_size == self.intermediate_size and not self.parallel
+
     def of_rank(self, rank: int, ranks: int) -> ExpertShare:
         """Return the experts and features of this rank; the expert of all tokens is divided by features in any case."""
         if self.parallel:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...comm.base import Communicator
-from ...kernels import ops
+from ...kernels import expert_ops
 from ...kernels.arguments import MXFP4_BLOCK, ClampedSwiGLU, ExpertMatrix, MXFP4Weight
 from .expert_config import Experts
 from .norm import NormInput, Residual
@@ -74,7 +74,7 @@ class GptOssMoE:
         assert experts.clamped is not None
         n, full, hidden = experts.num_experts, experts.intermediate_size, hidden_size
         self.num_per_token, self.swiglu = experts.num_per_token, ClampedSwiGLU(*experts.clamped)
-        self.batch_invariant = weights.batch_invariant
+        self.batch_invariant, self.adds_at_once = weights.batch_invariant, comm.size == 1
         share = experts.of_rank(comm.rank, comm.size)
         self.first_expert, part, mine = share.experts.start, share.features, share.experts
         count, size, rows = len(mine), share.num_features, slice(2 * part.start, 2 * part.stop)
@@ -100,13 +100,20 @@ class GptOssMoE:
         self.down_bias = down_bias if comm.rank == 0 or experts.parallel else None
 
     def __call__(self, normed: NormInput, residual: Residual) -> None:
-        """Leave the experts' sum for rows [T, D] in `residual`; the next norm adds it."""
-        x = normed.tensor()
-        logits = ops.linear(x, self.router, self.router_bias, batch_invariant=self.batch_invariant)
-        selected, scores = ops.select_experts(
-            logits, self.num_per_token, normalized=True, first_expert=self.first_expert
+        """Add the experts' sum for rows [T, D] to `residual`."""
+        x, selected, scores = expert_ops.route_tokens(
+            normed.x,
+            self.router,
+            self.num_per_token,
+            norm=normed.weight,
+            eps=normed.eps,
+            logit_bias=self.router_bias,
+            normalized=True,
+            first_expert=self.first_expert,
+            batch_invariant=self.batch_invariant,
         )
-        residual.partial = ops.experts(
+        add_to = residual.total if self.adds_at_once and not residual.separate else None
+        out = expert_ops.experts(
             x,
             selected,
             scores,
@@ -115,7 +122,10 @@ class GptOssMoE:
             gate_up_bias=self.gate_up_bias,
             down_bias=self.down_bias,
             swiglu=self.swiglu,
+            add_to=add_to,
+            batch_invariant=self.batch_invariant,
         )
+        residual.partial = out if add_to is None else None
 
 
 def _pieces(

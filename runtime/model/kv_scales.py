@@ -75,7 +75,7 @@ def _scale_values(attention: Attention, factor: float) -> None:
 
 def _parts(attention: Attention) -> tuple[slice, slice, slice]:
     """Return the rows of queries, keys and values in the rank's projection."""
-    q, total = attention.q_size, attention.qkv.weight.shape[0]
+    q, total = attention.q_size, attention.qkv.weight.shape[0] - attention.num_gates
     middle = q + (total - q) // 2
     return slice(0, q), slice(q, middle), slice(middle, total)
 

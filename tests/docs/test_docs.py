@@ -186,7 +186,7 @@ def test_architecture_lists_the_folders_in_the_order_of_imports() -> None:
 
 
 def test_the_kernels_page_lists_every_op_with_its_launch_and_source() -> None:
-    source = "".join((ROOT / f"kernels/{name}.py").read_text() for name in ("ops", "state_ops"))
+    source = "".join((ROOT / f"kernels/{name}.py").read_text() for name in ("ops", "state_ops", "expert_ops"))
     launches = {name: module for module, name in re.findall(r'^@op\("(\w+)"\)\ndef (\w+)', source, re.M)}
     listed: dict[str, str] = {}
     for ops, launch, sources in re.findall(

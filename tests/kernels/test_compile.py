@@ -70,8 +70,9 @@ INSTANCES = {
         *(f"gated_delta<{shape}>" for shape in ("bf16, 128", "f16, 64", "float, 32")),
         *(f"gated_rms_norm<{t}>" for t in ("bf16", "float")),
     ],
+    "delta_step.cu": [f"delta_step<{shape}>" for shape in ("bf16, 128, 4, 1", "bf16, 128, 4, 2", "float, 32, 4, 4")],
     "experts.cu": [
-        *(f"group_pairs<{rows}>" for rows in (16, 64, 128)),
+        *(f"group_pairs<{rows}>" for rows in (8, 16, 32, 64, 128)),
         *(
             f"grouped_gemm<{t}, {t}, {shape}, {gate}>"
             for t in ("bf16", "f16")
@@ -102,6 +103,21 @@ INSTANCES = {
         "weighted_sum<bf16, 8>",
         "weighted_sum<float, 1>",
     ],
+    "skinny_experts.cu": [
+        f"skinny_experts<{shape}, {gate}>"
+        for shape in (
+            "bf16, mxfp4, 1, 3, 4",
+            "bf16, mxfp4, 1, 3, 1",
+            "bf16, mxfp4, 2, 4, 1",
+            "bf16, mxfp4, 4, 3, 1",
+            "bf16, bf16, 1, 3, 4",
+            "f16, f16, 1, 3, 1",
+        )
+        for gate in ("PLAIN", "SILU", "CLAMPED")
+    ],
+    "route_tokens.cu": [
+        f"route_tokens<{shape}>" for shape in ("bf16, 1, true, false", "bf16, 16, true, false", "f16, 8, true, true")
+    ],
     "quantize_rows.cu": [
         *(f"quantize_rows<{shape}>" for shape in ("bf16, false, true", "bf16, true, false", "f16, true, true")),
         *(f"finish_products<bf16, {finish}>" for finish in ("STORE", "ADD", "SILU")),
@@ -115,6 +131,8 @@ INSTANCES = {
         "silu_and_mul<bf16, 8>",
         "silu_and_mul<float, 1>",
         "gelu_and_mul<bf16, 8>",
+        "multiply_by_sigmoid<bf16, 8>",
+        "multiply_by_sigmoid<float, 1>",
         "sum_squares<bf16>",
         "sum_squares<float>",
         "gather_rows<Vec<bf16, 8>, int>",
@@ -125,7 +143,7 @@ INSTANCES = {
 }
 
 
-ARCHITECTURES = {"fp8_gemm.cu": ["sm_90a"]}  # others: sm_80, sm_90 and sm_100
+ARCHITECTURES = {"fp8_gemm.cu": ["sm_90a"], "delta_step.cu": ["sm_90", "sm_100"]}  # others: sm_80, sm_90 and sm_100
 
 
 def test_every_source_is_listed() -> None:

@@ -200,6 +200,31 @@ def test_select_experts_with_a_bias(scoring: str, normalized: bool, each_token: 
     options = {"normalized": normalized, "least_sum": 0.5, "scaling": 1.7}
     check("select_experts", logits, 6, scoring=scoring, bias=bias, **options)
     check("select_experts", logits, 6, scoring=scoring, first_expert=33, **options)
+    check("select_experts", logits, 6, scoring=scoring, has_shared=True, logit_bias=torch.randn(70), **options)
+
+
+@pytest.mark.parametrize(("tokens", "size", "experts"), [(1, 136, 40), (8, 1096, 20), (3, 72, 33)])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_route_tokens(tokens: int, size: int, experts: int, dtype: torch.dtype) -> None:
+    x, weight, norm = (
+        random(tokens, size, dtype=dtype),
+        random(experts + 1, size, dtype=dtype),
+        random(size, dtype=dtype),
+    )
+    bias, logit_bias = torch.rand(experts), random(experts + 1, dtype=dtype)
+    check(
+        "route_tokens",
+        x,
+        weight,
+        4,
+        norm=norm,
+        eps=1e-6,
+        normalized=True,
+        has_shared=True,
+        logit_bias=logit_bias,
+        factor=4,
+    )
+    check("route_tokens", x, weight[:experts], 3, normalized=False, scoring="sigmoid", bias=bias, factor=4)
 
 
 def test_select_experts_takes_the_lesser_of_equal_ones() -> None:
@@ -235,7 +260,9 @@ def test_experts_of_fp8_are_bitwise_those_of_the_dequantized_weights(
     scores = torch.rand(pairs // 2, 2)
     check("experts", x, expert_ids, scores, gate_up, down, factor=4)
     wide = gate_up.dequantized(dtype), down.dequantized(dtype)
-    actual, expected = (emulator.emulated().experts(x, expert_ids, scores, *w) for w in ((gate_up, down), wide))
+    actual, expected = (
+        emulator.emulated().experts(x, expert_ids, scores, *w, batch_invariant=True) for w in ((gate_up, down), wide)
+    )
     assert torch.equal(actual, expected)
 
 
@@ -247,13 +274,29 @@ def test_linear_of_fp8_without_wgmma(rows: int, first: int) -> None:
     check("linear", x, weight, bias, norm=norm, eps=1e-5, gated=True, factor=4)
 
 
-@pytest.mark.parametrize(("pairs", "size", "features"), [(2, 96, 32), (60, 64, 96), (400, 32, 32), (1600, 64, 32)])
-def test_experts_of_mxfp4(pairs: int, size: int, features: int) -> None:
+@pytest.mark.parametrize(
+    ("pairs", "size", "features", "batch_invariant"),
+    [(2, 96, 32, False), (12, 1056, 64, False), (46, 160, 96, False), (24, 64, 96, True), (400, 32, 32, True),
+     (1600, 64, 32, False)],
+)  # fmt: skip
+def test_experts_of_mxfp4(pairs: int, size: int, features: int, batch_invariant: bool) -> None:
     x, expert_ids = random(pairs // 2, size), torch.randint(-1, 4, (pairs // 2, 2))
     weights = random_mxfp4(3, 2 * features, size), random_mxfp4(3, size, features)
     biases = {"gate_up_bias": random(3, 2 * features), "down_bias": random(3, size)}
-    check("experts", x, expert_ids, torch.rand(pairs // 2, 2), *weights, factor=4)
-    check("experts", x, expert_ids, torch.rand(pairs // 2, 2), *weights, **biases, swiglu=SWIGLU, factor=4)
+    arguments = x, expert_ids, torch.rand(pairs // 2, 2), *weights
+    check("experts", *arguments, factor=4, batch_invariant=batch_invariant)
+    check("experts", *arguments, **biases, swiglu=SWIGLU, factor=4, batch_invariant=batch_invariant)
+
+
+def test_experts_of_mxfp4_with_large_scales() -> None:
+    x, expert_ids = random(9, 64), torch.randint(-1, 4, (9, 2))
+    weights = random_mxfp4(3, 64, 64), random_mxfp4(3, 64, 32)
+    for weight in weights:
+        weight.scales[:, ::3] += torch.randint(8, 12, weight.scales[:, ::3].shape, dtype=torch.uint8)
+    scales = weights[0].scales
+    assert scales.max() > 128
+    for batch_invariant in (False, True):
+        check("experts", x / 100, expert_ids, torch.rand(9, 2), *weights, factor=4, batch_invariant=batch_invariant)
 
 
 @pytest.mark.parametrize(("rows", "vocab", "dtype"), [(1, 5, BF16), (6, 1000, F32), (3, 4100, F16), (2, 9000, BF16)])
@@ -278,6 +321,11 @@ FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
         "",
         lambda: test_decode_attention(*DECODED[1], None, BF16),
     ),
+    "skinny_experts.cu": (
+        "__syncthreads();\n\n    const Epilogue",
+        "const Epilogue",
+        lambda: test_experts_of_mxfp4(46, 160, 96, batch_invariant=False),
+    ),
     "experts.cu": ("wait_copies<STAGES - 2>();", "wait_copies<STAGES - 1>();", lambda: test_experts(60, BF16)),
 }
 
@@ -285,9 +333,11 @@ FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
 @pytest.mark.parametrize("source", FAULTS)
 def test_emulator_detects_a_fault(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong, case = FAULTS[source]
-    text = native.source_text(source)
+    original = native.source_text
+    text = original(source)
     assert text.count(right) == 1
-    monkeypatch.setattr(native, "source_text", lambda name: text.replace(right, wrong))
+    faulty = text.replace(right, wrong)
+    monkeypatch.setattr(native, "source_text", lambda name: faulty if name == source else original(name))
     with pytest.raises(AssertionError, match="not close"):
         case()
 

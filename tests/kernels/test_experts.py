@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.kernels import ops
+from lockstep.kernels import expert_ops, ops
 from lockstep.kernels.arguments import ClampedSwiGLU, MXFP4Weight
 
 from kernel_cases import dequantized, random_fp8_experts, random_mxfp4, to_device
@@ -97,7 +97,7 @@ def test_experts_equal_a_loop_over_tokens_and_choices(
     arguments = inputs(size, device, dtype)
     expected = brute_force(*arguments)
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    actual = ops.experts(*arguments)
+    actual = expert_ops.experts(*arguments)
     assert actual.dtype == dtype
     close(actual, expected)
 
@@ -116,7 +116,7 @@ def test_experts_of_fp8_equal_a_loop_over_the_dequantized_weights(
     first = first if block_columns == 128 else 0
     down = to_device(random_fp8_experts(n, d, i, block_rows, block_columns, first), device)
     exact = dequantized(gate_up), dequantized(down)
-    close(ops.experts(x, expert_ids, scores, gate_up, down), brute_force(x, expert_ids, scores, *exact))
+    close(expert_ops.experts(x, expert_ids, scores, gate_up, down), brute_force(x, expert_ids, scores, *exact))
 
 
 @pytest.mark.gpu
@@ -127,8 +127,10 @@ def test_experts_of_fp8_are_bitwise_those_of_the_dequantized_weights(tokens: int
     x, expert_ids, scores, *_ = inputs(size, "cuda", dtype)
     gate_up, down = (to_device(random_fp8_experts(5, *shape, 128, 128), "cuda") for shape in ((288, 272), (272, 144)))
     wide = gate_up.dequantized(dtype), down.dequantized(dtype)
-    pairs = x, expert_ids, scores
-    assert torch.equal(ops.experts(*pairs, gate_up, down), ops.experts(*pairs, *wide))
+    actual, expected = (
+        expert_ops.experts(x, expert_ids, scores, *weights, batch_invariant=True) for weights in ((gate_up, down), wide)
+    )
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -137,8 +139,9 @@ def test_select_experts_equals_softmax_and_topk(
     device: str, tokens: int, num_experts: int, count: int, normalized: bool
 ) -> None:
     logits = torch.randn(tokens, num_experts, device=device)
-    expert_ids, scores = ops.select_experts(logits, count, normalized=normalized)
-    expected, order = logits.double().softmax(-1).topk(count, dim=-1)
+    logit_bias = torch.randn(num_experts, device=device)
+    expert_ids, scores = expert_ops.select_experts(logits, count, normalized=normalized, logit_bias=logit_bias)
+    expected, order = (logits + logit_bias).double().softmax(-1).topk(count, dim=-1)
     assert torch.equal(expert_ids, order)
     if normalized:
         expected = expected / expected.sum(-1, keepdim=True)
@@ -149,12 +152,12 @@ def test_select_experts_equals_softmax_and_topk(
 def test_select_experts_with_a_bias_equals_float64(device: str, tokens: int) -> None:
     logits, bias = torch.randn(tokens, 128, device=device), torch.randn(128, device=device)
     options = {"scoring": "sigmoid", "bias": bias, "normalized": True, "scaling": 2.5}
-    expert_ids, scores = ops.select_experts(logits, 8, **options)
+    expert_ids, scores = expert_ops.select_experts(logits, 8, **options)
     wide = logits.double().sigmoid()
     assert torch.equal(expert_ids, (wide + bias).topk(8, dim=-1).indices)
     expected = wide.gather(1, expert_ids)
     torch.testing.assert_close(scores.double(), 2.5 * expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
-    shifted, same_scores = ops.select_experts(logits, 8, **options, first_expert=40)
+    shifted, same_scores = expert_ops.select_experts(logits, 8, **options, first_expert=40)
     assert torch.equal(shifted, expert_ids - 40)
     assert torch.equal(same_scores, scores)
 
@@ -165,8 +168,21 @@ def test_sum_over_ranks_with_whole_experts_is_that_of_all(device: str, tokens: i
     x, expert_ids, scores, gate_up, down = inputs((tokens, 3, 7, 64, 48), device, dtype)
     total = torch.zeros_like(x, dtype=torch.float32)
     for part in (slice(0, 3), slice(3, 5), slice(5, 7)):
-        total += ops.experts(x, expert_ids - part.start, scores, gate_up[part], down[part]).float()
+        total += expert_ops.experts(x, expert_ids - part.start, scores, gate_up[part], down[part]).float()
     close(total.to(dtype), brute_force(x, expert_ids, scores, gate_up, down))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+def test_select_experts_with_the_expert_of_all_tokens(device: str, tokens: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(tokens, 65, device=device).to(dtype)
+    options = {"normalized": True, "scaling": 1.5}
+    expert_ids, scores = expert_ops.select_experts(logits, 8, has_shared=True, **options)
+    expected_ids, expected = expert_ops.select_experts(logits[:, :64], 8, **options)
+    assert torch.equal(expert_ids[:, :8], expected_ids)
+    assert torch.equal(scores[:, :8], expected)
+    assert (expert_ids[:, 8] == 64).all()
+    torch.testing.assert_close(scores[:, 8], logits[:, 64].float().sigmoid(), rtol=1e-5, atol=1e-7)
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -180,7 +196,7 @@ def test_experts_with_biases_and_clamped_swiglu(device: str, size: tuple[int, ..
     arguments = inputs(size, device, dtype)
     biases = [torch.randn(m.shape[:2], device=device).to(dtype) for m in arguments[3:]]
     options = {"gate_up_bias": biases[0], "down_bias": biases[1], "swiglu": ClampedSwiGLU(1.702, 1.0)}
-    close(ops.experts(*arguments, **options), brute_force(*arguments, biases, clamped_swiglu))  # type: ignore[arg-type]
+    close(expert_ops.experts(*arguments, **options), brute_force(*arguments, biases, clamped_swiglu))  # type: ignore[arg-type]
 
 
 # T, K, N, D, I as for SIZES
@@ -201,10 +217,13 @@ def test_experts_of_mxfp4_equal_a_loop_over_the_dequantized_weights(device: str,
     exact = [weight.dequantized(torch.float64) for weight in weights]
     biases = [torch.randn(n, rows, device=device).bfloat16() for rows in (2 * i, d)]
     options = {"gate_up_bias": biases[0], "down_bias": biases[1], "swiglu": ClampedSwiGLU(1.702, 1.0)}
-    actual = ops.experts(x, expert_ids, scores, *weights, **options)  # type: ignore[arg-type]
+    fast = expert_ops.experts(x, expert_ids, scores, *weights, **options)  # type: ignore[arg-type]
+    close(fast, brute_force(x, expert_ids, scores, *exact, biases, clamped_swiglu))
+    options["batch_invariant"] = True
+    actual = expert_ops.experts(x, expert_ids, scores, *weights, **options)  # type: ignore[arg-type]
     close(actual, brute_force(x, expert_ids, scores, *exact, biases, clamped_swiglu))
     for rows in (slice(0, 1), slice(len(x) // 2, None)):  # other tiles
-        part = ops.experts(x[rows], expert_ids[rows], scores[rows], *weights, **options)  # type: ignore[arg-type]
+        part = expert_ops.experts(x[rows], expert_ids[rows], scores[rows], *weights, **options)  # type: ignore[arg-type]
         assert device == "cpu" or torch.equal(part, actual[rows])
 
 
@@ -213,7 +232,7 @@ def test_experts_of_mxfp4_equal_a_loop_over_the_dequantized_weights(device: str,
 def test_experts_with_all_tokens_on_one(device: str, tokens: int, dtype: torch.dtype) -> None:
     x, expert_ids, *rest = inputs((tokens, 2, 6, 72, 40), device, dtype)
     expert_ids.fill_(4)
-    close(ops.experts(x, expert_ids, *rest), brute_force(x, expert_ids, *rest))
+    close(expert_ops.experts(x, expert_ids, *rest), brute_force(x, expert_ids, *rest))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -225,9 +244,21 @@ def test_experts_out_of_range_add_nothing(
     expert_ids[::3, 1] = expert_ids[7] = wild
     expected = brute_force(x, expert_ids, *rest)
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    actual = ops.experts(x, expert_ids, *rest)
+    actual = expert_ops.experts(x, expert_ids, *rest)
     close(actual, expected)
     assert not actual[7].any()
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [0, 2, 90])
+def test_experts_add_to_a_tensor(device: str, tokens: int, dtype: torch.dtype, batch_invariant: bool) -> None:
+    arguments = inputs((tokens, 2, 6, 72, 40), device, dtype)
+    before = torch.randn_like(arguments[0])
+    expected = brute_force(*arguments) + before.double().cpu()
+    actual = expert_ops.experts(*arguments, add_to=before, batch_invariant=batch_invariant)
+    assert actual is before
+    close(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -246,14 +277,14 @@ def test_experts_wrong_argument_is_named_with_the_rule(which: int, wrong: Tensor
     arguments = list(inputs((3, 2, 5, 8, 4), "cpu", torch.float32))
     arguments[which] = wrong
     with pytest.raises(ValueError, match=rule):
-        ops.experts(*arguments)
+        expert_ops.experts(*arguments)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [(3, 2, 5, 12, 8), (3, 2, 5, 8, 12)])
 def test_experts_reject_rows_of_partial_vectors(size: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="16-byte vectors"):
-        ops.experts(*inputs(size, "cuda"))
+        expert_ops.experts(*inputs(size, "cuda"))
 
 
 @pytest.mark.gpu
@@ -261,12 +292,13 @@ def test_experts_reject_rows_of_partial_vectors(size: tuple[int, ...]) -> None:
 def test_experts_of_a_token_are_bitwise_equal_in_any_batch(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, expert_ids, scores, *weights = inputs((1500, 4, 8, 520, 264), "cuda", dtype)
-    expected = ops.experts(x, expert_ids, scores, *weights)
+    expected = expert_ops.experts(x, expert_ids, scores, *weights, batch_invariant=True)
     for rows in (1, 2, 17, 60, 400):  # tiles of 16 and 64 rows; the whole batch takes those of 128
-        actual = ops.experts(x[:rows], expert_ids[:rows], scores[:rows], *weights)
+        actual = expert_ops.experts(x[:rows], expert_ids[:rows], scores[:rows], *weights, batch_invariant=True)
         assert torch.equal(actual, expected[:rows])
     order = torch.randperm(1500, device="cuda")
-    assert torch.equal(ops.experts(x[order], expert_ids[order], scores[order], *weights), expected[order])
+    actual = expert_ops.experts(x[order], expert_ids[order], scores[order], *weights, batch_invariant=True)
+    assert torch.equal(actual, expected[order])
 
 
 @pytest.mark.gpu
@@ -275,14 +307,40 @@ def test_experts_of_a_token_are_bitwise_equal_in_any_batch(dtype: torch.dtype) -
 def test_experts_graph_replays_with_other_routing(tokens: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     x, expert_ids, scores, *weights = inputs((tokens, 3, 7, 136, 72), "cuda", dtype)
-    ops.experts(x, expert_ids, scores, *weights)  # kernels load outside of the graph
+    expert_ops.experts(x, expert_ids, scores, *weights)  # kernels load outside of the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        actual = ops.experts(x, expert_ids, scores, *weights)
+        actual = expert_ops.experts(x, expert_ids, scores, *weights)
     for routing in (torch.randint_like(expert_ids, 7), torch.full_like(expert_ids, 6), torch.full_like(expert_ids, -1)):
         expert_ids.copy_(routing)
         x.copy_(torch.randn_like(x))
         actual.fill_(torch.nan)
         graph.replay()
         close(actual, brute_force(x, expert_ids, scores, *weights))
-        assert torch.equal(actual, ops.experts(x, expert_ids, scores, *weights))
+        assert torch.equal(actual, expert_ops.experts(x, expert_ids, scores, *weights))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize(("tokens", "size", "num_experts", "has_shared"), [(1, 2048, 256, True), (8, 136, 20, False)])
+def test_route_tokens_is_norm_gemm_and_choice(
+    device: str, tokens: int, size: int, num_experts: int, has_shared: bool, normed: bool, dtype: torch.dtype
+) -> None:
+    rows = num_experts + has_shared
+    x, norm, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((tokens, size), (size,), (rows,)))
+    weight = (torch.randn(rows, size, device=device) / size**0.5).to(dtype)
+    expected = ops.rms_norm(x, norm, 1e-6) if normed else x
+    logits = expected.float() @ weight.float().T + bias.float()
+    options = {"norm": norm if normed else None, "eps": 1e-6, "logit_bias": bias}
+    for _ in range(2):  # what one launch leaves behind must not disturb the next
+        out, expert_ids, scores = expert_ops.route_tokens(
+            x, weight, 4, normalized=True, has_shared=has_shared, **options
+        )
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-2)
+    tolerance = 10 * TOLERANCE[dtype] if dtype != torch.float32 else 1e-4
+    chosen, best = logits[:, :num_experts].gather(1, expert_ids[:, :4]), logits[:, :num_experts].topk(4).values
+    torch.testing.assert_close(chosen, best, rtol=0, atol=tolerance)
+    torch.testing.assert_close(scores[:, :4], chosen.softmax(-1), rtol=0, atol=tolerance)
+    if has_shared:
+        assert (expert_ids[:, 4] == num_experts).all()
+        torch.testing.assert_close(scores[:, 4], logits[:, -1].sigmoid(), rtol=0, atol=tolerance)

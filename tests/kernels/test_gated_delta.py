@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNormGated, torch_recurrent_gated_delta_rule
 
 from lockstep.kernels import ops, state_ops
-from lockstep.kernels.arguments import StateRows
+from lockstep.kernels.arguments import DeltaLayer, StateRows
 
 import emulator
 
@@ -131,6 +131,31 @@ def test_gated_rms_norm_equals_transformers(device: str, dtype: torch.dtype) -> 
     expected = norm(x.float().view(-1, 48), gate.float().reshape(-1, 48)).view(5, 144)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(actual.cpu().float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("key_heads", "sizes"), [(2, (64, 32)), (4, (32, 16)), (1, (32, 128))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_launch_of_a_step_is_bitwise_the_three(
+    device: str, bitwise: bool, dtype: torch.dtype, key_heads: int, sizes: tuple[int, int]
+) -> None:
+    key_size, value_size = sizes
+    keys, values, rows = 2 * key_heads * key_size, VALUE_HEADS * value_size, 3
+    channels = keys + values
+    mixed = torch.randn(rows, channels + values + 2 * VALUE_HEADS).to(dtype).to(device)
+    x, z, gates = mixed.split([channels, values, 2 * VALUE_HEADS], dim=1)
+    taps, decay, norm = (torch.rand(*shape).to(dtype).to(device) for shape in ((channels, 4), (2, 4), (value_size,)))
+    layer = DeltaLayer(taps, decay, norm, 1e-6)
+    inputs = torch.randn(6, TAPS - 1, channels).to(dtype).to(device)
+    sums = torch.randn(6, VALUE_HEADS, key_size, value_size).to(device)
+    saves = torch.tensor([[[1, 3], [0, 0]], [[0, 0], [0, 0]], [[0, 0], [1, 1]]]).int()
+    tokens = rows_of([1] * rows, device, saves)
+    step = emulator.emulated().delta_step if bitwise and device == "cpu" else state_ops.delta_net_
+    after = inputs.clone(), sums.clone()
+    actual = step(x, z, gates, layer, *after, tokens)
+    qkv = state_ops.causal_conv_(x, taps, inputs, tokens)
+    expected = state_ops.gated_rms_norm(state_ops.gated_delta_(qkv, gates, decay, sums, tokens), z, norm, 1e-6)
+    for one, other in ((actual, expected), (after[0], inputs), (after[1], sums)):
+        assert torch.equal(one, other)
 
 
 def test_wrong_arguments_are_named() -> None:

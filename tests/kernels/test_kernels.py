@@ -150,6 +150,16 @@ def test_sum_squares(device: str, rows: int, dtype: torch.dtype) -> None:
 
 
 @also_emulated
+@pytest.mark.parametrize("size", [17, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_multiply_by_sigmoid(device: str, dtype: torch.dtype, size: int) -> None:
+    x, gate = torch.randn(6, size, device=device).to(dtype), torch.randn(6, 3 * size, device=device).to(dtype)[:, size:]
+    expected = x.double() * gate[:, :size].double().sigmoid()
+    assert ops.multiply_by_sigmoid_(x, gate[:, :size]) is x
+    assert_close(x, expected)
+
+
+@also_emulated
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_and_mul(device: str, dtype: torch.dtype) -> None:
     x = torch.randn(6, 34, device=device).to(dtype)
@@ -537,13 +547,14 @@ def test_decode_attention(
     slots = table[table_rows.long(), positions.long() // page_size] * page_size + positions % page_size
     slots[1] = -1  # padding of a graph stores nothing
     k_cache, v_cache = (torch.randn(rows * num_pages, page_size, kv_heads, size).to(dtype) for _ in range(2))
-    qkv = torch.randn(rows, (heads + 2 * kv_heads) * size).to(dtype)
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * size + 16).to(dtype)  # gates follow some families' heads
     q_norm, k_norm = (torch.rand(size).to(dtype) + 0.5 for _ in range(2))
     cos_sin = torch.randn(3001, size)
     inputs = [
         t.to(device) for t in (qkv, q_norm, k_norm, positions, cos_sin, k_cache, v_cache, slots, table, table_rows)
     ]
     qkv, q_norm, k_norm, positions, cos_sin, k_cache, v_cache, slots, table, table_rows = inputs
+    qkv = qkv[:, :-16]
     norm, rope, cache = QKNorm(q_norm, k_norm, 1e-6), Rope(positions, cos_sin), KVCache(k_cache, v_cache)
     expected_cache = KVCache(k_cache.clone(), v_cache.clone())
     pages = Pages(table, table_rows)

@@ -27,7 +27,11 @@ template <typename T> constexpr T min(T a, T b) { return b < a ? b : a; }
 struct uint4 { unsigned x, y, z, w; };
 struct uint2 { unsigned x, y; };
 struct float4 { float x, y, z, w; };
+struct float2 { float x, y; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 struct int4 { int x, y, z, w; };
+struct int2 { int x, y; };
+inline int2 make_int2(int x, int y) { return {x, y}; }
 struct longlong2 { long long x, y; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
@@ -228,6 +232,18 @@ inline int __syncthreads_or(int predicate) {
     any = 0;
     emulator::arrive_and_wait(emulator::blocks[emulator::rank()]);  // all have reset it: the next call may set it
     return result;
+}
+inline int __any_sync(unsigned, int predicate) {
+    const int* predicates = emulator::exchange(predicate);
+    int any = 0;
+    for (int lane = 0; lane < 32; ++lane) any |= predicates[lane];
+    return any;
+}
+inline unsigned __ballot_sync(unsigned, bool predicate) {
+    const int* predicates = emulator::exchange<int>(predicate);
+    unsigned ballot = 0;
+    for (int lane = 0; lane < 32; ++lane) ballot |= (unsigned)predicates[lane] << lane;
+    return ballot;
 }
 inline void __syncwarp() { emulator::arrive_and_wait(emulator::warps[emulator::current / 32].barrier); }
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulator::exchange(x)[threadIdx.x % 32 ^ mask]; }

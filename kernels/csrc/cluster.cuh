@@ -1,0 +1,12 @@
+// Thread block clusters (sm_90 and later): blocks that run together and read each other's shared memory.
+#pragma once
+#include "common.cuh"
+
+DEVICE void sync_cluster() { asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory"); }
+// Read from the shared memory of another block of the cluster, at an address of this block's.
+DEVICE float4 load_of_block(const float* at, int block) {
+    float4 v;
+    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a]; }"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block) : "memory");
+    return v;
+}

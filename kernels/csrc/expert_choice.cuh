@@ -1,0 +1,67 @@
+// The choice of a token's experts by one warp.
+#pragma once
+#include "common.cuh"
+
+// Return a number that is greater for a greater x, and then for a lesser index.
+DEVICE long long order_key(float x, int index) {
+    const int bits = __float_as_int(x + 0.f);  // -0 becomes 0
+    return (long long)(bits ^ (bits >> 31 & 0x7fffffff)) << 32 | (0x7fffffff - index);
+}
+
+// What a choice depends on: `bias` is added to the scores for the choice if it is not null. `scaling` multiplies the scores.
+// first_expert is subtracted from the numbers that are written. If `shared` is 1, a row of logits has one more: its sigmoid is the score
+// of expert `experts`, which each token has after the others.
+struct Choice {
+    const float* bias;
+    float least_sum, scaling;
+    int experts, choices, first_expert, shared;
+};
+
+// Write the `choices` experts of a token with the greatest scores, and their scores: sigmoid(logit), or the softmax of all logits.
+// NORMALIZED divides them by their sum, which is at least least_sum. logit(i) is that of expert i; a lane has the experts lane,
+// lane + 32, ...
+template <int PER_LANE, bool NORMALIZED, bool SIGMOID, typename F>
+DEVICE void choose_experts(long long* expert_ids, float* scores, const Choice& choice, F logit) {
+    const int lane = threadIdx.x % 32, experts = choice.experts;
+    float key[PER_LANE], score[PER_LANE], greatest = -infinity(), sum = 0.f;
+    UNROLL for (int i = 0; i < PER_LANE; ++i) {
+        const int expert = lane + 32 * i;
+        key[i] = expert < experts ? logit(expert) : -infinity();
+        greatest = fmaxf(greatest, key[i]);
+    }
+    for (int n = 16; n > 0; n >>= 1) greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, n));
+    UNROLL for (int i = 0; i < PER_LANE; ++i) {
+        score[i] = SIGMOID ? 1.f / (1.f + __expf(-key[i])) : __expf(key[i] - greatest);
+        sum += score[i];
+    }
+    float divisor = SIGMOID ? 1.f : warp_sum(sum);
+    if (choice.bias) {
+        UNROLL for (int i = 0; i < PER_LANE; ++i) {
+            const int expert = lane + 32 * i;
+            score[i] /= divisor;
+            if (expert < experts) key[i] = score[i] + choice.bias[expert];
+        }
+        divisor = 1.f;
+    }
+    sum = 0.f;
+    for (int n = 0; n < choice.choices; ++n) {
+        long long best = order_key(-infinity(), 0x7fffffff);
+        UNROLL for (int i = 0; i < PER_LANE; ++i) best = max(best, order_key(key[i], lane + 32 * i));
+        for (int m = 16; m > 0; m >>= 1) best = max(best, __shfl_xor_sync(0xffffffffu, best, m));
+        const int expert = 0x7fffffff - (int)(best & 0x7fffffff);
+        UNROLL for (int i = 0; i < PER_LANE; ++i) {
+            if (expert != lane + 32 * i) continue;
+            sum += score[i];
+            expert_ids[n] = expert - choice.first_expert;
+            scores[n] = score[i];
+            key[i] = -infinity();
+        }
+    }
+    if (NORMALIZED) divisor = fmaxf(warp_sum(sum), choice.least_sum * divisor);
+    if (choice.shared && lane == 0) {
+        expert_ids[choice.choices] = experts - choice.first_expert;
+        scores[choice.choices] = 1.f / (1.f + __expf(-logit(experts)));
+    }
+    __syncwarp();
+    for (int n = lane; n < choice.choices; n += 32) scores[n] *= choice.scaling / divisor;
+}
