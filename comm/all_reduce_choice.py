@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-PeerAlgorithm = Literal["one-shot", "two-shot"]  # over peer buffers; symmetric.py has the kernel of each
+PeerAlgorithm = Literal["push", "one-shot", "two-shot"]  # over peer memory; symmetric.py has the kernel of each
 Algorithm = Literal["nccl", PeerAlgorithm]
 AllReduce = Literal["auto", Algorithm]  # auto: the fastest for each size
 PEER_ALGORITHMS: tuple[PeerAlgorithm, ...] = get_args(PeerAlgorithm)
+ALGORITHMS: tuple[Algorithm, ...] = ("nccl", *PEER_ALGORITHMS)

@@ -11,18 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..kernels.native import cache_dir
-from .all_reduce_choice import Algorithm
+from .all_reduce_choice import ALGORITHMS, Algorithm, AllReduce
 from .base import Communicator
 from .message_text import format_bytes
 from .rendezvous import Rendezvous
@@ -30,13 +31,15 @@ from .timing import graph_us
 
 log = logging.getLogger(__name__)
 COLUMNS = 4096  # columns of the timed residual stream, bfloat16
-SIZES = [8192 << shift for shift in range(0, 11, 2)]  # bytes: 8 KiB to 8 MiB
+SIZES = [8192 << shift for shift in (0, 2, 3, 4, 5, 6, 8, 10, 12, 13)]  # bytes: 8 KiB to 64 MiB
 GRAPH_LENGTH, REPLAYS = 10, 3
 EPS = 1e-5
-VERSION = 1  # raise it when a kernel changes: cached times are then ignored
+VERSION = 2  # raise it when a kernel changes: cached times are then ignored
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the kernels over peer buffers sum these
 GATHER_BYTES = 1 << 20  # an all-gather of at most this size per rank goes through peer buffers
+PUSH_BYTES = 256 << 10  # the largest message that is pushed: PUSH_BYTES of peer_protocol.cuh
 BUFFER_BYTES = SIZES[-1]  # the largest message in a peer buffer
+LARGEST: dict[Algorithm, int] = dict.fromkeys(ALGORITHMS, BUFFER_BYTES) | {"push": PUSH_BYTES}
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,20 @@ class Policy:
     slices: bool = False  # larger messages go in slices of rows instead of to NCCL
 
     @classmethod
-    def only(cls, algorithm: Algorithm, largest: int = BUFFER_BYTES, *, slices: bool = False) -> Policy:
-        """Return the policy that uses one algorithm up to `largest` bytes, or in slices for all messages."""
-        return cls(((largest, algorithm),), min(GATHER_BYTES, largest), slices)
+    def only(cls, algorithm: Algorithm, largest: int = BUFFER_BYTES) -> Policy:
+        """Return the policy that uses one algorithm up to `largest` bytes, or up to what it can do."""
+        return cls(((min(largest, LARGEST[algorithm]), algorithm),), min(GATHER_BYTES, largest))
+
+    @classmethod
+    def batch_invariant(cls, choice: AllReduce, ranks: int, largest: int = BUFFER_BYTES) -> Policy:
+        """Return the policy for sums with the same bits in any batch: in slices beyond `largest` bytes.
+
+        Push and one-shot have the same bits; two-shot rounds once more. One-shot is the fastest of two ranks.
+        """
+        algorithm = choice if choice != "auto" else "push" if ranks == 2 else "two-shot"
+        if algorithm != "push":
+            return cls(((largest, algorithm),), min(GATHER_BYTES, largest), slices=True)
+        return cls(((LARGEST["push"], "push"), (largest, "one-shot")), min(GATHER_BYTES, largest), slices=True)
 
     def algorithm(self, nbytes: int, dtype: torch.dtype) -> Algorithm:
         if nbytes == 0 or dtype not in SUMMED_DTYPES:
@@ -66,13 +80,13 @@ class Policy:
     def __str__(self) -> str:
         steps = [f"{algorithm} up to {format_bytes(largest)}" for largest, algorithm in self.steps]
         if self.slices:
-            return f"{steps[-1]}, and in slices beyond"
+            return ", ".join(steps) + ", and in slices beyond"
         return ", ".join(steps) + (" and NCCL beyond" if steps else "NCCL for sums")
 
 
 @dataclass(frozen=True)
 class TimingTable:
-    """Microseconds of each algorithm at each of `sizes`, on the slowest rank."""
+    """Microseconds of each algorithm at each of `sizes`, on the slowest rank; infinite where it does not work."""
 
     sizes: list[int]
     us: dict[Algorithm, list[float]]
@@ -88,13 +102,17 @@ class TimingTable:
             steps.append((nbytes, fastest))
         return steps[:-1] if steps and steps[-1][1] == "nccl" else steps
 
+    def without(self, algorithms: Collection[Algorithm]) -> TimingTable:
+        """Return the table of the other algorithms."""
+        return replace(self, us={name: us for name, us in self.us.items() if name not in algorithms})
+
     def lines(self) -> list[str]:
         """Return the table in human-readable lines; the fastest algorithm of each size has a star."""
         least = [min(column) for column in zip(*self.us.values(), strict=True)]
         head = f"all-reduce + norm, us{', of an earlier start' if self.cached else ''}"
         rows = [f"{head:<42}" + "".join(f"{format_bytes(nbytes):>9}" for nbytes in self.sizes)]
         for name, values in self.us.items():
-            cells = (f"{us:.1f}{'*' if us == best else ' '}" for us, best in zip(values, least, strict=True))
+            cells = (_cell(us, us == best) for us, best in zip(values, least, strict=True))
             rows.append(f"  {name:<40}" + "".join(f"{cell:>9}" for cell in cells))
         return rows
 
@@ -127,9 +145,13 @@ def _measure(groups: Mapping[Algorithm, Communicator]) -> dict[Algorithm, list[f
     times: dict[Algorithm, list[float]] = {name: [] for name in groups}
     for nbytes in SIZES:
         for name, comm in groups.items():
+            if nbytes > LARGEST[name]:
+                times[name].append(math.inf)
+                continue
             call = _all_reduce_and_norm(comm, nbytes)
             call()  # loads kernels
             times[name].append(graph_us(comm, call, length=GRAPH_LENGTH, times=REPLAYS))
+    torch.cuda.empty_cache()  # else the memory of the graphs would count as used when the KV cache is sized
     return times
 
 
@@ -145,6 +167,10 @@ def _all_reduce_and_norm(comm: Communicator, nbytes: int) -> Callable[[], Tensor
         return comm.all_reduce_add_rms_norm(x if buffer is None else buffer, residual, weight, EPS)
 
     return call
+
+
+def _cell(us: float, is_best: bool) -> str:
+    return f"{us:.1f}{'*' if is_best else ' '}" if us < math.inf else "- "
 
 
 def _load(file: Path, key: str) -> str:

@@ -6,6 +6,7 @@ or all stop with the same reason.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
+from .all_reduce_check import RowShape, wrong_algorithms
 from .all_reduce_choice import PEER_ALGORITHMS, Algorithm, AllReduce
-from .all_reduce_policy import BUFFER_BYTES, Policy, autotune_all_reduce
+from .all_reduce_policy import BUFFER_BYTES, COLUMNS, Policy, autotune_all_reduce
 from .base import CommError, Communicator, PeerMemoryUnavailable, SingleRank
 from .gloo import GlooCommunicator
 from .message_text import first_line
@@ -27,6 +29,7 @@ from .rendezvous import Rendezvous
 if TYPE_CHECKING:
     from .symmetric import SymmetricCommunicator
 
+log = logging.getLogger(__name__)
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -41,6 +44,8 @@ def connect(
     library: str | None = None,
     all_reduce: AllReduce = "nccl",
     batch_invariant: bool = False,
+    hidden_size: int = COLUMNS,
+    dtype: torch.dtype = torch.bfloat16,
     timeout_s: float,
 ) -> Communicator:
     """Join a group of `size` ranks as `rank`; returns once all ranks have joined.
@@ -51,6 +56,7 @@ def connect(
     library          path of the libnccl to use between GPUs; torch's if None
     all_reduce       the algorithm of small all-reduces between GPUs; auto chooses by their size
     batch_invariant  set by --deterministic: sums are bitwise identical in any batch; else raises CommError
+    hidden_size      columns of the rows that the model sums, of `dtype`; all-reduce kernels are checked with such rows
     timeout_s        deadline of joining and of each collective; raises CommError after it
     """
     if size == 1:
@@ -69,7 +75,12 @@ def connect(
     blocks = _blocks_per_rank(device, size) if shares_device else None
     comm = NcclCommunicator(rendezvous, nccl=nccl, device=device, max_blocks=blocks)
     return with_peer_memory(
-        comm, all_reduce, rendezvous, batch_invariant=batch_invariant, device=device, shares_device=shares_device
+        comm,
+        all_reduce,
+        rendezvous,
+        batch_invariant=batch_invariant,
+        shape=RowShape(hidden_size, dtype, device),
+        shares_device=shares_device,
     )
 
 
@@ -102,28 +113,31 @@ def with_peer_memory(
     rendezvous: Rendezvous,
     *,
     batch_invariant: bool = False,
-    device: torch.device,
+    shape: RowShape,
     shares_device: bool,
 ) -> Communicator:
     """Return a communicator with peer memory for small messages, or `nccl`, with the reason in its description.
 
     The arguments are those of `connect`; "nccl" maps no peer memory. Batch-invariant sums always use one algorithm.
+    Raises CommError if an algorithm that the caller has chosen computes wrong sums; `auto` excludes it.
     """
     if all_reduce == "nccl":
         return nccl
     try:
-        comm = map_peer_buffers(nccl, rendezvous, device=device, buffer_bytes=BUFFER_BYTES, shares_device=shares_device)
+        comm = map_peer_buffers(
+            nccl, rendezvous, device=shape.device, buffer_bytes=BUFFER_BYTES, shares_device=shares_device
+        )
     except PeerMemoryUnavailable as reason:
         if batch_invariant:
             raise CommError(f"batch-invariant sums need peer memory: {reason}") from reason
         nccl.description += f"; no peer memory: {reason}"
         return nccl
+    comm.compile_sums(shape.columns, shape.dtype)
     if batch_invariant:
-        fixed = all_reduce if all_reduce != "auto" else "one-shot" if nccl.size == 2 else "two-shot"
-        return comm.with_policy(Policy.only(fixed, slices=True))
+        return _checked(nccl, comm.with_policy(Policy.batch_invariant(all_reduce, nccl.size)), rendezvous, shape)
     if all_reduce != "auto":
-        return comm.with_policy(Policy.only(all_reduce))
-    return _autotuned(nccl, comm, rendezvous, device)
+        return _checked(nccl, comm.with_policy(Policy.only(all_reduce)), rendezvous, shape)
+    return _autotuned(nccl, comm, rendezvous, shape)
 
 
 def map_peer_buffers(
@@ -153,16 +167,40 @@ def map_peer_buffers(
     return SymmetricCommunicator(nccl, buffers, Policy(()), device)
 
 
+def _checked(
+    nccl: NcclCommunicator, comm: SymmetricCommunicator, rendezvous: Rendezvous, shape: RowShape
+) -> SymmetricCommunicator:
+    wrong = wrong_algorithms(comm, nccl, comm.policy, rendezvous, shape)
+    if wrong:
+        raise CommError("; ".join(_exclusions(wrong)) + "; choose another one with --all-reduce")
+    return comm
+
+
 def _autotuned(
-    nccl: NcclCommunicator, comm: SymmetricCommunicator, rendezvous: Rendezvous, device: torch.device
+    nccl: NcclCommunicator, comm: SymmetricCommunicator, rendezvous: Rendezvous, shape: RowShape
 ) -> Communicator:
+    """Return the communicator with the fastest algorithm for each size, of those that compute the sums of NCCL."""
     groups: dict[Algorithm, Communicator] = {"nccl": nccl}
     groups |= {algorithm: comm.with_policy(Policy.only(algorithm)) for algorithm in PEER_ALGORITHMS}
-    gpu = torch.cuda.get_device_properties(device)
+    comm.compile_sums(COLUMNS, torch.bfloat16)  # which it times
+    gpu = torch.cuda.get_device_properties(shape.device)
     table = autotune_all_reduce(groups, f"{gpu.name} {gpu.uuid} {nccl.description}", rendezvous)
-    tuned = comm.with_policy(Policy(tuple(table.thresholds())))
-    tuned.description = "\n  ".join([tuned.description, *table.lines()])
+    notes: list[str] = []
+    for attempt in range(len(groups)):  # each excludes at least one, and never NCCL
+        tuned = comm.with_policy(Policy(tuple(table.thresholds())))
+        wrong = wrong_algorithms(tuned, nccl, tuned.policy, rendezvous, shape, attempt)
+        if not wrong:
+            break
+        table = table.without(wrong)
+        notes += _exclusions(wrong)
+    for note in notes:
+        log.warning("%s; it is not used", note)
+    tuned.description = "\n  ".join([tuned.description, *table.lines(), *notes])
     return tuned
+
+
+def _exclusions(wrong: dict[Algorithm, str]) -> list[str]:
+    return [f"all-reduce {name} computes other sums than NCCL on these GPUs ({fault})" for name, fault in wrong.items()]
 
 
 def _host() -> str:

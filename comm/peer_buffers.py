@@ -1,6 +1,7 @@
 """Peer memory: memory of each rank's GPU that all ranks of one host have mapped.
 
-It has a header, in which the kernels keep their flags, and three peer buffers for messages. Imports CuPy, so only code
+It has a header, in which the kernels keep their flags, mailboxes for messages that peers push, and three peer buffers
+for messages that peers read. Imports CuPy, so only code
 that runs on GPUs imports this module.
 """
 
@@ -50,7 +51,7 @@ class BufferRotation:
     the one before the write, since buffers 1 and 2 alternate. It waits for every peer, as B0 does in the example.
 
     This holds for any order of graphs and eager calls, as long as it is the same on all ranks. A graph costs one more
-    barrier. Within a collective, kernels/csrc/peer_collectives.cu keeps the order by flags that count on the device.
+    barrier. Within a collective, kernels/csrc/peer_protocol.cuh keeps the order by flags that count on the device.
     `captured_graph_id` is the number of the graph that is being captured, 0 outside of graphs.
     """
 
@@ -100,7 +101,7 @@ class PeerBuffers:
             raise PeerMemoryUnavailable(f"{self.size} ranks are more than {peer_memory.MAX_RANKS}")
         if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
             raise PeerMemoryUnavailable("NCCL_P2P_DISABLE is set")
-        nbytes = whole_granules(peer_memory.HEADER_BYTES + NUM_BUFFERS * self.buffer_bytes)
+        nbytes = whole_granules(peer_memory.first_buffer(self.size) + NUM_BUFFERS * self.buffer_bytes)
         self._address, self._bytes = peer_memory.allocate(nbytes, self._device.index)
         self._words = peer_memory.host_words(peer_memory.MAX_RANKS + 1)
         peer_memory.prepare(self.size)
@@ -149,7 +150,7 @@ class PeerBuffers:
 
     def input(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the memory for the input of the next collective."""
-        start = peer_memory.HEADER_BYTES + self._rotation.peek(peer_memory.capture()) * self.buffer_bytes
+        start = peer_memory.first_buffer(self.size) + self._rotation.peek(peer_memory.capture()) * self.buffer_bytes
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         assert nbytes <= self.buffer_bytes, "the policy sends larger messages to NCCL"
         memory: Tensor = self._bytes[start : start + nbytes]

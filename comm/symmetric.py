@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops, peer_memory
-from .all_reduce_policy import Policy
+from .all_reduce_choice import Algorithm
+from .all_reduce_policy import SUMMED_DTYPES, Policy
 from .base import CommError, Communicator
 from .nccl import DeviceEvent, NcclCommunicator, record_event
 from .peer_buffers import PeerBuffers
@@ -31,7 +32,8 @@ class SymmetricCommunicator(Communicator):
     def __init__(self, nccl: NcclCommunicator, buffers: PeerBuffers, policy: Policy, device: torch.device) -> None:
         self.rank, self.size = nccl.rank, nccl.size
         self.description = f"{nccl.description}; peer memory: {policy}"
-        self._nccl, self._buffers, self._policy, self._device = nccl, buffers, policy, device
+        self.policy = policy
+        self._nccl, self._buffers, self._device = nccl, buffers, device
         self._step = 1  # counts the waits for results; error messages name it
         self._ended = False
         self._token = torch.zeros(16, dtype=torch.uint8, device=device)
@@ -44,28 +46,41 @@ class SymmetricCommunicator(Communicator):
         """Set how long kernels that are queued from now on wait for a peer."""
         self._buffers.set_timeout(seconds)
 
+    def compile_sums(self, columns: int, dtype: torch.dtype) -> None:
+        """Compile the kernels for rows of this shape; without it each is compiled at its first call."""
+        if dtype in SUMMED_DTYPES and peer_memory.fits_norm(columns, dtype):
+            peer_memory.compile_sums(columns, dtype, self._buffers.peers)
+
+    def uses_peer_memory(self, nbytes: int, dtype: torch.dtype) -> bool:
+        """Return whether a sum of this size goes through peer memory instead of NCCL."""
+        return self.policy.algorithm(nbytes, dtype) != "nccl"
+
     def buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
-        if self._policy.algorithm(rows * columns * dtype.itemsize, dtype) == "nccl":
+        if self._algorithm(columns * dtype.itemsize, dtype, rows) in ("nccl", "push"):
             return None
         return self._buffers.input((rows, columns), dtype)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        slices = self._policy.sliced(x)
+        slices = self.policy.sliced(x)
         if len(slices) > 1:
             return torch.cat([self.all_reduce(rows) for rows in slices])
         self._check()
-        algorithm = self._policy.algorithm(x.nbytes, x.dtype)
+        algorithm = self._algorithm(x.nbytes, x.dtype)
         if algorithm == "nccl":
             return self._nccl.all_reduce(x)
-        x = x.contiguous()
+        x, peers = x.contiguous(), self._buffers.peers
         out = torch.empty_like(x)
-        launches = {"one-shot": peer_memory.one_shot_all_reduce, "two-shot": peer_memory.two_shot_all_reduce}
-        launches[algorithm](out, x, self._buffers.peers, self._buffers.take_buffer_index())
+        if algorithm == "push":
+            peer_memory.push_all_reduce(out, _aligned(x), peers)
+        elif algorithm == "one-shot":
+            peer_memory.one_shot_all_reduce(out, x, peers, self._buffers.take_buffer_index())
+        else:
+            peer_memory.two_shot_all_reduce(out, x, peers, self._buffers.take_buffer_index())
         return out
 
     def all_gather(self, x: Tensor) -> Tensor:
         self._check()
-        if 0 < x.nbytes <= self._policy.gather_bytes:
+        if 0 < x.nbytes <= self.policy.gather_bytes:
             return self._gather(x.contiguous(), "all_gather")
         return self._nccl.all_gather(x)
 
@@ -75,19 +90,21 @@ class SymmetricCommunicator(Communicator):
         self._wait(record_event(self._device))
 
     def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        slices = self._policy.sliced(x)
+        slices = self.policy.sliced(x)
         if len(slices) > 1:
-            pairs = zip(slices, self._policy.sliced(residual), strict=True)
+            pairs = zip(slices, self.policy.sliced(residual), strict=True)
             return torch.cat([self.all_reduce_add_rms_norm(rows, sums, weight, eps) for rows, sums in pairs])
-        algorithm = self._policy.algorithm(x.nbytes, x.dtype)
+        algorithm = self._algorithm(x.shape[-1] * x.element_size(), x.dtype, rows=len(x))
         if algorithm == "nccl" or not peer_memory.fits_norm(x.shape[-1], x.dtype):
             return ops.add_rms_norm(self.all_reduce(x), residual, weight, eps)
         self._check()
         out, total = torch.empty_like(x), _aligned(residual)
-        x, weight = _aligned(x), _aligned(weight)
-        peers, buffer_index = self._buffers.peers, self._buffers.take_buffer_index()
-        two_shot = {"one-shot": False, "two-shot": True}[algorithm]
-        peer_memory.all_reduce_add_rms_norm(out, x, total, weight, eps, peers, buffer_index, two_shot=two_shot)
+        x, weight, peers = _aligned(x), _aligned(weight), self._buffers.peers
+        if algorithm == "push":
+            peer_memory.push_all_reduce_add_rms_norm(out, x, total, weight, eps, peers)
+        else:
+            buffer_index, two_shot = self._buffers.take_buffer_index(), algorithm == "two-shot"
+            peer_memory.all_reduce_add_rms_norm(out, x, total, weight, eps, peers, buffer_index, two_shot=two_shot)
         if total is not residual:
             residual.copy_(total)
         return out
@@ -106,6 +123,11 @@ class SymmetricCommunicator(Communicator):
         self._nccl.close()
         torch.cuda.synchronize(self._device)
         self._buffers.close()
+
+    def _algorithm(self, nbytes: int, dtype: torch.dtype, rows: int = 1) -> Algorithm:
+        """Return the algorithm for so many rows of `nbytes`, which depends on no address: all ranks choose alike."""
+        algorithm = self.policy.algorithm(rows * nbytes, dtype)
+        return "one-shot" if algorithm == "push" and not peer_memory.fits_push(nbytes) else algorithm
 
     def _gather(self, x: Tensor, operation: str) -> Tensor:
         out = x.new_empty(self.size, *x.shape)

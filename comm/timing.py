@@ -41,7 +41,12 @@ def graph_us(
     call         has been called before
     on_captured  is called once, between the capture and the first replay
     """
-    graph = capture(lambda: [call() for _ in range(length)])
+
+    def several() -> None:
+        for _ in range(length):
+            call()  # its result is freed: the next call may have the same memory
+
+    graph = capture(several)
     on_captured()
     graph.replay()
     synchronize(comm)

@@ -1,10 +1,12 @@
 """Memory that the ranks of one host share by CUDA IPC, and the launches of peer_collectives.cu over it.
 
 Grids depend only on sizes and the PeerTable: a block reads only what the same block of every peer has published.
+All kernels compute the same bits, except that two-shot rounds a sum before it is added to the residual.
 """
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import cupy
@@ -13,24 +15,23 @@ import torch
 from cuda.bindings import driver
 from torch import Tensor
 
-from .cuda.kernel_launch import VECTOR_BYTES, c_name, kernel, num_multiprocessors, vector_width
+from .cuda.kernel_launch import C_NAMES, VECTOR_BYTES, c_name, kernel, num_multiprocessors, vector_width
 
 OPERATIONS = ("barrier", "all_reduce", "all_gather", "all_reduce_add_rms_norm")  # timed-out kernels report an index
 MAX_RANKS = 8
 TIMEOUT_FIELD = MAX_RANKS + 2  # the index of timeout_ns in the fields of a PeerTable
-HEADER_BYTES, UNIT = 4096, 16  # mirror those of peer_collectives.cu
-THREADS = 512
-MAX_BLOCKS = 36  # saturate NVLink, and leave multiprocessors to kernels beside them
-NORM_VECTORS = (1, 2, 4)  # vectors of a row in a thread's registers: at most 16,384 elements in bfloat16
+HEADER_BYTES, PUSH_BYTES, UNIT, BLOCKS = 65536, 262144, 16, 1024  # mirror those of peer_protocol.cuh
+THREADS = 512  # the most of a block
+NORM_VECTORS = (1, 2, 4)  # vectors of a row in a thread's registers
 
 
 @dataclass(frozen=True)
 class PeerTable:
     """The kernels' view of the ranks' peer buffers."""
 
-    fields: Tensor  # int64 on the GPU: struct PeerTable of peer_collectives.cu
+    fields: Tensor  # int64 on the GPU: struct PeerTable of peer_protocol.cuh
     size: int  # the number of ranks
-    max_blocks: int  # per launch
+    max_blocks: int  # of THREADS threads per launch; twice as many of half as many threads, and so on
 
 
 def table_fields(
@@ -92,8 +93,12 @@ def max_blocks(device: int, ranks: int) -> int:
 
     ranks  on this GPU; several leave half of it to kernels before and beside them
     """
-    share = num_multiprocessors(device) // (2 * ranks if ranks > 1 else 1)
-    return max(1, min(MAX_BLOCKS, share))
+    return max(1, num_multiprocessors(device) // (2 * ranks if ranks > 1 else 1))
+
+
+def first_buffer(size: int) -> int:
+    """Return where the first peer buffer of `size` ranks starts: after the header and two mailboxes for each rank."""
+    return HEADER_BYTES + 4 * size * PUSH_BYTES
 
 
 def capture() -> int:
@@ -109,6 +114,22 @@ def capture() -> int:
 def prepare(size: int) -> None:
     """Compile the kernel of the first collective, which has a short deadline."""
     kernel("peer_collectives.cu", f"all_gather<16, {size}>", early=True)
+
+
+def compile_sums(columns: int, dtype: torch.dtype, peers: PeerTable) -> None:
+    """Compile the kernels that sum rows of this shape, in threads: one after the other they take seconds."""
+    layouts = {_norm_layout(rows, columns, dtype, peers)[0] for rows in (1, 2**30)}
+    fused = [f"all_reduce_add_rms_norm<{layout}, {two}>" for layout in layouts for two in ("false", "true")]
+    fused += [f"push_all_reduce_add_rms_norm<{layout}>" for layout in layouts if fits_push(columns * dtype.itemsize)]
+    vectors = f"{C_NAMES[dtype]}, {VECTOR_BYTES // dtype.itemsize}, {peers.size}"
+    plain = [f"{name}_all_reduce<{vectors}>" for name in ("push", "one_shot", "two_shot")]
+
+    def compile_one(name: str) -> None:
+        torch.cuda.set_device(peers.fields.device)  # a new thread has device 0
+        kernel("peer_collectives.cu", name, early=True)
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(compile_one, [*fused, *plain]))
 
 
 def one_shot_all_reduce(out: Tensor, x: Tensor, peers: PeerTable, buffer_index: int) -> None:
@@ -134,6 +155,13 @@ def two_shot_all_reduce(out: Tensor, x: Tensor, peers: PeerTable, buffer_index: 
     launch(grid, THREADS, out, x, *sizes, *_peer_arguments(peers, buffer_index, "all_reduce"))
 
 
+def push_all_reduce(out: Tensor, x: Tensor, peers: PeerTable) -> None:
+    """Compute the same sum: each rank writes x to all. `fits_push(x)` holds, and x starts at a multiple of 16 bytes."""
+    v = VECTOR_BYTES // x.element_size()
+    launch = kernel("peer_collectives.cu", f"push_all_reduce<{c_name(x)}, {v}, {peers.size}>", early=True)
+    launch(_grid(x.nbytes, peers), THREADS, out, x, np.int64(x.numel()), peers.fields, _operation("all_reduce"))
+
+
 def all_gather(out: Tensor, x: Tensor, peers: PeerTable, buffer_index: int, operation: str) -> None:
     """Compute `out[rank] = x of every rank`; both are bytes."""
     at = out.data_ptr() | x.data_ptr() | x.numel()
@@ -144,8 +172,13 @@ def all_gather(out: Tensor, x: Tensor, peers: PeerTable, buffer_index: int, oper
     )
 
 
+def fits_push(nbytes: int) -> bool:
+    """Return whether a message, or a row of one, has whole vectors."""
+    return nbytes % VECTOR_BYTES == 0
+
+
 def fits_norm(columns: int, dtype: torch.dtype) -> bool:
-    """Return whether rows of this many elements are short enough for all_reduce_add_rms_norm."""
+    """Return whether a block has registers for rows of this many elements: at most 16,384 in bfloat16."""
     return columns <= NORM_VECTORS[-1] * THREADS * _norm_vector(columns, dtype)
 
 
@@ -164,16 +197,38 @@ def all_reduce_add_rms_norm(
 
     All tensors are contiguous and start at multiples of 16 bytes.
     """
-    rows, columns = x.shape
-    v = _norm_vector(columns, x.dtype)  # by the shape, not by addresses: all ranks must round alike
-    threads = min(THREADS, -(-columns // (32 * v)) * 32)
-    vectors = next(n for n in NORM_VECTORS if n * threads * v >= columns)
-    name = f"all_reduce_add_rms_norm<{c_name(x)}, {v}, {peers.size}, {vectors}, {str(two_shot).lower()}>"
-    sizes = np.float32(eps), np.int32(rows), np.int32(columns)
-    grid = min(rows, peers.max_blocks), 1
+    shape, grid, threads = _norm_layout(len(x), x.shape[1], x.dtype, peers)
+    name = f"all_reduce_add_rms_norm<{shape}, {str(two_shot).lower()}>"
     launch = kernel("peer_collectives.cu", name, early=True)
+    rows, columns = map(np.int32, x.shape)
     peer_arguments = _peer_arguments(peers, buffer_index, "all_reduce_add_rms_norm")
-    launch(grid, threads, out, x, residual, weight, *sizes, *peer_arguments)
+    launch(grid, threads, out, x, residual, weight, np.float32(eps), rows, columns, *peer_arguments)
+
+
+def push_all_reduce_add_rms_norm(
+    out: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, peers: PeerTable
+) -> None:
+    """Compute the same with the bits of one-shot: each rank writes x to all. `fits_push` holds for a row."""
+    shape, grid, threads = _norm_layout(len(x), x.shape[1], x.dtype, peers)
+    launch = kernel("peer_collectives.cu", f"push_all_reduce_add_rms_norm<{shape}>", early=True)
+    rows, columns = map(np.int32, x.shape)
+    operation = _operation("all_reduce_add_rms_norm")
+    launch(grid, threads, out, x, residual, weight, np.float32(eps), rows, columns, peers.fields, operation)
+
+
+def _norm_layout(rows: int, columns: int, dtype: torch.dtype, peers: PeerTable) -> tuple[str, tuple[int, int], int]:
+    """Return the kernel's template arguments, and its grid and threads: a row a block, at first.
+
+    If there are more rows than multiprocessors, a thread has several vectors of a row. More rows are then under way.
+    """
+    v = _norm_vector(columns, dtype)  # by the shape, not by addresses: all ranks must round alike
+    vectors = -(-columns // v)
+    per_thread = next(n for n in NORM_VECTORS if n * THREADS >= vectors)
+    if per_thread == 1 and rows > peers.max_blocks:
+        per_thread = 2
+    threads = -(-vectors // (32 * per_thread)) * 32
+    grid = min(rows, peers.max_blocks * (THREADS // threads), BLOCKS)
+    return f"{C_NAMES[dtype]}, {v}, {peers.size}, {per_thread}", (grid, 1), threads
 
 
 def _norm_vector(columns: int, dtype: torch.dtype) -> int:
@@ -186,4 +241,9 @@ def _grid(nbytes: int, peers: PeerTable) -> tuple[int, int]:
 
 
 def _peer_arguments(peers: PeerTable, buffer_index: int, operation: str) -> tuple[Tensor, np.int32, np.int32]:
-    return peers.fields, np.int32(buffer_index), np.int32(OPERATIONS.index(operation))
+    return peers.fields, np.int32(buffer_index), _operation(operation)
+
+
+def _operation(name: str) -> np.int32:
+    number: np.int32 = np.int32(OPERATIONS.index(name))
+    return number

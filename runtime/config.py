@@ -102,8 +102,8 @@ class Config:
     )
     all_reduce: AllReduce = option(
         "auto",
-        "all-reduce between GPUs: NCCL, our one-shot or two-shot kernels over peer memory, or auto, the fastest of"
-        " them for each size as measured at start-up",
+        "all-reduce between GPUs: NCCL, our push, one-shot or two-shot kernels over peer memory, or auto, the fastest"
+        " of them for each size as measured at start-up",
     )
     startup_timeout: float = option(600.0, "seconds within which the ranks must be placed, loaded and connected")
     wait_for_resources: float | None = option(

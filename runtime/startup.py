@@ -26,7 +26,7 @@ from .memory.memory_plan import (
     plan_weights,
     saved_states,
 )
-from .model.attention.select_backend import select_backend
+from .model.attention.select_backend import import_ahead, select_backend
 from .model.decoder import Decoder
 from .model.fp8_tuning import tune_fp8_gemms
 from .model.kv_pool import KVPool
@@ -71,6 +71,7 @@ class LoadedRank:
         check_weights(self._plan)
         check_host_memory(self._plan, config, model)
         self._rehearsed: torch.cuda.CUDAGraph | None = None  # keeps the memory pool of the rehearsal's graphs
+        import_ahead(config)
         with self._phase("weights"):
             self._decoder = self._load(folder)
         self._vocabulary = Vocabulary(folder, model.vocab_size, model.eos_token_ids)

@@ -55,7 +55,7 @@ class AllReduceAlgorithm(ABC):
         """Return the collective of `count` elements, or None if the algorithm does not have it.
 
         In place: the result overwrites the input. Algorithms over peer buffers never do that: for them, the input is
-        in the peer buffer already, where a GEMM writes it.
+        in the peer buffer already, where a GEMM writes it. A push has only inputs elsewhere.
         """
 
     def close(self) -> None:  # noqa: B027 - most have none
@@ -65,7 +65,7 @@ class AllReduceAlgorithm(ABC):
 class CommunicatorAllReduce(AllReduceAlgorithm):
     """`all_reduce` of a communicator, or `all_reduce_add_rms_norm` of rows of `columns` if they are given.
 
-    has_buffers  time only the communicator's peer buffers, without sizes that do not fit into one
+    has_buffers  time only the communicator's algorithm over peer memory, without sizes that it does not serve
     """
 
     def __init__(
@@ -77,7 +77,10 @@ class CommunicatorAllReduce(AllReduceAlgorithm):
     def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
         comm, fused, in_buffer = self.comm, self.fused, self.has_buffers and in_place
         rows, columns = shape_of(count, self.columns or count)
-        if self.has_buffers and comm.buffer(rows, columns, dtype) is None:
+        nbytes = count * dtype.itemsize
+        if self.has_buffers and not cast("SymmetricCommunicator", comm).uses_peer_memory(nbytes, dtype):
+            return None
+        if in_buffer and comm.buffer(rows, columns, dtype) is None:
             return None
         new_output = not (self.has_buffers or in_place)
         if new_output and (fused or not isinstance(comm, NcclCommunicator)):

@@ -13,7 +13,8 @@ from ...runtime.version import __version__
 Mode = Literal["eager", "graph"]
 MODE_TEXTS: dict[Mode, str] = {"eager": "eager", "graph": "in a CUDA graph"}
 ALGORITHMS = (
-    "one-shot", "two-shot", "one-shot fused", "two-shot fused", "nccl", "nccl + norm", "gloo", "gloo + norm",
+    "push", "one-shot", "two-shot", "push fused", "one-shot fused", "two-shot fused", "nccl", "nccl + norm", "gloo",
+    "gloo + norm",
 )  # fmt: skip
 NCCL_TESTS_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "half"}
 

@@ -18,6 +18,7 @@ from ..options import LogLevel, start_logging, with_config
 from .comm_command import bench_comm
 from .engine_benchmark import EngineBenchmark, Run, report_steps, time_latency
 from .output_files import require_outputs
+from .scaling import Baseline, scaling_line
 from .serve_command import MultiValueCommand, bench_serve
 from .workload import Workload, batch, nano, uniform
 
@@ -31,6 +32,10 @@ UNIFORM: dict[str, Any] = {
 NANO = {"num_prompts": 256, "seed": 0}  # --preset nano allows these values of the other options
 
 OutputJson = Annotated[Path | None, typer.Option("--output-json", help="Write the results to this file.")]
+BaselineFile = Annotated[
+    Path | None,
+    typer.Option("--baseline", help="--output-json of fewer ranks, same model and workload; print the scaling."),
+]
 TraceFile = Annotated[
     Path | None,
     typer.Option("--profile", help="Write a Chrome trace of rank 0, for ui.perfetto.dev; gzipped if it ends in .gz."),
@@ -52,6 +57,7 @@ def bench_latency(
     num_iters_warmup: Annotated[int, typer.Option(min=0, help="Warm-up runs, which are not counted.")] = 10,
     num_iters: Annotated[int, typer.Option(min=1, help="Runs to time, and then as many with one output token.")] = 30,
     output_json: OutputJson = None,
+    baseline: BaselineFile = None,
     profile: TraceFile = None,
     profile_steps: TraceSteps = 32,
     log_level: LogLevel = "info",
@@ -63,17 +69,19 @@ def bench_latency(
     start_logging(log_level)
     sizes = batch_size or [BATCH_SIZE]
     workloads = [batch(size, input_len, output_len, n) for size in sizes]
+    shapes = [{"batch_size": size, "input_len": input_len, "output_len": output_len, "n": n} for size in sizes]
     _check_files(output_json, profile, workloads)
-    results = []
-    with redirect_stdout(sys.stderr), EngineBenchmark(Config.from_options(config), workloads) as bench:
+    engine_config, results = Config.from_options(config), []
+    compared = Baseline(baseline, engine_config.model, shapes) if baseline else None
+    with redirect_stdout(sys.stderr), EngineBenchmark(engine_config, workloads) as bench:
         requests = (num_iters_warmup + 2 * num_iters) * sum(w.num_requests for w in workloads)
         with tqdm(total=requests, unit="request", disable=None) as bar:
             timings = [time_latency(bench, w, warmup=num_iters_warmup, times=num_iters, bar=bar) for w in workloads]
-        for size, workload, (run, result) in zip(sizes, workloads, timings, strict=True):
+        for size, shape, workload, (run, result) in zip(sizes, shapes, workloads, timings, strict=True):
             path = profile.with_name(f"batch-{size}-{profile.name}") if profile and len(sizes) > 1 else profile
             steps = _profile_steps(bench, workload, run, profile_steps, path)
-            shape = {"batch_size": size, "input_len": input_len, "output_len": output_len, "n": n}
             results.append(result | shape | steps)
+    results = _scaled(results, compared)
     for result in results:
         print(*_latency_head(result), *_step_lines(result), sep="\n")
     _write_json(output_json, results[0] if len(results) == 1 else results)
@@ -99,6 +107,7 @@ def bench_throughput(
         typer.Option(help="nano: 256 prompts, inputs and outputs of 100 to 1024 tokens, temperature 0.6."),
     ] = None,
     output_json: OutputJson = None,
+    baseline: BaselineFile = None,
     profile: TraceFile = None,
     profile_steps: TraceSteps = 32,
     log_level: LogLevel = "info",
@@ -116,15 +125,24 @@ def bench_throughput(
     lengths = UNIFORM | flags
     workload = _preset(flags) if preset is not None else uniform(**lengths)
     _check_files(output_json, profile, [workload])
-    with redirect_stdout(sys.stderr), EngineBenchmark(Config.from_options(config), [workload], seed or 0) as bench:
+    shape = {"preset": preset} if preset is not None else {"dataset_name": dataset_name, **lengths}
+    engine_config = Config.from_options(config)
+    compared = Baseline(baseline, engine_config.model, [shape]) if baseline else None
+    with redirect_stdout(sys.stderr), EngineBenchmark(engine_config, [workload], seed or 0) as bench:
         bench.run(batch(1, workload.input_lens[0], 1))  # warm-up: initializes everything that is made on first use
         with tqdm(total=workload.num_requests, unit="request", disable=None) as bar:
             run = bench.run(workload, bar=bar)
         steps = _profile_steps(bench, workload, run, profile_steps, profile)
-        shape = {"preset": preset} if preset is not None else {"dataset_name": dataset_name, **lengths}
-        result = _throughput_result(workload, run) | shape | steps
+        [result] = _scaled([_throughput_result(workload, run) | shape | steps], compared)
     print(_throughput_head(result), *_step_lines(result), sep="\n")
     _write_json(output_json, result)
+
+
+def _scaled(results: list[dict[str, Any]], baseline: Baseline | None) -> list[dict[str, Any]]:
+    """Return the results with their scaling against the baseline, if there is one."""
+    if baseline is None:
+        return results
+    return [result | scaling for result, scaling in zip(results, baseline.compare(results), strict=True)]
 
 
 def _throughput_result(workload: Workload, run: Run) -> dict[str, Any]:
@@ -199,10 +217,13 @@ def _step_lines(r: dict[str, Any]) -> Iterator[str]:
         yield "Profile: the trace has no kernels; they are recorded through CUPTI, which one program at a time can use"
     elif r["profiled_steps"]:
         shares = ", ".join(f"{name} {share:.1%}" for name, share in r["kernel_shares"].items())
+        alone = f", communication alone {r['exposed_communication_share']:.1%}" if r["tensor_parallel_size"] > 1 else ""
         yield (
             f"Profile of {r['profiled_steps']} decode steps: busy for {r['busy_ms_per_decode_step']:.3f} ms a step,"
-            f" idle {r['idle_share']:.1%}; {shares}"
+            f" idle {r['idle_share']:.1%}{alone}; {shares}"
         )
+    if "speedup" in r:
+        yield scaling_line(r)
     ready_s = r["startup_s"]["ready"]
     yield f"Ready: after {ready_s:.1f} s, {r['device']}, tensor_parallel_size={r['tensor_parallel_size']}"
 

@@ -167,5 +167,6 @@ def report_steps(run: Run, profile: Profile) -> dict[str, Any]:
         "profiled_steps": profile.num_steps,
         "busy_ms_per_decode_step": kernels.busy_us / 1e3 / profile.num_steps if kernels else None,
         "idle_share": kernels.idle_share if kernels else None,
+        "exposed_communication_share": kernels.exposed_share if kernels else None,
         "kernel_shares": kernels.shares if kernels else {},
     }

@@ -43,6 +43,7 @@ class KernelTimes:
 
     busy_us: float  # the time in which at least one kernel runs
     idle_share: float  # the idle part of the time from the first kernel's start to the last one's end
+    exposed_share: float  # the part of this time in which communication runs alone
     shares: dict[str, float]  # class -> its share of all kernels' time, the largest first
 
 
@@ -59,7 +60,8 @@ def kernel_times(trace: bytes) -> KernelTimes | None:
         name = classify(event.name)
         times[name] = times.get(name, 0.0) + event.exclusive
     largest_first = sorted(times.items(), key=lambda item: -item[1])
-    return KernelTimes(busy, 1 - busy / span, {name: time / total for name, time in largest_first})
+    exposed = busy - union(e for e in events if classify(e.name) != "communication")
+    return KernelTimes(busy, 1 - busy / span, exposed / span, {name: time / total for name, time in largest_first})
 
 
 def classify(name: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import ray
 import torch
 
+from ...comm.all_reduce_policy import COLUMNS
 from ...comm.base import Communicator
 from ...comm.connect import connect
 from ...comm.message_sockets import Address, PullSocket, PushSocket
@@ -22,6 +23,7 @@ from ...runtime.config import Config
 from ...runtime.engine import Engine
 from ...runtime.leader_loop import lead
 from ...runtime.memory.memory_plan import MemoryPlan
+from ...runtime.model.attention.select_backend import import_ahead
 from ...runtime.model.checkpoint import checkpoint_folder, read_model
 from ...runtime.plan import StepPlan, Stop, decode_plan, encode
 from ...runtime.request import Limits
@@ -74,8 +76,10 @@ class RankActor:
         addresses = self._inbox.address, self._store.address
         return Endpoint(self.rank, host, self._ip, interface, pid, gpus, stderr, *addresses)
 
-    def connect(self, endpoints: Sequence[Endpoint]) -> Communicator:
-        """Connect to the other ranks, given in rank order."""
+    def connect(
+        self, endpoints: Sequence[Endpoint], hidden_size: int = COLUMNS, dtype: torch.dtype = torch.bfloat16
+    ) -> Communicator:
+        """Connect to the other ranks, given in rank order; they will sum rows of `hidden_size` elements."""
         addresses = [endpoint.rendezvous for endpoint in endpoints]
         self._store.join(self.rank, addresses, self.config.startup_timeout)
         return connect(
@@ -88,6 +92,8 @@ class RankActor:
             library=self.config.nccl_library,
             all_reduce=self.config.all_reduce,
             batch_invariant=self.config.deterministic,
+            hidden_size=hidden_size,
+            dtype=dtype,
             timeout_s=self.config.step_timeout,
         )
 
@@ -105,13 +111,17 @@ class LoadReport:
 class Worker(RankActor):
     """One rank of a model."""
 
+    def __init__(self, rank: int, size: int, config: Config, environment: dict[str, str]) -> None:
+        super().__init__(rank, size, config, environment)
+        import_ahead(config)
+
     def load(self, endpoints: list[Endpoint], output: Address) -> LoadReport:
         """Connect to the other ranks and load this rank's share of the weights."""
         self._phases = StartupTimer()
         folder = checkpoint_folder(self.config.model, self.config.revision)
         model = read_model(self.config, folder)
         with self._phases("connecting"):
-            comm = self.connect(endpoints)
+            comm = self.connect(endpoints, model.hidden_size, self.config.torch_dtype)
         if not comm.uses_rendezvous:
             self._store.close()
         self._loaded = LoadedRank(self.config, model, folder, comm, self._phases)

@@ -38,7 +38,7 @@ from lockstep.runtime.config import Config
 from lockstep.runtime.model.model_config import ModelConfig
 
 from comm_failures import error_of, lose_last_rank
-from rank_processes import on_gpus, run_processes
+from rank_processes import PLACES, on_gpus, place_id, run_processes
 
 T = TypeVar("T")
 Job = Callable[[NcclCommunicator], T]
@@ -571,7 +571,7 @@ def test_nccl_library_option_is_a_path_for_gpus() -> None:
 GPU_SHAPES: list[tuple[int, ...]] = [(0,), (1,), (7,), (4096,), (1 << 20,)]
 
 
-@pytest.fixture(params=[(2, 2), (4, 4), (2, 1), (4, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
+@pytest.fixture(params=PLACES, ids=place_id)
 def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
     """The number of ranks, which are processes on one or more GPUs, and the options of `connect`."""
     size, gpus = request.param
@@ -623,7 +623,7 @@ def gpu_replay(comm: Communicator) -> bool:
 
 def gpu_loses(comm: Communicator, when: str, how: str, in_graph: bool) -> tuple[list[str], float, float]:
     assert isinstance(comm, NcclCommunicator)
-    return lose_last_rank(comm, when, how, in_graph, lambda: setattr(comm, "_timeout_s", 1.5))
+    return lose_last_rank(comm, when, how, in_graph)
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -28,8 +29,9 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from lockstep.comm import connect as connecting
+from lockstep.comm.all_reduce_check import RowShape, wrong_algorithms
 from lockstep.comm.all_reduce_choice import AllReduce
-from lockstep.comm.all_reduce_policy import BUFFER_BYTES, Algorithm, Policy, TimingTable
+from lockstep.comm.all_reduce_policy import BUFFER_BYTES, PUSH_BYTES, Algorithm, Policy, TimingTable
 from lockstep.comm.base import CommError, Communicator, PeerMemoryUnavailable
 from lockstep.comm.connect import map_peer_buffers, with_peer_memory
 from lockstep.comm.rendezvous import Rendezvous
@@ -40,7 +42,7 @@ from lockstep.runtime.model.norm import Residual
 from lockstep.runtime.model.weights import Weights
 
 from comm_failures import error_of, lose_last_rank
-from rank_processes import on_gpus, run_processes
+from rank_processes import PLACES, on_gpus, place_id, run_processes
 
 KERNELS = Path(__file__).parents[2] / "kernels" / "csrc"
 CPU = torch.device("cpu")
@@ -74,7 +76,7 @@ class HostMemory:
 class HostPeers:
     """A stand-in for kernels/peer_memory.py of one rank, which is a thread; `faults` name its failures."""
 
-    OPERATIONS, MAX_RANKS, HEADER_BYTES, TIMEOUT_FIELD = ("barrier",), 8, 4096, 10
+    OPERATIONS, MAX_RANKS, FIRST, TIMEOUT_FIELD = ("barrier",), 8, 4096, 10
 
     def __init__(self, shared: HostMemory, rank: int, faults: set[str]) -> None:
         self.shared, self.rank, self.faults = shared, rank, faults
@@ -115,6 +117,9 @@ class HostPeers:
     def max_blocks(self, device: Any, ranks: int) -> int:
         return 36 - self.rank
 
+    def first_buffer(self, size: int) -> int:
+        return self.FIRST
+
     def capture(self) -> int:
         return 0
 
@@ -127,7 +132,7 @@ class HostPeers:
 
     def all_gather(self, out: Tensor, x: Tensor, peers: Any, slot: int, operation: str) -> None:
         """Do as the kernel, with a barrier of threads in place of the flags."""
-        start, memory = self.HEADER_BYTES, self.shared.memory
+        start, memory = self.FIRST, self.shared.memory
         memory[self.arenas[self.rank]][start : start + len(x)] = x
         if "deaf" in self.faults:
             self.words[1 - self.rank] = 7
@@ -210,18 +215,26 @@ def test_peek_takes_no_buffer() -> None:
 
 
 def test_constants_are_those_of_the_kernels() -> None:
-    source, host = (KERNELS / "peer_collectives.cu").read_text(), (KERNELS.parent / "peer_memory.py").read_text()
+    source, host = (KERNELS / "peer_protocol.cuh").read_text(), (KERNELS.parent / "peer_memory.py").read_text()
 
     def number(pattern: str, text: str) -> int:
         return int(re.search(pattern, text)[1])  # type: ignore[index]
 
+    values = re.search(r"HEADER_BYTES, PUSH_BYTES, UNIT, BLOCKS = (\d+), (\d+), (\d+), (\d+)", host)
+    assert values is not None
+    mirrored = SimpleNamespace(
+        **dict(zip(("HEADER_BYTES", "PUSH_BYTES", "UNIT", "BLOCKS"), map(int, values.groups()), strict=True))
+    )
     assert number(r"RANKS = (\d+)", source) == number(r"MAX_RANKS = (\d+)", host) == HostPeers.MAX_RANKS
-    assert number(r"HEADER_BYTES = (\d+)", source) == number(r"HEADER_BYTES, UNIT = (\d+)", host) == 4096
-    assert number(r"UNIT = (\d+)", source) == number(r"HEADER_BYTES, UNIT = \d+, (\d+)", host)
-    blocks, ranks = number(r"BLOCKS = (\d+)", source), number(r"RANKS = (\d+)", source)
-    assert number(r"MAX_BLOCKS = (\d+)", host) <= blocks
-    assert 4 * (blocks * ranks + blocks + 1) <= 4096  # struct Header
-    threads = {int(bound) for bound in re.findall(r"__launch_bounds__\((\d+), 1\)", source)}
+    for name in ("HEADER_BYTES", "PUSH_BYTES", "UNIT", "BLOCKS"):
+        assert number(rf"\b{name} = (\d+)", source) == getattr(mirrored, name)
+    assert mirrored.PUSH_BYTES == PUSH_BYTES
+    blocks, ranks = mirrored.BLOCKS, number(r"RANKS = (\d+)", source)
+    assert 4 * (blocks * ranks + blocks + 4) <= mirrored.HEADER_BYTES  # struct Header
+    threads = {
+        int(bound)
+        for bound in re.findall(r"__launch_bounds__\((\d+), 1\)", (KERNELS / "peer_collectives.cu").read_text())
+    }
     assert threads == {number(r"\nTHREADS = (\d+)", host)}
 
 
@@ -248,7 +261,7 @@ def test_policy_of_one_algorithm_serves_what_fits_into_a_buffer() -> None:
 
 
 def test_policy_slices_rows_of_more_than_a_buffer() -> None:
-    policy = Policy.only("one-shot", 64, slices=True)
+    policy = Policy.batch_invariant("one-shot", 2, 64)
     x = torch.arange(30.0).view(10, 3)  # 12 bytes a row: five rows a slice
     assert [len(part) for part in policy.sliced(x)] == [5, 5]
     assert torch.equal(torch.cat(policy.sliced(x)), x)
@@ -258,9 +271,20 @@ def test_policy_slices_rows_of_more_than_a_buffer() -> None:
     assert str(policy) == "one-shot up to 0.1 KiB, and in slices beyond"
 
 
+def test_sums_are_batch_invariant_if_all_algorithms_have_the_same_bits() -> None:
+    assert str(Policy.batch_invariant("auto", 2)) == "push up to 256 KiB, one-shot up to 64 MiB, and in slices beyond"
+    assert Policy.batch_invariant("push", 4) == Policy.batch_invariant("auto", 2)
+    assert str(Policy.batch_invariant("auto", 4)) == "two-shot up to 64 MiB, and in slices beyond"
+
+
+def test_push_serves_small_messages_only() -> None:
+    assert Policy.only("push").algorithm(PUSH_BYTES, torch.bfloat16) == "push"
+    assert Policy.only("push").algorithm(PUSH_BYTES + 1, torch.bfloat16) == "nccl"
+
+
 def test_config_option_has_the_choices_of_the_policy() -> None:
     assert get_args(AllReduce) == get_args(config.AllReduce)
-    with pytest.raises(ValueError, match=r"^all_reduce='ring' is not one of auto, nccl, one-shot, two-shot$"):
+    with pytest.raises(ValueError, match=r"^all_reduce='ring' is not one of auto, nccl, push, one-shot, two-shot$"):
         config.Config(all_reduce="ring")  # type: ignore[arg-type]
 
 
@@ -412,11 +436,12 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
 
         return launch
 
-    names = ("one_shot_all_reduce", "two_shot_all_reduce", "all_gather", "all_reduce_add_rms_norm")
-    kernels = {name: recorded(name) for name in names}
-    peers = SimpleNamespace(fits_norm=lambda columns, dtype: columns < 4096, **kernels)
+    sums = ("push_all_reduce", "one_shot_all_reduce", "two_shot_all_reduce", "all_gather")
+    names = (*sums, "all_reduce_add_rms_norm", "push_all_reduce_add_rms_norm")
+    fits: dict[str, Any] = {"fits_norm": lambda columns, dtype: columns < 4096, "fits_push": lambda n: n % 16 == 0}
+    peers = SimpleNamespace(**fits, **{name: recorded(name) for name in names})
     monkeypatch.setattr(symmetric, "peer_memory", peers)
-    policy = Policy(((1024, "one-shot"), (4096, "two-shot")), 2048)
+    policy = Policy(((256, "push"), (1024, "one-shot"), (4096, "two-shot")), 2048)
     return symmetric.SymmetricCommunicator(nccl, buffers, policy, CPU), buffers, nccl
 
 
@@ -432,6 +457,8 @@ def test_size_and_dtype_choose_the_algorithm(rank: Rank) -> None:
     def bf16(n: int) -> Tensor:
         return torch.ones(n, dtype=torch.bfloat16)
 
+    assert calls_of(lambda: comm.all_reduce(bf16(128))) == "push_all_reduce"
+    assert calls_of(lambda: comm.all_reduce(bf16(127))) == "one_shot_all_reduce", "no whole vectors"
     assert calls_of(lambda: comm.all_reduce(bf16(512))) == "one_shot_all_reduce"
     assert calls_of(lambda: comm.all_reduce(bf16(513))) == "two_shot_all_reduce"
     assert calls_of(lambda: comm.all_reduce(bf16(2049))) == "nccl all_reduce"
@@ -441,7 +468,9 @@ def test_size_and_dtype_choose_the_algorithm(rank: Rank) -> None:
     assert calls_of(lambda: comm.all_gather(bf16(1025))) == "nccl all_gather"
     assert calls_of(lambda: comm.buffer(2, 256, torch.bfloat16)) == "input"
     assert calls_of(lambda: comm.buffer(2, 2048, torch.bfloat16)) == ""
-    assert comm.buffer(0, 256, torch.bfloat16) is None
+    assert calls_of(lambda: comm.buffer(4, 36, torch.bfloat16)) == "input", "no whole vectors in a row"
+    for rows, columns in ((0, 256), (2, 64), (1, 64)):
+        assert comm.buffer(rows, columns, torch.bfloat16) is None
 
 
 def test_norm_is_fused_if_a_row_fits(rank: Rank) -> None:
@@ -455,9 +484,11 @@ def test_norm_is_fused_if_a_row_fits(rank: Rank) -> None:
         result = comm.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
         return result, norm, residual - expected
 
+    complete(1, 64)
     complete(2, 64)
     complete(8, 64)
-    assert buffers.calls == ["all_reduce_add_rms_norm", "all_reduce_add_rms_norm two-shot"]
+    expected = ["push_all_reduce_add_rms_norm", "all_reduce_add_rms_norm", "all_reduce_add_rms_norm two-shot"]
+    assert buffers.calls == expected
     result, norm, difference = complete(1, 4096)  # NCCL's stand-in returns x itself: the sum of one rank
     assert nccl.calls == ["all_reduce"]
     assert torch.equal(result, norm)
@@ -472,6 +503,7 @@ def test_misaligned_residual_is_updated_in_place(rank: Rank, monkeypatch: pytest
         residual.fill_(3.0)
 
     monkeypatch.setattr(symmetric.peer_memory, "all_reduce_add_rms_norm", fill)
+    monkeypatch.setattr(symmetric.peer_memory, "push_all_reduce_add_rms_norm", fill)
     residual = torch.zeros(17)[1:].view(2, 8)
     comm.all_reduce_add_rms_norm(torch.zeros(17)[1:].view(2, 8), residual, torch.ones(8), 1e-5)
     assert (residual == 3.0).all()
@@ -518,7 +550,10 @@ def test_nccl_alone_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PeerMemoryUnavailable("rank 1: NCCL_P2P_DISABLE is set")
 
     monkeypatch.setattr(connecting, "map_peer_buffers", refuse)
-    rendezvous, options = Rendezvous(HashStore(), 0, 2, 1.0), {"device": CPU, "shares_device": False}
+    rendezvous, options = (
+        Rendezvous(HashStore(), 0, 2, 1.0),
+        {"shape": RowShape(64, torch.float32, CPU), "shares_device": False},
+    )
     nccl: Any = Recorder()
     assert with_peer_memory(nccl, "auto", rendezvous, **options) is nccl  # type: ignore[arg-type]
     assert nccl.description == "NCCL; no peer memory: rank 1: NCCL_P2P_DISABLE is set"
@@ -574,10 +609,10 @@ def test_row_linear_writes_into_the_buffer_of_the_communicator() -> None:
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 SIZES = (0, 1, 7, 8, 63, 4096, 4099, 65536 + 8, 1 << 20, (1 << 22) + 1, 1 << 24)  # elements; 64 MiB in float32
-NORMS = [(1, 64), (1, 8192), (3, 1000), (40, 4096), (256, 5120), (5, 501)]
+NORMS = [(1, 64), (1, 8192), (3, 1000), (40, 4096), (700, 4096), (256, 5120), (3000, 256), (5, 501), (2, 16384)]
 
 
-@pytest.fixture(params=[(2, 2), (4, 4), (2, 1), (4, 1), (4, 2)], ids="{0[0]}-on-{0[1]}".format)
+@pytest.fixture(params=PLACES, ids=place_id)
 def shared(request: pytest.FixtureRequest) -> tuple[int, dict[str, Any]]:
     """The number of ranks, which are processes on one or more GPUs, and the options of `connect`."""
     size, gpus = request.param
@@ -606,6 +641,7 @@ def reached(comm: Communicator) -> None:
 
 def connected(comm: Communicator) -> Any:
     assert isinstance(comm, symmetric.SymmetricCommunicator), comm.description
+    assert "other sums" not in comm.description, comm.description
     return comm
 
 
@@ -622,13 +658,15 @@ def gpu_collectives(comm: Communicator) -> list[str]:
 
     for dtype, numel in itertools.product(FLOATS, SIZES):
         every = [part(rank, numel, dtype=dtype) for rank in range(size)]
-        small = comm._policy.algorithm(numel * dtype.itemsize, dtype) != "nccl"
+        algorithm = comm._algorithm(numel * dtype.itemsize, dtype)
+        small = algorithm != "nccl"
         total = in_order(every)
         expect("all_reduce", comm.all_reduce(every[me].clone()), total, small)
         buffer = comm.buffer(1, numel, dtype)
-        assert (buffer is None) == (not small)
+        assert (buffer is None) == (algorithm in ("nccl", "push"))
         if buffer is not None:
             expect("all_reduce of a buffer", comm.all_reduce(buffer.copy_(every[me])), total[None])
+        if small:
             odd = torch.empty(numel + 1, dtype=dtype, device="cuda")[me % 2 :][:numel].copy_(every[me])
             expect("all_reduce, misaligned on some", comm.all_reduce(odd), total)
             expect("all_gather, misaligned on some", comm.all_gather(odd), torch.stack(every))
@@ -646,8 +684,8 @@ def gpu_norms(comm: Communicator) -> tuple[list[str], list[Tensor]]:
         every = [part(rank, rows, columns, dtype=dtype) for rank in range(size)]
         residual, weight = part(90, rows, columns, dtype=dtype), part(91, columns, dtype=dtype)
         total = residual.float() + sum(x.float() for x in every)
-        x = comm.buffer(rows, columns, dtype) if buffered else torch.empty_like(residual)
-        assert x is not None
+        x = comm.buffer(rows, columns, dtype) if buffered else None
+        x = torch.empty_like(residual) if x is None else x
         out = comm.all_reduce_add_rms_norm(x.copy_(every[me]), residual, weight, 1e-5)
         expected = torch.nn.functional.rms_norm(total, (columns,), weight.float(), 1e-5)
         # Two roundings of the sum (two-shot rounds it before the residual is added), one of the result.
@@ -658,6 +696,39 @@ def gpu_norms(comm: Communicator) -> tuple[list[str], list[Tensor]]:
         results += [out.cpu(), residual.cpu()]
     comm.close()
     return wrong, results
+
+
+def gpu_same_bits(comm: Communicator) -> list[str]:
+    """Return the shapes whose push and one-shot differ in a bit, of one row alone and of a batch."""
+    comm, differing = connected(comm), []
+    push, one_shot = (comm.with_policy(Policy.only(algorithm)) for algorithm in ("push", "one-shot"))
+    for dtype, (rows, columns) in itertools.product(FLOATS, NORMS):
+        x, before = part(comm.rank, rows, columns, dtype=dtype), part(90, rows, columns, dtype=dtype)
+        residual, weight = before.clone(), part(91, columns, dtype=dtype)
+        out = one_shot.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
+        for row in {0, rows // 2, rows - 1}:
+            one = before[row : row + 1].clone()
+            pushed = push.all_reduce_add_rms_norm(x[row : row + 1], one, weight, 1e-5)
+            if not (torch.equal(pushed[0], out[row]) and torch.equal(one[0], residual[row])):
+                differing.append(f"{dtype} {rows} x {columns}, row {row}")
+    comm.close()
+    return differing
+
+
+def gpu_check_with_a_fault(comm: Communicator) -> dict[str, str]:
+    """Return what the check at start-up finds when the pushed norms of the last rank are wrong in one element."""
+    comm, policy = connected(comm), Policy(((PUSH_BYTES, "push"), (BUFFER_BYTES, "one-shot")))
+    original = symmetric.peer_memory.push_all_reduce_add_rms_norm
+
+    def with_fault(out: Tensor, *rest: Any) -> None:
+        original(out, *rest)
+        out[-1, -1] += comm.rank == comm.size - 1
+
+    shape = RowShape(5120, torch.bfloat16, torch.device("cuda"))
+    with mock.patch.object(symmetric.peer_memory, "push_all_reduce_add_rms_norm", with_fault):
+        found = wrong_algorithms(comm.with_policy(policy), comm._nccl, policy, comm._buffers._rendezvous, shape, 99)
+    comm.close()
+    return found
 
 
 def gpu_many(comm: Communicator) -> int:
@@ -722,18 +793,18 @@ def gpu_graphs(comm: Communicator) -> int:
 
 
 def gpu_loses(comm: Communicator, when: str, how: str, in_graph: bool) -> tuple[list[str], float, float]:
-    return lose_last_rank(comm, when, how, in_graph, lambda: connected(comm).set_timeout(1.5))
+    return lose_last_rank(connected(comm), when, how, in_graph)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algorithm", ["auto", "one-shot", "two-shot"])
+@pytest.mark.parametrize("algorithm", ["auto", "push", "one-shot", "two-shot"])
 def test_gpu_collectives_against_torch(algorithm: str, shared: tuple[int, dict[str, Any]]) -> None:
     size, options = shared
     assert run_processes(size, gpu_collectives, timeout_s=60, **{**options, "all_reduce": algorithm}) == [[]] * size
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algorithm", ["one-shot", "two-shot"])
+@pytest.mark.parametrize("algorithm", ["push", "one-shot", "two-shot"])
 def test_gpu_norms_against_torch_are_bitwise_identical_on_all_ranks(
     algorithm: str, shared: tuple[int, dict[str, Any]]
 ) -> None:
@@ -746,13 +817,27 @@ def test_gpu_norms_against_torch_are_bitwise_identical_on_all_ranks(
 
 
 @pytest.mark.gpu
+def test_gpu_push_has_the_bits_of_one_shot(shared: tuple[int, dict[str, Any]]) -> None:
+    size, options = shared
+    assert run_processes(size, gpu_same_bits, timeout_s=60, **{**options, "all_reduce": "one-shot"}) == [[]] * size
+
+
+@pytest.mark.gpu
+def test_gpu_check_finds_a_fault_of_one_kernel(shared: tuple[int, dict[str, Any]]) -> None:
+    size, options = shared
+    for found in run_processes(size, gpu_check_with_a_fault, timeout_s=60, **{**options, "all_reduce": "one-shot"}):
+        assert list(found) == ["push"]
+        assert found["push"].startswith(f"rank {size - 1}: ")
+
+
+@pytest.mark.gpu
 def test_gpu_many_all_reduces_with_a_slow_rank(shared: tuple[int, dict[str, Any]]) -> None:
     size, options = shared
     assert run_processes(size, gpu_many, timeout_s=60, **options) == [0] * size
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("algorithm", ["auto", "one-shot", "two-shot"])
+@pytest.mark.parametrize("algorithm", ["auto", "push", "one-shot", "two-shot"])
 def test_gpu_graphs_in_mixed_order(algorithm: str, shared: tuple[int, dict[str, Any]]) -> None:
     size, options = shared
     assert run_processes(size, gpu_graphs, timeout_s=60, **{**options, "all_reduce": algorithm}) == [0] * size

@@ -21,12 +21,21 @@ INSTANCES = {
             for name in ("one_shot_all_reduce", "two_shot_all_reduce")
             for t in ("bf16, 8, 2", "f16, 8, 8", "float, 1, 4")
         ),
+        *(f"push_all_reduce<{t}>" for t in ("bf16, 8, 2", "f16, 8, 8", "float, 4, 3")),
         *(f"all_gather<{shape}>" for shape in ("16, 2", "16, 8", "1, 3")),
         *(
             f"all_reduce_add_rms_norm<{shape}, {two_steps}>"
-            for shape in ("bf16, 8, 2, 1", "bf16, 8, 4, 2", "bf16, 8, 8, 4", "f16, 1, 2, 4", "float, 4, 8, 4")
+            for shape in (
+                "bf16, 8, 2, 1",
+                "bf16, 8, 2, 4",
+                "bf16, 8, 4, 4",
+                "bf16, 8, 8, 4",
+                "f16, 1, 2, 4",
+                "float, 4, 8, 4",
+            )
             for two_steps in ("false", "true")
         ),
+        *(f"push_all_reduce_add_rms_norm<{shape}>" for shape in ("bf16, 8, 2, 1", "f16, 8, 8, 2", "float, 4, 4, 4")),
     ],
     "token_sampling.cu": [
         *(f"gumbel_argmax<{shape}>" for shape in ("bf16, 8, false", "float, 4, true", "f16, 1, false")),

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 
 from lockstep.comm.base import CommError, Communicator
+from lockstep.comm.nccl import NcclCommunicator
+
+IMPATIENCE_S = 1.5
 
 
 def error_of(call: Callable[[], Any]) -> str:
@@ -23,9 +26,15 @@ def error_of(call: Callable[[], Any]) -> str:
     return "no error"
 
 
-def lose_last_rank(
-    comm: Communicator, when: str, how: str, in_graph: bool, be_impatient: Callable[[], None]
-) -> tuple[list[str], float, float]:
+def be_impatient(comm: Any) -> None:
+    """Shorten the deadline of collectives, which compiling and joining need longer."""
+    if isinstance(comm, NcclCommunicator):
+        comm._timeout_s = IMPATIENCE_S
+    else:
+        comm.set_timeout(IMPATIENCE_S)
+
+
+def lose_last_rank(comm: Communicator, when: str, how: str, in_graph: bool) -> tuple[list[str], float, float]:
     """Kill or stop the last rank; return the error of the others, its delay, and how long the GPU was busy."""
     x = torch.ones(4096, device="cuda")
     graph = torch.cuda.CUDAGraph()
@@ -37,13 +46,13 @@ def lose_last_rank(
                 comm.all_reduce(x)
     work = graph.replay if in_graph else lambda: comm.all_reduce(x)
     comm.barrier()
-    be_impatient()  # compiling and joining took longer
+    be_impatient(comm)
     if when == "after":
         work()
     torch.cuda.synchronize()  # a process that is killed with work in flight takes the MPS server along
     if comm.rank == comm.size - 1:
         time.sleep(0.5 if when == "during" else 0)
-        subprocess.Popen(["sh", "-c", f"sleep 8; kill -KILL {os.getpid()}"])  # what is stopped must end as well
+        subprocess.Popen(["sh", "-c", f"sleep 6; kill -KILL {os.getpid()}"])  # what is stopped must end as well
         os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
     time.sleep(0 if when == "during" else 0.5)
     started = time.monotonic()

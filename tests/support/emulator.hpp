@@ -1,6 +1,7 @@
-// Enough of CUDA to run our kernels on a CPU, one cluster of blocks after the other. Threads are fibers that run in random order
-// between barriers. Background copies happen at the wait for them, not before. Only dynamic shared memory is apart for each block of
-// a cluster.
+// Enough of CUDA to run our kernels on a CPU. Threads are fibers that run in random order between barriers. Background copies
+// happen at the wait for them, not before. A kernel of one GPU runs one cluster of blocks after the other; only dynamic shared memory
+// is apart for each block of a cluster. Kernels of several ranks, which wait for each other, run with all blocks at the same time: see
+// "Ranks" below.
 #pragma once
 #include <ucontext.h>
 
@@ -8,8 +9,11 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <map>
 #include <memory>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -33,6 +37,7 @@ struct int4 { int x, y, z, w; };
 struct int2 { int x, y; };
 inline int2 make_int2(int x, int y) { return {x, y}; }
 struct longlong2 { long long x, y; };
+struct ulonglong2 { unsigned long long x, y; };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 struct Dim { int x, y; };
@@ -107,40 +112,102 @@ inline unsigned random_below(size_t count) {  // Knuth's linear congruential gen
 struct Barrier { int expected = 0; std::vector<int> waiting; };
 struct Warp { Barrier barrier; int buffer[32] = {}; char words[2][32][32]; };
 struct Copy { void* to; const void* from; bool inside; };
+typedef std::map<char*, std::string> Writes;  // address -> bytes
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     std::vector<std::vector<Copy>> groups;  // the closed groups of copies, then the open one
+    Writes writes;                          // to memory of a rank, since the last barrier of the block
 };
-inline std::vector<Fiber> fibers;  // of the cluster's threads
-inline std::vector<Warp> warps;
-inline std::vector<int> ready;
-inline std::vector<Barrier> blocks;  // of the cluster
-inline Barrier cluster;
+struct Grid {
+    void (*kernel)(void**);
+    void** arguments;
+    Dim size, threads;
+    int rank = 0, running = 0;  // threads that have not ended
+};
+struct Block {
+    Grid* grid;
+    Dim index;
+    int place = 0;  // in its cluster
+    Barrier barrier;
+    int any = 0;  // of __syncthreads_or
+    std::vector<Warp> warps;
+    std::deque<Fiber> fibers;
+    std::map<int, std::string> arrays;  // the shared variables by their places in the source
+    Writes writes;                      // to memory of a rank before the last barrier, not released
+};
+struct Thread { Block* block; int index; };
+inline std::vector<Thread> ready;
 inline ucontext_t scheduler;
-inline int current;  // thread of the cluster
-inline int rank() { return current / blockDim.x; }
-inline char* block_memory() { return shared + rank() * SHARED; }
-inline void (*kernel)(void**);
-inline void** arguments;
+inline Block* here;  // the block of the current thread
+inline int current;  // its index in the block
+inline char* block_memory() { return shared + here->place * SHARED; }
 
 inline void release_if_complete(Barrier& barrier) {
     if (barrier.expected == 0 || (int)barrier.waiting.size() < barrier.expected) return;
-    ready.insert(ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+    for (int thread : barrier.waiting) ready.push_back({here, thread});
     barrier.waiting.clear();
+    if (&barrier != &here->barrier) return;
+    for (Fiber& fiber : here->fibers) {
+        for (auto& write : fiber.writes) here->writes[write.first] = write.second;
+        fiber.writes.clear();
+    }
 }
+inline void leave() { swapcontext(&here->fibers[current].context, &scheduler); }
 inline void arrive_and_wait(Barrier& barrier) {
     barrier.waiting.push_back(current);
     release_if_complete(barrier);
-    swapcontext(&fibers[current].context, &scheduler);
+    leave();
 }
 inline void run_thread() {
-    kernel(arguments);
-    for (Barrier* barrier : {&blocks[rank()], &cluster, &warps[current / 32].barrier}) {
+    here->grid->kernel(here->grid->arguments);
+    for (Barrier* barrier : {&here->barrier, &here->warps[current / 32].barrier}) {
         --barrier->expected;
         release_if_complete(*barrier);
     }
+    --here->grid->running;
 }
+inline void start(Block& block, Grid& grid, Dim index) {
+    const int threads = grid.threads.x;
+    block.grid = &grid, block.index = index, block.barrier = {threads, {}}, block.any = 0;
+    block.warps.assign(threads / 32, Warp{{32, {}}});
+    block.arrays.clear();
+    block.fibers.resize(max(block.fibers.size(), (size_t)threads));
+    grid.running += threads;
+    for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = block.fibers[i];
+        fiber.groups.assign(1, {});
+        getcontext(&fiber.context);
+        fiber.context.uc_stack = {fiber.stack.get(), 0, STACK};
+        fiber.context.uc_link = &scheduler;
+        makecontext(&fiber.context, run_thread, 0);
+        ready.push_back({&block, i});
+    }
+}
+// Let the thread at a place in `ready` run until it waits.
+inline void run(size_t place) {
+    std::swap(ready[place], ready.back());
+    here = ready.back().block, current = ready.back().index;
+    ready.pop_back();
+    threadIdx = {current, 0}, blockIdx = here->index, blockDim = here->grid->threads, gridDim = here->grid->size;
+    swapcontext(&scheduler, &here->fibers[current].context);
+}
+struct Cluster {
+    std::deque<Block> blocks;
+    std::vector<Thread> waiting;  // at its barrier
+};
+inline Cluster cluster;
+inline void arrive_and_wait(Cluster& cluster) {
+    cluster.waiting.push_back({here, current});
+    int expected = 0;
+    for (Block& block : cluster.blocks) expected += block.barrier.expected;
+    if ((int)cluster.waiting.size() == expected) {
+        ready.insert(ready.end(), cluster.waiting.begin(), cluster.waiting.end());
+        cluster.waiting.clear();
+    }
+    leave();
+}
+
 // An mbarrier in shared memory, and the copies that it reports; they happen when a thread waits for them.
 struct PhaseBarrier { int16_t count, missing; int32_t phase : 1, bytes : 31; };
 inline std::vector<std::pair<PhaseBarrier*, std::function<int()>>> box_copies;
@@ -158,40 +225,31 @@ inline void copy_boxes(PhaseBarrier& barrier) {
 }
 
 // Return an error, or null.
-inline const char* run_cluster(int num_blocks, Dim first, int shared_bytes) {
-    const int threads = num_blocks * blockDim.x;
-    memset(shared, 0xff, num_blocks * SHARED);  // NaN, for reads of unwritten memory
-    blocks.assign(num_blocks, Barrier{blockDim.x, {}});
-    cluster = {threads, {}};
-    warps.assign(threads / 32, Warp{{32, {}}});
+inline const char* run_cluster(Grid& grid, int size, Dim first, int shared_bytes) {
+    memset(shared, 0xff, size * SHARED);  // NaN, for reads of unwritten memory
+    cluster.blocks.resize(size), cluster.waiting.clear();
     box_copies.clear();  // of a kernel that has not waited for them
-    fibers.resize(max(fibers.size(), (size_t)threads));
-    for (int i = 0; i < threads; ++i) {
-        fibers[i].groups.assign(1, {});
-        getcontext(&fibers[i].context);
-        fibers[i].context.uc_stack = {fibers[i].stack.get(), 0, STACK};
-        fibers[i].context.uc_link = &scheduler;
-        makecontext(&fibers[i].context, run_thread, 0);
-        ready.push_back(i);
+    for (int i = 0; i < size; ++i) {
+        cluster.blocks[i].place = i;
+        start(cluster.blocks[i], grid, {first.x + i, first.y});
     }
-    while (!ready.empty()) {
-        std::swap(ready[random_below(ready.size())], ready.back());
-        current = ready.back();
-        ready.pop_back();
-        threadIdx = {current % blockDim.x, 0};
-        blockIdx = {first.x + rank(), first.y};
-        swapcontext(&scheduler, &fibers[current].context);
-    }
-    if (cluster.expected > 0) return "threads wait for each other forever";
-    for (int block = 0; block < num_blocks; ++block)
-        for (int i = shared_bytes; i < SHARED; ++i)
-            if (shared[block * SHARED + i] != (char)0xff) return "a block has written beyond its shared memory";
+    while (!ready.empty()) run(random_below(ready.size()));
+    for (Block& block : cluster.blocks)
+        if (block.barrier.expected > 0) return "threads wait for each other forever";
+    for (int i = 0; i < size * SHARED; ++i)
+        if (i % SHARED >= shared_bytes && shared[i] != (char)0xff) return "a block has written beyond its shared memory";
     return nullptr;
+}
+// A shared variable of the current block, NaN at first.
+template <int PLACE, typename T> T& shared_variable() {
+    std::string& bytes = here->arrays[PLACE];
+    if (bytes.empty()) bytes.assign(sizeof(T) + 64, '\xff');
+    return *reinterpret_cast<T*>(((uintptr_t)bytes.data() + 63) / 64 * 64);
 }
 
 // A barrier of the warp; return the words of all its lanes.
 template <typename T> const T* exchange(T word) {
-    Warp& warp = warps[current / 32];
+    Warp& warp = here->warps[current / 32];
     auto* words = warp.words[warp.buffer[current % 32] ^= 1];
     static_assert(sizeof(T) <= sizeof(words[0]));
     memcpy(words[current % 32], &word, sizeof(T));
@@ -201,7 +259,7 @@ template <typename T> const T* exchange(T word) {
     return received;
 }
 inline void wait_for_copies(size_t pending) {
-    auto& groups = fibers[current].groups;
+    auto& groups = here->fibers[current].groups;
     for (; groups.size() > pending + 1; groups.erase(groups.begin()))
         for (const Copy& copy : groups[0]) copy.inside ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
 }
@@ -209,28 +267,97 @@ inline void wait_for_copies(size_t pending) {
 template <typename... A, size_t... I> void call(void (*function)(A...), void** values, std::index_sequence<I...>) { function(*(A*)values[I]...); }
 template <typename... A> void call(void (*function)(A...), void** values) { call(function, values, std::index_sequence_for<A...>()); }
 inline const char* launch(int width, int height, int threads, int shared_bytes, int cluster_size, void (*body)(void**), void** values) {
-    kernel = body, arguments = values;
-    blockDim = {threads, 1}, gridDim = {width, height};
+    Grid grid{body, values, {width, height}, {threads, 1}};
     std::vector<int> clusters;
     for (int i = 0; i < width / cluster_size * height; ++i) clusters.push_back(i), std::swap(clusters[i], clusters[random_below(i + 1)]);
     for (int i : clusters) {
         const int at = i * cluster_size;
-        if (const char* fault = run_cluster(cluster_size, {at % width, at / width}, shared_bytes)) return fault;
+        if (const char* fault = run_cluster(grid, cluster_size, {at % width, at / width}, shared_bytes)) return fault;
     }
+    return nullptr;
+}
+
+// Ranks. Each has a queue of grids, which run one after the other. A plain write into memory of a rank (`memories`) reaches only
+// the threads of the block that are past the next barrier; a store with release, or the end of the grid, brings it to the others.
+// Words that were pushed arrive one by one, in any order. One rank at a time is slow.
+
+struct Word { char* to; unsigned long long value; int rank; };
+inline std::vector<std::pair<char*, char*>> memories;  // first byte and end
+inline std::vector<Word> in_flight;
+inline long long turns;  // of threads: the clock
+
+inline void apply(Writes& writes) {
+    for (auto& write : writes) memcpy(write.first, write.second.data(), write.second.size());
+    writes.clear();
+}
+inline void deliver(size_t place) {
+    memcpy(in_flight[place].to, &in_flight[place].value, 8);
+    in_flight.erase(in_flight.begin() + place);
+}
+template <typename T> void write(void* to, const T& value) {
+    for (auto& memory : memories)
+        if (to >= memory.first && to < memory.second) {
+            here->fibers[current].writes[(char*)to].assign((const char*)&value, sizeof(T));
+            return;
+        }
+    memcpy(to, &value, sizeof(T));
+}
+inline void wait_a_while() {
+    ready.push_back({here, current});
+    leave();
+}
+struct RankQueue {
+    std::deque<Grid> grids;  // the first one runs
+    std::deque<Block> blocks;
+
+    void begin() {
+        if (grids.empty()) return;
+        Grid& grid = grids.front();
+        blocks.clear();
+        for (int i = 0; i < grid.size.x; ++i) start(blocks.emplace_back(), grid, {i, 0});
+    }
+    void end(int rank) {
+        for (Block& block : blocks) {
+            for (Fiber& fiber : block.fibers) apply(fiber.writes);
+            apply(block.writes);
+        }
+        for (size_t i = in_flight.size(); i-- > 0;)
+            if (in_flight[i].rank == rank) deliver(i);
+        grids.pop_front();
+    }
+};
+inline std::deque<RankQueue> ranks;
+
+inline const char* run_ranks() {
+    for (RankQueue& queue : ranks) queue.begin();
+    for (int slow = 0; !ready.empty(); ++turns) {
+        if (turns % 5000 == 0) slow = random_below(ranks.size());
+        size_t place = random_below(ready.size());
+        for (int tries = 0; tries < 8 && ready[place].block->grid->rank == slow; ++tries) place = random_below(ready.size());
+        const int rank = ready[place].block->grid->rank;
+        run(place);
+        if (!in_flight.empty() && random_below(2)) deliver(random_below(in_flight.size()));
+        RankQueue& queue = ranks[rank];
+        if (queue.grids.front().running > 0) continue;
+        queue.end(rank);
+        queue.begin();
+    }
+    for (RankQueue& queue : ranks)
+        if (!queue.grids.empty()) return "threads wait for each other forever";
+    ranks.clear(), memories.clear();
     return nullptr;
 }
 
 }  // namespace emulator
 
-inline void __syncthreads() { emulator::arrive_and_wait(emulator::blocks[emulator::rank()]); }
+inline void __syncthreads() { emulator::arrive_and_wait(emulator::here->barrier); }
 inline int __syncthreads_or(int predicate) {
-    static int any = 0;
-    any |= predicate;
-    emulator::arrive_and_wait(emulator::blocks[emulator::rank()]);
-    const int result = any;
-    emulator::arrive_and_wait(emulator::blocks[emulator::rank()]);  // all have read
-    any = 0;
-    emulator::arrive_and_wait(emulator::blocks[emulator::rank()]);  // all have reset it: the next call may set it
+    emulator::here->any |= predicate;
+    __syncthreads();
+    const int result = emulator::here->any;
+    __syncthreads();  // all have read
+    emulator::here->any = 0;
+    __syncthreads();  // all have reset it: the next call may set it
     return result;
 }
 inline int __any_sync(unsigned, int predicate) {
@@ -245,7 +372,7 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
     for (int lane = 0; lane < 32; ++lane) ballot |= (unsigned)predicates[lane] << lane;
     return ballot;
 }
-inline void __syncwarp() { emulator::arrive_and_wait(emulator::warps[emulator::current / 32].barrier); }
+inline void __syncwarp() { emulator::arrive_and_wait(emulator::here->warps[emulator::current / 32].barrier); }
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulator::exchange(x)[threadIdx.x % 32 ^ mask]; }
 template <typename T> T __shfl_up_sync(unsigned, T x, int by) { return emulator::exchange(x)[max(0, threadIdx.x % 32 - by)]; }
 inline unsigned __cvta_generic_to_shared(const void* at) { return (const char*)at - emulator::shared; }
@@ -254,10 +381,10 @@ inline unsigned __cvta_generic_to_shared(const void* at) { return (const char*)a
 inline uint2 stream_half(const void* from) { return *(const uint2*)from; }
 inline uint4 stream(const void* from) { return *(const uint4*)from; }
 inline void copy_async(unsigned to, const void* from, bool inside = true) {
-    emulator::fibers[emulator::current].groups.back().push_back({emulator::shared + (int)to, from, inside});
+    emulator::here->fibers[emulator::current].groups.back().push_back({emulator::shared + (int)to, from, inside});
 }
 inline void copy_async(void* to, const void* from) { copy_async(__cvta_generic_to_shared(to), from); }
-inline void commit_copies() { emulator::fibers[emulator::current].groups.emplace_back(); }
+inline void commit_copies() { emulator::here->fibers[emulator::current].groups.emplace_back(); }
 template <int N> void wait_copies() { emulator::wait_for_copies(N); }
 inline void wait_all_copies() { commit_copies(), emulator::wait_for_copies(0); }
 
@@ -291,11 +418,37 @@ inline void load_matrices(unsigned (&to)[4], unsigned row) {
     memcpy(at, rows, sizeof(at));
     for (int i = 0; i < 4; ++i) memcpy(&to[i], emulator::shared + (int)at[8 * i + threadIdx.x % 32 / 4] + threadIdx.x % 4 * 4, 4);
 }
-
+inline void store_release(unsigned* flag, unsigned value) {
+    emulator::apply(emulator::here->fibers[emulator::current].writes);
+    emulator::apply(emulator::here->writes);
+    *flag = value;
+}
+inline unsigned load_acquire(const unsigned* flag) {
+    emulator::wait_a_while();
+    return *flag;
+}
+inline void store_relaxed(unsigned long long* word, unsigned long long value) { *word = value; }
+inline void store_relaxed(void* to, ulonglong2 v) {
+    emulator::in_flight.push_back({(char*)to, v.x, emulator::here->grid->rank});
+    emulator::in_flight.push_back({(char*)to + 8, v.y, emulator::here->grid->rank});
+}
+template <typename T> void load_relaxed(T& v, const void* from) {
+    emulator::wait_a_while();
+    for (auto* writes : {&emulator::here->fibers[emulator::current].writes, &emulator::here->writes}) {
+        const auto write = writes->find((char*)from);
+        if (write == writes->end()) continue;
+        memcpy(&v, write->second.data(), sizeof(T));
+        return;
+    }
+    memcpy(&v, from, sizeof(T));
+}
+inline long long now_ns() { return emulator::turns; }
+inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned value) { return std::exchange(*at, *at == expected ? value : *at); }
+inline unsigned atomicInc(unsigned* at, unsigned last) { return std::exchange(*at, *at >= last ? 0 : *at + 1); }
 inline void sync_cluster() { emulator::arrive_and_wait(emulator::cluster); }
 inline float4 load_of_block(const float* at, int block) {
     float4 v;
-    memcpy(&v, (const char*)at + (block - emulator::rank()) * emulator::SHARED, sizeof(v));
+    memcpy(&v, (const char*)at + (block - emulator::here->place) * emulator::SHARED, sizeof(v));
     return v;
 }
 inline void prefetch_line(const void*) {}
@@ -309,10 +462,8 @@ inline void arrive_expecting(unsigned at, int bytes) {
 inline void arrive(unsigned at) { arrive_expecting(at, 0); }
 inline void wait_for_phase(unsigned at, int phase) {
     auto& barrier = emulator::phase_barrier(at);
-    for (int turns = 0; emulator::copy_boxes(barrier), (barrier.phase & 1) == (phase & 1); ++turns) {
-        if (turns < 3'000) emulator::ready.push_back(emulator::current);  // else it waits forever
-        swapcontext(&emulator::fibers[emulator::current].context, &emulator::scheduler);
-    }
+    for (int turns = 0; emulator::copy_boxes(barrier), (barrier.phase & 1) == (phase & 1); ++turns)
+        turns < 3'000 ? emulator::wait_a_while() : emulator::leave();  // at last forever
 }
 struct EmulatedMap { const char* data; long long rows, columns, box_rows; };  // of tile_map in emulator.py
 template <typename Map> void copy_box(unsigned to, const Map& map, int row, int column, unsigned barrier) {

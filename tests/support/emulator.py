@@ -31,9 +31,9 @@ FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-w")
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 * 1024
 IN_ASSEMBLY = (
-    "stream|stream_half|transpose|copy_async|commit_copies|wait_copies|wait_all_copies|load_matrices|multiply_async"
-    "|begin_multiply|end_multiply|init_barrier|publish_barriers|arrive|arrive_expecting|wait_for_phase|copy_box"
-    "|copy_bytes|prefetch_line|sync_cluster|load_of_block"
+    "stream|stream_half|transpose|copy_async|commit_copies|wait_copies|wait_all_copies|load_matrices"
+    "|store_release|load_acquire|store_relaxed|load_relaxed|now_ns|multiply_async|begin_multiply|end_multiply|init_barrier"
+    "|publish_barriers|arrive|arrive_expecting|wait_for_phase|copy_box|copy_bytes|prefetch_line|sync_cluster|load_of_block"
 )
 Launch = Callable[..., None]
 
@@ -99,9 +99,14 @@ def _compiled(text: str, name: str) -> ctypes.CDLL:
         f"    auto body = [](void** values) {{ emulator::call(&{name}, values); }};\n"
         "    return emulator::launch(width, height, threads, shared_bytes, cluster, body, arguments);\n}\n"
     )
-    library = ctypes.CDLL(str(native.build_library("emulated", program, (*FLAGS, "-I", str(_header_folder())))))
+    library = compiled(program)
     library.launch.restype = ctypes.c_char_p
     return library
+
+
+def compiled(program: str) -> ctypes.CDLL:
+    """Return a program that includes emulator.hpp as a library."""
+    return ctypes.CDLL(str(native.build_library("emulated", program, (*FLAGS, "-I", str(_header_folder())))))
 
 
 @functools.cache
@@ -121,7 +126,7 @@ def _header_folder() -> Path:
 def in_cpp(text: str) -> str:
     """Return a source without assembly, and with shared memory as C++ can declare it."""
     text = re.sub(r"#include <cuda_\w+\.h>|#pragma \w+.*", "", text)
-    for macro in ("MULTIPLY", "SCALE_PAIR"):
+    for macro in ("MULTIPLY", "SCALE_PAIR", "LOAD_RELAXED"):
         text = re.sub(rf"#define {macro}.*?\n    }}\n({macro}\(.*?\)\n)+", "", text, flags=re.DOTALL)
     text = re.sub(r"#if __CUDA_ARCH__ >= 890\n.*?#endif\n", "", text, flags=re.DOTALL)
     text = re.sub(rf"(template <int N> )?DEVICE [\w ]+ ({IN_ASSEMBLY})\(.*?\n?}}\n", "", text, flags=re.DOTALL)

@@ -1,7 +1,7 @@
 """Ranks as processes: a function of the test runs on each of them with a communicator between them.
 
-Ranks on a CPU are kept from one test to the next, because a process that imports torch takes seconds. Ranks on GPUs
-are new ones each time: a process keeps its CUDA context and its libnccl until it ends.
+Ranks are forks of a server that has imported torch, which takes seconds. Those on a CPU are kept from one test to the
+next. Those on GPUs are new ones each time: a process keeps its CUDA context and its libnccl until it ends.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from lockstep.comm.rendezvous import RankStore
 
 Job = Callable[[Communicator], Any]
 LINGER_S = 30.0
-SPAWN = multiprocessing.get_context("spawn")
+PLACES = ((2, 2), (3, 3), (4, 4), (8, 8), (2, 1), (4, 1), (4, 2))  # (ranks, GPUs) of the tests on GPUs
+place_id = "{0[0]}-on-{0[1]}".format
+FORKS = multiprocessing.get_context("forkserver")  # its server has imported torch, and no CUDA context
+FORKS.set_forkserver_preload([__name__])
 
 
 class RankProcess:
     """A process that computes one rank of one group after another."""
 
     def __init__(self) -> None:
-        self.connection, theirs = SPAWN.Pipe()
-        self.process = SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
+        self.connection, theirs = FORKS.Pipe()
+        self.process = FORKS.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
 

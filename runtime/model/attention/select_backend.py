@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from contextlib import suppress
 
 import torch
 
@@ -45,3 +47,17 @@ def select_backend(
         from . import flashinfer_backend  # costs 5 s and needs a GPU
 
     return flashinfer_backend.FlashInferAttention(shape, scale, windows, torch.device(config.device), softcap)
+
+
+def import_ahead(config: Config) -> None:
+    """Import FlashInfer in a thread if `config`, which is resolved, allows it; `select_backend` waits for the import.
+
+    It takes seconds, in which the rank can connect to the others and load its weights.
+    """
+    if config.device == "cuda" and config.attention_backend != "torch" and not config.deterministic:
+        threading.Thread(target=_import_flashinfer, name="lockstep-import").start()
+
+
+def _import_flashinfer() -> None:
+    with suppress(Exception):  # select_backend raises it again
+        from . import flashinfer_backend  # noqa: F401

@@ -127,9 +127,15 @@ def test_throughput_counts_every_request_and_token(tmp_path: Path) -> None:
 def test_latency_of_two_ranks_counts_the_same(ray_cluster: dict[str, str], tmp_path: Path) -> None:
     results = tmp_path / "results.json"
     lengths = ["--input-len=16", f"--output-len={OUTPUT}", "--batch-size=2", "--num-iters=2", "--num-iters-warmup=0"]
-    ended = bench("latency", "--tp=2", *FLAGS, *lengths, "--profile-steps=3", f"--output-json={results}")
+    shape = {"batch_size": 2, "input_len": 16, "output_len": OUTPUT, "n": 1}
+    one_rank = {"model": DEMO_MODEL, "tensor_parallel_size": 1, "ms_per_output_token": 1e3}
+    results.write_text(json.dumps(one_rank | shape))
+    files = [f"--baseline={results}", f"--output-json={results}"]
+    ended = bench("latency", "--tp=2", *FLAGS, *lengths, "--profile-steps=3", *files)
     assert ended.exit_code == 0, ended.output
     found = json.loads(results.read_text())
+    assert found["speedup"] == pytest.approx(1e3 / found["ms_per_output_token"])
+    assert f"Scaling: {found['speedup']:.2f} times the speed of tensor_parallel_size=1, " in ended.stdout
     assert (found["prefill_steps"], found["decode_steps"]) == (2, 2 * (OUTPUT - 1))
     assert (found["prompt_tokens"], found["output_tokens"]) == (2 * 2 * 16, 2 * 2 * OUTPUT)
     assert found["profiled_steps"] == 3
@@ -312,16 +318,19 @@ KERNEL = st.tuples(
 @given(st.lists(KERNEL, min_size=1, max_size=12))
 def test_busy_and_idle_time_of_kernels(events: list[tuple[str, str, int, int, int]]) -> None:
     """Against a line of microseconds on which each kernel paints itself."""
-    busy = np.zeros(100, bool)
+    busy, computing = np.zeros((2, 100), bool)
     times: dict[str, int] = {}
     for _, name, _, start, duration in events:
         busy[start : start + duration] = True
+        computing[start : start + duration] |= KERNELS[name] != "communication"
         times[KERNELS[name]] = times.get(KERNELS[name], 0) + duration
     found = kernel_times(as_trace([*events, ("cpu_op", "aten::mm", 1, 0, 100)]))
     assert found is not None
     assert found.busy_us == busy.sum()
     painted = np.flatnonzero(busy)
-    assert found.idle_share == pytest.approx(1 - busy.sum() / (painted[-1] + 1 - painted[0]))
+    span = painted[-1] + 1 - painted[0]
+    assert found.idle_share == pytest.approx(1 - busy.sum() / span)
+    assert found.exposed_share == pytest.approx((busy & ~computing).sum() / span)
     assert found.shares == pytest.approx({name: time / sum(times.values()) for name, time in times.items()})
     assert list(found.shares.values()) == sorted(found.shares.values(), reverse=True)
 

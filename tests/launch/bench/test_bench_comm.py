@@ -66,7 +66,7 @@ def test_two_ranks_over_gloo(ray_cluster: dict[str, str], tmp_path: Path) -> Non
 
 
 def test_refused_algorithms_have_a_reason_and_json_is_all_that_is_printed(ray_cluster: dict[str, str]) -> None:
-    names = ("one-shot", "two-shot fused", "nccl", "nccl + norm")
+    names = ("push", "push fused", "one-shot", "two-shot fused", "nccl", "nccl + norm")
     result = bench("--tp=2", "-e1K", "--json", "--dtype=float32", *(f"--algorithm={name}" for name in (*names, "gloo")))
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -155,7 +155,7 @@ def test_parse_bytes(text: str, number: int) -> None:
         (["--tp=2", "-b2M", "-e1M"], "min_bytes=2M is above max_bytes=1M"),
         (["--tp=2", "-b1"], "min_bytes=1 holds no bfloat16, which has 2 bytes"),
         (["--tp=2", "--dtype=int8"], "dtype='int8' is not one of float32, bfloat16, float16"),
-        (["--tp=2", "--algorithm=ring"], "algorithm='ring' is not one of one-shot, two-shot, "),
+        (["--tp=2", "--algorithm=ring"], "algorithm='ring' is not one of push, one-shot, two-shot, "),
         (["--tp=2", "--plot=/nowhere/x.png"], "cannot write /nowhere/x.png: there is no folder /nowhere"),
         (["--tp=2", "--nccl-library=/opt/libnccl.so.2"], "nccl_library is for ranks on GPUs"),
     ],

@@ -1,0 +1,152 @@
+"""Check at start-up that the all-reduce kernels over peer memory compute what NCCL computes.
+
+The ranks compare each size with the algorithm that the policy chooses for it, in the model's columns and dtype. The
+inputs are small integers: their sums have no rounding, so the bits of all algorithms must be equal. RMSNorm is compared
+within the rounding of its result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels import ops
+from .all_reduce_choice import Algorithm
+from .all_reduce_policy import EPS, SIZES, Policy
+from .base import CommError, Communicator
+from .message_text import format_bytes
+from .rendezvous import Rendezvous
+from .timing import capture, synchronize
+
+TURNS = 2  # inputs of each size, all different: a result of the previous collective is noticed
+GRAPH_BYTES = 4 << 20  # larger sums belong to steps without a graph
+LARGEST_INTEGER = 8  # bfloat16 holds integers up to 256 exactly: the sums of 8 ranks with a residual
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """The columns, dtype and device of the rows that a model sums."""
+
+    columns: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def num_rows(self, nbytes: int) -> int:
+        """Return the rows of a message of at most `nbytes`; at least one."""
+        return max(1, nbytes // (self.columns * self.dtype.itemsize))
+
+    def nbytes(self, rows: int) -> int:
+        return rows * self.columns * self.dtype.itemsize
+
+    def integers(self, rows: int, seed: int) -> Tensor:
+        """Return random integers [rows, columns], equal on all ranks for the same seed."""
+        limits, size = (-LARGEST_INTEGER, LARGEST_INTEGER + 1), (rows, self.columns)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        drawn = torch.randint(*limits, size, generator=generator, device=self.device, dtype=torch.int8)
+        return drawn.to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One input of this rank, and NCCL's results for the inputs of all ranks."""
+
+    x: Tensor  # [T, D]
+    residual: Tensor  # [T, D]
+    weight: Tensor  # [D]
+    total: Tensor  # the sum over the ranks
+    total_with_residual: Tensor
+    norm: Tensor
+
+    @classmethod
+    def draw(cls, nccl: Communicator, shape: RowShape, rows: int, turn: int) -> Trial:
+        first_seed = turn * (nccl.size + 2)
+        x = shape.integers(rows, first_seed + 2 + nccl.rank)
+        residual, weight = shape.integers(rows, first_seed), shape.integers(1, first_seed + 1)[0]
+        total, total_with_residual = nccl.all_reduce(x.clone()), residual.clone()
+        norm = ops.add_rms_norm(total.clone(), total_with_residual, weight, EPS)
+        return cls(x, residual, weight, total, total_with_residual, norm)
+
+    def count_wrong(self, comm: Communicator) -> Tensor:
+        """Return how many elements of two sums over `comm` differ, one of them with the norm; int64 on the device."""
+        total = comm.all_reduce(self._place_input(comm))
+        residual = self.residual.clone()
+        norm = comm.all_reduce_add_rms_norm(self._place_input(comm), residual, self.weight, EPS)
+        tolerance = 4 * torch.finfo(norm.dtype).eps
+        norm_is_wrong = ~torch.isclose(norm, self.norm, rtol=tolerance, atol=tolerance)
+        return (total != self.total).sum() + (residual != self.total_with_residual).sum() + norm_is_wrong.sum()
+
+    def _place_input(self, comm: Communicator) -> Tensor:
+        rows, columns = self.x.shape
+        buffer = comm.buffer(rows, columns, self.x.dtype)
+        return self.x.clone() if buffer is None else buffer.copy_(self.x)
+
+
+def wrong_algorithms(
+    comm: Communicator, nccl: Communicator, policy: Policy, rendezvous: Rendezvous, shape: RowShape, attempt: int = 0
+) -> dict[Algorithm, str]:
+    """Return the algorithms of `policy` that compute wrong sums, with the smallest such size; equal on all ranks.
+
+    comm     uses `policy`
+    attempt  a number that no earlier call in this group had
+    Raises CommError, with the algorithm, if one waits for a peer in vain.
+    """
+    rows = dict.fromkeys(map(shape.num_rows, SIZES))
+    chosen = {n: policy.algorithm(shape.nbytes(n), shape.dtype) for n in rows}
+    chosen = {n: algorithm for n, algorithm in chosen.items() if algorithm != "nccl"}
+    faults: dict[Algorithm, str] = {}
+    for (n, algorithm), count in zip(chosen.items(), _counts(comm, nccl, chosen, shape), strict=True):
+        if count:
+            faults.setdefault(algorithm, f"{count} wrong elements at {format_bytes(shape.nbytes(n))}")
+    if shape.device.type == "cuda":
+        torch.cuda.empty_cache()  # else the memory of the graph would count as used when the KV cache is sized
+    agreed: dict[Algorithm, str] = {}
+    for rank, text in enumerate(rendezvous.exchange(f"all-reduce check {attempt}", json.dumps(faults))):
+        for name, fault in json.loads(text).items():
+            agreed.setdefault(name, f"rank {rank}: {fault}")
+    return agreed
+
+
+def _counts(comm: Communicator, nccl: Communicator, chosen: dict[int, Algorithm], shape: RowShape) -> list[int]:
+    """Return the number of wrong elements for each number of rows: in calls, and in a graph of calls."""
+    counts = torch.zeros(len(chosen), dtype=torch.int64, device=shape.device)
+    captured: list[tuple[int, Trial]] = []
+    for place, (rows, algorithm) in enumerate(chosen.items()):
+        trials = [Trial.draw(nccl, shape, rows, turn) for turn in range(TURNS)]
+        with _named_failure(algorithm, format_bytes(shape.nbytes(rows))):
+            for trial in trials:
+                counts[place] += trial.count_wrong(comm)
+            _finish(comm, shape)
+        if shape.nbytes(rows) <= GRAPH_BYTES:
+            captured += [(place, trial) for trial in trials]
+
+    def launch() -> None:
+        for place, trial in captured:
+            counts[place] += trial.count_wrong(comm)
+
+    if captured and shape.device.type == "cuda":
+        with _named_failure(", ".join(sorted(set(chosen.values()))), "a CUDA graph"):
+            graph = capture(launch)
+            for _ in range(2):
+                graph.replay()
+            _finish(comm, shape)
+    numbers: list[int] = counts.tolist()
+    return numbers
+
+
+def _finish(comm: Communicator, shape: RowShape) -> None:
+    if shape.device.type == "cuda":
+        synchronize(comm)
+
+
+@contextmanager
+def _named_failure(algorithm: str, size: str) -> Iterator[None]:
+    try:
+        yield
+    except CommError as error:
+        way_out = "--all-reduce nccl shares no memory"
+        raise CommError(f"checking all-reduce {algorithm} with {size}: {error}; {way_out}") from error
