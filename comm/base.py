@@ -31,6 +31,7 @@ class Communicator(ABC):
     description: str  # the implementation in use and the reason, for the log
     capturable: bool  # True if a CUDA graph can capture the collectives
     uses_rendezvous = False  # True if the rendezvous must stay open until `close`
+    host_s = 0.0  # time that the host has spent in collectives; those of a GPU take none
 
     @abstractmethod
     def all_reduce(self, x: Tensor) -> Tensor:

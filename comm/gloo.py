@@ -7,6 +7,7 @@ Tensors on a GPU are copied through the host. The process group is made directly
 from __future__ import annotations
 
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -55,11 +56,13 @@ class GlooCommunicator(Communicator):
         return f"rank {self.rank} of {self.size}"
 
     def _wait(self, operation: str, pending: dist.Work) -> None:
+        started = time.perf_counter()
         try:
             pending.wait()
         except RuntimeError as error:
             reason = f"failed or took longer than {self._timeout_s:.0f} s: {first_line(error)}"
             raise CommError(f"{self._name}: {operation} {reason}") from error
+        self.host_s += time.perf_counter() - started
 
 
 def _process_group(rendezvous: Rendezvous, own_ip: str) -> Any:

@@ -50,6 +50,7 @@ class Engine:
         self._publish = publish
         self._overlap = overlap
         self.stats = EngineStats()
+        self._before_s = runner.memory.attention.host_s, runner.comm.host_s
         self._running: InFlightStep | None = None
         self._last_end = 0.0  # end of the last step, by time.perf_counter
         self._compiling: dict[int, CompilingRequest] = {}  # by uid
@@ -136,6 +137,8 @@ class Engine:
         pending = self.runner.launch(scheduled.plan)
         self.stats.schedule_s += published - started
         self.stats.launch_s += time.perf_counter() - published
+        self.stats.attention_s = self.runner.memory.attention.host_s - self._before_s[0]
+        self.stats.collective_s = self.runner.comm.host_s - self._before_s[1]
         return InFlightStep(scheduled, pending, started)
 
     def _commit(self, step: InFlightStep) -> StepOutput:

@@ -51,6 +51,8 @@ class EngineStats(msgspec.Struct):
     launch_s: float = 0.0  # launch steps; on a CPU, compute them
     wait_s: float = 0.0  # wait for sampled tokens
     commit_s: float = 0.0  # commit the tokens
+    attention_s: float = 0.0  # part of launch_s: attention on a CPU
+    collective_s: float = 0.0  # part of launch_s: collectives that the host takes part in
     decode_s: float = 0.0  # length of the decode steps: from the start, or the end of the step before if that is later
 
     def __add__(self, other: EngineStats) -> EngineStats:

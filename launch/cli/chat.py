@@ -135,7 +135,7 @@ def local(llm: LLM) -> Answer:
 
     tokenizer = llm.tokenizer
     chat_format = find_format(
-        "none", "auto", tokenizer.chat_template, tokenizer.response_template, tokenizer.special_tokens
+        "auto", "auto", tokenizer.chat_template, tokenizer.response_template, tokenizer.special_tokens
     )
     defaults = {"max_tokens": None, "skip_special_tokens": not chat_format.needs_special_tokens(())}
 

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import logging
-import re
-import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ...runtime.chat.chat_formats import CALL_FORMATS, ChatFormat, Thinking, find_format
 from ...runtime.chat.output_parser import AnswerParser
-from ...runtime.chat.tool_grammar import ToolGrammar, ToolRules
+from ...runtime.chat.tool_grammar import ToolRules
 from ...runtime.chat.tool_schemas import ToolSchema
-from ...runtime.request import RequestRefused
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.text_worker import MAX_TOKENS
 from ..engine.async_tokenizer import AsyncTokenizer
-from ..engine.grammar_check import GrammarsWaiting
 from .api_errors import ApiError, invalid
 from .protocol.message_models import NamedTool, ToolDefinition
 from .protocol.request_models import ChatRequest, TemplateFields, TokenizeRequest
 from .server_config import ServerConfig
+from .tool_constraint import CheckGrammar, ToolConstraint
 
-log = logging.getLogger(__name__)
-RELAX_S = 5.0  # longest time to find out which of a request's tools make the grammar fail
 PROMPT_END_TOKENS = 256  # enough for the beginning of the assistant's turn
-QUOTED_POSITION, QUOTED_GRAMMAR = re.compile(r"^(at )?\d+\(\d+\): "), re.compile(r" (?:\(at \"|\d+ \| )")
-CheckGrammar = Callable[[StructuredOutputsParams], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -89,14 +81,18 @@ class ChatPreparer:
             raise ApiError(
                 400, f"This model cannot call tools: {message}.", param="tools", code="unsupported_parameter"
             )
-        if self.format.parses_with_template:
-            strict = any(tool.function.strict for tool in body.tools or ())
-            for field, is_set in (
-                ("tool_choice", chosen), ("tools", strict), ("parallel_tool_calls", body.parallel_tool_calls is False)
-            ):  # fmt: skip
-                if is_set:
-                    rule = "constrains calls, which is not possible in the format of this model's response_template"
-                    raise invalid(field, f"{rule}; use tool_choice auto without strict")
+        template = self.format.template
+        if template is None or (reason := template.cannot_require if chosen else template.cannot_begin) is None:
+            return
+        strict = any(tool.function.strict for tool in body.tools or ())
+        for field, is_set in (
+            ("tool_choice", chosen), ("tools", strict), ("parallel_tool_calls", body.parallel_tool_calls is False)
+        ):  # fmt: skip
+            if is_set:
+                rule = f"constrains calls, which this model's response_template does not allow: {reason}"
+                raise invalid(
+                    field, f"{rule}; use tool_choice auto without strict, or start the server with --tool-call-parser"
+                )
 
     async def prompt(self, body: ChatRequest | TokenizeRequest, max_tokens: int = MAX_TOKENS) -> list[int]:
         """Return the token ids of the conversation; refuses one that cannot fit into `max_tokens`."""
@@ -154,59 +150,17 @@ class ChatPreparer:
     ) -> StructuredOutputsParams | None:  # fmt: skip
         """Return the constraint of calls and answer; schemas that no grammar can express are relaxed if they may be."""
         required = _is_required(body)
-        if chat_format.parses_with_template or (not tools and (answer is None or thinking == "closed")):
+        if not tools and (answer is None or thinking == "closed"):
             return answer
+        if chat_format.template and chat_format.template.cannot_begin and not required:
+            tools = ()  # calls are parsed only
         if body.ignore_eos and answer is None and not required:
             return None  # a grammar ends with the EOS token
         if answer is not None:
             await self._check_grammar(answer)
         is_named = isinstance(body.tool_choice, NamedTool)  # one call, as in OpenAI's API
         rules = ToolRules(tools, required, body.parallel_tool_calls is not False and not is_named)
-        try:
-            return await self._checked(chat_format, rules, thinking, answer)
-        except GrammarsWaiting:  # the server is busy
-            raise
-        except (ValueError, RequestRefused):
-            rules = replace(rules, tools=await self._usable_tools(chat_format, tools, required=required))
-        try:
-            return await self._checked(chat_format, rules, thinking, answer)
-        except GrammarsWaiting:
-            raise
-        except (ValueError, RequestRefused) as error:
-            raise _not_constrained("all tools together", error) from error
-
-    async def _usable_tools(
-        self, chat_format: ChatFormat, tools: Sequence[ToolSchema], *, required: bool
-    ) -> list[ToolSchema]:
-        """Return the tools, those with schemas that cannot be used relaxed."""
-        usable, started = [], time.monotonic()
-        for tool in tools:
-            usable.append(await self._usable(chat_format, tool, is_strict=required or tool.strict))
-            if time.monotonic() - started > RELAX_S:
-                message = f"the schemas take more than {RELAX_S:g} s to compile one by one; give fewer or simpler tools"
-                raise ApiError(400, f"Invalid 'tools': {message}.", param="tools", code="too_complex")
-        return usable
-
-    async def _usable(self, chat_format: ChatFormat, tool: ToolSchema, *, is_strict: bool) -> ToolSchema:
-        """Return the tool, or the tool with any object as its arguments if its schema cannot be used."""
-        try:
-            await self._checked(chat_format, ToolRules([tool]), "closed", None)
-        except GrammarsWaiting:
-            raise
-        except (ValueError, RequestRefused) as error:
-            if is_strict:
-                raise _not_constrained(f"the tool {tool.name!r}", error) from error
-            log.warning("the tool %.64r takes any JSON object: no grammar for its schema: %.200s", tool.name, error)
-            return replace(tool, parameters={"type": "object"})
-        return tool
-
-    async def _checked(
-        self, chat_format: ChatFormat, rules: ToolRules, thinking: Thinking, answer: StructuredOutputsParams | None
-    ) -> StructuredOutputsParams | None:
-        grammar = ToolGrammar(chat_format, rules).build(thinking, answer)
-        if grammar is not None:
-            await self._check_grammar(grammar)
-        return grammar
+        return await ToolConstraint(self._check_grammar, chat_format, thinking, answer).build(rules)
 
 
 def _active_tools(body: TemplateFields, *, all_of_them: bool = False) -> list[ToolDefinition]:
@@ -233,12 +187,3 @@ def _ends_in_reasoning(body: ChatRequest, chat_format: ChatFormat) -> bool:
         return False
     text = body.messages[-1].text
     return text.rfind(chat_format.reasoning.open) > text.rfind(chat_format.reasoning.close)
-
-
-def _not_constrained(subject: str, error: Exception) -> ApiError:
-    """Return the response to tools whose schemas make no grammar; the compiler's message quotes lines of it."""
-    reason = str(error).removeprefix("structured_outputs=llguidance cannot be used: ")
-    reason = QUOTED_GRAMMAR.split(QUOTED_POSITION.sub("", reason))[0]
-    return ApiError(
-        400, f"Invalid 'tools': {subject} cannot be constrained: {reason}", param="tools", code="invalid_value"
-    )

@@ -23,6 +23,7 @@ from ...runtime.version import __version__
 from ..engine.event_streams import merge
 from .answer_thread import make_long
 from .api_errors import ApiError, without_folders
+from .block_builder import BlockBuilder
 from .body_structure import MAX_ITEMS
 from .chat_preparation import ChatPreparer, PreparedChat
 from .chat_translation import as_chat
@@ -43,7 +44,7 @@ from .server_config import ServerConfig, ServerLimits
 from .token_usage import TokenUsage
 from .validation import RequestValidator, from_refusal, num_top_logprobs, structured_outputs
 
-AnyBuilder = ResponseBuilder | ResponsesBuilder | MessagesBuilder
+AnyBuilder = ResponseBuilder | BlockBuilder
 NewBuilder = Callable[[str, TokenUsage, PreparedChat], AnyBuilder]  # (name of the model, usage, chat)
 
 log = logging.getLogger(__name__)

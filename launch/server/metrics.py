@@ -62,8 +62,9 @@ class MetricFamilies(Collector):
         stats, requests, gauge, counter = self._stats, self._requests, GaugeMetricFamily, CounterMetricFamily
         engine = stats.engine
         yield self._family(counter, "step_time_seconds", "Time of rank 0, by part of a step.", (
-            (("schedule",), engine.schedule_s), (("launch",), engine.launch_s), (("wait",), engine.wait_s),
-            (("commit",), engine.commit_s),
+            (("schedule",), engine.schedule_s), (("attention",), engine.attention_s),
+            (("communication",), engine.collective_s), (("wait",), engine.wait_s), (("commit",), engine.commit_s),
+            (("launch",), engine.launch_s - engine.attention_s - engine.collective_s),
         ), "part")  # fmt: skip
         ended = [((reason,), number) for reason, number in requests.num_ended.items()]
         yield self._family(counter, "request_success", "Outputs that ended, by reason.", ended, "finished_reason")

@@ -150,7 +150,10 @@ class RequestValidator:
             message = f"best_of={body.best_of} is not implemented; leave it out or make it n ({n})"
             raise ApiError(400, message, param="best_of", code="unsupported_parameter")
         if body.max_tokens == 0 and (not body.echo or body.logprob_token_ids):
-            raise invalid("max_tokens", "of 0 generates nothing: it needs echo, and takes no logprob_token_ids")
+            raise invalid(
+                "max_tokens",
+                "is 0, which generates nothing; set echo and leave logprob_token_ids out, or set at least 1",
+            )
         for prompt in body.prompts:
             if not isinstance(prompt, str):
                 self.check_token_ids(prompt, "prompt")

@@ -7,7 +7,9 @@ text alone, not on how the text was cut.
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
@@ -80,7 +82,7 @@ class CallReader(ABC):
 
     def _call(self, pieces: list[AnswerPart], name: str) -> None:
         self._named = True
-        pieces.append(AnswerPart("call", name))
+        pieces.append(AnswerPart("call", encodable(name)))
 
     def _skip_close(self, close: str) -> bool:
         """End the block behind optional whitespace and the closing marker, which may be missing."""
@@ -134,8 +136,12 @@ class JsonCallReader(CallReader):
         name = call.get("name") if isinstance(call, dict) else None
         if not isinstance(name, str) or (self._names is not None and name not in self._names):
             return self._fail()
+        try:
+            arguments = arguments_text(call.get("arguments", call.get("parameters")))
+        except (ValueError, RecursionError):
+            return self._fail()
         self._call(pieces, name)
-        pieces.append(AnswerPart("arguments", _as_arguments(call.get("arguments", call.get("parameters")))))
+        pieces.append(AnswerPart("arguments", arguments))
         self._buffer, self._state = self._buffer[end:], "close"
         return True
 
@@ -307,16 +313,33 @@ class XmlCallReader(CallReader):
 def _loads(text: str) -> Any:
     """Return the JSON value; None for text that is not JSON."""
     try:
-        return json.loads(text, strict=False)
+        return json.loads(text, strict=False, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
 
 
-def _as_arguments(value: Any) -> str:
-    """Return the arguments of a call as JSON text; some models write them as text within the JSON."""
+def arguments_text(value: Any) -> str:
+    """Return the arguments of a call as JSON text; some models write them as text within the JSON.
+
+    Raises ValueError for NaN, which is not JSON.
+    """
     if isinstance(value, str):
-        return value
-    return json.dumps({} if value is None else value, ensure_ascii=False)
+        return encodable(value)
+    return encodable(json.dumps({} if value is None else _finite(value), ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with the largest number in place of infinity, which Python reads for numbers such as 1e999."""
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return math.copysign(sys.float_info.max, value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def encodable(text: str) -> str:
+    """Return a text with `?` in place of surrogates, which JSON's escapes can be and UTF-8 cannot have."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _as_json(text: str) -> str:

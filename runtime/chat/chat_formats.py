@@ -8,9 +8,11 @@ from typing import Any, Literal
 
 from ..chat_template import Message
 from .call_readers import CallReader, JsonCallReader, MistralReader, XmlCallReader
+from .described_formats import DESCRIPTIONS, described_format
 from .harmony_parser import CHANNEL, MARKERS, HarmonyParser
 from .output_parser import AnswerParser, OutputParser, ReasoningFormat
 from .parser_names import ReasoningParserName, ToolCallParserName
+from .template_format import TemplateFormat
 from .template_parser import TemplateParser
 from .tool_schemas import ToolSchema
 
@@ -54,8 +56,9 @@ REASONING_FORMATS = {
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """The form in which a model writes reasoning and calls; a `response_template` describes both.
+    """The form in which a model writes reasoning and calls.
 
+    template      the checkpoint's description of both
     harmony       messages with channels, for reasoning and calls
     mistral_args  calls are `[TOOL_CALLS]NAME[ARGS]{...}`, not a JSON list
     special       the ids of those markers that are special tokens
@@ -63,7 +66,7 @@ class ChatFormat:
 
     reasoning: ReasoningFormat | None = None
     calls: CallFormat | None = None
-    response_template: dict[str, Any] | None = None
+    template: TemplateFormat | None = None
     harmony: bool = False
     mistral_args: bool = False
     special: Mapping[str, int] = field(default_factory=dict)
@@ -71,15 +74,11 @@ class ChatFormat:
     @property
     def has_tools(self) -> bool:
         """True if tool calls can be parsed."""
-        return self.calls is not None or self.harmony or self.parses_with_template
+        return self.calls is not None or self.harmony or self.template is not None
 
     @property
     def has_reasoning(self) -> bool:
-        return self.reasoning is not None or self.harmony or self.parses_with_template
-
-    @property
-    def parses_with_template(self) -> bool:
-        return self.response_template is not None
+        return self.reasoning is not None or self.harmony or self.template is not None
 
     @property
     def id_length(self) -> int:
@@ -94,7 +93,7 @@ class ChatFormat:
 
     def needs_special_tokens(self, tools: Tools) -> bool:
         """Return whether the text of an answer must keep special tokens, because markers are such tokens."""
-        if self.parses_with_template or self.harmony:
+        if self.template is not None or self.harmony:
             return True
         of_calls = {*self.calls.markers, *self.calls.inner} if self.calls and tools else set()
         of_reasoning = {self.reasoning.open, self.reasoning.close} if self.reasoning else set()
@@ -117,7 +116,8 @@ class ChatFormat:
             parser = HarmonyParser(prompt_end, returns_calls=True)
             return "open" if parser.in_reasoning else "closed" if parser.in_message else "unset"
         if self.reasoning is None:
-            return "closed"
+            answer = self.parser((), prompt_end)
+            return "open" if answer is not None and answer.in_reasoning else "closed"
         end = prompt_end.rstrip()
         if end.endswith(self.reasoning.open):
             return "open"
@@ -130,8 +130,9 @@ class ChatFormat:
 
         in_reasoning  the prompt ends within reasoning, although not with its marker
         """
-        if self.response_template is not None:
-            return TemplateParser(self.response_template, prompt_end, [tool.for_template() for tool in tools])
+        if self.template is not None:
+            template = self.template.compiled if tools else self.template.without_calls
+            return TemplateParser(template, prompt_end, [tool.for_parser() for tool in tools])
         if self.harmony:
             return HarmonyParser(prompt_end, returns_calls=bool(tools))
         calls = self.calls if tools else None
@@ -155,29 +156,39 @@ def find_format(
 ) -> ChatFormat:
     """Return the format for the names of two parsers; "auto" finds them in the chat template.
 
-    Harmony is a format of both. Raises ValueError for a parser that needs a response_template which the tokenizer does
-    not have, and for another one beside harmony.
+    Harmony and the described formats are formats of both. Raises ValueError for a parser that needs a response_template
+    which the tokenizer does not have or transformers cannot read, and for another one beside a format of both.
     """
     if TEMPLATE in (tool_parser, reasoning_parser) and response_template is None:
         option = "tool_call_parser" if tool_parser == TEMPLATE else "reasoning_parser"
         raise ValueError(f"{option}={TEMPLATE!r}: this model's tokenizer has no response_template; use another parser")
-    choices = {tool_parser, reasoning_parser}
-    if "harmony" in choices and not choices <= {"auto", "harmony"}:
+    choices: set[str] = {tool_parser, reasoning_parser}
+    of_both = next(iter(choices & {TEMPLATE, "harmony", *DESCRIPTIONS}), None)
+    if of_both is not None and not choices <= {"auto", of_both}:
         raise ValueError(
-            f"tool_call_parser={tool_parser!r} and reasoning_parser={reasoning_parser!r} exclude each other: harmony is"
-            " a format of reasoning and calls; set both to 'harmony' or 'auto'"
+            f"tool_call_parser={tool_parser!r} and reasoning_parser={reasoning_parser!r} exclude each other: {of_both}"
+            f" is a format of reasoning and calls; set both to {of_both!r} or 'auto'"
         )
-    if response_template is not None and (TEMPLATE in choices or choices == {"auto"}):
-        return ChatFormat(response_template=response_template)
-    if "harmony" in choices or (choices <= {"auto", "none"} and "auto" in choices and CHANNEL + "analysis" in template):
+    if response_template is not None and (of_both == TEMPLATE or choices == {"auto"}):
+        return _described(response_template, special_tokens)
+    if of_both is None and "auto" in choices and choices <= {"auto", "none"}:
+        of_both = "harmony" if CHANNEL + "analysis" in template else described_format(template)
+    if of_both == "harmony":
         special = {text: special_tokens[text] for text in MARKERS if text in special_tokens}
         return ChatFormat(harmony=True, special=special)
+    if of_both is not None:
+        return _described(DESCRIPTIONS[of_both], special_tokens)
     reasoning = _reasoning_in(template) if reasoning_parser == "auto" else reasoning_parser
     calls = _calls_in(template) if tool_parser == "auto" else tool_parser
     has_args = calls == "mistral" and "[ARGS]" in template
     chat_format = ChatFormat(REASONING_FORMATS.get(reasoning), CALL_FORMATS.get(calls), mistral_args=has_args)
     special = {text: special_tokens[text] for text in chat_format.markers() if text in special_tokens}
     return replace(chat_format, special=special)
+
+
+def _described(description: dict[str, Any], special_tokens: Mapping[str, int]) -> ChatFormat:
+    template_format = TemplateFormat(description, special_tokens)
+    return ChatFormat(template_format.reasoning, template=template_format, special=special_tokens)
 
 
 def _reasoning_in(template: str) -> str:
@@ -189,6 +200,8 @@ def _reasoning_in(template: str) -> str:
 
 def _calls_in(template: str) -> str:
     """Return the name of the format of calls that a chat template shows."""
+    if described_format(template) is not None:  # as a format of calls and reasoning only
+        return "none"
     if "<tool_call>" in template:
         return "qwen3_coder" if "<function=" in template else "hermes"
     if "[TOOL_CALLS]" in template:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 ToolCallParserName = Literal[
-    "auto", "none", "response_template", "hermes", "qwen3_coder", "llama3_json", "mistral", "harmony"
-]
-ReasoningParserName = Literal["auto", "none", "response_template", "qwen3", "deepseek_r1", "mistral", "harmony"]
+    "auto", "none", "response_template", "hermes", "qwen3_coder", "llama3_json", "mistral", "harmony", "glm45",
+    "minimax_m2", "seed_oss",
+]  # fmt: skip
+ReasoningParserName = Literal[
+    "auto", "none", "response_template", "qwen3", "deepseek_r1", "mistral", "harmony", "glm45", "minimax_m2",
+    "seed_oss",
+]  # fmt: skip

@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from .call_readers import AnswerPart
+from .call_readers import AnswerPart, arguments_text, encodable
+from .template_format import REASONING_FIELDS
 
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+if TYPE_CHECKING:
+    from transformers.utils.chat_parsing.response_templates import ResponseTemplate
+
+FAULTS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of a call that cannot be parsed
 
 
 class TemplateParser:
     """An AnswerParser over transformers' ResponseParser; a call comes whole, when it is complete.
 
-    template  the tokenizer's response_template
+    template  the tokenizer's response_template, compiled
     prefix    the text of the prompt, of which the assistant's turn counts
     tools     the tools as a chat template takes them; their schemas give the arguments their types
     """
 
-    def __init__(self, template: dict[str, Any], prefix: str, tools: Sequence[dict[str, Any]]) -> None:
-        from transformers.utils.chat_parsing import ResponseParser  # takes 0.3 s: only for models that need it
+    def __init__(self, template: ResponseTemplate, prefix: str, tools: Sequence[dict[str, Any]]) -> None:
+        from transformers.utils.chat_parsing import ResponseParser  # with the template
 
-        self._parser = ResponseParser(template, prefix=prefix, tools=list(tools) or None)
+        try:
+            self._parser = ResponseParser(template, prefix=prefix, tools=list(tools) or None)
+        except FAULTS:  # the message to continue has a call that cannot be parsed
+            self._parser = ResponseParser(template, prefix="", tools=list(tools) or None)
         self.in_reasoning = False
         self._failed = False
         self._body = ""  # text of the call that is open
+        self._blanks: str | None = None  # held back at the end of a field; None at its beginning
         for event in self._parser.initial_events:
             self._note(event)
 
@@ -35,7 +42,7 @@ class TemplateParser:
             return [AnswerPart("content", text)] if text else []
         try:
             return self._pieces(self._parser.feed(text))
-        except (ValueError, KeyError, TypeError):
+        except FAULTS:
             return self._fail(text)
 
     def finish(self) -> list[AnswerPart]:
@@ -44,7 +51,7 @@ class TemplateParser:
             return []
         try:
             return self._pieces(self._parser.finalize()[1])
-        except (ValueError, KeyError, TypeError):
+        except FAULTS:
             return self._fail("")
 
     def _fail(self, text: str) -> list[AnswerPart]:
@@ -64,14 +71,25 @@ class TemplateParser:
                 yield from _calls(event["value"])
         elif event["type"] == "region_chunk" and (field == "content" or field in REASONING_FIELDS):
             kind: Literal["reasoning", "content"] = "content" if field == "content" else "reasoning"
-            yield AnswerPart(kind, event["text"])
+            if text := self._visible(event["text"]):
+                yield AnswerPart(kind, text)
+
+    def _visible(self, text: str) -> str:
+        """Return a text without whitespace at the beginning and the end of its field."""
+        if self._blanks is None:
+            text = text.lstrip()
+        visible = text.rstrip()
+        if not visible and self._blanks is None:
+            return ""
+        held, self._blanks = self._blanks or "", (self._blanks or "") + text if not visible else text[len(visible) :]
+        return held + visible if visible else ""
 
     def _note(self, event: dict[str, Any]) -> None:
         """Remember whether reasoning is open, and the text of an open call."""
         match event["type"]:
             case "region_open":
                 self.in_reasoning = event["field"] in REASONING_FIELDS
-                self._body = ""
+                self._body, self._blanks = "", None
             case "region_close":
                 self.in_reasoning, self._body = False, ""
             case _ if event["field"] == "tool_calls":
@@ -82,8 +100,5 @@ def _calls(value: Any) -> Iterator[AnswerPart]:
     """Yield the pieces of the calls of a region, one or a list of them."""
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call)
-        arguments = function["arguments"]
-        yield AnswerPart("call", str(function["name"]))
-        yield AnswerPart(
-            "arguments", arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-        )
+        yield AnswerPart("call", encodable(str(function["name"])))
+        yield AnswerPart("arguments", arguments_text(function["arguments"]))

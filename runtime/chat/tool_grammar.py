@@ -10,14 +10,16 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..sampling.grammar import WHITESPACE, to_llguidance
 from ..structured_outputs import StructuredOutputsParams
 from .chat_formats import ChatFormat, Thinking
 from .harmony_parser import CHANNEL, CONSTRAIN, END, MESSAGE, START
+from .marker_grammar import MarkerGrammar, literal
 from .output_parser import ReasoningFormat
-from .tool_schemas import OBJECT_RULES, ToolSchema, is_text, text_choices
+from .tool_schemas import ToolSchema, is_text, parameters_of, text_choices, with_definitions
 
 NEWLINE = "\n"  # f-strings of Python 3.10 take no backslash
 LARK_HEAD = "%llguidance {}\nTEXT: /(.|\\n)*/\n"
@@ -43,6 +45,7 @@ class ToolGrammar:
     format: ChatFormat
     rules: ToolRules
     _lark: list[str] = field(default_factory=list)
+    _is_free: bool = False  # calls may come anywhere in a text
 
     def build(self, thinking: Thinking, answer: StructuredOutputsParams | None) -> StructuredOutputsParams | None:
         """Return the grammar; None if everything is allowed. `answer` constrains the text of an answer without calls.
@@ -75,8 +78,11 @@ class ToolGrammar:
             body = "calls | PLAIN"
             self._lark.append(r"PLAIN: /(\s*[^{\s](.|\n)*)?/")
         else:
-            self._start_free(reasoning)
+            self._is_free = True
+            self._start_free(reasoning, thinking)
             return
+        if thinking == "open" and reasoning is None:
+            raise ValueError("the prompt begins reasoning whose markers are patterns, which end it nowhere certain")
         if reasoning is None or thinking == "closed":
             self._lark.append(f"start: {body}")
             return
@@ -85,15 +91,27 @@ class ToolGrammar:
         self._lark.append(r"BLANKS: /\n{1,2}/")
         self._lark.append(self._until("thought", reasoning.close))
 
-    def _start_free(self, reasoning: ReasoningFormat | None) -> None:
+    def _start_free(self, reasoning: ReasoningFormat | None, thinking: Thinking) -> None:
         """Add the rule of an output of free text, reasoning included, up to the marker of a call."""
         markers = [self._marker(text) for text in (reasoning.open, reasoning.close)] if reasoning else []
-        special = " | ".join(marker for marker in markers if marker.startswith("<["))
-        free = f"(TEXT ({special}))* " if special else ""  # TEXT has no special tokens
+        begin = free = ""
+        if self.format.template is not None:  # transformers looks for no call inside of reasoning
+            if reasoning and thinking == "open":
+                begin = "thought "
+                self._lark.append(self._until("thought", reasoning.close))
+            if markers and all(marker.startswith("<[") for marker in markers):
+                free = f"(TEXT? {markers[0]} TEXT? {markers[1]})* "
+        elif special := " | ".join(marker for marker in markers if marker.startswith("<[")):
+            free = f"(TEXT ({special}))* "  # TEXT has no special tokens
         call = f"{free}head rest"
-        self._lark.append(f"start: ({call})* {free}TEXT?" if self.rules.parallel else f"start: {call} | {free}TEXT?")
+        calls = f"({call})* {free}TEXT?" if self.rules.parallel else f"({call} | {free}TEXT?)"
+        self._lark.append(f"start: {begin}{calls}")
 
     def _add_calls(self) -> None:
+        if self.format.template is not None:
+            described = self.format.template.calls(self.rules.tools)
+            self._lark += described.rules(parallel=self.rules.parallel, behind_text=self._is_free)
+            return
         call_format = self.format.calls
         assert call_format is not None
         match call_format.name:
@@ -120,7 +138,7 @@ class ToolGrammar:
 
     def _blocks(self, open: str, before: str, calls: Sequence[str], after: str, close: str) -> None:
         """Add blocks of one call each."""
-        self._lark.append(f"rest: {_literal(before)} ({' | '.join(calls)}) {_literal(after)} {self._marker(close)}")
+        self._lark.append(f"rest: {literal(before)} ({' | '.join(calls)}) {literal(after)} {self._marker(close)}")
         self._lark.append(self._until("head", open))
         more = self._more(f'"\\n" {self._marker(open)} rest')
         self._lark.append(f"calls: {self._marker(open)} rest {more}")
@@ -129,7 +147,7 @@ class ToolGrammar:
         marker = self._marker("[TOOL_CALLS]")
         if self.format.mistral_args:
             calls = [
-                f"{_literal(tool.name)} {self._marker('[ARGS]')} {self._json(f'args_{i}', tool.schema)}"
+                f"{literal(tool.name)} {self._marker('[ARGS]')} {self._json(f'args_{i}', tool.schema)}"
                 for i, tool in enumerate(self.rules.tools)
             ]
             self._lark.append(f"rest: {' | '.join(calls)}\ncalls: {marker} rest {self._more(f'{marker} rest')}")
@@ -161,7 +179,7 @@ class ToolGrammar:
         calls = []
         for number, tool in enumerate(rules.tools):
             recipient = f" to=functions.{tool.name}"
-            header = f'({channel} {_literal(f"commentary{recipient}")} | {_literal(recipient)} {channel} "commentary")'
+            header = f'({channel} {literal(f"commentary{recipient}")} | {literal(recipient)} {channel} "commentary")'
             arguments = self._json(f"args_{number}", tool.schema)
             calls.append(f'{header} (" "? {constrain} "json" | " json")? {message} {arguments}')
         if calls:
@@ -171,30 +189,25 @@ class ToolGrammar:
         """Return the parts of a call as a JSON object."""
         tool = self.rules.tools[number]
         head = f'{{"name": {json.dumps(tool.name)}, "{key}": '
-        return f'{_literal(head)} {self._json(f"args_{number}", tool.schema)} "}}"'
+        return f'{literal(head)} {self._json(f"args_{number}", tool.schema)} "}}"'
 
     def _xml_call(self, number: int) -> str:
         """Return the parts of a call with one tag for each parameter, in the order of the schema."""
         tool = self.rules.tools[number]
-        if broken := OBJECT_RULES & tool.schema.keys():
-            raise ValueError(
-                f"tool {tool.name!r} has {min(broken)} beside its properties, which qwen3_coder cannot express"
-            )
-        parts = [_literal(f"<function={tool.name}>\n")]
+        parts = [literal(f"<function={tool.name}>\n")]
         definitions: dict[str, Any] = {
             name: tool.schema[name] for name in ("$defs", "definitions") if name in tool.schema
         }
         if "properties" not in tool.schema and tool.schema.get("additionalProperties") is not False:
             parts.append(self._free_parameters(number, tool.schema.get("additionalProperties", True), definitions))
-        properties, required = tool.schema.get("properties") or {}, tool.schema.get("required") or ()
-        for name in dict.fromkeys([*properties, *required]):
+        for name, schema, is_required in parameters_of(tool.schema):
             if re.search(r"[>\n]", name):
-                raise ValueError(f"tool {tool.name!r} has a parameter {name!r}, which qwen3_coder cannot express")
+                raise ValueError(f"it has a parameter {name!r:.64}, which qwen3_coder cannot express")
             value = f"value_{number}_{len(parts)}"
-            self._add_xml_value(value, properties.get(name, True), definitions)
-            tag = f"({_literal(f'<parameter={name}>' + NEWLINE)} {value} {_literal(NEWLINE)})"
-            parts.append(tag if name in required else f"{tag}?")
-        return " ".join([*parts, _literal("</function>")])
+            self._add_xml_value(value, schema, definitions)
+            tag = f"({literal(f'<parameter={name}>' + NEWLINE)} {value} {literal(NEWLINE)})"
+            parts.append(tag if is_required else f"{tag}?")
+        return " ".join([*parts, literal("</function>")])
 
     def _free_parameters(self, number: int, schema: Any, definitions: dict[str, Any]) -> str:
         """Return parameters of any name, for a schema without properties."""
@@ -205,17 +218,15 @@ class ToolGrammar:
     def _add_xml_value(self, rule: str, schema: Any, definitions: dict[str, Any]) -> None:
         """Add the rule of a parameter's value with its closing tag."""
         if not is_text(schema):
-            value = (schema if isinstance(schema, dict) else {}) | definitions
-            if schema is False:
-                raise ValueError("a required parameter has the schema false, so that no call is valid")
+            value = with_definitions(schema, definitions)
             self._lark.append(
-                f"{rule}: {self._json(f'{rule}_json', value, WHITESPACE)} {_literal(NEWLINE + '</parameter>')}"
+                f"{rule}: {self._json(f'{rule}_json', value, WHITESPACE)} {literal(NEWLINE + '</parameter>')}"
             )
         elif (choices := text_choices(schema)) is not None:
-            literals = " | ".join(_literal(text) for text in choices)
-            self._lark.append(f"{rule}: ({literals}) {_literal(NEWLINE + '</parameter>')}")
+            literals = " | ".join(literal(text) for text in choices)
+            self._lark.append(f"{rule}: ({literals}) {literal(NEWLINE + '</parameter>')}")
         else:
-            self._lark.append(f"{rule}[lazy]: TEXT {_literal(NEWLINE + '</parameter>')}")
+            self._lark.append(f"{rule}[lazy]: TEXT {literal('</parameter>')}")
 
     def _json(self, rule: str, schema: dict[str, Any], whitespace: str = " ?") -> str:
         """Add a rule for JSON that follows a schema, on one line unless `whitespace` allows more; return its name."""
@@ -224,15 +235,14 @@ class ToolGrammar:
         return rule
 
     def _marker(self, text: str) -> str:
-        """Return a marker as its special token, or as the text that it is for other tokenizers."""
-        token = self.format.special.get(text)
-        return _literal(text) if token is None else f"<[{token}]>"
+        """Return a marker as its special tokens, or as the text that it is for other tokenizers."""
+        return " ".join(self._markers.text(text))
+
+    @cached_property
+    def _markers(self) -> MarkerGrammar:
+        return self.format.template.markers if self.format.template else MarkerGrammar(self.format.special)
 
     def _until(self, rule: str, marker: str) -> str:
         """Return a rule for free text up to the first marker, and the marker."""
         part = self._marker(marker)
         return f"{rule}: TEXT {part}" if part.startswith("<[") else f"{rule}[lazy]: TEXT {part}"
-
-
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False) if text else ""

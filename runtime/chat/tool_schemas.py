@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+REFERENCE = re.compile(r"#/(\$defs|definitions)/([^/~%]+)")
 ANNOTATIONS = frozenset({"title", "description", "examples", "default", "$comment", "deprecated"})
 SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 VALUES = frozenset({"enum", "const", "required", "dependentRequired", "x-guidance"})  # hold no schemas
@@ -43,6 +45,63 @@ class ToolSchema:
         """Return the tool as chat templates take it, which is OpenAI's form."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters}
         return {"type": "function", "function": {name: value for name, value in function.items() if value is not None}}
+
+    def for_parser(self) -> dict[str, Any]:
+        """Return the tool as transformers' parser takes it, which finds no types behind references."""
+        properties = self.parameters.get("properties")
+        if not isinstance(properties, dict):
+            return self.for_template()
+        resolved = {name: definition_of(schema, self.parameters) or schema for name, schema in properties.items()}
+        return replace(self, parameters=self.parameters | {"properties": resolved}).for_template()
+
+
+def definition_of(schema: Any, root: dict[str, Any]) -> Any:
+    """Return the definition to which a schema refers and nothing else; None for other schemas."""
+    reference = schema.get("$ref") if isinstance(schema, dict) and len(schema) == 1 else None
+    match = REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
+    definitions = root.get(match[1]) if match else None
+    return definitions.get(match[2]) if match and isinstance(definitions, dict) else None
+
+
+def parameters_of(schema: dict[str, Any]) -> Iterator[tuple[str, Any, bool]]:
+    """Yield the name and the schema of each parameter, and whether it is required.
+
+    Raises ValueError for rules beside the properties, which formats with a tag for each parameter cannot express.
+    """
+    if broken := OBJECT_RULES & schema.keys():
+        raise ValueError(f"it has {min(broken)} beside its properties")
+    properties, required = schema.get("properties", {}), schema.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise ValueError("its properties are no object, or its required ones are no list")
+    if not all(isinstance(name, str) for name in required):
+        raise ValueError("its required properties are not all named by texts")
+    for name in dict.fromkeys([*properties, *required]):
+        yield name, properties.get(name, True), name in required
+
+
+def with_definitions(schema: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a part of the arguments, with the definitions to which it refers.
+
+    Raises ValueError for the schema false, and for a reference to another place, which the part does not have.
+    """
+    if schema is False:
+        raise ValueError("a required parameter has the schema false, so that no call is valid")
+    if not isinstance(schema, dict):
+        return dict(definitions)
+    for reference in _references([schema, definitions]):
+        if not REFERENCE.match(str(reference)):
+            raise ValueError(f"its $ref {str(reference)!r:.64} is neither in $defs nor in definitions")
+    return schema | definitions
+
+
+def _references(schemas: Sequence[Any]) -> Iterator[Any]:
+    for schema in schemas:
+        if isinstance(schema, dict):
+            if "$ref" in schema:
+                yield schema["$ref"]
+            yield from _references([value for name, value in schema.items() if name not in VALUES])
+        elif isinstance(schema, list):
+            yield from _references(schema)
 
 
 def without_annotations(schema: Any) -> Any:

@@ -11,9 +11,10 @@ loss of the raylet), "drain". One server after another serves for all of them, t
 Flags after `--` go to the server.
 
 Each stream has a seed, and its text is compared with that of an undisturbed server. Two of the streams have a grammar
-that no other request has, and two are chats. A server may end with status 1 and the reason in its last line; then
-another one is started, as a supervisor does, and its clients' streams do not count. Faults are: wrong text, an error or
-no end of a stream of a server that lives, an end with another status or without a reason, processes that are left.
+that no other request has, and two are chats. Three call a tool, in each of the three APIs of chats. A server may end
+with status 1 and the reason in its last line; then another one is started, as a supervisor does, and its clients'
+streams do not count. Faults are: wrong text, an error or no end of a stream of a server that lives, an end with another
+status or without a reason, processes that are left.
 
 Prints one line for each kill and for each fault. The last line is JSON. The exit status is 1 if there were faults.
 """
@@ -33,12 +34,17 @@ import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 from process_tree import process_tree
 from server_process import ServerProcess, wait
 
 NUM_STREAMS, CHATS = 16, (12, 13)
+TOOL_PATHS = {9: "/v1/chat/completions", 10: "/v1/responses", 11: "/v1/messages"}
+WORDS = {"type": "array", "items": {"enum": ["sun", "moon", "star"]}, "minItems": 20, "maxItems": 30}
+SCHEMA = {"type": "object", "properties": {"words": WORDS}, "required": ["words"], "additionalProperties": False}
+ENDS = ("response.completed", "response.incomplete", "message_stop")
 STREAM_S = 300.0  # a stream without an end for so long is lost; ranks may be down for most of it
 END_S = 90.0
 NOTICE = re.compile(r"ERROR|error:|WARNING the grammar compiler")
@@ -69,8 +75,10 @@ class Outcome:
 
 
 def body_of(number: int, unique: int, length: int) -> dict[str, object]:
-    """Return a request; numbers 12 and 13 are chats, 14 and 15 have a grammar of their own."""
+    """Return a request; numbers 9 to 11 call a tool, 12 and 13 are chats, 14 and 15 have a grammar of their own."""
     prompt = ["In the beginning", "And it came to pass", "The king", "Blessed is"][number % 4]
+    if number in TOOL_PATHS:
+        return tool_body(TOOL_PATHS[number], [{"role": "user", "content": prompt}], length)
     body: dict[str, object] = {
         "seed": number, "max_tokens": length, "temperature": 0.9, "stream": True, "ignore_eos": True,
     }  # fmt: skip
@@ -80,6 +88,39 @@ def body_of(number: int, unique: int, length: int) -> dict[str, object]:
     return body
 
 
+def tool_body(path: str, messages: list[dict[str, str]], length: int) -> dict[str, object]:
+    """Return a chat with a tool that must be called."""
+    body: dict[str, object] = {"model": "lockstep-demo", "temperature": 0, "stream": True}
+    function: dict[str, object] = {"name": "say", "parameters": SCHEMA}
+    if path == "/v1/messages":
+        tool = {"name": "say", "input_schema": SCHEMA}
+        return body | {"messages": messages, "max_tokens": length, "tools": [tool], "tool_choice": {"type": "any"}}
+    body["tool_choice"] = "required"
+    if path == "/v1/responses":
+        return body | {"input": messages, "max_output_tokens": length, "tools": [{"type": "function", **function}]}
+    return body | {"messages": messages, "max_tokens": length, "tools": [{"type": "function", "function": function}]}
+
+
+def path_of(number: int) -> str:
+    return TOOL_PATHS.get(number, "/v1/chat/completions" if number in CHATS else "/v1/completions")
+
+
+def text_of(event: dict[str, Any]) -> str:
+    """Return the text or the arguments of an event of any API."""
+    if "choices" not in event:
+        delta = event.get("delta") or ""
+        return delta if isinstance(delta, str) else delta.get("partial_json") or delta.get("text") or ""
+    choice = event["choices"][0]
+    if "text" in choice:
+        return str(choice["text"])
+    calls = "".join(call["function"].get("arguments") or "" for call in choice["delta"].get("tool_calls") or ())
+    return (choice["delta"].get("content") or "") + calls
+
+
+def is_end(event: dict[str, Any]) -> bool:
+    return bool(event["choices"][0]["finish_reason"]) if "choices" in event else event["type"] in ENDS
+
+
 def grammar(unique: int) -> str:
     return f"(([a-z]{{2,6}} ){{12,18}}){unique}"
 
@@ -87,8 +128,7 @@ def grammar(unique: int) -> str:
 async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object], times: list[float] | None = None) -> str:
     """Return the text of a stream; raises RuntimeError for an error of the server. Appends each event's time."""
     text, finished = "", False
-    path = "/v1/chat/completions" if "messages" in body else "/v1/completions"
-    async with client.stream("POST", url + path, json=body) as response:
+    async with client.stream("POST", url, json=body) as response:
         if response.status_code != 200:
             raise RuntimeError(f"HTTP {response.status_code}: {(await response.aread()).decode()[:300]}")
         async for line in response.aiter_lines():
@@ -96,11 +136,10 @@ async def stream(client: httpx.AsyncClient, url: str, body: dict[str, object], t
                 event = json.loads(line[6:])
                 if times is not None:
                     times.append(time.monotonic())
-                if "error" in event:
-                    raise RuntimeError(str(event["error"])[:300])
-                choice = event["choices"][0]
-                text += choice["text"] if "text" in choice else choice["delta"].get("content") or ""
-                finished = finished or choice["finish_reason"] in ("stop", "length")
+                if event.get("type") == "error" or event.get("error"):
+                    raise RuntimeError(str(event)[:300])
+                text += text_of(event)
+                finished = finished or is_end(event)
     if not finished:
         raise RuntimeError("the stream ended early")
     return text
@@ -137,7 +176,7 @@ class Clients:
         times.clear()
         body = body_of(number, unique, self._length)
         try:
-            text = await asyncio.wait_for(stream(client, url, body, times), STREAM_S)
+            text = await asyncio.wait_for(stream(client, url + path_of(number), body, times), STREAM_S)
         except Exception as error:  # noqa: BLE001 - anything is a lost stream
             last = f", the last one {time.monotonic() - times[-1]:.0f} s ago" if times else ""
             await asyncio.sleep(0.5)
@@ -176,8 +215,8 @@ class Soak:
     async def learn(self, server: KillableServer, url: str) -> None:
         """Note the texts of an undisturbed server."""
         async with httpx.AsyncClient(timeout=STREAM_S) as client:
-            bodies = [body_of(number, 999, self.length) for number in range(NUM_STREAMS)]
-            self.expected = await asyncio.gather(*(stream(client, url, body) for body in bodies))
+            bodies = [(path_of(number), body_of(number, 999, self.length)) for number in range(NUM_STREAMS)]
+            self.expected = await asyncio.gather(*(stream(client, url + path, body) for path, body in bodies))
 
     async def kill_at_random(self, seconds: float, least_s: float, most_s: float) -> None:
         """Serve for some seconds and send random signals."""

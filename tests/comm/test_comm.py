@@ -65,7 +65,7 @@ def many_with_a_laggard(comm: Communicator) -> bool:
             (comm.all_reduce(torch.full((17,), float(i + comm.rank))) == comm.size * i + sum(range(comm.size))).all()
         )
     comm.close()
-    return ok
+    return ok and (comm.rank == 1 or comm.host_s > 0.05)  # rank 0 has waited 0.1 s
 
 
 def dies(comm: Communicator) -> tuple[str, float]:

@@ -224,6 +224,13 @@ def test_tokens_are_the_same_when_requests_come_and_go(llama_folder: Path, basel
     assert len(cancelled) >= 10
 
 
+def test_attention_of_a_cpu_is_a_part_of_a_step(llama_folder: Path) -> None:
+    engines: list[Engine] = []
+    run_engine(llama_folder, mixed(), between=lambda step, engine: engines.append(engine))
+    assert 0 < engines[-1].stats.attention_s < engines[-1].stats.launch_s
+    assert engines[-1].stats.collective_s == 0
+
+
 def test_prefix_is_computed_once_within_one_step(llama_folder: Path) -> None:
     prompt = prompts()[9]  # 64 tokens, pages of 4
     actual = run_engine(llama_folder, [request(i, prompt) for i in range(4)])

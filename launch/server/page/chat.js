@@ -25,11 +25,22 @@ export function setModel(name) {
   model = name;
 }
 
-const inputs = () => [...element("parameters").querySelectorAll("input[name]")];
+const inputs = () => [...element("parameters").querySelectorAll("input, select")];
+
+// Returns the tools of the user; undefined for text that is not a JSON list.
+function tools() {
+  try {
+    const list = JSON.parse(element("tools").value.trim() || "[]");
+    return Array.isArray(list) ? list : undefined;
+  } catch {
+    return undefined;
+  }
+}
 
 // An input that is not a number has the value "", like an empty one; reportValidity shows the user which.
-function areNumbers() {
-  const wrong = inputs().find((input) => input.validity.badInput);
+function areValid() {
+  element("tools").setCustomValidity(tools() ? "" : "This is not a JSON list.");
+  const wrong = [...inputs(), element("tools")].find(({ validity }) => validity.badInput || validity.customError);
   if (!wrong) return true;
   element("settings").open = true;
   return wrong.reportValidity();
@@ -37,13 +48,22 @@ function areNumbers() {
 
 function parameters() {
   const filled = inputs().filter((input) => input.value !== "");
-  return Object.fromEntries(filled.map((input) => [input.name, Number(input.value)]));
+  const fields = filled.map(({ name, type, value }) => [name, type === "number" ? Number(value) : value]);
+  return Object.fromEntries(tools().length ? [...fields, ["tools", tools()]] : fields);
+}
+
+// Returns the messages of a turn: an answer with calls is followed by their results.
+function messagesOf({ role, content, toolCalls }) {
+  if (!toolCalls.length) return [{ role, content }];
+  const calls = toolCalls.map((call) => ({ id: call.id, type: "function", function: { name: call.name, arguments: call.arguments } }));
+  const results = toolCalls.map((call) => ({ role: "tool", tool_call_id: call.id, content: call.result }));
+  return [{ role, content, tool_calls: calls }, ...results];
 }
 
 function messages() {
   const system = element("system").value.trim();
   const kept = turns.filter((turn) => !turn.failure && (turn.role === "user" || turn.done));
-  const sent = kept.map(({ role, content }) => ({ role, content }));
+  const sent = kept.flatMap(messagesOf);
   return system ? [{ role: "system", content: system }, ...sent] : sent;
 }
 
@@ -70,7 +90,10 @@ function show(turn) {
   };
   if (turn.reasoning) {
     const fold = part("thinkingNode", "details", "thinking");
-    if (!fold.firstChild) fold.append(make("summary"), make("p"));
+    if (!fold.firstChild) {
+      fold.append(make("summary"), make("p"));
+      node.prepend(fold);
+    }
     fold.firstChild.textContent = turn.content || turn.done ? "Thinking" : "Thinking …";
     fold.lastChild.textContent = turn.reasoning;
   }
@@ -79,21 +102,26 @@ function show(turn) {
   else body.innerHTML = markdown.render(turn.content);
   turn.toolCalls.forEach((call, index) => {
     const fold = part(`callNode${index}`, "details", "call");
-    if (!fold.firstChild) fold.append(make("summary"), make("pre", {}, make("code")));
+    if (!fold.firstChild) {
+      const oninput = (event) => (call.result = event.target.value);
+      fold.append(make("summary"), make("pre", {}, make("code")), make("textarea", { rows: 1, placeholder: "Result", oninput }));
+      fold.lastChild.setAttribute("aria-label", "Result");
+    }
     fold.firstChild.textContent = `Tool call: ${call.name}`;
-    fold.lastChild.firstChild.textContent = call.arguments;
+    fold.querySelector("code").textContent = call.arguments;
   });
   if (turn.failure) part("failureNode", "p", "failure").textContent = turn.failure;
   node.classList.toggle("error", Boolean(turn.failure));
   if (turn.done || turn.role === "user") addTools(turn, part("toolsNode", "div", "tools"), body);
 }
 
-function addTools(turn, tools, body) {
+function addTools(turn, bar, body) {
   const button = (textContent, onclick) => make("button", { type: "button", textContent, onclick });
   const copy = (text) => (event) =>
     navigator.clipboard.writeText(text()).then(() => (event.target.textContent = "Copied"));
   const first = turn.role === "user" ? button("Edit", () => edit(turn)) : button("Copy", copy(() => turn.content));
-  tools.replaceChildren(first, turn.figures);
+  const results = turn.toolCalls.length ? [button("Send results", () => sendResults(turn))] : [];
+  bar.replaceChildren(first, ...results, turn.figures);
   for (const block of body.querySelectorAll("pre"))
     if (!block.querySelector("button")) block.append(button("Copy", copy(() => block.querySelector("code").textContent)));
 }
@@ -112,7 +140,7 @@ function take(turn, delta) {
   turn.content += delta.content ?? "";
   turn.reasoning += delta.reasoning_content ?? delta.reasoning ?? "";
   for (const call of delta.tool_calls ?? []) {
-    const known = (turn.toolCalls[call.index] ??= { name: "", arguments: "" });
+    const known = (turn.toolCalls[call.index] ??= { id: call.id, name: "", arguments: "", result: "" });
     known.name += call.function?.name ?? "";
     known.arguments += call.function?.arguments ?? "";
   }
@@ -198,9 +226,14 @@ function ask(question) {
   answer();
 }
 
+// Continues behind the calls of the last answer.
+function sendResults(turn) {
+  if (!running && turn === turns.at(-1) && areValid()) answer();
+}
+
 function regenerate() {
   const last = turns.findLastIndex((turn) => turn.role === "user");
-  if (running || last < 0 || !areNumbers()) return;
+  if (running || last < 0 || !areValid()) return;
   cut(last + 1);
   turns[last].failure = "";
   answer();
@@ -209,7 +242,7 @@ function regenerate() {
 element("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const question = element("question").value.trim();
-  if (question && !running && areNumbers()) {
+  if (question && !running && areValid()) {
     element("question").value = "";
     ask(question);
   }

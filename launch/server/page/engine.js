@@ -5,19 +5,27 @@ import { element, make } from "./api.js";
 const WINDOW_S = 300; // this much is shown
 const HEIGHT = 160;
 const perSecond = (name) => (now, last, seconds) => (now[name] - last[name]) / seconds;
-const perStep = (name) => (now, last) => (1000 * (now[name] - last[name])) / (now.steps - last.steps);
+const perStep = (...names) => (now, last) => {
+  const [first, ...others] = names.map((name) => now[name] - last[name]);
+  return (1000 * others.reduce((rest, part) => rest - part, first)) / (now.steps - last.steps);
+};
+const ON_CPU = {
+  "GEMMs and the rest": perStep("launch_s", "attention_s", "collective_s"),
+  attention: perStep("attention_s"), communication: perStep("collective_s"),
+  host: (now, last) => perStep("schedule_s")(now, last) + perStep("commit_s")(now, last),
+};
+const ON_GPU = { "wait for the GPU": perStep("wait_s"), launch: perStep("launch_s"), schedule: perStep("schedule_s"), commit: perStep("commit_s") };
+const GPU_NOTE = "The host does not see the kernels of a GPU; lockstep bench throughput --profile traces them.";
 
 // Each series: its label and its value from two readings of /stats and the seconds between them; NaN leaves a gap.
-const CHARTS = [
+const chartsOf = (onGpu) => [
   ["Tokens per second", "", { output: perSecond("output_tokens"), prompt: perSecond("prompt_tokens") }],
   ["Requests", "", { running: (now) => now.running, waiting: (now) => now.waiting }],
   ["KV cache and prefix cache", " %", {
     "KV cache in use": (now) => 100 * now.kv_usage,
     "prefix hits": (now, last) => (100 * (now.cached_tokens - last.cached_tokens)) / (now.prefix_queries - last.prefix_queries),
   }],
-  ["Time of a step, at the host", " ms", {
-    schedule: perStep("schedule_s"), launch: perStep("launch_s"), "wait for the device": perStep("wait_s"), commit: perStep("commit_s"),
-  }],
+  ["Time of a step on rank 0", " ms", onGpu ? ON_GPU : ON_CPU, onGpu ? GPU_NOTE : ""],
 ];
 const FIGURES = {
   running: (now) => now.running,
@@ -33,12 +41,17 @@ const FIGURES = {
 };
 
 const times = [];
-const charts = CHARTS.map(([, , series]) => ({
-  plot: null, // a uPlot, once the view is shown
-  series: Object.values(series),
-  data: Object.keys(series).map(() => []),
-}));
+let charts = []; // made with the first reading, which has the devices of the ranks
 let last = null;
+
+function makeCharts(ranks) {
+  charts = chartsOf(ranks.some((rank) => rank.device.startsWith("GPU"))).map(([title, unit, series, note]) => ({
+    title, unit, note, labels: Object.keys(series), series: Object.values(series),
+    data: Object.keys(series).map(() => []),
+    plot: null, // a uPlot, once the view is shown
+  }));
+  drawCharts();
+}
 
 const color = (name) => {
   const probe = document.body.appendChild(make("span"));
@@ -48,7 +61,7 @@ const color = (name) => {
   return value;
 };
 
-function makePlot([, unit, series], figure, data) {
+function makePlot({ unit, labels, data }, figure) {
   const text = (plot, value) => (value === null || value === undefined ? "-" : `${Number(value.toPrecision(4))}${unit}`);
   const axis = { stroke: color("--muted"), grid: { stroke: color("--line"), width: 1 }, ticks: { show: false } };
   return new window.uPlot(
@@ -56,7 +69,7 @@ function makePlot([, unit, series], figure, data) {
       width: Math.max(200, figure.clientWidth - 18), height: HEIGHT,
       axes: [axis, { ...axis, size: 56 }],
       scales: { x: { time: true }, y: { range: (_, low, high) => [0, (high || 1) * 1.1] } },
-      series: [{}, ...Object.keys(series).map((label, number) => (
+      series: [{}, ...labels.map((label, number) => (
         { label, stroke: color(`--series-${number + 1}`), width: 2, spanGaps: false, points: { show: false }, value: text }
       ))],
     },
@@ -73,11 +86,12 @@ function showLast(plot) {
 // Draws all charts anew: the first time, and when the theme or the width has changed.
 export function drawCharts() {
   if (element("engine").hidden) return;
-  const figures = CHARTS.map(([title]) => make("figure", {}, make("figcaption", { textContent: title })));
+  const figures = charts.map(({ title, note }) =>
+    make("figure", {}, make("figcaption", { textContent: title }), ...(note ? [make("small", { textContent: note })] : [])));
   element("charts").replaceChildren(...figures); // all of them first: the grid sets their widths
-  CHARTS.forEach((chart, index) => {
-    charts[index].plot = makePlot(chart, figures[index], charts[index].data);
-    showLast(charts[index].plot);
+  charts.forEach((chart, index) => {
+    chart.plot = makePlot(chart, figures[index]);
+    showLast(chart.plot);
   });
 }
 
@@ -117,7 +131,8 @@ function showEvents(incidents) {
 export function showStats(stats) {
   const now = { ...stats, at: performance.now() };
   const seconds = last ? (now.at - last.at) / 1000 : 0;
-  extend(now, seconds);
+  if (!charts.length && stats.ranks.length) makeCharts(stats.ranks);
+  if (charts.length) extend(now, seconds);
   element("figures").replaceChildren(...Object.entries(FIGURES).map(([name, value]) =>
     make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value(now, last, seconds) }))));
   showRanks(stats.ranks);

@@ -9,9 +9,18 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from ....runtime.request import MAX_STOP_STRINGS
+from .input_models import (
+    ChatFields,
+    InputModel,
+    as_texts,
+    call_fields,
+    choice_fields,
+    format_fields,
+    tool_fields,
+    type_of,
+)
 from .message_models import MAX_TOOLS, ToolName
 from .request_models import Count, Metadata, ReasoningEffort, Stop
-from .responses_models import ChatFields, InputModel
 from .strict_model import StrictModel
 
 CacheControl = dict[str, Any]
@@ -24,12 +33,8 @@ class TextBlock(InputModel):
     citations: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
-def _as_blocks(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
 TEXTS_ONLY = Field(description="a string or a list of text blocks; images and documents are not implemented")
-TextBlocks = Annotated[list[TextBlock], BeforeValidator(_as_blocks), TEXTS_ONLY]
+TextBlocks = Annotated[list[TextBlock], BeforeValidator(as_texts), TEXTS_ONLY]
 
 
 class ThinkingBlock(InputModel):
@@ -58,17 +63,13 @@ class ToolResultBlock(InputModel):
     cache_control: CacheControl | None = None
 
 
-def _kind(block: Any) -> Any:
-    return block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
-
-
 Block = Annotated[
     Annotated[TextBlock, Tag("text")]
     | Annotated[ThinkingBlock, Tag("thinking")]
     | Annotated[ToolUseBlock, Tag("tool_use")]
     | Annotated[ToolResultBlock, Tag("tool_result")],
     Discriminator(
-        _kind,
+        type_of,
         custom_error_type="unknown_block",
         custom_error_message="expected a block of type text, thinking, tool_use or tool_result",
     ),
@@ -77,7 +78,7 @@ Block = Annotated[
 
 class AnthropicMessage(StrictModel):
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(_as_blocks)]
+    content: Annotated[list[Block], BeforeValidator(as_texts)]
 
     def chat_messages(self) -> Iterator[ChatFields]:
         """Yield the messages of a chat: results of tools each have one, before the rest."""
@@ -98,8 +99,7 @@ class AnthropicMessage(StrictModel):
 
 
 def _call(block: ToolUseBlock) -> ChatFields:
-    arguments = json.dumps(block.input, ensure_ascii=False)
-    return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
+    return call_fields(block.id, block.name, json.dumps(block.input, ensure_ascii=False))
 
 
 class AnthropicTool(StrictModel):
@@ -114,8 +114,7 @@ class AnthropicTool(StrictModel):
     eager_input_streaming: bool | None = None
 
     def chat_tool(self) -> ChatFields:
-        function = {"name": self.name, "description": self.description, "parameters": self.input_schema}
-        return {"type": "function", "function": function | {"strict": self.strict}}
+        return tool_fields(self.name, self.description, self.input_schema, self.strict)
 
 
 class AnthropicToolChoice(StrictModel):
@@ -125,7 +124,7 @@ class AnthropicToolChoice(StrictModel):
 
     def chat_choice(self) -> str | ChatFields:
         if self.type == "tool":
-            return {"type": "function", "function": {"name": self.name or ""}}
+            return choice_fields(self.name or "")
         return "required" if self.type == "any" else self.type
 
 
@@ -187,8 +186,7 @@ class CountTokensRequest(StrictModel):
         if choice is not None and choice.disable_parallel_tool_use:
             fields["parallel_tool_calls"] = False
         if config is not None and config.format is not None:
-            schema = {"name": "answer", "schema": config.format.schema_}
-            fields["response_format"] = {"type": "json_schema", "json_schema": schema}
+            fields["response_format"] = format_fields({"schema": config.format.schema_})
         return fields
 
 

@@ -230,7 +230,7 @@ class ChatRequest(GenerateFields, TemplateFields):
 
     UNSUPPORTED: ClassVar = GenerateFields.UNSUPPORTED | {
         "audio", "best_of", "chat_template", "documents", "functions", "mm_processor_kwargs", "prediction",
-        "verbosity", "web_search_options",
+        "web_search_options",
     }  # fmt: skip
 
     messages: Messages
@@ -246,6 +246,7 @@ class ChatRequest(GenerateFields, TemplateFields):
     store: NeutralFalse = None
     function_call: Annotated[Literal["none"] | None, NEUTRAL_ONLY] = None
     modalities: Annotated[list[Literal["text"]] | None, NEUTRAL_ONLY] = None
+    verbosity: Annotated[Literal["medium"] | None, NEUTRAL_ONLY] = None
 
 
 GenerateRequest = CompletionRequest | ChatRequest

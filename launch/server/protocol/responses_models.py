@@ -5,26 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
-from typing_extensions import Self
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
+from .input_models import (
+    ChatFields,
+    InputModel,
+    as_texts,
+    call_fields,
+    choice_fields,
+    format_fields,
+    tool_fields,
+    type_of,
+)
 from .message_models import MAX_TOOLS, ToolName
 from .request_models import Count, Metadata, ReasoningEffort, SamplingFields, TemplateKwargs, TopCount
 from .strict_model import FalseOnly, NeutralFalse, StrictModel
-
-ChatFields = dict[str, Any]  # fields of a ChatRequest, or of one of its messages
-
-
-class InputModel(StrictModel):
-    """A part of the input; clients send back what they got, with null for each field that they know."""
-
-    @model_validator(mode="after")
-    def _refuse_other_fields(self) -> Self:
-        for name, value in (self.model_extra or {}).items():
-            if value is not None:
-                raise PydanticCustomError("unknown_parameter", "unknown field", {"name": name})
-        return self
 
 
 class InputText(InputModel):
@@ -37,12 +32,8 @@ class InputText(InputModel):
     prompt_cache_breakpoint: dict[str, Any] | None = None
 
 
-def _as_parts(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
 TEXTS_ONLY = Field(description="a string or a list of text parts; images, audio and files are not implemented")
-Texts = Annotated[list[InputText], BeforeValidator(_as_parts), TEXTS_ONLY]
+Texts = Annotated[list[InputText], BeforeValidator(as_texts), TEXTS_ONLY]
 
 
 class InputMessage(InputModel):
@@ -83,8 +74,8 @@ class InputReasoning(InputModel):
     status: str | None = None
 
 
-def _kind(item: Any) -> Any:
-    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+def _type_of_item(item: Any) -> Any:
+    return "message" if isinstance(item, dict) and "type" not in item else type_of(item)
 
 
 def _as_items(value: Any) -> Any:
@@ -97,7 +88,7 @@ InputItem = Annotated[
     | Annotated[InputCallOutput, Tag("function_call_output")]
     | Annotated[InputReasoning, Tag("reasoning")],
     Discriminator(
-        _kind,
+        _type_of_item,
         custom_error_type="unknown_item",
         custom_error_message="expected a message, function_call, function_call_output or reasoning",
     ),
@@ -134,7 +125,7 @@ ResponsesTools = Annotated[
     Annotated[ResponsesFunction, Tag("function")]
     | Annotated[ToolNamespace, Tag("namespace")]
     | Annotated[OfflineWebSearch, Tag("web_search")],
-    Discriminator(_kind, custom_error_type="unknown_tool", custom_error_message="expected a function or a namespace"),
+    Discriminator(type_of, custom_error_type="unknown_tool", custom_error_message="expected a function or a namespace"),
 ]
 
 
@@ -211,11 +202,11 @@ class ResponsesRequest(SamplingFields):
         """Return the fields of the chat request that computes the answer."""
         choice = self.tool_choice
         if isinstance(choice, ResponsesTool):
-            choice = {"type": "function", "function": {"name": choice.name}}  # type: ignore[assignment]
+            choice = choice_fields(choice.name)  # type: ignore[assignment]
         fields = {
             "messages": list(_merge_system(_messages(self.instructions, self.input))),
             "max_completion_tokens": self.max_output_tokens,
-            "tools": [{"type": "function", "function": function} for function in self._functions()],
+            "tools": list(self._functions()),
             "tool_choice": choice,
             "reasoning_effort": self.reasoning.effort if self.reasoning else None,
             "response_format": _response_format(self.text.format if self.text else None),
@@ -240,7 +231,7 @@ class ResponsesRequest(SamplingFields):
 
 
 def _function(tool: ResponsesFunction, namespace: str | None = None) -> ChatFields:
-    return tool.model_dump(exclude={"type"}, exclude_none=True) | {"name": full_name(namespace, tool.name)}
+    return tool_fields(full_name(namespace, tool.name), tool.description, tool.parameters, tool.strict)
 
 
 def full_name(namespace: str | None, name: str) -> str:
@@ -253,8 +244,7 @@ def _response_format(text_format: TextFormat | None) -> ChatFields | None:
         return None
     if text_format.type != "json_schema":
         return {"type": text_format.type}
-    schema = text_format.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
-    return {"type": "json_schema", "json_schema": {"name": "answer", **schema}}
+    return format_fields(text_format.model_dump(exclude={"type"}, exclude_none=True, by_alias=True))
 
 
 def _messages(instructions: str | None, items: Sequence[InputItem]) -> Iterator[ChatFields]:
@@ -294,8 +284,8 @@ def _add_to_turn(turn: ChatFields, item: InputMessage | InputCall | InputReasoni
     if isinstance(item, InputReasoning):
         turn["reasoning_content"] = turn.get("reasoning_content", "") + _join(item.content or item.summary or ())
     elif isinstance(item, InputCall):
-        function = {"name": full_name(item.namespace, item.name), "arguments": item.arguments}
-        turn.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+        call = call_fields(item.call_id, full_name(item.namespace, item.name), item.arguments)
+        turn.setdefault("tool_calls", []).append(call)
     else:
         turn["content"] = _join(item.content)
 

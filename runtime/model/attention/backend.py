@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, H query heads and Hkv KV heads of this rank, E head si
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
@@ -38,6 +39,7 @@ class AttentionBackend(Protocol):
     """Causal attention of a batch over its pages; made for one scale, number of heads and head size."""
 
     capturable: bool  # a decode step can be captured in a CUDA graph
+    host_s: float  # time in which a CPU has computed attention; 0 on a GPU, where the host only launches it
 
     def plan(self, batch: Batch) -> None:
         """Prepare for the layers of one step. For a decode-only step this launches, and neither copies nor waits."""
@@ -79,7 +81,7 @@ class TorchAttention:
     capturable = False
 
     def __init__(self, scale: float, softcap: float | None = None) -> None:
-        self.scale, self.softcap = scale, softcap
+        self.scale, self.softcap, self.host_s = scale, softcap, 0.0
 
     def plan(self, batch: Batch) -> None:
         self._batch, host = batch, batch.host
@@ -94,6 +96,7 @@ class TorchAttention:
         self._longest_decode = int(host.kv_lengths[decode_rows].max(initial=0))
 
     def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0) -> Tensor:
+        started = time.perf_counter()
         q = rotate_and_store(qkv, heads, self._batch, cache, group)
         self._sinks, self._pages = heads.sinks, self._page_tables[group]
         out = torch.empty_like(q)
@@ -102,6 +105,8 @@ class TorchAttention:
         for row in self._prefills:
             start, stop = self._batch.host.query_starts[row : row + 2].tolist()
             out[start:stop] = self._prefill(row, q[start:stop], cache, window)
+        if not qkv.is_cuda:
+            self.host_s += time.perf_counter() - started
         return out.flatten(1)
 
     def _decode(self, q: Tensor, cache: KVCache, window: int | None) -> Tensor:
@@ -158,6 +163,7 @@ class BatchInvariantAttention:
     """
 
     capturable = True
+    host_s = 0.0
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class FlashInferAttention:
     """The AttentionBackend for layers with one of `windows`, each with the group of layers that have it."""
 
     capturable = True
+    host_s = 0.0
 
     def __init__(
         self,

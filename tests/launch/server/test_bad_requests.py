@@ -134,7 +134,7 @@ BAD: list[tuple[str, dict[str, Any], str, str | None]] = [  # body, changes, par
     *[("chat/completions", {name: value}, name, "unsupported_parameter") for name, value in {
         "functions": [], "function_call": "auto",
         "guided_decoding_backend": "x", "guided_whitespace_pattern": " ", "audio": {"voice": "x"},
-        "modalities": ["text", "audio"], "chat_template": "{{ 1 }}",
+        "modalities": ["text", "audio"], "verbosity": "low", "chat_template": "{{ 1 }}",
         "use_beam_search": True,
         "best_of": 2, "store": True, "prediction": {}, "documents": [],
     }.items()],

@@ -312,8 +312,12 @@ DELTAS = [
 ANSWER = "".join(f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n" for delta in DELTAS)
 REPLACE_ANSWER = """
 const sendRequest = window.fetch;
-window.fetch = async (url, options) =>
-  String(url).endsWith("/v1/chat/completions") ? new Response(ANSWER) : sendRequest(url, options);
+window.bodies = [];
+window.fetch = async (url, options) => {
+  if (!String(url).endsWith("/v1/chat/completions")) return sendRequest(url, options);
+  window.bodies.push(JSON.parse(options.body));
+  return new Response(ANSWER);
+};
 """
 
 
@@ -324,14 +328,44 @@ def test_markdown_thinking_and_tool_calls_are_drawn(page: Browser) -> None:
     answer = "document.querySelector('.turn:last-child')"
     assert page.evaluate(f"{answer}.querySelector('.thinking p').textContent") == "Let me think."
     assert page.evaluate(f"{answer}.querySelector('.thinking').open") is False
+    assert page.evaluate(f"[...{answer}.children].map((node) => node.className)") == [
+        "thinking",
+        "body",
+        "call",
+        "tools",
+    ]
     assert page.evaluate(f"{answer}.querySelector('.call summary').textContent") == "Tool call: find"
     assert page.evaluate(f"{answer}.querySelector('.call code').textContent") == '{"a": 1}'
+    page.click(".call summary")
+    page.type(".call textarea", "5 found")
+    page.click(".turn:last-child .tools button:nth-child(2)")
+    page.wait("document.querySelectorAll('.turn').length === 3 && document.querySelector('#stop').hidden")
+    call = {"id": "c", "type": "function", "function": {"name": "find", "arguments": '{"a": 1}'}}
+    *_, called, result = page.evaluate("window.bodies.at(-1)")["messages"]
+    assert called["tool_calls"] == [call]
+    assert result == {"role": "tool", "tool_call_id": "c", "content": "5 found"}
     body = page.evaluate(f"{answer}.querySelector('.body').innerHTML")
     for html in ("<h1>Title</h1>", "<strong>bold</strong>", "<code>code</code>", "&lt;b&gt;tag&lt;/b&gt;", "x = 1"):
         assert html in body, html
     links = page.evaluate(f"[...{answer}.querySelectorAll('a')].map((a) => a.href)")
     assert links == ["https://a.example/", "https://b.example/i.png"], "no script, and no image from another host"
     assert "<img" not in body
+
+
+def test_tools_and_thinking_reach_the_request(page: Browser) -> None:
+    tools = [{"type": "function", "function": {"name": "now"}}]
+    page.evaluate("document.querySelector('#settings').open = true")
+    page.type("#tools", "[{")
+    ask(page)
+    page.wait("document.activeElement.id === 'tools'")
+    assert page.requests("/v1/chat/completions") == []
+    page.type("#tools", json.dumps(tools))
+    page.evaluate("document.querySelector('[name=reasoning_effort]').value = 'none'")
+    choose(page, max_tokens=3)
+    page.click("#send")
+    page.wait(IDLE)
+    assert sent(page)["tools"] == tools
+    assert sent(page)["reasoning_effort"] == "none"
 
 
 def test_edit_and_regenerate(page: Browser, server: tuple[str, int]) -> None:
@@ -355,6 +389,10 @@ def test_views_themes_and_phone_width(page: Browser) -> None:
     page.wait("document.querySelectorAll('#charts canvas').length === 4")
     page.wait("Number(document.querySelector('#charts .u-series:nth-child(2) .u-value').textContent) >= 0")
     assert not page.evaluate("document.querySelector('#question').offsetParent")
+    parts = page.evaluate(
+        "[...document.querySelectorAll('#charts figure:last-child .u-label')].map((l) => l.textContent)"
+    )
+    assert parts[1:] == ["GEMMs and the rest", "attention", "communication", "host"]
     grounds = []
     for theme in ("light", "dark", "auto"):
         page.click("#theme")

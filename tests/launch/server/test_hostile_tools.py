@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS as TEMPLATES
 
 from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.launch.engine.grammar_check import GrammarCheck
@@ -19,50 +20,11 @@ from lockstep.runtime.sampling.grammar import Vocabulary
 from lockstep.runtime.tokenizer import Tokenizer
 
 from fake_engine import CHAT, FakeService, Running, fake
+from hostile_schemas import TEXTS, random_schema, random_value
 from small import SMALL
 
-TEXTS = [
-    "",
-    "x",
-    "</think>",
-    "<tool_call>",
-    "\x00",
-    "\ud83d\ude00",
-    "é" * 300,
-    "{{ 7 * 7 }}",
-    '"',
-    "\\",
-    "a\nb",
-    "#/$defs/a",
-]
-KEYWORDS = [
-    "type", "properties", "required", "items", "anyOf", "oneOf", "allOf", "not", "enum", "const", "pattern", "format",
-    "minLength", "maxLength", "minimum", "maximum", "multipleOf", "$ref", "$defs", "additionalProperties", "if", "then",
-    "prefixItems", "uniqueItems", "minItems", "title", "description", "default", "x-guidance", "dependentRequired",
-]  # fmt: skip
-TYPES = ["object", "array", "string", "integer", "number", "boolean", "null", "nonsense"]
 ROUTES = ["/v1/chat/completions", "/v1/responses", "/v1/messages"]
 TEMPERATURE_2 = 2.0
-
-
-def value(rng: random.Random, depth: int = 0) -> Any:
-    """Any JSON value, mostly one that looks like a schema."""
-    kind = rng.random()
-    if depth > 3 or kind < 0.3:
-        return rng.choice([None, True, False, 0, -1, 2**70, 1e308, 0.5, rng.choice(TEXTS), rng.choice(TYPES)])
-    if kind < 0.4:
-        return [value(rng, depth + 1) for _ in range(rng.randrange(4))]
-    return {rng.choice(KEYWORDS + TEXTS): value(rng, depth + 1) for _ in range(rng.randrange(5))}
-
-
-def schema(rng: random.Random) -> Any:
-    if rng.random() < 0.1:
-        return value(rng)
-    names = rng.sample(["city", "n", "a>b", "x y", "", "é", "<parameter=q>"], rng.randrange(4))
-    made = {name: value(rng) if rng.random() < 0.6 else {"type": rng.choice(TYPES)} for name in names}
-    return {"type": "object", "properties": made, "required": [n for n in names if rng.random() < 0.5]} | (
-        {rng.choice(KEYWORDS): value(rng)} if rng.random() < 0.3 else {}
-    )
 
 
 def request(rng: random.Random) -> tuple[str, dict[str, Any]]:
@@ -70,8 +32,8 @@ def request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     route = rng.choice(ROUTES)
     names = rng.sample(["f", "get_weather", "a.b", "x" * 128, "no name"], rng.randrange(1, 4))
     key = "input_schema" if route == "/v1/messages" else "parameters"
-    functions = [{"name": name, "description": rng.choice(TEXTS), key: schema(rng)} for name in names]
-    content = rng.choice([rng.choice(TEXTS), value(rng), [{"type": "text", "text": rng.choice(TEXTS)}]])
+    functions = [{"name": name, "description": rng.choice(TEXTS), key: random_schema(rng)} for name in names]
+    content = rng.choice([rng.choice(TEXTS), random_value(rng), [{"type": "text", "text": rng.choice(TEXTS)}]])
     messages = [*CHAT, {"role": rng.choice(["user", "assistant", "tool", "system"]), "content": content}]
     if rng.random() < 0.3:
         call = {"id": "c", "type": "function", "function": {"name": rng.choice(TEXTS), "arguments": rng.choice(TEXTS)}}
@@ -88,12 +50,19 @@ def request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return route, body | {"tools": tools, "messages": messages, "max_tokens": 3, "tool_choice": choice}
 
 
-@pytest.fixture(params=["hermes", "qwen3_coder"])
+GEMMA = next(template for types, template in TEMPLATES.items() if "gemma4" in types)
+
+
+@pytest.fixture(params=["hermes", "qwen3_coder", "response_template"])
 def compiling(request: pytest.FixtureRequest) -> Iterator[Running]:
-    service = FakeService(Tokenizer(Path(DEMO_MODEL)))
+    tokenizer = Tokenizer(Path(DEMO_MODEL))
+    if request.param == "response_template":
+        tokenizer.response_template = GEMMA
+    service = FakeService(tokenizer)
     grammars = GrammarCheck(Vocabulary(Path(DEMO_MODEL), 2048, (1,)))
     service.check_grammar = grammars.check  # type: ignore[method-assign]
-    running = Running(service, tool_call_parser=request.param, reasoning_parser="qwen3")
+    reasoning = "qwen3" if tokenizer.response_template is None else "auto"
+    running = Running(service, tool_call_parser=request.param, reasoning_parser=reasoning)
     yield running
     running.close()
     grammars.close()
@@ -114,33 +83,63 @@ def test_random_tools_and_messages(compiling: Running, count: int) -> None:
     assert fake(compiling).live == 0
 
 
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "place": {"type": "object", "properties": {"unit": {"type": "string", "enum": ["C", "F"]},
+                                               "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+              "required": ["unit", "days"], "additionalProperties": False},
+    "flags": {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": [1, "x", None]}},
+              "required": ["b"], "additionalProperties": False},
+}  # fmt: skip
+POINT = {"type": "object", "properties": {"x": {"type": "number"}, "y": {"type": ["integer", "null"]}},
+         "required": ["x"], "additionalProperties": False}  # fmt: skip
+NESTED_SCHEMAS: dict[str, dict[str, Any]] = {
+    "path": {"type": "object", "properties": {"at": {"type": "array", "items": {"$ref": "#/$defs/P"}, "minItems": 1,
+                                                     "maxItems": 3}}, "required": ["at"], "$defs": {"P": POINT}},
+    "move": {"type": "object", "properties": {"to": POINT, "fast": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+                                              "size": {"type": "number", "exclusiveMinimum": 0}}, "required": ["size"]},
+    "none": {"type": "object", "properties": {}},
+}  # fmt: skip
+MANY = [
+    pytest.param(parser, SCHEMAS | NESTED_SCHEMAS, 25, marks=pytest.mark.nightly)
+    for parser in (
+        "hermes",
+        "qwen3_coder",
+        "llama3_json",
+        "mistral",
+        "harmony",
+        "gemma4",
+        "qwen3_5",
+        "glm45",
+        "minimax_m2",
+    )
+]
+
+
 @pytest.mark.process
-@pytest.mark.parametrize("parser", ["hermes", pytest.param("qwen3_coder", marks=pytest.mark.nightly)])
-def test_required_calls_follow_their_schemas_at_temperature_2(parser: str) -> None:
-    tools: dict[str, dict[str, Any]] = {
-        "place": {"type": "object", "properties": {"unit": {"type": "string", "enum": ["C", "F"]},
-                                                   "days": {"type": "integer", "minimum": 1, "maximum": 9}},
-                  "required": ["unit", "days"], "additionalProperties": False},
-        "flags": {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": [1, "x", None]}},
-                  "required": ["b"], "additionalProperties": False},
-    }  # fmt: skip
+@pytest.mark.parametrize(("parser", "schemas", "count"), [("hermes", SCHEMAS, 4), *MANY])
+def test_required_calls_follow_their_schemas_at_temperature_2(
+    parser: str, schemas: dict[str, dict[str, Any]], count: int
+) -> None:
     engine = AsyncEngine(Config(**SMALL))
+    template = next((template for types, template in TEMPLATES.items() if parser in types), None)
     engine.start()
-    running = Running(engine, tool_call_parser=parser)
+    if template is not None:
+        engine.tokenizer._tokenizer.response_template = template
+    running = Running(engine, tool_call_parser=parser if template is None else "response_template")
     try:
         made = 0
-        for seed in range(4):
+        for seed in range(count):
             response = running.openai.chat.completions.create(
-                model="lockstep-demo", messages=CHAT, max_tokens=120, temperature=TEMPERATURE_2, seed=seed, n=4,  # type: ignore[arg-type]
+                model="lockstep-demo", messages=CHAT, max_tokens=160, temperature=TEMPERATURE_2, seed=seed, n=4,  # type: ignore[arg-type]
                 tool_choice="required", parallel_tool_calls=False,
-                tools=[{"type": "function", "function": {"name": n, "parameters": s}} for n, s in tools.items()],
+                tools=[{"type": "function", "function": {"name": n, "parameters": s}} for n, s in schemas.items()],
             )  # fmt: skip
             for choice in response.choices:
                 if choice.finish_reason == "tool_calls":
                     (call,) = choice.message.tool_calls or ()
-                    jsonschema.validate(json.loads(call.function.arguments), tools[call.function.name])  # type: ignore[union-attr]
+                    jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])  # type: ignore[union-attr]
                     made += 1
-        assert made > 8, "most calls fit into the limit"
+        assert made > 2 * count, "most calls fit into the limit"
     finally:
         running.close()
         asyncio.run(engine.close())

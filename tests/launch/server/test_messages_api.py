@@ -96,7 +96,7 @@ def test_conversation_with_results_of_tools(shared: Running, tokenizer: Tokenize
 def test_choice_of_tools(shared: Running) -> None:
     for choice, rule in (
         ({"type": "any"}, "start: calls"), ({"type": "tool", "name": "now"}, "start: calls"),
-        ({"type": "auto", "disable_parallel_tool_use": True}, "start: head rest |"), ({"type": "none"}, None),
+        ({"type": "auto", "disable_parallel_tool_use": True}, "start: (head rest |"), ({"type": "none"}, None),
     ):  # fmt: skip
         assert shared.post("/v1/messages", BODY | {"tool_choice": choice, "max_tokens": 1}).is_success
         constraint = fake(shared).asked[-1][1].structured_outputs

@@ -219,6 +219,7 @@ def test_structured_output_fields_reach_the_engine(
 
 NEUTRAL = {
     "tool_choice": "none", "tools": None, "response_format": {"type": "text"}, "modalities": ["text"],
+    "verbosity": "medium",
     "store": False, "service_tier": "auto", "parallel_tool_calls": True, "logit_bias": None, "stop": None,
     "temperature": None, "stream": False, "stream_options": None, "reasoning_effort": None,
 }  # fmt: skip

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.tokenizer import Tokenizer
 
-from fake_engine import CHAT, Running, error_of, fake
+from fake_engine import CHAT, FakeService, Running, error_of, fake
 from scripted_answers import ANSWER, CALL_TEXT, CALLS
 
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -155,7 +157,7 @@ def test_choice_decides_the_grammar(shared: Running) -> None:
 
     assert "start: calls" in grammar(tool_choice="required")
     assert "start: (head rest)*" in grammar()
-    assert "start: head rest |" in grammar(parallel_tool_calls=False)
+    assert "start: (head rest |" in grammar(parallel_tool_calls=False)
     named = grammar(tool_choice={"type": "function", "function": {"name": "now"}})
     assert "get_weather" not in named
     assert "The weather." not in grammar(), "descriptions make no rules"
@@ -168,6 +170,44 @@ def test_chosen_tool_works_without_a_format_in_the_template(run: Callable[..., R
     response = running.post("/v1/chat/completions", {"messages": CHAT, "tools": TOOLS})
     assert error_of(response)["param"] == "tools"
     assert "--tool-call-parser" in response.text
+
+
+def described(calls: dict[str, Any]) -> Running:
+    """A server of a model whose response_template describes its calls."""
+    tokenizer = Tokenizer(Path(DEMO_MODEL))
+    tokenizer.response_template = {"start_anchor": "<|assistant|>", "fields": {"content": {}, "tool_calls": calls}}
+    return Running(FakeService(tokenizer))
+
+
+def test_calls_that_a_response_template_describes() -> None:
+    running = described({"open": "<use>", "close": "</use>", "content": "json", "repeats": True})
+    try:
+        fake(running).script = 'I look. <use>{"name": "now", "arguments": {}}</use>'
+        message = ask(running, tool_choice="required").choices[0].message
+        assert (message.content, message.tool_calls[0].function.name) == ("I look.", "now")
+        constraint = fake(running).asked[-1][1].structured_outputs
+        assert constraint is not None
+        assert constraint.kind == "llguidance"
+    finally:
+        running.close()
+
+
+def test_response_template_that_no_grammar_can_follow() -> None:
+    running = described({"open_pattern": r"(?=\[)", "close": "]", "content": "json"})
+    try:
+        for field, changes in (
+            ("tool_choice", {"tool_choice": "required"}),
+            ("tools", {"tools": [{"type": "function", "function": {"name": "now", "strict": True}}]}),
+            ("parallel_tool_calls", {"parallel_tool_calls": False}),
+        ):
+            response = running.post("/v1/chat/completions", {"messages": CHAT, "tools": TOOLS, **changes})
+            assert response.status_code == 400
+            assert error_of(response)["param"] == field
+            assert "has ASSERT, which no grammar can express; use tool_choice auto" in response.text
+        ask(running)
+        assert fake(running).asked[-1][1].structured_outputs is None
+    finally:
+        running.close()
 
 
 def test_reasoning_goes_before_a_structured_answer(thinking: Running) -> None:

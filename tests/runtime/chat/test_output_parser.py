@@ -12,6 +12,7 @@ from transformers.utils.chat_parsing import parse_response
 
 from lockstep.runtime.chat.call_readers import AnswerPart
 from lockstep.runtime.chat.chat_formats import CALL_FORMATS, REASONING_FORMATS, ChatFormat, find_format
+from lockstep.runtime.chat.described_formats import SIGNS
 from lockstep.runtime.chat.output_parser import AnswerParser
 from lockstep.runtime.chat.tool_schemas import ToolSchema
 
@@ -192,6 +193,58 @@ def test_response_template_gives_what_transformers_gives(model_type: str) -> Non
         assert calls_of(parts) == called
 
 
+# The end of the prompt, and an answer in the form of the model's chat template.
+DESCRIBED = {
+    "glm45": (
+        "[gMASK]<sop><|user|>\nWhere?<|assistant|>",
+        "\n<think>a</think>\nI look.\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call><|observation|>",
+    ),
+    "GLM-4.7": (
+        "<|assistant|><think>",
+        "a</think>I look.<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris</arg_value>"
+        "<arg_key>days</arg_key><arg_value>3</arg_value></tool_call><tool_call>now</tool_call><|observation|>",
+    ),
+    "minimax_m2": (
+        "[e~[\n]~b]ai\n<think>\n",
+        'a\n</think>\n\nI look.\n<minimax:tool_call>\n<invoke name="get_weather">\n'
+        '<parameter name="city">Paris</parameter>\n<parameter name="days">3</parameter>\n</invoke>\n'
+        '<invoke name="now">\n</invoke>\n</minimax:tool_call>[e~[',
+    ),
+    "seed_oss": (
+        "<seed:bos>assistant\n",
+        "<seed:think>a</seed:think>I look.\n<seed:tool_call>\n<function=get_weather>\n"
+        "<parameter=city>Paris</parameter>\n<parameter=days>3</parameter>\n</function>\n</seed:tool_call>\n<seed:tool_call>\n<function=now>\n</function>\n"
+        "</seed:tool_call><seed:eos>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_described_formats_cut_anywhere(name: str) -> None:
+    prompt, text = DESCRIBED[name]
+    sign = "<arg_key>" if name == "GLM-4.7" else SIGNS[name]
+    chat_format = find_format("auto", "auto", f"<think> <tool_call> {sign}", None, {})
+    for pieces in (*([text[:cut], text[cut:]] for cut in range(len(text))), list(text)):
+        parser = chat_format.parser(TOOLS, prompt)
+        assert parser is not None
+        parts = parse(parser, pieces)
+        assert calls_of(parts) == [("get_weather", {"city": "Paris", "days": 3}), ("now", {})]
+        assert [part for part in parts if part[0] in ("reasoning", "content")] == [
+            ("reasoning", "a"),
+            ("content", "I look."),
+        ]
+
+
+def test_described_formats_exclude_others() -> None:
+    assert find_format("none", "qwen3", SIGNS["glm45"], None, {}).template is None
+    assert find_format("auto", "qwen3", "<tool_call>" + SIGNS["glm45"], None, {}).calls is None, "it is not hermes"
+    with pytest.raises(ValueError, match="exclude each other: glm45 is a format of reasoning and calls"):
+        find_format("glm45", "qwen3", "", None, {})
+    with pytest.raises(ValueError, match="exclude each other: response_template is a format of reasoning and calls"):
+        find_format("response_template", "qwen3", "", {"start_anchor": "a", "fields": {"content": {}}}, {})
+
+
 def test_response_template_returns_a_broken_call_as_content() -> None:
     template = next(value for types, value in TEMPLATES.items() if "qwen3" in types)
     for pieces in (["a<tool_call>{x</tool_call>b", "c"], list("a<tool_call>{x</tool_call>bc")):
@@ -201,6 +254,68 @@ def test_response_template_returns_a_broken_call_as_content() -> None:
         assert content[0] == "a"
         assert "{x" in content
         assert content.endswith("bc")
+
+
+def test_response_template_drops_whitespace_beside_markers() -> None:
+    template = next(value for types, value in TEMPLATES.items() if "qwen3" in types)
+    text = '<think>\n a  b\n\n</think>\n\nc\n d \n<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+    for pieces in ([text], list(text)):
+        parser = find_format("auto", "auto", "", template, {}).parser(TOOLS, "<|im_start|>assistant\n")
+        assert parser is not None
+        parts = parse(parser, pieces)
+        assert parts[:2] == [("reasoning", "a  b"), ("content", "c\n d")]
+
+
+@pytest.mark.parametrize("name", ["hermes", "response_template"])
+def test_values_that_json_does_not_have(name: Any) -> None:
+    """Escapes of surrogates, which UTF-8 cannot have, and numbers beyond the largest one."""
+    template = next(value for types, value in TEMPLATES.items() if "qwen3" in types)
+    text = '<tool_call>{"arguments": {"a": "\\ud800", "n": -1e999}, "name": "no\\udfffw"}</tool_call>'
+    parser = find_format(name, "auto", "", template, {}).parser(TOOLS, "")
+    assert parser is not None
+    assert calls_of(parse(parser, [text])) == [("no?w", {"a": "?", "n": -1.7976931348623157e308})]
+
+
+@pytest.mark.parametrize("name", ["hermes", "llama3_json", "mistral", "qwen3_coder", "harmony", "glm45"])
+@pytest.mark.parametrize("depth", [400, 600, 900, 5000])
+def test_deep_arguments_are_a_call_or_text(name: Any, depth: int) -> None:
+    value = "[" * depth + "]" * depth
+    json_call = f'{{"arguments": {{"tags": {value}}}, "name": "get_weather"}}'
+    text = {
+        "hermes": f"<tool_call>{json_call}</tool_call>", "llama3_json": json_call,
+        "mistral": f"[TOOL_CALLS][{json_call}]",
+        "qwen3_coder": f"<tool_call><function=get_weather><parameter=tags>{value}</parameter></function></tool_call>",
+        "harmony": f"<|channel|>commentary to=functions.get_weather<|message|>{json_call}<|call|>",
+        "glm45": f"<tool_call>get_weather<arg_key>tags</arg_key><arg_value>{value}</arg_value></tool_call>",
+    }[name]  # fmt: skip
+    parser = find_format(name, "auto", "", None, {}).parser(TOOLS, "")
+    assert parser is not None
+    assert value in "".join(part for _, part in parse(parser, [text])).replace('"', "")
+
+
+@pytest.mark.parametrize("call", ["{x", "[" * 20_000, "5"])
+def test_response_template_takes_what_its_parser_cannot(call: str) -> None:
+    template = next(value for types, value in TEMPLATES.items() if "qwen3" in types)
+    chat_format = find_format("auto", "auto", "", template, {})
+    text = f"a<tool_call>{call}</tool_call>b"
+    for prefix, answer in (("", text), ("<|im_start|>assistant\n" + text, "c")):
+        parser = chat_format.parser(TOOLS, prefix)
+        assert parser is not None
+        assert calls_of(parse(parser, [answer])) == []
+
+
+def test_response_template_leaves_calls_in_the_content_without_tools() -> None:
+    prompt, text = DESCRIBED["glm45"]
+    parser = find_format("glm45", "auto", "", None, {}).parser((), prompt)
+    assert parser is not None
+    (reasoning, content) = parse(parser, [text])
+    assert reasoning == ("reasoning", "a")
+    assert content == ("content", text.partition("</think>\n")[2].removesuffix("<|observation|>"))
+
+
+def test_response_template_must_be_readable() -> None:
+    with pytest.raises(ValueError, match="start_anchor"):
+        find_format("auto", "auto", "", {"fields": {"content": {}}}, {})
 
 
 FOUND = [
