@@ -28,10 +28,10 @@ def check_fp8(name: str, weight: FP8Weight) -> None:
     require(powers and 0 <= weight.first < weight.columns, name, weight.data, "must have blocks of powers of two")
 
 
-def check_heads(qkv: Tensor) -> None:
-    """Raise ValueError unless qkv has rows of heads that are contiguous, and aligned on a GPU."""
-    aligned = not qkv.is_cuda or qkv.stride(0) * qkv.element_size() % 16 == 0
-    rule = "must be [T, (H + 2 Hkv) E]; rows may have any stride, on a GPU a multiple of 16 bytes"
+def check_heads(qkv: Tensor, multiple: int = 1) -> None:
+    """Raise ValueError unless the heads of a row are contiguous, and rows start at a `multiple` of bytes on a GPU."""
+    aligned = not qkv.is_cuda or qkv.stride(0) * qkv.element_size() % multiple == 0
+    rule = f"must be [T, (H + 2 Hkv) E]; rows may have any stride, on a GPU a multiple of {multiple} bytes"
     require(qkv.dim() == 2 and qkv.stride(1) == 1 and aligned, "qkv", qkv, rule)
 
 

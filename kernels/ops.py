@@ -194,7 +194,7 @@ def decode_attention(
     with R a multiple of 4, of 8 for 256; any on a CPU. If the partition has a kv_chunk, rows may be tokens of one
     request, provided that their keys are in the cache already.
     """
-    check_heads(qkv)
+    check_heads(qkv, multiple=16)
     check_rotary(rope, cache.k.shape[-1])
     if sinks is not None:
         heads = qkv.shape[1] // cache.k.shape[-1] - 2 * cache.k.shape[-2]

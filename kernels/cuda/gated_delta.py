@@ -62,11 +62,12 @@ def delta_net_(
 
 
 def _step_takes(layer: DeltaLayer, sums: Tensor) -> bool:
-    """Return whether delta_step has these sizes of heads, and so many value heads of a key head."""
+    """Return whether delta_step has these sizes of heads, so many taps, and value heads of a key head."""
     heads, key_size, value_size = sums.shape[1:]
     group = _group(layer, sums)
     fits = value_size % COLUMNS == 0 and value_size // COLUMNS <= MAX_CLUSTER and key_size % 32 == 0
-    return fits and group <= MAX_GROUP and heads % group == 0
+    taps = layer.taps.shape[1]
+    return fits and taps in (1, 2, 4, 8) and group <= MAX_GROUP and heads % group == 0  # taps load as one vector
 
 
 def _group(layer: DeltaLayer, sums: Tensor) -> int:

@@ -90,7 +90,10 @@ class TimeoutHTTPProtocol(H11Protocol):
     async def _run_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request with the application, which may write its body directly."""
         scope["extensions"] = {**scope.get("extensions", {}), BODY_WRITER: ChunkedBody(self)}
-        await self._app(scope, receive, send)
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:  # at the end of the server: the request has not arrived, or its refusal waits
+            self._refuse(ApiError(503, "the server has shut down", code="draining"))
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection open if a whole request has arrived and is not answered."""

@@ -44,7 +44,7 @@ class RefusalPacing:
     def next_delay(self, address: str, now: float) -> float:
         """Return how long the next refusal to an address must wait, in seconds, and count it; 0 or less: not at all."""
         if len(self._next_at) > MAX_WAITING:
-            self._next_at = {known: next_at for known, next_at in self._next_at.items() if next_at > now - 1}
+            self._next_at = {other: next_at for other, next_at in self._next_at.items() if next_at > now - 1}
         next_at = max(self._next_at.get(address, 0.0), now - 1) + 1 / REFUSALS_PER_S
         self._next_at[address] = min(next_at, now + LONGEST_S)
         return self._next_at[address] - now

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import os
 import socket
 import sys
 from contextlib import closing, nullcontext
@@ -19,7 +18,6 @@ from ...runtime.config import Config
 from ..doctor.preflight import Preflight
 from ..engine.async_engine import AsyncEngine
 from ..errors import EngineFailed
-from ..executors import runs_on_gpu
 from ..signals import signals_wait
 from .api_server_pool import ApiServerPool
 from .dispatching_server import DispatchingServer
@@ -30,7 +28,6 @@ from .server_config import ServerConfig, ServerLimits, read_template
 from .uvicorn_setup import create_uvicorn_config, run_loop
 
 log = logging.getLogger(__name__)
-MOST_API_SERVERS, CORES_OF_EACH = 4, 4  # by default
 
 
 def serve(config: Config, options: ServerConfig, preflight: Preflight | None) -> None:
@@ -48,7 +45,7 @@ def serve(config: Config, options: ServerConfig, preflight: Preflight | None) ->
             config, max_restarts=options.max_restarts, replicas=options.replicas, max_queued=options.max_queued,
             chat_template=chat_template,
         )  # fmt: skip
-        count = options.api_server_count or default_api_servers(config)
+        count = options.api_server_count
         try:
             # They import their modules while the model is loaded.
             with nullcontext() if count == 1 else closing(ApiServerPool(count, options)) as pool:
@@ -77,13 +74,6 @@ def bind(options: ServerConfig) -> socket.socket:
         listener.close()
         raise ValueError(f"cannot listen on {options.host} port {options.port}: {error.strerror}") from error
     return listener
-
-
-def default_api_servers(config: Config) -> int:
-    """Return the number of processes that answer HTTP requests: one beside ranks on CPUs, which need the cores."""
-    if not runs_on_gpu(config):
-        return 1
-    return max(1, min(MOST_API_SERVERS, len(os.sched_getaffinity(0)) // CORES_OF_EACH))
 
 
 async def serve_until_signal(

@@ -54,9 +54,7 @@ class ServerConfig(ChatOptions):
     """The address, the keys and the limits of the server; raises ValueError naming field, value and rule."""
 
     replicas: int = option(1, "groups of tensor_parallel_size ranks that share the requests, under Ray Serve")
-    api_server_count: int | None = option(
-        None, "processes that answer HTTP requests; beside GPUs up to 4 by default, one for every 4 cores, otherwise 1"
-    )
+    api_server_count: int = option(1, "processes that answer HTTP requests; with one it is the engine's own")
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all interfaces, which an api-key should protect")
     port: int = option(8000, "port to listen on; 0 takes a free one")
     api_key: list[str] | None = field(

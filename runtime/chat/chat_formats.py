@@ -170,7 +170,11 @@ def find_format(
             f" is a format of reasoning and calls; set both to {of_both!r} or 'auto'"
         )
     if response_template is not None and (of_both == TEMPLATE or choices == {"auto"}):
-        return _described(response_template, special_tokens)
+        try:
+            return _described(response_template, special_tokens)
+        except ValueError as error:
+            way_out = "set tool_call_parser to another format, or to 'none'"
+            raise ValueError(f"the tokenizer's response_template cannot be used: {error}; {way_out}") from error
     if of_both is None and "auto" in choices and choices <= {"auto", "none"}:
         of_both = "harmony" if CHANNEL + "analysis" in template else described_format(template)
     if of_both == "harmony":

@@ -94,17 +94,18 @@ class ToolGrammar:
     def _start_free(self, reasoning: ReasoningFormat | None, thinking: Thinking) -> None:
         """Add the rule of an output of free text, reasoning included, up to the marker of a call."""
         markers = [self._marker(text) for text in (reasoning.open, reasoning.close)] if reasoning else []
-        begin = free = ""
+        begin = free = end = ""
         if self.format.template is not None:  # transformers looks for no call inside of reasoning
             if reasoning and thinking == "open":
                 begin = "thought "
                 self._lark.append(self._until("thought", reasoning.close))
             if markers and all(marker.startswith("<[") for marker in markers):
                 free = f"(TEXT? {markers[0]} TEXT? {markers[1]})* "
+                end = f"(TEXT? {markers[0]})? "  # reasoning that the end of the answer cuts off
         elif special := " | ".join(marker for marker in markers if marker.startswith("<[")):
             free = f"(TEXT ({special}))* "  # TEXT has no special tokens
         call = f"{free}head rest"
-        calls = f"({call})* {free}TEXT?" if self.rules.parallel else f"({call} | {free}TEXT?)"
+        calls = f"({call})* {free}{end}TEXT?" if self.rules.parallel else f"({call} | {free}{end}TEXT?)"
         self._lark.append(f"start: {begin}{calls}")
 
     def _add_calls(self) -> None:

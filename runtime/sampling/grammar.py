@@ -133,7 +133,7 @@ def to_llguidance(kind: str, text: str, compact: bool) -> str:
     if kind == "choice":  # one terminal: thousands of alternatives in a rule exceed a limit of the parser
         literals = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
         return llguidance.LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(literals))
-    lark = gbnf_to_lark.any_to_lark(text)
+    lark = gbnf_to_lark.any_to_lark(text) if "::=" in text else text  # it takes Lark without `start:` for GBNF
     defined = GBNF_RULE.findall(text) if lark != text else []
     if twice := [name for i, name in enumerate(defined) if name in defined[:i]]:
         raise ValueError(f"Rule '{twice[0]}' is defined twice")

@@ -50,6 +50,7 @@ END_S = 90.0
 NOTICE = re.compile(r"ERROR|error:|WARNING the grammar compiler")
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGSEGV", "SIGSTOP")
 HAVE_TIME_LIMITS = ("grammar compiler", "text process")
+REASONS = ("error: ", "Failed to connect to GCS")  # the second one is of Ray's library, see docs/failures.md
 SERVER, API_SERVER = "server", "API server"  # the streams of an API server end with it: no random one is killed
 FIRST_VICTIMS = {"recovery": "rank", "ray-recovery": "raylet"}  # by phase
 PHASES = ("start", "load", *FIRST_VICTIMS, "drain")
@@ -334,7 +335,7 @@ class Soak:
         elif status != 0 and not was_killed:
             self.outcome.exits.append(f"status {status}: {last}")
             print(f"the server has ended with status {status}: {last}", flush=True)
-            if status not in (1, 2) or "error: " not in last:
+            if status not in (1, 2) or not any(reason in last for reason in REASONS):
                 self.outcome.fault(f"status {status} after: {log[-1500:]}")
         if "Traceback" in log:
             self.outcome.fault(f"a traceback: {log[max(0, log.index('Traceback') - 300) :][:3000]}")

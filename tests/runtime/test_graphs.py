@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from replayed_graphs import ReplayedGraph, use_replayed_graphs
 
 from lockstep.runtime.request import Request
 from lockstep.runtime.runner.graphs import graph_sizes
 
 from engines import request, run_engine
+from replayed_graphs import ReplayedGraph, use_replayed_graphs
 
 GUMBEL_MAX = [{"temperature": 0.0}, {"temperature": 1.0}]
 CANDIDATES = [*GUMBEL_MAX, {"temperature": 0.8, "top_k": 7}]

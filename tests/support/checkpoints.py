@@ -127,7 +127,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 16,
-            "shared_expert_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,  # that of the others: it is one more expert
         },
     ),
     "Exaone4ForCausalLM": ("exaone4", {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),

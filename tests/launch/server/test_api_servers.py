@@ -25,7 +25,6 @@ from linked_client import LinkedClient, linked_clients
 from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.launch.engine.grammar_check import GrammarsWaiting
 from lockstep.launch.errors import EngineFailed, RequestCrashedEngine
-from lockstep.launch.server import run
 from lockstep.launch.server.api_errors import ApiError
 from lockstep.launch.server.api_server_messages import Failure
 from lockstep.launch.server.message_link import MessageLink
@@ -180,15 +179,6 @@ def test_lost_api_server_frees_the_engine_and_the_limits(serve: Callable[..., Ru
         assert other.post("/v1/completions", SEEDED).status_code == 200
 
 
-@pytest.mark.parametrize(("on_gpu", "cores", "count"), [(False, 64, 1), (True, 2, 1), (True, 8, 2), (True, 128, 4)])
-def test_default_number_leaves_cores_to_ranks(
-    monkeypatch: pytest.MonkeyPatch, on_gpu: bool, cores: int, count: int
-) -> None:
-    monkeypatch.setattr(run, "runs_on_gpu", lambda config: on_gpu)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
-    assert run.default_api_servers(Config()) == count
-
-
 def test_failures_keep_their_class() -> None:
     for error in (
         ApiError(429, "busy", param="n", code="rate_limit_exceeded"), RequestRefused("no"), GrammarsWaiting("later"),
@@ -287,6 +277,7 @@ def test_killed_api_server_ends_its_connections_only(
     """Each of two processes has two of four streams. A drain then lets the live streams end."""
     process, url, log = command("--api-server-count=2")
     expected = [stream(url, seed, []) for seed in range(4)]
+    assert "generation_tokens_total" in httpx.get(f"{url}/metrics").text  # each process has reported its tokens
     begun: list[int] = []
     with ThreadPoolExecutor(8) as threads:
         streams = [threads.submit(stream, url, seed, begun) for seed in range(4)]
@@ -306,7 +297,7 @@ def test_killed_api_server_ends_its_connections_only(
         pages = [httpx.get(f"{url}/metrics").text for _ in range(4)]
         counts = {re.search(r"generation_tokens_total\{.*\} (\S+)", page)[1] for page in pages}  # type: ignore[index]
         assert len(counts) == 1
-        assert float(counts.pop()) >= 4 * 300 + 2 * 300, "those of the killed process count, up to its last second"
+        assert float(counts.pop()) >= 4 * 300 + 2 * 300, "those of the killed process count"
         begun.clear()
         streams = [threads.submit(stream, url, seed, begun, 600) for seed in range(4)]
         wait_until(lambda: len(begun) == 4)

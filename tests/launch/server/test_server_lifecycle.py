@@ -20,6 +20,7 @@ import pytest
 from lockstep.launch.engine.engine_state import Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server import http_io
+from lockstep.launch.server.refusal_pacing import RefusalPacing
 from lockstep.launch.server.run import bind, serve_until_signal
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
 from lockstep.launch.server.uvicorn_setup import run_loop
@@ -297,3 +298,28 @@ def test_long_body_is_parsed_in_a_thread(shared: Running, monkeypatch: pytest.Mo
     shared.post("/v1/completions", {**COMPLETION, "user": "x" * 100_000})
     assert threads[0] == shared.thread.name
     assert threads[1] != shared.thread.name
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /tokenize HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{",
+        b"GET /nothing HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    ],
+    ids=["not arrived", "refused, which waits"],
+)
+def test_request_without_an_answer_at_the_end_gets_503(
+    run: Callable[..., Running], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr(RefusalPacing, "next_delay", lambda self, address, now: 60.0)
+    running = run()
+    running.server.config.timeout_graceful_shutdown = cast(int, 0.1)
+    with socket.create_connection(running.port.getsockname(), timeout=10) as raw:
+        raw.sendall(sent)
+        wait_until(lambda: bool(running.server.server_state.tasks))
+        running.server.handle_exit(signal.SIGTERM, None)
+        answer = raw.recv(1000)
+    assert answer.startswith(b"HTTP/1.1 503")
+    assert b'"code":"draining"' in answer
+    running.thread.join(10)
+    assert "Traceback" not in caplog.text

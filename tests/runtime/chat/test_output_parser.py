@@ -314,7 +314,7 @@ def test_response_template_leaves_calls_in_the_content_without_tools() -> None:
 
 
 def test_response_template_must_be_readable() -> None:
-    with pytest.raises(ValueError, match="start_anchor"):
+    with pytest.raises(ValueError, match=r"response_template cannot be used: .*start_anchor.*; set tool_call_parser"):
         find_format("auto", "auto", "", {"fields": {"content": {}}}, {})
 
 

@@ -275,6 +275,13 @@ def test_special_tokens_of_a_description_are_tokens() -> None:
     matcher = grammar(chat_format, ToolRules(TOOLS, required=True))
     assert matcher.validate_tokens([2]) == 1
     assert matcher.validate_tokens(load_tokenizer(VOCABULARY).tokenize_str("<call>")) == 0
+    chat_format = described(DESCRIBED["plain JSON"], {"<think>": 2, "</think>": 3})
+    text, call = (
+        load_tokenizer(VOCABULARY).tokenize_str(t) for t in ("a", '<call>{"name": "nothing", "arguments": {}}</call>')
+    )
+    for tokens in ([2, *text], [*text, 2, *text, 3, *call], [2, *call, 3, *text], [2, *text, 3, *text, 2, *text]):
+        assert _ends(grammar(chat_format, ToolRules(TOOLS)), tokens)
+    assert not _ends(grammar(chat_format, ToolRules(TOOLS)), [*call[:6], 2])
 
 
 NOT_CONSTRAINED = {

@@ -47,5 +47,5 @@ def test_any_number_of_ranks_gives_the_tokens_of_one(tmp_path: Path, shape: str,
     tiny_checkpoint(tmp_path, architecture, **overrides)
     one, several = _run(tmp_path, 1), _run(tmp_path, size)
     assert one.preemptions > 0
-    assert one.cached[5] > 0
+    assert any(one.cached.values())
     assert several.tokens == one.tokens

@@ -88,7 +88,7 @@ def test_tokens_are_those_of_one_rank(tmp_path: Path, case: str, size: int) -> N
     make(case, tmp_path)
     one, several = run(tmp_path, 1), run(tmp_path, size, enable_expert_parallel=True)
     assert one.preemptions > 0
-    assert one.cached[5] > 0 or "Qwen3_5" in case  # whose first prompts saved no state at the prefix's end
+    assert any(one.cached.values())
     assert several.tokens == one.tokens
 
 
