@@ -144,3 +144,18 @@ class Throttle(logging.Filter):
         if number := self._num_hidden.pop(message, 0):
             record.msg, record.args = f"{record.getMessage()} ({number} more since the last such line)", None
         return True
+
+
+class WithoutTraceback(logging.Filter):
+    """Puts the text of an exception at the end of its log line, instead of a traceback below it."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Shorten the record; return True."""
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            record.msg, record.args = f"{record.getMessage()}: {reason[0]}", None
+            record.exc_info = record.exc_text = None
+        return True
+
+
+WITHOUT_TRACEBACK = WithoutTraceback()

@@ -39,6 +39,7 @@ from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
 from ..errors import PlacementError, RankFailed, ReplicaFailed, RequestsLost
 from ..signals import Undo
+from ..standard_streams import WITHOUT_TRACEBACK
 from .failed_replicas import avoid
 from .replica import FrontendInfo, Replica, ReplicaReady, StepReport, decode
 from .router import PrefixRouter
@@ -140,7 +141,9 @@ class ReplicaExecutor:
         threading.Thread(target=self._loop.run_forever, name="lockstep-replica-calls", daemon=True).start()
         stack.callback(self._loop.call_soon_threadsafe, self._loop.stop)
         frontend = FrontendInfo(self._inbox.address, self._connection.ip, forwarded_environment())
-        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        log = logging.getLogger("ray.serve")
+        log.setLevel(logging.WARNING)
+        log.addFilter(WITHOUT_TRACEBACK)  # a loss of Ray has one for each stream
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.context._set_global_client(None)  # after a loss of Ray it is that of another cluster
         serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.launch.standard_streams import MAX_QUEUED, QueuedStderr, Throttle
+from lockstep.launch.standard_streams import MAX_QUEUED, WITHOUT_TRACEBACK, QueuedStderr, Throttle
 
 from waiting import wait_until
 
@@ -156,3 +156,18 @@ assert sys.stdin.read() == ""
     done = subprocess.run(["sh", "-c", command, sys.executable, program], capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "done").read_text() == "True"
+
+
+def test_exceptions_are_logged_without_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    log = logging.getLogger("test_standard_streams")
+    log.addFilter(WITHOUT_TRACEBACK)
+    try:
+        for error in (ValueError("first line\nthe reason"), KeyError()):
+            try:
+                raise error
+            except Exception:
+                log.exception("failed to read %s", "a stream")
+    finally:
+        log.removeFilter(WITHOUT_TRACEBACK)
+    assert caplog.messages == ["failed to read a stream: the reason", "failed to read a stream: KeyError"]
+    assert "Traceback" not in caplog.text
