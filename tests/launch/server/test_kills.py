@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.serial]
 STREAMS = 16
 RAY = ["starter of Ray", "gcs_server", "raylet", "dashboard agent", "runtime env agent"]  # the ranks end with each
 UNNEEDED = ["monitor", "dashboard", "log monitor"]
+PAIRS = ["rank:SIGKILL,raylet:SIGKILL", "gcs_server:SIGKILL,starter of Ray:SIGKILL"]
 
 
 def kill(*rounds: str, phase: str = "load", ranks: str = "--tp=2", api_servers: int = 1) -> list[dict[str, Any]]:
@@ -79,21 +80,21 @@ def test_two_killed_at_once_are_restarted(first: str) -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("phase", ["recovery", "ray-recovery"])
 def test_killed_during_recovery_goes_on_or_ends_with_the_reason(phase: str) -> None:
-    for result in kill(*(f"{role}:SIGKILL" for role in ("rank", *RAY, *UNNEEDED)), phase=phase):
+    for result in kill(*(f"{role}:SIGKILL" for role in ("rank", *RAY, *UNNEEDED)), *PAIRS, phase=phase):
         assert result["exits"] or result["right"] == STREAMS
 
 
 @pytest.mark.soak
 def test_killed_while_draining_ends_in_order() -> None:
     roles = ("rank", *RAY, *UNNEEDED, "grammar compiler")
-    for result in kill(*(f"{role}:SIGKILL" for role in roles), phase="drain"):
+    for result in kill(*(f"{role}:SIGKILL" for role in roles), *PAIRS, phase="drain"):
         assert result["right"] == STREAMS
         assert not result["exits"]
 
 
 @pytest.mark.soak
 def test_killed_while_starting_ends_with_the_reason() -> None:
-    for result in kill(*(f"{role}:SIGKILL" for role in ("preflight checks", *RAY)), phase="start"):
+    for result in kill(*(f"{role}:SIGKILL" for role in ("preflight checks", *RAY)), *PAIRS, phase="start"):
         assert result["exits"]
 
 
