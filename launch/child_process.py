@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class ChildFailed(RuntimeError):
-    """The child process ended without an answer; the message is the last line of its stderr."""
+    """The child process ended without an answer; the message is the last line of its stderr, or how it ended."""
 
 
 class ChildProcess:
@@ -114,7 +114,7 @@ class ChildProcess:
         with suppress(ValueError):  # closed by another thread
             self._stderr.seek(-min(STDERR_BYTES, self._stderr.seek(0, os.SEEK_END)), os.SEEK_END)
             lines = self._stderr.read().decode(errors="replace").strip().splitlines()
-            return lines[-1] if lines else "no message"
+            return lines[-1] if lines else self._end()
         return "it was closed"
 
     def _end(self) -> str:

@@ -115,7 +115,7 @@ class GrammarCheck:
             log.warning("the grammar compiler ended: %s", error)
             self._num_ends += 1
             memory = f"{MEMORY_BYTES // 2**30} GiB of memory"
-            reason = f"structured_outputs={kind} ended the compiler, which has {memory}"
+            reason = f"structured_outputs={kind} ended the compiler: it takes more than {memory}, or llguidance fails"
         self._kill()
         return f"{reason}; give a simpler one"
 

@@ -73,7 +73,7 @@ def test_compiler_that_ends_twice_refuses_the_grammar(check: GrammarCheck, monke
             return super().request(line, timeout_s)
 
     monkeypatch.setattr(grammar_check, "ChildProcess", DyingProcess)
-    with pytest.raises(RequestRefused, match=r"^structured_outputs=regex ended the compiler, which has 4 GiB"):
+    with pytest.raises(RequestRefused, match=r"^structured_outputs=regex ended the compiler: it takes more than 4 GiB"):
         compile_regex(check, "deadly")
     compile_regex(check, "a")
 
