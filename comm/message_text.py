@@ -8,6 +8,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def last_line(text: str, otherwise: str = "no message") -> str:
+    """Return the last line of a text that is not empty, `otherwise` if there is none."""
+    return (text.strip() or otherwise).splitlines()[-1].strip()
+
+
 def counted(number: int, noun: str) -> str:
     """Return `1 output`, `2 outputs`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

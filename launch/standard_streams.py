@@ -18,6 +18,8 @@ import time
 from contextlib import suppress
 from queue import SimpleQueue
 
+from ..comm.message_text import last_line
+
 STDERR = 2
 MAX_QUEUED = 1000  # pieces of text, usually lines
 POLL_MS = 1000
@@ -152,8 +154,7 @@ class WithoutTraceback(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Shorten the record; return True."""
         if record.exc_info and (error := record.exc_info[1]) is not None:
-            reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            record.msg, record.args = f"{record.getMessage()}: {reason[0]}", None
+            record.msg, record.args = f"{record.getMessage()}: {last_line(str(error), type(error).__name__)}", None
             record.exc_info = record.exc_text = None
         return True
 

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...comm.message_sockets import WakeupEvent
+from ...comm.message_text import last_line
 from ...runtime.config import Config
 from ..cluster.connection import start_ray
 from ..cluster.placement import nodes
@@ -60,7 +61,7 @@ def candidates(config: Config, resources: Mapping[str, Mapping[str, float]]) -> 
 
 
 def _no_answer_finding(ip: str, error: RayError) -> Finding:
-    text = f"no report within {NODE_S:.0f} s: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+    text = f"no report within {NODE_S:.0f} s: {type(error).__name__}: {last_line(str(error))}"
     return Finding(f"node {ip}", "fail", text, "install the same lockstep there, and check its load")
 
 

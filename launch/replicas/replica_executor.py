@@ -28,6 +28,7 @@ from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
 
 from ...comm.message_sockets import PullSocket
+from ...comm.message_text import last_line
 from ...runtime.config import Config
 from ...runtime.executor import Wakeup
 from ...runtime.plan import RequestEnd, StepOutput
@@ -178,7 +179,7 @@ class ReplicaExecutor:
             status = serve.status().applications.get(self._name)
             if status is not None and status.status == "DEPLOY_FAILED":
                 reports = [d.message for d in status.deployments.values() if d.message] or [status.message]
-                raise PlacementError(f"the replicas do not start: {_last_line(reports[0])}")
+                raise PlacementError(f"the replicas do not start: {last_line(reports[0])}")
             self._connection.check()
             if time.perf_counter() > deadline:
                 progress = f"{len(self._ready)} of {self._num_replicas} replicas"
@@ -194,10 +195,10 @@ class ReplicaExecutor:
         except (RayActorError, ReplicaFailed, ReplicaUnavailableError) as error:
             if isinstance(error, ReplicaFailed):
                 avoid(error.replica)
-            self._lost.append((request.uid, _last_line(str(error))))
+            self._lost.append((request.uid, last_line(str(error))))
             self._connection.wakeup.set()
         except RayServeException as error:
-            self._refused.append((request.uid, f"Ray Serve: {_last_line(str(error))}"))
+            self._refused.append((request.uid, f"Ray Serve: {last_line(str(error))}"))
             self._connection.wakeup.set()
 
     def _call_waiting(self) -> None:
@@ -275,7 +276,3 @@ class ReplicaExecutor:
         attempt, call = self._calls.pop(uid, (-1, None))
         self._attempts.pop(attempt, None)
         return call
-
-
-def _last_line(text: str) -> str:
-    return (text.strip() or "no message").splitlines()[-1].strip()
