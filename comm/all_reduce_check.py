@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
-from .all_reduce_choice import Algorithm
+from .all_reduce_names import Algorithm
 from .all_reduce_policy import EPS, SIZES, Policy
 from .base import CommError, Communicator
 from .message_text import format_bytes

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.native import cache_dir
-from .all_reduce_choice import ALGORITHMS, Algorithm, AllReduce
+from .all_reduce_names import ALGORITHMS, Algorithm, AllReduce
 from .base import Communicator
 from .message_text import format_bytes
 from .rendezvous import Rendezvous

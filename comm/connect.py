@@ -17,7 +17,7 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
 from .all_reduce_check import RowShape, wrong_algorithms
-from .all_reduce_choice import PEER_ALGORITHMS, Algorithm, AllReduce
+from .all_reduce_names import PEER_ALGORITHMS, Algorithm, AllReduce
 from .all_reduce_policy import BUFFER_BYTES, COLUMNS, Policy, autotune_all_reduce
 from .base import CommError, Communicator, PeerMemoryUnavailable, SingleRank
 from .gloo import GlooCommunicator

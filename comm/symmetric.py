@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops, peer_memory
-from .all_reduce_choice import Algorithm
+from .all_reduce_names import Algorithm
 from .all_reduce_policy import SUMMED_DTYPES, Policy
 from .base import CommError, Communicator
 from .nccl import DeviceEvent, NcclCommunicator, record_event

@@ -66,7 +66,7 @@ class ModelEntries(msgspec.Struct):
     data: list[ModelEntry]
 
 
-class Events:
+class EventParser:
     """A parser of server-sent events that takes a body in pieces of any size.
 
     Lines end at line feeds only. A JSON string may hold characters that `str.splitlines`, and so httpx, splits at.

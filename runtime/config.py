@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args, get_type_hints
 
-from ..comm.all_reduce_choice import AllReduce
+from ..comm.all_reduce_names import AllReduce
 
 if TYPE_CHECKING:  # `lockstep --help` needs no torch
     import torch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from ...comm.all_reduce_choice import PEER_ALGORITHMS, PeerAlgorithm
+from ...comm.all_reduce_names import PEER_ALGORITHMS, PeerAlgorithm
 from ...comm.all_reduce_policy import SUMMED_DTYPES, Policy
 from ...comm.base import Communicator
 from ...comm.connect import map_peer_buffers

@@ -16,7 +16,7 @@ import typer
 from ...runtime.config import Config
 from ..options import LogLevel, start_logging, with_fields
 from ..signals import Undo, signals_wait
-from .comm_report import ALGORITHMS, Block, CommBenchSpec, CommReport, draw, lines, summary
+from .comm_report import ALGORITHMS, AlgorithmTimings, CommBenchSpec, CommReport, draw, lines, summary
 from .output_files import require_outputs
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def run_on_ranks(actor: type[CommBenchActor], config: Config, spec: CommBenchSpe
         print(*report.head(), sep="\n", file=out, flush=True)
         for name, modes in capabilities.modes.items():
             for mode in modes:
-                block = Block.from_ranks(name, mode, spec.dtype, call("measure", name, mode))
+                block = AlgorithmTimings.from_ranks(name, mode, spec.dtype, call("measure", name, mode))
                 report.blocks.append(block)
                 print(*lines(block), sep="\n", file=out, flush=True)
         call("close")

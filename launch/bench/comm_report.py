@@ -74,7 +74,7 @@ class TableLine:
 
 
 @dataclass(frozen=True)
-class Block:
+class AlgorithmTimings:
     """The table of one algorithm, eager or in a graph."""
 
     algorithm: str
@@ -83,7 +83,7 @@ class Block:
     lines: list[TableLine]
 
     @classmethod
-    def from_ranks(cls, name: str, mode: Mode, dtype: str, ranks: Sequence[Sequence[TableLine]]) -> Block:
+    def from_ranks(cls, name: str, mode: Mode, dtype: str, ranks: Sequence[Sequence[TableLine]]) -> AlgorithmTimings:
         """Merge the lines of all ranks."""
         table = []
         for lines in zip(*ranks, strict=True):
@@ -108,7 +108,7 @@ class CommReport:
     capabilities: RankCapabilities
     spec: CommBenchSpec
     ranks: list[str]
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[AlgorithmTimings] = field(default_factory=list)
 
     @property
     def num_wrong(self) -> int:
@@ -144,7 +144,7 @@ class CommReport:
         )
 
 
-def lines(block: Block) -> Iterator[str]:
+def lines(block: AlgorithmTimings) -> Iterator[str]:
     """Yield the table of a block."""
     yield "#"
     yield f"# {block.algorithm}, {MODE_TEXTS[block.mode]}"

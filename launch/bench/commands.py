@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ...runtime.config import Config
 from ..options import LogLevel, start_logging, with_config
 from .comm_command import bench_comm
-from .engine_benchmark import EngineBenchmark, Run, report_steps, time_latency
+from .engine_benchmark import EngineBenchmark, TimedRuns, report_steps, time_latency
 from .output_files import require_outputs
 from .scaling import Baseline, scaling_line
 from .serve_command import MultiValueCommand, bench_serve
@@ -145,7 +145,7 @@ def _scaled(results: list[dict[str, Any]], baseline: Baseline | None) -> list[di
     return [result | scaling for result, scaling in zip(results, baseline.compare(results), strict=True)]
 
 
-def _throughput_result(workload: Workload, run: Run) -> dict[str, Any]:
+def _throughput_result(workload: Workload, run: TimedRuns) -> dict[str, Any]:
     """Return the result under vLLM's keys."""
     seconds = sum(run.seconds)
     tokens = sum(workload.input_lens) + run.stats.output_tokens
@@ -166,7 +166,7 @@ def _preset(flags: dict[str, Any]) -> Workload:
 
 
 def _profile_steps(
-    bench: EngineBenchmark, workload: Workload, run: Run, num_steps: int, path: Path | None
+    bench: EngineBenchmark, workload: Workload, run: TimedRuns, num_steps: int, path: Path | None
 ) -> dict[str, Any]:
     """Profile the workload, write the trace to `path` if it is not None, and report metadata and the run's steps."""
     import torch

@@ -22,7 +22,7 @@ MIN_TOKENS, MAX_PROMPT_TOKENS, MAX_TOKENS = 4, 1024, 2048
 
 
 @dataclass(frozen=True)
-class Prompt:
+class DatasetPrompt:
     """A text or token ids; `num_tokens` is 0 if only the server knows."""
 
     content: str | list[int]
@@ -35,7 +35,7 @@ def needs_tokenizer(config: ServeBenchConfig) -> bool:
     return config.dataset_name == "sharegpt" or (config.is_chat and not config.reads_file)
 
 
-def make_prompts(config: ServeBenchConfig, tokenizer: Tokenizer | None) -> list[Prompt]:
+def make_prompts(config: ServeBenchConfig, tokenizer: Tokenizer | None) -> list[DatasetPrompt]:
     """Return config.num_prompts prompts; raises ValueError for a file without usable prompts."""
     if config.reads_file:
         assert config.dataset_path is not None
@@ -51,7 +51,7 @@ def make_prompts(config: ServeBenchConfig, tokenizer: Tokenizer | None) -> list[
         return list(islice(cycle(prompts), config.num_prompts))
     source = RandomTokens(config.seed, config.random_vocab_size)
     pairs = _random(config, source) if config.dataset_name == "random" else _prefix_repetition(config, source)
-    return [Prompt(p, len(p), n) if tokenizer is None else _as_text(p, n, tokenizer, source) for p, n in pairs]
+    return [DatasetPrompt(p, len(p), n) if tokenizer is None else _as_text(p, n, tokenizer, source) for p, n in pairs]
 
 
 class RandomTokens:
@@ -84,7 +84,7 @@ def _prefix_repetition(config: ServeBenchConfig, source: RandomTokens) -> list[t
     return [(prefixes[i] + source.ids(suffix_len), output_len) for i in order]
 
 
-def _as_text(tokens: list[int], output_len: int, tokenizer: Tokenizer, source: RandomTokens) -> Prompt:
+def _as_text(tokens: list[int], output_len: int, tokenizer: Tokenizer, source: RandomTokens) -> DatasetPrompt:
     """Return a text of as many tokens, if some attempts of cutting and filling up find one."""
     length = len(tokens)
     for _ in range(ATTEMPTS):
@@ -93,28 +93,28 @@ def _as_text(tokens: list[int], output_len: int, tokenizer: Tokenizer, source: R
         if len(encoded) == length:
             break
         tokens = encoded[:length] + source.ids(length - len(encoded))
-    return Prompt(text, len(encoded), output_len)
+    return DatasetPrompt(text, len(encoded), output_len)
 
 
-def _custom(lines: Sequence[Any], output_len: int, generator: random.Random) -> list[Prompt]:
+def _custom(lines: Sequence[Any], output_len: int, generator: random.Random) -> list[DatasetPrompt]:
     texts = [line["prompt"] for line in lines if isinstance(line, dict) and isinstance(line.get("prompt"), str)]
     generator.shuffle(texts)
-    return [Prompt(text, 0, output_len) for text in texts if text]
+    return [DatasetPrompt(text, 0, output_len) for text in texts if text]
 
 
 def _sharegpt(
     conversations: Sequence[Any], tokenizer: Tokenizer, output_len: int | None, count: int, generator: random.Random
-) -> list[Prompt]:
+) -> list[DatasetPrompt]:
     """Return up to `count` prompts: the first turn of a conversation, and the length of the second."""
     turns = [c["conversations"] for c in conversations if isinstance(c, dict) and len(c.get("conversations", [])) > 1]
     generator.shuffle(turns)
-    prompts: list[Prompt] = []
+    prompts: list[DatasetPrompt] = []
     for question, answer in ((t[0]["value"], t[1]["value"]) for t in turns):
         prompt_len, answer_len = len(tokenizer.encode(question)), len(tokenizer.encode(answer))
         max_tokens = output_len or answer_len
         long_enough = prompt_len >= MIN_TOKENS and (output_len is not None or answer_len >= MIN_TOKENS)
         if long_enough and prompt_len <= MAX_PROMPT_TOKENS and prompt_len + max_tokens <= MAX_TOKENS:
-            prompts.append(Prompt(question, prompt_len, max_tokens))
+            prompts.append(DatasetPrompt(question, prompt_len, max_tokens))
         if len(prompts) == count:
             break
     return prompts

@@ -26,7 +26,7 @@ PERCENTAGES = (10, 25, 50, 75, 90, 99)  # vLLM reports the same
 
 
 @dataclass(frozen=True)
-class Run:
+class TimedRuns:
     """One or more runs of a workload: the seconds of each, and the engine's counters over all of them."""
 
     seconds: list[float]
@@ -64,7 +64,7 @@ class EngineBenchmark:
     def __exit__(self, *error: object) -> None:
         self.executor.close()
 
-    def run(self, workload: Workload, times: int = 1, bar: tqdm[Any] | None = None) -> Run:
+    def run(self, workload: Workload, times: int = 1, bar: tqdm[Any] | None = None) -> TimedRuns:
         """Submit all requests together and wait for the last one, `times` times with new prompts; `bar` counts them."""
         before = self.executor.stats
         seconds = []
@@ -79,7 +79,7 @@ class EngineBenchmark:
                 if bar is not None:
                     bar.update(len(ended))
             seconds.append(time.perf_counter() - started)
-        return Run(seconds, self.executor.stats - before)
+        return TimedRuns(seconds, self.executor.stats - before)
 
     def profile(self, workload: Workload, num_steps: int) -> Profile:
         """Trace the first `num_steps` decode steps of the workload, and cancel the rest."""
@@ -110,7 +110,7 @@ class EngineBenchmark:
 
 def time_latency(
     bench: EngineBenchmark, workload: Workload, *, warmup: int, times: int, bar: tqdm[Any]
-) -> tuple[Run, dict[str, Any]]:
+) -> tuple[TimedRuns, dict[str, Any]]:
     """Run requests of equal lengths, and then their first tokens alone, `times` times each after a warm-up.
 
     Returns the run of all tokens, and the result under vLLM's keys, with more of lockstep.
@@ -129,7 +129,7 @@ def time_latency(
     }
 
 
-def report_steps(run: Run, profile: Profile) -> dict[str, Any]:
+def report_steps(run: TimedRuns, profile: Profile) -> dict[str, Any]:
     """Return counters and times of the steps of a timed run, with a profile of the same workload.
 
     Numbers that cannot be known are None. Bytes, bandwidth and profile are those of rank 0.

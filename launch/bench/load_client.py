@@ -16,19 +16,19 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from ..client import Chunk, Events, connection, describe, first_model, refusal
-from .datasets import Prompt
+from ..client import Chunk, EventParser, connection, describe, first_model, refusal
+from .datasets import DatasetPrompt
 from .serve_config import ServeBenchConfig
-from .serve_metrics import Record
+from .serve_metrics import RequestRecord
 from .stream_transport import StreamTransport
 
 log = logging.getLogger(__name__)
 POLL_S = 0.5
-Send = Callable[[Prompt], Awaitable[Record]]
+Send = Callable[[DatasetPrompt], Awaitable[RequestRecord]]
 
 
 @dataclass(frozen=True)
-class Target:
+class LoadTarget:
     """A model of a server, and the fields that every request to it has."""
 
     client: httpx.AsyncClient
@@ -36,17 +36,17 @@ class Target:
     is_chat: bool
     common: dict[str, Any]
 
-    def body(self, prompt: Prompt) -> dict[str, Any]:
+    def body(self, prompt: DatasetPrompt) -> dict[str, Any]:
         """Return the body of a request."""
         if self.is_chat:
             messages = [{"role": "user", "content": prompt.content}]
             return {"messages": messages, "max_completion_tokens": prompt.output_len, **self.common}
         return {"prompt": prompt.content, "max_tokens": prompt.output_len, **self.common}
 
-    async def send(self, prompt: Prompt) -> Record:
+    async def send(self, prompt: DatasetPrompt) -> RequestRecord:
         """Send a request and read its stream to the end; an error goes into the record."""
         content = msgspec.json.encode(self.body(prompt))
-        reader, events = StreamReader(Record(prompt.num_tokens, started=time.perf_counter())), Events()
+        reader, events = StreamReader(RequestRecord(prompt.num_tokens, started=time.perf_counter())), EventParser()
         try:
             async with self.client.stream("POST", self.path, content=content) as response:
                 if response.status_code != 200:
@@ -64,7 +64,7 @@ class Target:
 class StreamReader:
     """Fills a record from the chunks of a stream."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: RequestRecord) -> None:
         self.record = record
         self._complete = False
 
@@ -93,7 +93,7 @@ class StreamReader:
 
 
 @asynccontextmanager
-async def connect_to_server(config: ServeBenchConfig, model: str | None) -> AsyncIterator[Target]:
+async def connect_to_server(config: ServeBenchConfig, model: str | None) -> AsyncIterator[LoadTarget]:
     """Wait until the server answers and yield its model; raises ValueError if it does not answer in time."""
     options = connection(config.url)
     options["headers"]["accept-encoding"] = "identity"  # pieces are read as they come
@@ -105,7 +105,7 @@ async def connect_to_server(config: ServeBenchConfig, model: str | None) -> Asyn
             common["temperature"] = config.temperature
         if config.ignore_eos or config.dataset_name == "random":
             common["ignore_eos"] = True
-        yield Target(client, config.path, config.is_chat, common)
+        yield LoadTarget(client, config.path, config.is_chat, common)
 
 
 async def _wait_ready(client: httpx.AsyncClient, timeout_s: float, model: str | None) -> str:
@@ -145,13 +145,13 @@ def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[floa
 
 
 async def send_all(
-    prompts: Sequence[Prompt], times: Sequence[float], send: Send, max_concurrency: int | None, bar: tqdm[Any]
-) -> list[Record]:
+    prompts: Sequence[DatasetPrompt], times: Sequence[float], send: Send, max_concurrency: int | None, bar: tqdm[Any]
+) -> list[RequestRecord]:
     """Send each prompt at its time, or later if max_concurrency requests are in flight; returns records in order."""
     started = time.perf_counter()
     gate: AbstractAsyncContextManager[Any] = asyncio.Semaphore(max_concurrency) if max_concurrency else nullcontext()
 
-    async def send_at(prompt: Prompt, at: float) -> Record:
+    async def send_at(prompt: DatasetPrompt, at: float) -> RequestRecord:
         await asyncio.sleep(started + at - time.perf_counter())
         async with gate:
             record = await send(prompt)

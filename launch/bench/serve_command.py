@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from ..options import LogLevel, start_logging, with_fields
 from .serve_config import ServeBenchConfig
-from .serve_metrics import Record, details, samples, statistics, summary
+from .serve_metrics import RequestRecord, details, samples, statistics, summary
 
 log = logging.getLogger(__name__)
 WIDTH = 50
@@ -77,7 +77,7 @@ def bench_serve(
         raise typer.Exit(1)
 
 
-async def measure(config: ServeBenchConfig, model: str | None) -> tuple[list[Record], dict[str, Any]]:
+async def measure(config: ServeBenchConfig, model: str | None) -> tuple[list[RequestRecord], dict[str, Any]]:
     """Make the prompts, wait for the server, warm it up and time the requests; returns them with the result."""
     from ...runtime.tokenizer import Tokenizer
     from .datasets import make_prompts, needs_tokenizer
@@ -102,7 +102,9 @@ async def measure(config: ServeBenchConfig, model: str | None) -> tuple[list[Rec
     return records, _result(config, {"model_id": model, "tokenizer_id": name}, records, duration)
 
 
-def _result(config: ServeBenchConfig, names: dict[str, Any], records: list[Record], duration: float) -> dict[str, Any]:
+def _result(
+    config: ServeBenchConfig, names: dict[str, Any], records: list[RequestRecord], duration: float
+) -> dict[str, Any]:
     """Return the result under vLLM's keys."""
     result: dict[str, Any] = {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),

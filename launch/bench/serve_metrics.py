@@ -13,7 +13,7 @@ METRICS = ("ttft", "tpot", "itl", "e2el")
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """One request as its client saw it, with times in seconds of one clock; a failed request has an error."""
 
     prompt_len: int
@@ -25,27 +25,27 @@ class Record:
     error: str = ""
 
 
-def ttft(record: Record) -> float:
+def ttft(record: RequestRecord) -> float:
     """Return the time to first token: sent -> first chunk with a token."""
     return record.chunk_times[0] - record.started
 
 
-def e2el(record: Record) -> float:
+def e2el(record: RequestRecord) -> float:
     """Return the end-to-end latency: sent -> last chunk."""
     return record.ended - record.started
 
 
-def tpot(record: Record) -> float | None:
+def tpot(record: RequestRecord) -> float | None:
     """Return the time per output token: (E2EL - TTFT) / (output tokens - 1); None for one token."""
     return (e2el(record) - ttft(record)) / (record.output_len - 1) if record.output_len > 1 else None
 
 
-def itls(record: Record) -> list[float]:
+def itls(record: RequestRecord) -> list[float]:
     """Return the inter-token latencies: the gaps between chunks, each with any number of tokens."""
     return [later - earlier for earlier, later in pairwise(record.chunk_times)]
 
 
-def samples(records: Sequence[Record]) -> dict[str, list[float]]:
+def samples(records: Sequence[RequestRecord]) -> dict[str, list[float]]:
     """Return the seconds of each metric, of the requests that were answered."""
     answered = [r for r in records if not r.error]
     return {
@@ -64,7 +64,7 @@ def statistics(name: str, seconds: Sequence[float], percentiles: Sequence[float]
     return {f"{key}_{name}_ms": float(value) for key, value in values.items()}
 
 
-def summary(records: Sequence[Record], duration: float, goodput_limits: Mapping[str, float]) -> dict[str, Any]:
+def summary(records: Sequence[RequestRecord], duration: float, goodput_limits: Mapping[str, float]) -> dict[str, Any]:
     """Return counts and rates over `duration` seconds.
 
     goodput_limits  the largest value of each metric in seconds with which a request counts as good
@@ -86,7 +86,7 @@ def summary(records: Sequence[Record], duration: float, goodput_limits: Mapping[
     }
 
 
-def details(records: Sequence[Record]) -> dict[str, list[Any]]:
+def details(records: Sequence[RequestRecord]) -> dict[str, list[Any]]:
     """Return lists with one entry for each request in the order of the prompts; zeros for failed requests."""
     return {
         "input_lens": [r.prompt_len for r in records],
@@ -100,13 +100,13 @@ def details(records: Sequence[Record]) -> dict[str, list[Any]]:
     }
 
 
-def is_good(record: Record, limits: Mapping[str, float]) -> bool:
+def is_good(record: RequestRecord, limits: Mapping[str, float]) -> bool:
     """Return True if no metric of a request exceeds its limit in seconds; an output of one token has a TPOT of 0."""
     times = {"ttft": ttft(record), "tpot": tpot(record) or 0.0, "e2el": e2el(record)}
     return all(times[name] <= limit for name, limit in limits.items())
 
 
-def peak_tokens(answered: Sequence[Record]) -> float:
+def peak_tokens(answered: Sequence[RequestRecord]) -> float:
     """Return the most output tokens in one second since the first request; chunks share an answer's tokens equally."""
     if not answered:
         return 0.0
@@ -116,7 +116,7 @@ def peak_tokens(answered: Sequence[Record]) -> float:
     return float(np.bincount(seconds, tokens).max())
 
 
-def peak_requests(answered: Sequence[Record]) -> int:
+def peak_requests(answered: Sequence[RequestRecord]) -> int:
     """Return the most requests in flight at once; a request that ends when another starts does not overlap it."""
     changes = sorted([(r.started, 1) for r in answered] + [(r.ended, -1) for r in answered])
     return int(np.cumsum([change for _, change in changes]).max()) if changes else 0

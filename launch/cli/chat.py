@@ -99,7 +99,7 @@ def remote(url: str, model: str | None) -> Answer:
     """
     import httpx
 
-    from ..client import Events, connection, describe, first_model, refusal
+    from ..client import EventParser, connection, describe, first_model, refusal
 
     options = connection(url)
     try:
@@ -110,7 +110,7 @@ def remote(url: str, model: str | None) -> Answer:
     name = model or first_model(models)
 
     def answer(messages: list[Message], settings: dict[str, Any]) -> Iterator[AnswerPart]:
-        events = Events()
+        events = EventParser()
         try:
             with httpx.Client(**options) as client:
                 body = {"model": name, "messages": messages, "stream": True, **settings}

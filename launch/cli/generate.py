@@ -71,7 +71,7 @@ def generate(config: dict[str, Any], options: GenerateOptions) -> None:
         encode_chat = llm.tokenizer.encode_chat
         inputs = [encode_chat([{"role": "user", "content": p}]) for p in prompts] if options.chat else prompts
         started = time.perf_counter()
-        results = _stream(llm, inputs, params, Printer(stdout, prompts, params.n, options.as_json))
+        results = _stream(llm, inputs, params, OutputPrinter(stdout, prompts, params.n, options.as_json))
         _log_results(results, time.perf_counter() - started, llm.config.tensor_parallel_size)
 
 
@@ -127,7 +127,7 @@ def _structured_outputs(options: GenerateOptions) -> StructuredOutputsParams | N
 
 
 def _stream(
-    llm: LLM, inputs: Sequence[str] | Sequence[list[int]], params: SamplingParams, printer: Printer
+    llm: LLM, inputs: Sequence[str] | Sequence[list[int]], params: SamplingParams, printer: OutputPrinter
 ) -> list[RequestOutput]:
     """Print the outputs during generation; returns the results in the order of the prompts."""
     results: list[RequestOutput] = []
@@ -152,7 +152,7 @@ def _log_results(results: list[RequestOutput], seconds: float, tensor_parallel_s
     )  # fmt: skip
 
 
-class Printer:
+class OutputPrinter:
     """Prints outputs in order: the first unfinished one as it grows, each later one after it."""
 
     def __init__(self, out: TextIO, prompts: list[str], n: int, as_json: bool) -> None:

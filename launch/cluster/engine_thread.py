@@ -14,7 +14,7 @@ from ...comm.message_sockets import WakeupEvent
 WAIT_S = 60.0  # longest wait for a step; the wakeup event and the executor's deadline come earlier
 
 
-class Driver(Protocol):
+class EngineDriver(Protocol):
     """The work of an EngineThread, which calls all of these methods."""
 
     @property
@@ -40,7 +40,7 @@ class Driver(Protocol):
 class EngineThread:
     """A thread that runs commands and polls an executor by turns, until `stop` or until the driver ends it."""
 
-    def __init__(self, driver: Driver, name: str, wakeup: WakeupEvent, shutting_down: threading.Event) -> None:
+    def __init__(self, driver: EngineDriver, name: str, wakeup: WakeupEvent, shutting_down: threading.Event) -> None:
         self._driver, self._wakeup, self._shutting_down = driver, wakeup, shutting_down
         self._commands: deque[Callable[[], None]] = deque()
         self._is_waking = False

@@ -27,7 +27,7 @@ from .p2p import PairResults
 from .planned_start import PlannedStart, visible_gpus
 
 if TYPE_CHECKING:  # imports torch
-    from ...runtime.memory.gpu import Process
+    from ...runtime.memory.gpu import GpuProcess
 
 DRIVER = Path("/proc/driver/nvidia/version")
 NCCL_SHM_BYTES = 64 * 2**20  # an estimate for one rank: each of NCCL's channels has a buffer of 4 MiB
@@ -165,7 +165,7 @@ def check_gpu_processes(start: PlannedStart) -> Finding:
     return gpu_processes_finding([gpu.processes(device) for device in gpu.devices(start.gpus)], os.getpid())
 
 
-def gpu_processes_finding(gpus: Sequence[Sequence[Process] | None], own_pid: int) -> Finding:
+def gpu_processes_finding(gpus: Sequence[Sequence[GpuProcess] | None], own_pid: int) -> Finding:
     """Return the finding for the processes on each GPU, None if they cannot be listed."""
     if all(processes is None for processes in gpus):
         remedy = "install nvidia-ml-py, and see that nvidia-smi runs here"

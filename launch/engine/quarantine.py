@@ -21,7 +21,7 @@ from ...runtime.request import SamplingParams
 
 
 @dataclass(frozen=True)
-class Progress:
+class RequestProgress:
     """The progress of a request at a crash of the engine."""
 
     lengths: list[int]  # number of tokens in each output
@@ -42,7 +42,7 @@ class CrashQuarantine:
 
     def __init__(self, window_s: float) -> None:
         self._window_s = window_s
-        self._progress: WeakKeyDictionary[Generation, Progress] = WeakKeyDictionary()
+        self._progress: WeakKeyDictionary[Generation, RequestProgress] = WeakKeyDictionary()
         self.suspects: list[Generation] = []  # not tested yet, the oldest first
         self._tested: Generation | None = None
         self._held: list[Generation] = []  # others, paused until all suspects have been tested
@@ -63,7 +63,7 @@ class CrashQuarantine:
             self._quarantine(tested)
             return tested, num_crashes[tested]
         lengths = {g: [output.num_tokens for output in g.outputs] for g in running}
-        self._progress.update({g: Progress(lengths[g], num_crashes[g]) for g in running})
+        self._progress.update({g: RequestProgress(lengths[g], num_crashes[g]) for g in running})
         self.suspects += [g for g in running if num_crashes[g] > 1]
         self.suspects.sort(key=lambda generation: generation.number)
         if self.suspects:

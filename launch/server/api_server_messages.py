@@ -29,7 +29,7 @@ CLASSES: dict[FailureKind, type[Exception]] = {
 }  # fmt: skip
 
 
-class Failure(msgspec.Struct, frozen=True):
+class EncodedError(msgspec.Struct, frozen=True):
     """An exception of one of CLASSES, or an ApiError, which has a status; any other one has no kind."""
 
     message: str
@@ -39,7 +39,7 @@ class Failure(msgspec.Struct, frozen=True):
     code: str | None = None
 
     @classmethod
-    def of(cls, error: Exception) -> Failure:
+    def of(cls, error: Exception) -> EncodedError:
         """Return the message for an exception."""
         if isinstance(error, ApiError):
             return cls(str(error), status=error.status, param=error.param, code=error.code)
@@ -160,7 +160,7 @@ class StreamFailed(msgspec.Struct, frozen=True, tag=True):
     """The end of a Generate that cannot go on."""
 
     call: int
-    failure: Failure
+    failure: EncodedError
 
 
 class CommandReply(msgspec.Struct, frozen=True, tag=True):
@@ -169,7 +169,7 @@ class CommandReply(msgspec.Struct, frozen=True, tag=True):
     call: int
     status: EngineStatus | None = None
     metrics: RequestMetrics | None = None
-    failure: Failure | None = None
+    failure: EncodedError | None = None
 
 
 class SendMetrics(msgspec.Struct, frozen=True, tag=True):

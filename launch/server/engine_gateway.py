@@ -19,7 +19,7 @@ from .api_server_messages import (
     CheckGrammar,
     CommandReply,
     ConnectionsClosed,
-    Failure,
+    EncodedError,
     Generate,
     OwnMetrics,
     PromptLogprobsPart,
@@ -146,7 +146,7 @@ class EngineGateway:
         try:
             stack.enter_context(self._client.admission.admit(command.num_outputs, command.client))
         except ApiError as error:
-            self._send(CommandReply(command.call, failure=Failure.of(error)))
+            self._send(CommandReply(command.call, failure=EncodedError.of(error)))
         else:
             self._admitted[command.call] = stack
             self._send(CommandReply(command.call))
@@ -222,8 +222,8 @@ class EngineGateway:
         self._send_bytes(encode(notice))
 
 
-def _failure(error: Exception) -> Failure:
-    failure = Failure.of(error)
+def _failure(error: Exception) -> EncodedError:
+    failure = EncodedError.of(error)
     if failure.kind is None and failure.status is None:
         log.error("a command of an API server failed", exc_info=error)
     return failure

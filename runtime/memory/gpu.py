@@ -28,7 +28,7 @@ REMEDIES: dict[Phase, str] = {  # remedies if a phase of the start-up runs out o
 
 
 @dataclass(frozen=True)
-class Process:
+class GpuProcess:
     """A process with memory on a GPU."""
 
     pid: int
@@ -79,12 +79,12 @@ def gpu_name(device: torch.device) -> str:
     return f"GPU {number or index} ({properties.name}, {format_bytes(total)})"
 
 
-def processes(device: torch.device) -> list[Process] | None:
+def processes(device: torch.device) -> list[GpuProcess] | None:
     """Return all processes with memory on this GPU; None if they cannot be listed."""
     return processes_on(str(torch.cuda.get_device_properties(device).uuid))
 
 
-def processes_on(uuid: str) -> list[Process] | None:
+def processes_on(uuid: str) -> list[GpuProcess] | None:
     """Return all processes with memory on a GPU; None if NVML, or its package pynvml, cannot list them."""
     # Find the GPU by UUID: NVML lists every GPU of the host, regardless of CUDA_VISIBLE_DEVICES.
     try:
@@ -94,7 +94,7 @@ def processes_on(uuid: str) -> list[Process] | None:
     try:
         nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid.removeprefix('GPU-').lower()}")
-        return [Process(p.pid, p.usedGpuMemory) for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+        return [GpuProcess(p.pid, p.usedGpuMemory) for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
     except nvml.NVMLError:
         return None
 
@@ -104,7 +104,7 @@ def other_processes(device: torch.device) -> str:
     return describe_others(processes(device), os.getpid())
 
 
-def describe_others(processes: Iterable[Process] | None, own_pid: int) -> str:
+def describe_others(processes: Iterable[GpuProcess] | None, own_pid: int) -> str:
     """Return the end of an error message: `; also on this GPU: pid 4711 with 1.00 GiB`, or nothing."""
     by_pid = {process.pid: process for process in processes or ()}
     if not by_pid:  # a container hides the processes: at least this one must be listed

@@ -19,7 +19,7 @@ from ...kernels.arguments import KVCache, QKNorm
 from .attention.backend import AttentionBackend, Heads
 from .batch import Batch
 from .delta_net import GatedDeltaNet
-from .embedding import Embedding, Head, Logits, head_shard, vocabulary_shard
+from .embedding import Embedding, LMHead, Logits, head_shard, vocabulary_shard
 from .gpt_oss_moe import GptOssMoE
 from .kv_pool import AttentionShape, KVPool
 from .linear import MLP, ColumnLinear, Projection, RowLinear, projections
@@ -219,7 +219,7 @@ class Decoder:
         self.norm = RMSNorm(weights, comm, "model.norm", hidden, config.stream_eps)
         head = rows if tied else head_shard(weights, comm, HEAD, vocab, hidden)
         scaling, softcap = config.logits_scaling, config.logits_softcap
-        self.head = Head(comm, head, vocab, scaling=scaling, softcap=softcap, batch_invariant=batch_invariant)
+        self.head = LMHead(comm, head, vocab, scaling=scaling, softcap=softcap, batch_invariant=batch_invariant)
 
     def attention_shape(
         self, page_size: int, dtype: torch.dtype, kv_dtype: torch.dtype | None = None

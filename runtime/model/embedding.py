@@ -59,7 +59,7 @@ class Embedding:
         return rows if self.multiplier == 1 else rows.mul_(self.multiplier)
 
 
-class Head:
+class LMHead:
     """The projection of hidden states to the logits of the rank's vocabulary shard, divided by `scaling`.
 
     softcap          bounds the logits: softcap * tanh(logit / softcap); None does not

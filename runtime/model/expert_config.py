@@ -27,7 +27,7 @@ class ExpertShare(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Experts:
+class ExpertConfig:
     """The mixture of experts of the layers in `layers`."""
 
     rules: ExpertRules
@@ -68,7 +68,7 @@ class Experts:
         return f"{most}{len(self.of_rank(0, ranks).experts)} of {self.num_experts} whole experts on each rank"
 
     @classmethod
-    def from_hf(cls, fields: HFConfigReader, rules: ExpertRules, num_layers: int) -> Experts:
+    def from_hf(cls, fields: HFConfigReader, rules: ExpertRules, num_layers: int) -> ExpertConfig:
         """Read the fields of config.json that the family has."""
         _check_scoring(fields, rules)
         features = fields.integer(rules.intermediate_size)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...comm.base import Communicator
 from ...kernels import expert_ops
 from ...kernels.arguments import MXFP4_BLOCK, ClampedSwiGLU, ExpertMatrix, MXFP4Weight
-from .expert_config import Experts
+from .expert_config import ExpertConfig
 from .norm import NormInput, Residual
 from .weights import ALL, Piece, Weight, Weights
 
@@ -70,7 +70,9 @@ class MXFP4Scales(MXFP4Data):
 class GptOssMoE:
     """`sum of score * expert(x)` over the experts with the greatest logits; the scores are the softmax of these."""
 
-    def __init__(self, weights: Weights, comm: Communicator, name: str, hidden_size: int, experts: Experts) -> None:
+    def __init__(
+        self, weights: Weights, comm: Communicator, name: str, hidden_size: int, experts: ExpertConfig
+    ) -> None:
         assert experts.clamped is not None
         n, full, hidden = experts.num_experts, experts.intermediate_size, hidden_size
         self.num_per_token, self.swiglu = experts.num_per_token, ClampedSwiGLU(*experts.clamped)

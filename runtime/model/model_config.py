@@ -14,7 +14,7 @@ from typing import Any
 
 from .delta_net_config import DeltaNetConfig
 from .end_tokens import EndTokens
-from .expert_config import MXFP4_BLOCK, Experts
+from .expert_config import MXFP4_BLOCK, ExpertConfig
 from .families import ARCHITECTURES, TEXT_PARTS, Activation, Architecture, Flag, QKNormKind, TensorNames
 from .generation_config import generation_fields, not_applied
 from .hf_config import HFConfigReader, exists
@@ -62,7 +62,7 @@ class ModelConfig:
     zero_centred_norms: bool  # the checkpoint has the weights of norms less 1
     tie_word_embeddings: bool
     windows: tuple[int | None, ...]  # per layer: number of keys that a query sees, its own included; None for all
-    experts: Experts | None
+    experts: ExpertConfig | None
     output_gate: bool  # a gate of the attention's result, whose rows follow those of each head of q
     delta_net: DeltaNetConfig | None
     dtype: str  # the checkpoint's dtype, one of DTYPES
@@ -124,7 +124,7 @@ class ModelConfig:
             tie_word_embeddings=fields.flag("tie_word_embeddings", False),
             windows=windows_of_layers(fields, architecture.windows, num_layers),
             delta_net=DeltaNetConfig.from_hf(fields, num_layers) if architecture.delta_net else None,
-            experts=Experts.from_hf(fields, architecture.experts, num_layers) if architecture.experts else None,
+            experts=ExpertConfig.from_hf(fields, architecture.experts, num_layers) if architecture.experts else None,
             dtype=_dtype(fields),
             max_position_embeddings=_num_positions(fields, ropes),
             eos_token_ids=end.ids,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...comm.base import Communicator
 from ...kernels import expert_ops, ops
 from ...kernels.arguments import Matrix
-from .expert_config import Experts, ExpertShare
+from .expert_config import ExpertConfig, ExpertShare
 from .fp8_weights import add_matrix
 from .linear import MLP
 from .norm import NormInput, Residual
@@ -36,7 +36,7 @@ class Router:
         weights: Weights,
         layer: str,
         hidden_size: int,
-        experts: Experts,
+        experts: ExpertConfig,
         first_expert: int,
         *,
         has_shared: bool = False,
@@ -101,7 +101,7 @@ class SharedExpert(MLP):
     """The MLP of all tokens beside the experts; some families have a gate, whose sigmoid scales it for each token."""
 
     def __init__(
-        self, weights: Weights, comm: Communicator, layer: str, hidden_size: int, experts: Experts, *, bias: bool
+        self, weights: Weights, comm: Communicator, layer: str, hidden_size: int, experts: ExpertConfig, *, bias: bool
     ) -> None:
         rules = experts.rules
         name = f"{layer}.{rules.block}.{rules.shared}"
@@ -128,7 +128,7 @@ class MoE:
     """
 
     def __init__(
-        self, weights: Weights, comm: Communicator, layer: str, hidden_size: int, experts: Experts, *, bias: bool
+        self, weights: Weights, comm: Communicator, layer: str, hidden_size: int, experts: ExpertConfig, *, bias: bool
     ) -> None:
         part, rules = experts.of_rank(comm.rank, comm.size), experts.rules
         self.batch_invariant, self.adds_at_once = weights.batch_invariant, comm.size == 1

@@ -86,7 +86,7 @@ class Quantization:
             return cls._compressed_tensors(section, ignored)
         if method in ("modelopt", "modelopt_fp8"):
             return cls._modelopt(section, ignored + tuple(section.texts("exclude_modules")))
-        if is_mxfp4(fields):  # Experts says so
+        if is_mxfp4(fields):  # ExpertConfig reads the rest
             return None
         if method == "fbgemm_fp8":
             return cls(method=method, granularity="row", ignored=ignored)

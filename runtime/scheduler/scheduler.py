@@ -21,8 +21,8 @@ import numpy as np
 
 from ..plan import Admission, FinishReason, RequestEnd, StepOutput, StepPlan, TokenLogprobs
 from ..request import Limits, Request
+from .fair_preemption import preempt_for_waiting_clients
 from .prefix_cache import Node, PagePool
-from .reclaim import reclaim
 from .saved_states import SavedStates
 from .scheduled_step import RunningRows, ScheduledStep
 from .slot_pages import SlotPages
@@ -74,24 +74,24 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """Return the next step, or None if there are no requests or all of them wait for results."""
-        reclaimed = set[int]()
+        preempted = set[int]()
         if self.division.is_shared:
-            reclaimed = reclaim(self.limits, self.slots, self.waiting, self._preempt, self._fits)
+            preempted = preempt_for_waiting_clients(self.limits, self.slots, self.waiting, self._preempt, self._fits)
         if self._slot_pages.drop_unseen() or self.limits.window is not None:
             self.waiting.unblock()  # running requests free pages, too
         can_admit = bool(self.slots.free) and self.waiting.head() is not None
-        scheduled = self._schedule(reclaimed, can_admit=can_admit)
+        scheduled = self._schedule(preempted, can_admit=can_admit)
         if scheduled is None and can_admit:  # tokens were kept for requests that did not fit
-            scheduled = self._schedule(reclaimed, can_admit=False)
+            scheduled = self._schedule(preempted, can_admit=False)
         return scheduled
 
-    def _schedule(self, reclaimed: set[int], *, can_admit: bool) -> ScheduledStep | None:
+    def _schedule(self, preempted: set[int], *, can_admit: bool) -> ScheduledStep | None:
         rows = self._make_room(can_admit=can_admit)
         self._slot_pages.extend_each(rows.full)
         for chunk in rows.chunks:
             self._extend_prompt(chunk)
         chunks = rows.chunks
-        admitted = self._admit(rows.tokens, chunks, reclaimed) if can_admit else []
+        admitted = self._admit(rows.tokens, chunks, preempted) if can_admit else []
         return self._build_plan(rows.decoding, chunks, admitted, is_limited=rows.tokens.is_limited)
 
     def commit(

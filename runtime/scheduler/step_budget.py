@@ -12,8 +12,8 @@ LONGEST_S = 0.25  # duration of a step of one client, in which another may arriv
 MEMORY_S = 5.0  # seconds of steps for which a client that has ended is expected back
 
 
-class PacedTokens:
-    """A number of tokens in a step that keeps its duration near a target."""
+class AdaptiveTokenLimit:
+    """The highest number of tokens in a step, adjusted so that a step takes about as long as it may."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -38,7 +38,7 @@ class StepBudget:
     """
 
     def __init__(self, most: int) -> None:
-        self._shared, self._alone = PacedTokens(most), PacedTokens(most)
+        self._shared, self._alone = AdaptiveTokenLimit(most), AdaptiveTokenLimit(most)
         self._alone_s = inf  # duration of the steps since several clients had requests
         self._light_s = inf  # duration of light steps, from launch to results: a moving average
         self._num_clients = 1

@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 
 from lockstep.comm import connect as connecting
 from lockstep.comm.all_reduce_check import RowShape, wrong_algorithms
-from lockstep.comm.all_reduce_choice import ALGORITHMS, Algorithm, AllReduce
+from lockstep.comm.all_reduce_names import ALGORITHMS, Algorithm, AllReduce
 from lockstep.comm.all_reduce_policy import SIZES, Policy, TimingTable
 from lockstep.comm.base import CommError, Communicator
 from lockstep.comm.connect import with_peer_memory

@@ -30,7 +30,7 @@ from torch.distributed import HashStore
 
 from lockstep.comm import connect as connecting
 from lockstep.comm.all_reduce_check import RowShape, wrong_algorithms
-from lockstep.comm.all_reduce_choice import AllReduce
+from lockstep.comm.all_reduce_names import AllReduce
 from lockstep.comm.all_reduce_policy import BUFFER_BYTES, PUSH_BYTES, Algorithm, Policy, TimingTable
 from lockstep.comm.base import CommError, Communicator, PeerMemoryUnavailable
 from lockstep.comm.connect import map_peer_buffers, with_peer_memory

@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from lockstep.comm.all_reduce_choice import AllReduce
+from lockstep.comm.all_reduce_names import AllReduce
 from lockstep.comm.base import CommError, Communicator
 from lockstep.comm.connect import connect
 from lockstep.comm.rendezvous import RankStore

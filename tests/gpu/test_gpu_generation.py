@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from lockstep import LLM, SamplingParams
-from lockstep.comm.all_reduce_choice import AllReduce
+from lockstep.comm.all_reduce_names import AllReduce
 from lockstep.runtime.outputs import CompletionOutput
 
 from rank_processes import PLACES, on_gpus, place_id

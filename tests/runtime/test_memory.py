@@ -29,7 +29,7 @@ from lockstep.runtime.config import Config
 from lockstep.runtime.executor import LocalExecutor
 from lockstep.runtime.memory import gpu as gpu_module
 from lockstep.runtime.memory.gpu import (
-    Process,
+    GpuProcess,
     describe_others,
     named_out_of_memory,
     processes_on,
@@ -445,7 +445,7 @@ def test_gpu_processes_are_listed_by_pynvml(monkeypatch: pytest.MonkeyPatch) -> 
         nvmlDeviceGetComputeRunningProcesses=lambda of: processes if of == "handle" else [],
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    assert processes_on(UUID) == processes_on(f"GPU-{UUID.upper()}") == [Process(4711, GIB), Process(4713, None)]
+    assert processes_on(UUID) == processes_on(f"GPU-{UUID.upper()}") == [GpuProcess(4711, GIB), GpuProcess(4713, None)]
     assert processes_on("another") is None
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
     assert processes_on(UUID) is None
@@ -456,19 +456,19 @@ def test_gpu_processes_are_listed_by_pynvml(monkeypatch: pytest.MonkeyPatch) -> 
     [
         (None, "; the processes on this GPU could not be listed"),
         ([], "; the processes on this GPU could not be listed"),
-        ([Process(1, 50 * GIB)], ""),
-        ([Process(1, 50 * GIB), Process(4712, 100 * MIB)], ""),
+        ([GpuProcess(1, 50 * GIB)], ""),
+        ([GpuProcess(1, 50 * GIB), GpuProcess(4712, 100 * MIB)], ""),
         (
-            [Process(1, 50 * GIB), Process(4711, GIB), Process(4712, 99 * MIB), Process(4713, None)],
+            [GpuProcess(1, 50 * GIB), GpuProcess(4711, GIB), GpuProcess(4712, 99 * MIB), GpuProcess(4713, None)],
             "; also on this GPU: pid 4711 with 1.00 GiB, pid 4713 with an unknown amount",
         ),
         (
-            [Process(4711, GIB)],
+            [GpuProcess(4711, GIB)],
             "; on this GPU, by the host, this process among them: pid 4711 with 1.00 GiB",
         ),
     ],
 )
-def test_other_processes_are_named_above_100_mib(processes: list[Process] | None, text: str) -> None:
+def test_other_processes_are_named_above_100_mib(processes: list[GpuProcess] | None, text: str) -> None:
     assert describe_others(processes, own_pid=1) == text
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from lockstep.comm.base import Communicator
 from lockstep.launch.bench.comm_actor import CommBenchActor, CommunicatorAllReduce
 from lockstep.launch.bench.comm_command import parse_bytes
-from lockstep.launch.bench.comm_report import Block, CommBenchSpec, TableLine, Timing, lines
+from lockstep.launch.bench.comm_report import AlgorithmTimings, CommBenchSpec, TableLine, Timing, lines
 from lockstep.launch.cli.main import app
 from lockstep.runtime.config import Config
 
@@ -132,7 +132,7 @@ def test_wrong_elements_are_counted(errors: int) -> None:
 
 def test_block_has_the_slowest_rank_and_all_wrong_elements() -> None:
     ranks = [[TableLine(1000, 250, None, Timing.from_time(us, 1000, 2, wrong))] for us, wrong in ((4.0, 1), (5.0, 2))]
-    block = Block.from_ranks("nccl", "graph", "float32", ranks)
+    block = AlgorithmTimings.from_ranks("nccl", "graph", "float32", ranks)
     (line,) = block.lines
     assert line.in_place is not None
     assert (line.in_place.time_us, line.in_place.wrong, line.best_us) == (5.0, 3, 5.0)

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from typer.testing import CliRunner, Result
 
 from lockstep.launch.bench import load_client
-from lockstep.launch.bench.datasets import Prompt, make_prompts
+from lockstep.launch.bench.datasets import DatasetPrompt, make_prompts
 from lockstep.launch.bench.load_client import StreamReader, arrivals, send_all
 from lockstep.launch.bench.serve_config import ServeBenchConfig
 from lockstep.launch.bench.serve_metrics import (
-    Record,
+    RequestRecord,
     e2el,
     is_good,
     itls,
@@ -39,7 +39,7 @@ from lockstep.launch.bench.serve_metrics import (
 )
 from lockstep.launch.bench.stream_transport import StreamTransport
 from lockstep.launch.cli.main import app
-from lockstep.launch.client import Events
+from lockstep.launch.client import EventParser
 from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.tokenizer import Tokenizer
 
@@ -61,7 +61,7 @@ KEYS = [
 ]  # fmt: skip
 ARRAYS = ["input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "generated_texts", "errors"]
 # Sent at 10, tokens at 10.5, 10.75 and 11.25, a bare finish reason at 11.5.
-BY_HAND = Record(7, started=10.0, chunk_times=[10.5, 10.75, 11.25], ended=11.5, output_len=5)
+BY_HAND = RequestRecord(7, started=10.0, chunk_times=[10.5, 10.75, 11.25], ended=11.5, output_len=5)
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +79,9 @@ def serve(stub: Stub, *arguments: str) -> Result:
 def test_metrics_worked_out_by_hand() -> None:
     assert (ttft(BY_HAND), e2el(BY_HAND), itls(BY_HAND)) == (0.5, 1.5, [0.25, 0.5])
     assert tpot(BY_HAND) == (1.5 - 0.5) / 4
-    one = Record(3, started=10.25, chunk_times=[10.5], ended=10.5, output_len=1)
+    one = RequestRecord(3, started=10.25, chunk_times=[10.5], ended=10.5, output_len=1)
     assert (ttft(one), tpot(one), itls(one)) == (0.25, None, [])
-    failed = Record(3, started=9.0, error="no")
+    failed = RequestRecord(3, started=9.0, error="no")
     assert samples([BY_HAND, failed, one]) == {
         "ttft": [0.5, 0.25], "tpot": [0.25], "itl": [0.25, 0.5], "e2el": [1.5, 0.25],
     }  # fmt: skip
@@ -123,7 +123,7 @@ def test_peaks_equal_brute_force(drawn: list[tuple[int, list[int]]]) -> None:
     records = []
     for start, gaps in drawn:
         times = [start / 4 + float(t) / 4 for t in np.cumsum(gaps)]
-        records.append(Record(1, start / 4, times, times[-1], 2 * len(times)))
+        records.append(RequestRecord(1, start / 4, times, times[-1], 2 * len(times)))
     first = min(r.started for r in records)
     buckets = [sum(2 for r in records for t in r.chunk_times if s <= t - first < s + 1) for s in range(40)]
     assert peak_tokens(records) == max(buckets)
@@ -140,17 +140,17 @@ def test_chunks_become_a_record() -> None:
         (5.0, event(choices=[{"delta": {}, "finish_reason": "stop"}])),
         (6.0, event(choices=[], usage={"prompt_tokens": 9, "completion_tokens": 4}) + b"data: [DONE]\n\n"),
     ]
-    reader, events = StreamReader(Record(0, started=0.5)), Events()
+    reader, events = StreamReader(RequestRecord(0, started=0.5)), EventParser()
     for now, piece in pieces:
         for chunk in events.push(piece):
             reader.add(chunk, now)
     reader.end()
-    assert reader.record == Record(9, 0.5, [2.0, 3.0, 4.0], 5.0, 4, "In the beginning")
+    assert reader.record == RequestRecord(9, 0.5, [2.0, 3.0, 4.0], 5.0, 4, "In the beginning")
 
 
 def test_single_chunk_without_usage_counts_as_a_token() -> None:
-    reader = StreamReader(Record(3))
-    for chunk in Events().push(event(choices=[{"text": "", "finish_reason": "stop"}])):
+    reader = StreamReader(RequestRecord(3))
+    for chunk in EventParser().push(event(choices=[{"text": "", "finish_reason": "stop"}])):
         reader.add(chunk, 1.0)
     reader.end()
     assert (reader.record.chunk_times, reader.record.output_len, reader.record.prompt_len) == ([1.0], 1, 3)
@@ -161,7 +161,7 @@ def test_events_survive_any_cut(texts: list[str], cuts: list[int]) -> None:
     """Line and paragraph separators, which JSON need not escape, are part of a text."""
     texts = [*texts, "a\N{LINE SEPARATOR}b\x85"]
     body = b": a comment\n\n" + b"".join(event(choices=[{"text": text}]) for text in texts) + b"data: [DONE]\n\n"
-    at, events, found = 0, Events(), []
+    at, events, found = 0, EventParser(), []
     for cut in cuts:
         found += list(events.push(body[at : at + cut]))
         at += cut
@@ -222,12 +222,12 @@ def loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[VirtualLoop]:
 def test_requests_start_in_order_and_within_the_cap(loop: VirtualLoop, cap: int | None, starts: list[float]) -> None:
     """Five requests of a second each."""
 
-    async def ask(prompt: Prompt) -> Record:
+    async def ask(prompt: DatasetPrompt) -> RequestRecord:
         started = loop.time()
         await asyncio.sleep(1.0)
-        return Record(prompt.num_tokens, started, [loop.time()], loop.time(), 1)
+        return RequestRecord(prompt.num_tokens, started, [loop.time()], loop.time(), 1)
 
-    prompts, times = [Prompt("", i, 1) for i in range(5)], [0.25, 0.5, 0.75, 4.0, 4.25]
+    prompts, times = [DatasetPrompt("", i, 1) for i in range(5)], [0.25, 0.5, 0.75, 4.0, 4.25]
     with tqdm(disable=True) as bar:
         records = loop.run_until_complete(send_all(prompts, times, ask, cap, bar))
     assert [r.prompt_len for r in records] == [0, 1, 2, 3, 4]
@@ -285,7 +285,9 @@ def test_prompts_from_files(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"conversations": [{"from": "x", "value": t} for t in talk]} for talk in talks]))
     load = ServeBenchConfig(dataset_name="sharegpt", dataset_path=path, num_prompts=2)
     question, answer = (len(tokenizer.encode(text)) for text in talks[0])
-    assert make_prompts(load, tokenizer) == [Prompt(talks[0][0], question, answer)] * 2  # too long, too short: left out
+    assert (
+        make_prompts(load, tokenizer) == [DatasetPrompt(talks[0][0], question, answer)] * 2
+    )  # too long, too short: left out
     path.write_text('{"prompt": "one\N{LINE SEPARATOR}"}\n\n{"prompt": "two"}\n{"other": 3}\n')
     custom = make_prompts(
         ServeBenchConfig(dataset_name="custom", dataset_path=path, num_prompts=5, custom_output_len=6), None

@@ -49,7 +49,7 @@ from lockstep.launch.doctor.model_checks import memory_finding
 from lockstep.launch.doctor.planned_start import PlannedStart, gpus_needed, has_driver, visible_gpus
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor
-from lockstep.runtime.memory.gpu import Process
+from lockstep.runtime.memory.gpu import GpuProcess
 from lockstep.runtime.memory.memory_plan import GIB, MemoryPlan, plan_weights
 from lockstep.runtime.model.model_config import ModelConfig
 
@@ -373,7 +373,7 @@ def test_open_files_findings() -> None:
 
 
 def test_gpu_processes_are_listed() -> None:
-    held, free = [Process(4711, 2 * 2**30), Process(4712, 50 * 2**20)], []
+    held, free = [GpuProcess(4711, 2 * 2**30), GpuProcess(4712, 50 * 2**20)], []
     finding = gpu_processes_finding([free, held], own_pid=1)
     assert (finding.status, finding.finding) == ("warn", "GPU 1: pid 4711 with 2.00 GiB")
     assert finding.remedy

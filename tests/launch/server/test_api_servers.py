@@ -26,7 +26,7 @@ from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.launch.engine.grammar_check import GrammarsWaiting
 from lockstep.launch.errors import EngineFailed, RequestCrashedEngine
 from lockstep.launch.server.api_errors import ApiError
-from lockstep.launch.server.api_server_messages import Failure
+from lockstep.launch.server.api_server_messages import EncodedError
 from lockstep.launch.server.message_link import MessageLink
 from lockstep.launch.server.request_metrics import RequestMetrics
 from lockstep.runtime.config import Config
@@ -184,11 +184,11 @@ def test_failures_keep_their_class() -> None:
         ApiError(429, "busy", param="n", code="rate_limit_exceeded"), RequestRefused("no"), GrammarsWaiting("later"),
         RequestCrashedEngine("again"), EngineFailed("gone"),
     ):  # fmt: skip
-        copy = Failure.of(error).exception()
+        copy = EncodedError.of(error).exception()
         assert type(copy) is type(error)
         assert str(copy) == str(error)
         assert vars(copy) == vars(error)
-    assert type(Failure.of(KeyError("x")).exception()) is RuntimeError
+    assert type(EncodedError.of(KeyError("x")).exception()) is RuntimeError
 
 
 def test_metrics_add_up() -> None:

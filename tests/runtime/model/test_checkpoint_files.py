@@ -338,7 +338,7 @@ def test_absent_fields_have_the_values_of_transformers(architecture: str) -> Non
 
 
 def expert_fields(rules: ExpertRules | None) -> dict[str, str]:
-    """Return the fields of config.json about experts, with the names that Experts has for them."""
+    """Return the fields of config.json about experts, with the names that ExpertConfig has for them."""
     fields = {} if rules is None else {getattr(rules, name): name for name in EXPERTS}
     fields |= GROUPS if rules is not None and rules.groups else {}
     return {field: name for field, name in fields.items() if isinstance(field, str)}

@@ -19,8 +19,8 @@ from lockstep.kernels.arguments import KVCache, QKNorm
 from lockstep.runtime.model.attention import backend as backend_module
 from lockstep.runtime.model.attention.backend import BatchInvariantAttention, Heads, TorchAttention
 from lockstep.runtime.model.batch import Batch, HostBatch
-from lockstep.runtime.model.embedding import Embedding, Head, vocabulary_shard
-from lockstep.runtime.model.expert_config import Experts
+from lockstep.runtime.model.embedding import Embedding, LMHead, vocabulary_shard
+from lockstep.runtime.model.expert_config import ExpertConfig
 from lockstep.runtime.model.families import ExpertRules
 from lockstep.runtime.model.hf_config import HFConfigReader
 from lockstep.runtime.model.kv_pool import AttentionShape
@@ -83,7 +83,7 @@ def test_mlp_shards_sum_to_the_layer(size: int, tmp_path: Path) -> None:
 
 @SIZES
 def test_moe_shards_sum_to_the_layer(size: int, tmp_path: Path) -> None:
-    experts = Experts(
+    experts = ExpertConfig(
         rules=ExpertRules(),
         num_experts=5,
         num_per_token=2,
@@ -125,7 +125,7 @@ def test_vocabulary_shards_equal_the_whole_vocabulary(size: int, vocab: int, tmp
     def run(comm: Communicator) -> tuple[Tensor, Tensor]:
         rows = _loaded(lambda weights: vocabulary_shard(weights, comm, "embed", vocab, D), tmp_path)
         assert len(rows) == -(-vocab // size)
-        return Embedding(comm, rows)(tokens), Head(comm, rows, vocab)(NormInput(hidden)).gather()
+        return Embedding(comm, rows)(tokens), LMHead(comm, rows, vocab)(NormInput(hidden)).gather()
 
     for embedded, logits in run_ranks(size, run):
         assert torch.equal(embedded, saved["embed"][tokens.long()])

@@ -1,4 +1,4 @@
-"""Slots and pages for clients that wait, from clients with more than twice as many."""
+"""Preemption for fairness: clients that wait get slots and pages of clients with more than twice as many."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .step_division import largest_holder
 from .waiting_queue import WaitingQueue
 
 
-def reclaim(
+def preempt_for_waiting_clients(
     limits: Limits,
     slots: Slots,
     waiting: WaitingQueue,
@@ -23,18 +23,18 @@ def reclaim(
     fits     returns whether there are pages for a request
     Returns the clients of the preempted requests. They must not be admitted before the others have been.
     """
-    reclaimed = set[int]()
+    clients = set[int]()
     for client in _clients_to_give_slots(slots, waiting):
         preempt(slots.newest_of(client))
-        reclaimed.add(client)
+        clients.add(client)
     head = waiting.blocked
     while head is not None and not fits(head):
         giver = _client_to_give_pages(slots, head.client, limits.pages_at_once(len(head.tokens)))
         if giver is None:
             break
         preempt(slots.newest_of(giver))
-        reclaimed.add(giver)
-    return reclaimed
+        clients.add(giver)
+    return clients
 
 
 def _clients_to_give_slots(slots: Slots, waiting: WaitingQueue) -> Iterator[int]:
