@@ -1,8 +1,8 @@
 """uvicorn's HTTP protocol with deadlines for slow clients, half-closed connections and a limit of connections.
 
-A request has `request_timeout_s` to arrive. Response bytes beyond the socket's write buffer of 64 KiB have
-`response_timeout_s` to be read. A connection that misses a deadline is aborted, and its request is cancelled like that
-of a client that disconnects. So a slow client holds neither a place in the batch nor memory.
+A request has `request_timeout_s` to arrive; later it is refused with 408. Response bytes beyond the socket's write
+buffer of 64 KiB have `response_timeout_s` to be read. A connection that misses this deadline is aborted, and its
+request is cancelled like that of a client that disconnects. So a slow client holds no place in the batch and no memory.
 
 A client that has closed its side after the request gets its answer. The rest of a body that is refused is read, within
 limits: otherwise the kernel would reset the connection, and the client would lose the response.
@@ -11,9 +11,11 @@ limits: otherwise the kernel would reset the connection, and the client would lo
 from __future__ import annotations
 
 import asyncio
+import re
 import resource
 from collections.abc import Callable
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
 
 import h11
@@ -27,6 +29,8 @@ from .server_config import ServerLimits
 PROBE_S = (0.05, 1.0)  # times between the first two probes of a half-closed connection, and between later ones
 MAX_DRAINED_BYTES = 64 * 2**20  # of the body of a request that has been answered
 LINGER_S = 1.0  # a connection stays open for this long after the server has closed its side
+# The beginning of a line between the chunks of a body, or behind the last one: a length, or trailer fields.
+CHUNK_LINE = re.compile(rb"\r?|[0-9A-Fa-f]{1,20}[ \t]*(;.*|\r)?|[!#$%&'*+.^_`|~0-9A-Za-z-]+(:.*)?", re.DOTALL)
 RESERVED_FILES = 256  # connections leave these descriptors free for restarted ranks and files
 
 
@@ -85,10 +89,21 @@ class TimeoutHTTPProtocol(H11Protocol):
             self.transport.close()
         elif not self._is_refused:
             super().data_received(data)
+            is_chunked = self._has_body() and self._has_header(b"transfer-encoding")
+            if is_chunked and not CHUNK_LINE.fullmatch(self._unread()):
+                self.send_400_response("the body has a chunk without its length")  # h11 would wait for the line's end
             self._update_request_timer()
+
+    def _should_upgrade(self) -> bool:
+        """Serve a request for another protocol, such as WebSocket, as plain HTTP."""
+        return False
 
     async def _run_app(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request with the application, which may write its body directly."""
+        is_sized_or_old = self._has_header(b"content-length") or scope["http_version"] != "1.1"
+        if is_sized_or_old and self._has_header(b"transfer-encoding"):  # a proxy may find another end of the body
+            self.send_400_response("transfer-encoding needs HTTP/1.1 and excludes content-length")
+            return
         scope["extensions"] = {**scope.get("extensions", {}), BODY_WRITER: ChunkedBody(self)}
         try:
             await self._app(scope, receive, send)
@@ -107,7 +122,7 @@ class TimeoutHTTPProtocol(H11Protocol):
         super().on_response_complete()
         if self._probe_timer is not None and self.cycle.response_complete:  # no other request was sent before the end
             self.transport.close()
-        elif self._has_body() and any(name == b"expect" for name, _ in self.headers):
+        elif self._has_body() and self._has_header(b"expect"):
             self._linger()  # the client may send the body, or not and another request
         self._update_request_timer()
         if self.transport.get_write_buffer_size():  # the client must also read the end of the response in time
@@ -139,10 +154,19 @@ class TimeoutHTTPProtocol(H11Protocol):
         is_arriving = self.cycle is None or self.cycle.more_body or self.cycle.response_complete
         if is_arriving and self.timeout_keep_alive_task is None and not self.transport.is_closing():
             if self._request_timer is None:
-                self._request_timer = self.loop.call_later(self._limits.request_timeout_s, self.transport.abort)
+                self._request_timer = self.loop.call_later(self._limits.request_timeout_s, self._on_request_timeout)
         elif self._request_timer is not None:
             self._request_timer.cancel()
             self._request_timer = None
+
+    def _on_request_timeout(self) -> None:
+        """Refuse the part of a request that has arrived; a connection without one is idle, as browsers open some."""
+        self._request_timer = None
+        if self._has_body() or self._unread():
+            message = f"the request has not arrived within {self._limits.request_timeout_s:g} s"
+            self._refuse(ApiError(408, message, code="request_timeout"), lingers=True)
+        else:
+            self.transport.abort()
 
     def _start_response_timer(self) -> None:
         if self._response_timer is None:
@@ -156,6 +180,14 @@ class TimeoutHTTPProtocol(H11Protocol):
     def _has_body(self) -> bool:
         """Return whether a part of the request's body has not been read."""
         return self.conn.their_state is h11.SEND_BODY
+
+    def _has_header(self, name: bytes) -> bool:
+        """Return whether the last request has this header; the name is in lower case."""
+        return any(name == other for other, _ in self.headers)
+
+    def _unread(self) -> bytes:
+        """Return what has arrived of a line or of a head that is not complete."""
+        return bytes(self.conn.trailing_data[0])
 
     def _probe(self, next_s: float) -> None:
         """Send a few bytes before the response: if the client is gone, the kernel says so at the next write.
@@ -177,8 +209,11 @@ class TimeoutHTTPProtocol(H11Protocol):
         response = error.response()
         headers: list[tuple[bytes, bytes]] = [*response.raw_headers, (b"connection", b"close")]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            start, body = h11.Response(status_code=error.status, headers=headers), h11.Data(data=bytes(response.body))
-            for event in (start, body, h11.EndOfMessage()):
+            reason, body = HTTPStatus(error.status).phrase.encode(), bytes(response.body)
+            if self.conn.our_state is h11.SEND_RESPONSE and self.cycle.scope["method"] == "HEAD":
+                body = b""
+            start = h11.Response(status_code=error.status, headers=headers, reason=reason)
+            for event in (start, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         if lingers and not self.transport.is_closing():
             self._linger()

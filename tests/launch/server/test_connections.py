@@ -78,6 +78,53 @@ def test_body_that_breaks_the_protocol_is_answered_once(shared: Running, caplog:
     assert [record for record in caplog.records if record.exc_info] == []
 
 
+CHUNKED = "content-type: application/json\r\ntransfer-encoding: chunked\r\n"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [f"POST / HTTP/1.1\r\nhost: x\r\n{CHUNKED}content-length: 3", f"POST / HTTP/1.0\r\n{CHUNKED}x: y",
+     f"HEAD / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n{CHUNKED}x: y"],
+    ids=["two lengths", "HTTP/1.0", "HEAD"],
+)  # fmt: skip
+def test_ambiguous_length_of_a_body_is_refused(shared: Running, caplog: pytest.LogCaptureFixture, head: str) -> None:
+    """Behind a proxy that reads the other length, the rest of the body would be a request of somebody else."""
+    smuggled = b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    with socket.create_connection(shared.port.getsockname(), timeout=20) as raw:
+        raw.sendall(f"{head}\r\n\r\n".encode() + b"0\r\n\r\n" + smuggled)
+        received = b""
+        while piece := raw.recv(1 << 16):  # until the server closes its side
+            received += piece
+    assert received.startswith(b"HTTP/1.1 400")
+    assert b"connection: close" in received.lower()
+    assert received.count(b"\r\n\r\n") == 1, "the rest is not read as a request"
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+@pytest.mark.parametrize("body", [b'{"model": ', b"no length", b"5 x", b"5\r\n12345\r\n\x00"])
+def test_chunk_without_length_is_refused_at_once(shared: Running, body: bytes) -> None:
+    with socket.create_connection(shared.port.getsockname(), timeout=20) as raw:
+        raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{CHUNKED}\r\n".encode() + body)
+        assert raw.recv(1 << 16).startswith(b"HTTP/1.1 400")
+
+
+def test_chunks_may_come_in_pieces(shared: Running) -> None:
+    content = request_of({"max_tokens": 2}).partition(b"\r\n\r\n")[2]
+    chunks = b"%X;a=b\r\n%b\r\n1 \r\n%b\r\n0\r\nx-sum: 1\r\n\r\n" % (len(content) - 1, content[:-1], content[-1:])
+    with socket.create_connection(shared.port.getsockname(), timeout=20) as raw:
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{CHUNKED}\r\n".encode())
+        for byte in chunks:
+            raw.sendall(bytes([byte]))
+        assert raw.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+def test_request_to_upgrade_is_served_without_a_warning(shared: Running, caplog: pytest.LogCaptureFixture) -> None:
+    headers = {"connection": "Upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+    assert shared.http.get("/version", headers=headers).status_code == 200
+    assert caplog.records == []
+
+
 def test_stream_of_http_1_0_has_no_chunks(shared: Running) -> None:
     request = request_of({"max_tokens": 5, "stream": True, "seed": 3})
     head, _, body = exchange(shared, request.replace(b"HTTP/1.1", b"HTTP/1.0", 1)).partition(b"\r\n\r\n")

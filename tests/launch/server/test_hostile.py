@@ -63,17 +63,22 @@ def is_closed(raw: socket.socket) -> bool:
 
 
 BODY = json.dumps({**COMPLETION, "max_tokens": 3}).encode()
+CHUNKED = head_of(b"").replace(b"content-length: 0", b"transfer-encoding: chunked")
 
 
 @pytest.mark.parametrize(
     "sent",
-    [b"", b"GET /health HTTP/1.1\r\nx: ", head_of(BODY), head_of(BODY) + BODY[:5]],
-    ids=["nothing", "half a head", "no body", "half a body"],
+    [b"", b"GET /health HTTP/1.1\r\nx: ", head_of(BODY), head_of(BODY) + BODY[:5], CHUNKED, CHUNKED + b"5\r\n{"],
+    ids=["nothing", "half a head", "no body", "half a body", "no chunk", "half a chunk"],
 )
 def test_incomplete_request_times_out(run: Callable[..., Running], sent: bytes) -> None:
     running = run(limits=ServerLimits(request_timeout_s=0.3))
     with connect(running) as raw:
         raw.sendall(sent)
+        if sent:
+            answer = raw.recv(1 << 16)
+            assert answer.startswith(b"HTTP/1.1 408")
+            assert b"has not arrived within 0.3 s" in answer
         assert is_closed(raw)
     wait_until(lambda: not running.server.server_state.connections)
 
