@@ -127,6 +127,8 @@ class Config:
             elif hint is int or (int in choices and value is not None):
                 is_integer = isinstance(value, int) and not isinstance(value, bool)
                 self._require(name, is_integer and value >= 1, "must be an integer >= 1")
+        for name in ("model", "generation_config", "revision"):  # an empty path would be the current folder
+            self._require(name, getattr(self, name) != "", "is empty; give a value, or leave the option out")
         for name in ("startup_timeout", "wait_for_resources", "step_timeout", "kv_cache_memory"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "must be above 0")

@@ -1,4 +1,4 @@
-"""The Config for processes in other working folders."""
+"""Values of Config that are refused, and the Config for processes in other working folders."""
 
 from __future__ import annotations
 
@@ -19,3 +19,10 @@ def test_with_absolute_model_resolves_a_folder(tmp_path: Path, monkeypatch: pyte
 
 def test_with_absolute_model_keeps_a_hub_id() -> None:
     assert Config(model="org/name").with_absolute_model() == Config(model="org/name")
+
+
+@pytest.mark.parametrize("name", ["model", "generation_config", "revision"])
+def test_empty_text_is_refused(name: str) -> None:
+    """An empty path would be the current folder."""
+    with pytest.raises(ValueError, match=f"{name}='' is empty; give a value"):
+        Config.from_options({name: ""})

@@ -6,6 +6,7 @@ says by partial matching whether a text may still become a match: it shares noth
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -17,11 +18,13 @@ import numpy as np
 import pytest
 import regex
 import torch
+from tokenizers import Tokenizer
 
 from lockstep import LLM, SamplingParams, StructuredOutputsParams
+from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.engine import Engine
 from lockstep.runtime.request import Request
-from lockstep.runtime.sampling.grammar import GrammarError, Vocabulary, try_out
+from lockstep.runtime.sampling.grammar import CompiledGrammar, GrammarError, Vocabulary, try_out
 from lockstep.runtime.sampling.grammar_state import mask_tokens_
 
 from checkpoints import ASCII_TEXTS as TEXTS
@@ -328,6 +331,37 @@ def test_unusable_grammars_are_refused_before_they_start(options: dict[str, Any]
     params = SamplingParams(structured_outputs=StructuredOutputsParams(**options))
     with LLM(device="cpu", num_pages=64) as llm, pytest.raises(ValueError, match=message):
         llm.generate("a", params, use_tqdm=False)
+
+
+GBNF = {
+    r'"\u0041BC\u4e2d\U0001f600"': ["ABC\u4e2d\U0001f600"],
+    r'"\x41\x22\\u0041\[\u005d\u005c\u0022"': ['A"\\u0041[]\\"'],
+    r"[\U00000041-\U0010ffff]": ["A", "\xe9", "\uffff", "\U0010ffff"],
+    r"[^\u0000-\u001f\]\u005b-]": ["A", "^", "\\", "\U0001f600"],
+}
+
+
+@pytest.mark.parametrize("rule", GBNF)
+def test_escapes_of_gbnf_are_code_points(rule: str) -> None:
+    """Compared with Python's own escapes."""
+    tokenizer = Tokenizer.from_file(f"{DEMO_MODEL}/tokenizer.json")
+    size, every = tokenizer.get_vocab_size(), ["@", "\n", "[", "]", "-", "\u41bc", *itertools.chain(*GBNF.values())]
+    grammar = CompiledGrammar(Vocabulary(Path(DEMO_MODEL), size, (0,)), "grammar", f"root ::= {rule}", False)
+
+    def is_accepted(text: str) -> bool:
+        ids, matcher = tokenizer.encode(text, add_special_tokens=False).ids, grammar.matcher()
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    is_class = rule.startswith("[")
+    expected = [text for text in every if (is_class and re.fullmatch(rule, text)) or text in GBNF[rule]]
+    assert [text for text in every if is_accepted(text)] == expected
+
+
+@pytest.mark.parametrize("escape", [r"\ud800", r"\U00110000"])
+def test_escape_of_gbnf_without_a_character_is_refused(folder: Path, escape: str) -> None:
+    params = StructuredOutputsParams(grammar=f'root ::= "{escape}"')
+    with pytest.raises(GrammarError, match=re.escape(f"{escape} is no character")):
+        try_out(Vocabulary(folder, 131, (EOS,)), params)
 
 
 def test_demo_model_follows_the_schema_with_any_seed() -> None:
