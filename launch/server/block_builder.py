@@ -34,9 +34,7 @@ class BlockBuilder(ABC):
         self._is_open = False  # whether the last block is not complete
         self._response: Json = {}  # the whole response, once the answer has ended
 
-    async def stream(
-        self, events: AsyncIterator[tuple[int, Event]], *, with_usage: bool = True, in_every_chunk: bool = False
-    ) -> AsyncIterator[NamedEvent]:
+    async def stream(self, events: AsyncIterator[tuple[int, Event]]) -> AsyncIterator[NamedEvent]:
         """Yield the events of a streamed response, which always has the usage."""
         is_first = True
         async for _, event in events:

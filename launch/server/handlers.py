@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from functools import partial
 
 import msgspec
@@ -103,27 +103,27 @@ class Handlers:
 
         async def answer(send: Send) -> None:
             async with self._engine.admit(num_outputs, origin.client):
-                if isinstance(body, ChatRequest):
-                    limit = self._validator.max_encoded(body)
-                    chat = await self._chats.prepare(body, structured_outputs(body), limit)
-                    await self._generate(body, [chat.prompt], send, origin, chat, new_builder)
-                else:
-                    await self._generate(body, await self._encode(body), send, origin)
+                await self._generate(body, send, origin, new_builder)
 
         return StreamingAnswer(answer)
 
-    async def _encode(self, body: CompletionRequest) -> list[list[int]]:
-        """Return the token ids of each prompt."""
-        texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
-        if texts:  # a body has texts or token ids, never both
-            limit, with_special = self._validator.max_encoded(body), body.add_special_tokens is not False
-            return await self._tokenizer.encode(texts, limit, add_special_tokens=with_special)
-        return [prompt for prompt in body.prompts if not isinstance(prompt, str)]
+    async def _prompts(self, body: GenerateRequest) -> tuple[list[list[int]], PreparedChat | None]:
+        """Return the token ids of each prompt, and the chat if the body is one."""
+        limit, chat = self._validator.max_encoded(body), None
+        if isinstance(body, ChatRequest):
+            chat = await self._chats.prepare(body, structured_outputs(body), limit)
+            prompts = [chat.prompt]
+        elif texts := [prompt for prompt in body.prompts if isinstance(prompt, str)]:
+            with_special = body.add_special_tokens is not False
+            prompts = await self._tokenizer.encode(texts, limit, add_special_tokens=with_special)
+        else:  # a body has texts or token ids, never both
+            prompts = [prompt for prompt in body.prompts if not isinstance(prompt, str)]
+        return [self._validator.truncated(body, ids) for ids in prompts], chat
 
     async def _builder(
         self, body: GenerateRequest, prompts: list[list[int]], usage: TokenUsage, chat: PreparedChat | None
     ) -> ResponseBuilder:
-        model = body.model or self._validator.model_names[0]
+        model, stream = body.model or self._validator.model_names[0], body.stream_options
         num_top = num_top_logprobs(body)
         if isinstance(body, ChatRequest) and body.logprob_token_ids:
             num_top = len(body.logprob_token_ids) + 1  # a chat lists the sampled token too
@@ -132,6 +132,8 @@ class Handlers:
             self._names_ids if body.return_tokens_as_token_ids is None else body.return_tokens_as_token_ids,
             bool(body.return_token_ids),
             body.prompt_logprobs,
+            usage=stream is not None and bool(stream.include_usage),
+            usage_in_every_chunk=stream is not None and bool(stream.continuous_usage_stats),
         )
         if isinstance(body, ChatRequest):
             assert chat is not None
@@ -151,34 +153,37 @@ class Handlers:
         return echoes
 
     async def _generate(
-        self, body: GenerateRequest, prompts: list[list[int]], send: Send, origin: Origin,
-        chat: PreparedChat | None = None, new_builder: NewBuilder | None = None,
-    ) -> None:  # fmt: skip
+        self, body: GenerateRequest, send: Send, origin: Origin, new_builder: NewBuilder | None
+    ) -> None:
         """Generate the outputs of all prompts and send the response, as a stream if the body says so."""
-        prompts = [self._validator.truncated(body, ids) for ids in prompts]
-        self._validator.check_prompt_logprobs(body, sum(map(len, prompts)))
+        prompts, chat = await self._prompts(body)
+        usage = TokenUsage(sum(map(len, prompts)))
+        self._validator.check_prompt_logprobs(body, usage.num_prompt)
         constraint = chat.constraint if chat else structured_outputs(body)
         params = self._validator.sampling_params(body, [len(ids) for ids in prompts], constraint)
         if chat is not None and chat.keeps_special_tokens:
             params = [msgspec.structs.replace(p, skip_special_tokens=False) for p in params]
-        usage, started, outcome = TokenUsage(sum(map(len, prompts))), time.perf_counter(), "failed"
         if chat is not None and new_builder is not None:
             builder: AnyBuilder = new_builder(body.model or self._validator.model_names[0], usage, chat)
         else:
             builder = await self._builder(body, prompts, usage, chat)
+        with self._noting_end(len(prompts), usage):
+            try:
+                async with aclosing(self._events(body, prompts, params, usage, origin)) as events:
+                    if body.stream:
+                        await send_events(send, builder.stream(events), builder.failure, builder.end_of_stream)
+                    else:
+                        await send_json(send, await builder.whole(events))
+            except RequestRefused as error:
+                raise from_refusal(error, body) from error
+
+    @contextmanager
+    def _noting_end(self, num_prompts: int, usage: TokenUsage) -> Iterator[None]:
+        """Count a request that its client cancels, and log the end of every one with --log-requests."""
+        started, outcome = time.perf_counter(), "failed"
         try:
-            async with aclosing(self._events(body, prompts, params, usage, origin)) as events:
-                if body.stream:
-                    options = body.stream_options
-                    with_usage = options is not None and bool(options.include_usage)
-                    in_every_chunk = options is not None and bool(options.continuous_usage_stats)
-                    chunks = builder.stream(events, with_usage=with_usage, in_every_chunk=in_every_chunk)
-                    await send_events(send, chunks, builder.failure, builder.end_of_stream)
-                else:
-                    await send_json(send, await builder.whole(events))
+            yield
             outcome = "answered"
-        except RequestRefused as error:
-            raise from_refusal(error, body) from error
         except asyncio.CancelledError:
             self._metrics.count_end("abort")
             outcome = "cancelled by its client"
@@ -187,7 +192,7 @@ class Handlers:
             if self._log_requests:
                 log.info(
                     "request %s %s: %s of %s, %s generated, %.3f s",
-                    REQUEST_ID.get(), outcome, counted(len(prompts), "prompt"), counted(usage.num_prompt, "token"),
+                    REQUEST_ID.get(), outcome, counted(num_prompts, "prompt"), counted(usage.num_prompt, "token"),
                     counted(usage.num_completion, "token"), time.perf_counter() - started,
                 )  # fmt: skip
 

@@ -46,12 +46,15 @@ class ReplyOptions:
     tokens_as_ids    log-probabilities name tokens by their ids
     token_ids        the ids of prompt and output
     prompt_logprobs  candidates at each position of the prompt; None without its log-probabilities
+    usage            the last chunk of a stream has the token counts; with usage_in_every_chunk all of them have
     """
 
     num_top: int | None = None
     tokens_as_ids: bool = False
     token_ids: bool = False
     prompt_logprobs: int | None = None
+    usage: bool = False
+    usage_in_every_chunk: bool = False
 
 
 class ResponseBuilder(ABC):
@@ -67,11 +70,10 @@ class ResponseBuilder(ABC):
         self._model, self._options, self._usage = model, options, usage
         self._logprob_writer = LogprobWriter(options.num_top, options.tokens_as_ids)
 
-    async def stream(
-        self, events: AsyncIterator[ChoiceEvent], *, with_usage: bool, in_every_chunk: bool = False
-    ) -> AsyncIterator[bytes]:
-        """Yield the JSON of the chunks of a stream; `with_usage` the last or every chunk holds the token counts."""
-        counts = self._usage if with_usage and in_every_chunk else None
+    async def stream(self, events: AsyncIterator[ChoiceEvent]) -> AsyncIterator[bytes]:
+        """Yield the JSON of the chunks of a stream."""
+        with_usage = self._options.usage
+        counts = self._usage if with_usage and self._options.usage_in_every_chunk else None
         async for index, event in events:
             choices = self._chunk_choices(index, event)
             if num_candidates(event) > LONG_CANDIDATES:  # those of a prompt, or of a client that reads slowly

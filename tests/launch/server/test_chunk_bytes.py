@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -57,9 +58,9 @@ def streamed(builder: ResponseBuilder, events: list[tuple[int, Event]], usage: T
             yield index, event
 
     async def collect() -> list[bytes]:
-        options = {"with_usage": mode != "none", "in_every_chunk": mode == "every"}
-        return [chunk async for chunk in builder.stream(source(), **options)]
+        return [chunk async for chunk in builder.stream(source())]
 
+    builder._options = replace(builder._options, usage=mode != "none", usage_in_every_chunk=mode == "every")
     return asyncio.run(collect())
 
 

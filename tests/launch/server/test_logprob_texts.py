@@ -76,7 +76,7 @@ def whole(builder: ResponseBuilder, made: list[Event]) -> Any:
 
 def streamed(builder: ResponseBuilder, made: list[Event]) -> list[Any]:
     async def chunks() -> list[Any]:
-        return [chunk async for chunk in builder.stream(in_turn(made), with_usage=False)]
+        return [chunk async for chunk in builder.stream(in_turn(made))]
 
     models = (builder.chunk_type.model_validate_json(chunk) for chunk in asyncio.run(chunks()))
     return [choice for model in models for choice in cast(Any, model).choices]
