@@ -110,18 +110,18 @@ def remote(url: str, model: str | None) -> Answer:
     name = model or first_model(models)
 
     def answer(messages: list[Message], settings: dict[str, Any]) -> Iterator[AnswerPart]:
-        events = EventParser()
+        events, body = EventParser(), {"model": name, "messages": messages, "stream": True, **settings}
         try:
-            with httpx.Client(**options) as client:
-                body = {"model": name, "messages": messages, "stream": True, **settings}
-                with client.stream("POST", "/v1/chat/completions", json=body) as response:
-                    if response.status_code != 200:
-                        raise refusal(response.status_code, response.read())
-                    for data in response.iter_bytes():
-                        for chunk in events.push(data):
-                            for choice in chunk.choices:
-                                yield AnswerPart("reasoning", choice.new_reasoning)
-                                yield AnswerPart("content", choice.new_text)
+            with (
+                httpx.Client(**options) as client,
+                client.stream("POST", "/v1/chat/completions", json=body) as response,
+            ):
+                if response.status_code != 200:
+                    raise refusal(response.status_code, response.read())
+                chunks = (chunk for data in response.iter_bytes() for chunk in events.push(data))
+                for choice in (choice for chunk in chunks for choice in chunk.choices):
+                    yield AnswerPart("reasoning", choice.new_reasoning)
+                    yield AnswerPart("content", choice.new_text)
         except httpx.HTTPError as error:
             raise ValueError(f"{url}: {describe(error)}") from error
 
@@ -177,17 +177,17 @@ def _print_answer(answer: Iterator[AnswerPart], out: TextIO) -> tuple[str, str]:
     text, reasoning, note, thinks_since = "", "", "", 0.0
     try:
         for kind, piece in answer:
-            if kind == "reasoning" and piece:
-                if not reasoning:
+            if kind == "reasoning":
+                if piece and not reasoning:
                     thinks_since = time.perf_counter()
                     print("[thinking ...", end="", file=out, flush=True)
                 reasoning += piece
-            elif piece:
-                if thinks_since:
-                    print(f" {time.perf_counter() - thinks_since:.1f} s]", file=out)
-                    thinks_since = 0.0
-                text += piece
-                print(piece, end="", file=out, flush=True)
+                continue
+            if piece and thinks_since:
+                print(f" {time.perf_counter() - thinks_since:.1f} s]", file=out)
+                thinks_since = 0.0
+            text += piece
+            print(piece, end="", file=out, flush=True)
     except Terminated:
         raise
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import ray
@@ -50,6 +50,7 @@ HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 2.0, 30.0
 END_S = 10.0  # a replica may take this long to end its ranks
 AFFINITY_PAGES = 1 << 16  # the router assumes this cache size of each replica if num_pages is not configured
 POLL_S = 0.2
+Value = TypeVar("Value")
 
 
 class ReplicaExecutor:
@@ -233,29 +234,26 @@ class ReplicaExecutor:
     def _translate(self, output: StepOutput) -> StepOutput | None:
         """Return the output with the requests' uids in place of the attempts' numbers, None if nothing is left."""
         uids = self._attempts
-        pairs = [(uids[a], token) for a, token in zip(output.uids, output.tokens, strict=True) if a in uids]
+
+        def by_uid(values: dict[int, Value]) -> dict[int, Value]:
+            return {uids[attempt]: value for attempt, value in values.items() if attempt in uids}
+
         translated = StepOutput(
-            uids=[uid for uid, _ in pairs],
-            tokens=[token for _, token in pairs],
+            uids=[uids[attempt] for attempt in output.uids if attempt in uids],
+            tokens=[token for attempt, token in zip(output.uids, output.tokens, strict=True) if attempt in uids],
             finished=[msgspec.structs.replace(f, uid=uids[f.uid]) for f in output.finished if f.uid in uids],
-            logprobs={uids[a]: value for a, value in output.logprobs.items() if a in uids},
-            cached_tokens={uids[a]: value for a, value in output.cached_tokens.items() if a in uids},
-            prompt_logprobs={uids[a]: value for a, value in output.prompt_logprobs.items() if a in uids},
+            logprobs=by_uid(output.logprobs),
+            cached_tokens=by_uid(output.cached_tokens),
+            prompt_logprobs=by_uid(output.prompt_logprobs),
             free_pages=self._num_free_pages(),
             num_computed=output.num_computed,
-            prefill_s={uids[a]: value for a, value in output.prefill_s.items() if a in uids},
+            prefill_s=by_uid(output.prefill_s),
         )
         for finished in translated.finished:
             self._forget(finished.uid)
         self._call_waiting()
-        is_empty = not (
-            pairs
-            or translated.finished
-            or translated.cached_tokens
-            or translated.prompt_logprobs
-            or translated.num_computed
-        )
-        return None if is_empty else translated
+        t = translated
+        return t if t.uids or t.finished or t.cached_tokens or t.prompt_logprobs or t.num_computed else None
 
     def _num_free_pages(self) -> int:
         """Return the free pages of all replicas; before its first step a replica has all of its pages."""

@@ -12,27 +12,9 @@ from ...runtime.generation import Generation
 from ...runtime.outputs import Event
 from ...runtime.request import PromptFields
 from ..errors import EngineFailed
+from . import api_server_messages as messages
 from .api_errors import ApiError
-from .api_server_messages import (
-    Admit,
-    CancelStream,
-    CheckGrammar,
-    CommandReply,
-    ConnectionsClosed,
-    EncodedError,
-    Generate,
-    OwnMetrics,
-    PromptLogprobsPart,
-    ReadMetrics,
-    ReadStatus,
-    Release,
-    SendMetrics,
-    StreamEvent,
-    StreamEvents,
-    StreamFailed,
-    decode_command,
-    encode,
-)
+from .api_server_messages import decode_command, encode
 from .local_client import LocalEngineClient
 from .request_metrics import RequestMetrics
 
@@ -46,7 +28,9 @@ class ForwardedStream:
     is_held  events wait for `release`; then `begun` is done after the first event of the first output
     """
 
-    def __init__(self, call: int, num_outputs: int, add: Callable[[StreamEvent], None], *, is_held: bool) -> None:
+    def __init__(
+        self, call: int, num_outputs: int, add: Callable[[messages.StreamEvent], None], *, is_held: bool
+    ) -> None:
         self.loop = asyncio.get_running_loop()
         self.begun: asyncio.Future[None] = self.loop.create_future()
         self.ended: asyncio.Future[None] = self.loop.create_future()
@@ -73,7 +57,7 @@ class ForwardedStream:
             self._forward(event)
 
     def _forward(self, event: Event) -> None:
-        self._add(StreamEvent.of(self._call, event))
+        self._add(messages.StreamEvent.of(self._call, event))
         self._num_unfinished -= event.finished
         if self._num_unfinished == 0:
             self.ended.set_result(None)
@@ -97,41 +81,41 @@ class EngineGateway:
         self._client, self._all_metrics, self._send_bytes = client, all_metrics, send
         self._admitted: dict[int, ExitStack] = {}  # by the call of the Admit
         self._tasks: dict[int, asyncio.Task[None]] = {}  # by call
-        self._events: list[StreamEvent] = []  # not sent yet
+        self._events: list[messages.StreamEvent] = []  # not sent yet
         self._metrics_wait: asyncio.Future[None] | None = None
 
     def receive(self, message: bytes) -> None:
         """Execute a command."""
         self.silent_s = 0
         match decode_command(message):
-            case Admit() as command:
+            case messages.Admit() as command:
                 self._admit(command)
-            case Release(call):
+            case messages.Release(call):
                 if (stack := self._admitted.pop(call, None)) is not None:
                     stack.close()
-            case Generate() as command:
+            case messages.Generate() as command:
                 self._start(command.call, self._generate(command))
-            case CancelStream(call):
+            case messages.CancelStream(call):
                 if (task := self._tasks.get(call)) is not None:
                     task.cancel()
-            case CheckGrammar(call, params):
-                self._start(call, self._reply(call, self._check_grammar(call, params)))
-            case ReadStatus(call):
-                self._start(call, self._reply(call, self._status(call)))
-            case ReadMetrics(call):
-                self._start(call, self._reply(call, self._read_metrics(call)))
-            case OwnMetrics(metrics):
+            case messages.CheckGrammar(call, params):
+                self._start(call, self._reply(call, self._client.check_grammar(params)))
+            case messages.ReadStatus(call):
+                self._start(call, self._reply(call, self._client.status(), "status"))
+            case messages.ReadMetrics(call):
+                self._start(call, self._reply(call, self._all_metrics(), "metrics"))
+            case messages.OwnMetrics(metrics):
                 self.metrics = metrics
                 if self._metrics_wait is not None and not self._metrics_wait.done():
                     self._metrics_wait.set_result(None)
-            case ConnectionsClosed(number):
+            case messages.ConnectionsClosed(number):
                 self.num_closed += number
 
     async def refresh_metrics(self) -> None:
         """Wait until `metrics` are those of now; without an end if the process does not answer."""
         if self._metrics_wait is None or self._metrics_wait.done():
             self._metrics_wait = asyncio.get_running_loop().create_future()
-            self._send(SendMetrics())
+            self._send(messages.SendMetrics())
         await asyncio.shield(self._metrics_wait)
 
     def close(self) -> None:
@@ -141,72 +125,65 @@ class EngineGateway:
         while self._admitted:
             self._admitted.popitem()[1].close()
 
-    def _admit(self, command: Admit) -> None:
+    def _admit(self, command: messages.Admit) -> None:
         stack = ExitStack()
         try:
             stack.enter_context(self._client.admission.admit(command.num_outputs, command.client))
         except ApiError as error:
-            self._send(CommandReply(command.call, failure=EncodedError.of(error)))
+            self._send(messages.CommandReply(command.call, failure=messages.EncodedError.of(error)))
         else:
             self._admitted[command.call] = stack
-            self._send(CommandReply(command.call))
+            self._send(messages.CommandReply(command.call))
 
     def _start(self, call: int, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._tasks[call] = asyncio.ensure_future(coroutine)
         task.add_done_callback(lambda _: self._tasks.pop(call, None))
 
-    async def _generate(self, command: Generate) -> None:
+    async def _generate(self, command: messages.Generate) -> None:
+        try:
+            with self._client.engine.in_progress():
+                await self._forward(command)
+        except Exception as error:  # noqa: BLE001 - logged if it is none of those that are expected
+            self._send(messages.StreamFailed(command.call, _failure(error)))
+
+    async def _forward(self, command: messages.Generate) -> None:
+        """Generate the outputs of a prompt and send their events; cancels those that have not ended."""
         engine, call = self._client.engine, command.call
         prompt = PromptFields(prompt_token_ids=command.prompt_ids)
         if command.cache_salt is not None:
             prompt["cache_salt"] = command.cache_salt
-        with engine.in_progress():
-            try:
-                async with self._client.starting:  # a request with many prompts does not stop the events of others
-                    generation = await engine.prepare(prompt, command.params, command.origin)
-                    await asyncio.sleep(0)
-                has_logprobs = generation.prompt_logprobs is not None
-                stream = ForwardedStream(call, command.params.n, self._add_event, is_held=has_logprobs)
-                engine.submit(generation, stream)
-                has_ended = False
-                try:
-                    if has_logprobs:
-                        await stream.begun
-                        await self._send_prompt_logprobs(call, generation)
-                        stream.release()
-                    await stream.ended
-                    has_ended = True
-                finally:
-                    if not has_ended:
-                        engine.cancel(generation)
-            except Exception as error:  # noqa: BLE001 - logged if it is none of those that are expected
-                self._send(StreamFailed(call, _failure(error)))
+        async with self._client.starting:  # a request with many prompts does not stop the events of others
+            generation = await engine.prepare(prompt, command.params, command.origin)
+            await asyncio.sleep(0)
+        has_logprobs = generation.prompt_logprobs is not None
+        stream = ForwardedStream(call, command.params.n, self._add_event, is_held=has_logprobs)
+        with ExitStack() as unless_ended:
+            engine.submit(generation, stream)
+            unless_ended.callback(engine.cancel, generation)
+            if has_logprobs:
+                await stream.begun
+                await self._send_prompt_logprobs(call, generation)
+                stream.release()
+            await stream.ended
+            unless_ended.pop_all()
 
     async def _send_prompt_logprobs(self, call: int, generation: Generation) -> None:
         """Send the log-probabilities of a prompt in small parts: up to 500,000 candidates would stop all streams."""
         logprobs = generation.prompt_logprobs or []
         num_positions = max(1, PART_CANDIDATES // max((len(entry) for entry in logprobs if entry), default=1))
         for start in range(0, len(logprobs), num_positions):
-            self._send(PromptLogprobsPart(call, logprobs[start : start + num_positions]))
+            self._send(messages.PromptLogprobsPart(call, logprobs[start : start + num_positions]))
             await asyncio.sleep(0)
 
-    async def _reply(self, call: int, reply: Coroutine[Any, Any, CommandReply]) -> None:
+    async def _reply(self, call: int, work: Awaitable[Any], field: str = "") -> None:
+        """Send the result of `work` in a field of the reply, if it has one, or the failure."""
         try:
-            self._send(await reply)
+            result = await work
+            self._send(messages.CommandReply(call, **({field: result} if field else {})))
         except Exception as error:  # noqa: BLE001 - logged if it is none of those that are expected
-            self._send(CommandReply(call, failure=_failure(error)))
+            self._send(messages.CommandReply(call, failure=_failure(error)))
 
-    async def _check_grammar(self, call: int, params: Any) -> CommandReply:
-        await self._client.check_grammar(params)
-        return CommandReply(call)
-
-    async def _status(self, call: int) -> CommandReply:
-        return CommandReply(call, status=await self._client.status())
-
-    async def _read_metrics(self, call: int) -> CommandReply:
-        return CommandReply(call, metrics=await self._all_metrics())
-
-    def _add_event(self, event: StreamEvent) -> None:
+    def _add_event(self, event: messages.StreamEvent) -> None:
         """Send an event together with the others of the same turn of the loop, which are those of a step."""
         if not self._events:
             asyncio.get_running_loop().call_soon(self._flush)
@@ -215,15 +192,15 @@ class EngineGateway:
     def _flush(self) -> None:
         if self._events:
             events, self._events = self._events, []
-            self._send_bytes(encode(StreamEvents(events)))
+            self._send_bytes(encode(messages.StreamEvents(events)))
 
     def _send(self, notice: Any) -> None:
         self._flush()
         self._send_bytes(encode(notice))
 
 
-def _failure(error: Exception) -> EncodedError:
-    failure = EncodedError.of(error)
+def _failure(error: Exception) -> messages.EncodedError:
+    failure = messages.EncodedError.of(error)
     if failure.kind is None and failure.status is None:
         log.error("a command of an API server failed", exc_info=error)
     return failure

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -156,38 +156,53 @@ def find_format(
 ) -> ChatFormat:
     """Return the format for the names of two parsers; "auto" finds them in the chat template.
 
-    Harmony and the described formats are formats of both. Raises ValueError for a parser that needs a response_template
-    which the tokenizer does not have or transformers cannot read, and for another one beside a format of both.
+    Raises ValueError for names that exclude each other, and for a response_template that is missing or cannot be used.
     """
-    if TEMPLATE in (tool_parser, reasoning_parser) and response_template is None:
-        option = "tool_call_parser" if tool_parser == TEMPLATE else "reasoning_parser"
-        raise ValueError(f"{option}={TEMPLATE!r}: this model's tokenizer has no response_template; use another parser")
-    choices: set[str] = {tool_parser, reasoning_parser}
-    of_both = next(iter(choices & {TEMPLATE, "harmony", *DESCRIPTIONS}), None)
-    if of_both is not None and not choices <= {"auto", of_both}:
-        raise ValueError(
-            f"tool_call_parser={tool_parser!r} and reasoning_parser={reasoning_parser!r} exclude each other: {of_both}"
-            f" is a format of reasoning and calls; set both to {of_both!r} or 'auto'"
-        )
-    if response_template is not None and (of_both == TEMPLATE or choices == {"auto"}):
+    of_both = _format_of_both(tool_parser, reasoning_parser, template, is_described=response_template is not None)
+    if of_both == "harmony":
+        return ChatFormat(harmony=True, special=_ids_of(MARKERS, special_tokens))
+    if of_both == TEMPLATE:
+        assert response_template is not None
         try:
             return _described(response_template, special_tokens)
         except ValueError as error:
             way_out = "set tool_call_parser to another format, or to 'none'"
             raise ValueError(f"the tokenizer's response_template cannot be used: {error}; {way_out}") from error
-    if of_both is None and "auto" in choices and choices <= {"auto", "none"}:
-        of_both = "harmony" if CHANNEL + "analysis" in template else described_format(template)
-    if of_both == "harmony":
-        special = {text: special_tokens[text] for text in MARKERS if text in special_tokens}
-        return ChatFormat(harmony=True, special=special)
     if of_both is not None:
         return _described(DESCRIPTIONS[of_both], special_tokens)
     reasoning = _reasoning_in(template) if reasoning_parser == "auto" else reasoning_parser
     calls = _calls_in(template) if tool_parser == "auto" else tool_parser
     has_args = calls == "mistral" and "[ARGS]" in template
     chat_format = ChatFormat(REASONING_FORMATS.get(reasoning), CALL_FORMATS.get(calls), mistral_args=has_args)
-    special = {text: special_tokens[text] for text in chat_format.markers() if text in special_tokens}
-    return replace(chat_format, special=special)
+    return replace(chat_format, special=_ids_of(chat_format.markers(), special_tokens))
+
+
+def _format_of_both(
+    tool_parser: ToolCallParserName, reasoning_parser: ReasoningParserName, template: str, *, is_described: bool
+) -> str | None:
+    """Return the name of a format of reasoning and calls: harmony, a described one, or the tokenizer's description."""
+    choices: set[str] = {tool_parser, reasoning_parser}
+    if TEMPLATE in choices and not is_described:
+        option = "tool_call_parser" if tool_parser == TEMPLATE else "reasoning_parser"
+        raise ValueError(f"{option}={TEMPLATE!r}: this model's tokenizer has no response_template; use another parser")
+    of_both = min(choices & {TEMPLATE, "harmony", *DESCRIPTIONS}, default=None)
+    if of_both is None:
+        if choices == {"auto"} and is_described:
+            return TEMPLATE
+        if "auto" not in choices or not choices <= {"auto", "none"}:
+            return None
+        return "harmony" if CHANNEL + "analysis" in template else described_format(template)
+    if not choices <= {"auto", of_both}:
+        raise ValueError(
+            f"tool_call_parser={tool_parser!r} and reasoning_parser={reasoning_parser!r} exclude each other: {of_both}"
+            f" is a format of reasoning and calls; set both to {of_both!r} or 'auto'"
+        )
+    return of_both
+
+
+def _ids_of(texts: Iterable[str], special_tokens: Mapping[str, int]) -> dict[str, int]:
+    """Return the ids of those texts that are special tokens."""
+    return {text: special_tokens[text] for text in texts if text in special_tokens}
 
 
 def _described(description: dict[str, Any], special_tokens: Mapping[str, int]) -> ChatFormat:
