@@ -126,7 +126,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
 
     def _integer(self, name: str, low: int, high: int = MAX_INTEGER) -> None:
         value = getattr(self, name)
-        _require(isinstance(value, int) and not isinstance(value, bool), name, value, "must be an integer")
+        _require(_is_integer(value), name, value, "must be an integer")
         _require(low <= value <= high, name, value, _range(low, high))
 
     def _number(self, name: str, low: float, high: float) -> None:
@@ -157,8 +157,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
             ids = getattr(self, name)
             if ids is not None:
                 _require(isinstance(ids, list) and bool(ids), name, ids, "must be a list of at least one token id")
-                for i in () if _are(int, ids) else ids:
-                    _require(isinstance(i, int) and not isinstance(i, bool), name, i, "must be integers")
+                _require_integers(name, ids)
         if self.logprob_token_ids is not None:
             count, name = len(self.logprob_token_ids), "logprob_token_ids"
             _require(count <= MAX_LOGPROB_TOKEN_IDS, name, count, f"ids are too many; at most {MAX_LOGPROB_TOKEN_IDS}")
@@ -171,8 +170,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_f
         _require(count <= MAX_STOP_STRINGS, "stop", count, f"strings are too many; at most {MAX_STOP_STRINGS}")
         for s in self.stop_strings:
             _require(isinstance(s, str) and s != "", "stop", s, "must be a non-empty string")
-        for i in () if _are(int, self.stop_token_ids) else self.stop_token_ids:
-            _require(isinstance(i, int) and not isinstance(i, bool), "stop_token_ids", i, "must be integers")
+        _require_integers("stop_token_ids", self.stop_token_ids)
 
 
 class Origin(NamedTuple):
@@ -334,6 +332,10 @@ def _are(kind: type, values: Iterable[Any]) -> bool:
     return set(map(type, values)) <= {kind}
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _range(low: float, high: float) -> str:
     return f"must be at least {low} and at most {high}" if high == MAX_INTEGER else f"must be between {low} and {high}"
 
@@ -341,6 +343,11 @@ def _range(low: float, high: float) -> str:
 def _require(holds: bool, name: str, value: Any, rule: str) -> None:
     if not holds:
         raise ValueError(f"{name}={shortened(value)} {rule}")
+
+
+def _require_integers(name: str, values: Sequence[Any]) -> None:
+    for value in () if _are(int, values) else values:
+        _require(_is_integer(value), name, value, "must be integers")
 
 
 class RequestRefused(ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -81,10 +81,7 @@ def bench_latency(
             path = profile.with_name(f"batch-{size}-{profile.name}") if profile and len(sizes) > 1 else profile
             steps = _profile_steps(bench, workload, run, profile_steps, path)
             results.append(result | shape | steps)
-    results = _scaled(results, compared)
-    for result in results:
-        print(*_latency_head(result), *_step_lines(result), sep="\n")
-    _write_json(output_json, results[0] if len(results) == 1 else results)
+    _report(results, compared, _latency_head, output_json)
 
 
 @app.command("throughput")
@@ -133,16 +130,22 @@ def bench_throughput(
         with tqdm(total=workload.num_requests, unit="request", disable=None) as bar:
             run = bench.run(workload, bar=bar)
         steps = _profile_steps(bench, workload, run, profile_steps, profile)
-        [result] = _scaled([_throughput_result(workload, run) | shape | steps], compared)
-    print(_throughput_head(result), *_step_lines(result), sep="\n")
-    _write_json(output_json, result)
+    _report([_throughput_result(workload, run) | shape | steps], compared, _throughput_head, output_json)
 
 
-def _scaled(results: list[dict[str, Any]], baseline: Baseline | None) -> list[dict[str, Any]]:
-    """Return the results with their scaling against the baseline, if there is one."""
-    if baseline is None:
-        return results
-    return [result | scaling for result, scaling in zip(results, baseline.compare(results), strict=True)]
+def _report(
+    results: list[dict[str, Any]],
+    baseline: Baseline | None,
+    head: Callable[[dict[str, Any]], Iterator[str]],
+    output_json: Path | None,
+) -> None:
+    """Print the results, and their scaling against the baseline, and write them to `output_json`."""
+    if baseline is not None:
+        results = [result | scaling for result, scaling in zip(results, baseline.compare(results), strict=True)]
+    for result in results:
+        print(*head(result), *_step_lines(result), sep="\n")
+    if output_json is not None:
+        output_json.write_text(json.dumps(results[0] if len(results) == 1 else results, indent=2) + "\n")
 
 
 def _throughput_result(workload: Workload, run: TimedRuns) -> dict[str, Any]:
@@ -191,8 +194,8 @@ def _latency_head(result: dict[str, Any]) -> Iterator[str]:
         yield f"Time per output token: {result['ms_per_output_token']:.3f} ms"
 
 
-def _throughput_head(result: dict[str, Any]) -> str:
-    return (
+def _throughput_head(result: dict[str, Any]) -> Iterator[str]:
+    yield (
         f"Throughput: {result['requests_per_second']:.2f} requests/s, {result['tokens_per_second']:.2f} total tokens/s,"
         f" {result['output_tokens_per_second']:.2f} output tokens/s"
     )
@@ -233,8 +236,3 @@ def _check_files(output_json: Path | None, profile: Path | None, workloads: list
     require_outputs(output_json, profile)
     if profile is not None and all(max(w.output_lens) == 1 for w in workloads):
         raise ValueError("--profile traces decode steps, and outputs of 1 token have none; raise --output-len")
-
-
-def _write_json(path: Path | None, results: Any) -> None:
-    if path is not None:
-        path.write_text(json.dumps(results, indent=2) + "\n")

@@ -145,15 +145,14 @@ def check_shapes(
     others = [name for name in tensors if name not in expected]
     redundant = {name for name in others if tensors.is_buffer(name)}
     stored = {name: tensors[name].get_dtype() for name in tensors if name not in redundant}
+
+    def is_needless(name: str) -> bool:
+        is_known = ignored is None or name in ignored or name in redundant
+        return is_known or (name.endswith(".bias") and tensors.is_zero(name))
+
     problems = {
         "missing": [name for name in expected if name not in tensors],
-        "unexpected": []
-        if ignored is None
-        else [
-            name
-            for name in others
-            if name not in ignored | redundant and not (name.endswith(".bias") and tensors.is_zero(name))
-        ],
+        "unexpected": [name for name in others if not is_needless(name)],
         "misshapen": [
             f"{name} {list(shape)} instead of {list(expected[name])}"
             for name, shape in shapes.items()
