@@ -7,7 +7,7 @@ from typing import Any
 from ..runtime.config import DEMO_MODEL, Config
 from ..runtime.model.checkpoint import find_model
 from ..runtime.offline import OfflineLLM
-from .executors import start_executor
+from .executor_choice import start_executor
 from .text_process import IsolatedTokenizer
 
 

@@ -42,7 +42,7 @@ class EngineBenchmark:
     def __init__(self, config: Config, workloads: Sequence[Workload], seed: int = 0) -> None:
         with signals_wait():  # imports torch, which takes seconds: a wrong option is refused before
             from ...runtime.model.checkpoint import find_model
-            from ..executors import start_executor
+            from ..executor_choice import start_executor
 
         self.config = config
         folder, model = find_model(config)

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
-from ..client import Chunk, EventParser, connection, describe, first_model, refusal
+from ..http_client import Chunk, EventParser, connection, describe, first_model, refusal
 from .datasets import DatasetPrompt
 from .serve_config import ServeBenchConfig
 from .serve_metrics import RequestRecord

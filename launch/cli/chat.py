@@ -99,7 +99,7 @@ def remote(url: str, model: str | None) -> Answer:
     """
     import httpx
 
-    from ..client import EventParser, connection, describe, first_model, refusal
+    from ..http_client import EventParser, connection, describe, first_model, refusal
 
     options = connection(url)
     try:

@@ -94,7 +94,7 @@ def serve_command(config: dict[str, Any], server_options: dict[str, Any], *, log
     checks = closing(Preflight(runtime_config)) if options.preflight else nullcontext()
     with redirect_stdout(sys.stderr), checks as preflight:  # nobody may read stdout, where libraries print
         with signals_wait():
-            from ..server.run import serve  # imports the web framework and torch, which takes seconds
+            from ..server.serve import serve  # imports the web framework and torch, which takes seconds
 
         serve(runtime_config, options, preflight)
 

@@ -28,7 +28,7 @@ from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.tokenizer import Tokenizer
 from ..cluster.engine_thread import EngineThread
 from ..errors import EngineFailed, RequestCrashedEngine
-from ..executors import connect_ray, runs_on_gpu, start_executor, start_replicas
+from ..executor_choice import connect_ray, runs_on_gpu, start_executor, start_replicas
 from ..process_executor import ProcessExecutor
 from ..signals import Undo
 from .async_tokenizer import AsyncTokenizer

@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's API over the engine's service."""
+"""The HTTP server: the APIs of OpenAI and Anthropic over the asyncio engine."""

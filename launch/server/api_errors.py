@@ -1,4 +1,4 @@
-"""API errors in OpenAI's envelope, with messages of bounded length."""
+"""API errors in the envelopes of OpenAI and Anthropic, with messages of bounded length."""
 
 from __future__ import annotations
 

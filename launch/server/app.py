@@ -26,8 +26,7 @@ from .api_errors import AnthropicErrorReply, ApiError, ErrorReply, as_api_error
 from .handlers import Handlers
 from .host_check import check_origin
 from .protocol.anthropic_models import CountTokensRequest, MessagesRequest
-from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from .protocol.response_models import (
+from .protocol.reply_models import (
     ChatCompletion,
     Completion,
     Detokenized,
@@ -38,6 +37,7 @@ from .protocol.response_models import (
     Tokens,
     Version,
 )
+from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .protocol.responses_models import ResponsesRequest
 from .refusal_pacing import RefusalPacing
 from .request_id import RequestIds

@@ -32,19 +32,19 @@ from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_j
 from .messages_builder import MessagesBuilder
 from .metrics import metrics_page
 from .protocol.anthropic_models import CountTokensRequest, MessagesRequest
+from .protocol.reply_models import Detokenized, Healthy, InputTokens, Model, ModelList, Tokens, Version
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, GenerateRequest, TokenizeRequest
-from .protocol.response_models import Detokenized, Healthy, InputTokens, Model, ModelList, Tokens, Version
 from .protocol.responses_models import ResponsesRequest
+from .reply_builders import ChatBuilder, CompletionBuilder, ReplyBuilder, ReplyOptions
 from .request_id import REQUEST_ID
 from .request_metrics import PromptTimer
 from .request_origin import ClientRecognition
-from .response_builders import ChatBuilder, CompletionBuilder, ReplyOptions, ResponseBuilder
 from .responses_builder import ResponsesBuilder
 from .server_config import ServerConfig, ServerLimits
 from .token_usage import TokenUsage
 from .validation import RequestValidator, from_refusal, num_top_logprobs, structured_outputs
 
-AnyBuilder = ResponseBuilder | BlockBuilder
+AnyBuilder = ReplyBuilder | BlockBuilder
 NewBuilder = Callable[[str, TokenUsage, PreparedChat], AnyBuilder]  # (name of the model, usage, chat)
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Handlers:
 
     async def _builder(
         self, body: GenerateRequest, prompts: list[list[int]], usage: TokenUsage, chat: PreparedChat | None
-    ) -> ResponseBuilder:
+    ) -> ReplyBuilder:
         model, stream = body.model or self._validator.model_names[0], body.stream_options
         num_top = num_top_logprobs(body)
         if isinstance(body, ChatRequest) and body.logprob_token_ids:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...runtime.outputs import Event, Logprob, PositionLogprobs
-from .protocol import response_models as api
+from .protocol import reply_models as api
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for minus infinity, which JSON does not have
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...runtime.outputs import Event
-from .protocol import response_models as api
+from .protocol import reply_models as api
 
 
 @dataclass

@@ -28,7 +28,7 @@ from typing import Any
 
 from lockstep.launch.cli import main as command_line
 from lockstep.launch.engine import async_engine
-from lockstep.launch.server import run as server_run
+from lockstep.launch.server import serve as server_command
 from lockstep.runtime.plan import RequestEnd, StepOutput
 from lockstep.runtime.request import Limits
 from lockstep.runtime.stats import EngineStats
@@ -100,7 +100,7 @@ class TextExecutor:
 
 def serve() -> None:
     async_engine.start_executor = TextExecutor  # type: ignore[assignment]
-    profile, run = cProfile.Profile(), server_run.serve_until_signal
+    profile, run = cProfile.Profile(), server_command.serve_until_signal
 
     async def profiled(*arguments: Any) -> Any:
         profile.enable()
@@ -111,7 +111,7 @@ def serve() -> None:
             profile.dump_stats(os.environ[PROFILE_VARIABLE])
 
     if os.environ.get(PROFILE_VARIABLE):
-        server_run.serve_until_signal = profiled
+        server_command.serve_until_signal = profiled
     command_line.main()
 
 

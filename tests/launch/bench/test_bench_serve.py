@@ -39,7 +39,7 @@ from lockstep.launch.bench.serve_metrics import (
 )
 from lockstep.launch.bench.stream_transport import StreamTransport
 from lockstep.launch.cli.main import app
-from lockstep.launch.client import EventParser
+from lockstep.launch.http_client import EventParser
 from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.tokenizer import Tokenizer
 

@@ -22,7 +22,7 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 from lockstep.comm.message_sockets import PullSocket, WakeupEvent
-from lockstep.launch import executors
+from lockstep.launch import executor_choice
 from lockstep.launch.errors import ReplicaFailed, RequestsLost
 from lockstep.launch.server.server_config import ServerConfig
 from lockstep.runtime.config import Config
@@ -140,9 +140,9 @@ class ReplicaName(NamedTuple):
 
 
 def test_ray_serve_with_an_open_port_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executors.metadata, "version", lambda name: "2.57.1")
+    monkeypatch.setattr(executor_choice.metadata, "version", lambda name: "2.57.1")
     with pytest.raises(ValueError, match=r"^replicas=2 needs Ray 2.58 or later, and this is 2.57.1: "):
-        executors.start_replicas(Config(), None, 2, 8)  # type: ignore[arg-type]
+        executor_choice.start_replicas(Config(), None, 2, 8)  # type: ignore[arg-type]
 
 
 class Server:

@@ -14,8 +14,8 @@ from pydantic import BaseModel
 
 from lockstep.launch.server.api_errors import ApiError
 from lockstep.launch.server.chat_preparation import PreparedChat
-from lockstep.launch.server.protocol import response_models as api
-from lockstep.launch.server.response_builders import ChatBuilder, CompletionBuilder, ReplyOptions, ResponseBuilder
+from lockstep.launch.server.protocol import reply_models as api
+from lockstep.launch.server.reply_builders import ChatBuilder, CompletionBuilder, ReplyBuilder, ReplyOptions
 from lockstep.launch.server.token_usage import TokenUsage
 from lockstep.runtime.chat.chat_formats import find_format
 from lockstep.runtime.chat.tool_schemas import ToolSchema
@@ -51,7 +51,7 @@ def events_of(texts: list[str], *, has_logprobs: bool, reason: str, stop: Any) -
     return made
 
 
-def streamed(builder: ResponseBuilder, events: list[tuple[int, Event]], usage: TokenUsage, mode: str) -> list[bytes]:
+def streamed(builder: ReplyBuilder, events: list[tuple[int, Event]], usage: TokenUsage, mode: str) -> list[bytes]:
     async def source() -> AsyncIterator[tuple[int, Event]]:
         for index, event in events:
             usage.update(0, event)
@@ -64,7 +64,7 @@ def streamed(builder: ResponseBuilder, events: list[tuple[int, Event]], usage: T
     return asyncio.run(collect())
 
 
-def check(builder: ResponseBuilder, events: list[tuple[int, Event]], usage: TokenUsage, mode: str) -> list[Any]:
+def check(builder: ReplyBuilder, events: list[tuple[int, Event]], usage: TokenUsage, mode: str) -> list[Any]:
     """Check the bytes of all chunks, and return their models."""
     models = []
     for chunk in streamed(builder, events, usage, mode):

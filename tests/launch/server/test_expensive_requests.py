@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lockstep.launch.server import body_structure, http_io, response_builders
+from lockstep.launch.server import body_structure, http_io, reply_builders
 from lockstep.launch.server.api_errors import ApiError
 from lockstep.launch.server.body_structure import check_structure, count_all, count_outside_strings
 from lockstep.launch.server.http_io import BodyBudget
@@ -156,7 +156,7 @@ def test_answers_of_the_thread_equal_those_of_the_loop(
     shared: Running, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any], stream: bool
 ) -> None:
     first = answer_of(shared, path, body | {"stream": stream})
-    monkeypatch.setattr(response_builders, "LONG_CANDIDATES", -1)
+    monkeypatch.setattr(reply_builders, "LONG_CANDIDATES", -1)
     assert answer_of(shared, path, body | {"stream": stream}) == first
     assert all(len(part["choices"]) == (len(first[0]["choices"]) if not stream else 1) for part in first)
 

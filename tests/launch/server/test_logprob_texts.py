@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.launch.server.chat_preparation import PreparedChat
-from lockstep.launch.server.response_builders import ChatBuilder, CompletionBuilder, ReplyOptions, ResponseBuilder
+from lockstep.launch.server.reply_builders import ChatBuilder, CompletionBuilder, ReplyBuilder, ReplyOptions
 from lockstep.launch.server.token_usage import TokenUsage
 from lockstep.runtime.detokenizer import Detokenizer, PromptText, TokenBytes, locate_tokens
 from lockstep.runtime.generation import Generation, Output, candidates
@@ -69,12 +69,12 @@ async def in_turn(made: list[Event]) -> AsyncIterator[tuple[int, Event]]:
         yield 0, event
 
 
-def whole(builder: ResponseBuilder, made: list[Event]) -> Any:
+def whole(builder: ReplyBuilder, made: list[Event]) -> Any:
     response: Any = builder.response_type.model_validate_json(b"".join(asyncio.run(builder.whole(in_turn(made)))))
     return response.choices[0]
 
 
-def streamed(builder: ResponseBuilder, made: list[Event]) -> list[Any]:
+def streamed(builder: ReplyBuilder, made: list[Event]) -> list[Any]:
     async def chunks() -> list[Any]:
         return [chunk async for chunk in builder.stream(in_turn(made))]
 

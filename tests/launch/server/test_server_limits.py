@@ -10,7 +10,7 @@ from typing import Any, cast
 import openai
 import pytest
 
-from lockstep.launch.server.run import bind
+from lockstep.launch.server.serve import bind
 from lockstep.launch.server.server_config import ServerConfig
 
 from fake_engine import CHAT_BODY, COMPLETION, KEY, Running, error_of, fake

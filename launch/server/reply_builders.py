@@ -26,7 +26,7 @@ from .answer_thread import make_long
 from .api_errors import ApiError
 from .chat_preparation import PreparedChat
 from .logprob_texts import LogprobWriter, likeliest, new_tokens, num_candidates, prompt_logprobs, token_text
-from .protocol import response_models as api
+from .protocol import reply_models as api
 from .token_usage import TokenUsage
 
 LONG_EVENTS = 64  # with more events or candidates, a choice is made in the thread for long answers
@@ -57,7 +57,7 @@ class ReplyOptions:
     usage_in_every_chunk: bool = False
 
 
-class ResponseBuilder(ABC):
+class ReplyBuilder(ABC):
     """Builds the response of one request, streamed or whole."""
 
     id_prefix: str
@@ -141,7 +141,7 @@ class ResponseBuilder(ABC):
         return None if num_top is None else prompt_logprobs(event.prompt_logprobs or [], num_top)
 
 
-class CompletionBuilder(ResponseBuilder):
+class CompletionBuilder(ReplyBuilder):
     """Builds responses of /v1/completions: `n` choices for each prompt, after its echo if there are `echoes`."""
 
     id_prefix, response_type = "cmpl", api.Completion
@@ -202,7 +202,7 @@ class CompletionBuilder(ResponseBuilder):
         return logprobs
 
 
-class ChatBuilder(ResponseBuilder):
+class ChatBuilder(ReplyBuilder):
     """Builds responses of /v1/chat/completions; the chunk of an event has all fields that the event adds to."""
 
     id_prefix, response_type = "chatcmpl", api.ChatCompletion
