@@ -3,7 +3,7 @@
     python scripts/generate_flags.py
 
 The options come from the command line itself, which is generated from the fields of Config, ServerConfig,
-GenerateOptions and ServeBenchConfig. A test compares the file with what this script would write.
+BatchOptions, GenerateOptions and ServeBenchConfig. A test compares the file with what this script would write.
 """
 
 from __future__ import annotations
@@ -31,11 +31,14 @@ The engine's flags are the fields of one class, `Config` in `runtime/config.py`.
 `LLM(...)` takes the same names as keyword arguments: `--max-num-seqs 64` is `LLM(max_num_seqs=64)`.
 A flag that cannot be honoured is refused with the values, the rule and the fix.
 Two flags have environment variables: `RAY_ADDRESS` for `--ray-address`, `LOCKSTEP_API_KEY` for `--api-key`.
-`lockstep COMMAND --help` prints the same texts.
+`lockstep COMMAND --help` prints the same texts. An option without a default is not set.
 """
 EXPLAINED = {
     "generate": "The engine's flags, and the fields of `GenerateOptions` in `launch/cli/generate.py`.",
     "serve": "The engine's flags, and the fields of `ServerConfig` in `launch/server/server_config.py`.",
+    "run-batch": "The engine's flags, and the fields of `BatchOptions` in `launch/server/server_config.py`.",
+    "chat": "The engine's flags, for a model in this process.",
+    "doctor": "The engine's flags: the doctor checks a start with them.",
     "bench serve": "The fields of `ServeBenchConfig` in `launch/bench/serve_config.py`; names and defaults are vLLM's.",
     "bench comm": "Of the engine's flags only those that concern the group of ranks.",
 }
