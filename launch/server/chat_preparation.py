@@ -14,7 +14,7 @@ from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.text_worker import MAX_TOKENS
 from ..engine.async_tokenizer import AsyncTokenizer
 from .api_errors import ApiError, invalid
-from .protocol.message_models import NamedTool, ToolDefinition
+from .protocol.message_models import NamedTool
 from .protocol.request_models import ChatRequest, TemplateFields, TokenizeRequest
 from .server_config import ServerConfig
 from .tool_constraint import CheckGrammar, ToolConstraint
@@ -107,7 +107,7 @@ class ChatPreparer:
         Raises ApiError for a tool that cannot be constrained although it must be.
         """
         ids, chat_format = await self.prompt(body, max_tokens), self.format
-        tools = _schemas(_active_tools(body))
+        tools = _callable_tools(body)
         if tools and not chat_format.has_tools:
             chat_format = replace(chat_format, calls=CALL_FORMATS["hermes"])  # the grammar makes any model write it
         end = await self._prompt_end(ids, body)
@@ -131,9 +131,8 @@ class ChatPreparer:
             if body.reasoning_effort == "none":
                 options["enable_thinking"] = False
         options |= body.chat_template_kwargs or {}
-        tools = _active_tools(body, all_of_them=True)
-        if tools:
-            options["tools"] = [tool.for_template() for tool in _schemas(tools)]
+        if tools := _listed_tools(body):
+            options["tools"] = [tool.for_template() for tool in tools]
         if body.continue_final_message:
             return options | {"continue_final_message": True, "add_generation_prompt": False}
         return options | {"add_generation_prompt": body.add_generation_prompt is not False}
@@ -163,18 +162,16 @@ class ChatPreparer:
         return await ToolConstraint(self._check_grammar, chat_format, thinking, answer).build(rules)
 
 
-def _active_tools(body: TemplateFields, *, all_of_them: bool = False) -> list[ToolDefinition]:
-    """Return the tools that the model may call, or those that its prompt lists."""
-    choice = getattr(body, "tool_choice", None)
-    if choice == "none":
-        return []
-    if isinstance(choice, NamedTool) and not all_of_them:
-        return [tool for tool in body.tools or () if tool.function.name == choice.function.name]
-    return list(body.tools or ())
+def _listed_tools(body: TemplateFields) -> list[ToolSchema]:
+    """Return the tools that the prompt lists."""
+    is_none = isinstance(body, ChatRequest) and body.tool_choice == "none"
+    return [] if is_none else [tool.function.schema_of_tool() for tool in body.tools or ()]
 
 
-def _schemas(tools: Sequence[ToolDefinition]) -> list[ToolSchema]:
-    return [tool.function.schema_of_tool() for tool in tools]
+def _callable_tools(body: ChatRequest) -> list[ToolSchema]:
+    """Return the tools that the model may call."""
+    tools, choice = _listed_tools(body), body.tool_choice
+    return [tool for tool in tools if tool.name == choice.function.name] if isinstance(choice, NamedTool) else tools
 
 
 def _is_required(body: ChatRequest) -> bool:

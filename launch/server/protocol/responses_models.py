@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
@@ -204,7 +205,7 @@ class ResponsesRequest(SamplingFields):
         if isinstance(choice, ResponsesTool):
             choice = choice_fields(choice.name)  # type: ignore[assignment]
         fields = {
-            "messages": list(_merge_system(_messages(self.instructions, self.input))),
+            "messages": _merge_system(list(_messages(self.instructions, self.input))),
             "max_completion_tokens": self.max_output_tokens,
             "tools": list(self._functions()),
             "tool_choice": choice,
@@ -251,25 +252,24 @@ def _messages(instructions: str | None, items: Sequence[InputItem]) -> Iterator[
     """Yield the messages; items of the assistant that follow each other are one message."""
     if instructions:
         yield {"role": "system", "content": instructions}
-    turn: ChatFields | None = None
+    turn: ChatFields = {}
     for item in items:
-        if isinstance(item, (InputCall, InputReasoning)) or (
-            isinstance(item, InputMessage) and item.role == "assistant"
-        ):
-            if turn is not None and _begins_turn(item, turn):
+        if isinstance(item, InputCallOutput):
+            message: ChatFields = {"role": "tool", "tool_call_id": item.call_id, "content": _join(item.output)}
+        elif isinstance(item, InputMessage) and item.role != "assistant":
+            message = {"role": item.role, "content": _join(item.content)}
+        else:
+            if _begins_turn(item, turn):
                 yield turn
-                turn = None
-            turn = turn or {"role": "assistant"}
+                turn = {}
+            turn["role"] = "assistant"
             _add_to_turn(turn, item)
             continue
-        if turn is not None:
+        if turn:
             yield turn
-            turn = None
-        if isinstance(item, InputCallOutput):
-            yield {"role": "tool", "tool_call_id": item.call_id, "content": _join(item.output)}
-        else:
-            yield {"role": item.role, "content": _join(item.content)}
-    if turn is not None:
+            turn = {}
+        yield message
+    if turn:
         yield turn
 
 
@@ -294,15 +294,10 @@ def _join(parts: Sequence[InputText]) -> str:
     return "\n".join(part.text for part in parts)
 
 
-def _merge_system(messages: Iterator[ChatFields]) -> Iterator[ChatFields]:
+def _merge_system(messages: Sequence[ChatFields]) -> list[ChatFields]:
     """Join the system messages at the beginning, of which many templates take one only."""
-    texts: list[str] = []
-    rest: list[ChatFields] = []
-    for message in messages:
-        if not rest and message["role"] in ("system", "developer"):
-            texts.append(message["content"])
-        else:
-            rest.append(message)
-    if texts:
-        yield {"role": "system", "content": "\n\n".join(texts)}
-    yield from rest
+    first = list(takewhile(lambda message: message["role"] in ("system", "developer"), messages))
+    if not first:
+        return list(messages)
+    text = "\n\n".join(message["content"] for message in first)
+    return [{"role": "system", "content": text}, *messages[len(first) :]]
