@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 
 def require_outputs(*files: Path | None, plot: Path | None = None) -> None:
-    """Raise ValueError if the folder of a file does not exist, or if matplotlib is missing for the plot."""
+    """Raise ValueError for a file that cannot be written, or if matplotlib is missing for the plot."""
     for path in (*files, plot):
-        if path is not None and not path.parent.is_dir():
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ValueError(f"cannot write {path}: it is a folder; give a file")
+        if not path.parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"cannot write {path}: no permission")
     if plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not installed; pip install matplotlib")
+
+
+def require_in_folder(folder: Path, name: str) -> None:
+    """Make a folder for the file `name`; raises ValueError if either cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}") from error
+    require_outputs(folder / name)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from typer.core import TyperCommand
 
 from ..options import LogLevel, start_logging, with_fields
+from .output_files import require_in_folder
 from .serve_config import ServeBenchConfig
 from .serve_metrics import RequestRecord, details, samples, statistics, summary
 
@@ -65,6 +66,8 @@ def bench_serve(
     """
     start_logging(log_level)
     config = ServeBenchConfig(**options)
+    if config.save_result:
+        require_in_folder(config.result_dir or Path(), config.result_filename or "result.json")
     records, result = asyncio.run(measure(config, model))
     print("\n".join(report(result, config)))
     if failed := [record.error for record in records if record.error]:
@@ -172,8 +175,6 @@ def _save(result: dict[str, Any], config: ServeBenchConfig) -> None:
     model = result["model_id"].rstrip("/").split("/")[-1]
     label = config.label or config.backend
     default_name = f"{label}-{config.request_rate}qps{concurrency}-{model}-{result['date']}.json"
-    folder = config.result_dir or Path()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (config.result_filename or default_name)
+    path = (config.result_dir or Path()) / (config.result_filename or default_name)
     path.write_text(json.dumps(result) + "\n")
     log.info("results: %s", path)

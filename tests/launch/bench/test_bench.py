@@ -172,6 +172,8 @@ def test_uniform_lengths() -> None:
         (["latency", "--input-len=2000", "--output-len=49"], "make 2049, but the context is 2048"),
         (["latency", "--output-len=1", "--profile=x"], "outputs of 1 token have none; raise --output-len"),
         (["latency", "--output-json=/nowhere/x"], "cannot write /nowhere/x: there is no folder /nowhere"),
+        (["latency", "--output-json=/tmp"], "cannot write /tmp: it is a folder; give a file"),
+        (["throughput", "--profile=/tmp"], "cannot write /tmp: it is a folder; give a file"),
         (["latency", "--log-level=loud"], "'loud' is not one of debug"),
         (["latency", "--max-num-seqs=0"], "max_num_seqs=0 must be an integer >= 1"),
     ],

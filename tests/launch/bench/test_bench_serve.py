@@ -438,6 +438,8 @@ def test_refused_first_request_ends_the_run() -> None:
         (["--metadata", "a=1", "b"], "--metadata b must be KEY=VALUE"),
         (["--save-detailed"], "--save-detailed needs a result file; add --save-result"),
         (["--plot=/nowhere/x.png"], "there is no folder /nowhere"),
+        (["--save-result", "--result-filename=/tmp"], "cannot write /tmp: it is a folder"),
+        (["--save-result", "--result-dir=/dev/null"], "cannot make the folder /dev/null: File exists"),
         (["--base-url=localhost:80"], "localhost:80 is not the URL of a server"),
         (["--port=9", "--ready-check-timeout-sec=0"], r"http://127.0.0.1:9 does not answer: .*; start it, or set"),
     ],
