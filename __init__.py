@@ -13,7 +13,7 @@ sys.path[:] = [p for p in sys.path if realpath(p or ".") != dirname(realpath(__f
 if TYPE_CHECKING:
     from .launch.llm import LLM
     from .runtime.config import Config
-    from .runtime.request import SamplingParams
+    from .runtime.sampling_params import SamplingParams
     from .runtime.structured_outputs import StructuredOutputsParams
 
 __all__ = ["LLM", "Config", "SamplingParams", "StructuredOutputsParams"]
@@ -21,7 +21,7 @@ __all__ = ["LLM", "Config", "SamplingParams", "StructuredOutputsParams"]
 _HOMES = {
     "LLM": "launch.llm",
     "Config": "runtime.config",
-    "SamplingParams": "runtime.request",
+    "SamplingParams": "runtime.sampling_params",
     "StructuredOutputsParams": "runtime.structured_outputs",
 }
 

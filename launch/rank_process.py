@@ -19,9 +19,9 @@ from ..comm.message_sockets import Address, PullSocket, PushSocket
 from ..comm.message_text import first_line
 from ..runtime.config import Config
 from ..runtime.executor import LocalExecutor
+from ..runtime.limits import Limits
 from ..runtime.model.checkpoint import read_model
 from ..runtime.rank_location import RankLocation
-from ..runtime.request import Limits
 from .options import start_logging
 from .signals import ENDING
 from .standard_streams import protect_standard_streams

@@ -20,10 +20,11 @@ from ..comm.message_sockets import PullSocket, PushSocket
 from .config import Config
 from .engine import Engine
 from .leader_loop import lead
+from .limits import Limits
 from .model.model_config import ModelConfig
 from .plan import StepOutput
 from .rank_location import RankLocation
-from .request import Limits, Request
+from .request import Request
 from .scheduler.scheduler import Scheduler
 from .startup import LoadedRank, plan_limits
 from .startup_timer import StartupTimer, summary

@@ -17,8 +17,9 @@ from .detokenizer import Detokenizer
 from .executor import Executor
 from .generation import Generation, Output
 from .plan import RequestEnd, StepOutput, TokenLogprobs
-from .request import NO_ORIGIN, Origin, PromptFields, Request, RequestRefused, SamplingParams
+from .request import NO_ORIGIN, Origin, PromptFields, Request, RequestRefused
 from .sampling.grammar import Vocabulary, try_out
+from .sampling_params import SamplingParams
 from .stats import EngineDistributions
 from .tokenizer import Tokenizer
 

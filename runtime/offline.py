@@ -16,8 +16,9 @@ from .generation import Generation, Output
 from .model.generation_config import default_sampling_params
 from .model.model_config import ModelConfig
 from .outputs import Event, RequestOutput
-from .request import Origin, RequestRefused, SamplingParams
+from .request import Origin, RequestRefused
 from .sampling.grammar import Vocabulary
+from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
 POLL_S = 1.0

@@ -14,7 +14,8 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from .request import Request, SamplingParams
+from .request import Request
+from .sampling_params import SamplingParams
 from .stats import EngineStats, Profile
 
 FinishReason = Literal["stop", "length", "abort", "error"]

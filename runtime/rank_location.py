@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from .limits import Limits
 from .memory.memory_plan import MemoryPlan
-from .request import Limits
 
 
 class RankLocation(msgspec.Struct, frozen=True):

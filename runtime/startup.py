@@ -15,6 +15,7 @@ import torch
 
 from ..comm.base import Communicator
 from .config import Config
+from .limits import Limits
 from .memory.gpu import Phase, named_out_of_memory, other_processes, plan_on_gpu, read_gpu
 from .memory.host_memory import check_host_memory
 from .memory.memory_plan import (
@@ -35,13 +36,13 @@ from .model.model_config import ModelConfig
 from .model.state_pool import StatePool
 from .model.weights import fill_dummy, load_weights
 from .plan import Admission, StepPlan
-from .request import Limits, SamplingParams
 from .runner.graphs import DecodeGraphs
 from .runner.rank_memory import PinnedReadback, RankMemory, SlotTables
 from .runner.runner import Runner
 from .sampling.grammar import Vocabulary
 from .sampling.grammar_state import GrammarStates
 from .sampling.sampler import Sampler
+from .sampling_params import SamplingParams
 from .startup_timer import StartupTimer
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .request import SamplingParams
+from .sampling_params import SamplingParams
 
 
 class StopChecker:

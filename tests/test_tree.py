@@ -30,7 +30,7 @@ kernels: argument_checks arguments expert_checks native reference state_referenc
 kernels/cuda
 kernels
 comm
-runtime: chat_template config outputs plan request startup_timer stats structured_outputs version
+runtime: chat_template config limits outputs plan request sampling_params startup_timer stats structured_outputs version
 runtime/model: batch checkpoint delta_net_config end_tokens expert_config families fp8_tuning fp8_weights fused_experts gpt_oss_moe generation_config hf_config kv_pool layer_groups layer_rules linear model_config moe norm quantization rank_shares rope state_pool tensor_files tokenizer_files weights
 runtime/model/attention
 runtime/model

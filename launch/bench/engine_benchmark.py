@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ...runtime.config import Config
-from ...runtime.request import Request, SamplingParams
+from ...runtime.request import Request
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.stats import EngineStats, Profile
 from ..signals import signals_wait
 from .trace import kernel_times

@@ -15,7 +15,7 @@ import msgspec
 from ...runtime.chat.call_readers import AnswerPart
 from ...runtime.config import Config
 from ...runtime.outputs import Event
-from ...runtime.request import SamplingParams
+from ...runtime.sampling_params import SamplingParams
 from ..signals import Terminated
 from .generate import open_llm
 

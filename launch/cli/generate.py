@@ -19,7 +19,7 @@ from ...comm.message_text import counted
 from ...runtime.config import Config, option
 from ...runtime.model.checkpoint import check_local_model
 from ...runtime.outputs import CompletionOutput, Event, Logprob, RequestOutput
-from ...runtime.request import SamplingParams
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ..signals import signals_wait
 

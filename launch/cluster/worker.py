@@ -22,11 +22,11 @@ from ...comm.rendezvous import RankStore
 from ...runtime.config import Config
 from ...runtime.engine import Engine
 from ...runtime.leader_loop import lead
+from ...runtime.limits import Limits
 from ...runtime.memory.memory_plan import MemoryPlan
 from ...runtime.model.attention.select_backend import import_ahead
 from ...runtime.model.checkpoint import checkpoint_folder, read_model
 from ...runtime.plan import StepPlan, Stop, decode_plan, encode
-from ...runtime.request import Limits
 from ...runtime.scheduler.scheduler import Scheduler
 from ...runtime.startup import LoadedRank
 from ...runtime.startup_timer import StartupTimer

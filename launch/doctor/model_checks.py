@@ -15,7 +15,7 @@ from ...runtime.model.generation_config import RECOMMENDED, default_sampling_par
 from ...runtime.model.model_config import ModelConfig
 from ...runtime.model.tensor_files import TensorFiles
 from ...runtime.model.tokenizer_files import check_tokenizer_files
-from ...runtime.request import SamplingParams
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.tokenizer import Tokenizer
 from ...runtime.tokenizer_loader import check_backend
 from .finding import Finding, fail, ok, warn

@@ -19,11 +19,13 @@ from ...runtime.config import DEMO_MODEL, DEMO_NAME, Config
 from ...runtime.executor import Executor
 from ...runtime.frontend import Frontend
 from ...runtime.generation import Generation
+from ...runtime.limits import Limits
 from ...runtime.model.checkpoint import find_model
 from ...runtime.model.generation_config import default_sampling_params
 from ...runtime.outputs import Event
-from ...runtime.request import NO_ORIGIN, Limits, Origin, PromptFields, SamplingParams
+from ...runtime.request import NO_ORIGIN, Origin, PromptFields
 from ...runtime.sampling.grammar import Vocabulary
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.tokenizer import Tokenizer
 from ..cluster.engine_thread import EngineThread

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import msgspec
 
 from ...runtime.generation import Generation
-from ...runtime.request import SamplingParams
+from ...runtime.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)

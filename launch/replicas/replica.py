@@ -18,10 +18,11 @@ from ray import serve
 
 from ...comm.message_sockets import Address, PushSocket, WakeupEvent
 from ...runtime.config import Config
+from ...runtime.limits import Limits
 from ...runtime.model.checkpoint import find_model
 from ...runtime.plan import StepOutput
 from ...runtime.rank_location import RankLocation
-from ...runtime.request import Limits, Request
+from ...runtime.request import Request
 from ...runtime.stats import EngineStats
 from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection

@@ -31,9 +31,10 @@ from ...comm.message_sockets import PullSocket
 from ...comm.message_text import last_line
 from ...runtime.config import Config
 from ...runtime.executor import Wakeup
+from ...runtime.limits import Limits
 from ...runtime.plan import RequestEnd, StepOutput
 from ...runtime.rank_location import RankLocation
-from ...runtime.request import Limits, Request
+from ...runtime.request import Request
 from ...runtime.scheduler.waiting_queue import WaitingQueue
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded_environment

@@ -14,7 +14,8 @@ import msgspec
 
 from ...runtime.outputs import Event, Logprob, PositionLogprobs
 from ...runtime.plan import FinishReason
-from ...runtime.request import Origin, RequestRefused, SamplingParams
+from ...runtime.request import Origin, RequestRefused
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ..engine.grammar_check import GrammarsWaiting
 from ..errors import EngineFailed, RequestCrashedEngine

@@ -21,7 +21,8 @@ from types import FrameType
 import msgspec
 import uvicorn
 
-from ...runtime.request import Limits, SamplingParams
+from ...runtime.limits import Limits
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.tokenizer import Tokenizer
 from ..engine.async_tokenizer import AsyncTokenizer
 from ..options import start_logging

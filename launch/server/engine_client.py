@@ -8,8 +8,10 @@ from typing import Protocol
 
 import msgspec
 
+from ...runtime.limits import Limits
 from ...runtime.outputs import Event
-from ...runtime.request import NO_ORIGIN, Limits, Origin, PromptFields, SamplingParams
+from ...runtime.request import NO_ORIGIN, Origin, PromptFields
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ..engine.async_tokenizer import AsyncTokenizer
 from ..engine.engine_state import AsyncEngineStats, Health

@@ -18,7 +18,8 @@ from starlette.types import Send
 from ...comm.message_text import counted
 from ...runtime.detokenizer import PromptText
 from ...runtime.outputs import Event
-from ...runtime.request import Origin, PromptFields, RequestRefused, SamplingParams
+from ...runtime.request import Origin, PromptFields, RequestRefused
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.version import __version__
 from ..engine.event_streams import merge
 from .answer_thread import make_long

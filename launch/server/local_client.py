@@ -7,8 +7,10 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from ...runtime.limits import Limits
 from ...runtime.outputs import Event
-from ...runtime.request import NO_ORIGIN, Limits, Origin, PromptFields, SamplingParams
+from ...runtime.request import NO_ORIGIN, Origin, PromptFields
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ..cluster.engine_thread import StallDetector
 from ..engine.async_engine import AsyncEngine

@@ -8,8 +8,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+from ...runtime.limits import Limits
 from ...runtime.outputs import Event, PositionLogprobs
-from ...runtime.request import NO_ORIGIN, Limits, Origin, PromptFields, SamplingParams
+from ...runtime.request import NO_ORIGIN, Origin, PromptFields
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ..engine.async_tokenizer import AsyncTokenizer
 from ..engine.event_streams import OutputQueue

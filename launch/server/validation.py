@@ -11,7 +11,8 @@ from typing import Any
 
 import msgspec
 
-from ...runtime.request import RequestRefused, SamplingParams
+from ...runtime.request import RequestRefused
+from ...runtime.sampling_params import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.text_worker import MAX_TOKENS
 from ..engine.grammar_check import GrammarsWaiting

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 
 from ...comm.message_text import format_bytes
 from ..config import Config
+from ..limits import longest_context, pages_at_once, pages_of_window
 from ..model.model_config import DTYPES, ModelConfig
-from ..request import longest_context, pages_at_once, pages_of_window
 from .parameter_count import (
     float32_parameters,
     kv_elements_per_token,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..request import SamplingParams
+from ..sampling_params import SamplingParams
 from .hf_config import HFConfigReader, exists
 
 FILE = "generation_config.json"

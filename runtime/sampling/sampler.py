@@ -19,7 +19,7 @@ from ...kernels import ops
 from ..model.batch import to_device, to_device_together
 from ..model.embedding import Logits
 from ..plan import Admission
-from ..request import SamplingParams
+from ..sampling_params import SamplingParams
 from .bad_words import BadWords
 
 MAX_CANDIDATES = 64  # candidates of a row where top-k keeps no more; a fixed size makes sums bitwise equal in any batch

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..request import Limits, Request
+from ..limits import Limits
+from ..request import Request
 from .slots import Slots
 from .step_division import largest_holder
 from .waiting_queue import WaitingQueue

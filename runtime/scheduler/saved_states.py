@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..request import Limits
+from ..limits import Limits
 from .prefix_cache import NO_PAGES, Node, PrefixCache
 
 

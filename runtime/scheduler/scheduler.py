@@ -19,8 +19,9 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
+from ..limits import Limits
 from ..plan import Admission, FinishReason, RequestEnd, StepOutput, StepPlan, TokenLogprobs
-from ..request import Limits, Request
+from ..request import Request
 from .fair_preemption import preempt_for_waiting_clients
 from .prefix_cache import Node, PagePool
 from .saved_states import SavedStates

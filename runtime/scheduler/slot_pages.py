@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..request import Limits, Request
+from ..limits import Limits
+from ..request import Request
 from .prefix_cache import NO_PAGES, Node, PagePool
 from .slots import Slots
 from .window_pages import BlockPool, WindowPages

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..request import Limits, Request
+from ..limits import Limits
+from ..request import Request
 from .prefix_cache import NO_PAGES, Node
 
 NO_SLOTS = np.empty(0, dtype=np.int32)

@@ -8,7 +8,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from ..request import Limits
+from ..limits import Limits
 from .slots import NO_SLOTS, PromptChunk, Slots
 from .step_budget import StepBudget
 from .waiting_queue import WaitingQueue

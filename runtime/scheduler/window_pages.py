@@ -18,7 +18,7 @@ from collections import deque
 
 import numpy as np
 
-from ..request import Limits
+from ..limits import Limits
 from .prefix_cache import PagePool
 from .slots import Slots
 

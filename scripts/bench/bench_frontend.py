@@ -29,8 +29,8 @@ from typing import Any
 from lockstep.launch.cli import main as command_line
 from lockstep.launch.engine import async_engine
 from lockstep.launch.server import serve as server_command
+from lockstep.runtime.limits import Limits
 from lockstep.runtime.plan import RequestEnd, StepOutput
-from lockstep.runtime.request import Limits
 from lockstep.runtime.stats import EngineStats
 from lockstep.runtime.tokenizer import Tokenizer
 

@@ -17,8 +17,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from lockstep.runtime.request import Limits, Request, SamplingParams
+from lockstep.runtime.limits import Limits
+from lockstep.runtime.request import Request
 from lockstep.runtime.runner.rank_memory import SlotTables
+from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.scheduler.scheduler import Scheduler
 
 CONTEXT, STEPS, ROUNDS = 1000, 300, 5

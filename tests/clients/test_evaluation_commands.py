@@ -18,7 +18,7 @@ import pytest
 
 from lockstep.launch.llm import LLM
 from lockstep.runtime.config import DEMO_MODEL, DEMO_NAME
-from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.sampling_params import SamplingParams
 
 from fake_engine import Running, demo_server
 from scripted_agent import ScriptedAgent

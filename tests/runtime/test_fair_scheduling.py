@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lockstep.runtime.request import Limits, Request, SamplingParams
+from lockstep.runtime.limits import Limits
+from lockstep.runtime.request import Request
+from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.scheduler.scheduler import Scheduler
 from lockstep.runtime.scheduler.step_budget import LEAST_TOKENS, SLOWDOWN, StepBudget
 from lockstep.runtime.scheduler.step_division import ANONYMOUS, max_min_shares

@@ -13,9 +13,10 @@ from lockstep import LLM, SamplingParams
 from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.frontend import Frontend
 from lockstep.runtime.generation import Generation
+from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import Event, RequestOutput
 from lockstep.runtime.plan import RequestEnd, StepOutput
-from lockstep.runtime.request import Limits, Request, RequestRefused
+from lockstep.runtime.request import Request, RequestRefused
 from lockstep.runtime.tokenizer import Tokenizer
 
 PROMPT = "And the LORD said unto Moses"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lockstep.runtime.request import Limits
+from lockstep.runtime.limits import Limits
 from lockstep.runtime.scheduler.prefix_cache import Node
 from lockstep.runtime.scheduler.saved_states import SavedStates
 from lockstep.runtime.scheduler.scheduler import Scheduler

@@ -19,9 +19,9 @@ from transformers import (
 from lockstep.comm.base import Communicator, SingleRank
 from lockstep.runtime.model.embedding import Logits
 from lockstep.runtime.plan import Admission
-from lockstep.runtime.request import MAX_REPETITION_PENALTY, MIN_TEMPERATURE, SamplingParams
 from lockstep.runtime.sampling import sampler as sampler_module
 from lockstep.runtime.sampling.sampler import Sampler
+from lockstep.runtime.sampling_params import MAX_REPETITION_PENALTY, MIN_TEMPERATURE, SamplingParams
 
 from ranks import run_ranks
 

@@ -28,8 +28,10 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
+from lockstep.runtime.limits import Limits
 from lockstep.runtime.plan import RequestEnd, StepPlan
-from lockstep.runtime.request import Limits, Request, SamplingParams
+from lockstep.runtime.request import Request
+from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.scheduler.prefix_cache import Node, PrefixCache
 from lockstep.runtime.scheduler.scheduled_step import ScheduledStep
 from lockstep.runtime.scheduler.scheduler import Scheduler

@@ -17,8 +17,9 @@ from lockstep.comm.base import SingleRank
 from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.model.embedding import Logits
 from lockstep.runtime.plan import Admission
-from lockstep.runtime.request import Request, SamplingParams
+from lockstep.runtime.request import Request
 from lockstep.runtime.sampling.sampler import Sampler
+from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.tokenizer import Tokenizer
 
 from engines import Results, request, run_engine

@@ -9,7 +9,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from lockstep.runtime.request import Request, SamplingParams
+from lockstep.runtime.request import Request
+from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.scheduler.waiting_queue import VirtualTime, WaitingQueue
 
 

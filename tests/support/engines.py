@@ -15,7 +15,8 @@ from lockstep.runtime.config import Config
 from lockstep.runtime.engine import Engine
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.plan import RequestEnd, StepOutput, Stop, TokenLogprobs, decode_plan, encode
-from lockstep.runtime.request import Request, SamplingParams
+from lockstep.runtime.request import Request
+from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.scheduler.scheduler import Scheduler
 from lockstep.runtime.startup import LoadedRank, plan_limits
 

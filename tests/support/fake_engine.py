@@ -25,9 +25,11 @@ from lockstep.launch.server.server_config import ServerConfig, ServerLimits
 from lockstep.launch.server.uvicorn_setup import create_uvicorn_config, run_loop
 from lockstep.runtime.config import Config
 from lockstep.runtime.detokenizer import Detokenizer
+from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import Event, Logprob
 from lockstep.runtime.rank_location import RankLocation
-from lockstep.runtime.request import NO_ORIGIN, Limits, Origin, PromptFields, SamplingParams
+from lockstep.runtime.request import NO_ORIGIN, Origin, PromptFields
+from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.stats import EngineDistributions, EngineStats
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Tokenizer

@@ -10,7 +10,8 @@ from typing import Any
 
 from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.outputs import Event
-from lockstep.runtime.request import NO_ORIGIN, Origin, PromptFields, SamplingParams
+from lockstep.runtime.request import NO_ORIGIN, Origin, PromptFields
+from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.tokenizer import Tokenizer
 
 from fake_engine import FakeService

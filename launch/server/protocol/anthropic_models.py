@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from ....runtime.request import MAX_STOP_STRINGS
+from ....runtime.sampling_params import MAX_STOP_STRINGS
 from .input_models import (
     ChatFields,
     InputModel,

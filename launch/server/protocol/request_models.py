@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from ....runtime.chat_template import RESERVED_TEMPLATE_KWARGS
-from ....runtime.request import (
+from ....runtime.sampling_params import (
     MAX_BAD_WORD_CHARS,
     MAX_BAD_WORDS,
     MAX_LOGPROB_TOKEN_IDS,

@@ -40,10 +40,11 @@ from lockstep.runtime.config import DEMO_MODEL, Config
 from lockstep.runtime.executor import LocalExecutor, Wakeup
 from lockstep.runtime.frontend import Frontend
 from lockstep.runtime.generation import Output
+from lockstep.runtime.limits import Limits
 from lockstep.runtime.outputs import CompletionOutput, Event, Logprob
 from lockstep.runtime.plan import RequestEnd, StepOutput
 from lockstep.runtime.rank_location import RankLocation
-from lockstep.runtime.request import Limits, Request, RequestRefused
+from lockstep.runtime.request import Request, RequestRefused
 from lockstep.runtime.runner.runner import Runner
 from lockstep.runtime.stats import EngineStats, Profile
 from lockstep.runtime.tokenizer import Tokenizer
@@ -965,7 +966,7 @@ from processes import threads
 from waiting import holds_within
 from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.runtime.config import Config
-from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.sampling_params import SamplingParams
 
 async def once():
     service = AsyncEngine(Config(tensor_parallel_size=2, **{SMALL}))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lockstep.launch.engine.quarantine import CrashQuarantine
-from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.sampling_params import SamplingParams
 
 LENGTH = 6
 

@@ -19,7 +19,8 @@ from lockstep.runtime.detokenizer import Detokenizer, PromptText, TokenBytes, lo
 from lockstep.runtime.generation import Generation, Output, candidates
 from lockstep.runtime.outputs import Event
 from lockstep.runtime.plan import RequestEnd, TokenLogprobs
-from lockstep.runtime.request import Request, SamplingParams
+from lockstep.runtime.request import Request
+from lockstep.runtime.sampling_params import SamplingParams
 
 from small_tokenizers import PADDED, SMALL_TOKENIZERS
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import openai
 import pytest
 
-from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 
 from lockstep import LLM
 from lockstep.launch.engine.async_engine import AsyncEngine
-from lockstep.runtime.request import SamplingParams
+from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.structured_outputs import StructuredOutputsParams
 
 from fake_engine import CHAT, COMPLETION, PROMPT, Running, demo_server, error_of

@@ -23,7 +23,8 @@ from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.model.quantization import Quantization
 from lockstep.runtime.model.weights import fill_dummy, load_weights
-from lockstep.runtime.request import Request, SamplingParams
+from lockstep.runtime.request import Request
+from lockstep.runtime.sampling_params import SamplingParams
 
 from checkpoints import FAMILIES, tiny_checkpoint
 from engines import run_engine
