@@ -15,7 +15,7 @@ from ...runtime.config import option
 from .protocol.request_models import MAX_STOPS_BY_DEFAULT
 
 MIB = 2**20
-# The largest values that SamplingParams takes (runtime/sampling_params.py), repeated here to keep `lockstep --help` fast.
+# The largest values that SamplingParams takes, repeated here to keep `lockstep --help` fast.
 HIGHEST = {"port": 65535, "api_server_count": 64, "max_n": 128, "max_stop_strings": 16, "max_logprobs": 20}
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 LOWEST = {"port": 0, "max_queued": 0, "max_logprobs": 0, "max_restarts": 0}  # the lowest value of other fields is 1
