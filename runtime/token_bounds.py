@@ -7,6 +7,7 @@ tokenizers have no such bound: they drop white space, accents or unknown charact
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -38,13 +39,8 @@ def _shrinkage(normalizer: dict[str, Any] | None) -> int | None:
         return 1
     kind = normalizer["type"]
     if kind == "Sequence":
-        factor = 1
-        for part in normalizer["normalizers"]:
-            shrinkage = _shrinkage(part)
-            if shrinkage is None:
-                return None
-            factor *= shrinkage
-        return factor
+        factors = [_shrinkage(part) for part in normalizer["normalizers"]]
+        return None if None in factors else math.prod(factor for factor in factors if factor is not None)
     if kind == "Replace":
         pattern, content = normalizer["pattern"].get("String"), normalizer["content"]
         return -(-len(pattern) // len(content)) if pattern and content else None

@@ -70,13 +70,13 @@ class TextLane:
 
 
 class AsyncTokenizer:
-    """A Tokenizer for asyncio tasks.
+    """A Tokenizer for asyncio tasks; `source` is the tokenizer itself, for what takes no time.
 
-    Its methods raise TokenizationRefused if the input is at fault, and TokenizerBusy if other requests' input is.
+    The methods raise TokenizationRefused if the input is at fault, and TokenizerBusy if other requests' input is.
     """
 
     def __init__(self, tokenizer: Tokenizer, time_limit_s: float = TIME_LIMIT_S) -> None:
-        self._tokenizer = tokenizer
+        self.source = tokenizer
         self._chars_per_token = max_chars_per_token(tokenizer.to_json())
         self._threads = ThreadPoolExecutor(NUM_THREADS, "lockstep-tokenizer")
         self._chats = TextLane(TextProcess(tokenizer, time_limit_s))
@@ -84,28 +84,8 @@ class AsyncTokenizer:
 
     def start(self) -> None:
         """Start the process of the conversations ahead of the first one."""
-        if self._tokenizer.has_chat_template:
+        if self.source.has_chat_template:
             self._chats.start()
-
-    @property
-    def chat_template(self) -> str:
-        """The chat template; empty without one."""
-        return self._tokenizer.chat_template
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """The tokenizer's configuration, as in tokenizer_config.json."""
-        return self._tokenizer.info
-
-    @property
-    def response_template(self) -> dict[str, Any] | None:
-        """The tokenizer's description of answers for transformers' parser, if it has one."""
-        return self._tokenizer.response_template
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """The ids of the special tokens by their text."""
-        return self._tokenizer.special_tokens
 
     async def encode(
         self, prompts: Sequence[str], max_tokens: int = MAX_TOKENS, *, add_special_tokens: bool = True
@@ -120,7 +100,7 @@ class AsyncTokenizer:
         if sum(map(len, prompts)) > SHORT_CHARS:
             job = EncodeJob(list(prompts), add_special_tokens)
             return cast("list[list[int]]", await self._run(self._long, job, "prompt"))
-        encode = partial(self._tokenizer.encode, add_special_tokens=add_special_tokens)
+        encode = partial(self.source.encode, add_special_tokens=add_special_tokens)
         try:
             return await self._in_thread(lambda: [encode(prompt) for prompt in prompts])
         except ValueError as error:
@@ -139,7 +119,7 @@ class AsyncTokenizer:
         Refuses a conversation that has more characters in its template than `max_tokens` tokens can have.
         """
         try:
-            job = self._tokenizer.chat_job(messages, variables)
+            job = self.source.chat_job(messages, variables)
         except ValueError as error:
             raise TokenizationRefused(str(error), "messages") from error
         max_chars = self._max_chars(max_tokens)
@@ -150,15 +130,15 @@ class AsyncTokenizer:
         """Return the text of these ids, with or without the special tokens."""
         if len(ids) > SHORT_TOKENS:
             return cast("str", await self._run(self._long, DecodeJob(list(ids), skip_special_tokens), "tokens"))
-        return await self._in_thread(lambda: self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        return await self._in_thread(lambda: self.source.decode(ids, skip_special_tokens=skip_special_tokens))
 
     async def names(self, ids: Sequence[int]) -> list[str]:
         """Return what the vocabulary calls each id, as `Ġunto`."""
-        return await self._in_thread(lambda: self._tokenizer.names(ids))
+        return await self._in_thread(lambda: self.source.names(ids))
 
     async def locate_tokens(self, ids: Sequence[int], text: str | None = None) -> PromptText:
         """Return where each token of a prompt begins in its text, or in the text of `ids` with all special tokens."""
-        return await self._in_thread(lambda: locate_tokens(self._tokenizer.token_bytes, ids, text))
+        return await self._in_thread(lambda: locate_tokens(self.source.token_bytes, ids, text))
 
     def close(self) -> None:
         """End the processes; short texts can still be tokenized. Safe to call twice."""

@@ -25,18 +25,8 @@ from ..errors import EngineFailed, TokenizerBusy
 from .api_errors import AnthropicErrorReply, ApiError, ErrorReply, as_api_error
 from .handlers import Handlers
 from .host_check import check_origin
+from .protocol import reply_models as api
 from .protocol.anthropic_models import CountTokensRequest, MessagesRequest
-from .protocol.reply_models import (
-    ChatCompletion,
-    Completion,
-    Detokenized,
-    Healthy,
-    InputTokens,
-    Model,
-    ModelList,
-    Tokens,
-    Version,
-)
 from .protocol.request_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from .protocol.responses_models import ResponsesRequest
 from .refusal_pacing import RefusalPacing
@@ -74,18 +64,18 @@ def create_app(handlers: Handlers, config: ServerConfig) -> ASGIApp:
     )  # fmt: skip
     app.has_keys = bool(keys)
     for path, handler, body, reply, other_content in (
-        ("/v1/completions", handlers.completions, CompletionRequest, Completion, "text/event-stream"),
-        ("/v1/chat/completions", handlers.chat, ChatRequest, ChatCompletion, "text/event-stream"),
+        ("/v1/completions", handlers.completions, CompletionRequest, api.Completion, "text/event-stream"),
+        ("/v1/chat/completions", handlers.chat, ChatRequest, api.ChatCompletion, "text/event-stream"),
         ("/v1/responses", handlers.responses, ResponsesRequest, None, "text/event-stream"),
         ("/v1/messages", handlers.messages, MessagesRequest, None, "text/event-stream"),
-        ("/v1/messages/count_tokens", handlers.count_tokens, CountTokensRequest, InputTokens, None),
-        ("/v1/models", handlers.models, None, ModelList, None),
-        ("/v1/models/{name:path}", handlers.model, None, Model, None),
-        ("/tokenize", handlers.tokenize, TokenizeRequest, Tokens, None),
-        ("/detokenize", handlers.detokenize, DetokenizeRequest, Detokenized, None),
+        ("/v1/messages/count_tokens", handlers.count_tokens, CountTokensRequest, api.InputTokens, None),
+        ("/v1/models", handlers.models, None, api.ModelList, None),
+        ("/v1/models/{name:path}", handlers.model, None, api.Model, None),
+        ("/tokenize", handlers.tokenize, TokenizeRequest, api.Tokens, None),
+        ("/detokenize", handlers.detokenize, DetokenizeRequest, api.Detokenized, None),
         ("/tokenizer_info", handlers.tokenizer_info, None, None, None),
-        ("/health", handlers.health, None, Healthy, None),
-        ("/version", handlers.version, None, Version, None),
+        ("/health", handlers.health, None, api.Healthy, None),
+        ("/version", handlers.version, None, api.Version, None),
         ("/metrics", handlers.metrics, None, None, "text/plain"),
     ):
         content: dict[str, Any] = {other_content: {}} if other_content else {}

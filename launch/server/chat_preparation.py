@@ -46,9 +46,10 @@ class ChatPreparer:
     """
 
     def __init__(self, tokenizer: AsyncTokenizer, check_grammar: CheckGrammar, config: ServerConfig) -> None:
+        source = tokenizer.source
         self.format = find_format(
-            config.tool_call_parser, config.reasoning_parser, tokenizer.chat_template, tokenizer.response_template,
-            tokenizer.special_tokens,
+            config.tool_call_parser, config.reasoning_parser, source.chat_template, source.response_template,
+            source.special_tokens,
         )  # fmt: skip
         self._tokenizer, self._check_grammar = tokenizer, check_grammar
         self._template_kwargs = config.template_kwargs

@@ -271,7 +271,7 @@ class Handlers:
 
     async def tokenizer_info(self, request: Request) -> Response:
         """Serve GET /tokenizer_info, the contents of tokenizer_config.json."""
-        return JSONResponse(self._tokenizer.info)
+        return JSONResponse(self._tokenizer.source.info)
 
     async def health(self, request: Request) -> Healthy:
         """Serve GET /health: 503 with the reason unless the engine is ready and makes progress."""

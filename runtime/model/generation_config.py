@@ -9,15 +9,8 @@ from ..sampling_params import SamplingParams
 from .hf_config import HFConfigReader, exists
 
 FILE = "generation_config.json"
-# By the name in the file, the parameter that it sets.
-RECOMMENDED = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
+SAME_NAMES = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+RECOMMENDED = dict(zip(SAME_NAMES, SAME_NAMES, strict=True)) | {"max_new_tokens": "max_tokens"}  # field -> parameter
 # Fields that would change the output and that this runtime does not have, with their neutral values in transformers.
 NOT_APPLIED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),

@@ -80,9 +80,7 @@ class HFConfigReader:
         """Return the numbers of the list `name`, each above 0."""
         values = self._value(name, None)
         numbers = values if isinstance(values, list) else []
-        holds = all(is_integer(x) or isinstance(x, float) for x in numbers) and all(
-            0 < x <= MAX_NUMBER for x in numbers
-        )
+        holds = all((is_integer(x) or isinstance(x, float)) and 0 < x <= MAX_NUMBER for x in numbers)
         self._check(name, bool(numbers) and holds, "a list of numbers above 0")
         return [float(x) for x in numbers]
 

@@ -110,8 +110,8 @@ def test_too_much_is_refused_with_the_reason(
 
 def test_longest_prompts_are_taken(shared: Running) -> None:
     """The longest token has 14 characters, and a prompt of these has 14 for each token of the context."""
-    ids = [max(range(4, 2048), key=lambda i: len(fake(shared).tokenizer._tokenizer.decode([i])))] * (MAX_LEN - 2)
-    text = fake(shared).tokenizer._tokenizer.decode(ids)
+    ids = [max(range(4, 2048), key=lambda i: len(fake(shared).tokenizer.source.decode([i])))] * (MAX_LEN - 2)
+    text = fake(shared).tokenizer.source.decode(ids)
     assert len(text) > 10 * MAX_LEN
     response = shared.post("/v1/completions", {"prompt": text, "max_tokens": 1})
     assert response.status_code == 200
@@ -120,7 +120,7 @@ def test_longest_prompts_are_taken(shared: Running) -> None:
 
 def test_busy_tokenizer_is_429(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     running, release = run(), threading.Event()
-    tokenizer = fake(running).tokenizer._tokenizer
+    tokenizer = fake(running).tokenizer.source
     monkeypatch.setattr("lockstep.launch.engine.async_tokenizer.WAIT_S", 0.05)
     monkeypatch.setattr(tokenizer, "encode", lambda text, **options: [5] if release.wait(30) else [])
     response = running.post("/v1/completions", COMPLETION)
@@ -131,7 +131,7 @@ def test_busy_tokenizer_is_429(run: Callable[..., Running], monkeypatch: pytest.
 
 @pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ 'a' * 10 ** 10 }}", "{{ f() }}"])
 def test_template_that_fails_is_400(shared: Running, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
-    tokenizer = fake(shared).tokenizer._tokenizer
+    tokenizer = fake(shared).tokenizer.source
     monkeypatch.setattr(tokenizer._tokenizer, "chat_template", template)
     for path, body in (("/v1/chat/completions", CHAT_BODY), ("/tokenize", {"messages": CHAT})):
         response = shared.post(path, body)
@@ -198,5 +198,5 @@ def test_tokens_of_a_long_text_come_back(shared: Running) -> None:
     assert tokens["count"] == len(tokens["tokens"]) == len(tokens["token_strs"])
     assert shared.post("/detokenize", {"tokens": tokens["tokens"][1:]}).json() == {"prompt": text}
     assert shared.post("/v1/completions", COMPLETION).json()["choices"][0]["text"] == expected_text(
-        fake(shared).tokenizer._tokenizer, fake(shared).asked[-1][0], 4
+        fake(shared).tokenizer.source, fake(shared).asked[-1][0], 4
     )

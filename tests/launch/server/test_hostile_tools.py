@@ -124,7 +124,7 @@ def test_required_calls_follow_their_schemas_at_temperature_2(
     template = next((template for types, template in TEMPLATES.items() if parser in types), None)
     engine.start()
     if template is not None:
-        engine.tokenizer._tokenizer.response_template = template
+        engine.tokenizer.source.response_template = template
     running = Running(engine, tool_call_parser=parser if template is None else "response_template")
     try:
         made = 0
