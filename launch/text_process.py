@@ -61,16 +61,14 @@ class TextProcess:
         """Return the result of a job from `encode_job`; raises TextRefused if it cannot be done, and TokenizerBusy."""
         try:
             answer = self._answer(job)
-        except TimeoutError as error:
+        except (TimeoutError, ChildFailed) as error:
             self._kill()
-            message = f"the input took more than {self._time_limit_s:g} s to turn into tokens or text; send less"
-            raise TextRefused(message, "too_complex") from error
-        except ChildFailed as error:
-            self._kill()
-            log.warning("a text has ended the process that tokenizes: %s", error)
-            memory = f"{MEMORY_BYTES // 2**30} GiB of memory"
-            message = f"the input ended the process that turns it into tokens or text, which has {memory}; send less"
-            raise TextRefused(message, "too_complex") from error
+            message = f"took more than {self._time_limit_s:g} s to turn into tokens or text"
+            if isinstance(error, ChildFailed):
+                log.warning("a text has ended the process that tokenizes: %s", error)
+                memory = f"{MEMORY_BYTES // 2**30} GiB of memory"
+                message = f"ended the process that turns it into tokens or text, which has {memory}"
+            raise TextRefused(f"the input {message}; send less", "too_complex") from error
         if isinstance(answer, dict):
             raise TextRefused(answer["error"], answer["code"])
         return answer

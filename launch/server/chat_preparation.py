@@ -1,10 +1,12 @@
-"""From a chat request to its prompt, the parser of its answers, and the constraint that its tools make."""
+"""From a request of any chat API to its prompt, the parser of its answers, and the constraint that its tools make."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+from pydantic import ValidationError
 
 from ...runtime.chat.chat_formats import CALL_FORMATS, ChatFormat, Thinking, find_format
 from ...runtime.chat.output_parser import AnswerParser
@@ -13,9 +15,11 @@ from ...runtime.chat.tool_schemas import ToolSchema
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.text_worker import MAX_TOKENS
 from ..engine.async_tokenizer import AsyncTokenizer
-from .api_errors import ApiError, invalid
+from .api_errors import ApiError, from_validation_error, invalid
+from .protocol.anthropic_models import CountTokensRequest
 from .protocol.message_models import NamedTool
-from .protocol.request_models import ChatRequest, TemplateFields, TokenizeRequest
+from .protocol.request_models import ChatRequest, TemplateFields, TokenizeRequest, fields_of
+from .protocol.responses_models import ResponsesRequest
 from .server_config import ServerConfig
 from .tool_constraint import CheckGrammar, ToolConstraint
 
@@ -37,6 +41,14 @@ class PreparedChat:
     keeps_special_tokens: bool
     id_length: int
     echo: str
+
+
+def as_chat(body: ResponsesRequest | CountTokensRequest) -> ChatRequest:
+    """Return the chat that computes the answer to a request of another API; errors name fields of that request."""
+    try:
+        return ChatRequest.model_validate(body.chat_fields())
+    except ValidationError as error:
+        raise from_validation_error(error, fields_of(ChatRequest)) from None
 
 
 class ChatPreparer:

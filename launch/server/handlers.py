@@ -22,14 +22,12 @@ from ...runtime.request import Origin, PromptFields, RequestRefused
 from ...runtime.sampling_params import SamplingParams
 from ...runtime.version import __version__
 from ..engine.event_streams import merge
-from .answer_thread import make_long
 from .api_errors import ApiError, without_folders
 from .block_builder import BlockBuilder
 from .body_structure import MAX_ITEMS
-from .chat_preparation import ChatPreparer, PreparedChat
-from .chat_translation import as_chat
+from .chat_preparation import ChatPreparer, PreparedChat, as_chat
 from .engine_client import EngineClient
-from .http_io import BodyBudget, StreamingAnswer, read_body, send_events, send_json
+from .http_io import BodyBudget, StreamingAnswer, make_long, read_body, send_events, send_json
 from .messages_builder import MessagesBuilder
 from .metrics import metrics_page
 from .protocol.anthropic_models import CountTokensRequest, MessagesRequest

@@ -26,7 +26,9 @@ INLINE_BYTES = 32 * 1024  # a longer body is parsed in a thread
 # takes 25 ms of the interpreter: clients that send them in a loop get a fifth of it.
 LONG_BODIES_PER_S = 8
 PARSER = ThreadPoolExecutor(1, "lockstep-bodies")  # one long body at a time: parsing holds the interpreter's lock
+WRITER = ThreadPoolExecutor(1, "lockstep-answers")  # one long answer at a time: the event loop would stop all streams
 Body = TypeVar("Body", bound=BaseModel)
+Part = TypeVar("Part")
 BODY_WRITER = "lockstep.body_writer"  # name of the extension
 
 
@@ -146,6 +148,11 @@ class StreamingAnswer(Response):
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def make_long(make: Callable[[], Part]) -> Part:
+    """Return what `make` returns, a part of a long answer, called in the thread for these."""
+    return await asyncio.get_running_loop().run_in_executor(WRITER, make)
 
 
 async def send_json(send: Send, pieces: Sequence[bytes]) -> None:

@@ -22,9 +22,9 @@ from ...runtime.chat.call_readers import AnswerPart
 from ...runtime.detokenizer import PromptText
 from ...runtime.outputs import Event
 from .answer_reader import AnswerFields, AnswerReader, ParsedAnswer, ParsedCall
-from .answer_thread import make_long
 from .api_errors import ApiError
 from .chat_preparation import PreparedChat
+from .http_io import make_long
 from .logprob_texts import LogprobWriter, likeliest, new_tokens, num_candidates, prompt_logprobs, token_text
 from .protocol import reply_models as api
 from .token_usage import TokenUsage
