@@ -40,7 +40,7 @@ class ExpertConfig:
     scaling: float = 1.0  # factor of the scores
     num_groups: int = 1  # the experts are in so many groups
     groups_per_token: int = 1  # of which so many are searched for a token
-    shared_size: int = 0  # features of the expert of all tokens; 0 for none
+    shared_size: int = 0  # features of the shared expert; 0 for none
     clamped: tuple[float, float] | None = None  # alpha and limit of the SwiGLU of gpt-oss
     mxfp4: bool = False  # the weights are 4-bit numbers
     parallel: bool = False  # a rank has whole experts, not a part of the features of every expert
@@ -52,11 +52,11 @@ class ExpertConfig:
 
     @property
     def shared_fits_expert(self) -> bool:
-        """Whether the expert of all tokens can be computed as one more expert: it has the same size, and a gate."""
+        """Whether the shared expert can be computed as one more expert: it has the same size, and a gate."""
         return self.rules.shared_gate and self.shared_size == self.intermediate_size and not self.parallel
 
     def of_rank(self, rank: int, ranks: int) -> ExpertShare:
-        """Return the experts and features of this rank; the expert of all tokens is divided by features in any case."""
+        """Return the experts and features of this rank; the shared expert is divided by features in any case."""
         if self.parallel:
             return ExpertShare(share(self.num_experts, rank, ranks), slice(0, self.intermediate_size))
         features = share_of_features(self.intermediate_size, rank, ranks, self.block)

@@ -57,7 +57,7 @@ class ExpertRules:
     least_sum: str | None = None  # the least divisor of that scaling
     scaling: str | None = None  # factor of the scores
     groups: bool = False  # n_group and topk_group apply
-    shared_size: str | None = None  # intermediate features of the expert of all tokens
+    shared_size: str | None = None  # intermediate features of the shared expert
     shared_count: str | None = None  # or their number in features of an expert
 
     scoring: Literal["softmax", "sigmoid"] = "softmax"
@@ -70,7 +70,7 @@ class ExpertRules:
     bias: str | None = None  # the tensor that is added to the scores for the choice of experts
     bias_has_groups: bool = False  # its shape begins with a 1
     shared: str = "shared_experts"
-    shared_gate: bool = False  # the expert of all tokens is scaled by the sigmoid of a gate
+    shared_gate: bool = False  # the shared expert is scaled by the sigmoid of a gate
 
 
 @dataclass(frozen=True, kw_only=True)

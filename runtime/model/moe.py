@@ -1,4 +1,4 @@
-"""The mixture of experts: the router, the experts that it selects for each token, and the expert of all tokens.
+"""The mixture of experts: the router, the experts that it selects for each token, and the shared expert.
 
 Shapes: T tokens, D hidden, N experts, K of them selected per token; I the intermediate features that the rank has of
 each of its M experts.
@@ -26,7 +26,7 @@ SHARED_PROJECTIONS = "gate_proj", "up_proj", "down_proj"
 
 
 class Router:
-    """The choice of K experts for each token, and with `has_shared` of the expert of all tokens after them.
+    """The choice of K experts for each token, and with `has_shared` of the shared expert after them.
 
     All ranks choose alike, because the router is replicated and its input is bitwise identical on all of them.
     """
