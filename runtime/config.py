@@ -7,6 +7,7 @@ writing to a frozen one. No field is read from the environment, except RAY_ADDRE
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args, get_type_hints
@@ -39,9 +40,31 @@ class ModelDefaults(Protocol):
     def max_position_embeddings(self) -> int: ...
 
 
-def option(default: Any, help: str, *flags: str) -> Any:
-    """Return a Config field with its help text; `flags` are further spellings beside the field's name."""
-    return field(default=default, metadata={"help": help, "flags": flags})
+def option(
+    default: Any, help: str, *flags: str, low: float | None = None, high: float | None = None, envvar: str | None = None
+) -> Any:
+    """Return a field of options with its help text.
+
+    flags      further spellings beside the field's name
+    low, high  bounds for `check_bounds`; without `low`, integers are at least 1
+    envvar     a variable of the environment with the value
+    """
+    metadata = {"help": help, "flags": flags, "low": low, "high": high, "envvar": envvar}
+    return field(default=default, metadata=metadata)
+
+
+def check_bounds(options: Any, *, as_flags: bool = False) -> None:
+    """Raise ValueError for a number in a dataclass of options that is out of its bounds; `as_flags` names the flag."""
+    for f in dataclasses.fields(options):
+        value, low, high = getattr(options, f.name), f.metadata.get("low"), f.metadata.get("high")
+        if low is None and isinstance(value, int) and not isinstance(value, bool):
+            low = 1
+        if value is None or low is None or (low <= value < math.inf and (high is None or value <= high)):
+            continue
+        rule = f"between {low} and {high}" if high is not None else f"at least {low}"
+        end = " and finite" if high is None and isinstance(value, float) else ""
+        name = f"--{f.name.replace('_', '-')} " if as_flags else f"{f.name}="
+        raise ValueError(f"{name}{value} must be {rule}{end}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,19 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ...runtime.config import option
+from ...runtime.config import check_bounds, option
 from .output_files import require_outputs
 from .serve_metrics import METRICS
 
 Backend = Literal["openai", "openai-chat"]
 Dataset = Literal["random", "sharegpt", "custom", "prefix_repetition"]
 ENDPOINTS = {"openai": "/v1/completions", "openai-chat": "/v1/chat/completions"}
-MINIMUM = {
-    "num_prompts": 1, "random_input_len": 1, "random_output_len": 1, "random_prefix_len": 0, "random_vocab_size": 1,
-    "sharegpt_output_len": 1, "custom_output_len": 1, "prefix_repetition_prefix_len": 0,
-    "prefix_repetition_suffix_len": 1, "prefix_repetition_num_prefixes": 1, "prefix_repetition_output_len": 1,
-    "max_concurrency": 1, "num_warmups": 0, "seed": 0, "ready_check_timeout_sec": 0, "temperature": 0,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +40,18 @@ class ServeBenchConfig:
     random_input_len: int = option(1024, "for random: middle of the range of a prompt's tokens, without the prefix")
     random_output_len: int = option(128, "for random: middle of the range of an output's tokens")
     random_range_ratio: float = option(
-        0.0, "for random: both lengths are uniform in len * (1 -/+ ratio), rounded outwards, as vLLM's (not SGLang's)"
+        0.0,
+        "for random: both lengths are uniform in len * (1 -/+ ratio), rounded outwards, as vLLM's (not SGLang's)",
+        low=0,
+        high=1,
     )
-    random_prefix_len: int = option(0, "for random: tokens of a prefix that all prompts share")
+    random_prefix_len: int = option(0, "for random: tokens of a prefix that all prompts share", low=0)
     random_vocab_size: int = option(1000, "generated prompts have token ids below this; the model must have them")
     sharegpt_output_len: int | None = option(
         None, "for sharegpt: tokens of an output; the answer's number if not given"
     )
     custom_output_len: int = option(256, "for custom: maximum tokens of an output")
-    prefix_repetition_prefix_len: int = option(256, "for prefix_repetition: tokens of each prefix")
+    prefix_repetition_prefix_len: int = option(256, "for prefix_repetition: tokens of each prefix", low=0)
     prefix_repetition_suffix_len: int = option(
         256, "for prefix_repetition: tokens after the prefix, different for every prompt"
     )
@@ -69,36 +66,31 @@ class ServeBenchConfig:
     max_concurrency: int | None = option(
         None, "maximum requests in flight; the others wait, and their time is not counted"
     )
-    num_warmups: int = option(0, "warm-up requests, all equal to the first one, which are not counted")
+    num_warmups: int = option(0, "warm-up requests, all equal to the first one, which are not counted", low=0)
     ignore_eos: bool = option(False, "generate the full output length; random always does")
-    temperature: float | None = option(None, "temperature of every request; the server's default if not given")
+    temperature: float | None = option(None, "temperature of every request; the server's default if not given", low=0)
     percentile_metrics: str = option("ttft,tpot,itl", f"metrics to report, of {','.join(METRICS)}")
     metric_percentiles: str = option("99", "percentiles to report, separated by commas")
     goodput: list[str] | None = option(
         None, "count requests that meet ttft:MS, tpot:MS and e2el:MS; several may follow"
     )
     label: str | None = option(None, "name of this run, in the results and in the name of their file")
-    seed: int = option(0, "seed of lengths, prompts and arrivals")
+    seed: int = option(0, "seed of lengths, prompts and arrivals", low=0)
     save_result: bool = option(False, "write the results as JSON")
     save_detailed: bool = option(False, "add the times, texts and errors of every request to the results")
     result_dir: Path | None = option(None, "folder for the results; created if it does not exist")
     result_filename: str | None = option(None, "name of the file; made of label, rate, model and date if not given")
     metadata: list[str] | None = option(None, "KEY=VALUE for the results; several may follow")
     ready_check_timeout_sec: int = option(
-        600, "seconds to wait for the server, before a first request that must succeed; 0 skips both"
+        600, "seconds to wait for the server, before a first request that must succeed; 0 skips both", low=0
     )
     plot: Path | None = option(None, "draw the distributions of TTFT and ITL into this PNG; needs matplotlib")
 
     def __post_init__(self) -> None:
-        for name, low in MINIMUM.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < math.inf:
-                raise ValueError(f"{_flag(name)} {value} must be at least {low}")
+        check_bounds(self, as_flags=True)
         for name in ("request_rate", "burstiness"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0; inf is allowed")
-        if not 0 <= self.random_range_ratio <= 1:
-            raise ValueError(f"--random-range-ratio {self.random_range_ratio} must be between 0 and 1")
         dataset = f"--dataset-name {self.dataset_name}"
         if self.reads_file and self.dataset_path is None:
             raise ValueError(f"{dataset} needs a file; give --dataset-path FILE")

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ...runtime.chat.parser_names import ReasoningParserName, ToolCallParserName
-from ...runtime.config import option
+from ...runtime.config import check_bounds, option
+from ...runtime.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
 from .protocol.request_models import MAX_STOPS_BY_DEFAULT
 
 MIB = 2**20
-# The largest values that SamplingParams takes, repeated here to keep `lockstep --help` fast.
-HIGHEST = {"port": 65535, "api_server_count": 64, "max_n": 128, "max_stop_strings": 16, "max_logprobs": 20}
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
-LOWEST = {"port": 0, "max_queued": 0, "max_logprobs": 0, "max_restarts": 0}  # the lowest value of other fields is 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +51,13 @@ class ServerConfig(ChatOptions):
     """The address, the keys and the limits of the server; raises ValueError naming field, value and rule."""
 
     replicas: int = option(1, "groups of tensor_parallel_size ranks that share the requests, under Ray Serve")
-    api_server_count: int = option(1, "processes that answer HTTP requests; with one it is the engine's own")
+    api_server_count: int = option(1, "processes that answer HTTP requests; with one it is the engine's own", high=64)
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all interfaces, which an api-key should protect")
-    port: int = option(8000, "port to listen on; 0 takes a free one")
-    api_key: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "key that requests must carry, on every route but /health; repeat for several",
-            "flags": (),
-            "envvar": "LOCKSTEP_API_KEY",
-        },
+    port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
+    api_key: list[str] | None = option(
+        None,
+        "key that requests must carry, on every route but /health; repeat for several",
+        envvar="LOCKSTEP_API_KEY",
     )
     allowed_hosts: list[str] | None = option(
         None,
@@ -74,16 +68,16 @@ class ServerConfig(ChatOptions):
         None, "origin whose pages may use this server from a browser, such as https://example.com; repeat for several"
     )
     max_concurrent_requests: int = option(1024, "requests answered at once; more are refused with 429")
-    max_queued: int = option(1024, "outputs that wait for a place in the batch; more are refused with 429")
+    max_queued: int = option(1024, "outputs that wait for a place in the batch; more are refused with 429", low=0)
     max_input_tokens: int | None = option(None, "longest prompt, in tokens; what fits if not given")
     max_total_tokens: int | None = option(None, "longest prompt plus output, in tokens; the context if not given")
-    max_n: int = option(128, "outputs for each prompt")
-    max_stop_strings: int = option(MAX_STOPS_BY_DEFAULT, "stop strings of a request")
+    max_n: int = option(128, "outputs for each prompt", high=MAX_N)
+    max_stop_strings: int = option(MAX_STOPS_BY_DEFAULT, "stop strings of a request", high=MAX_STOP_STRINGS)
     max_client_batch_size: int = option(128, "prompts of a request")
-    max_logprobs: int = option(20, "candidates with log-probabilities at each position")
+    max_logprobs: int = option(20, "candidates with log-probabilities at each position", low=0, high=MAX_LOGPROBS)
     max_body_bytes: int = option(4 * MIB, "longest body of a request, in bytes; a longer one is refused with 413")
-    drain_timeout: float = option(30.0, "seconds that live requests get to end after SIGTERM or Ctrl-C")
-    max_restarts: int = option(3, "times that a failed group of ranks is started again within ten minutes")
+    drain_timeout: float = option(30.0, "seconds that live requests get to end after SIGTERM or Ctrl-C", low=0)
+    max_restarts: int = option(3, "times that a failed group of ranks is started again within ten minutes", low=0)
     keep_alive_on_engine_death: bool = option(
         False, "answer with 503 when the engine has failed for good, instead of ending with status 1"
     )
@@ -97,15 +91,7 @@ class ServerConfig(ChatOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, int) and not isinstance(value, bool):
-                low, high = LOWEST.get(f.name, 1), HIGHEST.get(f.name)
-                if value < low or (high is not None and value > high):
-                    rule = f"at least {low}" if high is None else f"between {low} and {high}"
-                    raise ValueError(f"{f.name}={value} must be {rule}")
-        if not 0 <= self.drain_timeout < float("inf"):
-            raise ValueError(f"drain_timeout={self.drain_timeout} must be finite and at least 0 seconds")
+        check_bounds(self)
         for origin in self.cors_origins or []:
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ValueError(f"cors_origins={origin!r} is not an origin; give a scheme, a host and perhaps a port")
