@@ -125,15 +125,10 @@ class CommBenchActor(RankActor):
         self._comm = self.connect(endpoints)
         self._device = torch.device(self.config.device, 0) if self.config.device == "cuda" else torch.device("cpu")
         self._rendezvous = Rendezvous(self._store, self.rank, self.size, self.config.step_timeout)
-        self._algorithms: dict[str, AllReduceAlgorithm] = {}
         self._symmetric: SymmetricCommunicator | None = None
-        refused = {}
-        for name in spec.algorithms or self._default_algorithms():
-            algorithm, reason = self._make_on_all_ranks(name)
-            if algorithm is None:
-                refused[name] = reason
-            else:
-                self._algorithms[name] = algorithm
+        made = {name: self._make_on_all_ranks(name) for name in spec.algorithms or self._default_algorithms()}
+        self._algorithms = {name: result for name, result in made.items() if not isinstance(result, str)}
+        refused = {name: result for name, result in made.items() if isinstance(result, str)}
         cuda = self._device.type == "cuda"
         modes: dict[str, list[Mode]] = {
             name: ["eager", "graph"] if cuda and algorithm.capturable else ["eager"]
@@ -180,16 +175,16 @@ class CommBenchActor(RankActor):
         gloo = not isinstance(self._comm, NcclCommunicator)
         return [name for name in ALGORITHMS if gloo or not name.startswith("gloo")]
 
-    def _make_on_all_ranks(self, name: str) -> tuple[AllReduceAlgorithm | None, str]:
-        """Return the algorithm, or None and the reasons of the ranks that cannot run it."""
-        algorithm, reason = None, ""
+    def _make_on_all_ranks(self, name: str) -> AllReduceAlgorithm | str:
+        """Return the algorithm, or the reasons of the ranks that cannot run it."""
         try:
-            algorithm = self.make(name)
+            result: AllReduceAlgorithm | str = self.make(name)
         except (RuntimeError, ImportError, OSError, ValueError) as error:
-            reason = first_line(error)
+            result = first_line(error)
         timeout_s = 2 * self._rendezvous.timeout_s  # a peer may time out in its setup first
+        reason = result if isinstance(result, str) else ""
         reasons = dict.fromkeys(r for r in self._rendezvous.exchange(f"bench/{name}", reason, timeout_s) if r)
-        return (None if reasons else algorithm), "; ".join(reasons)
+        return "; ".join(reasons) or result
 
     def _require_nccl(self) -> NcclCommunicator:
         if self._device.type != "cuda":

@@ -126,8 +126,8 @@ def from_validation_error(error: ValidationError, fields: dict[str, FieldInfo]) 
     first = error.errors(include_url=False)[0]
     kind, value, context = first["type"], first["input"], first.get("ctx", {})
     path, field = _locate(first["loc"], fields)
-    described = field is not None and bool(field.description)
-    if kind in ("unknown_parameter", "unsupported_parameter") and not described:
+    description = field.description if field is not None else None
+    if kind in ("unknown_parameter", "unsupported_parameter") and not description:
         name = shorten(context["name"], MAX_QUOTE)
         path = f"{path}.{name}" if path else name
         if kind == "unknown_parameter":
@@ -139,9 +139,9 @@ def from_validation_error(error: ValidationError, fields: dict[str, FieldInfo]) 
         return ApiError(400, f"the body is not valid for this route: {first['msg']}", code="invalid_json")
     if field is not None and NEUTRAL_ONLY in field.metadata:
         return _unsupported(path)
-    if kind == "missing" and not (described and len(error.errors()) > 1):
+    if kind == "missing" and not (description and len(error.errors()) > 1):
         return missing(path)
-    rule = f"expected {field.description}" if field and field.description else first["msg"]
+    rule = f"expected {description}" if description else first["msg"]
     if isinstance(value, (str, int, float)):
         rule += f", but got {shorten(repr(value), MAX_QUOTE)}"
     return ApiError(400, f"Invalid '{path}': {rule}.", param=path, code=_code(kind, context))

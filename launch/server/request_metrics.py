@@ -8,17 +8,12 @@ from collections import Counter
 import msgspec
 
 from ...runtime.outputs import Event
-from ...runtime.stats import Distribution
+from ...runtime.stats import Distribution, distribution
 
 TTFT_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
 LENGTHS = tuple(float(base * 10**power) for power in range(6) for base in (1, 2, 5))  # tokens
 REQUEST_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0)
-
-
-def _distribution(bounds: tuple[float, ...]) -> Distribution:
-    """Return the default of a field; prometheus_client's histograms take ten times as long for each value."""
-    return msgspec.field(default_factory=lambda: Distribution(bounds))
 
 
 class RequestMetrics(msgspec.Struct):
@@ -27,14 +22,14 @@ class RequestMetrics(msgspec.Struct):
     num_prompt_tokens: int = 0
     num_generated: int = 0
     num_ended: dict[str, int] = {}  # outputs by the reason of their end
-    first_token_s: Distribution = _distribution(TTFT_S)
-    inter_token_s: Distribution = _distribution(TOKEN_S)
-    per_token_s: Distribution = _distribution(TOKEN_S)
-    prompt_length: Distribution = _distribution(LENGTHS)
-    output_length: Distribution = _distribution(LENGTHS)
-    longest_output: Distribution = _distribution(LENGTHS)
-    decoding_s: Distribution = _distribution(REQUEST_S)
-    end_to_end_s: Distribution = _distribution(REQUEST_S)
+    first_token_s: Distribution = distribution(TTFT_S)
+    inter_token_s: Distribution = distribution(TOKEN_S)
+    per_token_s: Distribution = distribution(TOKEN_S)
+    prompt_length: Distribution = distribution(LENGTHS)
+    output_length: Distribution = distribution(LENGTHS)
+    longest_output: Distribution = distribution(LENGTHS)
+    decoding_s: Distribution = distribution(REQUEST_S)
+    end_to_end_s: Distribution = distribution(REQUEST_S)
 
     def count_end(self, reason: str) -> None:
         """Count an output that ended for `reason`."""

@@ -55,9 +55,7 @@ class ServerConfig(ChatOptions):
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all interfaces, which an api-key should protect")
     port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
     api_key: list[str] | None = option(
-        None,
-        "key that requests must carry, on every route but /health; repeat for several",
-        envvar="LOCKSTEP_API_KEY",
+        None, "key that requests must carry, on every route but /health; repeat for several", envvar="LOCKSTEP_API_KEY"
     )
     allowed_hosts: list[str] | None = option(
         None,

@@ -129,10 +129,7 @@ class ArgumentGrammar:
     def _properties(self, schema: dict[str, Any]) -> list[Member]:
         properties, required = schema["properties"], schema.get("required") or ()
         return [
-            (
-                self.rule(f"{self.key(name)} colon {self.value(properties.get(name, True))}"),
-                name in required,
-            )
+            (self.rule(f"{self.key(name)} colon {self.value(properties.get(name, True))}"), name in required)
             for name in dict.fromkeys([*properties, *required])
         ]
 

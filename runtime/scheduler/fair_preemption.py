@@ -12,11 +12,7 @@ from .waiting_queue import WaitingQueue
 
 
 def preempt_for_waiting_clients(
-    limits: Limits,
-    slots: Slots,
-    waiting: WaitingQueue,
-    preempt: Callable[[int], None],
-    fits: Callable[[Request], bool],
+    limits: Limits, slots: Slots, waiting: WaitingQueue, preempt: Callable[[int], None], fits: Callable[[Request], bool]
 ) -> set[int]:
     """Preempt running requests for waiting clients that have much less than others.
 

@@ -17,8 +17,7 @@ MAX_TOOLS = 1024
 MAX_CALLS = 1024  # in one message
 
 ToolName = Annotated[
-    str,
-    Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$", description="1 to 128 letters, digits, or characters of _ . : / -"),
+    str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$", description="1 to 128 letters, digits, or characters of _ . : / -")
 ]
 
 

@@ -24,11 +24,7 @@ from ....runtime.sampling_params import (
     MAX_N,
     MAX_STOP_STRINGS,
 )
-from .message_models import (
-    Messages,
-    ToolChoice,
-    ToolDefinitions,
-)
+from .message_models import Messages, ToolChoice, ToolDefinitions
 from .strict_model import NEUTRAL_ONLY, FalseOnly, NeutralFalse, NeutralTrue, StrictModel
 
 MAX_STOP_LENGTH = 1024  # unit: characters
@@ -128,8 +124,7 @@ class SamplingFields(StrictModel):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[
-        Biases | None,
-        Field(description=f"up to {MAX_ENTRIES} token ids mapped to numbers from -100 to 100"),
+        Biases | None, Field(description=f"up to {MAX_ENTRIES} token ids mapped to numbers from -100 to 100")
     ] = None
     allowed_token_ids: TokenIds | None = None
     bad_words: Annotated[
