@@ -45,8 +45,9 @@ def check_generation_config(start: PlannedStart) -> Finding:
     """Check the sampling defaults that the checkpoint recommends."""
     choice = start.config.generation_config
     generation_fields(start.folder, choice).integers("eos_token_id")
-    params = default_sampling_params(start.folder, choice)
-    changed = [f"{name} {getattr(params, name)}" for name in RECOMMENDED.values() if _is_changed(params, name)]
+    params, plain = default_sampling_params(start.folder, choice), SamplingParams()
+    values = {name: getattr(params, name) for name in RECOMMENDED.values()}
+    changed = [f"{name} {value}" for name, value in values.items() if value != getattr(plain, name)]
     return ok(f"{', '.join(changed) or 'no recommendation'}, generation_config={choice}")
 
 
@@ -82,10 +83,6 @@ def check_memory(start: PlannedStart) -> Finding:
         weights = format_bytes(plan.weights)
         return warn(f"{weights} of weights on each rank, and no GPU here to hold them", "see devices")
     return memory_finding(config, resolved, plan, _available_host_memory())
-
-
-def _is_changed(params: SamplingParams, name: str) -> bool:
-    return bool(getattr(params, name) != getattr(SamplingParams(), name))
 
 
 def memory_finding(config: Config, resolved: Config, plan: MemoryPlan, host: int) -> Finding:
