@@ -7,7 +7,9 @@ from typing import Any
 from ..runtime.config import DEMO_MODEL, Config
 from ..runtime.model.checkpoint import find_model
 from ..runtime.offline import OfflineLLM
+from .cluster.ray_starter import start_ray_ahead
 from .executor_choice import start_executor
+from .signals import signals_wait
 from .text_process import IsolatedTokenizer
 
 
@@ -20,9 +22,13 @@ class LLM(OfflineLLM):
 
     def __init__(self, model: str = DEMO_MODEL, **options: Any) -> None:
         self.config = Config.from_options({"model": model, **options})
-        folder, model_config = find_model(self.config)
-        self._isolated = tokenizer = IsolatedTokenizer(folder)
-        executor = start_executor(self.config, model_config, folder)
+        with start_ray_ahead(self.config):
+            folder, model_config = find_model(self.config)
+            with signals_wait():
+                import transformers.models.auto.tokenization_auto  # noqa: F401 - the tokenizer needs it: 1 to 2 s
+
+            self._isolated = tokenizer = IsolatedTokenizer(folder)
+            executor = start_executor(self.config, model_config, folder)
         super().__init__(executor, model_config, folder, tokenizer, self.config.generation_config)
 
     def close(self) -> None:

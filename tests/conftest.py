@@ -55,8 +55,14 @@ def uses_ray(file: Path) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute whole files, for the sake of their fixtures; all files that use Ray go to one process."""
+    """Distribute whole files, for the sake of their fixtures; all files that use Ray go to one process.
+
+    `--dist worksteal` distributes tests one by one, for those on GPUs: each has processes of its own.
+    """
     from xdist.scheduler import LoadFileScheduling
+
+    if config.getoption("dist") == "worksteal":
+        return None
 
     class RayTogether(LoadFileScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:

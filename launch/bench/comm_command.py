@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from ...runtime.config import Config
+from ..cluster.ray_starter import start_ray_ahead
 from ..options import LogLevel, start_logging, with_fields
 from ..signals import Undo, signals_wait
 from .comm_report import ALGORITHMS, AlgorithmTimings, CommBenchSpec, CommReport, draw, lines, summary
@@ -68,15 +69,15 @@ def bench_comm(
     sizes = list(byte_sizes(min_bytes, max_bytes, step_factor, dtype))
     _check(config, algorithm or [])
     require_outputs(output_json, plot=plot)
-    with signals_wait():  # imports torch, which takes seconds: a wrong option is refused before
-        from .comm_actor import CommBenchActor
-
     spec = CommBenchSpec(
         sizes=sizes, dtype=dtype, hidden_size=hidden_size, algorithms=algorithm or [], warmup=warmup_iters,
         times=iters, graph_length=graph_length,
     )  # fmt: skip
     tables = io.StringIO() if as_json else sys.stdout
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), start_ray_ahead(config):
+        with signals_wait():  # imports torch, which takes seconds: a wrong option is refused before
+            from .comm_actor import CommBenchActor
+
         report = run_on_ranks(CommBenchActor, config, spec, tables)
     if as_json:
         print(report.json())

@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -18,9 +18,13 @@ from ...runtime.config import Config
 from ...runtime.request import Request
 from ...runtime.sampling_params import SamplingParams
 from ...runtime.stats import EngineStats, Profile
+from ..cluster.ray_starter import start_ray_ahead
 from ..signals import signals_wait
 from .trace import kernel_times
 from .workload import Workload
+
+if TYPE_CHECKING:
+    from ...runtime.executor import Executor
 
 POLL_S = 1.0
 PERCENTAGES = (10, 25, 50, 75, 90, 99)  # vLLM reports the same
@@ -41,15 +45,8 @@ class EngineBenchmark:
     """
 
     def __init__(self, config: Config, workloads: Sequence[Workload], seed: int = 0) -> None:
-        with signals_wait():  # imports torch, which takes seconds: a wrong option is refused before
-            from ...runtime.model.checkpoint import find_model
-            from ..executor_choice import start_executor
-
         self.config = config
-        folder, model = find_model(config)
-        for workload in workloads:
-            workload.check(config.max_model_len or model.max_position_embeddings)
-        self.executor = start_executor(config, model, folder)
+        self.executor = self._start(workloads)
         self._generator = np.random.default_rng(seed)
         self._uids = itertools.count()
         try:
@@ -58,6 +55,17 @@ class EngineBenchmark:
         except ValueError:
             self.executor.close()
             raise
+
+    def _start(self, workloads: Sequence[Workload]) -> Executor:
+        with start_ray_ahead(self.config):
+            with signals_wait():  # imports torch, which takes seconds: a wrong option is refused before
+                from ...runtime.model.checkpoint import find_model
+                from ..executor_choice import start_executor
+
+            folder, model = find_model(self.config)
+            for workload in workloads:
+                workload.check(self.config.max_model_len or model.max_position_embeddings)
+            return start_executor(self.config, model, folder)
 
     def __enter__(self) -> EngineBenchmark:
         return self

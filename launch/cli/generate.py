@@ -21,6 +21,7 @@ from ...runtime.model.checkpoint import check_local_model
 from ...runtime.outputs import CompletionOutput, Event, Logprob, RequestOutput
 from ...runtime.sampling_params import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
+from ..cluster.ray_starter import start_ray_ahead
 from ..signals import signals_wait
 
 if TYPE_CHECKING:
@@ -78,14 +79,18 @@ def generate(config: dict[str, Any], options: GenerateOptions) -> None:
 @contextmanager
 def open_llm(config: dict[str, Any]) -> Iterator[LLM]:
     """Yield the model of `config`; within the block, print to stderr what Ray and libraries print to stdout."""
-    check_local_model(Config.from_options(config))
-    with signals_wait():  # torch and transformers take seconds, which --help and a wrong flag need not wait for
-        import transformers.models.auto.tokenization_auto  # noqa: F401 - LLM would import it outside of this block
-
-        from ..llm import LLM
-
-    with redirect_stdout(sys.stderr), LLM(**config) as llm:  # Ray reports the death of a process on stdout
+    engine_config = Config.from_options(config)
+    check_local_model(engine_config)
+    with redirect_stdout(sys.stderr), _load(engine_config, config) as llm:  # Ray reports deaths of processes on stdout
         yield llm
+
+
+def _load(engine_config: Config, options: dict[str, Any]) -> LLM:
+    with start_ray_ahead(engine_config):
+        with signals_wait():  # torch takes seconds, which --help and a wrong flag need not wait for
+            from ..llm import LLM
+
+        return LLM(**options)
 
 
 def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:

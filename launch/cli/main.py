@@ -22,6 +22,7 @@ from ...runtime.config import Config
 from ...runtime.model.checkpoint import check_local_model
 from ...runtime.version import __version__
 from ..bench.commands import app as bench
+from ..cluster.ray_starter import start_ray_ahead
 from ..doctor.finding import Finding
 from ..doctor.preflight import Preflight
 from ..errors import EngineFailed, PlacementError, RankFailed
@@ -92,7 +93,8 @@ def serve_command(config: dict[str, Any], server_options: dict[str, Any], *, log
     options, runtime_config = ServerConfig(**server_options), Config.from_options(config)
     check_local_model(runtime_config)
     checks = closing(Preflight(runtime_config)) if options.preflight else nullcontext()
-    with redirect_stdout(sys.stderr), checks as preflight:  # nobody may read stdout, where libraries print
+    ahead = start_ray_ahead(runtime_config, options.replicas)
+    with redirect_stdout(sys.stderr), checks as preflight, ahead:  # nobody may read stdout, where libraries print
         with signals_wait():
             from ..server.serve import serve  # imports the web framework and torch, which takes seconds
 
@@ -110,7 +112,7 @@ def run_batch_command(config: dict[str, Any], batch_options: dict[str, Any], *, 
     start_logging(log_level)
     options, runtime_config = BatchOptions(**batch_options), Config.from_options(config)
     check_local_model(runtime_config)
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), start_ray_ahead(runtime_config):
         with signals_wait():
             from ..server.run_batch import run_batch
 

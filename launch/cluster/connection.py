@@ -15,9 +15,11 @@ from ...comm.message_sockets import WakeupEvent
 from ...runtime.config import Config
 from ..errors import PlacementError, RankFailed, RayLost
 from ..signals import Undo
-from .local_ray import LOOPBACK, LocalRay
+from .local_ray import LocalRay
+from .rank_resources import local_cpus
 from .ray_address import LOCAL, ray_address
 from .ray_client import while_connected
+from .ray_starter import LOOPBACK
 from .remote_ray import RemoteRay
 
 log = logging.getLogger(__name__)
@@ -108,5 +110,5 @@ def start_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = ray_address(config)
     if address == LOCAL:
-        return LocalRay(max(os.cpu_count() or 1, replicas * config.tensor_parallel_size), shutting_down, wakeup)
+        return LocalRay(local_cpus(config, replicas), shutting_down, wakeup)
     return RemoteRay(address, wakeup)

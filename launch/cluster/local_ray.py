@@ -5,51 +5,23 @@ Ray runs below a helper process. A start of Ray cannot be interrupted, but the h
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import signal
-import socket
-import sys
 import threading
 import time
-from contextlib import suppress
-from pathlib import Path
-from typing import TextIO
 
 import ray
 
-import psutil  # type: ignore[import-untyped]  # isort: skip - Ray brings it, importable after `import ray`
-
 from ...comm.message_sockets import WakeupEvent
-from ...comm.message_text import first_line
-from ..child_process import ChildFailed, ChildProcess, calling
+from ..child_process import ChildFailed
 from ..errors import PlacementError, RayLost
 from ..signals import Undo
-from .rank_resources import LOCAL_OBJECT_STORE_BYTES
-from .ray_client import IsolatedJob, join_on_loopback, ray_prints_nothing, token_of, while_connected, with_token
+from .ray_client import join_on_loopback, ray_prints_nothing, token_of, while_connected
 from .ray_processes import RayProcesses
-from .session_folder import SessionFolder, remove_folder, sweep
+from .ray_starter import ray_starter
 
 log = logging.getLogger(__name__)
-START_S = 120.0  # Ray takes 4 s on two idle cores
-POLL_S, WATCH_S = 0.2, 0.5
-LOOPBACK = "127.0.0.1"
-# Settings of the cluster. Nothing reads its metrics, and telemetry leaves a thread behind at each shutdown. Ray checks
-# for a lack of memory once a second instead of four times. Ray ends a process whose call waits for a GCS that has
-# ended, after a minute by default: nothing else interrupts such a call. It waits as long for a worker that was killed
-# before it had registered, which takes a second on an idle machine: none is started in advance, one for each CPU.
-SYSTEM_CONFIG = {
-    "enable_open_telemetry": False,
-    "enable_metrics_collection": False,
-    "gcs_rpc_server_reconnect_timeout_s": 20,
-    "prestart_worker_first_driver": False,
-    "worker_register_timeout_seconds": 30,
-}
-DEFAULTS = {"REPORTER_UPDATE_INTERVAL_MS": "60000", "RAY_memory_monitor_refresh_ms": "1000"}
-# With this Ray takes 127.0.0.1 for the node's address, as it does on Windows and macOS: other hosts cannot reach it.
-LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-ATTACHED = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS")  # these would attach the cluster to another one
+START_S = 120.0  # Ray takes 2 s on two idle cores
+POLL_S, WATCH_S = 0.1, 0.5
 
 
 class LocalRay:
@@ -62,21 +34,12 @@ class LocalRay:
     """
 
     def __init__(self, num_cpus: int, shutting_down: threading.Event, wakeup: WakeupEvent) -> None:
-        _check_loopback()
         self.failure: RayLost | None = None
         self._wakeup, self._closing, self._lock = wakeup, threading.Event(), threading.Lock()
-        sweep()
-        log.info("starting Ray on this machine, which takes a few seconds")
-        started = time.perf_counter()
         with Undo() as stack:
-            self.folder = SessionFolder()
-            stack.callback(self.folder.close)
-            self._process = ChildProcess(
-                [*calling(serve_cluster), str(num_cpus), str(self.folder.path)],
-                environment=_environment(self.folder),
-                inherited=[self.folder.lock],
-            )
-            stack.callback(self._process.close)
+            starter = ray_starter(num_cpus)
+            stack.callback(starter.close)
+            self._process, self.folder = starter.process, starter.folder
             self._processes = RayProcesses(self._process.pid)
             stack.callback(self._processes.kill)  # stopped ranks too, which would outlive their raylet
             try:
@@ -92,7 +55,7 @@ class LocalRay:
             stack.callback(self._end_watch)
             self._watcher.start()
             self._open = stack.pop_all()
-        log.info("Ray is ready in %.1f s, at %s", time.perf_counter() - started, self.address)
+        log.info("Ray is ready in %.1f s, at %s", time.perf_counter() - starter.started, self.address)
 
     def check(self) -> RayLost | None:
         """Look at the processes now, in less than a millisecond; return `failure`."""
@@ -137,52 +100,3 @@ class LocalRay:
             raise PlacementError(f"Ray does not start on this machine: {answer['error']}")
         self._processes.update()
         return str(answer["address"])
-
-
-def _check_loopback() -> None:
-    """Raise PlacementError if this machine cannot reach itself: Ray would wait for minutes."""
-    try:
-        with socket.create_server((LOOPBACK, 0)) as listener:
-            socket.create_connection(listener.getsockname(), timeout=5.0).close()
-    except OSError as error:
-        raise PlacementError(f"{LOOPBACK} cannot be reached: {error}; ip link set lo up") from error
-
-
-def _environment(folder: SessionFolder) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in ATTACHED}
-    return with_token(DEFAULTS | inherited | LOOPBACK_ONLY, folder.token_path)
-
-
-def serve_cluster() -> None:
-    """Run in the helper process: start Ray and print its address as JSON; end Ray when the parent process has ended."""
-    num_cpus, folder = int(sys.argv[1]), Path(sys.argv[2])
-    signal.signal(signal.SIGTERM, lambda number, frame: None)  # a supervisor may send it to all: the parent decides
-    answers, sys.stdout = sys.stdout, sys.stderr  # Ray prints
-    # In the main thread Ray would replace the handler. Its servers end when the thread that has started them ends.
-    threading.Thread(target=_start, args=(num_cpus, folder, answers), daemon=True).start()
-    sys.stdin.read()
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    remove_folder(folder)
-    os._exit(0)
-
-
-def _start(num_cpus: int, folder: Path, answers: TextIO) -> None:
-    try:
-        ray.init(
-            address="local",
-            job_config=IsolatedJob(),
-            num_cpus=num_cpus,
-            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            _temp_dir=str(folder / "r"),  # not the folder itself, which Ray would open to everybody
-            _system_config=SYSTEM_CONFIG,
-        )
-        answer = {"address": ray.get_runtime_context().gcs_address}
-    except Exception as error:  # noqa: BLE001 - Ray raises plain Exception
-        answer = {"error": first_line(error)}
-    print(json.dumps(answer), file=answers, flush=True)
-    threading.Event().wait()

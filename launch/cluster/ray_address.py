@@ -36,3 +36,8 @@ def ray_address(config: Config) -> str:
 def uses_local_ray(config: Config) -> bool:
     """Return whether the start uses no Ray, or a local cluster that it starts."""
     return ray_address(config) == LOCAL
+
+
+def needs_local_ray(config: Config, replicas: int = 1) -> bool:
+    """Return whether the start needs a local cluster: one rank runs without Ray."""
+    return uses_local_ray(config) and replicas * config.tensor_parallel_size > 1

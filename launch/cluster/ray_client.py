@@ -18,8 +18,7 @@ from ray.job_config import JobConfig
 from ...comm.message_text import first_line
 from ..errors import PlacementError
 from ..signals import signals_wait
-
-TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN")
+from .session_folder import TOKEN_VARIABLES, with_token
 
 
 class IsolatedJob(JobConfig):  # type: ignore[misc]  # without stubs
@@ -77,12 +76,6 @@ def while_connected(end: Callable[..., Any], *arguments: Any) -> None:
     """Call `end`, unless the user has called ray.shutdown(): the call would start Ray again."""
     if ray.is_initialized():
         end(*arguments)
-
-
-def with_token(environment: dict[str, str], path: Path) -> dict[str, str]:
-    """Return an environment in which Ray accepts and sends the token in this file, and no other."""
-    others = {name: value for name, value in environment.items() if name not in TOKEN_VARIABLES}
-    return others | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
 @contextmanager

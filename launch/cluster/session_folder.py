@@ -24,6 +24,7 @@ PREFIX = "lockstep-ray-"
 SOCKET_PATH_BYTES = len("/r/session__4194304/sockets/plasma_store.1") + 26
 UNIX_PATH_BYTES = 107  # sun_path of unix(7), without the final zero
 FALLBACKS = ("/tmp", "/var/tmp", "/dev/shm")  # a long TMPDIR leaves no room for the paths of sockets
+TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN")
 REMOVE_S = 5.0  # the last of Ray's processes may take this long to end
 
 
@@ -43,6 +44,12 @@ class SessionFolder:
             remove_folder(self.path)
             os.close(self.lock)
             self.lock = -1
+
+
+def with_token(environment: dict[str, str], path: Path) -> dict[str, str]:
+    """Return an environment in which Ray accepts and sends the token in this file, and no other."""
+    others = {name: value for name, value in environment.items() if name not in TOKEN_VARIABLES}
+    return others | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
 def sweep() -> None:

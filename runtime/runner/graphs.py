@@ -74,7 +74,8 @@ class CapturedGraphs:
 class DecodeGraphs:
     """The graphs of one rank for up to `max_rows` rows: a step from the slots' last tokens to their next ones.
 
-    They use the memory pool of `reuse` again: that graph and its siblings must not be replayed any more.
+    They use the memory pool of `reuse` again: that graph and its siblings must not be replayed any more. `reuse` is a
+    graph of another DecodeGraphs of the same sizes, which has loaded their kernels.
     """
 
     def __init__(
@@ -87,8 +88,8 @@ class DecodeGraphs:
         for size in tqdm(self.sizes[::-1], desc="capture CUDA graphs", unit="graph", disable=not show_progress):
             inputs = GraphInputs(size, memory.device, memory.tables.num_tables)
             inputs.fill(_decode_rows(0, memory.tables.num_tables), np.empty(0, PARAMS), memory.tables.spare_slot)
-            # The first run is outside of the graphs: it loads kernels and grows workspaces.
-            self._resample(inputs, *self._step(inputs))
+            if reuse is None:  # the first run is outside of the graphs: it loads kernels and grows workspaces
+                self._resample(inputs, *self._step(inputs))
             step, resample = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             pool = pool_owner.pool() if pool_owner else None
             with torch.cuda.graph(step, pool=pool, capture_error_mode="thread_local"):

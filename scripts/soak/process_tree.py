@@ -16,8 +16,6 @@ ROLES = {
     "raylet": "/raylet/raylet ",
     "dashboard agent": "ray::DashboardAgent",
     "runtime env agent": "ray::RuntimeEnvAgent",
-    "monitor": "/_private/monitor.py",
-    "dashboard": "/dashboard.py",
     "log monitor": "/log_monitor.py",
     "Serve controller": "ray::ServeController",
     "replica": "ray::ServeReplica",

@@ -51,6 +51,7 @@ class RankProcess:
             return self.connection.recv()
         except (EOFError, ConnectionResetError):
             self.process.join(10)
+            print(f"rank process {self.process.pid} has ended with exit code {self.process.exitcode}")
             return None
 
     def end(self) -> None:

@@ -50,14 +50,19 @@ def select_backend(
 
 
 def import_ahead(config: Config) -> None:
-    """Import FlashInfer in a thread if `config`, which is resolved, allows it; `select_backend` waits for the import.
+    """Import what a rank on a GPU needs later, in a thread, if `config`, which is resolved, names a GPU.
 
-    It takes seconds, in which the rank can connect to the others and load its weights.
+    It takes seconds, in which the rank can connect to the others and load its weights. `select_backend` waits for the
+    import of FlashInfer.
     """
-    if config.device == "cuda" and config.attention_backend != "torch" and not config.deterministic:
-        threading.Thread(target=_import_flashinfer, name="lockstep-import").start()
+    if config.device == "cuda":
+        uses_flashinfer = config.attention_backend != "torch" and not config.deterministic
+        threading.Thread(target=_import_modules, args=(uses_flashinfer,), name="lockstep-import").start()
 
 
-def _import_flashinfer() -> None:
-    with suppress(Exception):  # select_backend raises it again
-        from . import flashinfer_backend  # noqa: F401
+def _import_modules(uses_flashinfer: bool) -> None:
+    with suppress(Exception):  # the importing module raises it again
+        from ....kernels.cuda import kernel_launch  # noqa: F401 - CuPy, which connecting needs first
+
+        if uses_flashinfer:
+            from . import flashinfer_backend  # noqa: F401

@@ -28,7 +28,7 @@ NIGHTLY = pytest.mark.nightly
 GROWTH = 100 * MIB  # of a process under attack; each attack sends as much, and a start allocates on its own
 HALF_OPEN = 20
 # Titles of the processes with a port, and who they are.
-RAY = r"gcs_server|/raylet/raylet|dashboard\.py|monitor\.py|ray::(DashboardAgent|RuntimeEnvAgent|IDLE)|serve_cluster"
+RAY = r"gcs_server|/raylet/raylet|ray::(DashboardAgent|RuntimeEnvAgent|IDLE)|serve_cluster"
 SERVE = r"ray::(ServeController|ServeReplica|Replica|ProxyActor)"
 RANK = r"ray::(Worker|RankActor)"
 COMMAND_LINE = r"lockstep\.launch\.cli\.main"

@@ -15,7 +15,7 @@ from soak_scripts import FLAGS, script
 pytestmark = [pytest.mark.serial]
 STREAMS = 16
 RAY = ["starter of Ray", "gcs_server", "raylet", "dashboard agent", "runtime env agent"]  # the ranks end with each
-UNNEEDED = ["monitor", "dashboard", "log monitor"]
+UNNEEDED = ["log monitor"]
 PAIRS = ["rank:SIGKILL,raylet:SIGKILL", "gcs_server:SIGKILL,starter of Ray:SIGKILL"]
 
 
@@ -73,7 +73,7 @@ def test_process_for_one_input_killed_is_replaced() -> None:
 @pytest.mark.soak
 @pytest.mark.parametrize("first", ["rank", *RAY])
 def test_two_killed_at_once_are_restarted(first: str) -> None:
-    seconds = ("rank", "gcs_server", "raylet", "monitor")
+    seconds = ("rank", "gcs_server", "raylet", "log monitor")
     assert_restarted(kill(*(f"{first}:SIGKILL,{second}:SIGKILL" for second in seconds)))
 
 

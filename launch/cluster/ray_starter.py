@@ -1,0 +1,173 @@
+"""The start of Ray on this machine, in a helper process: it can be killed, which a call of ray.init cannot.
+
+This module imports no Ray and no torch: a command starts Ray first, and imports both meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+from ...comm.message_text import first_line
+from ...runtime.config import Config
+from ..child_process import ChildProcess, calling
+from ..errors import PlacementError
+from ..signals import Undo
+from .rank_resources import LOCAL_OBJECT_STORE_BYTES, local_cpus
+from .ray_address import needs_local_ray
+from .session_folder import SessionFolder, remove_folder, sweep, with_token
+
+log = logging.getLogger(__name__)
+LOOPBACK = "127.0.0.1"
+# Settings of the cluster. Nothing reads its metrics, and telemetry leaves a thread behind at each shutdown. Ray checks
+# for a lack of memory once a second instead of four times. Ray ends a process whose call waits for a GCS that has
+# ended, after a minute by default: nothing else interrupts such a call. It waits as long for a worker that was killed
+# before it had registered, which takes a second on an idle machine: none is started in advance, one for each CPU.
+SYSTEM_CONFIG = {
+    "enable_open_telemetry": False,
+    "enable_metrics_collection": False,
+    "gcs_rpc_server_reconnect_timeout_s": 20,
+    "prestart_worker_first_driver": False,
+    "worker_register_timeout_seconds": 30,
+}
+# The raylet connects to its own object store, whose thread may start later: it tries again after 50 ms, not 1 s.
+DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "RAY_memory_monitor_refresh_ms": "1000",
+    "RAY_raylet_client_connect_timeout_milliseconds": "50",
+    "RAY_raylet_client_num_connect_attempts": "200",
+}
+# With this Ray takes 127.0.0.1 for the node's address, as it does on Windows and macOS: other hosts cannot reach it.
+LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+ATTACHED = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS")  # these would attach the cluster to another one
+_ahead: list[RayStarter] = []  # at most one, which `start_ray_ahead` has started and no LocalRay has taken
+
+
+class RayStarter:
+    """A helper process that starts a Ray cluster of `num_cpus` CPUs, below which it runs; always call `close`.
+
+    It ends the cluster when this process has ended. Its answer is {"address": ...} or {"error": ...}.
+    Raises PlacementError if this machine cannot reach itself.
+    """
+
+    def __init__(self, num_cpus: int) -> None:
+        _check_loopback()
+        sweep()
+        log.info("starting Ray on this machine, which takes a few seconds")
+        self.started, self.num_cpus = time.perf_counter(), num_cpus
+        with Undo() as stack:
+            self.folder = SessionFolder()
+            stack.callback(self.folder.close)
+            self.process = ChildProcess(
+                [*calling(serve_cluster), str(num_cpus), str(self.folder.path)],
+                environment=_environment(self.folder),
+                inherited=[self.folder.lock],
+            )
+            stack.callback(self.process.close)
+            self._open = stack.pop_all()
+
+    def close(self) -> None:
+        """Kill the cluster and remove its folder; safe to call twice."""
+        self._open.close()
+
+
+@contextmanager
+def start_ray_ahead(config: Config, replicas: int = 1) -> Iterator[None]:
+    """Start the local Ray that the ranks need, if any, at the beginning of the block; a LocalRay takes it over.
+
+    The block imports torch, which takes as long. A cluster that nobody has taken ends with the outermost block.
+    """
+    ray = sys.modules.get("ray")
+    is_connected = ray is not None and ray.is_initialized()  # by the user of the offline API
+    if _ahead or is_connected or not needs_local_ray(config, replicas):
+        yield
+        return
+    _ahead.append(RayStarter(local_cpus(config, replicas)))
+    try:
+        yield
+    finally:
+        while _ahead:
+            log.info("ending the start of Ray")
+            _ahead.pop().close()
+
+
+def ray_starter(num_cpus: int) -> RayStarter:
+    """Return the start in progress if it is for so many CPUs, else a new one."""
+    if _ahead and _ahead[-1].num_cpus == num_cpus:
+        return _ahead.pop()
+    return RayStarter(num_cpus)
+
+
+def _check_loopback() -> None:
+    """Raise PlacementError if this machine cannot reach itself: Ray would wait for minutes."""
+    try:
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            socket.create_connection(listener.getsockname(), timeout=5.0).close()
+    except OSError as error:
+        raise PlacementError(f"{LOOPBACK} cannot be reached: {error}; ip link set lo up") from error
+
+
+def _environment(folder: SessionFolder) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in ATTACHED}
+    return with_token(DEFAULTS | inherited | LOOPBACK_ONLY, folder.token_path)
+
+
+def serve_cluster() -> None:
+    """Run in the helper process: start Ray and print its address as JSON; end Ray when the parent process has ended."""
+    num_cpus, folder = int(sys.argv[1]), Path(sys.argv[2])
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # a supervisor may send it to all: the parent decides
+    answers, sys.stdout = sys.stdout, sys.stderr  # Ray prints
+    # In the main thread Ray would replace the handler. Its servers end when the thread that has started them ends.
+    threading.Thread(target=_start, args=(num_cpus, folder, answers), daemon=True).start()
+    sys.stdin.read()
+    import ray  # noqa: F401 - brings psutil
+
+    import psutil  # type: ignore[import-untyped]  # isort: skip
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    remove_folder(folder)
+    os._exit(0)
+
+
+def _start(num_cpus: int, folder: Path, answers: TextIO) -> None:
+    try:
+        import ray
+
+        from .ray_client import IsolatedJob
+
+        private = ray._private
+        # Ray would start the server of its dashboard even without the dashboard, and wait 2 s for it.
+        private.services.start_api_server = lambda *arguments, **options: ("", None)
+        # The autoscaler has nothing to scale. The agent would try for 4 s to get port 52365 if another cluster has it.
+        options = {"no_monitor": True, "dashboard_agent_listen_port": 0}
+        private.parameter.RayParams = partial(private.parameter.RayParams, **options)
+        ray.init(
+            address="local",
+            job_config=IsolatedJob(),
+            num_cpus=num_cpus,
+            object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _temp_dir=str(folder / "r"),  # not the folder itself, which Ray would open to everybody
+            _system_config=SYSTEM_CONFIG,
+        )
+        answer = {"address": ray.get_runtime_context().gcs_address}
+    except Exception as error:  # noqa: BLE001 - Ray raises plain Exception
+        answer = {"error": first_line(error)}
+    print(json.dumps(answer), file=answers, flush=True)
+    threading.Event().wait()
