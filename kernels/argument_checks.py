@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -13,7 +13,12 @@ from .arguments import FP8Weight, Matrix, Rope
 def require(condition: bool, name: str, tensor: Tensor, rule: str) -> None:
     """Raise ValueError unless the condition holds; `rule` is the predicate of a sentence about the tensor."""
     if not condition:
-        raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} {rule}")
+        refuse(name, tensor, rule)
+
+
+def refuse(name: str, tensor: Tensor, rule: str) -> NoReturn:
+    """Raise the ValueError of `require`. Ops of every layer make the text of a rule only for an error."""
+    raise ValueError(f"{name} {list(tensor.shape)} {tensor.dtype} {rule}")
 
 
 def check_fp8(name: str, weight: FP8Weight) -> None:
@@ -31,25 +36,28 @@ def check_fp8(name: str, weight: FP8Weight) -> None:
 def check_heads(qkv: Tensor, multiple: int = 1) -> None:
     """Raise ValueError unless the heads of a row are contiguous, and rows start at a `multiple` of bytes on a GPU."""
     aligned = not qkv.is_cuda or qkv.stride(0) * qkv.element_size() % multiple == 0
-    rule = f"must be [T, (H + 2 Hkv) E]; rows may have any stride, on a GPU a multiple of {multiple} bytes"
-    require(qkv.dim() == 2 and qkv.stride(1) == 1 and aligned, "qkv", qkv, rule)
+    if not (qkv.dim() == 2 and qkv.stride(1) == 1 and aligned):
+        rule = f"must be [T, (H + 2 Hkv) E]; rows may have any stride, on a GPU a multiple of {multiple} bytes"
+        refuse("qkv", qkv, rule)
 
 
 def check_linear(
-    x: Tensor, weight: Matrix, norm: Tensor | None, targets: Mapping[str, Tensor | None], *, gated: bool
+    x: Tensor, weight: Matrix, norm: Tensor | None, add_to: Tensor | None, out: Tensor | None, *, gated: bool
 ) -> None:
-    """Check the arguments of `ops.linear`; `targets` are `add_to` and `out` by name."""
-    features = weight.shape[0] // 2 if gated else weight.shape[0]
+    """Check the arguments of `ops.linear`."""
     if isinstance(weight, FP8Weight):
         check_fp8("weight", weight)
-    require(x.dim() == 2 and x.shape[1] == weight.shape[1], "x", x, f"must be [T, {weight.shape[1]}]")
-    require(norm is None or norm.shape == x.shape[1:], "x", x, "must have as many columns as the norm's weight")
-    alone = not gated and any(target is None for target in targets.values())
-    for name, target in targets.items():
+    if x.dim() != 2 or x.shape[1] != weight.shape[1]:
+        refuse("x", x, f"must be [T, {weight.shape[1]}]")
+    if norm is not None and norm.shape != x.shape[1:]:
+        refuse("x", x, "must have as many columns as the norm's weight")
+    alone = not gated and (add_to is None or out is None)
+    for name, target in (("add_to", add_to), ("out", out)):
         if target is not None:
-            fits = target.shape == (len(x), features) and target.dtype == x.dtype and target.is_contiguous()
-            rule = f"must be [{len(x)}, {features}] {x.dtype}, contiguous, not gated, and alone"
-            require(fits and alone, name, target, rule)
+            fits = target.shape == (x.shape[0], weight.shape[0]) and target.dtype == x.dtype and target.is_contiguous()
+            if not (fits and alone):
+                rule = f"must be [{len(x)}, {weight.shape[0]}] {x.dtype}, contiguous, not gated, and alone"
+                refuse(name, target, rule)
 
 
 def check_batch_invariant(x: Tensor, weight: Matrix) -> None:
@@ -62,8 +70,8 @@ def check_batch_invariant(x: Tensor, weight: Matrix) -> None:
 
 def check_rotary(rope: Rope, head_dim: int) -> None:
     """Check that the rotary table fits heads of this size."""
-    fits = rope.cos_sin.dim() == 2 and rope.cos_sin.shape[1] in range(0, head_dim + 1, 2)
-    require(fits, "cos_sin", rope.cos_sin, f"must be [P, R] with an even R of at most {head_dim}")
+    if rope.cos_sin.dim() != 2 or rope.cos_sin.shape[1] not in range(0, head_dim + 1, 2):
+        refuse("cos_sin", rope.cos_sin, f"must be [P, R] with an even R of at most {head_dim}")
 
 
 def check_logits(logits: Tensor) -> None:
@@ -82,4 +90,5 @@ def check_rows(rows: int, **parameters: Tensor) -> None:
 def check_int32(shape: torch.Size, **tensors: Tensor) -> None:
     """Check that the tensors are int32 and have this shape."""
     for name, tensor in tensors.items():
-        require(tensor.shape == shape and tensor.dtype == torch.int32, name, tensor, f"must be {list(shape)} int32")
+        if tensor.shape != shape or tensor.dtype != torch.int32:
+            refuse(name, tensor, f"must be {list(shape)} int32")

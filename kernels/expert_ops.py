@@ -64,7 +64,7 @@ def route_tokens(
 
     weight [N, D] and logit_bias [N] have a row more with has_shared. Up to 8 tokens take one launch on a GPU.
     """
-    check_linear(x, weight, norm, {}, gated=False)
+    check_linear(x, weight, norm, None, None, gated=False)
 
 
 @op("gemm")

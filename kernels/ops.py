@@ -36,6 +36,7 @@ from .argument_checks import (
     check_logits,
     check_rotary,
     check_rows,
+    refuse,
     require,
 )
 from .arguments import (
@@ -84,7 +85,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x  [..., D]; weight  [D]
     """
-    require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
+    if weight.shape != x.shape[-1:]:
+        refuse("weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
 
 
 @op("elementwise")
@@ -94,8 +96,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     x, residual  [T, D], same shape and dtype; residual is updated in place
     weight       [D]
     """
-    require(x.shape == residual.shape, "residual", residual, f"must have the shape of x, {list(x.shape)}")
-    require(weight.shape == x.shape[-1:], "weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
+    if residual.shape != x.shape:
+        refuse("residual", residual, f"must have the shape of x, {list(x.shape)}")
+    if weight.shape != x.shape[-1:]:
+        refuse("weight", weight, f"must be [{x.shape[-1]}] for x {list(x.shape)}")
 
 
 @op("gemm")
@@ -123,7 +127,7 @@ def linear(
     --deterministic) a row's result is bitwise identical in any batch, but slower; x must be bfloat16 or float16, and
     weight rows must be whole 16-byte vectors.
     """
-    check_linear(x, weight, norm, {"add_to": add_to, "out": out}, gated=gated)
+    check_linear(x, weight, norm, add_to, out, gated=gated)
     if batch_invariant and x.is_cuda:
         check_batch_invariant(x, weight)
 
@@ -145,16 +149,16 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
     Computed in float32, rounded once. Converts k and v to the cache's dtype; float8_e4m3fn saturates at 448.
     """
     kv_heads, head_dim = cache.k.shape[2:]
-    require(
-        cache.k.shape == cache.v.shape, "v_cache", cache.v, f"must have the shape of k_cache, {list(cache.k.shape)}"
-    )
+    if cache.k.shape != cache.v.shape:
+        refuse("v_cache", cache.v, f"must have the shape of k_cache, {list(cache.k.shape)}")
     check_heads(qkv)
-    require(qkv.shape[1] % head_dim == 0, "qkv", qkv, f"must have heads of size {head_dim}")
+    if qkv.shape[1] % head_dim:
+        refuse("qkv", qkv, f"must have heads of size {head_dim}")
     require(qkv.shape[1] > 2 * kv_heads * head_dim, "qkv", qkv, "must have heads of q, k and v")
     check_rotary(rope, head_dim)
-    rows = qkv.shape[:1]
     for name, tensor in (("positions", rope.positions), ("kv_slots", kv_slots)):
-        require(tensor.shape == rows, name, tensor, f"must be {list(rows)}, one per row of qkv")
+        if tensor.shape != qkv.shape[:1]:
+            refuse(name, tensor, f"must be {list(qkv.shape[:1])}, one per row of qkv")
 
 
 @op("paged_attention")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,21 +34,23 @@ def _gated(x: Tensor, name: str) -> Tensor:
     out = x.new_empty(*x.shape[:-1], size)
     if out.numel():
         v = vector_width(size, x, out)
-        rows, threads = out.numel() // size, num_threads(size // v)
-        parts = min(-(-size // (v * threads)), 32 if rows < 256 else 4)
         launch = kernel("elementwise.cu", f"{name}<{c_name(x)}, {v}>", early=True)
-        launch((rows, parts), threads, out, x, np.int32(size))
+        launch(*_row_grid(out.numel() // size, size // v), out, x, np.int32(size))
     return out
+
+
+def _row_grid(rows: int, vectors: int) -> tuple[tuple[int, int], int]:
+    """Return the grid and the threads of a block: several blocks share a row if there are few rows."""
+    threads = num_threads(vectors)
+    return (rows, min(-(-vectors // threads), 32 if rows < 256 else 4)), threads
 
 
 def multiply_by_sigmoid_(x: Tensor, gate: Tensor) -> Tensor:
     if x.numel():
         rows, size = x.shape
         v = vector_width(size, x, gate, strides=(gate.stride(0),))
-        threads = num_threads(size // v)
-        parts = min(-(-size // (v * threads)), 32 if rows < 256 else 4)
         launch = kernel("elementwise.cu", f"multiply_by_sigmoid<{c_name(x)}, {v}>", early=True)
-        launch((rows, parts), threads, x, gate, np.int64(gate.stride(0)), np.int32(size))
+        launch(*_row_grid(rows, size // v), x, gate, np.int64(gate.stride(0)), np.int32(size))
     return x
 
 
@@ -96,11 +99,18 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Ten
         return out
     size = x.shape[-1]
     v = vector_width(size, x, weight, out, *([] if residual is None else [residual]))
+    threads, vectors = _norm_shape(size, v)
+    launch = kernel("elementwise.cu", f"rms_norm<{c_name(x)}, {v}, {vectors}>", early=True)
+    launch((x.numel() // size, 1), threads, out, x, optional(residual), weight, np.int32(size), np.float32(eps))
+    return out
+
+
+@functools.cache
+def _norm_shape(size: int, v: int) -> tuple[int, int]:
+    """Return the threads of a row, and the vectors of v elements that each of them has."""
     threads = num_threads(size // v)
     needed = -(-size // (v * threads))
     vectors = next((n for n in (1, 2, 4, 8, 16) if n >= needed), None)
     if vectors is None:
         raise ValueError(f"rows of {size} elements are too long for the norm; at most {16 * v * threads}")
-    launch = kernel("elementwise.cu", f"rms_norm<{c_name(x)}, {v}, {vectors}>", early=True)
-    launch((x.numel() // size, 1), threads, out, x, optional(residual), weight, np.int32(size), np.float32(eps))
-    return out
+    return threads, vectors

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import DeltaLayer, StateRows
-from .kernel_launch import Argument, c_name, compute_capability, kernel, optional
+from .kernel_launch import c_name, compute_capability, kernel, optional
+from .launch_parameters import Argument
 
 CONV_THREADS = 128
 COLUMNS, HEAD_THREADS = 16, 64  # mirror delta_rule.cuh

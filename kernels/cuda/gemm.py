@@ -18,7 +18,6 @@ from .kernel_launch import (
     MAX_THREADS,
     NULL,
     VECTOR_BYTES,
-    Argument,
     c_name,
     kernel,
     num_multiprocessors,
@@ -26,6 +25,7 @@ from .kernel_launch import (
     optional,
     vector_width,
 )
+from .launch_parameters import Argument
 
 MAX_SKINNY_ROWS = 8  # rows of x; mirrors ROWS of skinny_gemm.cu
 MAX_STAGED_BYTES = 100 * 1024  # the most that x takes of shared memory: two blocks share 227 KiB
@@ -106,12 +106,13 @@ def _can_widen(x: Tensor, weight: FP8Weight) -> bool:
 
 def _is_skinny(x: Tensor, weight: Matrix) -> bool:
     """Return whether skinny_gemm takes these tensors."""
+    if not 0 < x.shape[0] <= MAX_SKINNY_ROWS:
+        return False
     data, step = (weight.data, 16) if isinstance(weight, FP8Weight) else (weight, 8)
     contiguous = x.shape[1] % step == 0 and x.is_contiguous() and data.is_contiguous()
     aligned = x.data_ptr() % VECTOR_BYTES == 0 and data.data_ptr() % VECTOR_BYTES == 0
     blocks = not isinstance(weight, FP8Weight) or (weight.columns % 128 == 0 and weight.first % 16 == 0)
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return 0 < len(x) <= MAX_SKINNY_ROWS and half and contiguous and aligned and blocks
+    return x.dtype in (torch.bfloat16, torch.float16) and contiguous and aligned and blocks
 
 
 def _can_fuse_norm(x: Tensor, norm: Tensor, scaled: bool) -> bool:

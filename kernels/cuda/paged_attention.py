@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import MAX_CHUNKS, MAX_GROUP, KeyPartition, KVCache, Pages, QKNorm, Rope, num_groups
-from .kernel_launch import Argument, c_name, kernel, num_multiprocessors, optional
+from .kernel_launch import c_name, kernel, num_multiprocessors, optional
+from .launch_parameters import Argument
 
 LOG2_E = 1.4426950408889634
 STORE_THREADS = 128
@@ -17,7 +20,7 @@ PARTITION_THREADS = 1024  # threads of the one block that partitions keys
 
 
 def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_slots: Tensor) -> Tensor:
-    tokens, (pages, page_size, kv_heads, head_dim) = len(qkv), cache.k.shape
+    tokens, (pages, page_size, kv_heads, head_dim) = qkv.shape[0], cache.k.shape
     heads = qkv.shape[1] // head_dim
     q = qkv.new_empty(tokens, heads - 2 * kv_heads, head_dim)
     if tokens == 0:
@@ -25,15 +28,10 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
     pairs = next((n for n in (1, 2, 4, 8) if 64 * n >= head_dim), None)
     if pairs is None:
         raise ValueError(f"heads of {head_dim} elements are too long to rotate; at most 512")
-    moved = [qkv, q, cache.k, cache.v]
     strides = head_dim // 2, rope.cos_sin.shape[1] // 2, qkv.stride(0), *cache.k.stride()[:3]
-    v = next(
-        v
-        for v in (4, 2, 1)  # adjacent elements of a lane, as in decode_attention.cu, so that both kernels round alike
-        if pairs % v == 0
-        and all(s % v == 0 for s in strides)
-        and all(t.data_ptr() % (v * t.element_size()) == 0 for t in moved)
-    )
+    starts = [t.data_ptr() // t.element_size() for t in (qkv, q, cache.k, cache.v)]
+    # Adjacent elements of a lane, as in decode_attention.cu, so that both kernels round alike.
+    v = math.gcd(4, pairs, *strides, *starts)
     launch = kernel(
         "rotate_and_store.cu", f"rotate_and_store<{c_name(qkv)}, {c_name(cache.k)}, {pairs}, {v}>", early=True
     )
@@ -63,6 +61,7 @@ class PartitionLayout(NamedTuple):
     min_chunks: int  # per part, unless a whole row has fewer
 
 
+@functools.cache
 def _partition_layout(rows: int, groups: int, device: int, kv_chunk: int | None) -> PartitionLayout:
     if kv_chunk is not None:
         return PartitionLayout(4, kv_chunk, MAX_CHUNKS * rows, 1)
@@ -100,7 +99,7 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    rows, (num_pages, page_size, kv_heads, head_dim) = len(qkv), cache.k.shape
+    rows, (num_pages, page_size, kv_heads, head_dim) = qkv.shape[0], cache.k.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     out = qkv.new_empty(rows, heads * head_dim)
     if rows == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,14 +44,27 @@ class Batch:
     host: HostBatch
     state_rows: StateRows | None = None  # for layers with a recurrent state
 
+    def part(self, tokens: slice) -> Batch:
+        """Return the tensors per token of these tokens, and all else of the whole batch."""
+        kv_slots = [of_group[tokens] for of_group in self.kv_slots]
+        ids, positions, rows = self.token_ids[tokens], self.positions[tokens], self.page_table_rows[tokens]
+        return replace(self, token_ids=ids, positions=positions, kv_slots=kv_slots, page_table_rows=rows)
+
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
     """Copy `array` to the device; the host does not wait."""
+    return _host_tensor(array, device).to(device, non_blocking=True)
+
+
+def copy_to_device(array: np.ndarray, target: Tensor) -> None:
+    """Copy `array` into `target` on a device; the host does not wait."""
+    target.copy_(_host_tensor(array, target.device), non_blocking=True)
+
+
+def _host_tensor(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return tensor
     # Pinned: a copy from other memory would wait for the steps before it. torch reuses the buffer after the copy.
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor if device.type == "cpu" else tensor.pin_memory()
 
 
 def to_device_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:

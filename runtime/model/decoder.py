@@ -90,21 +90,17 @@ class Attention:
 
         query_scale  [T, 1] float32: factors of the queries; None if all are 1
         """
-        qkv, gate = _split_last(self.qkv(normed), self.num_gates)
+        qkv, gate = self.qkv(normed), None
+        if self.num_gates:
+            qkv, gate = qkv.split([qkv.shape[1] - self.num_gates, self.num_gates], dim=1)
         if query_scale is not None:
             qkv[:, : self.q_size] *= query_scale
         if self.wide_norm is not None:
             self.wide_norm(qkv)
         out = backend.run(qkv, self.heads, cache, self.window, self.group)
-        if self.num_gates:
+        if gate is not None:
             ops.multiply_by_sigmoid_(out, gate)
         self.output(out, residual)
-
-
-def _split_last(x: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Return the columns of x [T, F] before the last ones, and the last ones."""
-    first, last = x.split([x.shape[1] - columns, columns], dim=1)
-    return first, last
 
 
 def _heads_and_gates(q: Projection, heads: range, head_dim: int) -> tuple[list[Projection], list[Projection]]:

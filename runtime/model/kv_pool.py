@@ -57,12 +57,13 @@ class KVPool:
         self.shape, self.num_pages, self.layout = shape, num_pages, layout
         page = (shape.page_size, shape.num_kv_heads, shape.stored_head_dim)
         outer = (shape.num_layers, 2, num_pages) if layout == "layer-first" else (num_pages, shape.num_layers, 2)
-        self._memory = _zeros((*outer, *page), shape.cache_dtype, device)
+        memory = _zeros((*outer, *page), shape.cache_dtype, device)[..., : shape.head_dim]
+        by_layer = memory if layout == "layer-first" else memory.movedim(0, 2)  # [layers, 2, pages, page_size, Hkv, E]
+        self._layers = [KVCache(*layer) for layer in by_layer]
 
     def layer(self, layer: int) -> KVCache:
         """Return views [pages, page_size, Hkv, E] of the keys and values of the layer at this place in a page."""
-        memory = self._memory[layer] if self.layout == "layer-first" else self._memory[:, layer].transpose(0, 1)
-        return KVCache(*(part[..., : self.shape.head_dim] for part in memory))
+        return self._layers[layer]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from ...comm.base import Communicator
 from ...kernels import ops
 from ...kernels.arguments import StateRows
 from ..model.attention.backend import AttentionBackend
-from ..model.batch import Batch, HostBatch, to_device
+from ..model.batch import Batch, HostBatch, copy_to_device, to_device
 from ..model.decoder import Decoder
 from ..model.kv_pool import KVPool
 from ..model.state_pool import StatePool
@@ -61,8 +61,7 @@ class SlotTables:
     def update(self, plan: StepPlan) -> None:
         """Store the tokens of admitted requests, and the plan's page writes."""
         for admission in plan.admitted:
-            tokens = torch.from_numpy(admission.tokens).to(self.tokens.device, non_blocking=True)
-            self.tokens[admission.slot, : len(tokens)] = tokens
+            copy_to_device(admission.tokens, self.tokens[admission.slot, : len(admission.tokens)])
             self._num_cached[admission.slot] = admission.num_cached
         slot, index, *pages = plan.page_writes.reshape(-1, 2 + self.num_tables).T
         self.host_page_table[:, slot, index] = pages

@@ -55,12 +55,10 @@ class AttentionBackend(Protocol):
         """
 
 
-def rotate_and_store(
-    qkv: Tensor, heads: Heads, batch: Batch, cache: KVCache, group: int, tokens: slice = slice(None)
-) -> Tensor:
-    """Return the queries [T, H, E] of `tokens`, ready for attention; store their keys and values in the cache."""
-    rope = Rope(batch.positions[tokens], heads.cos_sin)
-    return ops.rotate_and_store_(qkv[tokens], heads.norm, rope, cache, batch.kv_slots[group][tokens])
+def rotate_and_store(qkv: Tensor, heads: Heads, batch: Batch, cache: KVCache, group: int) -> Tensor:
+    """Return the queries [T, H, E] of the batch, ready for attention; store its keys and values in the cache."""
+    rope = Rope(batch.positions, heads.cos_sin)
+    return ops.rotate_and_store_(qkv, heads.norm, rope, cache, batch.kv_slots[group])
 
 
 def unsupported_reason(shape: AttentionShape) -> str | None:

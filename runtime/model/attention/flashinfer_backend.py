@@ -52,28 +52,32 @@ class FlashInferAttention:
         self._planned = torch.cuda.Event()
 
     def plan(self, batch: Batch) -> None:
-        self._batch, n = batch, batch.host.num_decoding
-        positions, groups = batch.positions[:n], self._groups
+        n = batch.host.num_decoding
+        self._decoding, self._prompts = batch.part(slice(n)), batch.part(slice(n, None))
+        self._has_prompts = n < batch.host.num_rows
+        positions, groups = self._decoding.positions, self._groups
         self._partitions = {window: ops.partition_keys(positions, groups, window) for window in self._windows if n}
-        if n < batch.host.num_rows:
+        if self._has_prompts:
             self._plan_prefill(batch)
 
     def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0) -> Tensor:
-        batch, n = self._batch, self._batch.host.num_decoding
-        decoded = None
-        if n:
-            rope, kv_slots = Rope(batch.positions[:n], heads.cos_sin), batch.kv_slots[group][:n]
-            pages = Pages(batch.device_page_table[group], batch.page_table_rows[:n])
-            keys = cache, kv_slots, pages, self._partitions[window]
-            decoded = ops.decode_attention(qkv[:n], heads.norm, rope, *keys, self._scale, self._softcap, heads.sinks)
-            if n == batch.host.num_rows:
-                return decoded
-        q = rotate_and_store(qkv, heads, batch, cache, group, slice(n, None))
-        out = q.new_empty(len(qkv), *q.shape[1:])
-        self._attend_prompts(q, cache, (window, group), heads.sinks, out[n:])
+        n = self._decoding.host.num_decoding
+        if not self._has_prompts:
+            return self._attend_decoding(qkv, heads, cache, window, group)
+        decoded = self._attend_decoding(qkv[:n], heads, cache, window, group) if n else None
+        q = rotate_and_store(qkv[n:], heads, self._prompts, cache, group)
+        out = q.new_empty(qkv.shape[0], q.shape[1] * q.shape[2])
+        self._attend_prompts(q, cache, (window, group), heads.sinks, out[n:].view_as(q))
         if decoded is not None:
-            out[:n] = decoded.view_as(out[:n])
-        return out.flatten(1)
+            out[:n] = decoded
+        return out
+
+    def _attend_decoding(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int) -> Tensor:
+        """Return attention of the decoding rows [B, H E], which stores their keys and values, too."""
+        rows = self._decoding
+        rope, pages = Rope(rows.positions, heads.cos_sin), Pages(rows.device_page_table[group], rows.page_table_rows)
+        keys = cache, rows.kv_slots[group], pages, self._partitions[window]
+        return ops.decode_attention(qkv, heads.norm, rope, *keys, self._scale, self._softcap, heads.sinks)
 
     def _attend_prompts(
         self, q: Tensor, cache: KVCache, window: tuple[int | None, int], sinks: Tensor | None, out: Tensor
