@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -160,15 +161,30 @@ class DeltaLayer(NamedTuple):
     eps: float
 
 
-class StateRows(NamedTuple):
+@dataclass(frozen=True)
+class StateRows:
     """The rows of a batch for layers with a recurrent state: B rows, each a run of tokens of one request.
 
     slots   [B] int32         the state of each row, which its tokens update
     starts  [B + 1] int32     row b has the tokens starts[b]:starts[b + 1]
     saves   [B, 2, 2] int32   pairs (count, state): after `count` of its tokens a row's state is also written to that
                               state; a pair of count 0 has no effect. None: no row saves
+    num_decoding              so many of the first rows have one token each
     """
 
     slots: Tensor
     starts: Tensor
     saves: Tensor | None = None
+    num_decoding: int = 0
+
+    @cached_property
+    def decoding(self) -> StateRows:
+        """The first `num_decoding` rows."""
+        n = self.num_decoding
+        return StateRows(self.slots[:n], self.starts[: n + 1], None if self.saves is None else self.saves[:n], n)
+
+    @cached_property
+    def others(self) -> StateRows:
+        """The rows after the first `num_decoding`, with their places in the same batch."""
+        n = self.num_decoding
+        return StateRows(self.slots[n:], self.starts[n:], None if self.saves is None else self.saves[n:])

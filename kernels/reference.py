@@ -220,10 +220,11 @@ def route_tokens(
     scaling: float = 1.0,
     first_expert: int = 0,
     has_shared: bool = False,
+    num_padding: int = 0,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x if norm is None else rms_norm(x, norm, eps)
-    logits = linear(x, weight, logit_bias)
+    logits = linear(x, weight[: len(weight) - num_padding], logit_bias)
     expert_ids, scores = select_experts(
         logits,
         count,

@@ -60,12 +60,23 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 @op("gated_delta")
 def delta_net_(
-    x: Tensor, z: Tensor, gates: Tensor, layer: DeltaLayer, inputs: Tensor, sums: Tensor, rows: StateRows
+    x: Tensor,
+    z: Tensor,
+    gates: Tensor,
+    layer: DeltaLayer,
+    inputs: Tensor,
+    sums: Tensor,
+    rows: StateRows,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
-    """Do causal_conv_ of x, gated_delta_ and gated_rms_norm with gate z: [T, Hv Ev], bitwise the same.
+    """Do causal_conv_ of x, gated_delta_ and gated_rms_norm with gate z: [T, Hv Ev].
 
-    inputs, sums  the states of causal_conv_ and gated_delta_, updated in place
-    x, z and gates may have rows of any stride. If each row has one token, a GPU with clusters does it in one launch.
+    inputs, sums     the states of causal_conv_ and gated_delta_, updated in place
+    batch_invariant  a token is bitwise identical in any batch and any chunk of its prompt, as in the three ops
+    x, z and gates may have rows of any stride. A GPU with clusters does rows of one token, if they are all or
+    `num_decoding`, in one launch: bitwise the same as the three ops. The rule of other rows in 16 bits is computed in
+    chunks of 32 tokens, whose rounding depends on where a step begins in a prompt.
     """
     heads, key_size, value_size = sums.shape[1:]
     channels, taps = layer.taps.shape

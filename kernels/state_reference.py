@@ -67,7 +67,15 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
 
 def delta_net_(
-    x: Tensor, z: Tensor, gates: Tensor, layer: DeltaLayer, inputs: Tensor, sums: Tensor, rows: StateRows
+    x: Tensor,
+    z: Tensor,
+    gates: Tensor,
+    layer: DeltaLayer,
+    inputs: Tensor,
+    sums: Tensor,
+    rows: StateRows,
+    *,
+    batch_invariant: bool = False,
 ) -> Tensor:
     qkv = causal_conv_(x, layer.taps, inputs, rows)
     return gated_rms_norm(gated_delta_(qkv, gates, layer.decay, sums, rows), z, layer.norm, layer.eps)

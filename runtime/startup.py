@@ -27,6 +27,7 @@ from .memory.memory_plan import (
     plan_weights,
     saved_states,
 )
+from .model.attention.prefill_compilation import compile_ahead
 from .model.attention.select_backend import import_ahead, select_backend
 from .model.decoder import Decoder
 from .model.fp8_tuning import tune_fp8_gemms
@@ -73,6 +74,7 @@ class LoadedRank:
         check_host_memory(self._plan, config, model)
         self._rehearsed: torch.cuda.CUDAGraph | None = None  # keeps the memory pool of the rehearsal's graphs
         import_ahead(config)
+        self._compilation = compile_ahead(config, model)
         with self._phase("weights"):
             self._decoder = self._load(folder)
         self._vocabulary = Vocabulary(folder, model.vocab_size, model.eos_token_ids)
@@ -81,6 +83,9 @@ class LoadedRank:
     def plan_memory(self) -> MemoryPlan:
         """Return this rank's memory plan, with the pages that `config` names or that fit; see `plan_limits`."""
         if self.device.type == "cuda":
+            if self._compilation is not None:
+                with self._timer("attention kernels"):
+                    self._compilation.wait(announce=self.comm.rank == 0)
             self._tune()
             with self._phase("rehearsal"):
                 self._plan = self._rehearse()

@@ -2,11 +2,22 @@
 #pragma once
 #include "common.cuh"
 
+// The barrier of a cluster: all threads arrive, and then wait until all have arrived. What a thread wrote before it arrived is visible
+// after the wait: so an arrival lasts until its earlier stores have ended. Without memory it orders no loads and stores.
+DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive;" ::: "memory"); }
+DEVICE void arrive_without_memory() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 DEVICE void sync_cluster() { asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory"); }
 // Read from the shared memory of another block of the cluster, at an address of this block's.
 DEVICE float4 load_of_block(const float* at, int block) {
     float4 v;
     asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0,%1,%2,%3}, [a]; }"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block) : "memory");
+    return v;
+}
+DEVICE float load_float_of_block(const float* at, int block) {
+    float v;
+    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a]; }"
+                 : "=f"(v) : "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block) : "memory");
     return v;
 }

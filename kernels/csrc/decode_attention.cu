@@ -29,12 +29,6 @@ template <typename T> DEVICE uint4 operands(const uint2& stored, T type) {
     return wide;
 }
 
-DEVICE unsigned transpose(unsigned x) {
-    unsigned y;
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-    return y;
-}
-
 // The grid is one block.
 extern "C" __global__ void __launch_bounds__(1024) partition_keys(
     int* __restrict__ data, const int* __restrict__ positions, int rows, int window, int kv_chunk, int min_chunks, int max_parts) {

@@ -20,18 +20,34 @@ struct Rows {
     }
 };
 
-constexpr int LANES = 8, COLUMNS = 16;        // lanes of a column, columns of a head that its threads in a block have
-constexpr int HEAD_THREADS = LANES * COLUMNS / 2;  // a thread has two columns, so that a warp reads whole sectors of 32 bytes
+// SIZE tokens of a row of the batch, or its last ones. The tiles of row `row` are numbered from starts[row] / SIZE + row on: there are
+// up to T / SIZE + B numbers, and some of them are of no tokens.
+template <int SIZE> struct Tile {
+    int row, start, first, count;  // the row's first token in the batch; the tile's first token in the row, and its tokens
 
-// The factor g and the rate beta of one token and head: exp(-exp(A) softplus(a + bias)) and sigmoid(b).
+    DEVICE static Tile of(const int* starts, int rows, int number) {  // all lanes of a warp call it
+        int row = -1;
+        for (int i = threadIdx.x % 32; i - threadIdx.x % 32 < rows; i += 32)
+            row += __popc(__ballot_sync(0xffffffffu, i < rows && starts[i] / SIZE + i <= number));
+        if (row < 0) return {0, 0, 0, 0};
+        const int start = starts[row], first = (number - start / SIZE - row) * SIZE;
+        return {row, start, first, max(0, min(SIZE, starts[row + 1] - start - first))};
+    }
+};
+
+constexpr int LANES = 8;  // lanes of a column
+
+// The logarithm of the factor g, -exp(A) softplus(a + bias), and the rate beta, sigmoid(b), of one token and head.
 struct Gates {
-    float factor, beta;
+    float log_factor, beta;
+
+    DEVICE float factor() const { return expf(log_factor); }
 
     // gate: b, then a after `heads` elements, of one token; decay: A, then bias, likewise.
     template <typename T> DEVICE static Gates of(const T* gate, const T* decay, int heads) {
         const float x = to_float(gate[heads]) + to_float(decay[heads]);
         const float softplus = x > 20.f ? x : log1pf(expf(x));
-        return {expf(-expf(to_float(decay[0])) * softplus), 1.f / (1.f + expf(-to_float(gate[0])))};
+        return {-expf(to_float(decay[0])) * softplus, 1.f / (1.f + expf(-to_float(gate[0])))};
     }
 };
 
@@ -46,45 +62,58 @@ template <int E, typename F> DEVICE float2 scales_of(F q_and_k) {  // q_and_k(i)
     return make_float2(rsqrtf(warp_sum(q_squares) + 1e-6f) * rsqrtf(E), rsqrtf(warp_sum(k_squares) + 1e-6f));
 }
 
-// Two columns of a head's state S [E, value_size]: lane l has their elements l, l + LANES, ...
-template <int E> struct TwoColumns {
+// The scale of a RMSNorm over `size` elements; all lanes of a warp call it, and lane l has four elements from 4 l on at once.
+template <typename F> DEVICE float norm_scale(int size, float eps, F element) {
+    float squares = 0.f;
+    for (int first = threadIdx.x % 32 * 4; first < size; first += 128)
+        UNROLL for (int i = first; i < first + 4; ++i)
+            if (i < size) squares += element(i) * element(i);
+    return rsqrtf(warp_sum(squares) / size + eps);
+}
+
+// W adjacent columns of a head's state S [E, value_size] in each thread: lane l has their elements l, l + LANES, ... A warp has 4 W
+// columns, and reads whole sectors of 32 bytes.
+template <int E, int W> struct StateColumns {
     static constexpr int N = E / LANES;
-    Vec<float, 2> s[N];
+    Vec<float, W> s[N];
 
     DEVICE static int lane() { return threadIdx.x % 32 / 4; }
-    DEVICE static int column() { return threadIdx.x % HEAD_THREADS / 32 * 8 + threadIdx.x % 4 * 2; }  // the first, of COLUMNS
+    DEVICE static int column() { return (threadIdx.x / 32 * 4 + threadIdx.x % 4) * W; }  // the first one, counted over the block
     DEVICE static float sum_of_lanes(float x) {
         for (int i = 16; i >= 4; i >>= 1) x += __shfl_xor_sync(0xffffffffu, x, i);
         return x;
     }
 
-    DEVICE void load(const float* state, int value_size) {  // at row 0 of the first of COLUMNS
+    DEVICE void load(const float* state, int value_size) {  // at row 0 of the block's first column
         state += lane() * value_size + column();
-        UNROLL for (int n = 0; n < N; ++n) s[n] = *reinterpret_cast<const Vec<float, 2>*>(state + n * LANES * value_size);
+        UNROLL for (int n = 0; n < N; ++n) s[n] = *reinterpret_cast<const Vec<float, W>*>(state + n * LANES * value_size);
     }
     DEVICE void store(float* state, int value_size) const {
         state += lane() * value_size + column();
-        UNROLL for (int n = 0; n < N; ++n) *reinterpret_cast<Vec<float, 2>*>(state + n * LANES * value_size) = s[n];
+        UNROLL for (int n = 0; n < N; ++n) *reinterpret_cast<Vec<float, W>*>(state + n * LANES * value_size) = s[n];
     }
 
     // S = g S,  d = beta (v - k S),  S = S + k d; return q S. key(i) and query(i) are elements i of k and q.
-    template <typename K, typename Q> DEVICE Vec<float, 2> update(const Gates& gates, const float* value, K key, Q query) {
-        float predicted[2] = {}, result[2] = {}, delta[2];
+    template <typename K, typename Q> DEVICE Vec<float, W> update(const Gates& gates, const float* value, K key, Q query) {
+        const float factor = gates.factor();
+        float predicted[W] = {}, delta[W];
+        Vec<float, W> result = {};
         UNROLL for (int n = 0; n < N; ++n) {
             const float k = key(n * LANES + lane());
-            UNROLL for (int c = 0; c < 2; ++c) {
-                s[n].at[c] *= gates.factor;
+            UNROLL for (int c = 0; c < W; ++c) {
+                s[n].at[c] *= factor;
                 predicted[c] += k * s[n].at[c];
             }
         }
-        UNROLL for (int c = 0; c < 2; ++c) delta[c] = gates.beta * (value[column() + c] - sum_of_lanes(predicted[c]));
+        UNROLL for (int c = 0; c < W; ++c) delta[c] = gates.beta * (value[column() + c] - sum_of_lanes(predicted[c]));
         UNROLL for (int n = 0; n < N; ++n) {
             const float k = key(n * LANES + lane()), q = query(n * LANES + lane());
-            UNROLL for (int c = 0; c < 2; ++c) {
+            UNROLL for (int c = 0; c < W; ++c) {
                 s[n].at[c] += k * delta[c];
-                result[c] += q * s[n].at[c];
+                result.at[c] += q * s[n].at[c];
             }
         }
-        return {sum_of_lanes(result[0]), sum_of_lanes(result[1])};
+        UNROLL for (int c = 0; c < W; ++c) result.at[c] = sum_of_lanes(result.at[c]);
+        return result;
     }
 };

@@ -69,25 +69,18 @@ __global__ void __launch_bounds__(1024) group_pairs(
 // choose_experts for each token, by a warp. With bias_stride each token has its own row of biases.
 template <typename T, int PER_LANE, bool NORMALIZED, bool SIGMOID>
 __global__ void __launch_bounds__(256) select_experts(
-    long long* __restrict__ expert_ids, float* __restrict__ scores, const T* __restrict__ logits, const T* __restrict__ logit_bias,
-    const float* __restrict__ bias, int bias_stride, float least_sum, float scaling, int tokens, int experts, int choices,
+    long long* __restrict__ expert_ids, float* __restrict__ scores, const T* __restrict__ logits, long long logit_stride,
+    const T* __restrict__ logit_bias, const float* __restrict__ bias, int bias_stride, float least_sum, float scaling, int tokens, int experts, int choices,
     int first_expert, int shared) {
     launch_next();
     wait_for_previous();
     const long long token = blockIdx.x * 8 + threadIdx.x / 32, first = token * (choices + shared);
     if (token >= tokens) return;
     const Choice choice = {bias ? bias + token * bias_stride : nullptr, least_sum, scaling, experts, choices, first_expert, shared};
-    const T* row = logits + token * (experts + shared);
+    const T* row = logits + token * logit_stride;
     choose_experts<PER_LANE, NORMALIZED, SIGMOID>(expert_ids + first, scores + first, choice, [&](int i) {
         return to_float(row[i]) + (logit_bias ? to_float(logit_bias[i]) : 0.f);
     });
-}
-
-// Load four matrices of 8 x 8. Lanes 8 i .. 8 i + 7 have the addresses of the rows of matrix i; lane l gets the elements 2 (l % 4)
-// and 2 (l % 4) + 1 of row l / 4 of each.
-DEVICE void load_matrices(unsigned (&to)[4], unsigned row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(row) : "memory");
 }
 
 // Return the byte offset of a row's chunk in a stage. The exclusive or spreads equal chunks of eight rows, read at once, over the banks.

@@ -2,36 +2,54 @@
 // tokens in a row of the batch.
 #include "delta_rule.cuh"
 
+constexpr int CONV_TOKENS = 8;  // of a block of causal_conv; at least K - 1
+
 // out[t, c] = silu(sum_j weight[c, j] * x[t - K + 1 + j, c]); what is before a row's first token is in its state [K - 1, channels].
-// Grid (channels / 128, B), one thread for each channel.
-template <typename T, int K>
+// A thread has V channels and the tokens of a tile. Grid (channels / (128 V), T / CONV_TOKENS + B).
+template <typename T, int K, int V>
 __global__ void __launch_bounds__(128) causal_conv(
-    T* __restrict__ out, const T* __restrict__ x, long long stride, const T* __restrict__ weight, T* states, int channels,
+    T* __restrict__ out, const T* __restrict__ x, long long stride, const T* __restrict__ weight, T* states, int channels, int num_rows,
     const int* slots, const int* starts, const int* saves) {
+    typedef Vec<T, V> Inputs;
     launch_next();
-    const int row = blockIdx.y, channel = blockIdx.x * blockDim.x + threadIdx.x;
+    const int channel = (blockIdx.x * blockDim.x + threadIdx.x) * V;
+    const auto tile = Tile<CONV_TOKENS>::of(starts, num_rows, blockIdx.y);
     wait_for_previous();
-    if (channel >= channels) return;
-    const Rows rows = {slots, starts, saves};
-    const long long size = (long long)(K - 1) * channels;
-    T* state = states + slots[row] * size + channel;
-    float taps[K], recent[K];  // recent[K - 1] is the present input
-    UNROLL for (int j = 0; j < K; ++j) taps[j] = to_float(weight[channel * K + j]);
-    UNROLL for (int j = 0; j < K - 1; ++j) recent[j + 1] = to_float(state[j * channels]);
-    auto store = [&](T* to) { UNROLL for (int j = 0; j < K - 1; ++j) to[j * channels] = from_float<T>(recent[j + 1]); };
-    const int first = starts[row], stop = starts[row + 1];
-    for (int t = first; t < stop; ++t) {
-        UNROLL for (int j = 0; j < K - 1; ++j) recent[j] = recent[j + 1];
-        recent[K - 1] = to_float(x[t * stride + channel]);
-        float sum = 0.f;
-        UNROLL for (int j = 0; j < K; ++j) sum += taps[j] * recent[j];
-        out[(long long)t * channels + channel] = from_float<T>(silu(sum));
-        rows.for_each_save(row, t + 1 - first, [&](int saved) { store(states + saved * size + channel); });
+    if (channel >= channels || tile.count == 0) return;
+    T* state = states + slots[tile.row] * (K - 1ll) * channels + channel;
+    auto at = [&](T* of, int place) -> Inputs& { return *reinterpret_cast<Inputs*>(of + (long long)place * channels); };
+    auto input = [&](int t) { return *reinterpret_cast<const Inputs*>(x + (tile.start + t) * stride + channel); };  // of the row's token t
+    Inputs window[K - 1 + CONV_TOKENS];  // all loads before the first use
+    UNROLL for (int j = 0; j < K - 1; ++j) {
+        const T* from = tile.first == 0 ? state + (long long)j * channels : x + (tile.start + tile.first - K + 1 + j) * stride + channel;
+        window[j] = *reinterpret_cast<const Inputs*>(from);
     }
-    store(state);
+    UNROLL for (int t = 0; t < CONV_TOKENS; ++t) window[K - 1 + t] = input(tile.first + min(t, tile.count - 1));
+    float taps[V][K];
+    UNROLL for (int v = 0; v < V; ++v)
+        UNROLL for (int j = 0; j < K; ++j) taps[v][j] = to_float(weight[(channel + v) * K + j]);
+    UNROLL for (int t = 0; t < CONV_TOKENS; ++t) {
+        Inputs result;
+        UNROLL for (int v = 0; v < V; ++v) {
+            float sum = 0.f;
+            UNROLL for (int j = 0; j < K; ++j) sum += taps[v][j] * to_float(window[t + j].at[v]);
+            result.at[v] = from_float<T>(silu(sum));
+        }
+        if (t < tile.count) at(out + channel, tile.start + tile.first + t) = result;
+    }
+    if (tile.first > 0) return;  // the only block that reads the state writes it
+    auto store = [&](T* to, int end) {  // also to the state itself, from its first element on
+        UNROLL for (int j = 0; j < K - 1; ++j) at(to, j) = j + end < K - 1 ? at(state, j + end) : input(j + end - K + 1);
+    };
+    for (int i = 0; saves && i < NUM_SAVES; ++i) {
+        const int* pair = saves + (tile.row * NUM_SAVES + i) * 2;
+        if (pair[0]) store(states + pair[1] * (K - 1ll) * channels + channel, pair[0]);
+    }
+    store(state, starts[tile.row + 1] - tile.start);
 }
 
-constexpr int TILE = 16;  // tokens that are staged together
+constexpr int STAGED = 16;  // tokens that are staged together
+constexpr int COLUMNS = 16, THREADS = LANES * COLUMNS / 2;  // of a block of gated_delta; a thread has two columns
 
 // The rule for one value head and COLUMNS of its columns; S [E, value_size] is the head's state, all in float32:
 //     S = g S,  d = beta (v - k S),  S = S + k d,  out = q S
@@ -39,19 +57,19 @@ constexpr int TILE = 16;  // tokens that are staged together
 // qkv [T, 2 key heads E + value heads value_size], gates [T, 2 value heads] with b, then a, rows gate_stride apart; decay
 // [2, value heads] with A, then bias. Grid (B * value heads, value_size / COLUMNS).
 template <typename T, int E>
-__global__ void __launch_bounds__(HEAD_THREADS, 8) gated_delta(
+__global__ void __launch_bounds__(THREADS, 8) gated_delta(
     T* __restrict__ out, const T* __restrict__ qkv, const T* __restrict__ gates, long long gate_stride, const T* __restrict__ decay,
     float* states, int key_heads, int value_heads, int value_size, const int* slots, const int* starts, const int* saves) {
     constexpr int PARTS = E / 32;
-    __shared__ float queries[TILE][E], keys[TILE][E], values[TILE][COLUMNS];
-    __shared__ Gates tile_gates[TILE];
+    __shared__ float queries[STAGED][E], keys[STAGED][E], values[STAGED][COLUMNS];
+    __shared__ Gates tile_gates[STAGED];
     launch_next();
     const int row = blockIdx.x / value_heads, head = blockIdx.x % value_heads, key_head = head / (value_heads / key_heads);
     const int warp = threadIdx.x / 32, in_warp = threadIdx.x % 32, first_column = blockIdx.y * COLUMNS;
     const long long width = 2ll * key_heads * E + (long long)value_heads * value_size;
     const Rows rows = {slots, starts, saves};
     auto state_of = [&](int index) { return states + ((long long)index * value_heads + head) * E * value_size + first_column; };
-    TwoColumns<E> state;
+    StateColumns<E, 2> state;
     state.load(state_of(slots[row]), value_size);  // of an earlier step
     wait_for_previous();
 
@@ -71,10 +89,10 @@ __global__ void __launch_bounds__(HEAD_THREADS, 8) gated_delta(
         if (in_warp == 0) tile_gates[slot] = Gates::of(gates + t * gate_stride + head, decay + head, value_heads);
     };
     const int first = starts[row], stop = starts[row + 1];
-    for (int tile = first; tile < stop; tile += TILE) {
-        const int count = min(TILE, stop - tile);
+    for (int tile = first; tile < stop; tile += STAGED) {
+        const int count = min(STAGED, stop - tile);
         __syncthreads();  // the tile before has been read
-        for (int slot = warp; slot < count; slot += HEAD_THREADS / 32) stage(slot, tile + slot);
+        for (int slot = warp; slot < count; slot += THREADS / 32) stage(slot, tile + slot);
         __syncthreads();
         for (int slot = 0; slot < count; ++slot) {
             const float *key = keys[slot], *query = queries[slot];
@@ -90,18 +108,25 @@ __global__ void __launch_bounds__(HEAD_THREADS, 8) gated_delta(
     state.store(state_of(slots[row]), value_size);
 }
 
-// out = weight * RMSNorm(x) * silu(gate), for each head of `size` elements; grid (T, heads), one warp for each.
-template <typename T>
-__global__ void __launch_bounds__(32) gated_rms_norm(
+// out = weight * RMSNorm(x) * silu(gate), for each head of `size` elements, a multiple of V; a warp has one of `count` heads of all
+// tokens, and a lane V elements at once.
+template <typename T, int V>
+__global__ void __launch_bounds__(256) gated_rms_norm(
     T* __restrict__ out, const T* __restrict__ x, const T* __restrict__ gate, long long gate_stride, const T* __restrict__ weight,
-    int size, float eps) {
+    int size, int heads, int count, float eps) {
+    typedef Vec<T, V> Elements;
     launch_next();
+    const int index = blockIdx.x * 8 + threadIdx.x / 32;
     wait_for_previous();
-    const long long at = ((long long)blockIdx.x * gridDim.y + blockIdx.y) * size;
-    gate += blockIdx.x * gate_stride + blockIdx.y * size;
-    float squares = 0.f;
-    for (int i = threadIdx.x; i < size; i += 32) squares += to_float(x[at + i]) * to_float(x[at + i]);
-    const float scale = rsqrtf(warp_sum(squares) / size + eps);
-    for (int i = threadIdx.x; i < size; i += 32)
-        out[at + i] = from_float<T>(to_float(x[at + i]) * scale * to_float(weight[i]) * silu(to_float(gate[i])));
+    if (index >= count) return;
+    x += (long long)index * size, out += (long long)index * size, gate += index / heads * gate_stride + index % heads * size;
+    const float scale = norm_scale(size, eps, [&](int i) { return to_float(x[i]); });
+    for (int i = threadIdx.x % 32 * V; i < size; i += 32 * V) {
+        const Elements here = *reinterpret_cast<const Elements*>(x + i), by = *reinterpret_cast<const Elements*>(weight + i);
+        const Elements gates = *reinterpret_cast<const Elements*>(gate + i);
+        Elements result;
+        UNROLL for (int v = 0; v < V; ++v)
+            result.at[v] = from_float<T>(to_float(here.at[v]) * scale * to_float(by.at[v]) * silu(to_float(gates.at[v])));
+        *reinterpret_cast<Elements*>(out + i) = result;
+    }
 }

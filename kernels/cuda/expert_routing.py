@@ -41,7 +41,9 @@ def select_experts(
         biases = optional(logit_bias), optional(None if bias is None else bias.contiguous()), np.int32(stride)
         sizes = map(np.int32, (tokens, num_experts, count, first_expert, has_shared))
         factors = np.float32(least_sum), np.float32(scaling)
-        launch((-(-tokens // 8), 1), MAX_THREADS, expert_ids, scores, logits.contiguous(), *biases, *factors, *sizes)
+        logits = logits if logits.stride(1) == 1 else logits.contiguous()
+        inputs = logits, np.int64(logits.stride(0)), *biases
+        launch((-(-tokens // 8), 1), MAX_THREADS, expert_ids, scores, *inputs, *factors, *sizes)
     return expert_ids, scores
 
 
@@ -66,11 +68,13 @@ def route_tokens(
     scaling: float = 1.0,
     first_expert: int = 0,
     has_shared: bool = False,
+    num_padding: int = 0,
     batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    rows = len(weight) - num_padding
     if not _takes(x, weight, norm) or batch_invariant:
         x = x if norm is None else rms_norm(x, norm, eps)
-        logits = gemm.linear(x, weight, batch_invariant=batch_invariant)
+        logits = gemm.linear(x, weight, batch_invariant=batch_invariant)[:, :rows]
         rules: Any = {"logit_bias": logit_bias, "bias": bias, "least_sum": least_sum, "scaling": scaling}
         chosen = select_experts(
             logits,
@@ -82,7 +86,7 @@ def route_tokens(
             **rules,
         )
         return x, *chosen
-    (tokens, size), rows = x.shape, len(weight)
+    tokens, size = x.shape
     num_experts = rows - has_shared
     expert_ids = torch.empty(tokens, count + has_shared, dtype=torch.int64, device=x.device)
     scores, logits = (torch.empty(tokens, n, dtype=torch.float32, device=x.device) for n in (count + has_shared, rows))

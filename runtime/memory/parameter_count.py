@@ -149,6 +149,8 @@ def _experts_size(model: ModelConfig, ranks: int, rank: int) -> int:
     if experts.shared_size:
         shared = _dense_size(model, _share(experts.shared_size, ranks, rank))
         shared += experts.rules.shared_gate * model.hidden_size
+        if experts.shared_fits_expert and model.quantization is None:
+            shared += experts.router_padding * model.hidden_size
     return experts.num_experts * router + len(part.experts) * expert + shared
 
 

@@ -51,6 +51,7 @@ class GatedDeltaNet:
         decay = weights.add((2, heads.stop - heads.start), parameters)
         norm = Piece(f"{name}.norm.weight", (net.value_size,))
         norm_weight = weights.add((net.value_size,), [norm], is_norm=True, is_zero_centred=False)
+        self.batch_invariant = weights.batch_invariant
         self.layer = DeltaLayer(taps, decay, norm_weight, config.norm_eps)
         output = f"{name}.out_proj"
         self.output = RowLinear(weights, comm, output, config.hidden_size, value_features, value_rows, bias=False)
@@ -63,5 +64,7 @@ class GatedDeltaNet:
         else:
             gates = self.gates(normed)
         qkv, z = mixed[:, : self.channels], mixed[:, self.channels :]
-        out = state_ops.delta_net_(qkv, z, gates, self.layer, states.inputs, states.sums, states.rows)
+        out = state_ops.delta_net_(
+            qkv, z, gates, self.layer, states.inputs, states.sums, states.rows, batch_invariant=self.batch_invariant
+        )
         self.output(out, residual)

@@ -55,6 +55,11 @@ class ExpertConfig:
         """Whether the shared expert can be computed as one more expert: it has the same size, and a gate."""
         return self.rules.shared_gate and self.shared_size == self.intermediate_size and not self.parallel
 
+    @property
+    def router_padding(self) -> int:
+        """Rows after those of the experts and of the shared one: cuBLAS is slow unless they are a multiple of 8."""
+        return -(self.num_experts + 1) % 8
+
     def of_rank(self, rank: int, ranks: int) -> ExpertShare:
         """Return the experts and features of this rank; the shared expert is divided by features in any case."""
         if self.parallel:

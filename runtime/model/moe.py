@@ -51,7 +51,8 @@ class Router:
         # With batch_invariant there is a kernel for the model's dtype only.
         self.in_float32 = rules.float32_router and not weights.batch_invariant
         dtype = torch.float32 if self.in_float32 else None
-        self.weight = weights.add((n + has_shared, hidden_size), pieces, dtype=dtype)
+        self.num_padding = experts.router_padding if has_shared else 0
+        self.weight = weights.add((n + has_shared + self.num_padding, hidden_size), pieces, dtype=dtype)
         self.bias: Tensor | None = None
         if rules.bias is not None:
             shape = (1, n) if rules.bias_has_groups else (n,)
@@ -76,14 +77,11 @@ class Router:
         if not self.in_float32 and experts.num_groups == 1:
             return expert_ops.route_tokens(
                 normed.x, self.weight, count, norm=normed.weight, eps=normed.eps, bias=self.bias,
-                batch_invariant=invariant, **rules,
+                num_padding=self.num_padding, batch_invariant=invariant, **rules,
             )  # fmt: skip
         x = normed.tensor()
-        logits = (
-            F.linear(x.float(), self.weight)
-            if self.in_float32
-            else ops.linear(x, self.weight, batch_invariant=invariant)
-        )
+        weight = self.weight[: len(self.weight) - self.num_padding]
+        logits = F.linear(x.float(), weight) if self.in_float32 else ops.linear(x, weight, batch_invariant=invariant)
         bias = self.bias if experts.num_groups == 1 else self._bias_of_groups(logits)
         return x, *expert_ops.select_experts(logits, count, bias=bias, **rules)
 

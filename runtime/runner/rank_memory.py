@@ -124,7 +124,7 @@ class SlotTables:
             return None
         device, saves = self.tokens.device, plan.state_saves
         on_device = to_device(saves.reshape(-1, 2, 2), device) if len(saves) else None
-        return StateRows(rows, to_device(host.query_starts, device), on_device)
+        return StateRows(rows, to_device(host.query_starts, device), on_device, host.num_decoding)
 
     def _batch(
         self,

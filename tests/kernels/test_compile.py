@@ -75,11 +75,18 @@ INSTANCES = {
         ),
     ],
     "gated_delta.cu": [
-        *(f"causal_conv<{t}, 4>" for t in ("bf16", "f16", "float")),
+        *(f"causal_conv<{t}>" for t in ("bf16, 4, 8", "f16, 4, 8", "bf16, 4, 1", "float, 4, 4")),
         *(f"gated_delta<{shape}>" for shape in ("bf16, 128", "f16, 64", "float, 32")),
-        *(f"gated_rms_norm<{t}>" for t in ("bf16", "float")),
+        *(f"gated_rms_norm<{t}, {v}>" for t in ("bf16", "float") for v in (1, 4)),
     ],
-    "delta_step.cu": [f"delta_step<{shape}>" for shape in ("bf16, 128, 4, 1", "bf16, 128, 4, 2", "float, 32, 4, 4")],
+    "delta_chunks.cu": [
+        *(f"chunk_matrices<{shape}>" for shape in ("bf16, 128", "f16, 64")),
+        *(f"delta_chunks<{shape}>" for shape in ("bf16, 128, 64", "bf16, 128, 16", "f16, 64, 32")),
+    ],
+    "delta_step.cu": [
+        f"delta_step<{shape}>"
+        for shape in ("bf16, 128, 4, 2, 16", "bf16, 128, 4, 2, 32", "bf16, 128, 4, 4, 128", "float, 64, 4, 4, 64")
+    ],
     "experts.cu": [
         *(f"group_pairs<{rows}>" for rows in (8, 16, 32, 64, 128)),
         *(

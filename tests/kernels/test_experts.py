@@ -322,19 +322,22 @@ def test_experts_graph_replays_with_other_routing(tokens: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normed", [True, False])
-@pytest.mark.parametrize(("tokens", "size", "num_experts", "has_shared"), [(1, 2048, 256, True), (8, 136, 20, False)])
+@pytest.mark.parametrize(
+    ("tokens", "size", "num_experts", "has_shared"), [(1, 2048, 256, True), (8, 136, 20, False), (9, 136, 20, True)]
+)
 def test_route_tokens_is_norm_gemm_and_choice(
     device: str, tokens: int, size: int, num_experts: int, has_shared: bool, normed: bool, dtype: torch.dtype
 ) -> None:
     rows = num_experts + has_shared
     x, norm, bias = (torch.randn(*shape, device=device).to(dtype) for shape in ((tokens, size), (size,), (rows,)))
-    weight = (torch.randn(rows, size, device=device) / size**0.5).to(dtype)
+    padded = (torch.randn(rows + 3, size, device=device) / size**0.5).to(dtype)
+    weight = padded[:rows]
     expected = ops.rms_norm(x, norm, 1e-6) if normed else x
     logits = expected.float() @ weight.float().T + bias.float()
     options = {"norm": norm if normed else None, "eps": 1e-6, "logit_bias": bias}
     for _ in range(2):  # what one launch leaves behind must not disturb the next
         out, expert_ids, scores = expert_ops.route_tokens(
-            x, weight, 4, normalized=True, has_shared=has_shared, **options
+            x, padded, 4, normalized=True, has_shared=has_shared, num_padding=3, **options
         )
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-2)
     tolerance = 10 * TOLERANCE[dtype] if dtype != torch.float32 else 1e-4

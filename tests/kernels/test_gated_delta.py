@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,11 +19,15 @@ import emulator
 KEY_HEADS, VALUE_HEADS, TAPS = 2, 4, 4
 SIZES = [(64, 32), (32, 16)]  # of key and value heads
 COUNTS = [21, 1, 5]  # tokens of each row
+NUM_STATES = 42
 SLOTS = [4, 0, 2]
 EMULATED = pytest.param("emulated", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"))
 
 
-@pytest.fixture(params=["cpu", EMULATED, pytest.param("cuda", marks=pytest.mark.gpu)])
+KERNELS = [EMULATED, pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=["cpu", *KERNELS])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     torch.manual_seed(0)
     if request.param != "emulated":
@@ -94,6 +99,40 @@ def test_gated_delta_equals_transformers(device: str, sizes: tuple[int, int], dt
         torch.testing.assert_close(actual_states[slot].cpu(), last[0], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("device", KERNELS, indirect=True)
+@pytest.mark.parametrize(("sizes", "dtype"), [((64, 32), torch.float16), ((128, 128), torch.bfloat16)])
+def test_chunks_of_tokens_equal_transformers(device: str, sizes: tuple[int, int], dtype: torch.dtype) -> None:
+    """Rows that end within a chunk or at its end, and states saved within a chunk."""
+    if device == "cuda":
+        from lockstep.kernels.cuda import gated_delta as launches
+    else:
+        launches = emulator.emulated()
+    key_size, value_size = sizes
+    counts, total = [70, 1, 32], 103
+    q, k = (torch.randn(total, 1, key_size).to(dtype) for _ in range(2))
+    v, gates = torch.randn(total, 2, value_size).to(dtype), torch.randn(total, 4).to(dtype)
+    k[20:70] += 3  # similar keys, which matter most for the inverse
+    gates[:70, 2:] -= 4  # and slow decay
+    decay, states = torch.rand(2, 2).to(dtype), torch.randn(6, 2, key_size, value_size)
+    saves = torch.tensor([[[40, 1], [64, 3]], [[1, 5], [0, 0]], [[0, 0], [0, 0]]]).int()
+    qkv = torch.cat([x.flatten(1) for x in (q, k, v)], dim=1)
+    actual = states.clone().to(device)
+    out = launches.chunked_delta_(
+        qkv.to(device), gates.to(device), decay.to(device), actual, rows_of(counts, device, saves)
+    )
+    b, a = gates.float().chunk(2, dim=1)
+    g = -decay[0].float().exp() * F.softplus(a + decay[1].float())
+    ends = [(slot, piece, slot) for slot, piece in zip(SLOTS, pieces(counts), strict=True)]
+    ends += [(4, slice(0, 40), 1), (4, slice(0, 64), 3), (0, slice(70, 71), 5)]
+    for slot, piece, saved in ends:
+        whole = [x[None, piece].float() for x in (q.expand(-1, 2, -1), k.expand(-1, 2, -1), v, g, b.sigmoid())]
+        expected, last = torch_recurrent_gated_delta_rule(
+            *whole, initial_state=states[slot : slot + 1], output_final_state=True, use_qk_l2norm_in_kernel=True
+        )
+        torch.testing.assert_close(out[piece].cpu().float(), expected[0].flatten(1), rtol=8e-3, atol=1e-3)
+        torch.testing.assert_close(actual[saved].cpu(), last[0], rtol=1e-4, atol=1e-4)
+
+
 def assert_same(actual: Tensor, expected: Tensor, *, bitwise: bool) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0 if bitwise else 1e-5)
 
@@ -133,29 +172,80 @@ def test_gated_rms_norm_equals_transformers(device: str, dtype: torch.dtype) -> 
     torch.testing.assert_close(actual.cpu().float(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.fixture
+def with_clusters(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the emulated delta_net_ take delta_step, which needs clusters."""
+    if device == "cpu" and ops.reference is emulator.emulated():
+        monkeypatch.setitem(emulator.emulated().delta_net_.__globals__, "_step_takes", lambda *_: True)
+
+
+class LayerCase(NamedTuple):
+    """Random inputs of delta_net_: x, z, gates, the layer, and two copies of the states."""
+
+    inputs: tuple[Tensor, Tensor, Tensor]
+    layer: DeltaLayer
+    states: list[tuple[Tensor, Tensor]]
+
+
+def layer_case(device: str, dtype: torch.dtype, key_heads: int, sizes: tuple[int, int], tokens: int) -> LayerCase:
+    key_size, value_size = sizes
+    keys, values = 2 * key_heads * key_size, VALUE_HEADS * value_size
+    mixed = torch.randn(tokens, keys + 2 * values + 2 * VALUE_HEADS).to(dtype).to(device)
+    shapes = (keys + values, TAPS), (2, VALUE_HEADS), (value_size,)
+    taps, decay, norm = (torch.rand(*shape).to(dtype).to(device) for shape in shapes)
+    inputs = torch.randn(NUM_STATES, TAPS - 1, keys + values).to(dtype).to(device)
+    sums = torch.randn(NUM_STATES, VALUE_HEADS, key_size, value_size).to(device)
+    states = [(inputs, sums), (inputs.clone(), sums.clone())]
+    parts = mixed.split([keys + values, values, 2 * VALUE_HEADS], dim=1)
+    return LayerCase(parts, DeltaLayer(taps, decay, norm, 1e-6), states)
+
+
+def three_ops(case: LayerCase, states: tuple[Tensor, Tensor], rows: StateRows) -> Tensor:
+    (x, z, gates), layer, (inputs, sums) = case.inputs, case.layer, states
+    qkv = state_ops.causal_conv_(x, layer.taps, inputs, rows)
+    return state_ops.gated_rms_norm(state_ops.gated_delta_(qkv, gates, layer.decay, sums, rows), z, layer.norm, 1e-6)
+
+
+@pytest.mark.usefixtures("with_clusters")
+@pytest.mark.parametrize("rows", [3, 10])  # a head in several blocks, and in one
 @pytest.mark.parametrize(("key_heads", "sizes"), [(2, (64, 32)), (4, (32, 16)), (1, (32, 128))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_launch_of_a_step_is_bitwise_the_three(
-    device: str, bitwise: bool, dtype: torch.dtype, key_heads: int, sizes: tuple[int, int]
+    device: str, dtype: torch.dtype, key_heads: int, sizes: tuple[int, int], rows: int
 ) -> None:
-    key_size, value_size = sizes
-    keys, values, rows = 2 * key_heads * key_size, VALUE_HEADS * value_size, 3
-    channels = keys + values
-    mixed = torch.randn(rows, channels + values + 2 * VALUE_HEADS).to(dtype).to(device)
-    x, z, gates = mixed.split([channels, values, 2 * VALUE_HEADS], dim=1)
-    taps, decay, norm = (torch.rand(*shape).to(dtype).to(device) for shape in ((channels, 4), (2, 4), (value_size,)))
-    layer = DeltaLayer(taps, decay, norm, 1e-6)
-    inputs = torch.randn(6, TAPS - 1, channels).to(dtype).to(device)
-    sums = torch.randn(6, VALUE_HEADS, key_size, value_size).to(device)
-    saves = torch.tensor([[[1, 3], [0, 0]], [[0, 0], [0, 0]], [[0, 0], [1, 1]]]).int()
-    tokens = rows_of([1] * rows, device, saves)
-    step = emulator.emulated().delta_step if bitwise and device == "cpu" else state_ops.delta_net_
-    after = inputs.clone(), sums.clone()
-    actual = step(x, z, gates, layer, *after, tokens)
-    qkv = state_ops.causal_conv_(x, taps, inputs, tokens)
-    expected = state_ops.gated_rms_norm(state_ops.gated_delta_(qkv, gates, decay, sums, tokens), z, norm, 1e-6)
-    for one, other in ((actual, expected), (after[0], inputs), (after[1], sums)):
+    case = layer_case(device, dtype, key_heads, sizes, rows)
+    saves = torch.zeros(rows, 2, 2).int()
+    saves[0, 0], saves[2, 1] = torch.tensor([1, 13]), torch.tensor([1, 14])
+    tensors = torch.randperm(12)[:rows].int(), torch.arange(rows + 1).int(), saves
+    tokens = StateRows(*(tensor.to(device) for tensor in tensors))
+    actual = state_ops.delta_net_(*case.inputs, case.layer, *case.states[0], tokens)
+    assert torch.equal(actual, three_ops(case, case.states[1], tokens))
+    for one, other in zip(*case.states, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("with_clusters")
+@pytest.mark.parametrize("num_decoding", [2, 35])  # few rows, and more than the tokens of a chunk
+@pytest.mark.parametrize("batch_invariant", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_decode_beside_prompts_are_bitwise_the_three(
+    device: str, dtype: torch.dtype, batch_invariant: bool, num_decoding: int
+) -> None:
+    """Prompts are bitwise the three ops as well, unless chunks compute them: those round in another order."""
+    counts = [1] * num_decoding + [40, 7]
+    case = layer_case(device, dtype, 2, (32, 16), sum(counts))
+    saves = torch.zeros(len(counts), 2, 2).int()
+    saves[0, 0], saves[num_decoding] = torch.tensor([1, 39]), torch.tensor([[35, 40], [16, 41]])
+    tensors = torch.randperm(39)[: len(counts)].int(), torch.tensor([0, *counts]).cumsum(0).int(), saves
+    rows = StateRows(*(tensor.to(device) for tensor in tensors), num_decoding=num_decoding)
+    actual = state_ops.delta_net_(*case.inputs, case.layer, *case.states[0], rows, batch_invariant=batch_invariant)
+    expected = three_ops(case, case.states[1], rows)
+    chunked = dtype != torch.float32 and not batch_invariant
+    tolerance: dict[str, float] = {"rtol": 0.02, "atol": 0.02} if chunked else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(actual, expected, **tolerance)
+    assert torch.equal(actual[:num_decoding], expected[:num_decoding])
+    assert torch.equal(case.states[0][0], case.states[1][0])
+    torch.testing.assert_close(case.states[0][1], case.states[1][1], **tolerance)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -118,6 +118,7 @@ struct Fiber {
     std::unique_ptr<char[]> stack{new char[STACK]};
     std::vector<std::vector<Copy>> groups;  // the closed groups of copies, then the open one
     Writes writes;                          // to memory of a rank, since the last barrier of the block
+    int cluster_phase = 0;                  // at which it arrived at the barrier of its cluster
 };
 struct Grid {
     void (*kernel)(void**);
@@ -195,16 +196,21 @@ inline void run(size_t place) {
 struct Cluster {
     std::deque<Block> blocks;
     std::vector<Thread> waiting;  // at its barrier
+    int arrived = 0, phase = 0;
 };
 inline Cluster cluster;
-inline void arrive_and_wait(Cluster& cluster) {
-    cluster.waiting.push_back({here, current});
+inline void arrive(Cluster& cluster) {
+    here->fibers[current].cluster_phase = cluster.phase;
     int expected = 0;
     for (Block& block : cluster.blocks) expected += block.barrier.expected;
-    if ((int)cluster.waiting.size() == expected) {
-        ready.insert(ready.end(), cluster.waiting.begin(), cluster.waiting.end());
-        cluster.waiting.clear();
-    }
+    if (++cluster.arrived < expected) return;
+    ready.insert(ready.end(), cluster.waiting.begin(), cluster.waiting.end());
+    cluster.waiting.clear();
+    cluster.arrived = 0, ++cluster.phase;
+}
+inline void wait(Cluster& cluster) {
+    const bool complete = here->fibers[current].cluster_phase != cluster.phase;
+    (complete ? ready : cluster.waiting).push_back({here, current});
     leave();
 }
 
@@ -227,7 +233,7 @@ inline void copy_boxes(PhaseBarrier& barrier) {
 // Return an error, or null.
 inline const char* run_cluster(Grid& grid, int size, Dim first, int shared_bytes) {
     memset(shared, 0xff, size * SHARED);  // NaN, for reads of unwritten memory
-    cluster.blocks.resize(size), cluster.waiting.clear();
+    cluster.blocks.resize(size), cluster.waiting.clear(), cluster.arrived = 0;
     box_copies.clear();  // of a kernel that has not waited for them
     for (int i = 0; i < size; ++i) {
         cluster.blocks[i].place = i;
@@ -418,6 +424,10 @@ inline void load_matrices(unsigned (&to)[4], unsigned row) {
     memcpy(at, rows, sizeof(at));
     for (int i = 0; i < 4; ++i) memcpy(&to[i], emulator::shared + (int)at[8 * i + threadIdx.x % 32 / 4] + threadIdx.x % 4 * 4, 4);
 }
+inline void load_transposed_matrices(unsigned (&to)[4], unsigned row) {
+    load_matrices(to, row);
+    for (unsigned& matrix : to) matrix = transpose(matrix);
+}
 inline void store_release(unsigned* flag, unsigned value) {
     emulator::apply(emulator::here->fibers[emulator::current].writes);
     emulator::apply(emulator::here->writes);
@@ -445,7 +455,13 @@ template <typename T> void load_relaxed(T& v, const void* from) {
 inline long long now_ns() { return emulator::turns; }
 inline unsigned atomicCAS(unsigned* at, unsigned expected, unsigned value) { return std::exchange(*at, *at == expected ? value : *at); }
 inline unsigned atomicInc(unsigned* at, unsigned last) { return std::exchange(*at, *at >= last ? 0 : *at + 1); }
-inline void sync_cluster() { emulator::arrive_and_wait(emulator::cluster); }
+inline void arrive_at_cluster() { emulator::arrive(emulator::cluster); }
+inline void arrive_without_memory() { emulator::arrive(emulator::cluster); }
+inline void wait_for_cluster() { emulator::wait(emulator::cluster); }
+inline void sync_cluster() { arrive_at_cluster(), wait_for_cluster(); }
+inline float load_float_of_block(const float* at, int block) {
+    return *(const float*)((const char*)at + (block - emulator::here->place) * emulator::SHARED);
+}
 inline float4 load_of_block(const float* at, int block) {
     float4 v;
     memcpy(&v, (const char*)at + (block - emulator::here->place) * emulator::SHARED, sizeof(v));

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import flashinfer
 import numpy as np
@@ -23,6 +25,48 @@ from ..kv_pool import AttentionShape
 from .backend import Heads, rotate_and_store
 
 WORKSPACE_BYTES = 128 * 2**20  # FlashInfer's recommendation; holds partial results of split keys
+
+
+def compile_prefill(
+    shape: AttentionShape, windows: Collection[int | None], softcap: float | None, device: torch.device
+) -> None:
+    """Let FlashInfer compile its kernels for these layers, or load them: plan one token for each kind of window.
+
+    Kernels depend on dtypes, the head size, and on whether there is a window or a softcap. They are compiled by nvcc
+    and kept on disk; processes that need the same ones wait for each other.
+    """
+
+    def plan(window: int | None) -> None:
+        workspace = torch.zeros(2**20, dtype=torch.uint8, device=device)
+        zero, one = torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32)
+        ends = torch.cat((zero, one))
+        sizes = shape.num_heads, shape.num_kv_heads, shape.stored_head_dim, shape.page_size
+        options = _plan_options(shape, window, 1.0, softcap)
+        _wrapper(shape, workspace).plan(ends, ends, zero.to(device), one, *sizes, **options)
+
+    kinds = {window is None: window for window in windows}.values()
+    with ThreadPoolExecutor(len(kinds)) as threads:
+        list(threads.map(plan, kinds))
+
+
+def _wrapper(shape: AttentionShape, workspace: Tensor) -> flashinfer.BatchPrefillWithPagedKVCacheWrapper:
+    # FA3 is faster for a head size of 128 only: 584 us against 904 for 2 x 4096 tokens on an H200. It does not take
+    # 16-bit queries with an FP8 cache.
+    hopper = torch.cuda.get_device_capability(workspace.device)[0] == 9
+    backend = "fa3" if hopper and shape.stored_head_dim == 128 and shape.cache_dtype == shape.dtype else "fa2"
+    return flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, backend=backend)
+
+
+def _plan_options(shape: AttentionShape, window: int | None, scale: float, softcap: float | None) -> dict[str, Any]:
+    """Return options of FlashInfer's `plan`."""
+    return {
+        "causal": True,
+        "window_left": -1 if window is None else window - 1,  # FlashInfer does not count the query's key
+        "q_data_type": shape.dtype,
+        "kv_data_type": shape.cache_dtype,
+        "sm_scale": scale,
+        "logits_soft_cap": softcap or 0.0,  # 0: none
+    }
 
 
 class FlashInferAttention:
@@ -43,11 +87,7 @@ class FlashInferAttention:
         self._scale, self._softcap = scale, softcap
         self._groups = num_groups(shape.num_heads, shape.num_kv_heads)
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        # FA3 is faster for a head size of 128 only: 584 us against 904 for 2 x 4096 tokens on an H200. It does not take
-        # 16-bit queries with an FP8 cache.
-        hopper = torch.cuda.get_device_capability(device)[0] == 9
-        backend = "fa3" if hopper and shape.stored_head_dim == 128 and shape.cache_dtype == shape.dtype else "fa2"
-        self._prefill = {w: flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, backend=backend) for w in windows}
+        self._prefill = {w: _wrapper(shape, workspace) for w in windows}
         self._windows = {window for window, _ in windows}
         self._planned = torch.cuda.Event()
 
@@ -107,15 +147,8 @@ class FlashInferAttention:
         last_lengths = (kv_lengths - (counts - 1) * shape.page_size).astype(np.int32)
         queries, indptr, last = (torch.from_numpy(a) for a in (query_starts, starts, last_lengths))
         heads = shape.num_heads, shape.num_kv_heads, shape.stored_head_dim, shape.page_size
-        options = {
-            "causal": True,
-            "q_data_type": shape.dtype,
-            "kv_data_type": shape.cache_dtype,
-            "sm_scale": self._scale,
-            "logits_soft_cap": self._softcap or 0.0,  # 0: none
-        }
         self._planned.synchronize()  # wait for the copy of the last plan: all plans use one pinned buffer
         for (window, group), wrapper in self._prefill.items():
-            left = -1 if window is None else window - 1  # FlashInfer does not count the query's key
-            wrapper.plan(queries, indptr, pages[group], last, *heads, window_left=left, **options)
+            options = _plan_options(shape, window, self._scale, self._softcap)
+            wrapper.plan(queries, indptr, pages[group], last, *heads, **options)
         self._planned.record()
