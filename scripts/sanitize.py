@@ -8,6 +8,8 @@ API errors are not reported, because cuda-bindings asks the driver for functions
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,10 @@ def attention() -> None:
         (64, 8, 5, None, None), (128, 8, 16, None, None), (128, 24, 16, 50, None), (96, 8, 16, 50, 2.0),
         (256, 8, 16, None, None), (256, 8, 16, 50, 2.0),
     )  # fmt: skip
-    for size, heads, page_size, window, softcap in shapes:
+    cache_dtypes = torch.bfloat16, torch.float8_e4m3fn
+    for (size, heads, page_size, window, softcap), cache_dtype in itertools.product(shapes, cache_dtypes):
         table = torch.randperm(rows * 400, device="cuda").int().view(rows, 400)
-        cache = KVCache(*(random(rows * 400, page_size, kv_heads, size) for _ in range(2)))
+        cache = KVCache(*(random(rows * 400, page_size, kv_heads, size).to(cache_dtype) for _ in range(2)))
         norm, cos_sin = QKNorm(random(size), random(size), 1e-6), torch.randn(2000, size, device="cuda")
         kv_slots = table[table_rows.long(), positions.long() // page_size] * page_size + positions % page_size
         for first in (0, 65, 67, 69):  # few rows and many take different blocks

@@ -5,6 +5,7 @@
 #include <cuda_fp8.h>
 #define DEVICE __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
+#define ROLLED _Pragma("unroll 1")
 
 typedef __nv_bfloat16 bf16;
 typedef __half f16;
@@ -28,6 +29,10 @@ template <typename C, typename T> DEVICE C convert(T x) { return from_float<C>(t
 template <> DEVICE bf16 convert<bf16, bf16>(bf16 x) { return x; }
 template <> DEVICE f16 convert<f16, f16>(f16 x) { return x; }
 template <> DEVICE float convert<float, float>(float x) { return x; }
+template <> DEVICE f16 convert<f16, bf16>(bf16 x) {  // saturates
+    const float value = to_float(x);
+    return from_float<f16>(value > 65504.f ? 65504.f : value < -65504.f ? -65504.f : value);
+}
 
 template <typename T, int V> DEVICE Vec<T, V> round_all(const float (&values)[V]) {
     Vec<T, V> rounded;
@@ -36,7 +41,12 @@ template <typename T, int V> DEVICE Vec<T, V> round_all(const float (&values)[V]
 }
 
 DEVICE float silu(float x) { return x / (1.f + __expf(-x)); }
-DEVICE float tanh_of(float x) { return 1.f - 2.f / (1.f + __expf(2.f * x)); }
+DEVICE float tanh_of(float x) { return 1.f - __fdividef(2.f, 1.f + __expf(2.f * x)); }
+DEVICE float exp2_of(float x) {  // 0 where 2^x is subnormal
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 DEVICE float infinity() { return __int_as_float(0x7f800000); }  // NVRTC has no INFINITY
 
 DEVICE float warp_sum(float x) {

@@ -5,15 +5,28 @@
 // Return how many keys in the cache a row attends to, excluding its new key.
 DEVICE int num_visible_keys(int position, int window) { return window > 0 ? min(position, window - 1) : position; }
 
+// The division of chunks into parts of `length` chunks, of which the first `longer` have one more.
+struct EvenParts {
+    int length, longer;
+
+    DEVICE EvenParts(int num_chunks, int num_parts) : length(num_chunks / num_parts), longer(num_chunks % num_parts) {}
+    DEVICE int first_chunk(int part) const { return part * length + min(part, longer); }
+    DEVICE int part_of(int chunk) const {
+        const int rest = chunk - longer * (length + 1);  // chunks after the longer parts
+        return rest < 0 ? chunk / (length + 1) : longer + rest / length;
+    }
+};
+
 // The tensor that partition_keys writes; PartitionLayout in paged_attention.py mirrors it. A chunk is kv_chunk keys of one
 // row; the last chunk of a row may have fewer, and a row has at least one chunk. A part is a run of chunks:
-//   num_parts = min(max_parts, num_chunks, max(rows, num_chunks / min_chunks)); part p starts at chunk p * num_chunks / num_parts.
+//   num_parts = min(max_parts, num_chunks, max(rows, num_chunks / min_chunks)).
 template <typename Int> struct Partition {
     Int* data;  // num_parts, num_chunks, starts [rows + 1], first_rows [max_parts], counters [rows, groups of heads]
     int rows;
 
     DEVICE Int& num_parts() const { return data[0]; }
     DEVICE Int& num_chunks() const { return data[1]; }
+    DEVICE EvenParts parts() const { return {num_chunks(), num_parts()}; }
     DEVICE Int* starts() const { return data + 2; }  // the first chunk of each row, then num_chunks
     DEVICE Int& first_row(int part) const { return starts()[rows + 1 + part]; }  // the row of its first chunk
 };
@@ -61,7 +74,7 @@ struct KeyRange {
     int chunk;                   // the index of the first chunk in the sequence of all chunks
     int first_chunk, end_chunk;  // the chunks [first_chunk, end_chunk) of the row
     int row_chunks;
-    const int* pages;
+    int table_row;  // of the page table
 
     DEVICE bool has_new_token() const { return end_chunk == row_chunks; }
     DEVICE bool is_whole_row() const { return end_chunk - first_chunk == row_chunks; }

@@ -61,6 +61,12 @@ DEVICE uint2 stream_half(const void* from) {
     return v;
 }
 
+DEVICE unsigned stream_word(const void* from) {
+    unsigned v;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(v) : "l"(from));
+    return v;
+}
+
 template <typename T> DEVICE unsigned pack(float low, float high) {
     Vec<T, 2> both = {from_float<T>(low), from_float<T>(high)};
     return *reinterpret_cast<unsigned*>(&both);
@@ -68,6 +74,10 @@ template <typename T> DEVICE unsigned pack(float low, float high) {
 
 DEVICE void copy_async(void* to, const void* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));
+}
+
+DEVICE void copy_word_async(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from));
 }
 
 // Copy 16 bytes past L1, or write zeros without reading if not `inside`.

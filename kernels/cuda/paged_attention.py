@@ -73,7 +73,7 @@ def _partition_layout(rows: int, groups: int, device: int, kv_chunk: int | None)
     rest = max_parts % max(1, rows)
     if 16 * rest <= max_parts:
         max_parts -= rest  # rows of one length are best divided at their ends
-    return PartitionLayout(8, 128, max_parts, 4)
+    return PartitionLayout(8, 128, max_parts, 2 if rows == 1 else 4)  # no block has keys of one row and of another
 
 
 def partition_keys(positions: Tensor, groups: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
@@ -112,7 +112,7 @@ def decode_attention(
     early = partition.kv_chunk is None
     capped = "false" if softcap is None else "true"
     name = f"decode_attention<{c_name(qkv)}, {c_name(cache.k)}, {head_dim}, {layout.warps}, {capped}>"
-    shared_bytes = 4 * layout.warps * MAX_GROUP * (head_dim + 17)  # WarpSums of the kernel
+    shared_bytes = 4 * layout.warps * MAX_GROUP * (head_dim + 4)  # WarpSums of the kernel
     launch = kernel("decode_attention.cu", name, shared_bytes=shared_bytes, early=early)
     grid, threads = (layout.max_parts * kv_heads, groups // kv_heads), 32 * layout.warps
     head_arguments = *_head_arguments(norm, rope, cache, kv_slots), np.int32(num_pages * page_size)

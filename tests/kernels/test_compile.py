@@ -66,6 +66,8 @@ INSTANCES = {
                 "bf16, bf16, 128, 4, false",
                 "bf16, bf16, 128, 8, true",
                 "bf16, fp8, 128, 4, false",
+                "f16, fp8, 128, 8, true",
+                "bf16, fp8, 96, 4, true",
                 "f16, fp8, 64, 8, false",
                 "bf16, bf16, 256, 4, false",
                 "bf16, bf16, 256, 8, true",

@@ -107,7 +107,7 @@ def test_linear_of_fp8(
     check("linear", x, both, bias, norm=norm, eps=1e-5, gated=True, factor=4)
 
 
-DECODED = [(1, 2, 1, 64), (5, 8, 2, 64), (5, 6, 1, 128), (12, 3, 3, 64)]
+DECODED = [(1, 2, 1, 64), (5, 8, 2, 64), (5, 6, 1, 128), (12, 3, 3, 64), (2, 4, 1, 96), (4, 2, 1, 256)]
 
 
 @pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn])
@@ -146,6 +146,16 @@ def test_decode_attention_reads_a_part_of_padded_heads() -> None:
 @pytest.mark.parametrize("table", [(701, 12), (701, 32), (701, 48), (0, 64)], ids=str)
 def test_decode_attention_rotates_a_part_of_a_head(size: int, table: tuple[int, int]) -> None:
     check_decode_attention(5, 4, 2, size, None, torch.randn(table))
+
+
+def test_decode_attention_of_queries_beyond_float16_with_an_fp8_cache() -> None:
+    cache = KVCache(*(random(9, 16, 1, 64).to(torch.float8_e4m3fn) for _ in "kv"))
+    qkv, positions = random(1, 4 * 64), torch.tensor([143], dtype=torch.int32)
+    qkv[0, :2], qkv[0, 64] = torch.tensor([1e30, 1.0]), -1e30  # one element decides for each head
+    partition = emulator.emulated().partition_keys(positions, 1, None)
+    norm, rope, pages = QKNorm(None, None, 0.0), Rope(positions, torch.randn(0, 64)), torch.arange(9).int()
+    views = Pages(pages[None], torch.zeros(1, dtype=torch.int32))
+    check("decode_attention", qkv, norm, rope, cache, positions.clone(), views, partition, 0.1, factor=4)
 
 
 def check_decode_attention(
@@ -359,14 +369,17 @@ def test_linear_batch_invariant_row_is_bitwise_equal_in_any_batch(features: int,
     assert_close(together[3], expected.double(), 4)
 
 
+@pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn])
 @pytest.mark.parametrize("window", [None, 150])
-def test_decode_attention_with_kv_chunk_is_bitwise_equal_in_any_batch(window: int | None) -> None:
+def test_decode_attention_with_kv_chunk_is_bitwise_equal_in_any_batch(
+    window: int | None, cache_dtype: torch.dtype
+) -> None:
     rows, heads, kv_heads, size, kv_chunk = 7, 4, 2, 64, 48
     positions = torch.tensor([0, kv_chunk * 8, kv_chunk, kv_chunk - 1, 1, 200, 333], dtype=torch.int32)
     table = torch.randperm(rows * 26, dtype=torch.int32).view(rows, 26)
     table_rows = torch.randperm(rows, dtype=torch.int32)
     slots = table[table_rows.long(), positions.long() // 16] * 16 + positions % 16
-    cache = KVCache(*(random(rows * 26, 16, kv_heads, size) for _ in range(2)))
+    cache = KVCache(*(random(rows * 26, 16, kv_heads, size).to(cache_dtype) for _ in range(2)))
     qkv, cos_sin = random(rows, (heads + 2 * kv_heads) * size), torch.randn(500, size)
 
     def attention(rows: slice, module: Any, kv_chunk: int | None) -> Tensor:

@@ -500,24 +500,29 @@ def test_linear_batch_invariant_row_is_bitwise_equal_in_any_batch(features: int,
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [64, 96, 128, 256])
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_decode_attention_reads_fp8_as_the_numbers_it_stands_for(rows: int, size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("rows", "window", "softcap"), [(1, None, None), (3, 100, 2.0), (40, 100, None)])
+def test_decode_attention_reads_fp8_as_the_numbers_it_stands_for(
+    rows: int, window: int | None, softcap: float | None, size: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     heads, kv_heads, pages = 8, 2, 40
     positions = torch.randint(0, 16 * pages - 1, (rows,), device="cuda", dtype=torch.int32)
     table = torch.randperm(rows * pages, device="cuda").int().view(rows, pages)
     kv_slots = table[torch.arange(rows, device="cuda"), positions.long() // 16] * 16 + positions % 16
     fp8 = KVCache(*(torch.randn(rows * pages, 16, kv_heads, size, device="cuda").to(torch.float8_e4m3fn) for _ in "kv"))
-    wide = KVCache(*(part.to(dtype) for part in fp8))
+    exact = KVCache(*(part.double() for part in fp8))
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * size, device="cuda").to(dtype)
     rope = Rope(positions, torch.randn(16 * pages, size, device="cuda"))
     views = Pages(table, torch.arange(rows, device="cuda", dtype=torch.int32))
-    partition = ops.partition_keys(positions, kv_heads, None)
-    norm = QKNorm(None, None, 1e-6)
-    results = [ops.decode_attention(qkv, norm, rope, cache, kv_slots, views, partition, 0.1) for cache in (fp8, wide)]
-    assert torch.equal(*results)
-    for narrow, exact in zip(fp8, wide, strict=True):
-        assert torch.equal(narrow.float(), exact.float().clamp(-448, 448).to(torch.float8_e4m3fn).float())
+    partition = ops.partition_keys(positions, kv_heads, window)
+    norm, sinks = QKNorm(None, None, 1e-6), torch.randn(heads, device="cuda").to(dtype)
+    stored = KVCache(*(part.clone() for part in fp8))
+    ops.rotate_and_store_(qkv, norm, rope, stored, kv_slots)
+    step = norm, rope, fp8, kv_slots, views, partition, 0.1, softcap, sinks
+    out = ops.decode_attention(qkv, *step)
+    expected = reference.decode_attention(qkv.double(), *step[:2], exact, *step[3:-1], sinks.double())
+    assert_close(out, expected, 2)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(fp8, stored, strict=True))
 
 
 DECODED = [  # heads, KV heads, head size, softcap, whether there are sinks
@@ -653,7 +658,8 @@ def test_partition_keys_has_the_first_row_of_each_part(device: str, rows: int, w
     assert starts == [0, *itertools.accumulate(chunks)]
     assert num_chunks == starts[-1]
     row_of = [row for row in range(rows) for _ in range(chunks[row])]
-    assert first_rows == [row_of[part * num_chunks // num_parts] for part in range(num_parts)]
+    length, longer = divmod(num_chunks, num_parts)
+    assert first_rows == [row_of[part * length + min(part, longer)] for part in range(num_parts)]
     assert 1 <= num_parts <= num_chunks
 
 

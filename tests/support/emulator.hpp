@@ -85,6 +85,7 @@ inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
     const uint64_t bytes = (uint64_t)y << 32 | x;
     unsigned result = 0;
@@ -111,7 +112,7 @@ inline unsigned random_below(size_t count) {  // Knuth's linear congruential gen
 
 struct Barrier { int expected = 0; std::vector<int> waiting; };
 struct Warp { Barrier barrier; int buffer[32] = {}; char words[2][32][32]; };
-struct Copy { void* to; const void* from; bool inside; };
+struct Copy { void* to; const void* from; bool inside; int bytes = 16; };
 typedef std::map<char*, std::string> Writes;  // address -> bytes
 struct Fiber {
     ucontext_t context;
@@ -267,7 +268,7 @@ template <typename T> const T* exchange(T word) {
 inline void wait_for_copies(size_t pending) {
     auto& groups = here->fibers[current].groups;
     for (; groups.size() > pending + 1; groups.erase(groups.begin()))
-        for (const Copy& copy : groups[0]) copy.inside ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+        for (const Copy& copy : groups[0]) copy.inside ? memcpy(copy.to, copy.from, copy.bytes) : memset(copy.to, 0, copy.bytes);
 }
 
 template <typename... A, size_t... I> void call(void (*function)(A...), void** values, std::index_sequence<I...>) { function(*(A*)values[I]...); }
@@ -380,16 +381,22 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
 }
 inline void __syncwarp() { emulator::arrive_and_wait(emulator::here->warps[emulator::current / 32].barrier); }
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulator::exchange(x)[threadIdx.x % 32 ^ mask]; }
+template <typename T> T __shfl_sync(unsigned, T x, int lane) { return emulator::exchange(x)[lane]; }
 template <typename T> T __shfl_up_sync(unsigned, T x, int by) { return emulator::exchange(x)[max(0, threadIdx.x % 32 - by)]; }
 inline unsigned __cvta_generic_to_shared(const void* at) { return (const char*)at - emulator::shared; }
 
 // The kernels' assembly, in C++.
+inline float exp2_of(float x) { return std::exp2(x); }
+inline unsigned stream_word(const void* from) { return *(const unsigned*)from; }
 inline uint2 stream_half(const void* from) { return *(const uint2*)from; }
 inline uint4 stream(const void* from) { return *(const uint4*)from; }
 inline void copy_async(unsigned to, const void* from, bool inside = true) {
     emulator::here->fibers[emulator::current].groups.back().push_back({emulator::shared + (int)to, from, inside});
 }
 inline void copy_async(void* to, const void* from) { copy_async(__cvta_generic_to_shared(to), from); }
+inline void copy_word_async(void* to, const void* from) {
+    emulator::here->fibers[emulator::current].groups.back().push_back({to, from, true, 4});
+}
 inline void commit_copies() { emulator::here->fibers[emulator::current].groups.emplace_back(); }
 template <int N> void wait_copies() { emulator::wait_for_copies(N); }
 inline void wait_all_copies() { commit_copies(), emulator::wait_for_copies(0); }

@@ -31,7 +31,8 @@ FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-w")
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 * 1024
 IN_ASSEMBLY = (
-    "stream|stream_half|transpose|copy_async|commit_copies|wait_copies|wait_all_copies|load_matrices|load_transposed_matrices"
+    "stream|stream_half|stream_word|exp2_of|transpose|copy_async|copy_word_async|commit_copies|wait_copies|wait_all_copies"
+    "|load_matrices|load_transposed_matrices"
     "|store_release|load_acquire|store_relaxed|load_relaxed|now_ns|multiply_async|begin_multiply|end_multiply|init_barrier"
     "|publish_barriers|arrive|arrive_expecting|wait_for_phase|copy_box|copy_bytes|prefetch_line|sync_cluster|load_of_block"
     "|arrive_at_cluster|arrive_without_memory|wait_for_cluster|load_float_of_block"
