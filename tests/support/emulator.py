@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 
 from lockstep.kernels import native, ops
+from lockstep.kernels.cuda.launch_parameters import LaunchParameters
 
 HEADER = Path(__file__).with_name("emulator.hpp")
 PACKAGE = "lockstep.kernels.emulated"
@@ -72,6 +74,7 @@ def _kernel(
 ) -> Launch:
     """Stand for `kernel` of kernel_launch.py: return one instance, called with grid, threads and arguments."""
     library = _compiled(native.source_text(source), name)
+    parameters = LaunchParameters()
 
     def launch(grid: tuple[int, int], threads: int, *arguments: Any) -> None:
         assert 0 < threads <= 1024
@@ -79,17 +82,26 @@ def _kernel(
         assert min(grid) > 0
         assert shared_bytes <= SHARED_BYTES
         assert grid[0] % cluster == 0
-        addresses = [np.int64(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
-        values = (ctypes.c_char_p * len(addresses))(*(a.tobytes() for a in addresses))
+        values = ctypes.c_void_p(parameters.address_of(arguments))
         fault = library.launch(*grid, threads, shared_bytes, cluster, values)
         assert fault is None, f"{name}: {fault.decode()}"
 
     return launch
 
 
-def _tile_map(matrix: torch.Tensor, box_rows: int) -> np.ndarray:
-    """Stand for `tile_map` of kernel_launch.py: the bytes of a TileMap that begin with an EmulatedMap."""
-    return np.array([matrix.data_ptr(), *matrix.shape, box_rows, *[0] * 12])
+@dataclass(frozen=True)
+class EmulatedTileMap:
+    """A stand-in for driver.CUtensorMap: the bytes of a TileMap that begin with an EmulatedMap."""
+
+    words: np.ndarray
+
+    def getPtr(self) -> int:
+        return int(self.words.ctypes.data)
+
+
+def _tile_map(matrix: torch.Tensor, box_rows: int) -> EmulatedTileMap:
+    """Stand for `tile_map` of kernel_launch.py."""
+    return EmulatedTileMap(np.array([matrix.data_ptr(), *matrix.shape, box_rows, *[0] * 12]))
 
 
 @functools.cache
