@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .mxfp4_order import ordered_mxfp4, ordered_scales, published_mxfp4, published_scales
+
 MXFP4_BLOCK = 32  # columns with one scale
 MXFP4_NUMBERS = 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0
 MAX_CHUNKS = 8  # the most chunks of a row in a KeyPartition with kv_chunk
@@ -69,12 +71,17 @@ Matrix = Tensor | FP8Weight
 class MXFP4Weight(NamedTuple):
     """The matrices of all experts in the OCP format MXFP4: 4-bit numbers in blocks of 32 columns with one exponent.
 
-    A byte has the numbers of columns 2 c and 2 c + 1 in its low and its high half: a sign and an index of
-    MXFP4_NUMBERS. They are multiplied by 2^(scale - 127).
+    A number is a sign and an index of MXFP4_NUMBERS, times 2^(scale - 127). Each expert has the bytes of its matrix in
+    the order of mxfp4_order.py, so that a row is not `data[n, f]`; `of_checkpoint` makes it.
     """
 
-    data: Tensor  # [N, F, D / 2] uint8, contiguous
+    data: Tensor  # [N, F, D / 2] uint8, contiguous; F a multiple of 8
     scales: Tensor  # [N, F, D / 32] uint8, contiguous
+
+    @staticmethod
+    def of_checkpoint(data: Tensor, scales: Tensor) -> MXFP4Weight:
+        """Return the weight of such tensors row by row, two columns in a byte, the first in its low half."""
+        return MXFP4Weight(ordered_mxfp4(data), ordered_scales(scales))
 
     @property
     def shape(self) -> torch.Size:
@@ -83,9 +90,10 @@ class MXFP4Weight(NamedTuple):
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """Return the matrices that the weight stands for, [N, F, D]."""
         numbers = torch.tensor([*MXFP4_NUMBERS, *(-x for x in MXFP4_NUMBERS)], device=self.data.device)
-        pairs = torch.stack((self.data & 15, self.data >> 4), dim=-1).flatten(-2)
+        codes, scales = published_mxfp4(self.data), published_scales(self.scales)
+        pairs = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
         blocks = numbers[pairs.int()].unflatten(-1, (-1, MXFP4_BLOCK))
-        return torch.ldexp(blocks, self.scales.int().unsqueeze(-1) - 127).flatten(-2).to(dtype)
+        return torch.ldexp(blocks, scales.int().unsqueeze(-1) - 127).flatten(-2).to(dtype)
 
     def expert(self, index: int) -> Tensor:
         """Return the matrix [F, D] of one expert in float32."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .argument_checks import check_fp8, require
 from .arguments import MXFP4_BLOCK, ExpertMatrix, FP8Weight, MXFP4Weight
+from .mxfp4_order import ROWS
 
 
 def check_experts(
@@ -54,7 +55,8 @@ def check_experts(
 def _check_mxfp4(name: str, weight: MXFP4Weight, x: Tensor) -> None:
     require(weight.data.dtype == weight.scales.dtype == torch.uint8, name, weight.data, "must be uint8")
     fits = weight.data.dim() == 3 and weight.shape[-1] % MXFP4_BLOCK == 0
-    require(fits, name, weight.data, f"must be [N, F, D / 2], D a multiple of {MXFP4_BLOCK}")
+    fits = fits and weight.shape[1] % ROWS == 0
+    require(fits, name, weight.data, f"must be [N, F, D / 2], D a multiple of {MXFP4_BLOCK} and F of {ROWS}")
     grid = [*weight.shape[:2], weight.shape[2] // MXFP4_BLOCK]
     fits = list(weight.scales.shape) == grid and weight.scales.is_contiguous()
     require(fits, f"{name}.scales", weight.scales, f"must be {grid}, contiguous")

@@ -70,7 +70,7 @@ def route_tokens(
     check_linear(x, weight, norm, None, None, gated=False)
 
 
-@op("gemm")
+@op("expert_gemm")
 def experts(
     x: Tensor,
     expert_ids: Tensor,

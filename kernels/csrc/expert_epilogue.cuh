@@ -2,8 +2,6 @@
 #pragma once
 #include "mma.cuh"
 
-struct mxfp4 { unsigned char pair; };  // two elements, the first in the low half
-
 DEVICE bool exists(long long expert, int experts) { return (unsigned long long)expert < (unsigned)experts; }
 
 enum Gate { PLAIN, SILU, CLAMPED };  // what the products of two rows, gate and up, become; PLAIN has one product

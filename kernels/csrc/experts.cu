@@ -2,6 +2,7 @@
 // choices of each token. Pair p is choice p % K of token p / K. No grid depends on the routing.
 #include "expert_choice.cuh"
 #include "expert_epilogue.cuh"
+#include "mxfp4.cuh"
 
 constexpr int DEPTH = 64;  // elements of a row in one stage: of x 128 bytes, eight chunks of 16 bytes
 constexpr int BLOCK = 32;  // elements with one scale in MXFP4
@@ -101,38 +102,26 @@ DEVICE void multiply_stage(float (&sums)[M][N][2][4], unsigned stage, int lane, 
     }
 }
 
-// Return two pairs of bf16 from a byte of MXFP4 in bits 8 .. 15 of `bytes` and one in bits 24 .. 31: their low and their high halves.
-// Exponent and mantissa, shifted into place, are a number that is too small by 2^126, also if it is subnormal.
-DEVICE void widen_mxfp4(unsigned bytes, int scale, unsigned (&to)[2]) {
-    const unsigned factor = (min(scale, 128) + 126) * 0x00800080u;
-    to[0] = scale_pair((bytes << 4 & 0x80008000u) | (bytes >> 2 & 0x01c001c0u), factor, bf16());
-    to[1] = scale_pair((bytes & 0x80008000u) | (bytes >> 6 & 0x01c001c0u), factor, bf16());
-    if (scale > 128)
-        UNROLL for (int i = 0; i < 2; ++i) to[i] = scale_pair(to[i], (scale - 1) * 0x00800080u, bf16());
-}
-
-// Do multiply_stage with weights in MXFP4, whose rows of 32 bytes begin at `weights`. Lane (g, t) widens byte t, elements 2 t and
-// 2 t + 1, of each eight elements of rows g and g + 8. An operand has the same element of two such eights, and x is permuted alike.
-template <int M, int N> DEVICE void multiply_stage(
-    float (&sums)[M][N][2][4], unsigned stage, int lane, int first_row, const char* weights, const unsigned char (&scales)[N][2][2]) {
-    const unsigned selector = lane % 4 * 0x1010 + 0x4000;
+// Do multiply_stage with weights in MXFP4, of which LARGE allows scales of more than 128, whose rows of 32 bytes, two blocks, begin at `weights`. Lane (g, t) widens word t of each block
+// of rows g and g + 8: elements 2 t and 2 t + 1 of each eight elements.
+template <bool LARGE, int M, int N> DEVICE void multiply_mxfp4_stage(
+    float (&sums)[M][N][2][4], unsigned stage, int lane, int first_row, const char* weights, const int (&scales)[N][2][2]) {
     UNROLL for (int block = 0; block < 2; ++block) {
         unsigned a[M][2][4];
         UNROLL for (int m = 0; m < M; ++m)
-            UNROLL for (int part = 0; part < 2; ++part) {
-                unsigned x[4];
-                load_matrices(x, stage + swizzle(first_row + 16 * m + lane % 16, 4 * block + 2 * part + lane / 16));
-                UNROLL for (int i = 0; i < 4; ++i) a[m][part][i] = __byte_perm(x[i % 2], x[i % 2 + 2], i < 2 ? 0x5410 : 0x7632);
-            }
+            UNROLL for (int part = 0; part < 2; ++part)
+                load_matrices(a[m][part], stage + swizzle(first_row + 16 * m + lane % 16, 4 * block + 2 * part + lane / 16));
         UNROLL for (int n = 0; n < N; ++n)
             UNROLL for (int half = 0; half < 2; ++half) {
-                const uint4 row = *reinterpret_cast<const uint4*>(weights + (16 * n + 8 * half + lane / 4) * DEPTH / 2 + 16 * block);
-                unsigned b[2][2];
-                widen_mxfp4(__byte_perm(row.x, row.y, selector), scales[n][half][block], b[0]);
-                widen_mxfp4(__byte_perm(row.z, row.w, selector), scales[n][half][block], b[1]);
+                const char* row = weights + (16 * n + 8 * half + lane / 4) * DEPTH / 2;
+                const unsigned word = *reinterpret_cast<const unsigned*>(row + 16 * (block ^ lane / 16) + lane % 4 * 4);
+                unsigned b[4];
+                UNROLL for (int pair = 0; pair < 4; ++pair) b[pair] = widen_mxfp4<LARGE>(word, pair, scales[n][half][block]);
                 UNROLL for (int m = 0; m < M; ++m)
-                    UNROLL for (int part = 0; part < 2; ++part)
-                        multiply(sums[m][n][half], a[m][part][0], a[m][part][1], a[m][part][2], a[m][part][3], b[part][0], b[part][1], bf16());
+                    UNROLL for (int part = 0; part < 2; ++part) {
+                        const auto& of_x = a[m][part];
+                        multiply(sums[m][n][half], of_x[0], of_x[1], of_x[2], of_x[3], b[2 * part], b[2 * part + 1], bf16());
+                    }
             }
     }
 }
@@ -230,6 +219,11 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     }
     UNROLL for (int i = 0; i < WEIGHT_ROWS / WEIGHT_STEP; ++i)
         weight_rows[i] = weights + matrix_row(copied_weight + i * WEIGHT_STEP) * (width / PACKED);
+    const int blocks = width / BLOCK;
+    const auto weight_of = [&](int i, int k) {
+        if (!IS_MXFP4) return weight_rows[i] + k;
+        return weights + RowBlocks(matrix_row(copied_weight + i * WEIGHT_STEP), blocks).at(k / BLOCK) * 16ll;
+    };
     const int before = IS_FP8 ? first : 0;  // columns of the first block of scales that are another shard's
     const unsigned memory = (unsigned)__cvta_generic_to_shared(stages);
     const auto inside = [&](int at) { return (!IS_FP8 || at >= 0) && at < width; };
@@ -243,8 +237,10 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
         }
         UNROLL for (int i = 0; i < WEIGHT_ROWS / WEIGHT_STEP; ++i) {
             const int row = copied_weight + i * WEIGHT_STEP;
-            const int at = CHUNKS < 8 ? row * WEIGHT_BYTES + weight_chunk * 16 : swizzle(row, weight_chunk);
-            copy_async(weight_stage + at, weight_rows[i] + clamped(weight_k, CHUNK) / PACKED, inside(weight_k));
+            const int at = IS_MXFP4     ? row * WEIGHT_BYTES + (weight_chunk ^ row / 4 % 2) * 16
+                           : CHUNKS < 8 ? row * WEIGHT_BYTES + weight_chunk * 16
+                                        : swizzle(row, weight_chunk);
+            copy_async(weight_stage + at, weight_of(i, clamped(weight_k, CHUNK)), inside(weight_k));
         }
     };
 
@@ -255,14 +251,14 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     }
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_row = warp / WARPS_N * 16 * M, first_weight_row = warp % WARPS_N * 16 * N;
-    const int blocks = width / BLOCK;
-    unsigned char step_scales[N][2][2];  // of the two blocks of a step
+    int next_scales[N][2][2];  // of the two blocks of a step
     const auto load_scales = [&](int step) {
         UNROLL for (int i = 0; i < 4 * N; ++i) {
             const long long row = matrix_row(first_weight_row + i / 2 * 8 + lane / 4);
-            step_scales[i / 4][i / 2 % 2][i % 2] = scales[row * blocks + min(2 * step + i % 2, blocks - 1)];
+            next_scales[i / 4][i / 2 % 2][i % 2] = scales[RowBlocks(row, blocks).at(min(2 * step + i % 2, blocks - 1))];
         }
     };
+    if constexpr (IS_MXFP4) load_scales(0);
     float fp8_scales[N][2];
     const auto load_fp8_scales = [&](int step) {
         const long long matrix = (GATED ? 2ll : 1ll) * columns, scale_rows = ((matrix - 1) >> row_shift) + 1;
@@ -273,7 +269,6 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
     };
     float sums[M][N][2][4] = {};
     for (int step = 0; step < steps; ++step) {
-        if constexpr (IS_MXFP4) load_scales(step);
         if constexpr (IS_FP8) load_fp8_scales(step);
         wait_copies<STAGES - 2>();  // this thread's copies of this step are done; after the barrier, those of all threads,
         __syncthreads();            // and all threads have left the stage that the next copies overwrite
@@ -282,7 +277,13 @@ __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N) grouped_gemm(
         const int at = step % STAGES * STAGE;
         const char* warp_weights = stages + at + ROWS * 2 * DEPTH + first_weight_row * WEIGHT_BYTES;
         if constexpr (IS_MXFP4) {
-            multiply_stage(sums, memory + at, lane, first_row, warp_weights, step_scales);
+            int step_scales[N][2][2], greatest = 0;
+            UNROLL for (int i = 0; i < 4 * N; ++i)
+                greatest = max(greatest, step_scales[i / 4][i / 2 % 2][i % 2] = next_scales[i / 4][i / 2 % 2][i % 2]);
+            load_scales(step + 1);
+            if (__any_sync(0xffffffffu, greatest > 128))
+                multiply_mxfp4_stage<true>(sums, memory + at, lane, first_row, warp_weights, step_scales);
+            else multiply_mxfp4_stage<false>(sums, memory + at, lane, first_row, warp_weights, step_scales);
         } else if constexpr (IS_FP8) {
             multiply_fp8_stage<T>(sums, memory + at, lane, first_row, warp_weights, fp8_scales);
         } else {

@@ -4,70 +4,66 @@
 // columns of rows g and g + 8. SPLIT warps of a block take chunks of the same rows in turn, and the last step adds up their sums: few
 // rows of x need many warps to load at once. The warps of a block read the same x at about the same time, from L1.
 #include "expert_epilogue.cuh"
+#include "mxfp4.cuh"
 #include "weight_chunk.cuh"
 
 constexpr int WARPS = 4;
 
-// Widen the eight elements of a word to pairs (i, i + 4) of bf16. Exponent and mantissa, shifted into place, are a number that is too
-// small by 2^126, also if it is subnormal; factor corrects that and applies the scale, except for a rest of 2^(scale - 128) if LARGE.
-template <bool LARGE> DEVICE void widen_eight(unsigned word, int scale, unsigned (&to)[4]) {
-    constexpr unsigned SIGN = 0x80008000u, NUMBER = 0x01c001c0u, ONE = 0x00800080u;  // ONE: 1 in both exponents
-    to[0] = (word << 12 & SIGN) | (word << 6 & NUMBER);
-    to[1] = (word << 8 & SIGN) | (word << 2 & NUMBER);
-    to[2] = (word << 4 & SIGN) | (word >> 2 & NUMBER);
-    to[3] = (word & SIGN) | (word >> 6 & NUMBER);
-    const unsigned factor = (LARGE ? min(scale, 128) + 126 : scale + 126) * ONE;
-    UNROLL for (int i = 0; i < 4; ++i) to[i] = scale_pair(to[i], factor, bf16());
-    if (LARGE && scale > 128)
-        UNROLL for (int i = 0; i < 4; ++i) to[i] = scale_pair(to[i], (scale - 1) * ONE, bf16());
-}
-
-// A chunk of 128 columns in MXFP4: a lane has a block of 32 elements with one scale, of two rows. A piece is eight elements, one word;
-// the elements i and i + 4 of a word are a pair, and those of x are paired alike.
+// A chunk of 128 columns in MXFP4: a lane has a block of 32 elements with one scale, of two rows. A piece is eight elements, one pair of
+// each of the block's four words.
 template <> struct Chunk<bf16, mxfp4> {
-    static constexpr int COLUMNS = 128, PIECES = 4;
+    static constexpr int COLUMNS = 128, PIECES = 4, OUTSIDE = -126;  // OUTSIDE: a scale that makes every weight 0
     uint4 weights[2];
     int scales[2];
 
     DEVICE static int block(int chunk) { return chunk * 4 + thread_in_group(); }
-    DEVICE static int column(int chunk, int piece) { return block(chunk) * 32 + piece * 8; }
+    DEVICE static int column(int chunk, int piece, int width) { return min(block(chunk), width / 32 - 1) * 32 + piece * 8; }
     DEVICE void load(const LaneRows<mxfp4>& from, int chunk) {
-        const int blocks = from.width / 32;
-        const bool inside = block(chunk) < blocks;
+        const int t = thread_in_group();
         UNROLL for (int i = 0; i < 2; ++i) {
-            const long long at = from.rows[i] * blocks + (inside ? block(chunk) : 0);
-            scales[i] = from.scales[at];
-            weights[i] = inside ? stream(from.weights + at * 16) : make_uint4(0, 0, 0, 0);
+            const RowBlocks row(from.rows[i], from.width / 32);
+            const int in_chunk = row.in_chunk(chunk);
+            const unsigned at = row.at(4 * chunk) + min(t, in_chunk - 1);
+            scales[i] = t < in_chunk ? from.scales[at] : OUTSIDE;
+            weights[i] = stream(from.weights + at * 16ll);
         }
     }
     template <bool LARGE, int TILES> DEVICE void multiply_piece(float (&sums)[TILES][4], int piece, const uint4 (&x)[TILES]) const {
         unsigned a[2][4];
         UNROLL for (int row = 0; row < 2; ++row) {
             const unsigned words[4] = {weights[row].x, weights[row].y, weights[row].z, weights[row].w};
-            widen_eight<LARGE>(words[piece], scales[row], a[row]);
+            UNROLL for (int i = 0; i < 4; ++i) a[row][i] = widen_mxfp4<LARGE>(words[i], piece, scales[row]);
         }
         UNROLL for (int n = 0; n < TILES; ++n) {
-            const unsigned b0 = __byte_perm(x[n].x, x[n].z, 0x5410), b1 = __byte_perm(x[n].x, x[n].z, 0x7632);
-            const unsigned b2 = __byte_perm(x[n].y, x[n].w, 0x5410), b3 = __byte_perm(x[n].y, x[n].w, 0x7632);
-            multiply(sums[n], a[0][0], a[1][0], a[0][1], a[1][1], b0, b1, bf16());
-            multiply(sums[n], a[0][2], a[1][2], a[0][3], a[1][3], b2, b3, bf16());
+            multiply(sums[n], a[0][0], a[1][0], a[0][1], a[1][1], x[n].x, x[n].y, bf16());
+            multiply(sums[n], a[0][2], a[1][2], a[0][3], a[1][3], x[n].z, x[n].w, bf16());
         }
     }
     DEVICE bool is_large() const { return __any_sync(0xffffffffu, max(scales[0], scales[1]) > 128); }
 };
 
-// The rows of x of a tile, in eights.
-template <typename T, int TILES> struct RightRows {
+// The rows of x of a tile, in eights. Unless CHECKED, others take the place of rows that do not exist: only sums that nobody reads are
+// theirs.
+template <typename T, int TILES, bool CHECKED> struct RightRows {
     const T* at[TILES];  // row g of each eight
     int rows, width;
 
     DEVICE void load(uint4 (&to)[TILES], int column) const {
         UNROLL for (int n = 0; n < TILES; ++n) {
-            to[n] = make_uint4(0, 0, 0, 0);
-            if (column < width && 8 * n + group_id() < rows) to[n] = *reinterpret_cast<const uint4*>(at[n] + column);
+            if (CHECKED) to[n] = make_uint4(0, 0, 0, 0);
+            if (!CHECKED || (column < width && 8 * n + group_id() < rows)) to[n] = *reinterpret_cast<const uint4*>(at[n] + column);
         }
     }
 };
+
+// Add the products of a chunk to sums, and replace x by that of the chunk `next`. Parts of sums are independent of each other.
+template <bool LARGE, typename Right, typename Chunk, int PARTS, int TILES> DEVICE void multiply_chunk(
+    float (&sums)[PARTS][TILES][4], const Chunk& weights, uint4 (&x)[Chunk::PIECES][TILES], const Right& right, int next) {
+    UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) {
+        weights.template multiply_piece<LARGE>(sums[piece % PARTS], piece, x[piece]);
+        right.load(x[piece], Chunk::column(next, piece, right.width));
+    }
+}
 
 // Find the tile of a block without group_pairs: pair p has a tile if the number of pairs before it with the same expert is a multiple of
 // ROWS. Write its pairs to `order`; return (expert, 0, rows, 0), with 0 rows if p has none. All threads of the block call it.
@@ -122,34 +118,31 @@ __global__ void __launch_bounds__(32 * WARPS) skinny_experts(
     launch_next();
     if (rows == 0) return;
 
-    RightRows<T, TILES> right{{}, rows, width};
+    // A chunk of MXFP4 is twice as many columns, and takes long enough to hide the loads of x of the next one.
+    constexpr bool IS_MXFP4 = sizeof(W) == 1;
+    constexpr int X_DEPTH = IS_MXFP4 ? 1 : DEPTH, PARTS = IS_MXFP4 && TILES == 1 ? 2 : 1;
+    RightRows<T, TILES, !IS_MXFP4> right{{}, rows, width};
     UNROLL for (int n = 0; n < TILES; ++n)
         right.at[n] = x + (long long)(pairs[min(8 * n + g, rows - 1)] / pairs_per_row) * width;
-    constexpr bool X_AHEAD = TILES == 1;
-    uint4 x_ahead[X_AHEAD ? DEPTH : 1][Chunk::PIECES][TILES];
-    auto load_x = [&](int d, int chunk) {
-        UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) right.load(x_ahead[X_AHEAD ? d : 0][piece], Chunk::column(chunk, piece));
-    };
-    UNROLL for (int d = 0; d < DEPTH; ++d)
-        if (X_AHEAD && share + d * SPLIT < chunks) load_x(d, share + d * SPLIT);
-    float sums[TILES][4] = {};
+    uint4 x_ahead[X_DEPTH][Chunk::PIECES][TILES];
+    UNROLL for (int d = 0; d < X_DEPTH; ++d)
+        UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece)
+            right.load(x_ahead[d][piece], Chunk::column(share + d * SPLIT, piece, width));
+    float sums[PARTS][TILES][4] = {};
     for (int first = share; first < chunks; first += DEPTH * SPLIT)
         UNROLL for (int d = 0; d < DEPTH; ++d) {
-            const int chunk = first + d * SPLIT, next = chunk + DEPTH * SPLIT;
+            const int chunk = first + d * SPLIT, next = chunk + DEPTH * SPLIT, next_x = chunk + X_DEPTH * SPLIT;
             if (chunk >= chunks) break;
-            const bool large = ahead[d].is_large();
-            UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) {
-                uint4(&x_piece)[TILES] = x_ahead[X_AHEAD ? d : 0][piece];
-                if (!X_AHEAD) right.load(x_piece, Chunk::column(chunk, piece));
-                if (large) ahead[d].template multiply_piece<true>(sums, piece, x_piece);
-                else ahead[d].template multiply_piece<false>(sums, piece, x_piece);
-            }
-            if (next >= chunks) continue;
-            ahead[d].load(from, next);
-            if (X_AHEAD) load_x(d, next);
+            if (ahead[d].is_large()) multiply_chunk<true>(sums, ahead[d], x_ahead[d % X_DEPTH], right, next_x);
+            else multiply_chunk<false>(sums, ahead[d], x_ahead[d % X_DEPTH], right, next_x);
+            if (next < chunks) ahead[d].load(from, next);
         }
     UNROLL for (int n = 0; n < TILES; ++n)
-        UNROLL for (int i = 0; i < 4; ++i) partial[warp_id()][8 * n + 2 * t + i % 2][g + i / 2 * 8] = sums[n][i];
+        UNROLL for (int i = 0; i < 4; ++i) {
+            float sum = sums[0][n][i];
+            UNROLL for (int part = 1; part < PARTS; ++part) sum += sums[part][n][i];
+            partial[warp_id()][8 * n + 2 * t + i % 2][g + i / 2 * 8] = sum;
+        }
     __syncthreads();
 
     const Epilogue<T> epilogue = epilogue_of<GATE>(bias, expert, columns, alpha, limit);

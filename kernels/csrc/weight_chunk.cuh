@@ -17,6 +17,7 @@ template <typename T, typename W> struct Chunk {
     uint4 weights[PIECES][2];
 
     DEVICE static int column(int chunk, int piece) { return chunk * COLUMNS + piece * 32 + thread_in_group() * 8; }
+    DEVICE static int column(int chunk, int piece, int) { return column(chunk, piece); }
     DEVICE void load(const LaneRows<T>& from, int chunk) {
         UNROLL for (int piece = 0; piece < PIECES; ++piece)
             UNROLL for (int i = 0; i < 2; ++i) {

@@ -22,6 +22,29 @@ DEVICE void multiply_async(float (&d)[32], unsigned long long a, unsigned long l
                        "%32", "%33", "%34")
                  : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24) : "l"(a), "l"(b), "r"(add));
 }
+// The same for 16 columns of bf16, of which a is in registers: those of a [16, 16] of `multiply` in each of four warps. It is added.
+#define WGMMA_BF16(N, REGISTERS, A, B) \
+    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" REGISTERS "}, {" A "}, " B ", 1, 1, 1, 0;"
+#define OPERANDS "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
+DEVICE void multiply_async(float (&d)[16], const unsigned (&a)[4], unsigned long long b) {
+    asm volatile(WGMMA_BF16(32, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15", "%16,%17,%18,%19", "%20")
+                 : EIGHT(0), EIGHT(8) : OPERANDS);
+}
+DEVICE void multiply_async(float (&d)[32], const unsigned (&a)[4], unsigned long long b) {
+    asm volatile(WGMMA_BF16(64, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31",
+                            "%32,%33,%34,%35", "%36")
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24) : OPERANDS);
+}
+DEVICE void multiply_async(float (&d)[64], const unsigned (&a)[4], unsigned long long b) {
+    asm volatile(WGMMA_BF16(128, "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63",
+                            "%64,%65,%66,%67", "%68")
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48), EIGHT(56) : OPERANDS);
+}
+DEVICE void commit_multiply() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+DEVICE void wait_multiply() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Let wgmma see what this thread's finished copies by copy_async have written.
+DEVICE void publish_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void begin_multiply() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 DEVICE void end_multiply() { asm volatile("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 

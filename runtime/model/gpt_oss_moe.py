@@ -7,7 +7,7 @@ Shapes: N experts, D hidden, I the intermediate features that the rank has of ea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch import Tensor
 from ...comm.base import Communicator
 from ...kernels import expert_ops
 from ...kernels.arguments import MXFP4_BLOCK, ClampedSwiGLU, ExpertMatrix, MXFP4Weight
+from ...kernels.mxfp4_order import ordered_mxfp4, ordered_scales
 from .expert_config import ExpertConfig
 from .norm import NormInput, Residual
+from .tensor_files import TensorFiles
 from .weights import ALL, Piece, Weight, Weights
 
 DUMMY_EXPONENT = 120  # of the scales of random weights: 2^(120 - 127) times numbers of up to 6
@@ -42,12 +44,26 @@ class ExpertPiece(Piece):
 
 
 @dataclass(frozen=True)
-class MXFP4Data(Weight):
-    """Pairs of 4-bit numbers, [M, F, D / 2] uint8."""
+class MXFP4Bytes(Weight):
+    """Bytes of experts in MXFP4, each piece a whole expert of the rank, in the order of mxfp4_order.py."""
 
     @property
     def stored_dtypes(self) -> tuple[str, ...]:
         return ("U8",)
+
+    def fill_ordered(self, tensors: TensorFiles, order: Callable[[Tensor], Tensor]) -> None:
+        """Do `fill`; `order` puts the bytes of an expert into their order, on the device."""
+        for piece in self.pieces:
+            published = piece.value(tensors[piece.name]).to(self.tensor.device)
+            self.tensor[piece.into].copy_(order(published))
+
+
+@dataclass(frozen=True)
+class MXFP4Data(MXFP4Bytes):
+    """Pairs of 4-bit numbers, [M, F, D / 2] uint8."""
+
+    def fill(self, tensors: TensorFiles) -> None:
+        self.fill_ordered(tensors, ordered_mxfp4)
 
     def extremes(self, part: Tensor) -> Tensor:
         return torch.zeros(2, dtype=torch.float64, device=part.device)
@@ -57,8 +73,11 @@ class MXFP4Data(Weight):
 
 
 @dataclass(frozen=True)
-class MXFP4Scales(MXFP4Data):
+class MXFP4Scales(MXFP4Bytes):
     """The exponents of blocks of 32 numbers, [M, F, D / 32] uint8."""
+
+    def fill(self, tensors: TensorFiles) -> None:
+        self.fill_ordered(tensors, ordered_scales)
 
     def fill_dummy(self, part: Tensor, generator: torch.Generator) -> None:
         part.fill_(DUMMY_EXPONENT)

@@ -125,12 +125,17 @@ INSTANCES = {
         f"skinny_experts<{shape}, {gate}>"
         for shape in (
             "bf16, mxfp4, 1, 3, 4",
-            "bf16, mxfp4, 1, 3, 1",
+            "bf16, mxfp4, 1, 3, 2",
             "bf16, mxfp4, 2, 4, 1",
             "bf16, mxfp4, 4, 3, 1",
             "bf16, bf16, 1, 3, 4",
             "f16, f16, 1, 3, 1",
         )
+        for gate in ("PLAIN", "SILU", "CLAMPED")
+    ],
+    "wide_experts.cu": [
+        f"wide_experts<{shape}, {gate}>"
+        for shape in ("2, 32, 4", "2, 64, 4", "4, 128, 4")
         for gate in ("PLAIN", "SILU", "CLAMPED")
     ],
     "route_tokens.cu": [
@@ -161,7 +166,8 @@ INSTANCES = {
 }
 
 
-ARCHITECTURES = {"fp8_gemm.cu": ["sm_90a"], "delta_step.cu": ["sm_90", "sm_100"]}  # others: sm_80, sm_90 and sm_100
+# Others: sm_80, sm_90 and sm_100.
+ARCHITECTURES = {"fp8_gemm.cu": ["sm_90a"], "wide_experts.cu": ["sm_90a"], "delta_step.cu": ["sm_90", "sm_100"]}
 
 
 def test_every_source_is_listed() -> None:

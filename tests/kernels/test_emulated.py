@@ -310,6 +310,32 @@ def test_experts_of_mxfp4_with_large_scales() -> None:
         check("experts", x / 100, expert_ids, torch.rand(9, 2), *weights, factor=4, batch_invariant=batch_invariant)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "size", "features", "rows"),
+    [
+        (20, 672, 32, 32),
+        pytest.param(150, 288, 96, 64, marks=pytest.mark.nightly),
+        pytest.param(330, 160, 64, 128, marks=pytest.mark.nightly),
+    ],
+)
+def test_wide_experts_of_mxfp4(
+    pairs: int, size: int, features: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of so many rows; some of the scales are large."""
+    gemm, monkey = emulator.emulated().experts.__globals__, monkeypatch.setitem
+    group = gemm["_group_pairs"]
+    monkey(gemm, "compute_capability", lambda device: (9, 0))
+    monkey(gemm, "MIN_WIDE_ROWS", 0)
+    monkey(gemm, "_group_pairs", lambda expert_ids, experts, _: group(expert_ids, experts, rows))
+    x, expert_ids = random(pairs // 2, size), torch.randint(-1, 4, (pairs // 2, 2))
+    weights = random_mxfp4(3, 2 * features, size), random_mxfp4(3, size, features)
+    arguments = x, expert_ids, torch.rand(pairs // 2, 2), *weights
+    biases = {"gate_up_bias": random(3, 2 * features), "down_bias": random(3, size)}
+    check("experts", *arguments, **biases, swiglu=SWIGLU, factor=4)
+    weights[0].scales[:, ::3] += torch.randint(8, 12, weights[0].scales[:, ::3].shape, dtype=torch.uint8)
+    check("experts", x / 100, *arguments[1:], factor=4)
+
+
 @pytest.mark.parametrize(("rows", "vocab", "dtype"), [(1, 5, BF16), (6, 1000, F32), (3, 4100, F16), (2, 9000, BF16)])
 def test_sampling(rows: int, vocab: int, dtype: torch.dtype) -> None:
     logits, inputs = (torch.randn(rows, vocab) * 3).to(dtype), SamplingInputs.random(rows, "cpu")
@@ -338,6 +364,11 @@ FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
         lambda: test_experts_of_mxfp4(46, 160, 96, batch_invariant=False),
     ),
     "experts.cu": ("wait_copies<STAGES - 2>();", "wait_copies<STAGES - 1>();", lambda: test_experts(60, BF16)),
+    "wide_experts.cu": (
+        "wait_multiply();\n            if (large)",
+        "if (large)",
+        lambda: test_wide_experts_of_mxfp4(20, 672, 32, 32, pytest.MonkeyPatch()),
+    ),
 }
 
 

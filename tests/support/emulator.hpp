@@ -118,6 +118,7 @@ struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     std::vector<std::vector<Copy>> groups;  // the closed groups of copies, then the open one
+    std::vector<std::function<void()>> multiplications;  // of wgmma with operands in registers that have begun
     Writes writes;                          // to memory of a rank, since the last barrier of the block
     int cluster_phase = 0;                  // at which it arrived at the barrier of its cluster
 };
@@ -519,4 +520,27 @@ template <int SIZE> void multiply_async(float (&d)[SIZE], unsigned long long a, 
             sum += wgmma_operand(a, row + i / 2 % 2 * 8, k) * wgmma_operand(b, i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2, k);
         d[i] = sum;
     }
+}
+inline void commit_multiply() {}
+inline void publish_copies() {}
+// Do what multiply_async of registers has begun: as late as the source allows, when other threads may have overwritten b.
+inline void wait_multiply() {
+    auto& begun = emulator::here->fibers[emulator::current].multiplications;
+    for (auto& multiply : begun) multiply();
+    begun.clear();
+}
+template <int SIZE> void multiply_async(float (&d)[SIZE], const unsigned (&a)[4], unsigned long long b) {
+    struct Word { uint16_t a[4][2]; };
+    const Word* words = emulator::exchange(bit_cast<Word>(std::array{a[0], a[1], a[2], a[3]}));
+    std::array<Word, 4> row;
+    memcpy(&row, words + threadIdx.x % 32 / 4 * 4, sizeof(row));
+    emulator::here->fibers[emulator::current].multiplications.push_back([=, &d] {
+        for (int i = 0; i < SIZE; ++i)
+            for (int k = 0; k < 16; ++k) {
+                const unsigned at = (unsigned)(b & 0x3fff) * 16 + (i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2) * 128 + 2 * k;
+                uint16_t x;
+                memcpy(&x, emulator::block_memory() + (at ^ (at >> 7 & 7) << 4), 2);
+                d[i] += value_of(row[k % 8 / 2].a[i / 2 % 2 + k / 8 * 2][k % 2], __nv_bfloat16()) * value_of(x, __nv_bfloat16());
+            }
+    });
 }

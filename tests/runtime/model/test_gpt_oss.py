@@ -15,6 +15,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from lockstep.comm.base import SingleRank
 from lockstep.kernels.arguments import MXFP4Weight
+from lockstep.kernels.mxfp4_order import ordered_mxfp4, published_mxfp4, published_scales
 from lockstep.runtime.config import Config
 from lockstep.runtime.memory.memory_plan import plan_weights
 from lockstep.runtime.model.checkpoint import read_model
@@ -32,16 +33,26 @@ WEIGHTS = "model.safetensors"
 
 
 def test_every_number_and_scale_is_that_of_transformers() -> None:
-    pairs = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 253, 16, 16).contiguous()
-    scales = torch.arange(253, dtype=torch.uint8).view(1, 253, 1).expand(1, 253, 16).contiguous()
+    pairs = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 256, 16, 16).contiguous()
+    scales = torch.arange(256, dtype=torch.uint8).clamp(max=252).view(1, 256, 1).expand(1, 256, 16).contiguous()
     expected = convert_moe_packed_tensors(pairs, scales, dtype=torch.float32).transpose(1, 2)
-    weight = MXFP4Weight(pairs.flatten(2), scales)
+    weight = MXFP4Weight.of_checkpoint(pairs.flatten(2), scales)
     assert torch.equal(weight.dequantized(torch.float32), expected)
     assert torch.equal(weight.expert(0), expected[0])
     assert weight.shape == expected.shape
-    blocks, scales = packed(3, 5, 64)
+    blocks, scales = packed(3, 16, 96)
     expected = convert_moe_packed_tensors(blocks, scales).transpose(1, 2)
-    assert torch.equal(MXFP4Weight(blocks.flatten(2), scales).dequantized(torch.bfloat16), expected)
+    assert torch.equal(MXFP4Weight.of_checkpoint(blocks.flatten(2), scales).dequantized(torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4, 10])
+def test_the_order_in_memory_is_reversible(blocks: int) -> None:
+    data, scales = (torch.randint(0, 256, (3, 16, blocks * n), dtype=torch.uint8) for n in (16, 1))
+    weight = MXFP4Weight.of_checkpoint(data, scales)
+    assert (weight.data.shape, weight.scales.shape) == (data.shape, scales.shape)
+    assert torch.equal(published_mxfp4(weight.data), data)
+    assert torch.equal(published_scales(weight.scales), scales)
+    assert torch.equal(ordered_mxfp4(published_mxfp4(data)), data)
 
 
 @pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.nightly), 4])
