@@ -28,7 +28,8 @@ from ..signals import Undo
 from .actor_group import ActorGroup, rank_table
 from .connection import Connection
 from .placement import place
-from .worker import LoadReport
+from .rank_warnings import log_rank_warnings
+from .worker import AllocationReport, LoadReport
 
 log = logging.getLogger(__name__)
 STOP_S = 5.0  # after the Stop command the ranks may take this long to finish their step
@@ -139,13 +140,16 @@ class RayExecutor:
             weights = loading_speed(report.memory.weights, report.loading_s)
             log.info("%s: weights %s, %s on %s", endpoint, weights, config.dtype, report.device)
         log.info("communication: %s", loaded[0].communication)
+        log_rank_warnings([report.warnings for report in loaded])
         self.memory = tightest([report.memory for report in loaded])
         self.limits = plan_limits(user_config, config, model, self.memory)
         self.locations = [
             RankLocation(e.rank, e.host, e.pid).with_memory(report.memory, self.limits)
             for e, report in zip(ranks.endpoints, loaded, strict=True)
         ]
-        self._phases.add_slowest(ranks.call("allocate", deadline, self.limits))
+        allocated: list[AllocationReport] = ranks.call("allocate", deadline, self.limits)
+        log_rank_warnings([report.warnings for report in allocated])
+        self._phases.add_slowest([report.phases for report in allocated])
 
     def _check(self) -> None:
         if self._closed:

@@ -31,6 +31,7 @@ from ...runtime.scheduler.scheduler import Scheduler
 from ...runtime.startup import LoadedRank
 from ...runtime.startup_timer import StartupTimer
 from .network import interface_of
+from .rank_warnings import WarningCollector
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,22 @@ class LoadReport:
     loading_s: float
     device: str
     communication: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class AllocationReport:
+    """A rank's report when it can run steps."""
+
+    phases: dict[str, float]  # seconds of each phase of the start
+    warnings: list[str]  # since the LoadReport
 
 
 class Worker(RankActor):
     """One rank of a model."""
 
     def __init__(self, rank: int, size: int, config: Config, environment: dict[str, str]) -> None:
+        self._warnings = WarningCollector()
         super().__init__(rank, size, config, environment)
         import_ahead(config)
 
@@ -129,14 +140,15 @@ class Worker(RankActor):
             self._outputs = PushSocket(output)
             self._followers = [PushSocket(e.inbox) for e in endpoints[1:]]
         memory, seconds = self._loaded.plan_memory(), self._phases.seconds["weights"]
-        return LoadReport(memory, seconds, str(self._loaded.device), comm.description)
+        return LoadReport(memory, seconds, str(self._loaded.device), comm.description, self._warnings.take())
 
-    def allocate(self, limits: Limits) -> dict[str, float]:
-        """Allocate the KV cache, of the same size on all ranks; return the seconds of each start-up phase."""
+    def allocate(self, limits: Limits) -> AllocationReport:
+        """Allocate the KV cache, of the same size on all ranks, and capture the graphs."""
         self._limits = limits
         self._runner = self._loaded.allocate(limits)
         del self._loaded  # it holds a graph, and NCCL waits for graphs when it ends
-        return self._phases.seconds
+        self._warnings.close()
+        return AllocationReport(self._phases.seconds, self._warnings.take())
 
     def run(self) -> None:
         """Run steps until the Stop command; Ray passes an exception to the driver, which ends the group."""

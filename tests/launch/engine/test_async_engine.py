@@ -30,7 +30,7 @@ from lockstep import LLM, SamplingParams, StructuredOutputsParams
 from lockstep.comm.message_sockets import Address
 from lockstep.launch.cluster import actor_group
 from lockstep.launch.cluster.ray_executor import RayExecutor
-from lockstep.launch.cluster.worker import Endpoint, Worker
+from lockstep.launch.cluster.worker import AllocationReport, Endpoint, Worker
 from lockstep.launch.engine import async_engine, event_streams
 from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.launch.engine.event_streams import OutputQueue
@@ -832,8 +832,11 @@ def test_ranks_killed_during_restart_are_restarted(
 def failing_once(flag: Path) -> type[Worker]:
     """A Worker whose follower raises in its 30th step, unless one has done so before; it travels by value."""
 
-    def allocate(self: Worker, limits: Limits) -> dict[str, float]:
-        phases = Worker.allocate(self, limits)
+    def allocate(self: Worker, limits: Limits) -> AllocationReport:
+        logging.getLogger("lockstep.runtime").warning("slow attention")
+        if self.rank == 1:
+            logging.getLogger("lockstep.comm").warning("slow sums")
+        report = Worker.allocate(self, limits)
         launch, calls = self._runner.launch, []
 
         def fails(plan: Any) -> Any:
@@ -845,7 +848,7 @@ def failing_once(flag: Path) -> type[Worker]:
             return launch(plan)
 
         self._runner.launch = fails  # type: ignore[method-assign]
-        return phases
+        return report
 
     return type("FailingWorker", (Worker,), {"allocate": allocate})
 
@@ -867,6 +870,8 @@ def test_exception_in_a_ranks_step_is_recovered(
             await until(lambda: started.health.restarts == 1)
         assert "failed: IndexError: pop from empty list" in caplog.text
         assert "the follower's last words" in caplog.text
+        assert caplog.messages.count("ranks 0, 1: slow attention") == 2  # at the start and after the failure
+        assert caplog.messages.count("rank 1: slow sums") == 2
 
     run(main())
 
@@ -878,8 +883,8 @@ DEADLY_TOKEN = 20
 def dying_at_a_token() -> type[Worker]:
     """A Worker whose follower is killed when it computes with a certain token of DEADLY."""
 
-    def allocate(self: Worker, limits: Limits) -> dict[str, float]:
-        phases = Worker.allocate(self, limits)
+    def allocate(self: Worker, limits: Limits) -> AllocationReport:
+        report = Worker.allocate(self, limits)
         launch, deadly = self._runner.launch, {}  # slot -> position
 
         def dies(plan: Any) -> Any:
@@ -893,7 +898,7 @@ def dying_at_a_token() -> type[Worker]:
             return launch(plan)
 
         self._runner.launch = dies  # type: ignore[method-assign]
-        return phases
+        return report
 
     return type("DyingWorker", (Worker,), {"allocate": allocate})
 
