@@ -12,11 +12,15 @@ def require_outputs(*files: Path | None, plot: Path | None = None) -> None:
     for path in (*files, plot):
         if path is None:
             continue
-        if path.is_dir():
+        try:
+            is_folder, has_folder, exists = path.is_dir(), path.parent.is_dir(), path.exists()
+        except OSError as error:  # a name that is too long, or a folder that may not be read
+            raise ValueError(f"cannot write {path}: {error.strerror}") from error
+        if is_folder:
             raise ValueError(f"cannot write {path}: it is a folder; give a file")
-        if not path.parent.is_dir():
+        if not has_folder:
             raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
+        if not os.access(path if exists else path.parent, os.W_OK):
             raise ValueError(f"cannot write {path}: no permission")
     if plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib, which is not installed; pip install matplotlib")

@@ -67,7 +67,9 @@ def bench_serve(
     start_logging(log_level)
     config = ServeBenchConfig(**options)
     if config.save_result:
-        require_in_folder(config.result_dir or Path(), config.result_filename or "result.json")
+        require_in_folder(
+            config.result_dir or Path(), config.result_filename or f"{config.label or config.backend}.json"
+        )
     records, result = asyncio.run(measure(config, model))
     print("\n".join(report(result, config)))
     if failed := [record.error for record in records if record.error]:
