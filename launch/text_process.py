@@ -56,6 +56,9 @@ class TextProcess:
             if not self._closed:  # by another thread, which has ended it
                 log.warning("the process that tokenizes cannot be started: %s", error)
             raise TokenizerBusy(f"the process that tokenizes cannot be started: {error}") from error
+        except BaseException:  # Ctrl-C: as in `run`
+            self._kill()
+            raise
 
     def run(self, job: bytes) -> Any:
         """Return the result of a job from `encode_job`; raises TextRefused if it cannot be done, and TokenizerBusy."""
@@ -69,6 +72,9 @@ class TextProcess:
                 memory = f"{MEMORY_BYTES // 2**30} GiB of memory"
                 message = f"ended the process that turns it into tokens or text, which has {memory}"
             raise TextRefused(f"the input {message}; send less", "too_complex") from error
+        except BaseException:  # Ctrl-C: the answer may still come, and would be taken for that of the next job
+            self._kill()
+            raise
         if isinstance(answer, dict):
             raise TextRefused(answer["error"], answer["code"])
         return answer

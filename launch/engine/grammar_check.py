@@ -90,6 +90,9 @@ class GrammarCheck:
             self._kill()
             log.warning("the grammar compiler cannot be started: %s", error)
             raise GrammarsWaiting(f"the grammar compiler cannot be started: {error}; try again later") from error
+        except BaseException:  # Ctrl-C: as in `_compile`
+            self._kill()
+            raise
 
     def _start_once(self) -> str | None:
         self._kill()
@@ -116,6 +119,9 @@ class GrammarCheck:
             self._num_ends += 1
             memory = f"{MEMORY_BYTES // 2**30} GiB of memory"
             reason = f"structured_outputs={kind} ended the compiler: it takes more than {memory}, or llguidance fails"
+        except BaseException:  # Ctrl-C: the answer may still come, and would be taken for that of the next grammar
+            self._kill()
+            raise
         self._kill()
         return f"{reason}; give a simpler one"
 

@@ -46,6 +46,21 @@ def test_process_that_was_killed_from_outside_is_replaced(tokenizer: IsolatedTok
     assert tokenizer.encode_chat(CHAT) == expected
 
 
+@pytest.mark.parametrize("has_started", [False, True])
+def test_interrupted_job_does_not_answer_the_next_one(monkeypatch: pytest.MonkeyPatch, has_started: bool) -> None:
+    def interrupt(process: ChildProcess, timeout_s: float | None) -> None:
+        raise KeyboardInterrupt
+
+    with closing(IsolatedTokenizer(Path(DEMO_MODEL))) as tokenizer:
+        if has_started:
+            tokenizer.encode_chat(CHAT)
+        with monkeypatch.context() as patch:
+            patch.setattr(ChildProcess, "answer", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                tokenizer.encode_chat([{"role": "user", "content": "Who was Noah?"}])
+        assert tokenizer.encode_chat(CHAT) == Tokenizer.encode_chat(tokenizer, CHAT)
+
+
 def test_values_without_json_are_refused(tokenizer: IsolatedTokenizer) -> None:
     with pytest.raises(TextRefused, match="the input is not JSON: "):
         tokenizer.encode_chat([{"role": "user", "content": object()}])

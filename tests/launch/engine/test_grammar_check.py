@@ -97,6 +97,24 @@ def test_compiler_killed_while_it_starts_is_no_grammars_fault(
     compile_regex(check, "b")
 
 
+@pytest.mark.parametrize("has_started", [False, True])
+def test_interrupted_compilation_does_not_answer_the_next_one(
+    check: GrammarCheck, monkeypatch: pytest.MonkeyPatch, has_started: bool
+) -> None:
+    def interrupt(process: ChildProcess, timeout_s: float | None) -> None:
+        raise KeyboardInterrupt
+
+    if has_started:
+        compile_regex(check, "[a-z]+")
+    with monkeypatch.context() as patch:
+        patch.setattr(ChildProcess, "answer", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            compile_regex(check, "a{3}")
+    with pytest.raises(ValueError, match="regex"):
+        compile_regex(check, "a(")
+    compile_regex(check, "[0-9]+")
+
+
 def test_closed_compiler_is_not_started(check: GrammarCheck) -> None:
     check.close()
     with pytest.raises(GrammarsWaiting, match="closed"):
