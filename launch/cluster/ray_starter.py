@@ -26,7 +26,7 @@ from ..errors import PlacementError
 from ..signals import Undo
 from .rank_resources import LOCAL_OBJECT_STORE_BYTES, local_cpus
 from .ray_address import needs_local_ray
-from .session_folder import SessionFolder, remove_folder, sweep, with_token
+from .session_folder import SessionFolder, remove_folder_of_argument, sweep, with_token
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
@@ -139,8 +139,8 @@ def serve_cluster() -> None:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    remove_folder(folder)
-    os._exit(0)
+    # The other thread may still be starting Ray. A new program ends it, and with it the servers that it has started.
+    os.execv(sys.executable, [sys.executable, *calling(remove_folder_of_argument), str(folder)])
 
 
 def _start(num_cpus: int, folder: Path, answers: TextIO) -> None:

@@ -12,6 +12,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -69,6 +70,13 @@ def remove_folder(path: Path) -> None:
             log.warning("Ray's folder %s cannot be removed", path)
             return
         time.sleep(0.02)
+
+
+def remove_folder_of_argument() -> None:
+    """Run as a program: remove the folder that its argument names, and again if a process that ends makes it anew."""
+    for _ in range(10):
+        remove_folder(Path(sys.argv[1]))
+        time.sleep(0.05)
 
 
 def _create() -> tuple[Path, int]:
