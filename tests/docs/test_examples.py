@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from listeners import free_port, urls_of
 from small import COMMAND, SMALL_FLAGS
 from waiting import wait_until
 
@@ -77,19 +77,18 @@ def test_serve_and_query() -> None:
 @pytest.fixture
 def server() -> Iterator[str]:
     """The URL of a server with the demo model."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen([*COMMAND, "serve", *SMALL_FLAGS, f"--port={port}", "--no-preflight"])
+    process = subprocess.Popen([*COMMAND, "serve", *SMALL_FLAGS, "--port=0", "--no-preflight"])
 
     def healthy() -> bool:
+        nonlocal url
         assert process.poll() is None
         try:
+            (url,) = urls_of(process.pid)
             return httpx.get(f"{url}/health").status_code == 200
-        except httpx.TransportError:
+        except (ValueError, httpx.TransportError):  # it does not listen, or not serve yet
             return False
 
+    url = ""
     try:
         wait_until(healthy)
         yield url
@@ -107,10 +106,7 @@ def test_chat_client(server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.mark.process
 def test_cluster() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out = run("bash", str(EXAMPLES / "cluster.sh"), "127.0.0.1", str(port))
+    out = run("bash", str(EXAMPLES / "cluster.sh"), "127.0.0.1", str(free_port()))
     assert "Ray cluster: connected, 1 nodes" in out
     assert "FAIL" not in out.upper().replace("FAILED: 0", "")
     assert out.splitlines()[-1].strip()  # the text

@@ -36,7 +36,7 @@ def ray_cluster() -> Iterator[dict[str, str]]:
         del os.environ[MARK]  # other processes that tests start are not Ray's
     yield mark
     ray.shutdown()
-    left = left_after(15, lambda: marked(mark))
+    left = left_after(lambda: marked(mark))
     kill_marked(mark)
     assert not left
 

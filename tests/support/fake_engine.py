@@ -194,7 +194,7 @@ class Running:
         self.http.close()
         self.openai.close()
         self.server.should_exit = self.server.force_exit = True
-        self.thread.join(30)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
 

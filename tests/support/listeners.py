@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import struct
 from collections.abc import Iterable
@@ -41,6 +42,20 @@ def listeners(processes: dict[int, str]) -> list[Listener]:
                         address, _, port = row[1].partition(":")
                         found.append(Listener(pid, title, _address(address), int(port, 16)))
     return found
+
+
+def urls_of(pid: int) -> list[str]:
+    """Return the URLs of the ports on which a server listens."""
+    return [f"http://127.0.0.1:{listener.port}" for listener in listeners({pid: ""})]
+
+
+def free_port() -> int:
+    """Return a free port that the kernel gives nobody who asks for any."""
+    while True:
+        port = random.randrange(20_000, 32_000)  # below them: ports of Ray's workers; above: those of the kernel
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _socket_inodes(pid: int) -> Iterable[str]:

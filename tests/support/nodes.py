@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from processes import kill_marked, marked, new_mark
-from waiting import holds_within
+from waiting import holds_within, wait_until
 
 HEAD = "10.213.7.1"  # seen in the namespaces only
 ADDRESSES = {"a": HEAD, "b": "10.213.7.2"}
@@ -76,14 +76,14 @@ class Nodes:
         said = self.folder / f"{node}-{time.monotonic_ns()}.log"
         role = own if node == "a" else [f"--address={HEAD}:6379"]
         started = self.start(node, [*RAY_START, *role, *RAY_SIZE], said, said)
-        assert holds_within(30, lambda: "Ray runtime started" in said.read_text() or started.poll() is not None)
+        wait_until(lambda: "Ray runtime started" in said.read_text() or started.poll() is not None)
         assert started.poll() is None, said.read_text()
         self._ray[node] = started
 
     def end_ray(self, node: str) -> None:
         """End Ray on a node; one that Ray has given up ends without this."""
         self._ray[node].terminate()
-        self._ray.pop(node).wait(20)
+        self._ray.pop(node).wait(60)
 
     def start(self, node: str, command: Sequence[str], out: Path, err: Path) -> subprocess.Popen[str]:
         """Start a command on a node, with its output in files: a pipe without a reader fills up."""

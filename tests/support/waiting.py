@@ -25,7 +25,7 @@ def wait_until(holds: Callable[[], object], timeout_s: float = PATIENCE_S) -> No
     assert holds_within(timeout_s, holds), f"the condition did not hold within {timeout_s:g} s"
 
 
-def left_after(timeout_s: float, find: Callable[[], T]) -> T:
+def left_after(find: Callable[[], T], timeout_s: float = PATIENCE_S) -> T:
     """Return what `find` still returns after at most `timeout_s`; return as soon as it finds nothing."""
     deadline = time.monotonic() + timeout_s
     while (left := find()) and time.monotonic() < deadline:

@@ -17,7 +17,7 @@ from listeners import listeners
 from nodes import ADDRESSES, Nodes, why_not
 from processes import marked
 from small import COMMAND, SMALL, SMALL_FLAGS
-from waiting import holds_within
+from waiting import holds_within, wait_until
 
 pytestmark = [pytest.mark.netns, pytest.mark.serial]
 SUPPORT = Path(__file__).parents[2] / "support"
@@ -101,7 +101,7 @@ def test_late_node_is_waited_for_and_tokens_equal_one_rank(nodes: Nodes, undistu
     out, err = nodes.folder / "generated", nodes.folder / "generate.log"
     flags = ["--temperature=0", "--max-tokens=40", "--ignore-eos", "--json", "--wait-for-gpus=60"]
     command = nodes.start("a", [*COMMAND, "generate", *FLAGS, *flags, f"--prompt={PROMPT}"], out, err)
-    assert holds_within(30, lambda: "nodes are missing" in err.read_text()), err.read_text()
+    assert holds_within(60, lambda: "nodes are missing" in err.read_text()), err.read_text()
     nodes.start_ray("b")
     assert command.wait(60) == 0, err.read_text()
     text = json.loads(out.read_text())["text"]
@@ -134,7 +134,7 @@ def test_ports_of_two_nodes_are_on_their_addresses_and_refuse_strangers(nodes: N
     assert asking.wait(60) == 0, err.read_text()
     assert "".join(choice["text"] for choice in lines(answer)) == undisturbed
     server.terminate()
-    assert server.wait(30) == 0
+    assert server.wait(60) == 0
     assert "ERROR" not in err.read_text()
 
 
@@ -146,10 +146,10 @@ def test_cut_link_ends_offline_run_with_the_reason(nodes: Nodes) -> None:
     nodes.link("down")
     try:
         assert holds_within(REPORT_S, lambda: re.search(f"error: {CUT}", err.read_text())), err.read_text()
-        assert command.wait(30) == 1
+        assert command.wait(60) == 1
     finally:
         nodes.link("up")
-    assert holds_within(30, lambda: not nodes.marked("ray::Worker"))
+    wait_until(lambda: not nodes.marked("ray::Worker"))
 
 
 def test_node_lost_and_back_streams_continue(nodes: Nodes, undisturbed: str) -> None:
@@ -161,13 +161,13 @@ def test_node_lost_and_back_streams_continue(nodes: Nodes, undisturbed: str) -> 
     server = nodes.start("a", [*COMMAND, "serve", *FLAGS, *flags], nodes.folder / "out", err)
     assert holds_within(60, lambda: "serving" in err.read_text()), err.read_text()
     asking = nodes.start("a", [sys.executable, "-c", ASK, PROMPT, str(LONG)], answer, nodes.folder / "ask.log")
-    assert holds_within(20, lambda: len(lines(answer)) > 20)
+    wait_until(lambda: len(lines(answer)) > 20)
     nodes.link("down")
     assert holds_within(REPORT_S, lambda: re.search(f"ERROR {CUT}", err.read_text())), err.read_text()
     health = nodes.run("a", [sys.executable, "-c", HEALTH])
     assert health.startswith("503 ")
     assert re.search(f"the engine is recovering: {CUT}", health)
-    assert holds_within(30, lambda: "nodes are missing" in err.read_text()), err.read_text()
+    assert holds_within(60, lambda: "nodes are missing" in err.read_text()), err.read_text()
     nodes.link("up")
     nodes.start_ray("b")
     assert asking.wait(60) == 0, err.read_text()
@@ -177,8 +177,8 @@ def test_node_lost_and_back_streams_continue(nodes: Nodes, undisturbed: str) -> 
     assert "back after" in err.read_text()
     assert nodes.run("a", [sys.executable, "-c", HEALTH]) == "200\n"
     server.terminate()
-    assert server.wait(30) == 0
-    assert holds_within(30, lambda: not nodes.marked("ray::Worker"))
+    assert server.wait(60) == 0
+    wait_until(lambda: not nodes.marked("ray::Worker"))
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from hostile_peers import ATTACKS, MIB, half_open, resident_bytes
 from listeners import Listener, listeners
 from processes import kill_marked, marked, new_mark
 from small import COMMAND, SMALL_FLAGS
-from waiting import holds_within, left_after
+from waiting import holds_within, left_after, wait_until
 
 pytestmark = [pytest.mark.process, pytest.mark.serial]
 NIGHTLY = pytest.mark.nightly
@@ -76,7 +76,7 @@ def serving(log: Path, mark: dict[str, str], *flags: str) -> Iterator[httpx.Clie
             yield client
         process.terminate()
         assert process.wait(60) == 0, log.read_text()
-        assert not left_after(15, lambda: marked(mark))
+        assert not left_after(lambda: marked(mark))
     finally:
         kill_marked(mark)
 
@@ -140,7 +140,7 @@ def test_strangers_at_every_port_of_two_ranks(tmp_path: Path) -> None:
             for _ in range(4):
                 texts.add(stream(client, 100))
                 assert client.get("/health").status_code == 200
-            assert holds_within(60, lambda: len(attacker.attacked) > num_attacked)
+            wait_until(lambda: len(attacker.attacked) > num_attacked)
             attacker.close()
             grown = {processes[pid]: resident_bytes(pid) - size for pid, size in before.items()}
             assert {title: size for title, size in grown.items() if size > GROWTH} == {}

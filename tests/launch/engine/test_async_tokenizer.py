@@ -119,7 +119,7 @@ def test_short_text_that_waits_too_long_is_not_at_fault(
 ) -> None:
     release, encode = threading.Event(), tokenizer.encode
     monkeypatch.setattr(async_tokenizer, "WAIT_S", 0.1)
-    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: (release.wait(30), encode(text, **options))[1])
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: (release.wait(60), encode(text, **options))[1])
 
     async def main() -> None:
         with pytest.raises(TokenizerBusy, match=r"waited 0\.1 s for its tokens; try again later"):

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from lockstep.runtime.scheduler.waiting_queue import WaitingQueue
 
 from processes import kill_marked, marked, new_mark
 from small import COMMAND, SMALL, SMALL_FLAGS
-from waiting import holds_within
+from waiting import holds_within, wait_until
 
 pytest.importorskip("grpc", reason="needs lockstep[serve]")
 
@@ -174,6 +175,18 @@ class Server:
     def ranks(self) -> list[int]:
         return [rank["pid"] for rank in self.stats()["ranks"]]
 
+    @contextmanager
+    def held(self, ranks: list[int]) -> Iterator[None]:
+        """Stop these processes within the block: no stream comes to an end."""
+        for pid in ranks:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+
     def marked(self, title: str = "") -> list[int]:
         return list(marked(self.mark, title))
 
@@ -185,7 +198,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
         started.process.terminate()
         assert started.process.wait(60) == 0
-        assert holds_within(60, lambda: not started.marked())
+        wait_until(lambda: not started.marked())
     finally:
         kill_marked(started.mark)
 
@@ -244,11 +257,13 @@ def test_router_prefers_the_replica_with_the_prefix(server: Server) -> None:
 @pytest.mark.serial
 def test_client_disconnect_cancels_in_replicas(server: Server) -> None:
     body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": 4}
+    ranks = server.ranks()
     with server.http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()  # which ends the response when it is collected
         next(lines)
-        assert server.live() == 4
-    assert holds_within(60, lambda: server.live() == 0)
+        with server.held(ranks):
+            assert server.live() == 4
+    wait_until(lambda: server.live() == 0)
 
     def ranks_stand_still() -> bool:
         steps = server.stats()["steps"]
@@ -265,15 +280,17 @@ def test_client_disconnect_cancels_in_replicas(server: Server) -> None:
 def test_requests_beyond_the_queue_are_refused(server: Server) -> None:
     at_once = 2 * SMALL["max_num_seqs"]
     body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": at_once}
+    more = {"prompt": [PROMPTS[0]] * (QUEUED + 1), "max_tokens": 2}
+    ranks = server.ranks()
     with server.http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()
         next(lines)
-        more = {"prompt": [PROMPTS[0]] * (QUEUED + 1), "max_tokens": 2}
-        response = server.http.post("/v1/completions", json=more)
+        with server.held(ranks):
+            response = server.http.post("/v1/completions", json=more)
         assert response.status_code == 429
         assert response.headers["retry-after"]
     more["prompt"] = [PROMPTS[0]] * (at_once + QUEUED)
-    assert holds_within(60, lambda: server.live() == 0)
+    wait_until(lambda: server.live() == 0)
     assert len(server.http.post("/v1/completions", json=more).json()["choices"]) == at_once + QUEUED
 
 
@@ -282,22 +299,32 @@ def test_requests_beyond_the_queue_are_refused(server: Server) -> None:
 @pytest.mark.parametrize("victim", [pytest.param("ranks", marks=pytest.mark.nightly), "replica"])
 def test_replica_killed_is_replaced_and_streams_continue(server: Server, undisturbed: list[str], victim: str) -> None:
     """The ranks of a replica are killed, or the replica itself with its ranks."""
-    before = set(server.ranks())
-    victims = server.ranks()[:1] if victim == "ranks" else server.marked("ServeReplica")[:1]
-    got: list[list[str]] = [[] for _ in PROMPTS]
+    ranks = server.ranks()
+    victims = ranks[:1] if victim == "ranks" else server.marked("ServeReplica")[:1]
+    prompts = PROMPTS * 2  # more than one replica takes at once, so that each has some
+    assert len(prompts) > SMALL["max_num_seqs"]
 
-    async def main() -> None:
-        tasks = [asyncio.create_task(stream(server.url, prompt, own)) for prompt, own in zip(PROMPTS, got, strict=True)]
-        while min(map(len, got)) < 10:
-            await asyncio.sleep(0.01)
+    async def outputs() -> tuple[list[str], bool]:
+        """Return the texts, and whether all streams were live when the victims were killed."""
+        got: list[list[str]] = [[] for _ in prompts]
+        tasks = [asyncio.create_task(stream(server.url, prompt, own)) for prompt, own in zip(prompts, got, strict=True)]
+        while not all(got):
+            await asyncio.sleep(0.002)
             assert not any(task.done() and task.exception() for task in tasks), "a stream has failed"
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
+        with server.held(ranks):
+            was_live = server.live() == len(prompts)
+            for pid in victims if was_live else ():
+                os.kill(pid, signal.SIGKILL)
         await asyncio.gather(*tasks)
+        return ["".join(own) for own in got], was_live
 
-    asyncio.run(main())
-    assert ["".join(own) for own in got] == undisturbed
-    assert holds_within(120, lambda: len(set(server.ranks()) - before) == 1), server.said()
+    for _ in range(10):  # until the ranks are stopped in time
+        texts, was_killed = asyncio.run(outputs())
+        assert texts == undisturbed * 2
+        if was_killed:
+            break
+    assert was_killed
+    assert holds_within(120, lambda: len(set(server.ranks()) - set(ranks)) == 1), server.said()
     assert server.http.get("/health").status_code == 200
     assert "rerouted to others" in server.said()
 
@@ -309,8 +336,8 @@ def test_front_end_killed_leaves_no_processes(tmp_path: Path) -> None:
     started = Server(tmp_path / "log")
     try:
         started.process.kill()
-        started.process.wait(10)
-        assert holds_within(60, lambda: not started.marked("Worker.run") and not started.marked("ServeReplica"))
+        started.process.wait(60)
+        wait_until(lambda: not started.marked("Worker.run") and not started.marked("ServeReplica"))
     finally:
         kill_marked(started.mark)
 

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from lockstep.runtime.request import RequestRefused
 from fake_engine import CHAT, PROMPT, Running
 from processes import is_running
 from small import COMMAND, SMALL, SMALL_FLAGS
-from waiting import holds_within, wait_until
+from step_gate import StepGate, steps_limited
+from waiting import wait_until
 
 SEEDED: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "seed": 3, "temperature": 0.8}
 TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
@@ -151,7 +152,7 @@ def test_limits_count_the_requests_of_all_api_servers(serve: Callable[..., Runni
     first = serve(new_client=new_client, max_concurrent_requests=1)
     second = serve(new_client=new_client, max_concurrent_requests=1)
     body = {**SEEDED, "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    with first.http.stream("POST", "/v1/completions", json=body) as response:
+    with steps_limited(engine, 20), first.http.stream("POST", "/v1/completions", json=body) as response:
         assert next(response.iter_lines()).startswith("data: {")
         refused = second.post("/v1/completions", SEEDED)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
@@ -171,11 +172,12 @@ def test_lost_api_server_frees_the_engine_and_the_limits(serve: Callable[..., Ru
     lost, other = serve(new_client=noted, max_concurrent_requests=1), serve(new_client=noted)
     body = {**SEEDED, "max_tokens": 1500, "ignore_eos": True, "stream": True, "n": 2}
     with lost.http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
-        wait_until(lambda: engine.stats().num_live == 2)
-        assert lost.server._loop is not None
-        lost.server._loop.call_soon_threadsafe(clients[0].gateway.close)
-        wait_until(lambda: engine.stats().num_live == 0)
+        with steps_limited(engine, 20):
+            next(response.iter_lines())
+            wait_until(lambda: engine.stats().num_live == 2)
+            assert lost.server._loop is not None
+            lost.server._loop.call_soon_threadsafe(clients[0].gateway.close)
+            wait_until(lambda: engine.stats().num_live == 0)
         assert other.post("/v1/completions", SEEDED).status_code == 200
 
 
@@ -227,14 +229,20 @@ def test_messages_arrive_whole_and_in_order() -> None:
 
 
 @pytest.fixture
-def command() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str, Path]]]:
+def gate(tmp_path: Path) -> StepGate:
+    """The limit of the steps of the server that `command` starts."""
+    return StepGate(tmp_path / "gate")
+
+
+@pytest.fixture
+def command(gate: StepGate) -> Iterator[Callable[..., tuple[subprocess.Popen[str], str, Path]]]:
     """A function that starts `lockstep serve` and returns the process, its URL and its log; killed after the test."""
     started: list[subprocess.Popen[str]] = []
     with tempfile.TemporaryDirectory() as folder:
 
         def start(*flags: str) -> tuple[subprocess.Popen[str], str, Path]:
             log = Path(folder, f"{len(started)}.log")
-            arguments = [*COMMAND, "serve", *SMALL_FLAGS, "--port=0", "--no-preflight", *flags]
+            arguments = [*gate.command, "serve", *SMALL_FLAGS, "--port=0", "--no-preflight", *flags]
             with log.open("w") as stderr:
                 started.append(subprocess.Popen(arguments, stderr=stderr, text=True))
             wait_until(lambda: " on http://" in log.read_text() or started[-1].poll() is not None)
@@ -254,7 +262,7 @@ def api_servers(process: subprocess.Popen[str]) -> list[int]:
     return [pid for pid in pids if "api_server_process" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
-def stream(url: str, seed: int, begun: list[int], max_tokens: int = 300) -> tuple[str, bool]:
+def stream(url: str, seed: int, begun: list[int], max_tokens: int) -> tuple[str, bool]:
     """Return the text of a stream, and whether it has ended in order; appends the seed to `begun` meanwhile."""
     text, body = "", {**SEEDED, "seed": seed, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     with (
@@ -270,23 +278,38 @@ def stream(url: str, seed: int, begun: list[int], max_tokens: int = 300) -> tupl
     return text, False
 
 
+def begin_streams(
+    threads: ThreadPoolExecutor, gate: StepGate, url: str, number: int, max_tokens: int
+) -> list[Future[tuple[str, bool]]]:
+    """Return streams that have begun, and do not end before the gate is opened."""
+    begun: list[int] = []
+    gate.limit(0)
+    streams = [threads.submit(stream, url, seed, begun, max_tokens) for seed in range(number)]
+    with httpx.Client(base_url=url, timeout=60) as client:  # more connections would move the streams
+        wait_until(lambda: client.get("/stats").json()["waiting"] == number)
+    gate.limit(20)
+    wait_until(lambda: len(begun) == number)
+    return streams
+
+
 @pytest.mark.process
 def test_killed_api_server_ends_its_connections_only(
-    command: Callable[..., tuple[subprocess.Popen[str], str, Path]],
+    command: Callable[..., tuple[subprocess.Popen[str], str, Path]], gate: StepGate
 ) -> None:
-    """Each of two processes has two of four streams. A drain then lets the live streams end."""
+    """Each of two processes has some of the streams. A drain then lets the live streams end."""
     process, url, log = command("--api-server-count=2")
-    expected = [stream(url, seed, []) for seed in range(4)]
+    number, length = 6, 100
+    expected = [stream(url, seed, [], length) for seed in range(number)]
     assert "generation_tokens_total" in httpx.get(f"{url}/metrics").text  # each process has reported its tokens
-    begun: list[int] = []
     with ThreadPoolExecutor(8) as threads:
-        streams = [threads.submit(stream, url, seed, begun) for seed in range(4)]
-        wait_until(lambda: len(begun) == 4)
+        streams = begin_streams(threads, gate, url, number, length)
         victim = api_servers(process)[0]
         os.kill(victim, signal.SIGKILL)
+        wait_until(lambda: f"(pid {victim}) has ended" in log.read_text())
+        gate.open()
         results = [one.result() for one in streams]
-        assert holds_within(5, lambda: f"(pid {victim}) has ended" in log.read_text())
-        assert [ended for _, ended in results].count(True) == 2
+        num_ended = [ended for _, ended in results].count(True)
+        assert 0 < num_ended < number
         for (text, ended), (whole, _) in zip(results, expected, strict=True):
             assert text == whole if ended else whole.startswith(text)
         assert "killed by SIGKILL; another one is started" in log.read_text()
@@ -297,13 +320,13 @@ def test_killed_api_server_ends_its_connections_only(
         pages = [httpx.get(f"{url}/metrics").text for _ in range(4)]
         counts = {re.search(r"generation_tokens_total\{.*\} (\S+)", page)[1] for page in pages}  # type: ignore[index]
         assert len(counts) == 1
-        assert float(counts.pop()) >= 4 * 300 + 2 * 300, "those of the killed process count"
-        begun.clear()
-        streams = [threads.submit(stream, url, seed, begun, 600) for seed in range(4)]
-        wait_until(lambda: len(begun) == 4)
+        assert float(counts.pop()) >= (number + num_ended) * length, "those of the killed process count"
+        streams = begin_streams(threads, gate, url, number, length)
         process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "draining for up to" in log.read_text())
+        gate.open()
         assert all(one.result()[1] for one in streams)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert "Traceback" not in log.read_text()
 
 
@@ -317,7 +340,7 @@ def test_server_ends_when_api_servers_end_too_often(
         wait_until(lambda: len(api_servers(process)) == 2)
         os.kill(api_servers(process)[-1], signal.SIGKILL)
         time.sleep(0.5)
-    assert process.wait(30) == 1
+    assert process.wait(60) == 1
     last = log.read_text().splitlines()[-1]
     assert re.match(r"error: API server \d .*: killed by SIGKILL; given up after 1 restart within 600 s$", last)
 
@@ -325,20 +348,20 @@ def test_server_ends_when_api_servers_end_too_often(
 @pytest.mark.process
 @pytest.mark.nightly
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_no_process_is_left(command: Callable[..., tuple[subprocess.Popen[str], str, Path]], number: int) -> None:
+def test_no_process_is_left(
+    command: Callable[..., tuple[subprocess.Popen[str], str, Path]], gate: StepGate, number: int
+) -> None:
     """Two signals cut the streams off, also while an API server starts."""
     process, url, log = command("--api-server-count=3")
     pids = api_servers(process)
     with ThreadPoolExecutor(4) as threads:
-        begun: list[int] = []
-        streams = [threads.submit(stream, url, seed, begun, 1900) for seed in range(4)]
-        wait_until(lambda: len(begun) == 4)
+        streams = begin_streams(threads, gate, url, 4, 1900)
         os.kill(pids[0], signal.SIGKILL)
         time.sleep(0.3)
         process.send_signal(number)
         time.sleep(0.2)
         process.send_signal(number)
-        assert process.wait(30) == (128 + number if number == signal.SIGTERM else -number)
+        assert process.wait(60) == (128 + number if number == signal.SIGTERM else -number)
         assert not any(ended for _, ended in (one.result() for one in streams)) or number == signal.SIGTERM
     wait_until(lambda: not any(map(is_running, pids)))
     assert "Traceback" not in log.read_text()

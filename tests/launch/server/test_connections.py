@@ -28,7 +28,7 @@ def request_of(body: dict[str, object]) -> bytes:
 
 def exchange(running: Running, sent: bytes) -> bytes:
     """Send, close this side, and return everything that comes back."""
-    with socket.create_connection(running.port.getsockname(), timeout=20) as raw:
+    with socket.create_connection(running.port.getsockname(), timeout=60) as raw:
         raw.sendall(sent)
         raw.shutdown(socket.SHUT_WR)
         received = b""
@@ -90,7 +90,7 @@ CHUNKED = "content-type: application/json\r\ntransfer-encoding: chunked\r\n"
 def test_ambiguous_length_of_a_body_is_refused(shared: Running, caplog: pytest.LogCaptureFixture, head: str) -> None:
     """Behind a proxy that reads the other length, the rest of the body would be a request of somebody else."""
     smuggled = b"GET /version HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    with socket.create_connection(shared.port.getsockname(), timeout=20) as raw:
+    with socket.create_connection(shared.port.getsockname(), timeout=60) as raw:
         raw.sendall(f"{head}\r\n\r\n".encode() + b"0\r\n\r\n" + smuggled)
         received = b""
         while piece := raw.recv(1 << 16):  # until the server closes its side
@@ -103,7 +103,7 @@ def test_ambiguous_length_of_a_body_is_refused(shared: Running, caplog: pytest.L
 
 @pytest.mark.parametrize("body", [b'{"model": ', b"no length", b"5 x", b"5\r\n12345\r\n\x00"])
 def test_chunk_without_length_is_refused_at_once(shared: Running, body: bytes) -> None:
-    with socket.create_connection(shared.port.getsockname(), timeout=20) as raw:
+    with socket.create_connection(shared.port.getsockname(), timeout=60) as raw:
         raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{CHUNKED}\r\n".encode() + body)
         assert raw.recv(1 << 16).startswith(b"HTTP/1.1 400")
 
@@ -111,7 +111,7 @@ def test_chunk_without_length_is_refused_at_once(shared: Running, body: bytes) -
 def test_chunks_may_come_in_pieces(shared: Running) -> None:
     content = request_of({"max_tokens": 2}).partition(b"\r\n\r\n")[2]
     chunks = b"%X;a=b\r\n%b\r\n1 \r\n%b\r\n0\r\nx-sum: 1\r\n\r\n" % (len(content) - 1, content[:-1], content[-1:])
-    with socket.create_connection(shared.port.getsockname(), timeout=20) as raw:
+    with socket.create_connection(shared.port.getsockname(), timeout=60) as raw:
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{CHUNKED}\r\n".encode())
         for byte in chunks:
@@ -158,7 +158,7 @@ def test_http_client_reads_413_after_its_body(run: Callable[..., Running]) -> No
 def test_refused_body_is_read_up_to_a_limit(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_protocol, "MAX_DRAINED_BYTES", 100_000)
     running = run(max_body_bytes=10_000)
-    with socket.create_connection(running.port.getsockname(), timeout=20) as raw:
+    with socket.create_connection(running.port.getsockname(), timeout=60) as raw:
         head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
         raw.sendall(f"{head}content-length: {10**9}\r\n\r\n".encode())
         with pytest.raises(ConnectionError):
@@ -169,7 +169,7 @@ def test_refused_body_is_read_up_to_a_limit(run: Callable[..., Running], monkeyp
 def test_body_that_waits_for_100_continue_is_not_read_as_a_request(run: Callable[..., Running]) -> None:
     running = run(max_body_bytes=10_000)
     head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-    with socket.create_connection(running.port.getsockname(), timeout=20) as raw:
+    with socket.create_connection(running.port.getsockname(), timeout=60) as raw:
         raw.sendall(f"{head}expect: 100-continue\r\ncontent-length: 20000\r\n\r\n".encode())
         received = b""
         while piece := raw.recv(1 << 16):  # until the server closes its side

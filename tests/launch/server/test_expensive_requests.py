@@ -122,7 +122,7 @@ def test_busy_tokenizer_is_429(run: Callable[..., Running], monkeypatch: pytest.
     running, release = run(), threading.Event()
     tokenizer = fake(running).tokenizer.source
     monkeypatch.setattr("lockstep.launch.engine.async_tokenizer.WAIT_S", 0.05)
-    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: [5] if release.wait(30) else [])
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: [5] if release.wait(60) else [])
     response = running.post("/v1/completions", COMPLETION)
     release.set()
     assert (response.status_code, error_of(response)["code"]) == (429, "rate_limit_exceeded")

@@ -20,7 +20,8 @@ from lockstep.runtime.structured_outputs import StructuredOutputsParams
 
 from fake_engine import CHAT, COMPLETION, PROMPT, Running, demo_server, error_of
 from small import SMALL
-from waiting import wait_until
+from step_gate import steps_limited
+from waiting import join, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +100,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [  # fields of a request, the f
     ({"guided_json": {"allOf": [{"anyOf": [{"required": [f"a{i}"]}, {"required": [f"b{i}"]}]} for i in range(24)]}},
         "guided_json", "schema too large"),
     ({"guided_json": {"enum": [f"{i * 7919}" * 2 for i in range(5000)]}}, "guided_json", "limit"),
-    ({"guided_grammar": "root ::= " * 3000}, "guided_grammar", "Expected name"),
-    ({"guided_grammar": 'root ::= "a" missing'}, "guided_grammar", "Rule 'missing' not found"),
-    ({"guided_grammar": 'root ::= "a"\nroot ::= "b"'}, "guided_grammar", "Rule 'root' is defined twice"),
+    ({"guided_grammar": "root ::= " * 3000}, "guided_grammar", "column 10: the rule 'root' is defined twice"),
+    ({"guided_grammar": 'root ::= "a" missing'}, "guided_grammar", "column 14: the rule 'missing' is not defined"),
+    ({"guided_grammar": 'root ::= "a"\nroot ::= "b"'}, "guided_grammar", "column 1: the rule 'root' is defined twice"),
     ({"guided_grammar": 'other ::= "a"'}, "guided_grammar", "No 'root' rule found"),
 ]  # fmt: skip
 
@@ -153,7 +154,7 @@ def test_new_grammars_wait_in_a_short_queue(real: Running, monkeypatch: pytest.M
     problem, may_go_on = check._problem, threading.Event()
 
     def wait_and_compile(line: bytes, kind: str) -> str | None:
-        may_go_on.wait(30)
+        may_go_on.wait(60)
         return problem(line, kind)
 
     monkeypatch.setattr(check, "_problem", wait_and_compile)
@@ -179,8 +180,10 @@ def test_new_grammars_wait_in_a_short_queue(real: Running, monkeypatch: pytest.M
 
 def test_disconnect_frees_the_engine(real: Running) -> None:
     body = {"prompt": PROMPT, "max_tokens": 1000, "n": 4, "ignore_eos": True, "stream": True}
-    with real.http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
-        assert real.service.stats().num_live == 4
-    wait_until(lambda: real.service.stats().num_live == 0)
+    engine = cast(AsyncEngine, real.service)
+    with steps_limited(engine, 20):
+        with real.http.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_lines())
+            assert engine.stats().num_live == 4
+        wait_until(lambda: engine.stats().num_live == 0)
     assert real.http.get("/health").status_code == 200

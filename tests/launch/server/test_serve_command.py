@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -20,10 +21,18 @@ import pytest
 from lockstep.launch import signals
 
 from fake_engine import KEY, PROMPT, Running
+from listeners import urls_of
 from small import COMMAND, SMALL_FLAGS
-from waiting import wait_until
+from step_gate import StepGate
+from waiting import PATIENCE_S, wait_until
 
 SERVE = ["serve", *SMALL_FLAGS]
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> StepGate:
+    """The limit of the steps of a server that `serve` starts with it."""
+    return StepGate(tmp_path / "gate")
 
 
 @pytest.fixture
@@ -31,8 +40,8 @@ def serve() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """`lockstep serve` in its own process."""
     started = []
 
-    def start(*arguments: str) -> subprocess.Popen[str]:
-        command = [*COMMAND, *SERVE, *arguments]
+    def start(*arguments: str, command: list[str] = COMMAND) -> subprocess.Popen[str]:
+        command = [*command, *SERVE, *arguments]
         environment = os.environ | {"LOCKSTEP_API_KEY": KEY}
         started.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment))
         return started[-1]
@@ -62,12 +71,13 @@ def test_serve_command(serve: Callable[..., subprocess.Popen[str]]) -> None:
     next(stream)
     process.send_signal(signal.SIGTERM)
     assert list(stream)[-1].choices[0].finish_reason in ("length", "stop"), "live requests may end"
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 @pytest.mark.process
-def test_second_signal_aborts_requests(serve: Callable[..., subprocess.Popen[str]]) -> None:
-    process = serve("--port=0", "--served-model-name=demo")
+def test_second_signal_aborts_requests(serve: Callable[..., subprocess.Popen[str]], gate: StepGate) -> None:
+    process = serve("--port=0", "--served-model-name=demo", command=gate.command)
+    gate.limit(20)
     url, body = address(process), {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True}
     headers = {"authorization": f"Bearer {KEY}"}
     with ThreadPoolExecutor(1) as thread, httpx.Client(base_url=url, headers=headers, timeout=60) as client:
@@ -78,7 +88,7 @@ def test_second_signal_aborts_requests(serve: Callable[..., subprocess.Popen[str
         process.send_signal(signal.SIGTERM)
         response = answer.result()
     assert (response.status_code, response.json()["error"]["code"]) == (503, "aborted")
-    _, log = process.communicate(timeout=30)
+    _, log = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in log
 
@@ -91,44 +101,42 @@ def test_server_goes_on_while_nobody_reads_stderr(serve: Callable[..., subproces
     assert process.stderr is not None
     fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
     for _ in range(200):
-        with socket.create_connection((url.host, url.port or 0), timeout=10) as stranger:
+        with socket.create_connection((url.host, url.port or 0), timeout=60) as stranger:
             stranger.sendall(b"\x16\x03\x01 garbage\r\n\r\n")
             assert stranger.recv(20).startswith(b"HTTP/1.1 400")
     with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}) as client:
         for _ in range(80):  # a line of about 100 bytes each
             assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert process.stderr.read().count("Invalid HTTP request") < 20, "a line a second"
 
 
 @pytest.mark.process
 def test_server_runs_without_standard_streams() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [*COMMAND, *SERVE, f"--port={port}"]
+    command = [*COMMAND, *SERVE, "--port=0"]
     with subprocess.Popen(["sh", "-c", 'exec "$0" "$@" <&- >&- 2>&-', *command]) as process:
         try:
-            wait_until(lambda: _answers(f"http://127.0.0.1:{port}/health"))
-            body = {"prompt": PROMPT, "max_tokens": 3}
-            assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body).status_code == 200
+            wait_until(lambda: any(map(_answers, urls_of(process.pid))))
+            (url,) = filter(_answers, urls_of(process.pid))
+            assert httpx.post(f"{url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 3}).status_code == 200
             process.send_signal(signal.SIGTERM)
-            assert process.wait(30) == 0
+            assert process.wait(60) == 0
         finally:
             process.kill()
 
 
 def _answers(url: str) -> bool:
     try:
-        return httpx.get(url).status_code == 200
+        return httpx.get(f"{url}/health").status_code == 200
     except httpx.TransportError:
         return False
 
 
 @pytest.mark.process
-def test_serve_command_ends_at_second_signal(serve: Callable[..., subprocess.Popen[str]]) -> None:
-    process = serve("--port=0")
+def test_serve_command_ends_at_second_signal(serve: Callable[..., subprocess.Popen[str]], gate: StepGate) -> None:
+    process = serve("--port=0", command=gate.command)
+    gate.limit(20)
     url = address(process)
     body = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with httpx.stream(
@@ -136,9 +144,9 @@ def test_serve_command_ends_at_second_signal(serve: Callable[..., subprocess.Pop
     ) as response:
         next(response.iter_lines())
         process.send_signal(signal.SIGTERM)
-        time.sleep(0.1)
+        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 128 + signal.SIGINT
+        assert process.wait(60) == 128 + signal.SIGINT
 
 
 @pytest.mark.process

@@ -138,7 +138,7 @@ def test_engine_failure_ends_the_server(run: Callable[..., Running], is_draining
     service.health = Health("failed", "Ray's raylet was killed")
     with pytest.raises(openai.APIError, match="raylet was killed"):
         list(stream)
-    running.thread.join(30)
+    running.thread.join(60)
     assert not running.thread.is_alive()
     assert running.server.failure == "Ray's raylet was killed"
 
@@ -177,7 +177,7 @@ def test_first_signal_drains(run: Callable[..., Running]) -> None:
     assert (response.status_code, error_of(response)["code"]) == (503, "draining")
     assert running.http.get("/health").status_code == 503
     assert list(stream)[-1].choices[0].finish_reason == "length"
-    running.thread.join(30)
+    running.thread.join(60)
     assert not running.thread.is_alive()
     assert running.server.forced_by is None
 
@@ -190,7 +190,7 @@ def test_drain_timeout_aborts(run: Callable[..., Running]) -> None:
     running.server.handle_exit(signal.SIGTERM, None)
     with pytest.raises(openai.APIError, match="shutting down"):
         list(stream)
-    running.thread.join(30)
+    running.thread.join(60)
     assert not running.thread.is_alive()
 
 
@@ -201,7 +201,7 @@ def test_second_signal_ends_at_once(run: Callable[..., Running]) -> None:
     next(stream)
     running.server.handle_exit(signal.SIGTERM, None)
     running.server.handle_exit(signal.SIGINT, None)
-    running.thread.join(30)
+    running.thread.join(60)
     assert not running.thread.is_alive()
     assert running.server.forced_by == signal.SIGINT
 
@@ -314,12 +314,12 @@ def test_request_without_an_answer_at_the_end_gets_503(
     monkeypatch.setattr(RefusalPacing, "next_delay", lambda self, address, now: 60.0)
     running = run()
     running.server.config.timeout_graceful_shutdown = cast(int, 0.1)
-    with socket.create_connection(running.port.getsockname(), timeout=10) as raw:
+    with socket.create_connection(running.port.getsockname(), timeout=60) as raw:
         raw.sendall(sent)
         wait_until(lambda: bool(running.server.server_state.tasks))
         running.server.handle_exit(signal.SIGTERM, None)
         answer = raw.recv(1000)
     assert answer.startswith(b"HTTP/1.1 503")
     assert b'"code":"draining"' in answer
-    running.thread.join(10)
+    running.thread.join(60)
     assert "Traceback" not in caplog.text

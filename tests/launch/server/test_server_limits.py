@@ -59,14 +59,14 @@ def test_long_bodies_get_413(run: Callable[..., Running]) -> None:
     response = running.post("/v1/completions", COMPLETION | {"user": "x" * 10_000})
     assert (response.status_code, error_of(response)["code"]) == (413, "request_too_large")
 
-    with socket.create_connection(running.port.getsockname(), timeout=10) as raw:
+    with socket.create_connection(running.port.getsockname(), timeout=60) as raw:
         raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n")
         raw.sendall(b"transfer-encoding: chunked\r\n\r\n" + (b"3e8\r\n" + b" " * 1000 + b"\r\n") * 11)
         assert raw.recv(100).startswith(b"HTTP/1.1 413"), "without a content-length, and before the end"
 
 
 def test_long_headers_get_400(shared: Running) -> None:
-    with socket.create_connection(shared.port.getsockname(), timeout=10) as raw:
+    with socket.create_connection(shared.port.getsockname(), timeout=60) as raw:
         raw.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"y" * 100_000)
         assert raw.recv(100).startswith(b"HTTP/1.1 400")
 

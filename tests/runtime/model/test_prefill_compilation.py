@@ -16,6 +16,7 @@ from lockstep.runtime.model.attention.prefill_compilation import PrefillCompilat
 from lockstep.runtime.model.kv_pool import AttentionShape
 
 from flashinfer_stand_in import StandInPrefill, flashinfer_stand_in
+from waiting import holds_within
 
 SHAPE = AttentionShape(
     num_layers=1,
@@ -60,11 +61,16 @@ def test_a_long_compilation_is_named(
 ) -> None:
     caplog.set_level(logging.INFO)
     compiled = threading.Event()
-    monkeypatch.setattr(backend, "compile_prefill", lambda *_: compiled.wait(10))
+    monkeypatch.setattr(backend, "compile_prefill", lambda *_: compiled.wait(60))
     monkeypatch.setattr(prefill_compilation, "UNNAMED_S", 0.01)
     monkeypatch.setattr(prefill_compilation, "REPEATED_S", 0.02)
     compilation = PrefillCompilation(SHAPE, {None}, None)
-    threading.Timer(0.1, compiled.set).start()
+
+    def end_compilation() -> None:
+        holds_within(60 if announce else 0.1, lambda: len(caplog.records) > 1)
+        compiled.set()
+
+    threading.Thread(target=end_compilation).start()
     compilation.wait(announce=announce)
     lines = [record.getMessage() for record in caplog.records]
     assert (len(lines) > 1) == announce
