@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
-from .all_reduce_names import Algorithm
-from .all_reduce_policy import EPS, SIZES, Policy
+from .all_reduce_names import AllReduceAlgorithm
+from .all_reduce_policy import EPS, SIZES, AllReducePolicy
 from .base import CommError, Communicator
 from .message_text import format_bytes
 from .rendezvous import Rendezvous
@@ -87,8 +87,13 @@ class Trial:
 
 
 def wrong_algorithms(
-    comm: Communicator, nccl: Communicator, policy: Policy, rendezvous: Rendezvous, shape: RowShape, attempt: int = 0
-) -> dict[Algorithm, str]:
+    comm: Communicator,
+    nccl: Communicator,
+    policy: AllReducePolicy,
+    rendezvous: Rendezvous,
+    shape: RowShape,
+    attempt: int = 0,
+) -> dict[AllReduceAlgorithm, str]:
     """Return the algorithms of `policy` that compute wrong sums, with the smallest such size; equal on all ranks.
 
     comm     uses `policy`
@@ -98,20 +103,22 @@ def wrong_algorithms(
     rows = dict.fromkeys(map(shape.num_rows, SIZES))
     chosen = {n: policy.algorithm(shape.nbytes(n), shape.dtype) for n in rows}
     chosen = {n: algorithm for n, algorithm in chosen.items() if algorithm != "nccl"}
-    faults: dict[Algorithm, str] = {}
+    faults: dict[AllReduceAlgorithm, str] = {}
     for (n, algorithm), count in zip(chosen.items(), _counts(comm, nccl, chosen, shape), strict=True):
         if count:
             faults.setdefault(algorithm, f"{count} wrong elements at {format_bytes(shape.nbytes(n))}")
     if shape.device.type == "cuda":
         torch.cuda.empty_cache()  # else the memory of the graph would count as used when the KV cache is sized
-    agreed: dict[Algorithm, str] = {}
+    agreed: dict[AllReduceAlgorithm, str] = {}
     for rank, text in enumerate(rendezvous.exchange(f"all-reduce check {attempt}", json.dumps(faults))):
         for name, fault in json.loads(text).items():
             agreed.setdefault(name, f"rank {rank}: {fault}")
     return agreed
 
 
-def _counts(comm: Communicator, nccl: Communicator, chosen: dict[int, Algorithm], shape: RowShape) -> list[int]:
+def _counts(
+    comm: Communicator, nccl: Communicator, chosen: dict[int, AllReduceAlgorithm], shape: RowShape
+) -> list[int]:
     """Return the number of wrong elements for each number of rows: in calls, and in a graph of calls."""
     counts = torch.zeros(len(chosen), dtype=torch.int64, device=shape.device)
     captured: list[tuple[int, Trial]] = []

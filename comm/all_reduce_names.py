@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 PeerAlgorithm = Literal["push", "one-shot", "two-shot"]  # over peer memory; symmetric.py has the kernel of each
-Algorithm = Literal["nccl", PeerAlgorithm]
-AllReduce = Literal["auto", Algorithm]  # auto: the fastest for each size
+AllReduceAlgorithm = Literal["nccl", PeerAlgorithm]
+AllReduceChoice = Literal["auto", AllReduceAlgorithm]  # auto: the fastest for each size
 PEER_ALGORITHMS: tuple[PeerAlgorithm, ...] = get_args(PeerAlgorithm)
-ALGORITHMS: tuple[Algorithm, ...] = ("nccl", *PEER_ALGORITHMS)
+ALL_REDUCE_ALGORITHMS: tuple[AllReduceAlgorithm, ...] = ("nccl", *PEER_ALGORITHMS)

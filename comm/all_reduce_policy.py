@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.native import cache_dir
-from .all_reduce_names import ALGORITHMS, Algorithm, AllReduce
+from .all_reduce_names import ALL_REDUCE_ALGORITHMS, AllReduceAlgorithm, AllReduceChoice
 from .base import Communicator
 from .message_text import format_bytes
 from .rendezvous import Rendezvous
@@ -39,24 +39,25 @@ SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the kernels ov
 GATHER_BYTES = 1 << 20  # an all-gather of at most this size per rank goes through peer buffers
 PUSH_BYTES = 256 << 10  # the largest message that is pushed: PUSH_BYTES of peer_protocol.cuh
 BUFFER_BYTES = SIZES[-1]  # the largest message in a peer buffer
-LARGEST: dict[Algorithm, int] = dict.fromkeys(ALGORITHMS, BUFFER_BYTES) | {"push": PUSH_BYTES}
+LARGEST: dict[AllReduceAlgorithm, int] = dict.fromkeys(ALL_REDUCE_ALGORITHMS, BUFFER_BYTES) | {"push": PUSH_BYTES}
 
 
 @dataclass(frozen=True)
-class Policy:
+class AllReducePolicy:
     """The algorithm for each message size; the same on all ranks."""
 
-    steps: tuple[tuple[int, Algorithm], ...]  # (largest size in bytes, algorithm), ascending; NCCL beyond the last
+    # (largest size in bytes, algorithm), ascending; NCCL serves messages beyond the last.
+    steps: tuple[tuple[int, AllReduceAlgorithm], ...]
     gather_bytes: int = GATHER_BYTES
     slices: bool = False  # larger messages go in slices of rows instead of to NCCL
 
     @classmethod
-    def only(cls, algorithm: Algorithm, largest: int = BUFFER_BYTES) -> Policy:
+    def only(cls, algorithm: AllReduceAlgorithm, largest: int = BUFFER_BYTES) -> AllReducePolicy:
         """Return the policy that uses one algorithm up to `largest` bytes, or up to what it can do."""
         return cls(((min(largest, LARGEST[algorithm]), algorithm),), min(GATHER_BYTES, largest))
 
     @classmethod
-    def batch_invariant(cls, choice: AllReduce, ranks: int, largest: int = BUFFER_BYTES) -> Policy:
+    def batch_invariant(cls, choice: AllReduceChoice, ranks: int, largest: int = BUFFER_BYTES) -> AllReducePolicy:
         """Return the policy for sums with the same bits in any batch: in slices beyond `largest` bytes.
 
         Push and one-shot have the same bits; two-shot rounds once more. One-shot is the fastest of two ranks.
@@ -66,7 +67,7 @@ class Policy:
             return cls(((largest, algorithm),), min(GATHER_BYTES, largest), slices=True)
         return cls(((LARGEST["push"], "push"), (largest, "one-shot")), min(GATHER_BYTES, largest), slices=True)
 
-    def algorithm(self, nbytes: int, dtype: torch.dtype) -> Algorithm:
+    def algorithm(self, nbytes: int, dtype: torch.dtype) -> AllReduceAlgorithm:
         if nbytes == 0 or dtype not in SUMMED_DTYPES:
             return "nccl"
         return next((algorithm for largest, algorithm in self.steps if nbytes <= largest), "nccl")
@@ -85,16 +86,16 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class TimingTable:
+class AllReduceTimings:
     """Microseconds of each algorithm at each of `sizes`, on the slowest rank; infinite where it does not work."""
 
     sizes: list[int]
-    us: dict[Algorithm, list[float]]
+    us: dict[AllReduceAlgorithm, list[float]]
     cached: bool = False  # True if the times are from an earlier start
 
-    def thresholds(self) -> list[tuple[int, Algorithm]]:
+    def thresholds(self) -> list[tuple[int, AllReduceAlgorithm]]:
         """Return (largest size in bytes, fastest algorithm) in ascending order; NCCL serves larger messages."""
-        steps: list[tuple[int, Algorithm]] = []
+        steps: list[tuple[int, AllReduceAlgorithm]] = []
         for column, nbytes in enumerate(self.sizes):
             fastest = min(self.us, key=lambda algorithm: self.us[algorithm][column])
             if steps and steps[-1][1] == fastest:
@@ -102,7 +103,7 @@ class TimingTable:
             steps.append((nbytes, fastest))
         return steps[:-1] if steps and steps[-1][1] == "nccl" else steps
 
-    def without(self, algorithms: Collection[Algorithm]) -> TimingTable:
+    def without(self, algorithms: Collection[AllReduceAlgorithm]) -> AllReduceTimings:
         """Return the table of the other algorithms."""
         return replace(self, us={name: us for name, us in self.us.items() if name not in algorithms})
 
@@ -118,8 +119,8 @@ class TimingTable:
 
 
 def autotune_all_reduce(
-    groups: Mapping[Algorithm, Communicator], environment: str, rendezvous: Rendezvous
-) -> TimingTable:
+    groups: Mapping[AllReduceAlgorithm, Communicator], environment: str, rendezvous: Rendezvous
+) -> AllReduceTimings:
     """Return one table for all ranks, from rank 0's cache or timed now; a collective call.
 
     groups       a communicator for each algorithm, which uses no other for sums
@@ -130,19 +131,19 @@ def autotune_all_reduce(
     file = cache_dir() / f"all-reduce-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     cached = rendezvous.exchange("autotune/cached", _load(file, key) if rendezvous.rank == 0 else "")[0]
     if cached:
-        return TimingTable(**json.loads(cached), cached=True)
+        return AllReduceTimings(**json.loads(cached), cached=True)
     started = time.perf_counter()
     times = [json.loads(text) for text in rendezvous.exchange("autotune/times", json.dumps(_measure(groups)))]
     us = {name: [max(column) for column in zip(*(rank[name] for rank in times), strict=True)] for name in groups}
-    table = TimingTable(SIZES, us)
+    table = AllReduceTimings(SIZES, us)
     if rendezvous.rank == 0:
         log.info("timed the all-reduce algorithms in %.2f s, cached as %s", time.perf_counter() - started, file)
         _save(file, key, table)
     return table
 
 
-def _measure(groups: Mapping[Algorithm, Communicator]) -> dict[Algorithm, list[float]]:
-    times: dict[Algorithm, list[float]] = {name: [] for name in groups}
+def _measure(groups: Mapping[AllReduceAlgorithm, Communicator]) -> dict[AllReduceAlgorithm, list[float]]:
+    times: dict[AllReduceAlgorithm, list[float]] = {name: [] for name in groups}
     for nbytes in SIZES:
         for name, comm in groups.items():
             if nbytes > LARGEST[name]:
@@ -182,7 +183,7 @@ def _load(file: Path, key: str) -> str:
         return ""
 
 
-def _save(file: Path, key: str, table: TimingTable) -> None:
+def _save(file: Path, key: str, table: AllReduceTimings) -> None:
     """Write the whole file or none; if the folder cannot be written, the next start times again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

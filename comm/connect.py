@@ -17,8 +17,8 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]  # exported, but not in its stubs
 
 from .all_reduce_check import RowShape, wrong_algorithms
-from .all_reduce_names import PEER_ALGORITHMS, Algorithm, AllReduce
-from .all_reduce_policy import BUFFER_BYTES, COLUMNS, Policy, autotune_all_reduce
+from .all_reduce_names import PEER_ALGORITHMS, AllReduceAlgorithm, AllReduceChoice
+from .all_reduce_policy import BUFFER_BYTES, COLUMNS, AllReducePolicy, autotune_all_reduce
 from .base import CommError, Communicator, PeerMemoryUnavailable, SingleRank
 from .gloo import GlooCommunicator
 from .message_text import first_line
@@ -42,7 +42,7 @@ def connect(
     device: torch.device,
     shares_device: bool = False,
     library: str | None = None,
-    all_reduce: AllReduce = "nccl",
+    all_reduce: AllReduceChoice = "nccl",
     batch_invariant: bool = False,
     hidden_size: int = COLUMNS,
     dtype: torch.dtype = torch.bfloat16,
@@ -109,7 +109,7 @@ def _require_equal(choices: list[str]) -> None:
 
 def with_peer_memory(
     nccl: NcclCommunicator,
-    all_reduce: AllReduce,
+    all_reduce: AllReduceChoice,
     rendezvous: Rendezvous,
     *,
     batch_invariant: bool = False,
@@ -134,9 +134,11 @@ def with_peer_memory(
         return nccl
     comm.compile_sums(shape.columns, shape.dtype)
     if batch_invariant:
-        return _checked(nccl, comm.with_policy(Policy.batch_invariant(all_reduce, nccl.size)), rendezvous, shape)
+        return _checked(
+            nccl, comm.with_policy(AllReducePolicy.batch_invariant(all_reduce, nccl.size)), rendezvous, shape
+        )
     if all_reduce != "auto":
-        return _checked(nccl, comm.with_policy(Policy.only(all_reduce)), rendezvous, shape)
+        return _checked(nccl, comm.with_policy(AllReducePolicy.only(all_reduce)), rendezvous, shape)
     return _autotuned(nccl, comm, rendezvous, shape)
 
 
@@ -164,7 +166,7 @@ def map_peer_buffers(
     except PeerMemoryUnavailable:
         buffers.close()
         raise
-    return SymmetricCommunicator(nccl, buffers, Policy(()), device)
+    return SymmetricCommunicator(nccl, buffers, AllReducePolicy(()), device)
 
 
 def _checked(
@@ -180,14 +182,14 @@ def _autotuned(
     nccl: NcclCommunicator, comm: SymmetricCommunicator, rendezvous: Rendezvous, shape: RowShape
 ) -> Communicator:
     """Return the communicator with the fastest algorithm for each size, of those that compute the sums of NCCL."""
-    groups: dict[Algorithm, Communicator] = {"nccl": nccl}
-    groups |= {algorithm: comm.with_policy(Policy.only(algorithm)) for algorithm in PEER_ALGORITHMS}
+    groups: dict[AllReduceAlgorithm, Communicator] = {"nccl": nccl}
+    groups |= {algorithm: comm.with_policy(AllReducePolicy.only(algorithm)) for algorithm in PEER_ALGORITHMS}
     comm.compile_sums(COLUMNS, torch.bfloat16)  # which it times
     gpu = torch.cuda.get_device_properties(shape.device)
     table = autotune_all_reduce(groups, f"{gpu.name} {gpu.uuid} {nccl.description}", rendezvous)
     notes: list[str] = []
     for attempt in range(len(groups)):  # each excludes at least one, and never NCCL
-        tuned = comm.with_policy(Policy(tuple(table.thresholds())))
+        tuned = comm.with_policy(AllReducePolicy(tuple(table.thresholds())))
         wrong = wrong_algorithms(tuned, nccl, tuned.policy, rendezvous, shape, attempt)
         if not wrong:
             break
@@ -199,7 +201,7 @@ def _autotuned(
     return tuned
 
 
-def _exclusions(wrong: dict[Algorithm, str]) -> list[str]:
+def _exclusions(wrong: dict[AllReduceAlgorithm, str]) -> list[str]:
     return [f"all-reduce {name} computes other sums than NCCL on these GPUs ({fault})" for name, fault in wrong.items()]
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops, peer_memory
-from .all_reduce_names import Algorithm
-from .all_reduce_policy import SUMMED_DTYPES, Policy
+from .all_reduce_names import AllReduceAlgorithm
+from .all_reduce_policy import SUMMED_DTYPES, AllReducePolicy
 from .base import CommError, Communicator
 from .nccl import DeviceEvent, NcclCommunicator, record_event
 from .peer_buffers import PeerBuffers
@@ -29,7 +29,9 @@ class SymmetricCommunicator(Communicator):
     capturable = True
     uses_rendezvous = True
 
-    def __init__(self, nccl: NcclCommunicator, buffers: PeerBuffers, policy: Policy, device: torch.device) -> None:
+    def __init__(
+        self, nccl: NcclCommunicator, buffers: PeerBuffers, policy: AllReducePolicy, device: torch.device
+    ) -> None:
         self.rank, self.size = nccl.rank, nccl.size
         self.description = f"{nccl.description}; peer memory: {policy}"
         self.policy = policy
@@ -38,7 +40,7 @@ class SymmetricCommunicator(Communicator):
         self._ended = False
         self._token = torch.zeros(16, dtype=torch.uint8, device=device)
 
-    def with_policy(self, policy: Policy) -> SymmetricCommunicator:
+    def with_policy(self, policy: AllReducePolicy) -> SymmetricCommunicator:
         """Return a communicator with another policy over the same buffers; close only one of them."""
         return SymmetricCommunicator(self._nccl, self._buffers, policy, self._device)
 
@@ -124,7 +126,7 @@ class SymmetricCommunicator(Communicator):
         torch.cuda.synchronize(self._device)
         self._buffers.close()
 
-    def _algorithm(self, nbytes: int, dtype: torch.dtype, rows: int = 1) -> Algorithm:
+    def _algorithm(self, nbytes: int, dtype: torch.dtype, rows: int = 1) -> AllReduceAlgorithm:
         """Return the algorithm for so many rows of `nbytes`, which depends on no address: all ranks choose alike."""
         algorithm = self.policy.algorithm(rows * nbytes, dtype)
         return "one-shot" if algorithm == "push" and not peer_memory.fits_push(nbytes) else algorithm

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args, get_type_hints
 
-from ..comm.all_reduce_names import AllReduce
+from ..comm.all_reduce_names import AllReduceChoice
 
 if TYPE_CHECKING:  # `lockstep --help` needs no torch
     import torch
@@ -123,7 +123,7 @@ class Config:
     nccl_library: str | None = option(
         None, "absolute path of the libnccl.so.2 to use on every rank; the one that torch brings if not given"
     )
-    all_reduce: AllReduce = option(
+    all_reduce: AllReduceChoice = option(
         "auto",
         "all-reduce between GPUs: NCCL, our push, one-shot or two-shot kernels over peer memory, or auto, the fastest"
         " of them for each size as measured at start-up",

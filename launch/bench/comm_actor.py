@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...comm.all_reduce_names import PEER_ALGORITHMS, PeerAlgorithm
-from ...comm.all_reduce_policy import SUMMED_DTYPES, Policy
+from ...comm.all_reduce_policy import SUMMED_DTYPES, AllReducePolicy
 from ...comm.base import Communicator
 from ...comm.connect import map_peer_buffers
 from ...comm.message_text import first_line
@@ -203,7 +203,7 @@ class CommBenchActor(RankActor):
             self._symmetric = map_peer_buffers(
                 nccl, self._rendezvous, device=self._device, buffer_bytes=buffer_bytes, shares_device=shares_device
             )
-        return self._symmetric.with_policy(Policy.only(algorithm, largest))
+        return self._symmetric.with_policy(AllReducePolicy.only(algorithm, largest))
 
     # --- measurement
 

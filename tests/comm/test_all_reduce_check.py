@@ -14,8 +14,8 @@ from torch.distributed import HashStore
 
 from lockstep.comm import connect as connecting
 from lockstep.comm.all_reduce_check import RowShape, wrong_algorithms
-from lockstep.comm.all_reduce_names import ALGORITHMS, Algorithm, AllReduce
-from lockstep.comm.all_reduce_policy import SIZES, Policy, TimingTable
+from lockstep.comm.all_reduce_names import ALL_REDUCE_ALGORITHMS, AllReduceAlgorithm, AllReduceChoice
+from lockstep.comm.all_reduce_policy import SIZES, AllReducePolicy, AllReduceTimings
 from lockstep.comm.base import CommError, Communicator
 from lockstep.comm.connect import with_peer_memory
 from lockstep.comm.rendezvous import Rendezvous
@@ -24,7 +24,7 @@ from ranks import run_ranks
 
 SIZE = 3
 SHAPE = RowShape(1024, torch.bfloat16, torch.device("cpu"))
-STEPS: tuple[tuple[int, Algorithm], ...] = ((32 << 10, "push"), (256 << 10, "one-shot"), (2 << 20, "two-shot"))
+STEPS: tuple[tuple[int, AllReduceAlgorithm], ...] = ((32 << 10, "push"), (256 << 10, "one-shot"), (2 << 20, "two-shot"))
 Fault = Callable[[Tensor], None]
 
 
@@ -33,11 +33,11 @@ class SumsByPolicy(Communicator):
 
     description, capturable = "peer memory", False
 
-    def __init__(self, peers: Communicator, policy: Policy, faults: dict[Algorithm, Fault]) -> None:
+    def __init__(self, peers: Communicator, policy: AllReducePolicy, faults: dict[AllReduceAlgorithm, Fault]) -> None:
         self.peers, self.policy, self.faults = peers, policy, faults
         self.rank, self.size = peers.rank, peers.size
 
-    def with_policy(self, policy: Policy) -> SumsByPolicy:
+    def with_policy(self, policy: AllReducePolicy) -> SumsByPolicy:
         return SumsByPolicy(self.peers, policy, self.faults)
 
     def compile_sums(self, columns: int, dtype: torch.dtype) -> None:
@@ -77,11 +77,11 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lockstep.comm.all_reduce_check.SIZES", [size for size in SIZES if size <= 512 << 10])
 
 
-def wrong(faults: dict[int, dict[Algorithm, Fault]]) -> list[dict[Algorithm, str]]:
+def wrong(faults: dict[int, dict[AllReduceAlgorithm, Fault]]) -> list[dict[AllReduceAlgorithm, str]]:
     """Return what each rank finds when some ranks have faults."""
-    store, policy = HashStore(), Policy(STEPS)
+    store, policy = HashStore(), AllReducePolicy(STEPS)
 
-    def check(comm: Communicator) -> dict[Algorithm, str]:
+    def check(comm: Communicator) -> dict[AllReduceAlgorithm, str]:
         sums = SumsByPolicy(comm, policy, faults.get(comm.rank, {}))
         return wrong_algorithms(sums, comm, policy, Rendezvous(store, comm.rank, comm.size, 20.0), SHAPE)
 
@@ -116,16 +116,18 @@ def test_silent_rank_is_named_with_the_algorithm() -> None:
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Return what `with_peer_memory` returns or raises on each rank, when an algorithm has a fault on rank 1."""
-    times = {name: [1.0 + (name != fastest) for fastest in fastest_of()] for name in ALGORITHMS}
-    monkeypatch.setattr(connecting, "autotune_all_reduce", lambda *_: TimingTable(SIZES, times))
+    times = {name: [1.0 + (name != fastest) for fastest in fastest_of()] for name in ALL_REDUCE_ALGORITHMS}
+    monkeypatch.setattr(connecting, "autotune_all_reduce", lambda *_: AllReduceTimings(SIZES, times))
     gpu = SimpleNamespace(name="GPU", uuid="0")
     monkeypatch.setattr(connecting.torch.cuda, "get_device_properties", lambda _: gpu)
 
-    def run(all_reduce: AllReduce, faults: dict[Algorithm, Fault], batch_invariant: bool = False) -> list[Any]:
+    def run(
+        all_reduce: AllReduceChoice, faults: dict[AllReduceAlgorithm, Fault], batch_invariant: bool = False
+    ) -> list[Any]:
         store = HashStore()
         monkeypatch.setattr(
             connecting, "map_peer_buffers",
-            lambda nccl, *_, **__: SumsByPolicy(nccl, Policy(()), faults if nccl.rank == 1 else {}),
+            lambda nccl, *_, **__: SumsByPolicy(nccl, AllReducePolicy(()), faults if nccl.rank == 1 else {}),
         )  # fmt: skip
 
         def join(comm: Communicator) -> Any:
@@ -141,7 +143,7 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     return run
 
 
-def fastest_of() -> list[Algorithm]:
+def fastest_of() -> list[AllReduceAlgorithm]:
     """Return the algorithm that is the fastest at each of SIZES."""
     return [next((name for largest, name in STEPS if size <= largest), "nccl") for size in SIZES]
 
@@ -174,6 +176,6 @@ def test_chosen_algorithm_with_wrong_sums_is_refused(connect: Callable[..., list
     for error in connect("push", {"push": add_one_to_last}):
         assert error.startswith("all-reduce push computes other sums than NCCL on these GPUs (rank 1: ")
         assert error.endswith("; choose another one with --all-reduce")
-    assert connect("push", {"two-shot": add_one_to_last})[0].policy == Policy.only("push")
+    assert connect("push", {"two-shot": add_one_to_last})[0].policy == AllReducePolicy.only("push")
     for error in connect("auto", {"two-shot": add_one_to_last}, batch_invariant=True):
         assert error.startswith("all-reduce two-shot computes other sums")

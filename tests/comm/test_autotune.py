@@ -10,15 +10,15 @@ import pytest
 from torch.distributed import HashStore
 
 from lockstep.comm import all_reduce_policy
-from lockstep.comm.all_reduce_policy import SIZES, Algorithm, TimingTable, autotune_all_reduce
+from lockstep.comm.all_reduce_policy import SIZES, AllReduceAlgorithm, AllReduceTimings, autotune_all_reduce
 from lockstep.comm.base import Communicator
 from lockstep.comm.rendezvous import Rendezvous
 
 from ranks import run_ranks
 
 SIZE = 3
-ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
-Times = dict[Algorithm, list[float]]
+ALGORITHMS: tuple[AllReduceAlgorithm, ...] = get_args(AllReduceAlgorithm)
+Times = dict[AllReduceAlgorithm, list[float]]
 
 
 @pytest.fixture
@@ -40,11 +40,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[Times]:
     return times
 
 
-def tune(environments: list[str]) -> list[TimingTable]:
+def tune(environments: list[str]) -> list[AllReduceTimings]:
     """The tables of ranks that start together, one environment each."""
     store = HashStore()
 
-    def one(comm: Communicator) -> TimingTable:
+    def one(comm: Communicator) -> AllReduceTimings:
         rendezvous = Rendezvous(store, comm.rank, comm.size, 10.0)
         return autotune_all_reduce(dict.fromkeys(ALGORITHMS, comm), environments[comm.rank], rendezvous)
 
@@ -91,7 +91,9 @@ def test_unwritable_cache_costs_a_measurement(
 
 
 def test_table_lines_and_thresholds() -> None:
-    table = TimingTable([8192, 8 << 20], {"nccl": [20.04, 90.0], "one-shot": [5.0, 120.0], "two-shot": [7.0, 95.0]})
+    table = AllReduceTimings(
+        [8192, 8 << 20], {"nccl": [20.04, 90.0], "one-shot": [5.0, 120.0], "two-shot": [7.0, 95.0]}
+    )
     assert [line.split() for line in table.lines()] == [
         ["all-reduce", "+", "norm,", "us", "8", "KiB", "8", "MiB"],
         ["nccl", "20.0", "90.0*"],

@@ -30,8 +30,14 @@ from torch.distributed import HashStore
 
 from lockstep.comm import connect as connecting
 from lockstep.comm.all_reduce_check import RowShape, wrong_algorithms
-from lockstep.comm.all_reduce_names import AllReduce
-from lockstep.comm.all_reduce_policy import BUFFER_BYTES, PUSH_BYTES, Algorithm, Policy, TimingTable
+from lockstep.comm.all_reduce_names import AllReduceChoice
+from lockstep.comm.all_reduce_policy import (
+    BUFFER_BYTES,
+    PUSH_BYTES,
+    AllReduceAlgorithm,
+    AllReducePolicy,
+    AllReduceTimings,
+)
 from lockstep.comm.base import CommError, Communicator, PeerMemoryUnavailable
 from lockstep.comm.connect import map_peer_buffers, with_peer_memory
 from lockstep.comm.rendezvous import Rendezvous
@@ -241,9 +247,9 @@ def test_constants_are_those_of_the_kernels() -> None:
 @given(st.lists(st.tuples(*[st.floats(1, 1e4)] * 3), min_size=1, max_size=8))
 def test_policy_takes_the_fastest_at_the_next_size_that_was_timed(times: list[tuple[float, float, float]]) -> None:
     sizes = [64 << (2 * n) for n in range(len(times))]
-    names: tuple[Algorithm, ...] = ("nccl", "one-shot", "two-shot")
-    table = TimingTable(sizes, dict(zip(names, map(list, zip(*times, strict=True)), strict=True)))
-    policy = Policy(tuple(table.thresholds()))
+    names: tuple[AllReduceAlgorithm, ...] = ("nccl", "one-shot", "two-shot")
+    table = AllReduceTimings(sizes, dict(zip(names, map(list, zip(*times, strict=True)), strict=True)))
+    policy = AllReducePolicy(tuple(table.thresholds()))
     for nbytes in {size + step for size in (1, *sizes) for step in (-1, 0, 1)}:
         column = next((n for n, size in enumerate(sizes) if nbytes <= size), None)
         fastest = "nccl" if column is None else names[times[column].index(min(times[column]))]
@@ -251,9 +257,9 @@ def test_policy_takes_the_fastest_at_the_next_size_that_was_timed(times: list[tu
 
 
 def test_policy_of_one_algorithm_serves_what_fits_into_a_buffer() -> None:
-    algorithms: tuple[Algorithm, ...] = ("one-shot", "two-shot")
+    algorithms: tuple[AllReduceAlgorithm, ...] = ("one-shot", "two-shot")
     for algorithm in algorithms:
-        policy = Policy.only(algorithm)
+        policy = AllReducePolicy.only(algorithm)
         assert {policy.algorithm(n, torch.float32) for n in (1, 4096, BUFFER_BYTES)} == {algorithm}
         assert policy.algorithm(BUFFER_BYTES + 1, torch.float32) == "nccl"
         assert policy.algorithm(4096, torch.int64) == "nccl"
@@ -261,29 +267,32 @@ def test_policy_of_one_algorithm_serves_what_fits_into_a_buffer() -> None:
 
 
 def test_policy_slices_rows_of_more_than_a_buffer() -> None:
-    policy = Policy.batch_invariant("one-shot", 2, 64)
+    policy = AllReducePolicy.batch_invariant("one-shot", 2, 64)
     x = torch.arange(30.0).view(10, 3)  # 12 bytes a row: five rows a slice
     assert [len(part) for part in policy.sliced(x)] == [5, 5]
     assert torch.equal(torch.cat(policy.sliced(x)), x)
     assert policy.sliced(x)[0].data_ptr() == x.data_ptr(), "views, of a residual that is updated in place"
     assert len(policy.sliced(x[:5])) == 1
-    assert len(Policy.only("one-shot", 64).sliced(x)) == 1
+    assert len(AllReducePolicy.only("one-shot", 64).sliced(x)) == 1
     assert str(policy) == "one-shot up to 0.1 KiB, and in slices beyond"
 
 
 def test_sums_are_batch_invariant_if_all_algorithms_have_the_same_bits() -> None:
-    assert str(Policy.batch_invariant("auto", 2)) == "push up to 256 KiB, one-shot up to 64 MiB, and in slices beyond"
-    assert Policy.batch_invariant("push", 4) == Policy.batch_invariant("auto", 2)
-    assert str(Policy.batch_invariant("auto", 4)) == "two-shot up to 64 MiB, and in slices beyond"
+    assert (
+        str(AllReducePolicy.batch_invariant("auto", 2))
+        == "push up to 256 KiB, one-shot up to 64 MiB, and in slices beyond"
+    )
+    assert AllReducePolicy.batch_invariant("push", 4) == AllReducePolicy.batch_invariant("auto", 2)
+    assert str(AllReducePolicy.batch_invariant("auto", 4)) == "two-shot up to 64 MiB, and in slices beyond"
 
 
 def test_push_serves_small_messages_only() -> None:
-    assert Policy.only("push").algorithm(PUSH_BYTES, torch.bfloat16) == "push"
-    assert Policy.only("push").algorithm(PUSH_BYTES + 1, torch.bfloat16) == "nccl"
+    assert AllReducePolicy.only("push").algorithm(PUSH_BYTES, torch.bfloat16) == "push"
+    assert AllReducePolicy.only("push").algorithm(PUSH_BYTES + 1, torch.bfloat16) == "nccl"
 
 
 def test_config_option_has_the_choices_of_the_policy() -> None:
-    assert get_args(AllReduce) == get_args(config.AllReduce)
+    assert get_args(AllReduceChoice) == get_args(config.AllReduceChoice)
     with pytest.raises(ValueError, match=r"^all_reduce='ring' is not one of auto, nccl, push, one-shot, two-shot$"):
         config.Config(all_reduce="ring")  # type: ignore[arg-type]
 
@@ -295,7 +304,7 @@ def test_ranks_share_their_memory_and_free_it(share: Share) -> None:
     def gather(buffers: Any) -> tuple[int, Tensor]:
         x = buffers.input((4, 8), torch.bfloat16)
         x.fill_(buffers.rank)
-        comm = symmetric.SymmetricCommunicator(Recorder(buffers.rank, buffers.size), buffers, Policy(()), CPU)
+        comm = symmetric.SymmetricCommunicator(Recorder(buffers.rank, buffers.size), buffers, AllReducePolicy(()), CPU)
         result = buffers.peers.max_blocks, comm.all_gather(x)
         buffers.close()
         return result
@@ -441,7 +450,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
     fits: dict[str, Any] = {"fits_norm": lambda columns, dtype: columns < 4096, "fits_push": lambda n: n % 16 == 0}
     peers = SimpleNamespace(**fits, **{name: recorded(name) for name in names})
     monkeypatch.setattr(symmetric, "peer_memory", peers)
-    policy = Policy(((256, "push"), (1024, "one-shot"), (4096, "two-shot")), 2048)
+    policy = AllReducePolicy(((256, "push"), (1024, "one-shot"), (4096, "two-shot")), 2048)
     return symmetric.SymmetricCommunicator(nccl, buffers, policy, CPU), buffers, nccl
 
 
@@ -701,7 +710,7 @@ def gpu_norms(comm: Communicator) -> tuple[list[str], list[Tensor]]:
 def gpu_same_bits(comm: Communicator) -> list[str]:
     """Return the shapes whose push and one-shot differ in a bit, of one row alone and of a batch."""
     comm, differing = connected(comm), []
-    push, one_shot = (comm.with_policy(Policy.only(algorithm)) for algorithm in ("push", "one-shot"))
+    push, one_shot = (comm.with_policy(AllReducePolicy.only(algorithm)) for algorithm in ("push", "one-shot"))
     for dtype, (rows, columns) in itertools.product(FLOATS, NORMS):
         x, before = part(comm.rank, rows, columns, dtype=dtype), part(90, rows, columns, dtype=dtype)
         residual, weight = before.clone(), part(91, columns, dtype=dtype)
@@ -717,7 +726,7 @@ def gpu_same_bits(comm: Communicator) -> list[str]:
 
 def gpu_check_with_a_fault(comm: Communicator) -> dict[str, str]:
     """Return what the check at start-up finds when the pushed norms of the last rank are wrong in one element."""
-    comm, policy = connected(comm), Policy(((PUSH_BYTES, "push"), (BUFFER_BYTES, "one-shot")))
+    comm, policy = connected(comm), AllReducePolicy(((PUSH_BYTES, "push"), (BUFFER_BYTES, "one-shot")))
     original = symmetric.peer_memory.push_all_reduce_add_rms_norm
 
     def with_fault(out: Tensor, *rest: Any) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.comm.all_reduce_names import AllReduce
+from lockstep.comm.all_reduce_names import AllReduceChoice
 from lockstep.comm.base import CommError, Communicator
 from lockstep.comm.connect import connect
 from lockstep.comm.rendezvous import RankStore
@@ -25,7 +25,7 @@ from lockstep.comm.rendezvous import RankStore
 from comm_failures import be_impatient, error_of
 from rank_processes import PLACES, on_gpus, place_id, run_processes
 
-CHOICES = get_args(AllReduce)
+CHOICES = get_args(AllReduceChoice)
 SPARE_BYTES = 64 << 20  # of what other processes do with the GPU
 
 

@@ -14,7 +14,7 @@ import pytest
 from msgspec.structs import replace
 
 from lockstep import LLM, SamplingParams
-from lockstep.comm.all_reduce_names import AllReduce
+from lockstep.comm.all_reduce_names import AllReduceChoice
 from lockstep.runtime.outputs import CompletionOutput
 
 from rank_processes import PLACES, on_gpus, place_id
@@ -52,7 +52,7 @@ def alone() -> list[CompletionOutput]:
     ("choice", "place"),
     [
         pytest.param(choice, place, id=f"{choice}-{place_id(place)}")
-        for choice in get_args(AllReduce)
+        for choice in get_args(AllReduceChoice)
         for place in (*OF_DEMO, (3, 1))
         if choice == "auto" or place[0] != 3
     ],
