@@ -15,7 +15,7 @@ import msgspec
 
 from ..comm.message_sockets import PullSocket, WakeupEvent
 from ..runtime.config import Config
-from ..runtime.executor import Wakeup
+from ..runtime.executor import EngineClosed, Wakeup
 from ..runtime.plan import StepOutput
 from ..runtime.request import Request
 from ..runtime.startup_timer import summary
@@ -126,6 +126,6 @@ class ProcessExecutor:
 
     def _check(self) -> None:
         if self._closed:
-            raise RankFailed("the rank was ended by close(); make a new one")
+            raise EngineClosed("the rank was ended by close(); make a new one")
         if self._failure is not None:
             raise self._failure

@@ -33,6 +33,10 @@ from .stats import EngineStats, Profile
 log = logging.getLogger(__name__)
 
 
+class EngineClosed(RuntimeError):
+    """The engine, or the `LLM` around it, was ended by `close` and takes no calls any more."""
+
+
 class Wakeup(Protocol):
     """An event that other threads set to wake the thread of an executor (launch's WakeupEvent)."""
 
@@ -92,13 +96,16 @@ class LocalExecutor:
         self.locations = [location.with_memory(self.memory, self.limits)]
         self.startup = timer.record()
         log.info(summary(self.startup))
-        self._engine = Engine(Scheduler(self.limits), runner, publish=lambda plan: None, overlap=runner.overlaps)
+        engine = Engine(Scheduler(self.limits), runner, publish=lambda plan: None, overlap=runner.overlaps)
+        self._open: Engine | None = engine  # None after `close`, so that its memory is freed
+        self._stats = engine.stats
 
     def submit(self, requests: Sequence[Request]) -> None:
         self._engine.add(requests)
 
     def cancel(self, uids: Sequence[int]) -> None:
-        self._engine.cancel(uids)
+        if self._open is not None:
+            self._open.cancel(uids)
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         return [self._engine.step()] if self._engine.has_work else []
@@ -108,17 +115,26 @@ class LocalExecutor:
 
     @property
     def stats(self) -> EngineStats:
-        return msgspec.structs.replace(self._engine.stats)
+        return msgspec.structs.replace(self._stats)
 
     def start_profile(self, num_steps: int) -> None:
         self._engine.start_profile(num_steps)
 
     def take_profile(self) -> Profile | None:
-        return self._engine.take_profile()
+        return None if self._open is None else self._open.take_profile()
 
     def lead(self, inbox: PullSocket, outputs: PushSocket) -> None:
         """Work for a front end in another process until its Stop command, in place of all calls but `close`."""
         lead(self._engine, inbox, outputs)
 
     def close(self) -> None:
-        self._engine.runner.close()
+        """End the engine and free its memory; safe to call twice."""
+        engine, self._open = self._open, None
+        if engine is not None:
+            engine.runner.close()
+
+    @property
+    def _engine(self) -> Engine:
+        if self._open is None:
+            raise EngineClosed("the rank was ended by close(); make a new one")
+        return self._open

@@ -9,7 +9,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from .chat_template import Message
-from .executor import Executor
+from .executor import EngineClosed, Executor
 from .frontend import Frontend, Prompt
 from .generation import Generation, Output
 from .model.generation_config import default_sampling_params
@@ -27,7 +27,10 @@ LLMType = TypeVar("LLMType", bound="OfflineLLM")
 
 
 class OfflineLLM:
-    """Generates for lists of prompts; use it as a context manager, or call `close`."""
+    """Generates for lists of prompts; use it as a context manager, or call `close`.
+
+    All methods but `close` raise EngineClosed after `close`.
+    """
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class OfflineLLM:
         generation_config: str = "auto",
     ) -> None:
         self.executor = executor
+        self._closed = False
         self.tokenizer = tokenizer or Tokenizer(folder)
         self._defaults = default_sampling_params(folder, generation_config)
         vocabulary = Vocabulary(folder, model.vocab_size, model.eos_token_ids)
@@ -74,6 +78,7 @@ class OfflineLLM:
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of a list of conversations: [{"role": "user", "content": "..."}, ...]."""
+        self._check_open()
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts = [self.tokenizer.encode_chat(c) for c in conversations]  # type: ignore[arg-type]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -83,7 +88,30 @@ class OfflineLLM:
 
         Arguments and errors are those of `generate`; leaving the iterator early cancels what is unfinished.
         """
-        generations = self._prepare(_as_list(prompts), sampling_params)
+        return self._events(self._prepare(_as_list(prompts), sampling_params))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Return the recommendation in the checkpoint's generation_config.json."""
+        self._check_open()
+        return self._defaults
+
+    def close(self) -> None:
+        """End the ranks; they have ended when this returns. Safe to call twice."""
+        self._closed = True
+        self.executor.close()
+
+    def __enter__(self: LLMType) -> LLMType:
+        self._check_open()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise EngineClosed("this LLM is closed: close() has ended its ranks; make a new LLM")
+
+    def _events(self, generations: list[Generation]) -> Iterator[Event | RequestOutput]:
         numbers = {g.number: i for i, g in enumerate(generations)}
         reported: set[int] = set()
         for changed in self._run(generations):
@@ -94,23 +122,10 @@ class OfflineLLM:
                     reported.add(number)
                     yield generation.result()
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Return the recommendation in the checkpoint's generation_config.json."""
-        return self._defaults
-
-    def close(self) -> None:
-        """End the ranks; they have ended when this returns. Safe to call twice."""
-        self.executor.close()
-
-    def __enter__(self: LLMType) -> LLMType:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def _prepare(
         self, prompts: Sequence[Prompt], params: ManyParams | None, priority: Sequence[int] | None = None
     ) -> list[Generation]:
+        self._check_open()
         if params is None or isinstance(params, SamplingParams):
             params = [params or self._defaults] * len(prompts)
         if len(params) != len(prompts):
@@ -128,9 +143,11 @@ class OfflineLLM:
 
     def _run(self, generations: list[Generation]) -> Iterator[list[Output]]:
         """Start these and yield the changed outputs until all have ended; cancel them if the caller leaves early."""
+        self._check_open()
         self._frontend.submit(generations)
         try:
             while not all(g.finished for g in generations):
+                self._check_open()
                 yield self._frontend.poll(POLL_S)
         finally:
             if not all(g.finished for g in generations):

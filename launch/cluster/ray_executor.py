@@ -13,7 +13,7 @@ from ray.util.placement_group import remove_placement_group
 
 from ...comm.message_sockets import PullSocket
 from ...runtime.config import Config
-from ...runtime.executor import Wakeup
+from ...runtime.executor import EngineClosed, Wakeup
 from ...runtime.memory.memory_plan import loading_speed, tightest
 from ...runtime.model.model_config import ModelConfig
 from ...runtime.plan import StepOutput
@@ -22,7 +22,7 @@ from ...runtime.request import Request
 from ...runtime.startup import plan_limits
 from ...runtime.startup_timer import StartupTimer, summary
 from ...runtime.stats import EngineStats, Profile
-from ..errors import PlacementError, RankFailed
+from ..errors import PlacementError
 from ..leader_client import LeaderClient
 from ..signals import Undo
 from .actor_group import ActorGroup, rank_table
@@ -153,7 +153,7 @@ class RayExecutor:
 
     def _check(self) -> None:
         if self._closed:
-            raise RankFailed("the ranks were ended by close(); make a new LLM")
+            raise EngineClosed("the ranks were ended by close(); make new ones")
         failure = self._connection.failure or self._ranks.failure
         if failure is not None:
             self._connection.is_lost()  # look now: the ranks may have ended with Ray, a moment ago

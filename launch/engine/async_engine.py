@@ -68,7 +68,12 @@ class AsyncEngine:
         self._thread: EngineThread | None = None
 
     def start(self) -> None:
-        """Load the model and start the ranks; blocks until requests can run. Raises the errors of LLM."""
+        """Load the model and start the ranks; blocks until requests can run. Raises the errors of LLM.
+
+        For one call; another one, or one after `close`, raises EngineFailed.
+        """
+        if self._closing_since or self._thread is not None:
+            raise EngineFailed("an engine starts once; make a new AsyncEngine")
         folder, model = find_model(self.config)
         self.folder = folder
         tokenizer = Tokenizer(folder, self.chat_template)
@@ -143,6 +148,7 @@ class AsyncEngine:
 
     async def check_grammar(self, params: StructuredOutputsParams) -> None:
         """Compile a constraint of outputs in the process for it; raises RequestRefused if it cannot be used."""
+        self._check()
         await self._grammars.check(params)
 
     async def generate(
@@ -215,6 +221,8 @@ class AsyncEngine:
         """Raise EngineFailed if a request cannot be submitted, now or after the ranks have been started again."""
         if self._closing_since:
             raise EngineFailed(f"{CLOSING}; no new requests")
+        if self._thread is None:
+            raise EngineFailed("the engine has not been started; call start() first")
         if self._engine.health.state == "failed":
             raise EngineFailed(self._engine.health.reason)
 

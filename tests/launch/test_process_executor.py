@@ -21,6 +21,7 @@ from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.launch.errors import RankFailed
 from lockstep.launch.process_executor import ProcessExecutor
 from lockstep.runtime.config import DEMO_MODEL, Config
+from lockstep.runtime.executor import EngineClosed
 from lockstep.runtime.frontend import Frontend
 from lockstep.runtime.tokenizer import Tokenizer
 
@@ -68,7 +69,7 @@ def test_tokens_and_end(caplog: pytest.LogCaptureFixture) -> None:
         assert [g.outputs[0].completion.token_ids for g in generations] == expected
         assert executor.stats.output_tokens == 60
     wait_until(lambda: not is_alive(pid))
-    with pytest.raises(RankFailed, match="ended by close"):
+    with pytest.raises(EngineClosed, match="ended by close"):
         executor.poll(0)
 
 

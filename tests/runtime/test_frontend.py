@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import lockstep
 from lockstep import LLM, SamplingParams
 from lockstep.runtime.config import DEMO_MODEL, Config
+from lockstep.runtime.executor import EngineClosed
 from lockstep.runtime.frontend import Frontend
 from lockstep.runtime.generation import Generation
 from lockstep.runtime.limits import Limits
@@ -328,6 +331,44 @@ def test_max_tokens_none_generates_to_the_end_of_the_context() -> None:
 
 def test_default_sampling_params_are_the_checkpoints(llm: LLM) -> None:
     assert llm.get_default_sampling_params().temperature < 1
+
+
+# -- close
+
+
+def test_every_method_after_close_raises_the_same_error() -> None:
+    llm = LLM(device="cpu", num_pages=16)
+    executor = llm.executor
+    before, underway = llm.stream(PROMPT), llm.stream(PROMPT, SamplingParams(max_tokens=50, ignore_eos=True))
+    next(underway)
+    memory = weakref.ref(executor._engine.runner.memory)  # type: ignore[attr-defined]
+    llm.close()
+    llm.close()
+    gc.collect()
+    assert memory() is None
+    calls: dict[str, Callable[[], object]] = {
+        "generate": lambda: llm.generate(PROMPT),
+        "generate nothing": lambda: llm.generate([]),
+        "chat": lambda: llm.chat([{"role": "user", "content": PROMPT}]),
+        "stream": lambda: llm.stream(PROMPT),
+        "a stream from before": lambda: next(before),
+        "a stream underway": lambda: list(underway),
+        "defaults": llm.get_default_sampling_params,
+        "with": llm.__enter__,
+    }
+    for name, call in calls.items():
+        with pytest.raises(EngineClosed, match=r"^this LLM is closed: .*; make a new LLM$"):
+            pytest.fail(f"{name} has returned {call()}")
+    with pytest.raises(EngineClosed, match="ended by close"):
+        executor.poll(0)
+    executor.cancel([0])
+    assert executor.stats.steps > 0
+    assert executor.take_profile() is None
+
+
+def test_public_methods_are_those_that_close_ends() -> None:
+    methods = {name for name in dir(LLM) if not name.startswith("_")}
+    assert methods == {"generate", "chat", "stream", "get_default_sampling_params", "close"}
 
 
 # -- Config

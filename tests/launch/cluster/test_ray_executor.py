@@ -34,6 +34,7 @@ from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.cluster.worker import Worker
 from lockstep.launch.errors import PlacementError, RankFailed
 from lockstep.runtime.config import DEMO_MODEL, Config
+from lockstep.runtime.executor import EngineClosed
 from lockstep.runtime.model.checkpoint import find_model
 from lockstep.runtime.offline import OfflineLLM
 from lockstep.runtime.outputs import Event, RequestOutput
@@ -131,11 +132,13 @@ def test_close_with_requests_in_flight_leaves_nothing(victim: LLM) -> None:
     next(stream)
     victim.close()
     victim.close()
-    assert not left_after(lambda: [pid for pid in workers if is_running(pid)])
-    with pytest.raises(RankFailed, match="close"):
+    assert not left_after(5, lambda: [pid for pid in workers if is_running(pid)])
+    with pytest.raises(EngineClosed, match="this LLM is closed"):
         victim.generate(PROMPTS, GREEDY, use_tqdm=False)
-    with pytest.raises(RankFailed, match="close"):
+    with pytest.raises(EngineClosed, match="this LLM is closed"):
         list(stream)
+    with pytest.raises(EngineClosed, match="ended by close"):
+        victim.executor.poll(0)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.nightly), 1])

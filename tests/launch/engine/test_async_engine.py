@@ -611,6 +611,28 @@ def test_missing_model_raises_value_error() -> None:
     with pytest.raises(ValueError, match="model folder /no/such/folder does not exist"):
         started.start()
     asyncio.run(started.close())
+    with pytest.raises(EngineFailed, match="starts once"):
+        started.start()
+
+
+def test_engine_starts_once_and_before_requests(scripted: type[Scripted]) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(Config(**SMALL))
+        with pytest.raises(EngineFailed, match="has not been started"):
+            await anext(engine.generate(IN_THE, SamplingParams()))
+        engine.start()
+        with pytest.raises(EngineFailed, match="starts once"):
+            engine.start()
+        assert len(scripted.started) == 1
+        await engine.close()
+        await engine.close()
+        for call in (tokens_of(engine, 1, 2), engine.check_grammar(NAMES)):
+            with pytest.raises(EngineFailed, match="shutting down"):
+                await call
+        with pytest.raises(EngineFailed, match="starts once"):
+            engine.start()
+
+    run(main())
 
 
 def test_resumed_request_equals_the_original(scripted: type[Scripted]) -> None:
