@@ -42,8 +42,7 @@ def join_ray(address: str) -> None:
         ray.init(address=address, job_config=IsolatedJob(), logging_level=logging.ERROR, log_to_driver=False)
     except (RayError, ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
         raise PlacementError(
-            f"no Ray cluster at {address}: {first_line(error)}; see that it runs, with the same Ray and Python, and"
-            " that RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH are set as they are there"
+            f"no Ray cluster at {address}: {first_line(error)}; see that it runs, with the same Ray and Python"
         ) from error
     if threading.current_thread() is threading.main_thread():
         # Ray has set a handler that exits; its processes end with this one in any case.

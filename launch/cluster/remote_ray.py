@@ -14,6 +14,7 @@ import ray
 
 from ...comm.message_sockets import WakeupEvent
 from ..errors import PlacementError, RayLost
+from .cluster_probe import probe_cluster
 from .ray_client import join_ray, while_connected
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ class RemoteRay:
         started = time.perf_counter()
         if address != "auto" and (problem := _problem(address)):
             raise PlacementError(f"no Ray cluster at {address}: {problem}; see that it runs and is reachable")
+        probe_cluster(address)
         join_ray(address)
         self.address: str = ray.get_runtime_context().gcs_address
         log.info("Ray cluster: %s, connected in %.1f s", address, time.perf_counter() - started)

@@ -50,7 +50,7 @@ for turn in range(int(sys.argv[1])):
     assert not os.path.exists(report["folder"])
     assert not ray.is_initialized()
 """
-# What another user of this machine can try: connect with no token, or with one of its own.
+# What another user of this machine can try: connect without a token.
 STRANGER = """
 import sys
 from ray._raylet import GcsClient
@@ -85,21 +85,34 @@ def test_cluster_of_a_user_without_home_lets_no_stranger_in(mark: dict[str, str]
     assert report["address"].startswith("127.0.0.1:")
     folder = Path(report["folder"])
     assert [folder.stat().st_mode & 0o777, (folder / "token").stat().st_mode & 0o777] == [0o700, 0o600]
-    for settings in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}):
-        tried = subprocess.Popen(
-            [sys.executable, "-c", STRANGER, report["address"]], text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env={**os.environ, **mark, **settings},
-        )  # fmt: skip
-        assert tried.stderr is not None
-        said = tried.stderr.readline()
-        tried.kill()
-        out, rest = tried.communicate()
-        assert "Unauthenticated" in said, said + rest
-        assert out == ""
+    tried = subprocess.Popen(
+        [sys.executable, "-c", STRANGER, report["address"]], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, **mark, "RAY_AUTH_MODE": "disabled"},
+    )  # fmt: skip
+    assert tried.stderr is not None
+    said = tried.stderr.readline()
+    tried.kill()
+    out, rest = tried.communicate()
+    assert "Unauthenticated" in said, said + rest
+    assert out == ""
+    assert_doctor_names_the_token(report["address"], mark)
     owner.kill()
     owner.communicate(timeout=60)
     assert not left_after(lambda: marked(mark))
     wait_until(lambda: not folder.exists())
+
+
+def assert_doctor_names_the_token(address: str, mark: dict[str, str]) -> None:
+    """The check of another token takes a second and prints one line: Ray itself tries for 20 s."""
+    environment = {**os.environ, **mark, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+    command = [*COMMAND, "doctor", f"--ray-address={address}"]
+    doctor = subprocess.run(command, capture_output=True, text=True, timeout=15, env=environment)
+    assert doctor.returncode == 1
+    lines = doctor.stdout.splitlines()
+    assert len(lines) == 1, doctor.stdout
+    assert lines[0].startswith(f"fail  Ray cluster: the Ray cluster at {address} refuses the token in RAY_AUTH_TOKEN, ")
+    assert "; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token of its nodes" in lines[0]
+    assert doctor.stderr == ""
 
 
 @NIGHTLY

@@ -34,7 +34,8 @@ class FakeGcs:
 @pytest.fixture
 def gcs(monkeypatch: pytest.MonkeyPatch, no_cluster: None) -> FakeGcs:
     started = FakeGcs()
-    monkeypatch.setattr(remote_ray, "join_ray", lambda address: None)
+    for name in ("probe_cluster", "join_ray"):
+        monkeypatch.setattr(remote_ray, name, lambda address: None)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address=started.address))
     monkeypatch.setattr(ray, "cluster_resources", dict)
     monkeypatch.setattr(remote_ray, "WATCH_S", 0.02)
