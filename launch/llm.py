@@ -22,8 +22,8 @@ class LLM(OfflineLLM):
 
     def __init__(self, model: str = DEMO_MODEL, **options: Any) -> None:
         self.config = Config.from_options({"model": model, **options})
+        folder, model_config = find_model(self.config)
         with start_ray_ahead(self.config):
-            folder, model_config = find_model(self.config)
             with signals_wait():
                 import transformers.models.auto.tokenization_auto  # noqa: F401 - the tokenizer needs it: 1 to 2 s
 

@@ -27,7 +27,9 @@ from ..doctor.finding import Finding
 from ..doctor.preflight import Preflight
 from ..errors import EngineFailed, PlacementError, RankFailed
 from ..options import LogLevel, start_logging, with_config, with_fields
-from ..server.server_config import BatchOptions, ServerConfig
+from ..server.batch_file import BatchFiles
+from ..server.server_config import BatchOptions, ServerConfig, read_template
+from ..server.server_socket import bind
 from ..signals import Terminated, end_at_once, end_on_sigterm, signals_wait, status_of
 from ..standard_streams import protect_standard_streams
 from .chat import chat
@@ -92,13 +94,14 @@ def serve_command(config: dict[str, Any], server_options: dict[str, Any], *, log
     start_logging(log_level)
     options, runtime_config = ServerConfig(**server_options), Config.from_options(config)
     check_local_model(runtime_config)
-    checks = closing(Preflight(runtime_config)) if options.preflight else nullcontext()
-    ahead = start_ray_ahead(runtime_config, options.replicas)
-    with redirect_stdout(sys.stderr), checks as preflight, ahead:  # nobody may read stdout, where libraries print
-        with signals_wait():
-            from ..server.serve import serve  # imports the web framework and torch, which takes seconds
+    chat_template = read_template(options.chat_template)
+    with redirect_stdout(sys.stderr), bind(options) as listener:  # nobody may read stdout, where libraries print
+        checks = closing(Preflight(runtime_config)) if options.preflight else nullcontext()
+        with checks as preflight, start_ray_ahead(runtime_config, options.replicas):
+            with signals_wait():
+                from ..server.serve import serve  # imports the web framework and torch, which takes seconds
 
-        serve(runtime_config, options, preflight)
+            serve(runtime_config, options, listener, chat_template, preflight)
 
 
 @app.command("run-batch")
@@ -112,15 +115,19 @@ def run_batch_command(config: dict[str, Any], batch_options: dict[str, Any], *, 
     start_logging(log_level)
     options, runtime_config = BatchOptions(**batch_options), Config.from_options(config)
     check_local_model(runtime_config)
-    with redirect_stdout(sys.stderr), start_ray_ahead(runtime_config):
-        with signals_wait():
-            from ..server.run_batch import run_batch
+    chat_template = read_template(options.chat_template)
+    with closing(BatchFiles(options)) as batch:
+        if batch.left:
+            with redirect_stdout(sys.stderr), start_ray_ahead(runtime_config):
+                with signals_wait():
+                    from ..server.run_batch import run_batch
 
-        num_answers, num_errors = run_batch(runtime_config, options)
-    answers, errors = counted(num_answers, "answer"), counted(num_errors, "error")
-    print(f"{answers} in {options.output_file}, {errors}", file=sys.stderr)
-    if num_errors:
-        raise typer.Exit(1)
+                run_batch(runtime_config, options, batch, chat_template)
+        answers = batch.answers
+        counts = counted(len(answers.answered), "answer"), counted(answers.num_errors, "error")
+        print(f"{counts[0]} in {options.output_file}, {counts[1]}", file=sys.stderr)
+        if answers.num_errors:
+            raise typer.Exit(1)
 
 
 @app.command("chat")

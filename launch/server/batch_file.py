@@ -6,6 +6,7 @@ answers it has are not sent again, and half a line at its end, left by a kill, i
 
 from __future__ import annotations
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -14,6 +15,10 @@ from typing import BinaryIO, Literal
 
 import msgspec
 
+from ...comm.message_text import counted
+from .server_config import BatchOptions
+
+log = logging.getLogger(__name__)
 ROUTES = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 MOST_MISTAKES = 5  # this many are named
 
@@ -124,3 +129,24 @@ class AnswerFile:
     def close(self) -> None:
         """Close the file; safe to call twice."""
         self._file.close()
+
+
+class BatchFiles:
+    """The requests of an input file and the output file of their answers; raises ValueError for a wrong one.
+
+    requests  all of the input file
+    left      those that the output file had no answer to
+    """
+
+    def __init__(self, options: BatchOptions) -> None:
+        assert options.input_file is not None, "BatchOptions refuses that"
+        assert options.output_file is not None
+        self.requests = read_requests(options.input_file)
+        self.answers = AnswerFile(options.output_file)
+        self.left = [request for request in self.requests if request.custom_id not in self.answers.answered]
+        num_answered = len(self.requests) - len(self.left)
+        log.info("%s, %d of them answered before", counted(len(self.requests), "request"), num_answered)
+
+    def close(self) -> None:
+        """Close the output file; safe to call twice."""
+        self.answers.close()

@@ -4,72 +4,50 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator
 
 import httpx
 import transformers.models.auto.tokenization_auto  # noqa: F401 - imported here, where the command holds signals back
 from tqdm import tqdm
 
-from ...comm.message_text import counted
 from ...runtime.config import Config
 from ..engine.async_engine import AsyncEngine
 from ..errors import RankFailed
 from ..signals import signals_wait
 from .app import create_app
-from .batch_file import AnswerFile, BatchRequest, read_requests
+from .batch_file import AnswerFile, BatchFiles, BatchRequest
 from .handlers import Handlers
 from .local_client import LocalEngineClient
-from .server_config import BatchOptions, ChatOptions, ServerConfig, ServerLimits, read_template
+from .server_config import BatchOptions, ChatOptions, ServerConfig, ServerLimits
 
-log = logging.getLogger(__name__)
 IN_FLIGHT = 2  # requests sent at once, in batches of the largest size: the next ones are tokenized meanwhile
 WAIT_S = 2.0  # after an answer that asks to wait
 HEADERS = {"content-type": "application/json"}
 
 
-def run_batch(config: Config, options: BatchOptions) -> tuple[int, int]:
-    """Answer the requests of the input file that the output file has no answer to.
+def run_batch(config: Config, options: BatchOptions, batch: BatchFiles, chat_template: str | None) -> None:
+    """Answer the requests of a batch that have no answer.
 
-    Returns the numbers of answers in the output file, and of those that are errors.
-    Raises ValueError for a wrong file before the model is loaded, and RankFailed if the ranks fail for good: the
-    answers until then are in the output file, and the same command continues.
+    Raises RankFailed if the ranks fail for good: the answers until then are in the output file, and the same command
+    continues.
     """
-    assert options.input_file is not None, "BatchOptions refuses that"
-    assert options.output_file is not None
-    requests = read_requests(options.input_file)
-    with closing(AnswerFile(options.output_file)) as answers:
-        left = [request for request in requests if request.custom_id not in answers.answered]
-        log.info("%s, %d of them answered before", counted(len(requests), "request"), len(requests) - len(left))
-        if left:
-            _start_and_answer(config, options, left, answers, len(requests))
-        return len(answers.answered), answers.num_errors
-
-
-def _start_and_answer(
-    config: Config, options: BatchOptions, left: Sequence[BatchRequest], answers: AnswerFile, total: int
-) -> None:
-    num_left = len(left)
+    num_left = len(batch.left)
     if config.scheduling_policy == "fair":  # nobody else waits
         config = dataclasses.replace(config, scheduling_policy="fcfs")
     chat_fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(ChatOptions)}
     server_config = ServerConfig(**chat_fields, max_concurrent_requests=num_left, max_queued=num_left * 128)
-    template = read_template(options.chat_template)
-    engine = AsyncEngine(config, max_restarts=server_config.max_restarts, chat_template=template)
+    engine = AsyncEngine(config, max_restarts=server_config.max_restarts, chat_template=chat_template)
     try:
         engine.start()
         engine.tokenizer.start()
-        asyncio.run(_answer_all(engine, server_config, left, answers, total))
+        asyncio.run(_answer_all(engine, server_config, batch))
     finally:
         with signals_wait():
             asyncio.run(engine.close())
 
 
-async def _answer_all(
-    engine: AsyncEngine, config: ServerConfig, left: Sequence[BatchRequest], answers: AnswerFile, total: int
-) -> None:
-    limits = ServerLimits()
+async def _answer_all(engine: AsyncEngine, config: ServerConfig, batch: BatchFiles) -> None:
+    limits, left, total = ServerLimits(), batch.left, len(batch.requests)
     client_of_engine = LocalEngineClient(engine, config, limits)
     app, iterator = create_app(Handlers(client_of_engine, config, limits), config), iter(left)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -77,7 +55,7 @@ async def _answer_all(
     with tqdm(total=total, initial=total - len(left), unit=" requests", desc="batch") as progress:
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
             senders = [
-                asyncio.ensure_future(_send_some(client, engine, iterator, answers, progress))
+                asyncio.ensure_future(_send_some(client, engine, iterator, batch.answers, progress))
                 for _ in range(num_senders)
             ]
             try:

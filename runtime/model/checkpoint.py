@@ -28,15 +28,9 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
 
     Raises ValueError, in one line, if there is neither; NotFetched if a download would help.
     """
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise ValueError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise ValueError(
-            f"model folder {model} does not exist; give a folder with config.json, or a hub id like org/name"
-        )
+    folder = local_folder(model)
+    if folder is not None:
+        return folder
     from huggingface_hub import constants, snapshot_download  # costs 0.5 s: only for models from the hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -52,6 +46,20 @@ def checkpoint_folder(model: str, revision: str | None = None, *, fetch: bool = 
         raise ValueError(
             f"{model} is no folder here and could not be fetched from the hub: {first_line(error)}"
         ) from None
+
+
+def local_folder(model: str) -> Path | None:
+    """Return the folder of a checkpoint here, None for a hub id; raises ValueError for what is neither."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ValueError(f"{model} is a file; give the folder that holds config.json and the safetensors files")
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise ValueError(
+            f"model folder {model} does not exist; give a folder with config.json, or a hub id like org/name"
+        )
+    return None
 
 
 def find_model(config: Config) -> tuple[Path, ModelConfig]:
@@ -74,13 +82,13 @@ def find_model(config: Config) -> tuple[Path, ModelConfig]:
 
 
 def check_local_model(config: Config) -> None:
-    """Raise ValueError if the model is a folder here with files that cannot be used; other models pass.
+    """Raise ValueError if the model is neither a hub id nor a folder here whose files can be used.
 
     Takes tens of milliseconds: a command calls it before it imports torch and transformers, which take seconds.
     """
-    folder = Path(config.model).expanduser()
-    if folder.is_dir():
-        check_folder(config, folder)
+    folder = local_folder(config.model)
+    if folder is not None:
+        check_folder(config, folder).check_tensor_parallel(config.tensor_parallel_size)
 
 
 def check_folder(config: Config, folder: Path) -> ModelConfig:

@@ -20,8 +20,8 @@ from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server.draining_server import DrainingServer
 from lockstep.launch.server.engine_client import EngineClient
 from lockstep.launch.server.local_client import LocalEngineClient
-from lockstep.launch.server.serve import bind
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
+from lockstep.launch.server.server_socket import bind
 from lockstep.launch.server.uvicorn_setup import create_uvicorn_config, run_loop
 from lockstep.runtime.config import Config
 from lockstep.runtime.detokenizer import Detokenizer

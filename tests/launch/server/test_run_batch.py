@@ -126,6 +126,21 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     assert other.read_text() == line(), "it stays as it was"
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_batch_without_work_starts_nothing(tmp_path: Path, is_answered: bool) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    if is_answered:
+        source.write_text(line())
+        request = BatchRequest("a", "POST", "/v1/completions", msgspec.Raw(b"{}"))
+        with closing(AnswerFile(target)) as answers:
+            answers.append(request, 200, b"{}")
+    ended = subprocess.run([*command(source, target), "--tp=2"], capture_output=True, text=True, timeout=30)
+    assert ended.returncode == (0 if is_answered else 2)
+    assert "Ray" not in ended.stderr
+    assert ("1 answer in" if is_answered else "input file") in ended.stderr.splitlines()[-1]
+
+
 def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
     request = BatchRequest("ü\n", "POST", "/v1/completions", msgspec.Raw(b"{}"))
     path = tmp_path / "out"

@@ -19,6 +19,8 @@ import openai
 import pytest
 
 from lockstep.launch import signals
+from lockstep.launch.server.server_config import ServerConfig
+from lockstep.launch.server.server_socket import bind
 
 from fake_engine import KEY, PROMPT, Running
 from listeners import urls_of
@@ -110,6 +112,27 @@ def test_server_goes_on_while_nobody_reads_stderr(serve: Callable[..., subproces
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert process.stderr.read().count("Invalid HTTP request") < 20, "a line a second"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("arguments", [("--tp=2",), ("--api-server-count=2",)])
+def test_port_in_use_ends_the_command_before_anything_starts(
+    serve: Callable[..., subprocess.Popen[str]], arguments: tuple[str, ...]
+) -> None:
+    with bind(ServerConfig(port=0)) as other:  # of a server that loads its model
+        port = other.getsockname()[1]
+        process = serve(f"--port={port}", *arguments)
+        stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == 2
+    assert stderr == f"error: cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port\n"
+
+
+@pytest.mark.process
+def test_wrong_template_ends_the_command_before_anything_starts(serve: Callable[..., subprocess.Popen[str]]) -> None:
+    process = serve("--port=0", "--tp=2", "--chat-template=/no/such")
+    stderr = process.communicate(timeout=30)[1]
+    assert process.returncode == 2
+    assert stderr == "error: chat_template='/no/such' cannot be read: [Errno 2] No such file or directory: '/no/such'\n"
 
 
 @pytest.mark.process

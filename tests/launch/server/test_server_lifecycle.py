@@ -21,8 +21,9 @@ from lockstep.launch.engine.engine_state import Health
 from lockstep.launch.errors import EngineFailed
 from lockstep.launch.server import http_io
 from lockstep.launch.server.refusal_pacing import RefusalPacing
-from lockstep.launch.server.serve import bind, serve_until_signal
+from lockstep.launch.server.serve import serve_until_signal
 from lockstep.launch.server.server_config import ServerConfig, ServerLimits
+from lockstep.launch.server.server_socket import bind
 from lockstep.launch.server.uvicorn_setup import run_loop
 from lockstep.runtime.tokenizer import Tokenizer
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 import openai
 import pytest
 
-from lockstep.launch.server.serve import bind
 from lockstep.launch.server.server_config import ServerConfig
+from lockstep.launch.server.server_socket import allow_reuse, bind
 
 from fake_engine import CHAT_BODY, COMPLETION, KEY, Running, error_of, fake
 from waiting import wait_until
@@ -111,10 +111,27 @@ def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> N
 
 
 def test_port_in_use_is_refused(shared: Running) -> None:
-    with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1 port"):
+    with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1 port .* in use; choose another --port$"):
         bind(ServerConfig(port=shared.port.getsockname()[1]))
     with pytest.raises(ValueError, match="not an address to listen on"):
         bind(ServerConfig(host="no such host"))
+    with pytest.raises(ValueError, match=r"cannot listen on 192\.0\.2\.1 .*; choose another --host$"):
+        bind(ServerConfig(host="192.0.2.1"))
+
+
+def test_port_is_taken_before_it_listens() -> None:
+    with bind(ServerConfig(port=0)) as first, bind(ServerConfig(port=0)) as other:
+        port = first.getsockname()[1]
+        assert port != other.getsockname()[1]
+        with pytest.raises(ValueError, match="in use"):
+            bind(ServerConfig(port=port))
+        allow_reuse(first)
+        first.listen()
+        with pytest.raises(ValueError, match="in use"):
+            bind(ServerConfig(port=port))
+        with socket.create_connection(first.getsockname()):
+            first.accept()[0].close()  # it leaves the port in TIME_WAIT
+    bind(ServerConfig(port=port)).close()
 
 
 def test_tcp_nodelay_is_set(shared: Running) -> None:
