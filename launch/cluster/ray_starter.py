@@ -23,6 +23,7 @@ from ...comm.message_text import first_line
 from ...runtime.config import Config
 from ..child_process import ChildProcess, calling
 from ..errors import PlacementError
+from ..open_files import require_open_files
 from ..signals import Undo
 from .rank_resources import LOCAL_OBJECT_STORE_BYTES, local_cpus
 from .ray_address import needs_local_ray
@@ -59,10 +60,11 @@ class RayStarter:
     """A helper process that starts a Ray cluster of `num_cpus` CPUs, below which it runs; always call `close`.
 
     It ends the cluster when this process has ended. Its answer is {"address": ...} or {"error": ...}.
-    Raises PlacementError if this machine cannot reach itself.
+    Raises PlacementError if this machine cannot reach itself, or allows too few open files.
     """
 
     def __init__(self, num_cpus: int) -> None:
+        require_open_files()
         _check_loopback()
         sweep()
         log.info("starting Ray on this machine, which takes a few seconds")

@@ -14,6 +14,7 @@ import ray
 
 from ...comm.message_sockets import WakeupEvent
 from ..errors import PlacementError, RayLost
+from ..open_files import require_open_files
 from .cluster_probe import probe_cluster
 from .ray_client import join_ray, while_connected
 
@@ -34,6 +35,7 @@ class RemoteRay:
         self.failure: RayLost | None = None
         self._wakeup, self._closing = wakeup, threading.Event()
         started = time.perf_counter()
+        require_open_files()
         if address != "auto" and (problem := _problem(address)):
             raise PlacementError(f"no Ray cluster at {address}: {problem}; see that it runs and is reachable")
         probe_cluster(address)

@@ -51,7 +51,7 @@ def diagnose(config: Config, *, reads_contents: bool = False) -> Iterator[Findin
 def examine(config: Config, ip: str, *, alone: bool, reads_contents: bool = False) -> Iterator[Finding]:
     """Yield the findings of this machine, which other ranks reach at `ip`; `alone`: all ranks would run here."""
     with start_p2p_check(config) as p2p:
-        start = PlannedStart(config, ip, starts_ray=alone and config.tensor_parallel_size > 1, p2p=p2p)
+        start = PlannedStart(config, ip, alone=alone, p2p=p2p)
         contents = CONTENT_CHECKS if reads_contents else {}
         for name, check in {**(LOCAL_CHECKS if alone else {}), **CHECKS, **contents}.items():
             yield run_check(name, partial(check, start))

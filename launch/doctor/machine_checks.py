@@ -22,6 +22,7 @@ from ...comm.message_text import format_bytes
 from ...runtime.config import Config
 from ..cluster.network import is_own, own_addresses
 from ..cluster.rank_resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
+from ..open_files import MIN_FILES, remedy
 from .finding import Finding, fail, ok, warn
 from .p2p import PairResults
 from .planned_start import PlannedStart, visible_gpus
@@ -31,7 +32,7 @@ if TYPE_CHECKING:  # imports torch
 
 DRIVER = Path("/proc/driver/nvidia/version")
 NCCL_SHM_BYTES = 64 * 2**20  # an estimate for one rank: each of NCCL's channels has a buffer of 4 MiB
-MIN_FILES, ENOUGH_FILES = 512, 4096  # Ray and torch need these descriptors; each request adds one
+ENOUGH_FILES = 4096  # beside those of MIN_FILES and one for each request: files of the checkpoint, clients that wait
 LISTED_PACKAGES = ("torch", "ray", "transformers", "cupy", "flashinfer", "cuda-python")
 NO_GPU = "skipped: no GPU here that the ranks would use"
 
@@ -216,16 +217,23 @@ def dev_shm_finding(free: int, ray: int, nccl: int) -> Finding:
 def check_open_files(start: PlannedStart) -> Finding:
     """Check the limit of open files against the number of requests."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return open_files_finding(soft, hard, start.config.max_num_seqs)
+    # The ranks of a cluster that runs already inherit the limit of its raylet, which is that of this process.
+    return open_files_finding(soft, hard if start.alone else soft, start.config.max_num_seqs)
 
 
-def open_files_finding(soft: int, hard: int, requests: int) -> Finding:
-    """Return the finding for the limits of open files; `requests` may be open at once."""
-    if soft == resource.RLIM_INFINITY or soft >= ENOUGH_FILES + requests:
-        return ok("no limit" if soft == resource.RLIM_INFINITY else f"limit of {soft}")
-    remedy = f"ulimit -n {ENOUGH_FILES + requests}" + (f" (as root: the hard limit is {hard})" if hard == soft else "")
-    text = f"limit of {soft}, and {requests} requests at once need {MIN_FILES + requests} and better more"
-    return fail(text, remedy) if soft < MIN_FILES + requests else warn(text, remedy)
+def open_files_finding(soft: int, highest: int, requests: int) -> Finding:
+    """Return the finding for the limit of open files, which a start raises from `soft` to `highest`.
+
+    requests  this many may be open at once
+    """
+    text = f"limit of {highest}" + (f", to which a start raises {soft}" if soft != highest else "")
+    enough, least = ENOUGH_FILES + requests, MIN_FILES + requests
+    if highest == resource.RLIM_INFINITY:
+        return ok("no limit")
+    if highest >= enough:
+        return ok(text)
+    text = f"{text}, and {requests} requests at once need {least} and better more"
+    return (fail if highest < least else warn)(text, remedy(enough))
 
 
 def _version(package: str) -> str | None:

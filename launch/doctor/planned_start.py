@@ -28,8 +28,13 @@ class PlannedStart:
 
     config: Config
     ip: str  # the address at which the other ranks would reach this machine
-    starts_ray: bool = False  # the start would also start a Ray cluster here
+    alone: bool = False  # all ranks run on this machine, and belong to no Ray cluster that runs already
     p2p: P2PCheck | None = None
+
+    @property
+    def starts_ray(self) -> bool:
+        """Whether the start also starts a Ray cluster on this machine."""
+        return self.alone and self.config.tensor_parallel_size > 1
 
     @property
     def gpus(self) -> int:

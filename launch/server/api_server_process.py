@@ -25,10 +25,10 @@ from ...runtime.limits import Limits
 from ...runtime.sampling_params import SamplingParams
 from ...runtime.tokenizer import Tokenizer
 from ..engine.async_tokenizer import AsyncTokenizer
+from ..open_files import raise_file_limit
 from ..options import start_logging
 from ..signals import ENDING
 from ..standard_streams import protect_standard_streams
-from .http_protocol import raise_file_limit
 from .message_link import MessageLink
 from .remote_client import RemoteEngineClient
 from .server_config import ServerConfig, ServerLimits

@@ -34,13 +34,6 @@ CHUNK_LINE = re.compile(rb"\r?|[0-9A-Fa-f]{1,20}[ \t]*(;.*|\r)?|[!#$%&'*+.^_`|~0
 RESERVED_FILES = 256  # connections leave these descriptors free for restarted ranks and files
 
 
-def raise_file_limit() -> None:
-    """Raise this process's soft limit of open files to the hard limit: each connection needs a descriptor."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def max_connections() -> int:
     """Return the number of connections that the limit of open files allows."""
     return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - RESERVED_FILES)

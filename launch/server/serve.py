@@ -18,11 +18,11 @@ from ...runtime.config import Config
 from ..doctor.preflight import Preflight
 from ..engine.async_engine import AsyncEngine
 from ..errors import EngineFailed
+from ..open_files import raise_file_limit
 from ..signals import signals_wait
 from .api_server_pool import ApiServerPool
 from .dispatching_server import DispatchingServer
 from .draining_server import DrainingServer
-from .http_protocol import raise_file_limit
 from .local_client import LocalEngineClient
 from .server_config import ServerConfig, ServerLimits
 from .server_socket import allow_reuse

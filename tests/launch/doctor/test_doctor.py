@@ -34,6 +34,7 @@ from lockstep.launch.doctor.finding import Finding, run_check
 from lockstep.launch.doctor.machine_checks import (
     check_devices,
     check_interface,
+    check_open_files,
     check_packages,
     cuda_of_torch,
     dev_shm_finding,
@@ -365,11 +366,20 @@ def test_dev_shm_findings(free: int, ray_bytes: int, nccl: int, status: str) -> 
 
 
 def test_open_files_findings() -> None:
-    assert open_files_finding(1024, 4096, 1024).status == "fail"
+    assert open_files_finding(1024, 1024, 1024).status == "fail"
     assert open_files_finding(1024, 1024, 256).status == "warn"
-    assert "as root" in open_files_finding(1024, 1024, 256).remedy
-    assert open_files_finding(65536, 65536, 256).status == "ok"
+    assert "ulimit -n 4352" in open_files_finding(1024, 1024, 256).remedy
+    raised = open_files_finding(256, 65536, 256)
+    assert (raised.status, raised.finding) == ("ok", "limit of 65536, to which a start raises 256")
+    assert open_files_finding(65536, 65536, 256).finding == "limit of 65536"
     assert open_files_finding(resource.RLIM_INFINITY, resource.RLIM_INFINITY, 256).status == "ok"
+
+
+def test_open_files_of_a_cluster_are_those_of_its_raylet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start raises the limit for the processes that it starts itself, and only for them."""
+    monkeypatch.setattr(resource, "getrlimit", lambda limit: (256, 65536))
+    assert check_open_files(PlannedStart(Config(), "127.0.0.1", alone=True)).status == "ok"
+    assert check_open_files(PlannedStart(Config(), "10.0.0.1")).status == "fail"
 
 
 def test_gpu_processes_are_listed() -> None:

@@ -137,7 +137,8 @@ def test_file_limit_is_raised() -> None:
 import resource
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (300, hard))
-from lockstep.launch.server.http_protocol import RESERVED_FILES, max_connections, raise_file_limit
+from lockstep.launch.open_files import raise_file_limit
+from lockstep.launch.server.http_protocol import RESERVED_FILES, max_connections
 assert max_connections() == 300 - RESERVED_FILES
 raise_file_limit()
 assert max_connections() == hard - RESERVED_FILES
