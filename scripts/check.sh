@@ -11,9 +11,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 
 case $tier in
-  fast) left_out="ray or process or emulator or nightly or soak or browser or netns or clients" profile=dev ;;
-  daily) left_out="nightly or soak or browser or netns or clients" profile=ci ;;
-  full) left_out="" profile=full ;;
+  fast) left_out="ray or process or emulator or nightly or soak or browser or netns or clients" profile=dev patience_s=300 ;;
+  daily) left_out="nightly or soak or browser or netns or clients" profile=ci patience_s=300 ;;
+  full) left_out="" profile=full patience_s=3600 ;;
 esac
 export HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-$profile}
 
@@ -29,10 +29,12 @@ types() {
   (cd .venv/typecheck && ../bin/mypy --config-file lockstep/pyproject.toml -p lockstep.kernels -p lockstep.comm -p lockstep.runtime -p lockstep.launch)
 }
 # Runs the tests that a marker expression selects. None (status 5) is no failure: -k may select others.
+# A test that hangs ends its process, which prints the stacks of its threads; xdist then names the test.
 tests() {
   local selection=$1 status=0
   shift
-  .venv/bin/python -m pytest -q -m "$selection${left_out:+ and not ($left_out)}" "$@" || status=$?
+  .venv/bin/python -m pytest -q -m "$selection${left_out:+ and not ($left_out)}" \
+    -o faulthandler_timeout="$patience_s" -o faulthandler_exit_on_timeout=true "$@" || status=$?
   [ "$status" = 0 ] || [ "$status" = 5 ]
 }
 

@@ -69,6 +69,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = str(super()._split_scope(nodeid))
             return "ray" if uses_ray(config.rootpath / file) else file
 
+        def remove_node(self, node: Any) -> str | None:
+            """Report the test at which a worker ended, and give others the rest of its tests without that one."""
+            units = self.assigned_work[node].values()
+            ended_at = next((test for unit in units for test, is_done in unit.items() if not is_done), None)
+            for unit in units:
+                if ended_at in unit:
+                    unit[ended_at] = True
+            super().remove_node(node)
+            return ended_at
+
     return RayTogether(config, log)
 
 
