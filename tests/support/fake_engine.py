@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -71,6 +72,7 @@ class FakeService:
         self.step_s = 0.0
         self.script: str | None = None  # the text of all answers, in place of pseudo-random tokens
         self.paused = False
+        self.hold_at = math.inf  # streams with this many tokens wait while it is so
         self.fails: EngineFailed | None = None
         self.asked: list[tuple[list[int], SamplingParams]] = []
         self.origins: list[Origin] = []
@@ -113,7 +115,7 @@ class FakeService:
             script = None if self.script is None else self._sync.encode(self.script)
             for position in range(min(params.max_tokens, len(script or range(params.max_tokens)))):
                 await asyncio.sleep(self.step_s)
-                while self.paused:
+                while (self.paused or position >= self.hold_at) and not self.closed:
                     await asyncio.sleep(0.002)
                 if self.fails is not None and position == 2:
                     raise self.fails

@@ -54,6 +54,7 @@ class Stub:
     headers: list[str] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
+    holds: Callable[[], bool] = lambda: False  # while it returns True, no answer begins
 
     @property
     def url(self) -> str:
@@ -73,6 +74,8 @@ class Stub:
             pieces = self.reply(len(self.bodies) - 1, self.bodies[-1])
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        while self.holds():
+            await asyncio.sleep(PAUSE_S)
         for piece in pieces:
             writer.write(piece)
             await writer.drain()

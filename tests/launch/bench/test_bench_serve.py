@@ -304,6 +304,7 @@ def test_run_against_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     goals = ["--goodput", "ttft:10000", "e2el:0", "--metadata", "gpu=none", "tp=2"]
     with stub_server(completion) as stub:
+        stub.holds = lambda: len(stub.bodies) > 3 and stub.most_in_flight < 3
         ended = serve(
             stub, "--num-prompts=9", "--max-concurrency=3", "--random-output-len=4", "--request-rate=500", *goals,
             "--num-warmups=2", "--temperature=0", "--percentile-metrics=e2el,ttft", "--metric-percentiles=50,99.9",

@@ -16,7 +16,8 @@ from lockstep.launch.llm import LLM
 from lockstep.launch.server.batch_file import AnswerFile, BatchRequest, read_requests
 
 from small import COMMAND, SMALL, SMALL_FLAGS
-from waiting import wait_until
+from step_gate import StepGate
+from waiting import PATIENCE_S, wait_until
 
 PROMPTS = ["In the beginning", "And the LORD said unto Moses", "Blessed is the man"]
 REQUEST = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "In the"}}
@@ -42,8 +43,8 @@ def answers_in(path: Path) -> dict[str, dict[str, Any]]:
     return answers
 
 
-def command(source: Path, target: Path) -> list[str]:
-    return [*COMMAND, "run-batch", *SMALL_FLAGS, "-i", str(source), "-o", str(target)]
+def command(source: Path, target: Path, program: list[str] = COMMAND) -> list[str]:
+    return [*program, "run-batch", *SMALL_FLAGS, "-i", str(source), "-o", str(target)]
 
 
 @pytest.mark.process
@@ -56,15 +57,17 @@ def test_killed_batch_continues_with_the_answers_of_llm(tmp_path: Path) -> None:
     )
     chats = line(custom_id="chat", url="/v1/chat/completions", body=chat) + response
     source.write_text("".join(completions(200)) + chats + wrong)
-    first = subprocess.Popen(command(source, target), stderr=subprocess.PIPE)
-    wait_until(lambda: target.exists() and target.read_bytes().count(b"\n") >= 3, 60)
+    gate = StepGate(tmp_path / "gate")
+    gate.limit(300)  # of more than 600 steps
+    first = subprocess.Popen(command(source, target, gate.command), stderr=subprocess.PIPE)
+    wait_until(lambda: target.exists() and target.read_bytes().count(b"\n") >= 3)
     first.kill()
     first.communicate()
     with target.open("a") as half:
         half.write('{"custom_id": "half')
     before = target.read_text().splitlines()[:-1]
     assert len(before) < 27
-    second = subprocess.run(command(source, target), capture_output=True, text=True, timeout=100)
+    second = subprocess.run(command(source, target), capture_output=True, text=True, timeout=240)
     assert second.returncode == 1, "one answer is an error"
     assert f"27 requests, {len(before)} of them answered before" in second.stderr
     assert f"27 answers in {target}, 1 error" in second.stderr

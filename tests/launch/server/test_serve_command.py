@@ -29,6 +29,7 @@ from step_gate import StepGate
 from waiting import PATIENCE_S, wait_until
 
 SERVE = ["serve", *SMALL_FLAGS]
+NIGHTLY = pytest.mark.nightly
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_serve_command_ends_at_second_signal(serve: Callable[..., subprocess.Pop
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("after_s", [0.1, 1.0, 2.5])
+@pytest.mark.parametrize("after_s", [pytest.param(0.1, marks=NIGHTLY), 1.0, pytest.param(2.5, marks=NIGHTLY)])
 def test_serve_command_signal_at_startup(serve: Callable[..., subprocess.Popen[str]], after_s: float) -> None:
     process = serve("--port=0", "--drain-timeout=0")
     time.sleep(after_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import signal
 import socket
@@ -130,13 +131,13 @@ def test_engine_failure_ends_the_server(run: Callable[..., Running], is_draining
     """Streams get their error before, and `serve` raises it for the exit status and the last line."""
     running = run(drain_timeout=30)
     service = fake(running)
-    service.step_s, service.fails = 0.3, EngineFailed("Ray's raylet was killed")  # at the third token
+    service.hold_at, service.fails = 2, EngineFailed("Ray's raylet was killed")  # at the third token
     stream = iter(running.openai.completions.create(model="demo", prompt=PROMPT, max_tokens=400, stream=True))
     next(stream)
     if is_draining:
         running.server.handle_exit(signal.SIGTERM, None)
         wait_until(lambda: service.health.state == "draining")
-    service.health = Health("failed", "Ray's raylet was killed")
+    service.health, service.hold_at = Health("failed", "Ray's raylet was killed"), math.inf
     with pytest.raises(openai.APIError, match="raylet was killed"):
         list(stream)
     running.thread.join(60)
@@ -167,9 +168,9 @@ def test_health_detects_a_stall(run: Callable[..., Running]) -> None:
 
 
 def test_first_signal_drains(run: Callable[..., Running]) -> None:
-    running = run(drain_timeout=10)
+    running = run(drain_timeout=60)
     service = fake(running)
-    service.step_s = 0.01
+    service.hold_at = 5
     stream = iter(running.openai.completions.create(model="demo", prompt=PROMPT, max_tokens=60, stream=True))
     next(stream)
     running.server.handle_exit(signal.SIGTERM, None)
@@ -177,6 +178,7 @@ def test_first_signal_drains(run: Callable[..., Running]) -> None:
     response = running.post("/v1/completions", COMPLETION)
     assert (response.status_code, error_of(response)["code"]) == (503, "draining")
     assert running.http.get("/health").status_code == 503
+    service.hold_at = math.inf
     assert list(stream)[-1].choices[0].finish_reason == "length"
     running.thread.join(60)
     assert not running.thread.is_alive()
@@ -185,7 +187,7 @@ def test_first_signal_drains(run: Callable[..., Running]) -> None:
 
 def test_drain_timeout_aborts(run: Callable[..., Running]) -> None:
     running = run(drain_timeout=0.1)
-    fake(running).step_s = 0.01
+    fake(running).hold_at = 5
     stream = iter(running.openai.completions.create(model="demo", prompt=PROMPT, max_tokens=480, stream=True))
     next(stream)
     running.server.handle_exit(signal.SIGTERM, None)
@@ -197,7 +199,7 @@ def test_drain_timeout_aborts(run: Callable[..., Running]) -> None:
 
 def test_second_signal_ends_at_once(run: Callable[..., Running]) -> None:
     running = run(drain_timeout=60)
-    fake(running).step_s = 0.05
+    fake(running).hold_at = 5
     stream = iter(running.openai.completions.create(model="demo", prompt=PROMPT, max_tokens=480, stream=True))
     next(stream)
     running.server.handle_exit(signal.SIGTERM, None)
