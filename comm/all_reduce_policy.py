@@ -176,10 +176,13 @@ def _cell(us: float, is_best: bool) -> str:
 
 def _load(file: Path, key: str) -> str:
     """Return the cached table of this key as JSON; empty if there is none that can be read."""
+    if not file.exists():
+        return ""
     try:
         entry = json.loads(file.read_text())
         return json.dumps(entry["table"]) if entry["key"] == key else ""
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("cannot read the cached times of the all-reduce algorithms in %s: %r", file, error)
         return ""
 
 

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -27,7 +26,7 @@ from ..open_files import require_open_files
 from ..signals import Undo
 from .rank_resources import LOCAL_OBJECT_STORE_BYTES, local_cpus
 from .ray_address import needs_local_ray
-from .session_folder import SessionFolder, remove_folder_of_argument, sweep, with_token
+from .session_folder import SessionFolder, folder_sockets, remove_folder_of_argument, sweep, with_token
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
@@ -155,8 +154,10 @@ def _start(num_cpus: int, folder: Path, answers: TextIO) -> None:
         # Ray would start the server of its dashboard even without the dashboard, and wait 2 s for it.
         private.services.start_api_server = lambda *arguments, **options: ("", None)
         # The autoscaler has nothing to scale. The agent would try for 4 s to get port 52365 if another cluster has it.
-        options = {"no_monitor": True, "dashboard_agent_listen_port": 0}
-        private.parameter.RayParams = partial(private.parameter.RayParams, **options)
+        # Ray's own paths of sockets are 63 bytes longer than these: few folders would be short enough.
+        options = {"no_monitor": True, "dashboard_agent_listen_port": 0, **folder_sockets(folder)}
+        make_params = private.parameter.RayParams
+        private.parameter.RayParams = lambda **arguments: make_params(**(arguments | options))
         ray.init(
             address="local",
             job_config=IsolatedJob(),

@@ -6,6 +6,7 @@ so that the next start recognizes and removes folders that were left behind.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -15,16 +16,19 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from ...comm.message_text import format_bytes
+from ..errors import PlacementError
+
 log = logging.getLogger(__name__)
 PREFIX = "lockstep-ray-"
-# Ray's longest socket path in a folder: <folder>/r/session_<date and time, 26 characters>_<pid>/sockets/plasma_store
-SOCKET_PATH_BYTES = len("/r/session__4194304/sockets/plasma_store.1") + 26
+SOCKETS = {"plasma_store_socket_name": "s/plasma", "raylet_socket_name": "s/raylet"}  # Ray's options, and paths inside
 UNIX_PATH_BYTES = 107  # sun_path of unix(7), without the final zero
-FALLBACKS = ("/tmp", "/var/tmp", "/dev/shm")  # a long TMPDIR leaves no room for the paths of sockets
+MAX_PARENT_BYTES = UNIX_PATH_BYTES - len(f"/{PREFIX}12345678/s/plasma")
+MIN_FREE_BYTES = 16 * 2**20  # Ray's logs take 200 KiB at the start
+DEFAULTS = ("/tmp", "/var/tmp", "/dev/shm")
 TOKEN_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN")
 REMOVE_S = 5.0  # the last of Ray's processes may take this long to end
 
@@ -32,7 +36,7 @@ REMOVE_S = 5.0  # the last of Ray's processes may take this long to end
 class SessionFolder:
     """A new folder that only this user can enter, with a new token in it; always call `close`.
 
-    Raises OSError if no temporary folder has a short path and room for the token.
+    Raises PlacementError if RAY_TMPDIR cannot hold it or, without RAY_TMPDIR, if no temporary folder can.
     """
 
     def __init__(self) -> None:
@@ -47,6 +51,11 @@ class SessionFolder:
             self.lock = -1
 
 
+def folder_sockets(path: Path) -> dict[str, str]:
+    """Return Ray's options for the paths of its sockets in this folder."""
+    return {option: str(path / name) for option, name in SOCKETS.items()}
+
+
 def with_token(environment: dict[str, str], path: Path) -> dict[str, str]:
     """Return an environment in which Ray accepts and sends the token in this file, and no other."""
     others = {name: value for name, value in environment.items() if name not in TOKEN_VARIABLES}
@@ -55,9 +64,9 @@ def with_token(environment: dict[str, str], path: Path) -> dict[str, str]:
 
 def sweep() -> None:
     """Remove the folders of this user whose owner has ended without removing them."""
-    for parent in _parents():
+    for parent in {*_parents(), *map(Path, DEFAULTS)}:
         for path in parent.glob(f"{PREFIX}*"):
-            with suppress(OSError):  # removed by another process meanwhile, or not ours
+            with suppress(OSError):  # in use, removed by another process meanwhile, or not ours
                 _remove_if_stale(path)
 
 
@@ -65,10 +74,12 @@ def remove_folder(path: Path) -> None:
     """Remove a folder to which processes may still write, once they have ended."""
     deadline = time.monotonic() + REMOVE_S
     while path.exists():
-        shutil.rmtree(path, ignore_errors=True)
-        if time.monotonic() > deadline:
-            log.warning("Ray's folder %s cannot be removed", path)
-            return
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                log.warning("Ray's folder %s cannot be removed: %s", path, error)
+                return
         time.sleep(0.02)
 
 
@@ -81,16 +92,24 @@ def remove_folder_of_argument() -> None:
 
 def _create() -> tuple[Path, int]:
     """Return the path of a new folder and the file descriptor that locks it."""
-    failures = []
+    problems: list[str] = []
     for parent in _parents():
         try:
-            return _create_in(parent)
+            created = _create_in(parent)
         except OSError as error:
-            failures.append(f"{parent}: {error.strerror or error}")
-    raise OSError(f"no folder for Ray's sockets and logs ({'; '.join(failures)}); name a short one with RAY_TMPDIR")
+            problems.append(f"{parent}: {error.strerror or error}")
+        else:
+            if problems:
+                log.warning("Ray's sockets and logs are in %s, because of %s", parent, "; ".join(problems))
+            return created
+    subject = "RAY_TMPDIR cannot" if os.environ.get("RAY_TMPDIR") else "no temporary folder can"
+    remedy = "name another folder with RAY_TMPDIR, with a short path"
+    raise PlacementError(f"{subject} hold Ray's sockets and logs ({'; '.join(problems)}); {remedy}")
 
 
 def _create_in(parent: Path) -> tuple[Path, int]:
+    """Do as `_create` in this folder; raises OSError with the reason why it cannot be used."""
+    _check_room(parent)
     while True:
         path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -107,13 +126,20 @@ def _create_in(parent: Path) -> tuple[Path, int]:
             raise
 
 
-def _parents() -> Iterator[Path]:
-    """Yield the temporary folders with a path short enough for Ray's sockets, the preferred one first."""
-    preferred = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    for folder in dict.fromkeys([os.path.abspath(preferred), *FALLBACKS]):
-        length = len(os.fsencode(folder)) + len(f"/{PREFIX}") + 8 + SOCKET_PATH_BYTES  # 8: mkdtemp's random characters
-        if length <= UNIX_PATH_BYTES and os.path.isdir(folder):
-            yield Path(folder)
+def _check_room(parent: Path) -> None:
+    length = len(os.fsencode(parent))
+    if length > MAX_PARENT_BYTES:
+        raise OSError(errno.ENAMETOOLONG, f"its path has {length} bytes, and sockets in it allow {MAX_PARENT_BYTES}")
+    free = shutil.disk_usage(parent).free
+    if free < MIN_FREE_BYTES:
+        raise OSError(errno.ENOSPC, f"{format_bytes(free)} are free, and Ray needs {format_bytes(MIN_FREE_BYTES)}")
+
+
+def _parents() -> list[Path]:
+    """Return the folders that may be used, the preferred one first: RAY_TMPDIR alone if it is set."""
+    chosen = os.environ.get("RAY_TMPDIR")
+    names = [chosen] if chosen else [os.environ.get("TMPDIR"), *DEFAULTS]
+    return [Path(os.path.abspath(name)) for name in dict.fromkeys(names) if name]
 
 
 def _remove_if_stale(path: Path) -> None:
@@ -122,7 +148,11 @@ def _remove_if_stale(path: Path) -> None:
         status = os.fstat(lock)
         if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) == 0o700:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path)
-            log.info("removed %s, which an ended process had left", path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                log.warning("%s, which an ended process had left, cannot be removed: %s", path, error)
+            else:
+                log.info("removed %s, which an ended process had left", path)
     finally:
         os.close(lock)

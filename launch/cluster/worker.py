@@ -6,6 +6,7 @@ order, on all ranks at once: bind, load, allocate, run.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from ...runtime.startup import LoadedRank
 from ...runtime.startup_timer import StartupTimer
 from .network import interface_of
 from .rank_warnings import WarningCollector
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class RankActor:
         if interface:
             # Otherwise NCCL chooses an interface by name: one that other hosts can reach, or that other ranks cannot.
             os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+        elif self.config.device == "cuda" and "NCCL_SOCKET_IFNAME" not in os.environ:
+            text = "%s is not the first address of an interface: NCCL chooses one; set NCCL_SOCKET_IFNAME to name it"
+            log.warning(text, self._ip)
         self._inbox, self._store = PullSocket(self._ip), RankStore(self._ip)
         host, pid, gpus = socket.gethostname(), os.getpid(), [str(gpu) for gpu in ray.get_gpu_ids()]
         stderr = os.readlink("/proc/self/fd/2")

@@ -26,6 +26,7 @@ CHECKS: dict[str, Check] = {
     "peer access": machine_checks.check_p2p,
     "interface": machine_checks.check_interface,
     "shared memory": machine_checks.check_dev_shm,
+    "Ray's folder": machine_checks.check_ray_folder,
     "open files": machine_checks.check_open_files,
 }
 CONTENT_CHECKS: dict[str, Check] = {  # take seconds, and a start finds out the same

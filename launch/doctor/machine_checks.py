@@ -22,6 +22,7 @@ from ...comm.message_text import format_bytes
 from ...runtime.config import Config
 from ..cluster.network import is_own, own_addresses
 from ..cluster.rank_resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
+from ..cluster.session_folder import SessionFolder
 from ..open_files import MIN_FILES, remedy
 from .finding import Finding, fail, ok, warn
 from .p2p import PairResults
@@ -212,6 +213,15 @@ def dev_shm_finding(free: int, ray: int, nccl: int) -> Finding:
         return fail(text, remedy)
     # Ray then puts its store into /tmp. Lockstep's store stays empty, so this is only a warning.
     return warn(text, remedy) if free < nccl + ray else ok(text)
+
+
+def check_ray_folder(start: PlannedStart) -> Finding:
+    """Check that a Ray cluster started here has a folder for its sockets and logs; a bad default is a log line."""
+    if not start.starts_ray:
+        return ok("skipped: the start starts no Ray")
+    folder = SessionFolder()
+    folder.close()
+    return ok(str(folder.path.parent))
 
 
 def check_open_files(start: PlannedStart) -> Finding:

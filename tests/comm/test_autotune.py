@@ -71,11 +71,14 @@ def test_cached_table_is_used_on_the_same_gpus(folder: Path, measured: list[Time
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1, 2", '{"key": "another", "table": {}}', "\x00\xff"])
-def test_unreadable_cache_is_measured_again(content: str, folder: Path, measured: list[Times]) -> None:
+def test_unreadable_cache_is_measured_again(
+    content: str, folder: Path, measured: list[Times], caplog: pytest.LogCaptureFixture
+) -> None:
     tune(["a", "b", "c"])
     (file,) = folder.iterdir()
     file.write_text(content)
     assert not tune(["a", "b", "c"])[0].cached
+    assert ("cannot read the cached times of the all-reduce algorithms" in caplog.text) == ("another" not in content)
     assert tune(["a", "b", "c"])[0].cached
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lockstep.launch.cluster import session_folder
-from lockstep.launch.cluster.session_folder import PREFIX, UNIX_PATH_BYTES, SessionFolder, sweep
+from lockstep.launch.cluster.session_folder import PREFIX, UNIX_PATH_BYTES, SessionFolder, folder_sockets, sweep
+from lockstep.launch.errors import PlacementError
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def parent(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A short temporary folder, the only one that is considered."""
     with tempfile.TemporaryDirectory(prefix="ls-", dir="/tmp") as folder:
         monkeypatch.setenv("RAY_TMPDIR", folder)
-        monkeypatch.setattr(session_folder, "FALLBACKS", ())
+        monkeypatch.setattr(session_folder, "DEFAULTS", ())
         yield Path(folder)
 
 
@@ -83,29 +86,83 @@ def test_folder_of_another_user_is_left(parent: Path, monkeypatch: pytest.Monkey
     monkeypatch.undo()
 
 
-def test_long_temporary_folder_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = tmp_path / ("x" * 80)
-    long.mkdir()
-    monkeypatch.setenv("RAY_TMPDIR", str(long))
+def test_stale_folder_that_cannot_be_removed_is_named(
+    parent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stale = parent / f"{PREFIX}stale"
+    stale.mkdir(mode=0o700)
+
+    def refuse(path: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    with monkeypatch.context() as context:
+        context.setattr(shutil, "rmtree", refuse)
+        sweep()
+    assert f"{stale}, which an ended process had left, cannot be removed: [Errno 30] Read-only" in caplog.text
+
+
+def long_folder(parent: Path, num_bytes: int) -> Path:
+    """Return a new folder below `parent` whose path has this length."""
+    folder = parent / ("x" * (num_bytes - len(str(parent)) - 1))
+    folder.mkdir()
+    return folder
+
+
+def test_sockets_in_the_longest_folder_have_paths_that_fit(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(long_folder(parent, 76)))
     folder = SessionFolder()
-    sockets = f"{folder.path}/r/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
-    assert len(sockets) <= UNIX_PATH_BYTES
+    assert max(map(len, folder_sockets(folder.path).values())) == UNIX_PATH_BYTES
     folder.close()
+    monkeypatch.setenv("RAY_TMPDIR", str(long_folder(parent, 77)))
+    with pytest.raises(PlacementError, match="its path has 77 bytes, and sockets in it allow 76"):
+        SessionFolder()
 
 
-def test_full_temporary_folder_is_not_used(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_tmpdir_that_cannot_be_used_is_refused(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user has chosen the place: another one would be a surprise."""
+    monkeypatch.setattr(session_folder, "DEFAULTS", ("/tmp",))
+    monkeypatch.setenv("RAY_TMPDIR", str(parent / "missing"))
+    with pytest.raises(
+        PlacementError, match=rf"^RAY_TMPDIR cannot hold Ray's .*\({parent}/missing: No such file or dir"
+    ):
+        SessionFolder()
+    file = parent / "file"
+    file.touch()
+    monkeypatch.setenv("RAY_TMPDIR", str(file))
+    with pytest.raises(PlacementError, match=rf"\({file}: Not a directory\); name another folder with RAY_TMPDIR"):
+        SessionFolder()
+
+
+def test_default_that_cannot_be_used_is_named_with_its_successor(
+    parent: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    long, missing = long_folder(parent, 80), parent / "missing"
+    monkeypatch.delenv("RAY_TMPDIR")
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(session_folder, "DEFAULTS", (str(missing), str(parent)))
+    folder = SessionFolder()
+    assert folder.path.parent == parent
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Ray's sockets and logs are in {parent}, because of {long}: its path has 80 bytes, and sockets in it allow 76;"
+        f" {missing}: No such file or directory"
+    ]
+    folder.close()
+    monkeypatch.setattr(session_folder, "DEFAULTS", (str(missing),))
+    with pytest.raises(
+        PlacementError, match=r"^no temporary folder can hold Ray's sockets and logs \(.*80 bytes.*missin"
+    ):
+        SessionFolder()
+
+
+def test_full_folder_is_refused(parent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match=rf"no folder for Ray's.*{parent}: No space left on device.*RAY_TMPDIR"):
+    with monkeypatch.context() as context:
+        context.setattr(Path, "write_text", full)
+        with pytest.raises(PlacementError, match=rf"Ray's sockets and logs \({parent}: No space left on device\)"):
+            SessionFolder()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20))
+    with pytest.raises(PlacementError, match=rf"\({parent}: 1 MiB are free, and Ray needs 16 MiB\)"):
         SessionFolder()
     assert list(parent.iterdir()) == []
-
-
-def test_no_folder_with_a_short_path(parent: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = tmp_path / ("x" * 80)
-    long.mkdir()
-    monkeypatch.setenv("RAY_TMPDIR", str(long))
-    with pytest.raises(OSError, match="name a short one with RAY_TMPDIR"):
-        SessionFolder()
