@@ -70,6 +70,11 @@ class Event(msgspec.Struct, frozen=True):  # one for each token: made six times 
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    @property
+    def is_cut(self) -> bool:
+        """True if a limit or a stop string ended the output, which the model would have continued."""
+        return self.finish_reason == "length" or (self.finish_reason == "stop" and isinstance(self.stop_reason, str))
+
     def without_tokens(self) -> Event:
         """Return the event for a request of no tokens, for which the engine has generated one."""
         logprobs = None if self.logprobs is None else list[dict[int, Logprob]]()

@@ -153,7 +153,8 @@ def local(llm: LLM) -> Answer:
                     raise KeyboardInterrupt
                 if isinstance(event, Event):
                     yield from parser.push(event.text) if parser else [AnswerPart("content", event.text)]
-            yield from parser.finish() if parser else []
+                    if parser and event.finished:
+                        yield from parser.finish(is_cut=event.is_cut)
 
     return answer
 

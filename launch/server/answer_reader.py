@@ -54,7 +54,7 @@ class AnswerReader:
         if was_in_reasoning or parser.in_reasoning:
             self._usage.num_reasoning += len(event.token_ids)
         if event.finished:
-            pieces += parser.finish()
+            pieces += parser.finish(is_cut=event.is_cut)
         self.num_calls += sum(piece.kind == "call" for piece in pieces)
         return pieces if self._keeps_reasoning else [piece for piece in pieces if piece.kind != "reasoning"]
 

@@ -23,6 +23,7 @@ MISTRAL_HEAD = re.compile(r"([^\s\[\]{}\"]{1,256})\s*(?:\[CALL_ID\]\s*\w{1,64}\s
 MISTRAL_NAME = re.compile(
     r"[^\s\[\]{}\"]{0,256}\s*(\[[\w\]\s\[]{0,128})?"
 )  # all beginnings of MISTRAL_HEAD, and a few others
+BARE_NAME = re.compile(r'\s*\{\s*(?:"(?P<key>\w*)(?P<value>"\s*(?::\s*(?:"(?P<name>[^"\\]*)(?P<end>")?)?)?)?)?')
 XML_FUNCTION = re.compile(r"\s*<function=([^>\n]{1,256})>")
 XML_PARAMETER = re.compile(r"<parameter=([^>\n]{0,256})>|</function>")
 XML_VALUE_ENDS = MarkerSearch(["\n</parameter>", "</parameter>"])
@@ -57,18 +58,30 @@ class CallReader(ABC):
             pass
         return pieces
 
-    def finish(self) -> list[AnswerPart]:
-        """End the text: a block without a name fails, and arguments stay as incomplete as they are."""
-        if not self._named:
-            self._fail()
-            return []
-        return self._finish()
+    def finish(self, *, is_cut: bool) -> list[AnswerPart]:
+        """End the text, whose arguments stay as incomplete as they are.
+
+        A block without a name fails, or is dropped if it begins a call and the text was cut.
+        """
+        if self._named:
+            return self._finish(is_cut=is_cut)
+        if is_cut and self._begins_call():
+            return self._drop()
+        self._fail()
+        return []
 
     @abstractmethod
     def _step(self, pieces: list[AnswerPart]) -> bool:
         """Advance in the buffer as far as one state goes; return False if more text is needed."""
 
-    def _finish(self) -> list[AnswerPart]:
+    def _finish(self, *, is_cut: bool) -> list[AnswerPart]:
+        return self._drop()
+
+    def _begins_call(self) -> bool:
+        """Return whether a block without a name is the beginning of a call."""
+        return True
+
+    def _drop(self) -> list[AnswerPart]:
         self.rest = ""
         return []
 
@@ -154,6 +167,17 @@ class JsonCallReader(CallReader):
             return False
         self._buffer, self._state, self._scanner = self._buffer[end:], "tail", JsonScanner(depth=1)
         return True
+
+    def _begins_call(self) -> bool:
+        """Return True behind a marker; without one, whether the first key can be the name of a tool."""
+        match = BARE_NAME.match(self._buffer)
+        if self._names is None or match is None:
+            return self._names is None
+        if not match["value"]:
+            return "name".startswith(match["key"] or "")
+        if match["key"] != "name" or match["name"] is None:
+            return match["key"] == "name" and match.end() == len(self._buffer)
+        return match["name"] in self._names if match["end"] else any(n.startswith(match["name"]) for n in self._names)
 
     def _tail(self) -> bool:
         """Skip the rest of the object behind its arguments."""
@@ -302,11 +326,10 @@ class XmlCallReader(CallReader):
         elif text:
             pieces.append(AnswerPart("arguments", json.dumps(text, ensure_ascii=False)[1:-1]))
 
-    def _finish(self) -> list[AnswerPart]:
-        pieces: list[AnswerPart] = []
-        if self._state == "value":
+    def _finish(self, *, is_cut: bool) -> list[AnswerPart]:
+        pieces = self._drop()
+        if self._state == "value" and not is_cut:
             self._add(pieces, self._buffer)
-        self.rest = ""
         return pieces
 
 

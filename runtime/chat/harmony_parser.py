@@ -63,15 +63,19 @@ class HarmonyParser:
         self._buffer = self._buffer[end:]
         return pieces
 
-    def finish(self) -> list[AnswerPart]:
+    def finish(self, *, is_cut: bool) -> list[AnswerPart]:
         """Return the last pieces; an answer without any header is content."""
         pieces: list[AnswerPart] = []
-        self._add_text(pieces, self._buffer)
+        if not is_cut:
+            self._add_text(pieces, self._buffer)
         self._buffer = ""
         if self._header is None:
-            self._end_message(pieces)
+            if not is_cut:
+                self._end_message(pieces)
         elif self._prompt_header is not None and CHANNEL not in self._header:
             rest = self._header[len(self._prompt_header) :].strip()
+            if is_cut and (RECIPIENT.match(rest) or "to=functions.".startswith(rest)):
+                return pieces
             self._header, self._kind = None, "content"
             self._add_text(pieces, rest)
         return pieces

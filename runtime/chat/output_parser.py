@@ -8,7 +8,7 @@
 - A call inside of reasoning is a call; the reasoning continues behind it.
 - Text behind a marker that is no call is text, the marker included.
 - An output that ends within a call keeps the call with the arguments so far if its name is complete. Otherwise the
-  text of the call is content.
+  text of the call is content, unless the output was cut: then it is dropped, as is the beginning of a marker.
 
 transformers' ResponseParser does not fit here. It returns a call only when its region closes, so that no arguments can
 be streamed. It raises for a call that is not JSON, closes a region at a marker within a JSON string, and looks for no
@@ -47,8 +47,12 @@ class AnswerParser(Protocol):
         """Return the pieces that are certain with this text."""
         ...
 
-    def finish(self) -> list[AnswerPart]:
-        """Return the last pieces; the text has ended."""
+    def finish(self, *, is_cut: bool) -> list[AnswerPart]:
+        """Return the last pieces; the text has ended.
+
+        is_cut  it was cut by a limit or a stop string: the beginning of a marker, and of a call without a name, is
+                dropped instead of text
+        """
         ...
 
 
@@ -92,19 +96,26 @@ class OutputParser:
             pass
         return pieces
 
-    def finish(self) -> list[AnswerPart]:
+    def finish(self, *, is_cut: bool) -> list[AnswerPart]:
         """Return the last pieces; the text has ended."""
         pieces: list[AnswerPart] = []
         if self._reader is not None:
-            pieces += self._reader.finish()
+            pieces += self._reader.finish(is_cut=is_cut)
             self._end_block(pieces, self._reader)
             while self._step(pieces):
                 pass
             if self._reader is not None:  # text of a failed block that begins another one
-                return pieces + self.finish()
-        self._text(pieces, self._buffer)
+                return pieces + self.finish(is_cut=is_cut)
+        if not (is_cut and self._ends_within_marker()):
+            self._text(pieces, self._buffer)
         self._buffer = ""
         return pieces
+
+    def _ends_within_marker(self) -> bool:
+        """Return whether the text that was held back is the beginning of a marker, or stands before a bare call."""
+        if self._tries_bare and self._skips_blanks and not self._buffer.strip("; \t\r\n"):
+            return True
+        return self._search.num_certain(self._buffer) < len(self._buffer)
 
     def _step(self, pieces: list[AnswerPart]) -> bool:
         """Advance to the next marker or to the end of the block; return False if more text is needed."""

@@ -11,6 +11,7 @@ from .template_format import REASONING_FIELDS
 if TYPE_CHECKING:
     from transformers.utils.chat_parsing.response_templates import ResponseTemplate
 
+GOES_ON = "\0"  # a character that is in no marker
 FAULTS = (ValueError, LookupError, TypeError, AttributeError, RecursionError)  # of a call that cannot be parsed
 
 
@@ -30,6 +31,8 @@ class TemplateParser:
         except FAULTS:  # the message to continue has a call that cannot be parsed
             self._parser = ResponseParser(template, prefix="", tools=list(tools) or None)
         self.in_reasoning = False
+        calls = template.fields.get("tool_calls")
+        self._calls_close = calls is None or calls.close_re is not None
         self._failed = False
         self._body = ""  # text of the call that is open
         self._blanks: str | None = None  # held back at the end of a field; None at its beginning
@@ -45,14 +48,22 @@ class TemplateParser:
         except FAULTS:
             return self._fail(text)
 
-    def finish(self) -> list[AnswerPart]:
-        """Return the last pieces; the text of a call that is not complete is content."""
+    def finish(self, *, is_cut: bool) -> list[AnswerPart]:
+        """Return the last pieces; the text of a call that cannot be parsed is content, or dropped if it was cut."""
         if self._failed:
             return []
         try:
-            return self._pieces(self._parser.finalize()[1])
+            return self._cut_pieces() if is_cut else self._pieces(self._parser.finalize()[1])
         except FAULTS:
-            return self._fail("")
+            return [] if is_cut else self._fail("")
+
+    def _cut_pieces(self) -> list[AnswerPart]:
+        """Return the calls that the text completes, without markers that have begun.
+
+        A text that goes on decides which markers are complete; the end of a text would also end the call that is open.
+        """
+        events = self._parser.feed(GOES_ON) if self._calls_close else self._parser.finalize()[1]
+        return self._pieces([event for event in events if event["field"] == "tool_calls"])
 
     def _fail(self, text: str) -> list[AnswerPart]:
         """Return the text of a call that cannot be parsed as content, and all text behind it."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lockstep.runtime.config import DEMO_MODEL
+from lockstep.runtime.outputs import Event
 from lockstep.runtime.tokenizer import Tokenizer
 
 from fake_engine import CHAT, FakeService, Running, error_of, fake
@@ -112,9 +113,33 @@ def test_call_that_is_cut_off(thinking: Running) -> None:
     for max_tokens in range(1, whole):
         choice = ask(thinking, max_tokens=max_tokens).choices[0]
         assert choice.finish_reason == "length"
+        assert not choice.message.content, "no part of a call is content"
         for call, (name, arguments) in zip(choice.message.tool_calls or (), CALLS, strict=False):
             assert call.function.name == name
             assert arguments.startswith(call.function.arguments)
+
+
+@pytest.mark.parametrize("max_tokens", [8, 12, 16])
+def test_part_of_a_call_is_content_of_no_api(thinking: Running, max_tokens: int) -> None:
+    fake(thinking).script = "I look.\n" + CALL_TEXT
+    choice = ask(thinking, max_tokens=max_tokens).choices[0]
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == ("I look.", None, "length")
+    deltas = [chunk.choices[0].delta for chunk in ask(thinking, stream=True, max_tokens=max_tokens)]
+    assert "".join(delta.content or "" for delta in deltas) == "I look."
+    body = {"model": "demo", "messages": CHAT, "max_tokens": max_tokens}
+    answer = thinking.post("/v1/messages", body | {"tools": [{"name": "now", "input_schema": SCHEMA}]}).json()
+    assert answer["content"] == [{"type": "text", "text": "I look."}]
+    tools: Any = [{"type": "function", "name": "now", "parameters": SCHEMA}]
+    response = thinking.openai.responses.create(model="demo", input="a", tools=tools, max_output_tokens=max_tokens)
+    assert (response.output_text, response.status, len(response.output)) == ("I look.", "incomplete", 1)
+
+
+@pytest.mark.parametrize(
+    ("reason", "stop_reason", "is_cut"),
+    [("length", None, True), ("stop", "\n", True), ("stop", None, False), ("stop", 7, False), (None, None, False)],
+)
+def test_what_cuts_an_output(reason: Any, stop_reason: Any, is_cut: bool) -> None:
+    assert Event(0, "", [], None, reason, stop_reason, [], 0).is_cut == is_cut
 
 
 def test_include_reasoning_false_leaves_reasoning_out(thinking: Running) -> None:

@@ -61,8 +61,8 @@ ANSWERS: dict[str, tuple[str, list[tuple[str, str]]]] = {
 }  # fmt: skip
 
 
-def parse(parser: HarmonyParser, pieces: Sequence[str]) -> list[tuple[str, str]]:
-    parts: list[AnswerPart] = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
+def parse(parser: HarmonyParser, pieces: Sequence[str], *, is_cut: bool = False) -> list[tuple[str, str]]:
+    parts: list[AnswerPart] = [part for piece in pieces for part in parser.push(piece)] + parser.finish(is_cut=is_cut)
     joined: list[tuple[str, str]] = []
     for kind, text in parts:
         if joined and joined[-1][0] == kind != "call":
@@ -77,6 +77,25 @@ def test_cut_anywhere_the_parts_are_the_same(name: str) -> None:
     text, expected = ANSWERS[name]
     for pieces in ([text], list(text), *([text[:cut], text[cut:]] for cut in range(len(text)))):
         assert parse(HarmonyParser(PROMPT, returns_calls=True), pieces) == expected
+
+
+def test_cut_answer_has_no_part_of_a_header_or_a_marker() -> None:
+    answers = [
+        ANALYSIS + CALL, ANSWERS["recipient before the channel"][0], ANSWERS["text before a call"][0],
+        ANSWERS["reasoning and answer"][0],
+    ]  # fmt: skip
+    wholes = {
+        "reasoning": ["Should I?"],
+        "call": ["look"],
+        "arguments": ['{"n": 3}'],
+        "content": ["Yes.\n <b", "I look."],
+    }
+    for text in answers:
+        for end in range(len(text)):
+            for kind, part in parse(HarmonyParser(PROMPT, returns_calls=True), list(text[:end]), is_cut=True):
+                assert any(whole.startswith(part) for whole in wholes[kind])
+                assert kind != "call" or part == "look"
+    assert parse(HarmonyParser(PROMPT, returns_calls=True), ["Hello <|"], is_cut=True) == [("content", "Hello")]
 
 
 def test_without_tools_a_call_is_content() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -77,9 +77,9 @@ def join(parts: Sequence[AnswerPart]) -> list[tuple[str, str]]:
     return joined
 
 
-def parse(parser: AnswerParser, pieces: Sequence[str]) -> list[tuple[str, str]]:
+def parse(parser: AnswerParser, pieces: Sequence[str], *, is_cut: bool = False) -> list[tuple[str, str]]:
     parts = [part for piece in pieces for part in parser.push(piece)]
-    return join([*parts, *parser.finish()])
+    return join([*parts, *parser.finish(is_cut=is_cut)])
 
 
 def calls_of(parts: Sequence[tuple[str, str]]) -> list[tuple[str, Any]]:
@@ -111,6 +111,59 @@ def test_an_output_that_ends_early_does_not_depend_on_cuts_either(name: str, tex
         parts = parse(parser_of(name), [text[:end]])
         assert parse(parser_of(name), list(text[:end])) == parts
         assert parts or not text[:end].strip() or name == "mistral", "no text is lost"
+
+
+def check_cut(new_parser: Callable[[], AnswerParser | None], text: str, reasoning: str) -> None:
+    """Cut an answer after each character: what is shown begins the fields of the whole answer, without any marker."""
+    parser = new_parser()
+    assert parser is not None
+    whole = parse(parser, [text])
+    arguments = [text for kind, text in whole if kind == "arguments"]
+    for end in range(len(text)):
+        for pieces in ([text[:end]], list(text[:end])):
+            parser = new_parser()
+            assert parser is not None
+            parts = parse(parser, pieces, is_cut=True)
+            assert reasoning.startswith("".join(text for kind, text in parts if kind == "reasoning").rstrip())
+            assert "I look.".startswith("".join(text for kind, text in parts if kind == "content").rstrip())
+            names = [text for kind, text in parts if kind == "call"]
+            assert names == ["get_weather", "now"][: len(names)], "no name is cut"
+            written = [text for kind, text in parts if kind == "arguments"]
+            assert all(so_far in (full, full[: len(so_far)]) for so_far, full in zip(written, arguments, strict=False))
+
+
+@by_format
+def test_cut_answer_has_no_part_of_a_marker_or_a_call_without_name(name: str, text: str) -> None:
+    if not text.startswith('\n{"parameters"'):  # without a marker, only an object that begins with a name is a call
+        check_cut(lambda: parser_of(name), "<think>\nShould I?\n</think>\n\n" + text, "Should I?")
+
+
+CUT = {
+    "text": ("hermes", "a b \n", [("content", "a b \n")]),
+    "a marker that is no call": ("hermes", "write <tool_call> here", [("content", "write <tool_call> here")]),
+    "a character that begins a marker": ("hermes", "1 <", [("content", "1")]),
+    "a call": ("hermes", 'a <tool_call>{"arguments": {"city": ', [("content", "a")]),
+    "a call behind a call": ("hermes", '<tool_call>{"name": "now", "arguments": {}}</tool_call><tool_',
+                             [("call", "now"), ("arguments", "{}")]),
+    "a value": ("qwen3_coder", "<tool_call><function=get_weather><parameter=city>Paris</param",
+                [("call", "get_weather"), ("arguments", '{"city": "Paris')]),
+    "an object that is no call": ("llama3_json", '{"name": "Paul", "age', [("content", '{"name": "Paul", "age')]),
+    "another object": ("llama3_json", '{"type": "object", "na', [("content", '{"type": "object", "na')]),
+    "a text as name of a tool": ("llama3_json", '{"name": "get_wea', []),
+    "a number as name": ("llama3_json", '{"name": 5', [("content", '{"name": 5')]),
+    "what separates calls": ("llama3_json", '{"name": "now", "parameters": {}}; ', [("call", "now"),
+                                                                                  ("arguments", "{}")]),
+    "a name": ("mistral", "a [TOOL_CALLS]get_w", [("content", "a")]),
+    "an item of a list": ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}}, {"name": "get', [
+        ("call", "now"), ("arguments", "{}")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_defined_outcomes_of_cut_answers(case: str) -> None:
+    name, text, expected = CUT[case]
+    for pieces in ([text], list(text)):
+        assert parse(parser_of(name), pieces, is_cut=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -234,6 +287,53 @@ def test_described_formats_cut_anywhere(name: str) -> None:
             ("reasoning", "a"),
             ("content", "I look."),
         ]
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_cut_answer_of_a_described_format_has_complete_calls_only(name: str) -> None:
+    prompt, text = DESCRIBED[name]
+    sign = "<arg_key>" if name == "GLM-4.7" else SIGNS[name]
+    chat_format = find_format("auto", "auto", f"<think> <tool_call> {sign}", None, {})
+    check_cut(lambda: chat_format.parser(TOOLS, prompt), text, "a")
+    parser = chat_format.parser(TOOLS, prompt)
+    assert parser is not None
+    unclosed = text[: text.index("Paris") + len("Paris")]
+    assert calls_of(parse(parser, [unclosed], is_cut=True)) == [], "it would lack a value, and be valid"
+
+
+def test_cut_answer_of_a_response_template() -> None:
+    for template in TEMPLATES.values():
+        chat_format = find_format("auto", "auto", "", template, {})
+        is_gemma = "<|channel>" in str(template)
+        call = (
+            "<|tool_call>call:now{x:1}<tool_call|>"
+            if is_gemma
+            else XML[0].removeprefix("I look.\n")
+            if "<function=" in str(template)
+            else CALL
+        )
+        think = ("<|channel>thought\n", "<channel|>") if is_gemma else ("<think>", "</think>")
+        text = f"{think[0]}Should I?{think[1]}I look.\n{call}"
+        for end in range(len(text)):
+            parser = chat_format.parser(TOOLS, "")
+            assert parser is not None
+            parts = parse(parser, [text[:end]], is_cut=True)
+            assert "Should I?".startswith("".join(text for kind, text in parts if kind == "reasoning"))
+            assert "I look.".startswith("".join(text for kind, text in parts if kind == "content"))
+            calls_of(parts)
+
+
+def test_cut_answer_of_a_template_whose_calls_do_not_close() -> None:
+    calls = {"open": "<|python|>", "content": "json", "transform": {"type": "function", "function": "{content}"}}
+    template = {"start_anchor": "<|bot|>", "fields": {"content": {"content": "text"}, "tool_calls": calls}}
+    chat_format = find_format("auto", "auto", "", template, {})
+    text = 'I look.<|python|>{"name": "now", "arguments": {}}'
+    for end in range(len(text) + 1):
+        parser = chat_format.parser(TOOLS, "")
+        assert parser is not None
+        parts = parse(parser, [text[:end]], is_cut=True)
+        assert "I look.".startswith("".join(text for kind, text in parts if kind == "content"))
+        assert calls_of(parts) == ([("now", {})] if end == len(text) else [])
 
 
 def test_described_formats_exclude_others() -> None:
