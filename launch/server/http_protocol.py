@@ -4,8 +4,8 @@ A request has `request_timeout_s` to arrive; later it is refused with 408. Respo
 buffer of 64 KiB have `response_timeout_s` to be read. A connection that misses this deadline is aborted, and its
 request is cancelled like that of a client that disconnects. So a slow client holds no place in the batch and no memory.
 
-A client that has closed its side after the request gets its answer. The rest of a body that is refused is read, within
-limits: otherwise the kernel would reset the connection, and the client would lose the response.
+A client that has closed its side after the request gets its answer. A response that comes before the end of the body
+is the last one of its connection, which a LingeringTransport ends.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ import asyncio
 import re
 import resource
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 import h11
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.flow_control import CLOSE_HEADER
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .api_errors import ApiError
 from .http_io import BODY_WRITER
+from .lingering_transport import LingeringTransport
 from .server_config import ServerLimits
 
 PROBE_S = (0.05, 1.0)  # times between the first two probes of a half-closed connection, and between later ones
-MAX_DRAINED_BYTES = 64 * 2**20  # of the body of a request that has been answered
-LINGER_S = 1.0  # a connection stays open for this long after the server has closed its side
+SHUT_DOWN = ApiError(503, "the server has shut down", code="draining")
 # The beginning of a line between the chunks of a body, or behind the last one: a length, or trailer fields.
 CHUNK_LINE = re.compile(rb"\r?|[0-9A-Fa-f]{1,20}[ \t]*(;.*|\r)?|[!#$%&'*+.^_`|~0-9A-Za-z-]+(:.*)?", re.DOTALL)
 RESERVED_FILES = 256  # connections leave these descriptors free for restarted ranks and files
+MAX_EXCESS = 128  # connections beyond the limit that may linger
+SHUTDOWN_LINGER_S = 1.0  # a closed connection has this time at the end of the server, in place of response_timeout_s
 
 
 def max_connections() -> int:
@@ -65,27 +68,32 @@ class TimeoutHTTPProtocol(H11Protocol):
         self._limits, self._on_close = limits, on_close
         self._request_timer: asyncio.TimerHandle | None = None
         self._response_timer: asyncio.TimerHandle | None = None
-        self._probe_timer: asyncio.TimerHandle | None = None  # runs after the client has closed its side
-        self._is_refused = False  # what still comes is not read as HTTP
-        self._drained_bytes = 0
+        self._probe_timer: asyncio.TimerHandle | None = None
+        self._is_half_closed = False  # by the client
+        self._lingering: LingeringTransport  # is `transport`
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > (self._limits.max_connections or max_connections()):
+        self._lingering = LingeringTransport(transport, self._may_send, self._limits.response_timeout_s)
+        super().connection_made(cast(asyncio.Transport, self._lingering))
+        num_excess = len(self.connections) - (self._limits.max_connections or max_connections())
+        if num_excess > 0:
             self._refuse(ApiError(503, "the server has too many connections; try again later", code="busy"))
+        if num_excess > MAX_EXCESS:
+            self.transport.abort()
         self._update_request_timer()
 
     def data_received(self, data: bytes) -> None:
-        is_drained = self._is_refused or (self.cycle is not None and self.cycle.response_complete and self._has_body())
-        self._drained_bytes = self._drained_bytes + len(data) if is_drained else 0
-        if self._drained_bytes > MAX_DRAINED_BYTES:
-            self.transport.close()
-        elif not self._is_refused:
+        if self.transport.is_closing() or self.conn.their_state is h11.MUST_CLOSE:
+            self._lingering.drop(data)
+        else:
             super().data_received(data)
-            is_chunked = self._has_body() and self._has_header(b"transfer-encoding")
-            if is_chunked and not CHUNK_LINE.fullmatch(self._unread()):
-                self.send_400_response("the body has a chunk without its length")  # h11 would wait for the line's end
             self._update_request_timer()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        is_chunked = self._has_body() and self._has_header(b"transfer-encoding")
+        if is_chunked and not CHUNK_LINE.fullmatch(self._unread()):
+            self.send_400_response("the body has a chunk without its length")  # h11 would wait for the line's end
 
     def _should_upgrade(self) -> bool:
         """Serve a request for another protocol, such as WebSocket, as plain HTTP."""
@@ -97,42 +105,57 @@ class TimeoutHTTPProtocol(H11Protocol):
         if is_sized_or_old and self._has_header(b"transfer-encoding"):  # a proxy may find another end of the body
             self.send_400_response("transfer-encoding needs HTTP/1.1 and excludes content-length")
             return
+        if self._has_body():
+            send = partial(self._send_early, send)
         scope["extensions"] = {**scope.get("extensions", {}), BODY_WRITER: ChunkedBody(self)}
         try:
             await self._app(scope, receive, send)
         except asyncio.CancelledError:  # at the end of the server: the request has not arrived, or its refusal waits
-            self._refuse(ApiError(503, "the server has shut down", code="draining"))
+            self._refuse(SHUT_DOWN)
+
+    async def _send_early(self, send: Send, message: Message) -> None:
+        """Send a message of a response; one before the end of the body says that the connection ends after it."""
+        if message["type"] == "http.response.start" and self._has_body():
+            message = {**message, "headers": [*message["headers"], CLOSE_HEADER]}
+        await send(message)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection open if a whole request has arrived and is not answered."""
-        if self.cycle is None or self.cycle.more_body or self.cycle.response_complete or self._is_refused:
+        self._is_half_closed = True
+        if self.transport.is_closing() or self.cycle is None or self.cycle.more_body or self.cycle.response_complete:
+            self.transport.close()
             return False
-        if self._probe_timer is None:
-            self._probe(PROBE_S[0])
+        self._probe(PROBE_S[0])
         return True
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._probe_timer is not None and self.cycle.response_complete:  # no other request was sent before the end
+        if self._is_half_closed and self.cycle.response_complete:  # no other request was sent before the end
             self.transport.close()
-        elif self._has_body() and self._has_header(b"expect"):
-            self._linger()  # the client may send the body, or not and another request
+        elif self._is_arriving():  # the next request
+            self._unset_keepalive_if_required()
         self._update_request_timer()
-        if self.transport.get_write_buffer_size():  # the client must also read the end of the response in time
-            self._start_response_timer()
+
+    def shutdown(self) -> None:
+        """Begin to end the connection with the server: refuse a request that has not arrived."""
+        self._lingering.shorten(SHUTDOWN_LINGER_S)
+        if self._is_arriving():
+            self._refuse(SHUT_DOWN)
+        elif not self.transport.is_closing():
+            super().shutdown()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._start_response_timer()
+        self._response_timer = self.loop.call_later(self._limits.response_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._response_timer is not None:
             self._response_timer.cancel()
-            self._response_timer = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._lingering.cancel_timer()
         for timer in (self._request_timer, self._response_timer, self._probe_timer):
             if timer is not None:
                 timer.cancel()
@@ -140,7 +163,7 @@ class TimeoutHTTPProtocol(H11Protocol):
             self._on_close()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(ApiError(400, msg, code="invalid_request"), lingers=True)
+        self._refuse(ApiError(400, msg, code="invalid_request"))
 
     def _update_request_timer(self) -> None:
         """Run the timer while a request arrives; uvicorn's keep-alive timeout covers idle connections."""
@@ -155,20 +178,21 @@ class TimeoutHTTPProtocol(H11Protocol):
     def _on_request_timeout(self) -> None:
         """Refuse the part of a request that has arrived; a connection without one is idle, as browsers open some."""
         self._request_timer = None
-        if self._has_body() or self._unread():
+        if self._is_arriving():
             message = f"the request has not arrived within {self._limits.request_timeout_s:g} s"
-            self._refuse(ApiError(408, message, code="request_timeout"), lingers=True)
+            self._refuse(ApiError(408, message, code="request_timeout"))
         else:
-            self.transport.abort()
+            self.transport.close()
 
-    def _start_response_timer(self) -> None:
-        if self._response_timer is None:
-            self._response_timer = self.loop.call_later(self._limits.response_timeout_s, self._on_response_timeout)
+    def _may_send(self) -> bool:
+        """Return whether the client may send more than the request that has been answered."""
+        is_complete = self.conn.their_state in (h11.DONE, h11.MUST_CLOSE, h11.CLOSED) and not self._unread()
+        return not (is_complete or self._is_half_closed)
 
-    def _on_response_timeout(self) -> None:
-        self._response_timer = None
-        if self.transport.get_write_buffer_size():
-            self.transport.abort()
+    def _is_arriving(self) -> bool:
+        """Return whether a part of a request has arrived, and the connection is not being closed."""
+        has_part = self._has_body() or (self.conn.their_state is h11.IDLE and bool(self._unread()))
+        return has_part and not self.transport.is_closing()
 
     def _has_body(self) -> bool:
         """Return whether a part of the request's body has not been read."""
@@ -194,13 +218,13 @@ class TimeoutHTTPProtocol(H11Protocol):
             self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
         self._probe_timer = self.loop.call_later(next_s, self._probe, PROBE_S[1])
 
-    def _refuse(self, error: ApiError, *, lingers: bool = False) -> None:
+    def _refuse(self, error: ApiError) -> None:
         """Send the error unless a response has begun, then close the connection; the app's own response is dropped."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         response = error.response()
-        headers: list[tuple[bytes, bytes]] = [*response.raw_headers, (b"connection", b"close")]
+        headers = [*response.raw_headers, CLOSE_HEADER]
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             reason, body = HTTPStatus(error.status).phrase.encode(), bytes(response.body)
             if self.conn.our_state is h11.SEND_RESPONSE and self.cycle.scope["method"] == "HEAD":
@@ -208,14 +232,4 @@ class TimeoutHTTPProtocol(H11Protocol):
             start = h11.Response(status_code=error.status, headers=headers, reason=reason)
             for event in (start, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
-        if lingers and not self.transport.is_closing():
-            self._linger()
-        else:
-            self.transport.close()
-
-    def _linger(self) -> None:
-        """Close this side, and the connection when the client has had time to read the response."""
-        self._is_refused = True
-        with suppress(OSError):  # the client may be gone
-            self.transport.write_eof()
-        self.loop.call_later(LINGER_S, self.transport.close)
+        self.transport.close()

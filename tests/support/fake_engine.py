@@ -7,8 +7,8 @@ import math
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from contextlib import closing, contextmanager
+from functools import cache, partial
 from typing import Any, cast
 
 import httpx
@@ -36,7 +36,7 @@ from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from lockstep.runtime.tokenizer import Tokenizer
 
 from small import SMALL
-from waiting import wait_until
+from waiting import join, wait_until
 
 MAX_LEN = 512
 PROMPT = "And the LORD said unto Moses"
@@ -183,7 +183,8 @@ class Running:
         limits = limits or ServerLimits()
         client = new_client(own, config, limits)
         self.server = DrainingServer(create_uvicorn_config(client, config, limits), own, config)
-        self.thread = threading.Thread(target=lambda: run_loop(self.server.serve(sockets=[self.port])))
+        serve = partial(run_loop, self.server.serve(sockets=[self.port]))
+        self.thread = threading.Thread(target=serve, name=f"server {self.url}", daemon=True)
         self.thread.start()
         wait_until(lambda: self.server.started)
         self.http = httpx.Client(base_url=self.url, timeout=60)
@@ -196,8 +197,7 @@ class Running:
         self.http.close()
         self.openai.close()
         self.server.should_exit = self.server.force_exit = True
-        self.thread.join(60)
-        assert not self.thread.is_alive()
+        join(self.thread, 30)
 
 
 @contextmanager
@@ -205,10 +205,11 @@ def demo_server(**options: Any) -> Iterator[Running]:
     """Serve the demo model with a small real engine; `options` are fields of ServerConfig."""
     engine = AsyncEngine(Config(**SMALL))
     engine.start()
-    running = Running(engine, **options)
-    yield running
-    running.close()
-    asyncio.run(engine.close())
+    try:
+        with closing(Running(engine, **options)) as running:
+            yield running
+    finally:
+        asyncio.run(engine.close())
 
 
 def fake(running: Running) -> FakeService:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -31,3 +33,24 @@ def left_after(find: Callable[[], T], timeout_s: float = PATIENCE_S) -> T:
     while (left := find()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
+
+
+def join(thread: threading.Thread, timeout_s: float = PATIENCE_S) -> None:
+    """Wait until the thread has ended; fail after `timeout_s`."""
+    thread.join(timeout_s)
+    assert not thread.is_alive(), f"the thread {thread.name} has not ended within {timeout_s:g} s"
+
+
+def read_to_end(raw: socket.socket, timeout_s: float = PATIENCE_S) -> bytes:
+    """Return what arrives until the other side is closed; fail after `timeout_s`, also while something arrives."""
+    received, deadline = b"", time.monotonic() + timeout_s
+    while (left := deadline - time.monotonic()) > 0:
+        raw.settimeout(left)
+        try:
+            piece = raw.recv(1 << 16)
+        except TimeoutError:
+            break
+        if not piece:
+            return received
+        received += piece
+    raise AssertionError(f"the other side was not closed within {timeout_s:g} s; it sent {received[-200:]!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -17,6 +18,7 @@ from lockstep.launch.server.server_config import ServerConfig
 from fake_engine import COMPLETION, KEY, Running, error_of, fake
 from waiting import wait_until
 
+GET_HEALTH = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
 GET_ROUTES = ("/health", "/metrics", "/v1/models", "/version", "/stats", "/openapi.json", "/", "/page.css")
 
 
@@ -101,11 +103,45 @@ def test_ambiguous_length_of_a_body_is_refused(shared: Running, caplog: pytest.L
     assert [record for record in caplog.records if record.exc_info] == []
 
 
+def test_refusal_of_a_half_closed_client_is_not_probed(
+    shared: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "PROBE_S", (0.01, 0.01))
+    head = f"POST / HTTP/1.1\r\nhost: localhost\r\n{CHUNKED}content-length: 3\r\n\r\n0\r\n\r\n"
+    for _ in range(10):  # the end of the client's side may come before the second request is looked at, which drops it
+        assert exchange(shared, GET_HEALTH + head.encode()).startswith(b"HTTP/1.1 200")
+    time.sleep(0.1)  # several probes
+    assert [record for record in caplog.records if record.exc_info] == []
+
+
+@pytest.mark.parametrize("before", [b"", GET_HEALTH], ids=["first", "pipelined"])
 @pytest.mark.parametrize("body", [b'{"model": ', b"no length", b"5 x", b"5\r\n12345\r\n\x00"])
-def test_chunk_without_length_is_refused_at_once(shared: Running, body: bytes) -> None:
-    with socket.create_connection(shared.port.getsockname(), timeout=60) as raw:
-        raw.sendall(f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{CHUNKED}\r\n".encode() + body)
+def test_chunk_without_length_is_refused_at_once(shared: Running, body: bytes, before: bytes) -> None:
+    with socket.create_connection(shared.port.getsockname(), timeout=20) as raw:
+        raw.sendall(before + f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{CHUNKED}\r\n".encode() + body)
+        received = b""
+        while piece := raw.recv(1 << 16):  # until the server closes its side
+            received += piece
+    assert b"HTTP/1.1 400" in received
+
+
+def test_rest_of_a_refused_body_is_read(shared: Running) -> None:
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{CHUNKED}\r\n"
+    with socket.create_connection(shared.port.getsockname(), timeout=20) as raw:
+        raw.sendall(head.encode() + b"3e8\r\n" + b" " * 1000 + b"\r\n{}" + b" " * 10_000_000)
         assert raw.recv(1 << 16).startswith(b"HTTP/1.1 400")
+
+
+def test_part_of_a_pipelined_request_keeps_the_connection(run: Callable[..., Running]) -> None:
+    running = run()
+    running.server.config.timeout_keep_alive = 0.05  # type: ignore[assignment]
+    with socket.create_connection(running.port.getsockname(), timeout=20) as raw:
+        raw.sendall(GET_HEALTH + GET_HEALTH[:8])
+        assert raw.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        time.sleep(0.3)
+        raw.sendall(GET_HEALTH[8:])
+        assert raw.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        assert raw.recv(1 << 16) == b"", "an idle connection is closed"
 
 
 def test_chunks_may_come_in_pieces(shared: Running) -> None:
@@ -153,6 +189,16 @@ def test_http_client_reads_413_after_its_body(run: Callable[..., Running]) -> No
         connection.request("GET", "/health")
         assert connection.getresponse().status == 200, "the connection can be used again"
         connection.close()
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/unknown"])
+def test_client_that_asks_to_close_reads_its_refusal_after_its_body(run: Callable[..., Running], path: str) -> None:
+    running = run(max_body_bytes=10_000)
+    connection = http.client.HTTPConnection(*running.port.getsockname(), timeout=20)
+    headers = {"content-type": "application/json", "connection": "close", "content-length": "20000000"}
+    connection.request("POST", path, (b" " * 100_000 for _ in range(200)), headers)
+    assert connection.getresponse().status == (413 if path == "/v1/completions" else 404)
+    connection.close()
 
 
 def test_refused_body_is_read_up_to_a_limit(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:

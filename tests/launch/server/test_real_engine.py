@@ -180,7 +180,7 @@ def test_new_grammars_wait_in_a_short_queue(real: Running, monkeypatch: pytest.M
     assert (refused.status_code, error_of(refused)["code"]) == (429, "rate_limit_exceeded")
     may_go_on.set()
     for thread in threads:
-        thread.join()
+        join(thread)
     assert statuses == [200] * 45
     assert real.post("/v1/completions", {**body, "guided_regex": "[ab]{99}"}).status_code == 200
 

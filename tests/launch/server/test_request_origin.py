@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 
 from fake_engine import CHAT_BODY, COMPLETION, KEY, Running, fake
-from waiting import wait_until
+from waiting import join, wait_until
 
 MESSAGE = {"model": "demo", "max_tokens": 2, "messages": [{"role": "user", "content": "a"}]}
 RESPONSE = {"input": "a", "max_output_tokens": 16}
@@ -77,5 +77,5 @@ def test_full_queue_has_places_for_clients_with_little(run: Callable[..., Runnin
     wait_until(lambda: service.live == 73)
     assert post_from(running, "127.0.0.2", "/v1/completions", COMPLETION).status_code == 429  # has its place
     service.paused = False
-    thread.join()
-    few.join()
+    join(thread)
+    join(few)

@@ -29,7 +29,7 @@ from lockstep.launch.server.uvicorn_setup import run_loop
 from lockstep.runtime.tokenizer import Tokenizer
 
 from fake_engine import CHAT, COMPLETION, PROMPT, FakeService, Running, error_of, fake
-from waiting import wait_until
+from waiting import join, wait_until
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -105,7 +105,7 @@ def test_recovery_pauses_streams(run: Callable[..., Running]) -> None:
     service.health, service.paused = Health("ready", restarts=1), False
     assert running.http.get("/health").status_code == 200
     assert text + "".join(c.choices[0].text for c in stream) == expected
-    thread.join()
+    join(thread)
     assert new[0].status_code == 200
 
 
@@ -140,8 +140,7 @@ def test_engine_failure_ends_the_server(run: Callable[..., Running], is_draining
     service.health, service.hold_at = Health("failed", "Ray's raylet was killed"), math.inf
     with pytest.raises(openai.APIError, match="raylet was killed"):
         list(stream)
-    running.thread.join(60)
-    assert not running.thread.is_alive()
+    join(running.thread)
     assert running.server.failure == "Ray's raylet was killed"
 
 
@@ -180,8 +179,7 @@ def test_first_signal_drains(run: Callable[..., Running]) -> None:
     assert running.http.get("/health").status_code == 503
     service.hold_at = math.inf
     assert list(stream)[-1].choices[0].finish_reason == "length"
-    running.thread.join(60)
-    assert not running.thread.is_alive()
+    join(running.thread)
     assert running.server.forced_by is None
 
 
@@ -193,8 +191,7 @@ def test_drain_timeout_aborts(run: Callable[..., Running]) -> None:
     running.server.handle_exit(signal.SIGTERM, None)
     with pytest.raises(openai.APIError, match="shutting down"):
         list(stream)
-    running.thread.join(60)
-    assert not running.thread.is_alive()
+    join(running.thread)
 
 
 def test_second_signal_ends_at_once(run: Callable[..., Running]) -> None:
@@ -204,8 +201,7 @@ def test_second_signal_ends_at_once(run: Callable[..., Running]) -> None:
     next(stream)
     running.server.handle_exit(signal.SIGTERM, None)
     running.server.handle_exit(signal.SIGINT, None)
-    running.thread.join(60)
-    assert not running.thread.is_alive()
+    join(running.thread)
     assert running.server.forced_by == signal.SIGINT
 
 
@@ -285,7 +281,7 @@ def test_slow_tokenization_does_not_block_other_requests(
     assert started.wait(60)
     assert shared.post("/v1/completions", COMPLETION).status_code == 200
     answered.set()
-    thread.join()
+    join(thread)
 
 
 def test_long_body_is_parsed_in_a_thread(shared: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,5 +320,5 @@ def test_request_without_an_answer_at_the_end_gets_503(
         answer = raw.recv(1000)
     assert answer.startswith(b"HTTP/1.1 503")
     assert b'"code":"draining"' in answer
-    running.thread.join(60)
+    join(running.thread)
     assert "Traceback" not in caplog.text

@@ -14,7 +14,7 @@ from lockstep.launch.server.server_config import ServerConfig
 from lockstep.launch.server.server_socket import allow_reuse, bind
 
 from fake_engine import CHAT_BODY, COMPLETION, KEY, Running, error_of, fake
-from waiting import wait_until
+from waiting import join, wait_until
 
 
 def test_limits_are_flags(run: Callable[..., Running]) -> None:
@@ -47,7 +47,7 @@ def test_excess_requests_get_429(run: Callable[..., Running], options: dict[str,
         running.openai.chat.completions.create(**cast(Any, CHAT_BODY))
     service.paused = False
     for thread in threads:
-        thread.join()
+        join(thread)
     assert running.post("/v1/completions", COMPLETION).status_code == 200, "places are given back"
     service.waiting = 2000  # in the engine, when the KV cache is full
     assert running.post("/v1/completions", COMPLETION).status_code == 429
