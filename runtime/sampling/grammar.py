@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 import sys
 import time
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from pathlib import Path
 import llguidance
 import msgspec
 import numpy as np
-from llguidance import gbnf_to_lark
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from ..model.tokenizer_files import tokenizer_of_size
 from ..structured_outputs import StructuredOutputsParams
+from .gbnf import is_gbnf, to_lark
 from .grammar_budget import GrammarCost, MaskBudget
 
 # Two blanks, or a new line with its indentation: without a limit a confused model writes blanks for ever.
@@ -34,8 +33,6 @@ WHITESPACE = r"([ \t]{1,2}|\n[ \t]{0,64})"
 LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=50_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
 )
-GBNF_ESCAPE = re.compile(r"\\(?:u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[^uU])")
-GBNF_RULE = re.compile(r"^[ \t]*([a-zA-Z0-9_-]+)\s*::=", re.MULTILINE)
 MAX_REASON = 300  # characters
 TRIED_TOKENS = 16  # a grammar is tried with this many tokens before it is accepted
 NO_EXTENSION = "no token of this model's vocabulary can come next"
@@ -69,7 +66,7 @@ class CompiledGrammar:
         self._tokenizer = load_tokenizer(vocabulary)
         try:
             self._grammar = to_llguidance(kind, text, compact)
-        except Exception as error:  # gbnf_to_lark raises Exception itself for wrong rules
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise GrammarError(f"structured_outputs={kind} cannot be used: {_describe(error)}") from error
         self._pristine = self._compile()
         warnings = "; ".join(self._pristine.get_grammar_warnings())  # parts of the grammar that would be ignored
@@ -134,29 +131,7 @@ def to_llguidance(kind: str, text: str, compact: bool) -> str:
     if kind == "choice":  # one terminal: thousands of alternatives in a rule exceed a limit of the parser
         literals = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
         return llguidance.LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(literals))
-    is_gbnf = "::=" in text and not gbnf_to_lark.is_lark_syntax(text)
-    return llguidance.LLMatcher.grammar_from_lark(_gbnf_as_lark(text) if is_gbnf else text)
-
-
-def _gbnf_as_lark(text: str) -> str:
-    """Translate GBNF; raises ValueError for what llguidance's translation would get wrong or overlook."""
-    defined = GBNF_RULE.findall(text)
-    if twice := [name for i, name in enumerate(defined) if name in defined[:i]]:
-        raise ValueError(f"Rule '{twice[0]}' is defined twice")
-    return gbnf_to_lark.gbnf_to_lark(GBNF_ESCAPE.sub(_plain_escape, text))
-
-
-def _plain_escape(escape: re.Match[str]) -> str:
-    """Return an escape of GBNF without the code points that llguidance shortens to other ones: \\u0041 to \\u41."""
-    text = escape[0]
-    if text[1] not in "uU[]":
-        return text
-    code_point = ord(text[1]) if text[1] in "[]" else int(text[2:], 16)
-    if code_point < 0x80:
-        return f"\\x{code_point:02x}"
-    if 0xD800 <= code_point < 0xE000 or code_point > sys.maxunicode:
-        raise ValueError(f"{text} is no character")
-    return chr(code_point)
+    return llguidance.LLMatcher.grammar_from_lark(to_lark(text) if is_gbnf(text) else text)
 
 
 def try_out(vocabulary: Vocabulary, params: StructuredOutputsParams) -> None:

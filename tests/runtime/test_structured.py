@@ -338,6 +338,10 @@ GBNF = {
     r'"\x41\x22\\u0041\[\u005d\u005c\u0022"': ['A"\\u0041[]\\"'],
     r"[\U00000041-\U0010ffff]": ["A", "\xe9", "\uffff", "\U0010ffff"],
     r"[^\u0000-\u001f\]\u005b-]": ["A", "^", "\\", "\U0001f600"],
+    r"[a\-\[\]\\\"\n]": ["-", "[", "]", "\\", '"', "\n", "a"],
+    r'"\"\\\n\r\t\-"': ['"\\\n\r\t-'],
+    r"[a&&b~~+--/]": ["&", "~", "/", "a", "b", "+", ",", "-"],
+    '"a\n/"': ["a\n/"],
 }
 
 
@@ -352,16 +356,103 @@ def test_escapes_of_gbnf_are_code_points(rule: str) -> None:
         ids, matcher = tokenizer.encode(text, add_special_tokens=False).ids, grammar.matcher()
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
-    is_class = rule.startswith("[")
+    is_class = rule.startswith("[") and "&&" not in rule
     expected = [text for text in every if (is_class and re.fullmatch(rule, text)) or text in GBNF[rule]]
     assert [text for text in every if is_accepted(text)] == expected
 
 
-@pytest.mark.parametrize("escape", [r"\ud800", r"\U00110000"])
-def test_escape_of_gbnf_without_a_character_is_refused(folder: Path, escape: str) -> None:
-    params = StructuredOutputsParams(grammar=f'root ::= "{escape}"')
-    with pytest.raises(GrammarError, match=re.escape(f"{escape} is no character")):
-        try_out(Vocabulary(folder, 131, (EOS,)), params)
+JSON_GBNF = r"""
+# JSON: \q \u12 "an open text [a class
+root  ::= ws value   # the end \\
+value ::= (
+    object | array    # "
+  | string | number |
+    ( "true" | "false" | "null" ) ws
+)
+object ::= "{" ws ( member ( "," ws member )* )? "}" ws
+member ::= string ":" ws value
+array  ::= "[" ws ( value ("," ws value){0,} )? "]" ws
+string ::= "\"" ( [^"\\\x00-\x1f] | "\\" ( ["\\/bfnrt] | "u" [0-9a-fA-F]{4} ) )* "\"" ws
+number ::= "-"? ("0" | [1-9] [0-9]*) ("." [0-9]+)? ([eE] [\-+]? [0-9]{1,3})? ws
+ws ::= [ \t\n\r]{0,3} # \
+"""
+JSON_TEXTS = [
+    "{}", ' {"a": [1, -2.5e-10, "\\u00e9\\n", {"b": null}], "c": "é\U0001f600"}', "[]", "[true,\n false]", "0", '"\\""',
+    "{a: 1}", "[1,]", "01", '"\\x"', '"\n"', "[1", '{"a" 1}', "+1", "1.", "tru", '"\\u12"', "", "1 1",
+]  # fmt: skip
+
+
+def gbnf_accepts(rules: str, text: str) -> bool:
+    tokenizer = Tokenizer.from_file(f"{DEMO_MODEL}/tokenizer.json")
+    vocabulary = Vocabulary(Path(DEMO_MODEL), tokenizer.get_vocab_size(), (0,))
+    matcher = vocabulary.compile(StructuredOutputsParams(grammar=rules)).matcher()
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_gbnf_of_json_is_json(end: str) -> None:
+    rules = JSON_GBNF.replace("\n", end)
+    assert [text for text in JSON_TEXTS if gbnf_accepts(rules, text)] == list(filter(is_json, JSON_TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("rules", "accepted", "refused"),
+    [
+        ("root ::= .{2}", ["a\n", "é\u4e2d"], ["a", "abc"]),
+        ('root ::= foo-bar foo_bar fooBar start 1st\nfoo-bar ::= "a"\nfoo_bar ::= "b"\nfooBar ::= "c"\n'
+         'start ::= "d"\n1st ::= "e"', ["abcde"], ["abcd", "aacde"]),
+        ('root ::= "a"{2} | "b"+ | "" "c" ( )', ["aa", "bb", "c"], ["", "a", "aaa", "cc"]),
+        ('root ::=\n\n  "a" |\n "b"\n', ["a", "b"], ["ab"]),
+        ("root ::= [\u4e2d\u00e9-\u00fc]+", ["\u4e2d\u00ea"], ["a"]),
+        ("root ::= [+-]\n", ["+", "-"], ["\n", ","]),
+    ],
+)  # fmt: skip
+def test_gbnf_takes_what_llama_cpp_takes(rules: str, accepted: list[str], refused: list[str]) -> None:
+    assert [text for text in accepted + refused if gbnf_accepts(rules, text)] == accepted
+
+
+GBNF_MISTAKES = {
+    'root ::= "a\\': 'line 1, column 10: the text or class that begins with " does not end',
+    "root ::= [a\\": "line 1, column 10: the text or class that begins with [ does not end",
+    'root ::= "a': 'line 1, column 10: the text or class that begins with " does not end',
+    '# \\\nroot ::= "\\q"': "line 2, column 11: the escape \\q is unknown",
+    'root ::= "\\x4"': "line 1, column 11: the escape \\x is unknown or lacks digits",
+    'root ::= "\\u004g"': "line 1, column 11: the escape \\u is unknown or lacks digits",
+    "root ::= [\\U0001f60]": "line 1, column 11: the escape \\U is unknown or lacks digits",
+    'root ::= "\\ud800"': "line 1, column 11: \\ud800 is no character",
+    'root ::= "\\U00110000"': "line 1, column 11: \\U00110000 is no character",
+    "root ::= [b-a]": "",
+    "root ::= []": "",
+    'root ::= ("a"\n': "Expected ')'",
+    'root ::= "a" )': "Expected name",
+    'root ::= "a"{2,1}': "",
+    'root ::= "a"{,2}': "Expected integer",
+    "root ::= *": "Expected name",
+    'root ::= "a"{2}{2}': "Expected name",
+    "root ::= <think>": "line 1, column 11: the rule 'think' is not defined",
+    'root ::= a\na ::= "a" b c': "line 2, column 11: the rule 'b' is not defined",
+    'root ::= "a"\nroot ::= "b"': "line 2, column 1: the rule 'root' is defined twice",
+    'a ::= "a"': "No 'root' rule found",
+    'root = "a"\na ::= "a"': "line 1, column 1: the rule 'root' is not defined",
+    '\nroot ::= "a"\n| "b"': "Expected name",
+}
+
+
+@pytest.mark.parametrize("rules", GBNF_MISTAKES)
+def test_mistakes_in_gbnf_are_refused(rules: str) -> None:
+    params = StructuredOutputsParams(grammar=rules)
+    with pytest.raises(GrammarError) as caught:
+        Vocabulary(Path(DEMO_MODEL), 2048, (0,)).compile(params)
+    assert str(caught.value).startswith(f"structured_outputs=grammar cannot be used: {GBNF_MISTAKES[rules]}")
 
 
 def test_demo_model_follows_the_schema_with_any_seed() -> None:
