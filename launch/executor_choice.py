@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,13 +12,13 @@ from packaging.version import Version
 from ..runtime.config import Config
 from ..runtime.executor import Executor, LocalExecutor
 from ..runtime.model.model_config import ModelConfig
+from ..runtime.startup_timer import log_ready
 from .cluster.ray_address import uses_local_ray
 from .signals import signals_wait
 
 if TYPE_CHECKING:
     from .cluster.connection import Connection
 
-log = logging.getLogger(__name__)
 AUTHENTICATED_SERVE = Version("2.58")  # the first version whose replicas ask for the token at each of their ports
 
 
@@ -36,8 +35,9 @@ def connect_ray(config: Config, replicas: int = 1) -> Connection | None:
 def start_executor(config: Config, model: ModelConfig, folder: Path, connection: Connection | None = None) -> Executor:
     """Start the executor that fits the configuration; without a `connection` it connects to Ray if it needs to."""
     if _in_process(config):
-        log.info("one rank: running in this process, without Ray")
-        return LocalExecutor(config, model, folder)
+        executor = LocalExecutor(config, model, folder)
+        log_ready("1 rank in this process", executor.startup)
+        return executor
     with signals_wait():
         from .cluster.ray_executor import RayExecutor
 

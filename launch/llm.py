@@ -7,6 +7,7 @@ from typing import Any
 from ..runtime.config import DEMO_MODEL, Config
 from ..runtime.model.checkpoint import find_model
 from ..runtime.offline import OfflineLLM
+from ..runtime.startup_timer import count_from_here
 from .cluster.ray_starter import start_ray_ahead
 from .executor_choice import start_executor
 from .signals import signals_wait
@@ -20,6 +21,7 @@ class LLM(OfflineLLM):
     actor. Raises ValueError, in one line, for a model or an option that cannot work.
     """
 
+    @count_from_here()
     def __init__(self, model: str = DEMO_MODEL, **options: Any) -> None:
         self.config = Config.from_options({"model": model, **options})
         folder, model_config = find_model(self.config)

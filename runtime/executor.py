@@ -5,7 +5,6 @@ An Executor takes requests and returns the outputs of steps. Unlike vLLM's model
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -27,10 +26,8 @@ from .rank_location import RankLocation
 from .request import Request
 from .scheduler.scheduler import Scheduler
 from .startup import LoadedRank, plan_limits
-from .startup_timer import StartupTimer, summary
+from .startup_timer import StartupTimer
 from .stats import EngineStats, Profile
-
-log = logging.getLogger(__name__)
 
 
 class EngineClosed(RuntimeError):
@@ -95,7 +92,6 @@ class LocalExecutor:
         location = RankLocation(0, socket.gethostname(), os.getpid())
         self.locations = [location.with_memory(self.memory, self.limits)]
         self.startup = timer.record()
-        log.info(summary(self.startup))
         engine = Engine(Scheduler(self.limits), runner, publish=lambda plan: None, overlap=runner.overlaps)
         self._open: Engine | None = engine  # None after `close`, so that its memory is freed
         self._stats = engine.stats

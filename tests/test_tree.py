@@ -40,7 +40,7 @@ runtime/scheduler
 runtime/runner
 runtime/chat
 runtime
-launch: child_process errors http_client leader_client open_files options signals standard_streams text_process
+launch: child_process errors http_client leader_client leader_executor open_files options signals standard_streams text_process
 launch/cluster
 launch/replicas
 launch

@@ -20,6 +20,7 @@ import typer
 from ...comm.message_text import counted
 from ...runtime.config import Config
 from ...runtime.model.checkpoint import check_local_model
+from ...runtime.startup_timer import count_from_process_start
 from ...runtime.version import __version__
 from ..bench.commands import app as bench
 from ..cluster.ray_starter import start_ray_ahead
@@ -44,6 +45,7 @@ def main() -> None:
 
     Exit status: 2 for a wrong option or value, 1 for missing resources or failed ranks, 128 + number for a signal.
     """
+    count_from_process_start()
     protect_standard_streams()
     end_on_sigterm()
     # Processes that libraries start, such as multiprocessing's, import nothing from the current folder (Python 3.11).

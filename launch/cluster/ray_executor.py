@@ -5,25 +5,23 @@ from __future__ import annotations
 import atexit
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import closing
 
 import ray
 from ray.util.placement_group import remove_placement_group
 
 from ...comm.message_sockets import PullSocket
+from ...comm.message_text import counted
 from ...runtime.config import Config
-from ...runtime.executor import EngineClosed, Wakeup
 from ...runtime.memory.memory_plan import loading_speed, tightest
 from ...runtime.model.model_config import ModelConfig
 from ...runtime.plan import StepOutput
 from ...runtime.rank_location import RankLocation
-from ...runtime.request import Request
 from ...runtime.startup import plan_limits
-from ...runtime.startup_timer import StartupTimer, summary
-from ...runtime.stats import EngineStats, Profile
-from ..errors import PlacementError
+from ...runtime.startup_timer import StartupTimer, log_ready
+from ..errors import PlacementError, RankFailed
 from ..leader_client import LeaderClient
+from ..leader_executor import LeaderExecutor
 from ..signals import Undo
 from .actor_group import ActorGroup, rank_table
 from .connection import Connection
@@ -35,7 +33,7 @@ log = logging.getLogger(__name__)
 STOP_S = 5.0  # after the Stop command the ranks may take this long to finish their step
 
 
-class RayExecutor:
+class RayExecutor(LeaderExecutor):
     """`config.tensor_parallel_size` ranks as Ray actors; ready when the constructor returns.
 
     Without a connection it makes one, and is closed when the process exits. `grace_s` is the time after step_timeout
@@ -47,7 +45,6 @@ class RayExecutor:
     ) -> None:
         model.check_tensor_parallel(config.tensor_parallel_size)
         self._report_timeout_s = config.step_timeout + grace_s
-        self._closed = False
         self._phases = StartupTimer()
         with Undo() as stack:
             with self._phases("Ray"):
@@ -59,48 +56,20 @@ class RayExecutor:
         if connection is None:
             atexit.register(self.close)  # runs before Ray's exit, which would end the ranks under their watcher
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        self._check()
-        self._leader.submit(requests)
-
-    def cancel(self, uids: Sequence[int]) -> None:
-        if not self._closed:
-            self._leader.cancel(uids)
+    @property
+    def failure(self) -> RankFailed | None:
+        return self._connection.failure or self._ranks.failure
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
-        """Do as Executor.poll, but return early when the connection's wakeup event is set."""
-        if self._connection.failure is not None:  # although ranks on other machines may still send
+        """Do as LeaderExecutor.poll, but raise at once if Ray is lost: ranks on other machines may still send."""
+        if self._connection.failure is not None:
             self._check()
-        if not self._closed:
-            outputs = self._leader.receive(timeout_s if self._ranks.failure is None else 0.0)
-            if outputs:
-                return outputs
-        self._check()
-        if self._leader.time_left <= 0:
-            silence_s, leader = self._leader.silence_s, self._ranks.endpoints[0]
-            self._ranks.fail(f"no step has ended for {silence_s:.0f} s, step_timeout is over: {leader}")
-        return []
-
-    def start_profile(self, num_steps: int) -> None:
-        self._check()
-        self._leader.start_profile(num_steps)
-
-    def take_profile(self) -> Profile | None:
-        return self._leader.take_profile()
-
-    @property
-    def stats(self) -> EngineStats:
-        return self._leader.stats
+        return super().poll(timeout_s)
 
     def close(self) -> None:
         """Stop the ranks and release their resources; safe to call twice."""
-        self._closed = True
         atexit.unregister(self.close)
-        self._open.close()
-
-    def wait(self, wakeup: Wakeup) -> None:
-        """Wait for `wakeup`, which must be the connection's: it is also set when a rank fails."""
-        wakeup.wait()
+        super().close()
 
     def _start(self, user_config: Config, model: ModelConfig, stack: Undo) -> None:
         """Start the ranks; each step adds to `stack` what undoes it."""
@@ -130,7 +99,7 @@ class RayExecutor:
         self._leader = LeaderClient(self._outputs, inbox, connection.wakeup, self._report_timeout_s)
         stack.callback(self._leader.close)
         self.startup = self._phases.record()
-        log.info("%d ranks %s", len(ranks.endpoints), summary(self.startup))
+        log_ready(counted(len(ranks.endpoints), "rank"), self.startup)
 
     def _load(self, user_config: Config, config: Config, model: ModelConfig, deadline: float) -> None:
         """Let the ranks load the model, plan the memory of all ranks, and let them allocate it."""
@@ -151,10 +120,10 @@ class RayExecutor:
         log_rank_warnings([report.warnings for report in allocated])
         self._phases.add_slowest([report.phases for report in allocated])
 
+    def _fail(self, reason: str) -> None:
+        self._ranks.fail(f"{reason}: {self._ranks.endpoints[0]}")
+
     def _check(self) -> None:
-        if self._closed:
-            raise EngineClosed("the ranks were ended by close(); make new ones")
-        failure = self._connection.failure or self._ranks.failure
-        if failure is not None:
+        if self.failure is not None:
             self._connection.is_lost()  # look now: the ranks may have ended with Ray, a moment ago
-            raise self._connection.failure or failure
+        super()._check()

@@ -26,6 +26,7 @@ from ...runtime.outputs import Event
 from ...runtime.request import NO_ORIGIN, Origin, PromptFields
 from ...runtime.sampling.grammar import Vocabulary
 from ...runtime.sampling_params import SamplingParams
+from ...runtime.startup_timer import count_from_here
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.tokenizer import Tokenizer
 from ..cluster.engine_thread import EngineThread
@@ -67,6 +68,7 @@ class AsyncEngine:
         self._active: set[asyncio.Future[None]] = set()  # one for each generation in progress
         self._thread: EngineThread | None = None
 
+    @count_from_here()
     def start(self) -> None:
         """Load the model and start the ranks; blocks until requests can run. Raises the errors of LLM.
 

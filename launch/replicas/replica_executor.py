@@ -28,7 +28,7 @@ from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
 
 from ...comm.message_sockets import PullSocket
-from ...comm.message_text import last_line
+from ...comm.message_text import counted, last_line
 from ...runtime.config import Config
 from ...runtime.executor import Wakeup
 from ...runtime.limits import Limits
@@ -36,6 +36,7 @@ from ...runtime.plan import RequestEnd, StepOutput
 from ...runtime.rank_location import RankLocation
 from ...runtime.request import Request
 from ...runtime.scheduler.waiting_queue import WaitingQueue
+from ...runtime.startup_timer import StartupTimer, log_ready
 from ...runtime.stats import EngineStats, Profile
 from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
@@ -72,16 +73,17 @@ class ReplicaExecutor:
         self._stats: dict[str, EngineStats] = {}  # replica -> its counters; lost ones included
         self._free_pages: dict[str, int | None] = {}  # replica -> its free pages after its last step
         self._loop = asyncio.new_event_loop()
-        connection.restore()
+        timer = StartupTimer()
+        with timer("Ray"):
+            connection.restore()
         with Undo() as stack:
-            started = time.perf_counter()
-            with connection.naming_loss():
+            with timer("replicas"), connection.naming_loss():
                 self._start(max_queued, stack)
             self.limits = self._common_limits()
-            seconds = time.perf_counter() - started
             self._open = stack.pop_all()
-        self.startup, size = {"replicas": seconds}, config.tensor_parallel_size
-        log.info("%d replicas, each of tensor_parallel_size=%d, ready in %.1f s", num_replicas, size, seconds)
+        self.startup = timer.record()
+        ranks = counted(config.tensor_parallel_size, "rank")
+        log_ready(f"{counted(num_replicas, 'replica')} of {ranks}", self.startup)
 
     @property
     def stats(self) -> EngineStats:

@@ -59,7 +59,7 @@ def test_tokens_and_end(caplog: pytest.LogCaptureFixture) -> None:
     with started() as executor:
         pid = executor.locations[0].pid
         assert pid != os.getpid()
-        assert f"one rank in process {pid}" in caplog.text
+        assert f"1 rank in process {pid} ready in" in caplog.text
         os.kill(pid, signal.SIGTERM)  # a supervisor's: requests are drained first
         frontend = Frontend(executor, Tokenizer(Path(DEMO_MODEL)), [])
         generations = [frontend.prepare(prompt, PARAMS) for prompt in PROMPTS]
