@@ -8,10 +8,17 @@ from typing import Any
 
 import pytest
 
+from lockstep.launch.server import refusal_pacing
 from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.tokenizer import Tokenizer
 
 from fake_engine import FakeService, Running
+
+
+@pytest.fixture(autouse=True)
+def refusals_per_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate of refusals to one address, which is above that of the tests."""
+    monkeypatch.setattr(refusal_pacing, "REFUSALS_PER_S", 1_000_000)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,12 @@ from lockstep.launch.server.refusal_pacing import LONGEST_S, MAX_WAITING, REFUSA
 from fake_engine import COMPLETION, Running, fake
 
 
+@pytest.fixture(autouse=True)
+def refusals_per_s() -> int:
+    """The rate of the server, in place of that of other tests."""
+    return REFUSALS_PER_S
+
+
 async def no_app(*args: Any) -> None:
     raise AssertionError
 

@@ -138,7 +138,7 @@ def test_batch_without_work_starts_nothing(tmp_path: Path, is_answered: bool) ->
         request = BatchRequest("a", "POST", "/v1/completions", msgspec.Raw(b"{}"))
         with closing(AnswerFile(target)) as answers:
             answers.append(request, 200, b"{}")
-    ended = subprocess.run([*command(source, target), "--tp=2"], capture_output=True, text=True, timeout=30)
+    ended = subprocess.run([*command(source, target), "--tp=2"], capture_output=True, text=True, timeout=60)
     assert ended.returncode == (0 if is_answered else 2)
     assert "Ray" not in ended.stderr
     assert ("1 answer in" if is_answered else "input file") in ended.stderr.splitlines()[-1]

@@ -123,7 +123,7 @@ def test_port_in_use_ends_the_command_before_anything_starts(
     with bind(ServerConfig(port=0)) as other:  # of a server that loads its model
         port = other.getsockname()[1]
         process = serve(f"--port={port}", *arguments)
-        stderr = process.communicate(timeout=30)[1]
+        stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 2
     assert stderr == f"error: cannot listen on 127.0.0.1 port {port}: Address already in use; choose another --port\n"
 
@@ -131,7 +131,7 @@ def test_port_in_use_ends_the_command_before_anything_starts(
 @pytest.mark.process
 def test_wrong_template_ends_the_command_before_anything_starts(serve: Callable[..., subprocess.Popen[str]]) -> None:
     process = serve("--port=0", "--tp=2", "--chat-template=/no/such")
-    stderr = process.communicate(timeout=30)[1]
+    stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 2
     assert stderr == "error: chat_template='/no/such' cannot be read: [Errno 2] No such file or directory: '/no/such'\n"
 

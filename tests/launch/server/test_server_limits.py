@@ -14,7 +14,8 @@ from lockstep.launch.server.server_config import ServerConfig
 from lockstep.launch.server.server_socket import allow_reuse, bind
 
 from fake_engine import CHAT_BODY, COMPLETION, KEY, Running, error_of, fake
-from waiting import join, wait_until
+from listeners import free_port
+from waiting import wait_until
 
 
 def test_limits_are_flags(run: Callable[..., Running]) -> None:
@@ -120,7 +121,7 @@ def test_port_in_use_is_refused(shared: Running) -> None:
 
 
 def test_port_is_taken_before_it_listens() -> None:
-    with bind(ServerConfig(port=0)) as first, bind(ServerConfig(port=0)) as other:
+    with bind(ServerConfig(port=free_port())) as first, bind(ServerConfig(port=0)) as other:
         port = first.getsockname()[1]
         assert port != other.getsockname()[1]
         with pytest.raises(ValueError, match="in use"):
