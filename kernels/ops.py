@@ -185,6 +185,7 @@ def decode_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Do `rotate_and_store_` for one new token per row; return its attention over the pages of the row: [B, H E].
 
@@ -194,6 +195,7 @@ def decode_attention(
     scale      factor of the scores, before the softmax
     softcap    the scores are then bounded to `softcap * tanh(score / softcap)`
     sinks      [H]  a score of each query head that takes part in the softmax and has no value
+    out        [B, H E]  receives the result, and is returned; contiguous
     The cache has qkv's dtype, or float8_e4m3fn. On a GPU heads of 64, 96, 128 or 256 elements in bfloat16 or float16,
     with R a multiple of 4, of 8 for 256; any on a CPU. If the partition has a kv_chunk, rows may be tokens of one
     request, provided that their keys are in the cache already.
@@ -203,6 +205,10 @@ def decode_attention(
     if sinks is not None:
         heads = qkv.shape[1] // cache.k.shape[-1] - 2 * cache.k.shape[-2]
         require(sinks.shape == (heads,) and sinks.dtype == qkv.dtype, "sinks", sinks, f"must be [{heads}] {qkv.dtype}")
+    if out is not None:
+        columns = qkv.shape[1] - 2 * cache.k.shape[-2] * cache.k.shape[-1]
+        fits = out.shape == (len(qkv), columns) and out.dtype == qkv.dtype and out.is_contiguous()
+        require(fits, "out", out, f"must be [{len(qkv)}, {columns}] {qkv.dtype}, contiguous")
     table, rows = pages.table, qkv.shape[:1]
     require(table.dim() == 2 and table.dtype == torch.int32, "pages", table, "must be [R, P] int32")
     check_int32(rows, positions=rope.positions, kv_slots=kv_slots, table_rows=pages.table_rows)

@@ -135,18 +135,19 @@ def decode_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     q, k, v = _prepare_heads(qkv, norm, rope, cache)
     _store_kv(k, v, cache, kv_slots)
-    out, page_size, window = torch.empty_like(q), cache.k.shape[1], partition.window
+    attended, page_size, window = torch.empty_like(q), cache.k.shape[1], partition.window
     for row, position in enumerate(rope.positions.tolist()):
         first = 0 if window is None else max(0, position + 1 - window)
         old = torch.arange(first, position, device=q.device)
         places = pages.table[pages.table_rows[row].long(), old // page_size].long(), old % page_size
         keys = torch.cat((cache.k[places].to(q.dtype), k[row : row + 1])).transpose(0, 1)  # [Hkv, K, E]
         values = torch.cat((cache.v[places].to(q.dtype), v[row : row + 1])).transpose(0, 1)
-        out[row] = _attend(q[row], keys, values, scale, softcap, sinks)
-    return out.flatten(1)
+        attended[row] = _attend(q[row], keys, values, scale, softcap, sinks)
+    return attended.flatten(1) if out is None else out.copy_(attended.flatten(1))
 
 
 def _attend(

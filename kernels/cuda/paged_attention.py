@@ -98,10 +98,12 @@ def decode_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     rows, (num_pages, page_size, kv_heads, head_dim) = qkv.shape[0], cache.k.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    out = qkv.new_empty(rows, heads * head_dim)
+    if out is None:
+        out = qkv.new_empty(rows, heads * head_dim)
     if rows == 0:
         return out
     groups = num_groups(heads, kv_heads)

@@ -181,7 +181,8 @@ def check_decode_attention(
     partition = emulator.emulated().partition_keys(positions, num_groups(heads, kv_heads), window)
     rope, pages = Rope(positions, cos_sin), Pages(table, table_rows)
     # The kernel leaves the counters of the partition at zero for the next layer; the definition does not touch them.
-    check("decode_attention", qkv, norm, rope, cache, slots, pages, partition, 0.1, softcap, sinks, factor=4)
+    out = None if sinks is None else random(rows, heads * size)
+    check("decode_attention", qkv, norm, rope, cache, slots, pages, partition, 0.1, softcap, sinks, out, factor=4)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])

@@ -44,13 +44,16 @@ class AttentionBackend(Protocol):
     def plan(self, batch: Batch) -> None:
         """Prepare for the layers of one step. For a decode-only step this launches, and neither copies nor waits."""
 
-    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0) -> Tensor:
+    def run(
+        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0, out: Tensor | None = None
+    ) -> Tensor:
         """Store keys and values of the batch as planned; return attention of its tokens over all keys of their rows.
 
         qkv     [T, (H + 2 Hkv) E]  the projection, before norm and rotation
         cache   this layer's pages; updated in place
         window  a query at position p sees the keys p - window < j <= p; None: all j <= p
         group   of the layer: its pages are those of this page table
+        out     [T, H E]  receives the result; contiguous
         Returns [T, H E].
         """
 
@@ -93,19 +96,21 @@ class TorchAttention:
         self._decode_lengths = torch.from_numpy(host.kv_lengths[decode_rows]).long().to(device)
         self._longest_decode = int(host.kv_lengths[decode_rows].max(initial=0))
 
-    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0) -> Tensor:
+    def run(
+        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0, out: Tensor | None = None
+    ) -> Tensor:
         started = time.perf_counter()
         q = rotate_and_store(qkv, heads, self._batch, cache, group)
         self._sinks, self._pages = heads.sinks, self._page_tables[group]
-        out = torch.empty_like(q)
+        attended = torch.empty_like(q) if out is None else out.view_as(q)
         if len(self._decode_rows):
-            out[self._decode_tokens] = self._decode(q[self._decode_tokens], cache, window)
+            attended[self._decode_tokens] = self._decode(q[self._decode_tokens], cache, window)
         for row in self._prefills:
             start, stop = self._batch.host.query_starts[row : row + 2].tolist()
-            out[start:stop] = self._prefill(row, q[start:stop], cache, window)
+            attended[start:stop] = self._prefill(row, q[start:stop], cache, window)
         if not qkv.is_cuda:
             self.host_s += time.perf_counter() - started
-        return out.flatten(1)
+        return attended.flatten(1)
 
     def _decode(self, q: Tensor, cache: KVCache, window: int | None) -> Tensor:
         """Return attention of one query per decode row, q [B, H, E] -> [B, H, E]."""
@@ -188,14 +193,18 @@ class BatchInvariantAttention:
             for window in self._windows
         }
 
-    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0) -> Tensor:
+    def run(
+        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0, out: Tensor | None = None
+    ) -> Tensor:
         batch = self._batch
+        if out is None:
+            out = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * cache.k.shape[2] * cache.k.shape[3])
         if self._stores_first:
             rotate_and_store(qkv, heads, batch, cache, group)
-        outputs = []
         for rows, partition in zip(self._slices, self._partitions[window], strict=True):
             q, kv_slots, rope = qkv[rows], batch.kv_slots[group][rows], Rope(batch.positions[rows], heads.cos_sin)
             pages = Pages(batch.device_page_table[group], batch.page_table_rows[rows])
             keys = cache, kv_slots, pages, partition
-            outputs.append(ops.decode_attention(q, heads.norm, rope, *keys, self._scale, self._softcap, heads.sinks))
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+            factors = self._scale, self._softcap, heads.sinks
+            ops.decode_attention(q, heads.norm, rope, *keys, *factors, out=out[rows])
+        return out

@@ -100,24 +100,28 @@ class FlashInferAttention:
         if self._has_prompts:
             self._plan_prefill(batch)
 
-    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0) -> Tensor:
+    def run(
+        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0, out: Tensor | None = None
+    ) -> Tensor:
         n = self._decoding.host.num_decoding
         if not self._has_prompts:
-            return self._attend_decoding(qkv, heads, cache, window, group)
-        decoded = self._attend_decoding(qkv[:n], heads, cache, window, group) if n else None
+            return self._attend_decoding(qkv, heads, cache, window, group, out)
+        if out is None:
+            out = qkv.new_empty(len(qkv), self.shape.num_heads * self.shape.head_dim)
+        if n:
+            self._attend_decoding(qkv[:n], heads, cache, window, group, out[:n])
         q = rotate_and_store(qkv[n:], heads, self._prompts, cache, group)
-        out = q.new_empty(qkv.shape[0], q.shape[1] * q.shape[2])
         self._attend_prompts(q, cache, (window, group), heads.sinks, out[n:].view_as(q))
-        if decoded is not None:
-            out[:n] = decoded
         return out
 
-    def _attend_decoding(self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int) -> Tensor:
+    def _attend_decoding(
+        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int, out: Tensor | None
+    ) -> Tensor:
         """Return attention of the decoding rows [B, H E], which stores their keys and values, too."""
         rows = self._decoding
         rope, pages = Rope(rows.positions, heads.cos_sin), Pages(rows.device_page_table[group], rows.page_table_rows)
         keys = cache, rows.kv_slots[group], pages, self._partitions[window]
-        return ops.decode_attention(qkv, heads.norm, rope, *keys, self._scale, self._softcap, heads.sinks)
+        return ops.decode_attention(qkv, heads.norm, rope, *keys, self._scale, self._softcap, heads.sinks, out)
 
     def _attend_prompts(
         self, q: Tensor, cache: KVCache, window: tuple[int | None, int], sinks: Tensor | None, out: Tensor

@@ -43,6 +43,12 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def _guarded(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return NaNs with a row more at each end than `like`, and the rows between."""
+    whole = torch.full((len(like) + 2, like.shape[1]), torch.nan, dtype=like.dtype, device=like.device)
+    return whole, whole[1:-1]
+
+
 def _loaded(build: Callable[[Weights], Any], folder: Path) -> Any:
     """The layer that `build` makes, with its weights from `folder`."""
     weights = Weights(torch.float32, CPU)
@@ -297,7 +303,10 @@ def test_flashinfer_attention_matches_torch(
     there = Heads(
         QKNorm(*(norm.to(place) for norm in norms), 1e-6), table.to(place), None if sinks is None else sinks.to(place)
     )
-    actual = attention.run(qkv.to(place), there, KVCache(*caches), window)
+    whole, out = _guarded(expected.to(place))
+    actual = attention.run(qkv.to(place), there, KVCache(*caches), window, out=out)
+    assert actual.data_ptr() == out.data_ptr()
+    assert whole[[0, -1]].isnan().all(), "only the result is written"
     for one, other in zip((actual, *caches), (expected, *expected_caches), strict=True):
         # With sinks both round the weights or the result once more.
         torch.testing.assert_close(one.cpu(), other, atol=8e-2 if has_sinks else 4e-2, rtol=2e-2)
@@ -326,7 +335,12 @@ def test_batch_invariant_attention_matches_torch(
     for attention in backends:
         caches = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]
         attention.plan(batch)
-        actual.append((attention.run(qkv, table, KVCache(*caches), window), *caches))
+        whole, out = _guarded(qkv[:, : heads * size])
+        attention.run(qkv, table, KVCache(*caches), window, out=out)
+        assert whole[[0, -1]].isnan().all(), "only the result is written"
+        actual.append((out, *caches))
+        again = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]
+        assert torch.equal(attention.run(qkv, table, KVCache(*again), window), out)
     for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
