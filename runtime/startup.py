@@ -10,10 +10,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..comm.base import Communicator
+from ..kernels.native import prefix_compare
 from .config import Config
 from .limits import Limits
 from .memory.gpu import Phase, named_out_of_memory, other_processes, plan_on_gpu, read_gpu
@@ -36,14 +36,13 @@ from .model.kv_scales import apply_kv_scales
 from .model.model_config import ModelConfig
 from .model.state_pool import StatePool
 from .model.weights import fill_dummy, load_weights
-from .plan import Admission, StepPlan
+from .rehearsal import decode_steps, largest_step, sampling_steps
 from .runner.graphs import DecodeGraphs
 from .runner.rank_memory import PinnedReadback, RankMemory, SlotTables
 from .runner.runner import Runner
 from .sampling.grammar import Vocabulary
 from .sampling.grammar_state import GrammarStates
 from .sampling.sampler import Sampler
-from .sampling_params import SamplingParams
 from .startup_timer import StartupTimer
 
 log = logging.getLogger(__name__)
@@ -100,6 +99,9 @@ class LoadedRank:
             memory = self._allocate_memory(limits.num_pages, limits.max_length, announce=announce)
         with self._timer("grammars"):
             memory.grammars.preload()
+        if self.comm.rank == 0 and limits.enable_prefix_caching:
+            with self._timer("prefix cache"):
+                prefix_compare()
         with self._phase("graphs"):
             graphs = self._capture(memory, announce=announce)
         gc.collect()
@@ -174,7 +176,7 @@ class LoadedRank:
         return graphs
 
     def _rehearse(self) -> MemoryPlan:
-        """Run the largest step and capture the graphs once, to measure the memory that they need beside the KV cache.
+        """Run the largest step and others, and capture the graphs, to measure their memory beside the KV cache.
 
         torch's allocator keeps that memory for the real ones. Graphs know the KV cache by its address, so they are
         captured again once it is allocated.
@@ -182,12 +184,17 @@ class LoadedRank:
         assert self.config.max_model_len is not None
         measure = partial(read_gpu, self.device, self.config.gpus_per_rank)
         memory = self._allocate_memory(1, self.config.max_model_len, announce=False)
-        Runner(memory).launch(largest_step(self.config)).wait()
+        runner = Runner(memory)
+        for plan in (largest_step(self.config), *sampling_steps()):
+            runner.launch(plan).wait()
         with_workspaces, _ = measure()
         gc.collect()  # each capture does so, too: memory left by the largest step would hide that of the graphs
         torch.cuda.empty_cache()
         before, _ = measure()
         graphs = self._capture(memory, announce=False)
+        if graphs is None:
+            for plan in decode_steps(self.config, MAX_GRAPH_ROWS):
+                runner.launch(plan).wait()
         torch.cuda.synchronize(self.device)
         with_graphs, _ = measure()
         return replace(
@@ -235,26 +242,4 @@ def plan_limits(requested: Config, config: Config, model: ModelConfig, memory: M
         window=model.window,
         num_window_groups=memory.num_window_groups,
         group_window=model.layer_groups.window,
-    )
-
-
-def largest_step(config: Config) -> StepPlan:
-    """Return the largest step that `config`, which is resolved, allows, of few requests. All its pages are page 0."""
-    assert config.max_model_len is not None
-    budget, counts = config.max_num_batched_tokens, list[int]()
-    while budget > 0 and len(counts) < config.max_num_seqs:
-        counts.append(min(budget, config.max_model_len - 1))  # the sampled token needs a place, too
-        budget -= counts[-1]
-    rows, empty = np.arange(len(counts), dtype=np.int32), np.zeros(0, np.int32)
-    params = SamplingParams(seed=0, max_tokens=1)
-    return StepPlan(
-        step=0,
-        admitted=[Admission(slot, empty, 0, params, []) for slot in rows.tolist()],
-        slots=rows,
-        starts=np.zeros_like(rows),
-        counts=np.array(counts, np.int32),
-        num_decoding=0,
-        sampled_rows=rows,
-        page_writes=empty,
-        state_saves=empty,
     )

@@ -363,7 +363,7 @@ def test_startup_logs_memory_and_durations(llama_folder: Path, caplog: pytest.Lo
     model = ModelConfig.from_folder(llama_folder)
     executor = LocalExecutor(Config(model=str(llama_folder), device="cpu", num_pages=64), model, llama_folder)
     record = json.loads(json.dumps(executor.startup))
-    assert set(record) == {"ready", "weights", "KV cache", "grammars", "graphs"}
+    assert set(record) == {"ready", "weights", "KV cache", "grammars", "prefix cache", "graphs"}
     assert sum(record.values()) <= 2 * record["ready"]
     assert executor.memory.table(256) in caplog.text
     assert "1,024 tokens" in caplog.text

@@ -1,0 +1,158 @@
+"""The rehearsal before a rank is ready launches every op, and every kernel, that requests launch later.
+
+Ops are recorded with the dtypes of their tensors, which select the instances of kernels. With the emulator the
+instances themselves are recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.comm.base import SingleRank
+from lockstep.kernels import native, ops
+from lockstep.runtime import startup
+from lockstep.runtime.config import Config
+from lockstep.runtime.engine import Engine
+from lockstep.runtime.limits import Limits
+from lockstep.runtime.model.model_config import ModelConfig
+from lockstep.runtime.request import Request
+from lockstep.runtime.runner.runner import Runner
+from lockstep.runtime.scheduler.scheduler import Scheduler
+from lockstep.runtime.startup import LoadedRank, plan_limits
+
+import emulator
+from checkpoints import tiny_checkpoint
+from engines import request
+from replayed_graphs import use_replayed_graphs
+
+PARAMS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.1},
+    {"temperature": 1.0, "top_k": 100, "top_p": 0.9},
+    {"logprobs": 3},
+    {"prompt_logprobs": 2},
+    {"repetition_penalty": 1.2, "temperature": 1.0},
+    {"logit_bias": {5: 1.0}, "temperature": 1.0, "top_k": 5},
+    {"min_tokens": 2, "temperature": 1.0, "top_p": 0.5},
+]
+ROWS = 9  # of the largest decode step
+Launch = tuple[Any, ...]
+
+
+class RecordedOps:
+    """The ops of a module, which add their names and the dtypes of their tensors to `launches`."""
+
+    def __init__(self, module: Any, launches: set[Launch]) -> None:
+        self._module, self._launches = module, launches
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            values = [*arguments, *options.values()]
+            self._launches.add((name, *(value.dtype for value in values if isinstance(value, Tensor))))
+            return getattr(self._module, name)(*arguments, **options)
+
+        return run
+
+
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, *, eager: bool) -> tuple[Limits, Runner]:
+    """Start a rank as on a GPU, with its rehearsal, whose measurements are left out."""
+    use_replayed_graphs(monkeypatch)
+    for name, stub in (("read_gpu", lambda *_: (0, 0)), ("other_processes", lambda _: [])):
+        monkeypatch.setattr(startup, name, stub)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    asked = Config(
+        model=str(folder), device="cpu", dtype="bfloat16", num_pages=256, page_size=16, max_num_seqs=ROWS,
+        max_num_batched_tokens=64, max_model_len=96, enforce_eager=eager,
+    )  # fmt: skip
+    model = ModelConfig.from_folder(folder)
+    config = asked.resolved(model, cuda=False)
+    loaded = LoadedRank(config, model, folder, SingleRank())
+    loaded._rehearse()
+    limits = plan_limits(asked, config, model, loaded.plan_memory())
+    return limits, loaded.allocate(limits)
+
+
+def serve(limits: Limits, runner: Runner) -> None:
+    """Run requests of all kinds, alone and together, with prompts of many lengths."""
+    engine = Engine(Scheduler(limits), runner, lambda plan: None, overlap=False)
+    rng = np.random.default_rng(0)
+
+    def new_request(uid: int, length: int) -> Request:
+        return request(uid, rng.integers(3, 131, length).tolist(), max_tokens=3, **PARAMS[uid % len(PARAMS)])
+
+    alone = [[new_request(uid, 1 + 5 * uid)] for uid in range(len(PARAMS))]
+    together = [[new_request(100 * count + i, 3 + i) for i in range(count)] for count in (2, 3, 5, ROWS)]
+    for requests in (*alone, *together):
+        engine.add(requests)
+        while engine.has_work:
+            engine.step()
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_requests_launch_only_ops_that_were_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: bool
+) -> None:
+    tiny_checkpoint(tmp_path, "LlamaForCausalLM", max_position_embeddings=128, num_hidden_layers=1)
+    launches: set[Launch] = set()
+    monkeypatch.setattr(ops, "reference", RecordedOps(ops.reference, launches))
+    with torch.inference_mode():
+        limits, runner = start(tmp_path, monkeypatch, eager=eager)
+        rehearsed = set(launches)
+        assert len(rehearsed) > 10
+        serve(limits, runner)
+    assert launches == rehearsed
+
+
+@pytest.mark.nightly
+@pytest.mark.emulator
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3MoeForCausalLM"])
+@pytest.mark.parametrize("eager", [False, True])
+def test_requests_launch_only_kernels_that_were_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, eager: bool
+) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+    tiny_checkpoint(tmp_path, architecture, max_position_embeddings=128, **sizes)
+    launches: set[Launch] = set()
+
+    def recorded(source: str, name: str, **options: Any) -> Callable[..., None]:
+        launches.add((source, name))
+        return emulator._kernel(source, name, **options)
+
+    kernels = emulator.emulated()
+    for function in vars(kernels).values():
+        if callable(function) and "kernel" in getattr(function, "__globals__", {}):
+            monkeypatch.setitem(function.__globals__, "kernel", recorded)
+    monkeypatch.setattr(ops, "reference", kernels)
+    with torch.inference_mode():
+        limits, runner = start(tmp_path, monkeypatch, eager=eager)
+        rehearsed = set(launches)
+        assert len(rehearsed) > 10
+        serve(limits, runner)
+    assert launches == rehearsed
+
+
+def test_prefix_comparison_is_compiled_before_the_first_request(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(startup, "prefix_compare", lambda: compiled.append("now"))
+    limits = {}
+    for caching in (True, False):
+        asked = Config(model=str(llama_folder), device="cpu", num_pages=64, enable_prefix_caching=caching)
+        model = ModelConfig.from_folder(llama_folder)
+        config = asked.resolved(model, cuda=False)
+        loaded = LoadedRank(config, model, llama_folder, SingleRank())
+        limits[caching] = plan_limits(asked, config, model, loaded.plan_memory())
+        loaded.allocate(limits[caching])
+        assert compiled == ["now"]
+    assert native.prefix_compare() is not None
