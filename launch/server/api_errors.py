@@ -13,6 +13,7 @@ from ...runtime.request import RequestRefused
 from ..engine.async_tokenizer import TokenizationRefused
 from ..errors import EngineFailed, RequestCrashedEngine, TokenizerBusy
 from .protocol.strict_model import NEUTRAL_ONLY
+from .request_id import REQUEST_ID
 
 MAX_MESSAGE = 600  # unit: characters
 MAX_QUOTE = 64  # longest quote of a value from the request, in characters
@@ -53,6 +54,7 @@ class AnthropicErrorReply(BaseModel):
 
     type: Literal["error"] = "error"
     error: AnthropicErrorDetail
+    request_id: str
 
 
 class ApiError(Exception):
@@ -64,15 +66,18 @@ class ApiError(Exception):
 
     def reply(self) -> ErrorReply:
         """Return the body of the response."""
-        text = without_folders(str(self)) if self.status >= 500 else str(self)  # others quote the client's own text
-        message = shorten(text, MAX_MESSAGE)
         kind = TYPES.get(self.status, "invalid_request_error")
-        return ErrorReply(error=ErrorDetail(message=message, type=kind, param=self.param, code=self.code))
+        return ErrorReply(error=ErrorDetail(message=self._message(), type=kind, param=self.param, code=self.code))
 
     def anthropic_reply(self) -> AnthropicErrorReply:
         """Return the body of the response in Anthropic's envelope."""
         kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        return AnthropicErrorReply(error=AnthropicErrorDetail(type=kind, message=shorten(str(self), MAX_MESSAGE)))
+        detail = AnthropicErrorDetail(type=kind, message=self._message())
+        return AnthropicErrorReply(error=detail, request_id=REQUEST_ID.get())
+
+    def _message(self) -> str:
+        text = without_folders(str(self)) if self.status >= 500 else str(self)  # others quote the client's own text
+        return shorten(text, MAX_MESSAGE)
 
     def response(self, path: str = "") -> Response:
         """Return the HTTP response with its headers, in the envelope of the API that `path` belongs to."""
@@ -142,6 +147,8 @@ def from_validation_error(error: ValidationError, fields: dict[str, FieldInfo]) 
     if kind == "missing" and not (description and len(error.errors()) > 1):
         return missing(path)
     rule = f"expected {description}" if description else first["msg"]
+    if isinstance(value, dict) and isinstance(value.get("type"), str):  # a part of the input, or a tool
+        value = value["type"]
     if isinstance(value, (str, int, float)):
         rule += f", but got {shorten(repr(value), MAX_QUOTE)}"
     return ApiError(400, f"Invalid '{path}': {rule}.", param=path, code=_code(kind, context))

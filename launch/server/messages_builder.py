@@ -59,7 +59,7 @@ class MessagesBuilder(BlockBuilder):
     def _close(self, *, is_cut: bool) -> Iterator[NamedEvent]:
         self._is_open, block = False, self._blocks[-1]
         if block["type"] == "tool_use":
-            block["input"] = _as_object(self._arguments)
+            block["input"] = _as_object(self._arguments, is_cut=is_cut)
         yield self._block_event("content_block_stop")
 
     def _end(self, end: AnswerEnd, event: Event) -> Iterator[NamedEvent]:
@@ -87,10 +87,10 @@ def _event(name: str, **fields: Any) -> NamedEvent:
     return NamedEvent(name, {"type": name, **fields})
 
 
-def _as_object(arguments: str) -> Json:
+def _as_object(arguments: str, *, is_cut: bool) -> Json:
     """Return the arguments of a call; those of a call that was cut off are under the key `_incomplete`."""
     try:
-        value = json.loads(arguments or "{}")
+        value = json.loads(arguments or ("" if is_cut else "{}"))
     except (ValueError, RecursionError):
         return {"_incomplete": arguments}
     return value if isinstance(value, dict) else {"_incomplete": arguments}

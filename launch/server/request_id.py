@@ -1,4 +1,7 @@
-"""The id of a request: the value of its header X-Request-Id, or a new one."""
+"""The id of a request: the value of its header X-Request-Id, or a new one.
+
+Anthropic's clients look for it in the header Request-Id and in errors.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="-")  # the id of
 
 
 class RequestIds:
-    """Notes the id of each request, and adds the header X-Request-Id to its response."""
+    """Notes the id of each request, and adds the headers X-Request-Id and Request-Id to its response."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -28,7 +31,8 @@ class RequestIds:
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                ids = ((name, request_id) for name in (b"x-request-id", b"request-id"))
+                message["headers"] = [*message.get("headers", ()), *ids]
             await send(message)
 
         await self._app(scope, receive, send_with_id)

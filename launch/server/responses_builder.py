@@ -151,7 +151,8 @@ def _response_fields(body: ResponsesRequest, model: str) -> Json:
     return {
         "id": f"resp_{secrets.token_hex(16)}", "object": "response", "created_at": int(time.time()), "model": model,
         "status": "in_progress", "background": False, "error": None, "incomplete_details": None,
-        "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "max_tool_calls": None,
+        "instructions": body.instructions, "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
         "metadata": body.metadata or {}, "output": [], "parallel_tool_calls": body.parallel_tool_calls is not False,
         "previous_response_id": None, "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": reasoning.effort if reasoning else None, "summary": None},

@@ -21,7 +21,7 @@ from .input_models import (
 )
 from .message_models import MAX_TOOLS, ToolName
 from .request_models import Count, Metadata, ReasoningEffort, Stop
-from .strict_model import StrictModel
+from .strict_model import NEUTRAL_ONLY, NeutralFalse, StrictModel
 
 CacheControl = dict[str, Any]
 
@@ -112,6 +112,8 @@ class AnthropicTool(StrictModel):
     strict: bool | None = None
     cache_control: CacheControl | None = None
     eager_input_streaming: bool | None = None
+    defer_loading: NeutralFalse = None
+    allowed_callers: Annotated[list[Literal["direct"]] | None, NEUTRAL_ONLY] = None
 
     def chat_tool(self) -> ChatFields:
         return tool_fields(self.name, self.description, self.input_schema, self.strict)
@@ -160,7 +162,7 @@ class OutputConfig(StrictModel):
 class CountTokensRequest(StrictModel):
     """Body of POST /v1/messages/count_tokens."""
 
-    UNSUPPORTED: ClassVar = frozenset({"container", "mcp_servers", "speed"})
+    UNSUPPORTED: ClassVar = frozenset({"container"})
 
     model: str
     messages: Annotated[list[AnthropicMessage], Field(min_length=1, fail_fast=True)]
@@ -170,6 +172,8 @@ class CountTokensRequest(StrictModel):
     thinking: ThinkingOptions | None = None
     output_config: OutputConfig | None = None
     context_management: ContextManagement | None = None
+    mcp_servers: Annotated[list[Any] | None, Field(max_length=0), NEUTRAL_ONLY] = None
+    speed: Annotated[Literal["standard"] | None, NEUTRAL_ONLY] = None
     cache_control: CacheControl | None = None
 
     def chat_fields(self) -> ChatFields:
@@ -183,11 +187,19 @@ class CountTokensRequest(StrictModel):
             "reasoning_effort": config and config.effort,
             "chat_template_kwargs": thinking and {"enable_thinking": thinking.type != "disabled"},
         }
+        if self._continues_answer():
+            fields["continue_final_message"] = True
         if choice is not None and choice.disable_parallel_tool_use:
             fields["parallel_tool_calls"] = False
         if config is not None and config.format is not None:
             fields["response_format"] = format_fields({"schema": config.format.schema_})
         return fields
+
+    def _continues_answer(self) -> bool:
+        """Return whether the last message is the beginning of the answer: a text of the assistant."""
+        last = self.messages[-1]
+        blocks = last.content
+        return last.role == "assistant" and bool(blocks) and isinstance(blocks[-1], TextBlock) and bool(blocks[-1].text)
 
 
 class MessagesRequest(CountTokensRequest):

@@ -71,6 +71,7 @@ def _check_template_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 TemplateKwargs = Annotated[dict[str, Any], AfterValidator(_check_template_kwargs)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+ServiceTier = Literal["auto", "default", "flex", "scale", "priority"]  # answers come from the default one
 Metadata = Annotated[dict[str, Any], Field(max_length=64)]
 
 
@@ -165,6 +166,7 @@ class GenerateFields(SamplingFields):
     safety_identifier: str | None = None
     metadata: Metadata | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Annotated[str | dict[str, Any] | None, Field(description="a JSON schema, as an object or text")] = None
@@ -237,7 +239,7 @@ class ChatRequest(GenerateFields, TemplateFields):
     reasoning_effort: ReasoningEffort | None = None
     include_reasoning: bool | None = None
     echo: bool | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    service_tier: ServiceTier | None = None
     store: NeutralFalse = None
     function_call: Annotated[Literal["none"] | None, NEUTRAL_ONLY] = None
     modalities: Annotated[list[Literal["text"]] | None, NEUTRAL_ONLY] = None

@@ -19,7 +19,7 @@ from .input_models import (
     type_of,
 )
 from .message_models import MAX_TOOLS, ToolName
-from .request_models import Count, Metadata, ReasoningEffort, SamplingFields, TemplateKwargs, TopCount
+from .request_models import Count, Metadata, ReasoningEffort, SamplingFields, ServiceTier, TemplateKwargs, TopCount
 from .strict_model import FalseOnly, NeutralFalse, StrictModel
 
 
@@ -104,6 +104,7 @@ class ResponsesFunction(StrictModel):
     description: str | None = None
     parameters: Annotated[dict[str, Any] | None, Field(description="a JSON schema of type object")] = None
     strict: bool | None = None
+    defer_loading: NeutralFalse = None
 
 
 class ToolNamespace(StrictModel):
@@ -120,13 +121,28 @@ class OfflineWebSearch(StrictModel):
 
     type: Literal["web_search"]
     external_web_access: FalseOnly
+    filters: dict[str, Any] | None = None
+    search_content_types: list[str] | None = None
+    search_context_size: str | None = None
+    user_location: dict[str, Any] | None = None
+
+
+def _type_of_tool(tool: Any) -> Any:
+    """Return the type of a tool that is implemented; of searches, those without access to the web are."""
+    kind = type_of(tool)
+    is_online = isinstance(tool, dict) and tool.get("external_web_access") is not False
+    return None if kind == "web_search" and is_online else kind
 
 
 ResponsesTools = Annotated[
     Annotated[ResponsesFunction, Tag("function")]
     | Annotated[ToolNamespace, Tag("namespace")]
     | Annotated[OfflineWebSearch, Tag("web_search")],
-    Discriminator(type_of, custom_error_type="unknown_tool", custom_error_message="expected a function or a namespace"),
+    Discriminator(
+        _type_of_tool,
+        custom_error_type="unknown_tool",
+        custom_error_message="expected a function, a namespace or a web_search with external_web_access false",
+    ),
 ]
 
 
@@ -158,6 +174,14 @@ class TextOptions(StrictModel):
     verbosity: Annotated[Literal["medium"] | None, "neutral only"] = None
 
 
+# Those of tools of OpenAI's servers, and of images, add nothing: there are none here.
+Includable = Literal[
+    "reasoning.encrypted_content", "message.output_text.logprobs", "web_search_call.action.sources",
+    "web_search_call.results", "code_interpreter_call.outputs", "file_search_call.results",
+    "computer_call_output.output.image_url", "message.input_image.image_url",
+]  # fmt: skip
+
+
 class ResponsesStreamOptions(StrictModel):
     include_obfuscation: FalseOnly | None = None
 
@@ -165,7 +189,7 @@ class ResponsesStreamOptions(StrictModel):
 class ResponsesRequest(SamplingFields):
     """Body of POST /v1/responses; nothing is stored."""
 
-    UNSUPPORTED: ClassVar = frozenset({"conversation", "max_tool_calls", "previous_response_id", "prompt"})
+    UNSUPPORTED: ClassVar = frozenset({"conversation", "previous_response_id", "prompt"})
 
     model: str | None = None
     input: Annotated[list[InputItem], Field(min_length=1, fail_fast=True), BeforeValidator(_as_items)]
@@ -176,7 +200,7 @@ class ResponsesRequest(SamplingFields):
     store: NeutralFalse = None
     background: NeutralFalse = None
     truncation: Annotated[Literal["disabled"] | None, "neutral only"] = None
-    include: list[Literal["reasoning.encrypted_content", "message.output_text.logprobs"]] | None = None
+    include: list[Includable] | None = None
     tools: Annotated[list[ResponsesTools], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | ResponsesTool | None,
@@ -186,7 +210,8 @@ class ResponsesRequest(SamplingFields):
     reasoning: ResponsesReasoning | None = None
     text: TextOptions | None = None
     top_logprobs: TopCount | None = None
-    service_tier: Literal["auto", "default"] | None = None
+    max_tool_calls: Count | None = None  # of tools of OpenAI's servers
+    service_tier: ServiceTier | None = None
     metadata: Metadata | None = None
     client_metadata: Metadata | None = None
     user: str | None = None

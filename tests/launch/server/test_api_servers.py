@@ -134,7 +134,7 @@ def test_answers_and_errors_are_those_of_one_process(serve: Callable[..., Runnin
         expected, actual = alone.post(path, body), linked.post(path, body)
         assert actual.status_code == expected.status_code, (path, body)
         assert comparable(actual.text) == comparable(expected.text), (path, body)
-        varying = {"date": "", "x-request-id": "", "content-length": ""}
+        varying = {"date": "", "x-request-id": "", "request-id": "", "content-length": ""}
         assert dict(actual.headers) | varying == dict(expected.headers) | varying
 
 

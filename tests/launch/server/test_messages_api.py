@@ -114,7 +114,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "messages[0].content"),
     ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, 400, "tools[0]"),
     ({"tool_choice": {"type": "tool", "name": "other"}}, 400, "tool_choice"),
-    ({"mcp_servers": []}, 400, "mcp_servers"),
+    ({"mcp_servers": [{}]}, 400, "mcp_servers"),
     ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, 400, "context_management.edits[0]"),
     ({"colour": 1}, 400, "colour"),
     ({"model": "claude"}, 404, "claude"),
@@ -127,7 +127,8 @@ def test_refused_in_the_envelope_of_anthropic(shared: Running, changes: dict[str
     response = shared.post("/v1/messages", BODY | changes)
     assert response.status_code == status
     error = response.json()
-    assert set(error) == {"type", "error"}
+    assert set(error) == {"type", "error", "request_id"}
+    assert error["request_id"] == response.headers["request-id"]
     assert error["error"]["type"] == ("invalid_request_error" if status == 400 else "not_found_error")
     assert text in error["error"]["message"]
 
