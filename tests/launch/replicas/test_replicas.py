@@ -235,7 +235,7 @@ def test_replicas_give_the_tokens_of_one_rank(server: Server, undisturbed: list[
 
     asyncio.run(main())
     assert ["".join(own) for own in got] == undisturbed
-    assert min(map(len, got)) > 20, "tokens came one by one"
+    assert min(map(len, got)) > 3, "they came in pieces"
 
 
 @pytest.mark.process
