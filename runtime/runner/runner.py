@@ -7,10 +7,12 @@ step with a grammar they take the tokens of rank 0, which alone computes masks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..model.batch import HostBatch, to_device, to_device_together
 from ..model.embedding import Logits
@@ -50,6 +52,16 @@ class PendingStep:
             chunk = prompts.setdefault(row, PromptLogprobs(int(self.plan.starts[row]) + 1, []))
             chunk.logprobs.append(entry)
         return StepSamples(tokens, logprobs, prompts, self.failed)
+
+
+class SampledRows(NamedTuple):
+    """The rows of a step that get a token, [S] each."""
+
+    slots: np.ndarray
+    positions: np.ndarray  # of the new tokens
+
+    def take(self, rows: np.ndarray) -> SampledRows:
+        return SampledRows(self.slots[rows], self.positions[rows])
 
 
 class Runner:
@@ -104,35 +116,62 @@ class Runner:
     def _replay(self, plan: StepPlan, graphs: DecodeGraphs, host: HostBatch) -> PendingStep:
         """Launch a step of decoding rows as CUDA graphs."""
         params = self.memory.sampler.rows(host.slots, host.positions + 1)
-        needs_full_logits = bool(params["needs_full_logits"].any())
-        with_candidates = not needs_full_logits and bool((params["method"] == Method.CANDIDATES.value).any())
+        needs_full_logits = params["needs_full_logits"]
+        with_candidates = bool(((params["method"] == Method.CANDIDATES.value) & ~needs_full_logits).any())
         logits, tokens = graphs.run(host, params, with_candidates=with_candidates)
         self.memory.grammars.advance()
-        if needs_full_logits:
-            return self._sample(plan, logits)
+        if needs_full_logits.any():
+            return self._sample(plan, logits, tokens.clone())
         return PendingStep(plan, self.memory.readback.start(tokens))
 
-    def _sample(self, plan: StepPlan, logits: Logits) -> PendingStep:
-        """Sample the next tokens from the logits of the plan's sampled rows, and store them in the slots."""
-        memory = self.memory
-        slots = plan.slots[plan.sampled_rows]
-        positions = (plan.starts + plan.counts)[plan.sampled_rows]
-        params = memory.sampler.params.take(slots)
-        wants_logprobs = self.comm.rank == 0 and bool((params["logprobs"] >= 0).any())
-        if params["needs_full_logits"].any():
-            logits = logits.replicated()
-        raw = logits.shard.clone() if wants_logprobs else logits.shard  # sampling may change its logits
-        constrained = bool(memory.grammars.active[slots].any())
-        failed = memory.grammars.mask(logits.shard, slots, positions) if constrained else {}
-        sampled = memory.sampler.sample(logits, slots, positions, memory.tables.tokens)
-        if constrained and self.comm.size > 1:  # rank 0 alone has the masks
-            sampled = self.comm.all_gather(sampled.long())[0].int()
-        device_slots, last_positions = to_device_together((slots, positions - 1), memory.device)
+    def _sample(self, plan: StepPlan, logits: Logits, sampled: Tensor | None = None) -> PendingStep:
+        """Sample the next tokens from the logits of the plan's sampled rows, and store them in the slots.
+
+        sampled  [S] int32: the tokens of a graph, which are right for rows that do not need the full logits
+        """
+        memory, step = self.memory, PendingStep(plan)
+        rows = SampledRows(plan.slots[plan.sampled_rows], (plan.starts + plan.counts)[plan.sampled_rows])
+        needs_full_logits = memory.sampler.params.take(rows.slots)["needs_full_logits"]
+        if sampled is None:
+            sampled = self._sample_candidates(logits, rows, np.flatnonzero(~needs_full_logits))
+        if needs_full_logits.any():
+            self._sample_full(step, logits, rows, np.flatnonzero(needs_full_logits), sampled)
+        device_slots, last_positions = to_device_together((rows.slots, rows.positions - 1), memory.device)
         memory.tables.append(device_slots, last_positions, sampled)
-        logprobs = None
-        if wants_logprobs:
-            logprobs = sampled_logprobs(raw, sampled, params["logprobs"], memory.sampler.reported_ids(slots))
-        tokens = memory.readback.start(sampled)
+        step.tokens = memory.readback.start(sampled)
+        if memory.grammars.active[rows.slots].any():
+            memory.grammars.advance_later(rows.slots, step.tokens.wait)
+        return step
+
+    def _sample_candidates(self, logits: Logits, rows: SampledRows, chosen: np.ndarray) -> Tensor:
+        """Return tokens [S] int32, of which those of `chosen` are sampled: the ranks exchange candidates."""
+        memory = self.memory
+        if len(chosen) == len(rows.slots):
+            return memory.sampler.sample(logits, *rows, memory.tables.tokens)
+        sampled = torch.zeros(len(rows.slots), dtype=torch.int32, device=memory.device)
+        if len(chosen):
+            index = to_device(chosen, memory.device)
+            sampled[index] = memory.sampler.sample(logits[index], *rows.take(chosen), memory.tables.tokens)
+        return sampled
+
+    def _sample_full(
+        self, step: PendingStep, logits: Logits, rows: SampledRows, chosen: np.ndarray, sampled: Tensor
+    ) -> None:
+        """Sample `chosen` into `sampled` [S] from gathered logits; note failures and log-probabilities in `step`."""
+        memory, index, num_rows = self.memory, to_device(chosen, self.memory.device), len(rows.slots)
+        logits, rows = (logits if len(chosen) == num_rows else logits[index]).replicated(), rows.take(chosen)
+        params = memory.sampler.params.take(rows.slots)
+        wants_logprobs = self.comm.rank == 0 and bool((params["logprobs"] >= 0).any())
+        raw = logits.shard.clone() if wants_logprobs else logits.shard  # sampling may change its logits
+        constrained = bool(memory.grammars.active[rows.slots].any())
         if constrained:
-            memory.grammars.advance_later(slots, tokens.wait)
-        return PendingStep(plan, tokens, logprobs, failed=failed)
+            failed = memory.grammars.mask(logits.shard, *rows, num_rows)
+            step.failed = {int(chosen[row]): reason for row, reason in failed.items()}
+        tokens = memory.sampler.sample(logits, *rows, memory.tables.tokens)
+        if constrained and self.comm.size > 1:  # rank 0 alone has the masks
+            tokens = self.comm.all_gather(tokens.long())[0].int()
+        if wants_logprobs:
+            reported = memory.sampler.reported_ids(rows.slots)
+            logprobs = sampled_logprobs(raw, tokens, params["logprobs"], reported)
+            step.logprobs = replace(logprobs, rows=chosen[logprobs.rows])
+        sampled[index] = tokens

@@ -181,10 +181,11 @@ class GrammarStates:
         states = [(slot, i, self._states[slot]) for i, slot in enumerate(slots.tolist())]
         self._pending = PendingTokens([(slot, i, state) for slot, i, state in states if state is not None], wait)
 
-    def mask(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray) -> dict[int, str]:
+    def mask(self, logits: Tensor, slots: np.ndarray, positions: np.ndarray, step_rows: int) -> dict[int, str]:
         """Set excluded logits [S, V] to -inf, in place; return the reason by row where a grammar cannot continue.
 
-        Other ranks than 0 leave their logits as they are.
+        The S rows are all with a grammar of a step that samples `step_rows`, and perhaps others. Other ranks than 0
+        leave their logits as they are.
         """
         if self._vocabulary is None:
             return {}
@@ -193,7 +194,7 @@ class GrammarStates:
         masks = allocate_token_bitmask(len(rows), logits.shape[1])
         states = [self._states[slot] for slot in slots[rows]]
         costs = {state.compiled.cost for state in states if state is not None}
-        if len(rows) == len(slots) and all(cost.mask_s > CHEAP_S for cost in costs):
+        if len(rows) == step_rows and all(cost.mask_s > CHEAP_S for cost in costs):
             self._budget.forgive()
         for mask, row, state in zip(masks, rows.tolist(), states, strict=True):
             if state is not None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import Tensor
 
+from lockstep.runtime.model.embedding import Logits
 from lockstep.runtime.request import Request
 from lockstep.runtime.runner.graphs import graph_sizes
 
@@ -46,6 +48,41 @@ def test_replayed_steps_give_the_tokens_of_eager_ones(
     assert actual.finished == expected.finished
     assert actual.logprobs.keys() == expected.logprobs.keys()
     assert ReplayedGraph.num_replays >= 15 * replays_per_step
+
+
+PENALIZED = {"frequency_penalty": 0.5, "temperature": 1.0, "top_k": 5}
+
+
+@pytest.mark.parametrize(
+    ("needs_all", "in_graphs"),
+    [
+        ({"logprobs": 2}, True),
+        (PENALIZED, False),
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in (({"logprobs": 2}, False), (PENALIZED, True))),
+    ],
+    ids=str,
+)
+def test_ranks_gather_the_logits_of_rows_that_need_them_all(
+    llama_folder: Path, needs_all: dict[str, Any], in_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = [{"temperature": 0.8, "top_k": 7}, {"temperature": 1.0}, needs_all, *GUMBEL_MAX]
+    some = requests(params)[: len(params)]
+    alone = [run_engine(llama_folder, [one]) for one in some]
+    gathered, gather = list[int](), Logits.gather
+
+    def recorded(logits: Logits) -> Tensor:
+        gathered.append(len(logits))
+        return gather(logits)
+
+    monkeypatch.setattr(Logits, "gather", recorded)
+    if in_graphs:
+        use_replayed_graphs(monkeypatch)
+    together = run_engine(llama_folder, some, tp=1 if in_graphs else 2)
+    assert set(gathered) == {1}
+    for one, of_one in zip(some, alone, strict=True):
+        assert together.tokens[one.uid] == of_one.tokens[one.uid]
+    tokens = [[token.top_ids for token in results.logprobs.get(2, [])] for results in (together, alone[2])]
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("max_rows", [1, 3, 8, 100, 128, 129, 256])
