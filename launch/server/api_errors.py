@@ -28,6 +28,7 @@ RESPONSES_PARAMS = {  # fields of a chat by their names in the Responses API
     "messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"
 }  # fmt: skip
 BOUND_CODES = dict.fromkeys(("le", "lt"), "above_max_value") | dict.fromkeys(("ge", "gt"), "below_min_value")
+CONTEXT_EXCEEDED = "context_length_exceeded"
 CODES = {401: "invalid_api_key", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -72,8 +73,12 @@ class ApiError(Exception):
     def anthropic_reply(self) -> AnthropicErrorReply:
         """Return the body of the response in Anthropic's envelope."""
         kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        detail = AnthropicErrorDetail(type=kind, message=self._message())
+        detail = AnthropicErrorDetail(type=kind, message=self._anthropic_message())
         return AnthropicErrorReply(error=detail, request_id=REQUEST_ID.get())
+
+    def _anthropic_message(self) -> str:
+        """Return the message for Anthropic's clients, which know a prompt that is too long by these words."""
+        return f"prompt is too long: {self._message()}" if self.code == CONTEXT_EXCEEDED else self._message()
 
     def _message(self) -> str:
         text = without_folders(str(self)) if self.status >= 500 else str(self)  # others quote the client's own text
@@ -94,6 +99,34 @@ class ApiError(Exception):
         if path == "/v1/responses":
             reply.error.param = RESPONSES_PARAMS.get(self.param or "", self.param)
         return Response(reply.model_dump_json(), self.status, headers, "application/json")
+
+
+class ContextExceeded(ApiError):
+    """The response to a prompt, or a prompt and an output, that does not fit into the context.
+
+    param        the field of the prompt
+    num_prompt   number of prompt tokens, of which `max_input` may be
+    num_output   longest output that the request asks for, in tokens; None if it asks for no length
+    max_total    longest prompt and output together, in tokens
+    """
+
+    def __init__(self, param: str, num_prompt: int, num_output: int | None, max_input: int, max_total: int) -> None:
+        message = (
+            f"This model's maximum context length is {max_total} tokens, at most {max_input} in a prompt. However, you"
+            f" requested {num_prompt} in the {param} and {num_output or 'at least 1'} in the completion; send or ask"
+            " for less."
+        )
+        super().__init__(400, message, param=param, code=CONTEXT_EXCEEDED)
+        self._num_prompt, self._num_output = num_prompt, num_output
+        self._max_input, self._max_total = max_input, max_total
+
+    def _anthropic_message(self) -> str:
+        """Return the message of Anthropic's API, from which its clients read the numbers and how to go on."""
+        if self._num_prompt > self._max_input:
+            return f"prompt is too long: {self._num_prompt} tokens > {self._max_input} maximum"
+        sizes = f"{self._num_prompt} + {self._num_output or 1} > {self._max_total}"
+        way_out = "decrease input length or `max_tokens` and try again"
+        return f"input length and `max_tokens` exceed context limit: {sizes}, {way_out}"
 
 
 def without_folders(text: str) -> str:

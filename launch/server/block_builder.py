@@ -73,8 +73,8 @@ class BlockBuilder(ABC):
             yield self._extend(kind, part.text)
 
     @abstractmethod
-    def failure(self, error: ApiError) -> NamedEvent:
-        """Return the event of an error within a stream."""
+    def failure(self, error: ApiError) -> list[NamedEvent]:
+        """Return the events of an error within a stream."""
 
     @abstractmethod
     def _begin(self) -> Iterator[NamedEvent]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -174,11 +174,11 @@ Chunk = bytes | NamedEvent  # bytes are JSON
 
 
 async def send_events(
-    send: Send, chunks: AsyncIterator[Chunk], as_event: Callable[[ApiError], Chunk], end: bytes
+    send: Send, chunks: AsyncIterator[Chunk], as_events: Callable[[ApiError], Iterable[Chunk]], end: bytes
 ) -> None:
     """Send each chunk as a server-sent event, then the bytes `end`.
 
-    An error before the first chunk is raised; a later one is sent as the last event, which `as_event` makes of it.
+    An error before the first chunk is raised; a later one is sent as the last events, which `as_events` makes of it.
     """
     first = await anext(chunks)
     await _start(send, "text/event-stream; charset=utf-8", cache_control="no-cache", x_accel_buffering="no")
@@ -187,7 +187,8 @@ async def send_events(
         async for chunk in chunks:
             await send(_event(chunk))
     except (ApiError, RequestRefused, EngineFailed) as error:
-        await send(_event(as_event(as_api_error(error))))
+        for chunk in as_events(as_api_error(error)):
+            await send(_event(chunk))
     await send({"type": "http.response.body", "body": end})
 
 

@@ -31,9 +31,9 @@ class MessagesBuilder(BlockBuilder):
             "stop_reason": None, "stop_sequence": None,
         }  # fmt: skip
 
-    def failure(self, error: ApiError) -> NamedEvent:
+    def failure(self, error: ApiError) -> list[NamedEvent]:
         """Return the event of an error within a stream."""
-        return NamedEvent("error", error.anthropic_reply().model_dump())
+        return [NamedEvent("error", error.anthropic_reply().model_dump())]
 
     def _begin(self) -> Iterator[NamedEvent]:
         yield _event("message_start", message=self._message | {"content": [], "usage": self._counts(num_output=0)})

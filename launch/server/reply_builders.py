@@ -118,9 +118,9 @@ class ReplyBuilder(ABC):
         before_usage, _, after_usage = tail.partition(b"null")
         return head + b'"choices":[', b"]" + before_usage, after_usage
 
-    def failure(self, error: ApiError) -> bytes:
-        """Return the JSON of the event of an error within a stream."""
-        return _model_json(error.reply())
+    def failure(self, error: ApiError) -> list[bytes]:
+        """Return the JSON of the events of an error within a stream."""
+        return [_model_json(error.reply())]
 
     @abstractmethod
     def _choice(self, index: int, event: Event) -> BaseModel:

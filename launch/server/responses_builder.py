@@ -34,10 +34,14 @@ class ResponsesBuilder(BlockBuilder):
         self._logprob_writer = LogprobWriter(body.top_logprobs or 0) if body.has_logprobs else None
         self._logprobs: list[Json] = []  # of tokens whose text has not come yet
 
-    def failure(self, error: ApiError) -> NamedEvent:
-        """Return the event of an error within a stream."""
+    def failure(self, error: ApiError) -> list[NamedEvent]:
+        """Return the events of an error within a stream: the error, and the response that has failed."""
         detail = error.reply().error
-        return self._event("error", code=detail.code, message=detail.message, param=detail.param)
+        failed = self._state("failed") | {"error": {"code": detail.code, "message": detail.message}}
+        return [
+            self._event("error", code=detail.code, message=detail.message, param=detail.param),
+            self._event("response.failed", response=failed),
+        ]
 
     def _begin(self) -> Iterator[NamedEvent]:
         for name in ("response.created", "response.in_progress"):

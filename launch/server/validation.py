@@ -16,7 +16,7 @@ from ...runtime.sampling_params import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.text_worker import MAX_TOKENS
 from ..engine.grammar_check import GrammarsWaiting
-from .api_errors import ApiError, invalid, missing
+from .api_errors import ApiError, ContextExceeded, invalid, missing
 from .engine_client import EngineClient
 from .protocol.request_models import ChatRequest, CompletionRequest, GenerateRequest, ResponseFormat
 from .server_config import ServerConfig
@@ -166,12 +166,7 @@ class RequestValidator:
         if isinstance(body, ChatRequest):
             requested, param, default = body.max_completion_tokens or body.max_tokens, "messages", room
         if num_prompt_tokens > self.max_input or (requested or 1) > room:
-            message = (
-                f"This model's maximum context length is {self.max_model_len} tokens, at most {self.max_input} in a"
-                f" prompt. However, you requested {num_prompt_tokens} in the {param} and {requested or 'at least 1'} in"
-                " the completion; send or ask for less."
-            )
-            raise ApiError(400, message, param=param, code="context_length_exceeded")
+            raise ContextExceeded(param, num_prompt_tokens, requested, self.max_input, self.max_model_len)
         return min(room, default) if requested is None else requested
 
     def _at_most(self, param: str, value: int, limit: int, unit: str = "") -> None:

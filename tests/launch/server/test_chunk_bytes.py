@@ -134,7 +134,7 @@ def test_reasoning_and_calls(kind: str, mode: str) -> None:
 def test_failures_and_token_counts() -> None:
     error, usage = ApiError(503, ODD, code="aborted"), TokenUsage(3, 4, 5, {0: 6, 1: 7})
     builder = CompletionBuilder(NAME, ReplyOptions(), usage, 1, [])
-    assert builder.failure(error) == error.reply().model_dump_json().encode()
+    assert builder.failure(error) == [error.reply().model_dump_json().encode()]
     assert usage.json() == usage.usage().model_dump_json().encode()
 
 

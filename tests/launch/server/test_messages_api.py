@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -118,7 +119,9 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, 400, "context_management.edits[0]"),
     ({"colour": 1}, 400, "colour"),
     ({"model": "claude"}, 404, "claude"),
-    ({"max_tokens": 10_000}, 400, "maximum context length"),
+    ({"max_tokens": 10_000}, 400, " + 10000 > 512, decrease input length or `max_tokens`"),
+    ({"messages": [{"role": "user", "content": "Who? " * 600}], "max_tokens": 1}, 400, " tokens > 511 maximum"),
+    ({"messages": [{"role": "user", "content": "Who? " * 9000}], "max_tokens": 1}, 400, "prompt is too long: "),
 ]
 
 
@@ -139,3 +142,22 @@ def test_key_of_anthropic_clients(run: Callable[..., Running]) -> None:
     response = running.post("/v1/messages", BODY, headers={"x-api-key": "wrong"})
     assert response.status_code == 401
     assert response.json()["error"]["type"] == "authentication_error"
+
+
+def test_sizes_of_what_does_not_fit_are_those_that_claude_code_reads(shared: Running) -> None:
+    """It lowers max_tokens, or compacts the conversation, after an error in these words."""
+    counted = shared.post("/v1/messages/count_tokens", {n: BODY[n] for n in ("model", "messages", "tools")}).json()
+    message = shared.post("/v1/messages", BODY | {"max_tokens": 500}).json()["error"]["message"]
+    sizes = re.search(r"input length and `max_tokens` exceed context limit: (\d+) \+ (\d+) > (\d+)", message)
+    assert sizes is not None
+    assert tuple(map(int, sizes.groups())) == (counted["input_tokens"], 500, 512)
+    fits = int(sizes[3]) - int(sizes[1])
+    assert shared.post("/v1/messages", BODY | {"max_tokens": fits}).is_success
+    long = [{"role": "user", "content": "Who? " * 600}]
+    counted = shared.post("/v1/messages/count_tokens", {"model": "demo", "messages": long}).json()
+    message = shared.post("/v1/messages", {"model": "demo", "messages": long, "max_tokens": 1}).json()["error"][
+        "message"
+    ]
+    sizes = re.search(r"prompt is too long[^0-9]*(\d+)\s*tokens?\s*>\s*(\d+)", message)
+    assert sizes is not None
+    assert tuple(map(int, sizes.groups())) == (counted["input_tokens"], 511)
