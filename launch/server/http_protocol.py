@@ -34,7 +34,7 @@ SHUT_DOWN = ApiError(503, "the server has shut down", code="draining")
 CHUNK_LINE = re.compile(rb"\r?|[0-9A-Fa-f]{1,20}[ \t]*(;.*|\r)?|[!#$%&'*+.^_`|~0-9A-Za-z-]+(:.*)?", re.DOTALL)
 RESERVED_FILES = 256  # connections leave these descriptors free for restarted ranks and files
 MAX_EXCESS = 128  # connections beyond the limit that may linger
-SHUTDOWN_LINGER_S = 1.0  # a closed connection has this time at the end of the server, in place of response_timeout_s
+SHUTDOWN_LINGER_S = 1.5  # at the end of the server, below SHUTDOWN_S; before, a connection has response_timeout_s
 
 
 def max_connections() -> int:
@@ -110,7 +110,7 @@ class TimeoutHTTPProtocol(H11Protocol):
         scope["extensions"] = {**scope.get("extensions", {}), BODY_WRITER: ChunkedBody(self)}
         try:
             await self._app(scope, receive, send)
-        except asyncio.CancelledError:  # at the end of the server: the request has not arrived, or its refusal waits
+        except asyncio.CancelledError:  # at the end of the server, for example a refusal that waits
             self._refuse(SHUT_DOWN)
 
     async def _send_early(self, send: Send, message: Message) -> None:
@@ -124,7 +124,7 @@ class TimeoutHTTPProtocol(H11Protocol):
         self._is_half_closed = True
         if self.transport.is_closing() or self.cycle is None or self.cycle.more_body or self.cycle.response_complete:
             self.transport.close()
-            return False
+            return False  # if it lingers, it ends now
         self._probe(PROBE_S[0])
         return True
 
@@ -225,7 +225,7 @@ class TimeoutHTTPProtocol(H11Protocol):
             self.cycle.message_event.set()
         response = error.response()
         headers = [*response.raw_headers, CLOSE_HEADER]
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not self.transport.is_closing():
             reason, body = HTTPStatus(error.status).phrase.encode(), bytes(response.body)
             if self.conn.our_state is h11.SEND_RESPONSE and self.cycle.scope["method"] == "HEAD":
                 body = b""

@@ -41,7 +41,7 @@ def chromium(profile: Path) -> Iterator[Browser]:
             process.wait(PATIENCE_S)
     finally:
         process.kill()
-        process.wait()
+        process.wait(PATIENCE_S)
 
 
 def _address(profile: Path, process: subprocess.Popen[bytes]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -77,8 +78,10 @@ class ForkedCommands:
             stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
             self._process.stdin.write(json.dumps([arguments, str(stdout), str(stderr), TIME_LIMIT_S]) + "\n")
             self._process.stdin.flush()
+            readable, _, _ = select.select([self._process.stdout], [], [], 2 * TIME_LIMIT_S)
+            assert readable, f"lockstep {' '.join(arguments)} has not ended within {2 * TIME_LIMIT_S} s"
             status, cpu_s = json.loads(self._process.stdout.readline())
             return EndedCommand(status, cpu_s, stdout.read_text(), stderr.read_text())
 
     def close(self) -> None:
-        self._process.communicate()
+        self._process.communicate(timeout=TIME_LIMIT_S)

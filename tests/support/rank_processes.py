@@ -62,7 +62,8 @@ class RankProcess:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(10)
+        assert not self.process.is_alive(), f"rank process {self.process.pid} has not ended 10 s after it was killed"
 
 
 _idle: list[RankProcess] = []

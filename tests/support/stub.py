@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from waiting import join
+
 Reply = Callable[[int, dict[str, Any]], list[bytes]]  # (number of the request, its body) -> pieces of the response
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
 PAUSE_S = 0.002  # between pieces
@@ -96,7 +98,7 @@ def stub_server(reply: Reply) -> Iterator[Stub]:
         yield stub
     finally:
         loop.call_soon_threadsafe(loop.stop)
-        thread.join()
+        join(thread)
         server.close()
         for task in asyncio.all_tasks(loop):
             task.cancel()

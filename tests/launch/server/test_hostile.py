@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.launch.server import lingering_transport
 from lockstep.launch.server.server_config import ServerLimits
 
 from fake_engine import COMPLETION, Running, error_of, fake
 from small import COMMAND
 from soak_scripts import FLAGS, script
-from waiting import wait_until
+from waiting import read_to_end, wait_until
 
 PHASES = [  # of a start and an end
     "the interpreter starts",
@@ -83,7 +84,8 @@ def test_incomplete_request_times_out(run: Callable[..., Running], sent: bytes) 
     wait_until(lambda: not running.server.server_state.connections)
 
 
-def test_incomplete_second_request_times_out(run: Callable[..., Running]) -> None:
+def test_incomplete_second_request_times_out(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lingering_transport, "QUIET_S", 0.2)
     running = run(limits=ServerLimits(request_timeout_s=0.3))
     for together in (True, False):
         with connect(running) as raw:
@@ -165,9 +167,7 @@ def test_invalid_http_gets_an_error_envelope(run: Callable[..., Running]) -> Non
     for sent in (b"\x16\x03\x01 garbage\r\n\r\n", b"GET / HTTP\r\n\r\n", b"x" * 100_000):
         with connect(running) as raw:
             raw.sendall(sent)
-            received = b""
-            while piece := raw.recv(4096):
-                received += piece
+            received = read_to_end(raw)
         head, _, body = received.partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 400")
         assert json.loads(body)["error"]["code"] == "invalid_request"

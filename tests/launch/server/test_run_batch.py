@@ -62,7 +62,7 @@ def test_killed_batch_continues_with_the_answers_of_llm(tmp_path: Path) -> None:
     first = subprocess.Popen(command(source, target, gate.command), stderr=subprocess.PIPE)
     wait_until(lambda: target.exists() and target.read_bytes().count(b"\n") >= 3)
     first.kill()
-    first.communicate()
+    first.communicate(timeout=PATIENCE_S)
     with target.open("a") as half:
         half.write('{"custom_id": "half')
     before = target.read_text().splitlines()[:-1]

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -52,15 +53,21 @@ def serve() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=PATIENCE_S)
 
 
 def address(process: subprocess.Popen[str]) -> str:
+    """Return the URL in the log of a server, which is killed if that does not come in time."""
     assert process.stderr is not None
-    for line in process.stderr:
-        if url := re.search(r"http://\S+", line):
-            return url[0]
-    raise AssertionError("the server ended before it served")
+    killer = threading.Timer(PATIENCE_S, process.kill)
+    killer.start()
+    try:
+        for line in process.stderr:
+            if url := re.search(r"http://\S+", line):
+                return url[0]
+    finally:
+        killer.cancel()
+    raise AssertionError(f"the server ended before it served, or has not served within {PATIENCE_S:g} s")
 
 
 @pytest.mark.process
