@@ -37,7 +37,10 @@ class ResponsesBuilder(BlockBuilder):
     def failure(self, error: ApiError) -> list[NamedEvent]:
         """Return the events of an error within a stream: the error, and the response that has failed."""
         detail = error.reply().error
-        failed = self._state("failed") | {"error": {"code": detail.code, "message": detail.message}}
+        if self._is_open:
+            self._blocks[-1]["status"] = "incomplete"
+        code = detail.code if detail.code == "rate_limit_exceeded" else "server_error"  # a response takes few codes
+        failed = self._state("failed") | {"error": {"code": code, "message": detail.message}}
         return [
             self._event("error", code=detail.code, message=detail.message, param=detail.param),
             self._event("response.failed", response=failed),
@@ -140,7 +143,7 @@ def _usage(usage: TokenUsage) -> Json:
     counts = usage.usage()
     return {
         "input_tokens": counts.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": counts.prompt_tokens_details.cached_tokens},
+        "input_tokens_details": {"cached_tokens": counts.prompt_tokens_details.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": counts.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": counts.completion_tokens_details.reasoning_tokens},
         "total_tokens": counts.total_tokens,

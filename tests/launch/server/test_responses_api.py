@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from lockstep.launch.errors import EngineFailed
 from lockstep.runtime.tokenizer import Tokenizer
 
 from fake_engine import Running, error_of, fake
@@ -143,18 +142,3 @@ def test_namespaces_of_tools(thinking: Running, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.decode(fake(thinking).asked[-1][0], skip_special_tokens=False)
     assert '<tool_call>\n{"name": "clock.now", "arguments": {}}' in prompt
     assert "web_search" not in prompt
-
-
-def test_failure_within_a_stream_is_a_failed_response(run: Callable[..., Running]) -> None:
-    """Codex reads the last event alone, OpenAI's client both."""
-    running = run()
-    fake(running).fails = EngineFailed("the ranks died")  # at the third token
-    events = list(running.openai.responses.create(model="demo", input="Who?", stream=True, max_output_tokens=9))
-    first, *_, error, last = events
-    assert (first.type, error.type, last.type) == ("response.created", "error", "response.failed")
-    assert [event.sequence_number for event in events] == list(range(len(events)))
-    assert last.type == "response.failed"
-    assert last.response.status == "failed"
-    assert last.response.error is not None
-    assert "the ranks died" in last.response.error.message
-    assert last.response.id == first.response.id  # type: ignore[union-attr]
