@@ -96,6 +96,12 @@ class ChildProcess:
             raise ChildFailed(self._last_error())
         return msgspec.json.decode(line)
 
+    def wait(self) -> str:
+        """Wait until the process has ended, without a time limit; return how it has ended."""
+        with suppress(ChildProcessError):  # another thread has taken its exit status
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+        return self._end()
+
     def close(self) -> None:
         """Kill the process and all that it has started; safe to call twice, and from another thread."""
         if self._socket.fileno() == -1:

@@ -1,4 +1,4 @@
-"""The choice of an executor, the engine's client side: in this process, on Ray actors, or over replicas."""
+"""The choice of an executor, the engine's client side: in this process or a child, on Ray actors, or over replicas."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from packaging.version import Version
 
+from ..comm.message_sockets import WakeupEvent
 from ..runtime.config import Config
 from ..runtime.executor import Executor, LocalExecutor
 from ..runtime.model.model_config import ModelConfig
 from ..runtime.startup_timer import log_ready
 from .cluster.ray_address import uses_local_ray
+from .process_executor import ProcessExecutor
 from .signals import signals_wait
 
 if TYPE_CHECKING:
@@ -42,6 +44,27 @@ def start_executor(config: Config, model: ModelConfig, folder: Path, connection:
         from .cluster.ray_executor import RayExecutor
 
     return RayExecutor(config, model, connection)
+
+
+def start_server_executor(
+    config: Config,
+    model: ModelConfig,
+    folder: Path,
+    connection: Connection | None,
+    wakeup: WakeupEvent,
+    replicas: int,
+    max_queued: int,
+) -> Executor:
+    """Start the executor of a server, for the first time or after a failure.
+
+    `connection` is the result of connect_ray; `wakeup` is that of the connection, if there is one.
+    """
+    if replicas > 1:
+        assert connection is not None, "several groups of ranks need Ray"
+        return start_replicas(config, connection, replicas, max_queued)
+    if connection is None and runs_on_gpu(config):
+        return ProcessExecutor(config, folder, wakeup)
+    return start_executor(config, model, folder, connection)
 
 
 def runs_on_gpu(config: Config) -> bool:

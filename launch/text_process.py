@@ -6,6 +6,7 @@ A template is a program of the checkpoint's author and need not end. Tokenizatio
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,18 @@ class TextProcess:
         if self._closed:
             raise TokenizerBusy("the process that tokenizes is closed")
         process = self._process = ChildProcess(calling(main), memory_bytes=MEMORY_BYTES)
+        threading.Thread(target=self._watch, args=(process,), name="lockstep-text-watch", daemon=True).start()
         state = self._tokenizer.state(self._time_limit_s, self._niceness)
         process.request(msgspec.json.encode(state), START_S)
         return process
+
+    def _watch(self, process: ChildProcess) -> None:
+        """Log an end of the process that `_kill` has not caused."""
+        end = process.wait()
+        if process is self._process:
+            log.warning(
+                "the process that tokenizes (pid %d) has ended: %s; the next text starts another", process.pid, end
+            )
 
     def _answer(self, job: bytes) -> Any:
         try:

@@ -34,7 +34,7 @@ FORWARDED = ("NCCL_", "GLOO_", "OMP_", "HF_", "HUGGING_FACE_", "TORCH_", "CUDA_L
 WATCH_S = 0.5
 OTHER_FAILURES_WAIT_S = 2.0  # after a rank has failed, Ray may take this long to report the others
 LAST_LINES, LAST_BYTES = 10, 8192  # an error shows this much of a failed rank's stderr
-RAY_MARKS = (":job_id:", ":actor_name:")  # Ray writes lines that start so to stderr
+RAY_MARKS = (":job_id:", ":actor_name:")  # beginnings of the lines that Ray itself writes to stderr
 KILL_S = 5.0  # Ray may take this long to end the processes
 TABLE_HEAD = ("rank", "node", "address", "interface", "GPU", "pid")
 

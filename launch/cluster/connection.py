@@ -45,7 +45,7 @@ class Connection:
             # The address of all ranks; None: each has the address of its node.
             self.ip = LOOPBACK if isinstance(self._ray, LocalRay) else None
             self.has_gpus = bool(ray.cluster_resources().get("GPU", 0) > 0)
-            self.has_started = False  # the ranks, at least once: after that a missing node may come back
+            self.ranks_have_started = False  # once they have, a missing node may come back
             self._open = stack.pop_all()
 
     @property

@@ -1,10 +1,9 @@
-"""The thread that drives an executor, the commands that other threads post to it, and the detection of a stall."""
+"""The thread that drives an executor, and the commands that other threads post to it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import Protocol
@@ -94,21 +93,3 @@ class EngineThread:
     def _run_commands(self) -> None:
         while self._commands:
             self._commands.popleft()()
-
-
-class StallDetector:
-    """A detector of an engine without steps although requests are live; the executor fails after --step-timeout."""
-
-    def __init__(self, timeout_s: float = 30.0) -> None:
-        self._timeout_s = timeout_s
-        self._steps = -1
-        self._progress_at = time.monotonic()  # time of the last update with a new step or without live requests
-
-    def update(self, steps: int, num_live: int) -> None:
-        if steps != self._steps or num_live == 0:
-            self._steps, self._progress_at = steps, time.monotonic()
-
-    def problem(self) -> str | None:
-        """Return a description of the stall if live requests have waited for a step longer than the timeout."""
-        silence_s = time.monotonic() - self._progress_at
-        return None if silence_s < self._timeout_s else f"no step for {silence_s:.0f} s although requests are live"

@@ -81,7 +81,7 @@ class RayExecutor(LeaderExecutor):
             raise ValueError("device='auto' is open while nodes with GPUs may still join; give --device cuda or cpu")
         config = user_config.resolved(model, cuda=connection.has_gpus).with_absolute_model()
         with self._phases("placement"):
-            placement_group = place(config, connection, again=connection.has_started)
+            placement_group = place(config, connection, again=connection.ranks_have_started)
         stack.callback(connection.while_usable, remove_placement_group, placement_group)
         deadline = time.perf_counter() + config.startup_timeout
         with self._phases("actors"):
@@ -94,7 +94,7 @@ class RayExecutor(LeaderExecutor):
         stack.callback(self._outputs.close)
         self._load(user_config, config, model, deadline)
         ranks.run()
-        connection.has_started = True
+        connection.ranks_have_started = True
         inbox = ranks.endpoints[0].inbox
         self._leader = LeaderClient(self._outputs, inbox, connection.wakeup, self._report_timeout_s)
         stack.callback(self._leader.close)

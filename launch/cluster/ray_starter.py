@@ -30,22 +30,20 @@ from .session_folder import SessionFolder, folder_sockets, remove_folder_of_argu
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
-# Settings of the cluster. Nothing reads its metrics, and telemetry leaves a thread behind at each shutdown. Ray checks
-# for a lack of memory once a second instead of four times. Ray ends a process whose call waits for a GCS that has
-# ended, after a minute by default: nothing else interrupts such a call. It waits as long for a worker that was killed
-# before it had registered, which takes a second on an idle machine: none is started in advance, one for each CPU.
-SYSTEM_CONFIG = {
-    "enable_open_telemetry": False,
-    "enable_metrics_collection": False,
+SYSTEM_CONFIG = {  # of the cluster
+    "enable_open_telemetry": False,  # telemetry leaves a thread behind at each shutdown
+    "enable_metrics_collection": False,  # nothing reads the metrics
+    # Ray ends a process whose call waits for a GCS that is gone, by default after a minute. Nothing else ends the call.
     "gcs_rpc_server_reconnect_timeout_s": 20,
-    "prestart_worker_first_driver": False,
+    "prestart_worker_first_driver": False,  # Ray would start a worker for each CPU
+    # Longest wait for a worker to register, which takes a second on an idle machine. A worker may be killed before.
     "worker_register_timeout_seconds": 30,
 }
-# The raylet connects to its own object store, whose thread may start later: it tries again after 50 ms, not 1 s.
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    "RAY_memory_monitor_refresh_ms": "1000",
+    "RAY_memory_monitor_refresh_ms": "1000",  # Ray looks for a lack of memory every 250 ms otherwise
+    # The raylet connects to its own object store, whose thread may start later. It tries again after 50 ms, not 1 s.
     "RAY_raylet_client_connect_timeout_milliseconds": "50",
     "RAY_raylet_client_num_connect_attempts": "200",
 }

@@ -9,14 +9,13 @@ import asyncio
 import atexit
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 from ...comm.message_sockets import WakeupEvent
 from ...runtime.config import DEMO_MODEL, DEMO_NAME, Config
-from ...runtime.executor import Executor
 from ...runtime.frontend import Frontend
 from ...runtime.generation import Generation
 from ...runtime.limits import Limits
@@ -31,8 +30,7 @@ from ...runtime.structured_outputs import StructuredOutputsParams
 from ...runtime.tokenizer import Tokenizer
 from ..cluster.engine_thread import EngineThread
 from ..errors import EngineFailed, RequestCrashedEngine
-from ..executor_choice import connect_ray, runs_on_gpu, start_executor, start_replicas
-from ..process_executor import ProcessExecutor
+from ..executor_choice import connect_ray, start_server_executor
 from ..signals import Undo
 from .async_tokenizer import AsyncTokenizer
 from .engine_state import AsyncEngineStats, Health
@@ -92,14 +90,8 @@ class AsyncEngine:
             else:
                 wakeup, shutting_down = connection.wakeup, connection.shutting_down
                 stack.callback(connection.close)
-            start_ranks: Callable[[], Executor]
-            if self._replicas > 1:
-                assert connection is not None
-                start_ranks = partial(start_replicas, self.config, connection, self._replicas, self._max_queued)
-            elif connection is None and runs_on_gpu(self.config):
-                start_ranks = partial(ProcessExecutor, self.config, folder, wakeup)
-            else:
-                start_ranks = partial(start_executor, self.config, model, folder, connection)
+            choices = self._replicas, self._max_queued
+            start_ranks = partial(start_server_executor, self.config, model, folder, connection, wakeup, *choices)
             frontend = Frontend(start_ranks(), tokenizer, model.eos_token_ids)
             limits = self._max_restarts, self._restart_window
             self._engine = RecoveringEngine(frontend, start_ranks, stack.pop_all(), *limits)

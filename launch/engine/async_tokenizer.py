@@ -25,7 +25,7 @@ from ..text_process import TIME_LIMIT_S, TextProcess, TextRefused, encode_job
 
 NUM_THREADS = 4
 SHORT_CHARS = 16_384  # the longest texts of a request that threads of this process tokenize; 8 ms
-SHORT_TOKENS = 4096  # the most token ids that they turn into text
+SHORT_TOKENS = 4096  # the most token ids that these threads turn into text
 SHORT_JOB_BYTES = 65_536  # the longest conversation of the second lane, with its template
 LONG_TIME_LIMIT_S = 30.0
 LONG_NICENESS = 10  # the engine and short requests go first

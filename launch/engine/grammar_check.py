@@ -22,6 +22,7 @@ from ..child_process import ChildFailed, ChildProcess, retry_ended
 log = logging.getLogger(__name__)
 START_S = 60.0  # start of Python and the tokenizer on a busy machine
 MEMORY_BYTES = 4 * 2**30
+WAIT_S = 90.0  # longest wait for a result, including the grammars before it
 MAX_WAITING = 16  # grammars that wait for the compiler: each may take the time limit and a new start
 MAX_REMEMBERED = 256  # accepted grammars, which are not compiled again
 
@@ -53,7 +54,14 @@ class GrammarCheck:
                 raise GrammarsWaiting(f"{MAX_WAITING} other grammars are being compiled; try again later")
             answer = self._answers[line] = self._thread.submit(self._problem, line, params.kind)
             answer.add_done_callback(lambda _: self._answers.pop(line, None))
-        error = await asyncio.shield(asyncio.wrap_future(answer))  # other requests may wait for the same answer
+        waiting = asyncio.shield(asyncio.wrap_future(answer))  # other requests may wait for the same answer
+        try:
+            done, _ = await asyncio.wait((waiting,), timeout=WAIT_S)
+        finally:
+            waiting.cancel()
+        if not done:
+            raise GrammarsWaiting(f"the grammar has waited {WAIT_S:g} s for other grammars; try again later")
+        error = waiting.result()
         if error is not None:
             raise RequestRefused(error)
 

@@ -26,8 +26,9 @@ from ...runtime.request import Request
 from ...runtime.stats import EngineStats
 from ..cluster.actor_group import forwarded_environment
 from ..cluster.connection import Connection
-from ..cluster.engine_thread import EngineThread, StallDetector
+from ..cluster.engine_thread import EngineThread
 from ..cluster.ray_executor import RayExecutor
+from ..cluster.stall_detector import StallDetector
 from ..errors import RankFailed, ReplicaFailed
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ class StepReport(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-encode = msgspec.msgpack.Encoder().encode
-decode = msgspec.msgpack.Decoder(ReplicaReady | StepReport).decode
+encode_report = msgspec.msgpack.Encoder().encode
+decode_report = msgspec.msgpack.Decoder(ReplicaReady | StepReport).decode
 
 
 class Replica:
@@ -80,7 +81,7 @@ class Replica:
         self._calls: dict[int, asyncio.Future[None]] = {}  # uid -> future that is done when the request has ended
         self._stall = StallDetector()
         self._failure: ReplicaFailed | None = None
-        self._outputs.send(encode(ReplicaReady(self._name, self._executor.limits, self._executor.locations)))
+        self._outputs.send(encode_report(ReplicaReady(self._name, self._executor.limits, self._executor.locations)))
         self._outputs.watch(self._end_application)
         self._thread = EngineThread(self, "lockstep-replica", self._connection.wakeup, self._connection.shutting_down)
         self._thread.start()
@@ -119,7 +120,7 @@ class Replica:
 
     def poll(self, timeout_s: float) -> None:
         for output in self._executor.poll(timeout_s):
-            self._outputs.send(encode(StepReport(self._name, output, self._executor.stats)))
+            self._outputs.send(encode_report(StepReport(self._name, output, self._executor.stats)))
             for finished in output.finished:
                 self._end_call(finished.uid, None)
 

@@ -17,12 +17,13 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.config import ProxyLocation, RequestRouterConfig
 from ray.serve.exceptions import RayServeException, ReplicaUnavailableError
 from ray.serve.schema import LoggingConfig
@@ -43,8 +44,9 @@ from ..cluster.connection import Connection
 from ..errors import PlacementError, RankFailed, ReplicaFailed, RequestsLost
 from ..signals import Undo
 from ..standard_streams import WITHOUT_TRACEBACK
+from .bounded_call import bounded_call
 from .failed_replicas import avoid
-from .replica import FrontendInfo, Replica, ReplicaReady, StepReport, decode
+from .replica import FrontendInfo, Replica, ReplicaReady, StepReport, decode_report
 from .router import PrefixRouter
 
 log = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ class ReplicaExecutor:
     def poll(self, timeout_s: float) -> list[StepOutput]:
         """Do as Executor.poll; raise RequestsLost if requests have lost their replica and no outputs have come."""
         messages = self._inbox.receive(0.0 if self._lost or self._refused else timeout_s, self._connection.wakeup)
-        outputs = [output for message in messages if (output := self._update(decode(message))) is not None]
+        outputs = [output for message in messages if (output := self._update(decode_report(message))) is not None]
         if outputs:
             return outputs
         if self._connection.failure is not None or (self._lost and self._connection.is_lost()):
@@ -146,17 +148,21 @@ class ReplicaExecutor:
         threading.Thread(target=self._loop.run_forever, name="lockstep-replica-calls", daemon=True).start()
         stack.callback(self._loop.call_soon_threadsafe, self._loop.stop)
         frontend = FrontendInfo(self._inbox.address, self._connection.ip, forwarded_environment())
-        log = logging.getLogger("ray.serve")
-        log.setLevel(logging.WARNING)
-        log.addFilter(WITHOUT_TRACEBACK)  # a loss of Ray has one for each stream
+        serve_log = logging.getLogger("ray.serve")
+        serve_log.setLevel(logging.WARNING)
+        serve_log.addFilter(WITHOUT_TRACEBACK)  # a loss of Ray has one for each stream
+        serve_log.addFilter(_reports_no_dead_replica)
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.context._set_global_client(None)  # after a loss of Ray it is that of another cluster
-        serve.start(proxy_location=ProxyLocation.Disabled, logging_config=quiet)
+        deadline = time.perf_counter() + self._config.startup_timeout
+        start = partial(serve.start, proxy_location=ProxyLocation.Disabled, logging_config=quiet)
+        bounded_call("start of Ray Serve", start, deadline, self._connection.check)
         stack.callback(self._connection.while_usable, serve.delete, self._name)
         replicas = self._deployment(max_queued).bind(self._config, frontend)
         target = serve.RunTarget(replicas, name=self._name, route_prefix=None)
-        (self._handle,) = serve.run_many([target], wait_for_applications_running=False)
-        self._wait_for_replicas()
+        run = partial(serve.run_many, [target], wait_for_applications_running=False)
+        (self._handle,) = bounded_call("start of the replicas", run, deadline, self._connection.check)
+        self._wait_for_replicas(deadline)
 
     def _deployment(self, max_queued: int) -> Any:
         batch_size = self._config.max_num_seqs
@@ -175,12 +181,12 @@ class ReplicaExecutor:
             request_router_config=RequestRouterConfig(request_router_class=PrefixRouter, request_router_kwargs=cache),
         )(Replica)
 
-    def _wait_for_replicas(self) -> None:
-        deadline = time.perf_counter() + self._config.startup_timeout
+    def _wait_for_replicas(self, deadline: float) -> None:
         while len(self._ready) < self._num_replicas:
             for message in self._inbox.receive(POLL_S):
-                self._update(decode(message))
-            status = serve.status().applications.get(self._name)
+                self._update(decode_report(message))
+            statuses = bounded_call("status of the replicas", serve.status, deadline, self._connection.check)
+            status = statuses.applications.get(self._name)
             if status is not None and status.status == "DEPLOY_FAILED":
                 reports = [d.message for d in status.deployments.values() if d.message] or [status.message]
                 raise PlacementError(f"the replicas do not start: {last_line(reports[0])}")
@@ -199,7 +205,8 @@ class ReplicaExecutor:
         except (RayActorError, ReplicaFailed, ReplicaUnavailableError) as error:
             if isinstance(error, ReplicaFailed):
                 avoid(error.replica)
-            self._lost.append((request.uid, last_line(str(error))))
+            cause = error.cause if isinstance(error, RayTaskError) else error  # what the replica has raised
+            self._lost.append((request.uid, last_line(str(cause))))
             self._connection.wakeup.set()
         except RayServeException as error:
             self._refused.append((request.uid, f"Ray Serve: {last_line(str(error))}"))
@@ -277,3 +284,8 @@ class ReplicaExecutor:
         attempt, call = self._calls.pop(uid, (-1, None))
         self._attempts.pop(attempt, None)
         return call
+
+
+def _reports_no_dead_replica(record: logging.LogRecord) -> bool:
+    """Return False for Serve's report of a dead replica, which comes once for each stream; `poll` reports it, too."""
+    return "will not be considered for future requests" not in record.getMessage()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import random
+import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from itertools import takewhile
@@ -13,6 +16,8 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from .failed_replicas import forget_others, is_avoided
 
+log = logging.getLogger(__name__)
+REPORT_S = 30.0  # a lack of replicas is logged this often
 SPREAD = 8  # a replica with this many requests more than the least busy one may be chosen for its cache
 
 
@@ -53,6 +58,8 @@ class PrefixAffinity:
 class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
     """Runs in the front end, which sends all requests; the first argument of a call is a runtime Request."""
 
+    _reported_at = -math.inf  # time.monotonic of the last report of a lack of replicas
+
     def initialize_state(self, page_size: int, num_pages: int) -> None:
         self._affinity = PrefixAffinity(page_size, num_pages)
 
@@ -70,6 +77,9 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
         if pending_request is None:
             return [usable]
         pending_request.routing_context.should_backoff = not usable  # else Serve would ask again without a pause
+        if not usable and time.monotonic() - self._reported_at > REPORT_S:
+            self._reported_at = time.monotonic()
+            log.warning("no replica runs: requests wait until Ray Serve has started one; see serve status")
         loads = {r.replica_id: self.replica_queue_len_cache.get(r.replica_id) or 0 for r in usable}
         least = min(loads.values(), default=0)
         request = pending_request.args[0]

@@ -12,7 +12,7 @@ from ...runtime.outputs import Event
 from ...runtime.request import NO_ORIGIN, Origin, PromptFields
 from ...runtime.sampling_params import SamplingParams
 from ...runtime.structured_outputs import StructuredOutputsParams
-from ..cluster.engine_thread import StallDetector
+from ..cluster.stall_detector import StallDetector
 from ..engine.async_engine import AsyncEngine
 from .admission import AdmissionControl
 from .engine_client import EngineStatus

@@ -16,7 +16,7 @@ import pytest
 
 from lockstep import LLM, SamplingParams
 from lockstep.comm.message_sockets import WakeupEvent
-from lockstep.launch.engine import async_engine
+from lockstep.launch import executor_choice
 from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.launch.errors import RankFailed
 from lockstep.launch.process_executor import ProcessExecutor
@@ -100,7 +100,7 @@ def test_server_continues_when_the_process_is_killed(monkeypatch: pytest.MonkeyP
     with LLM(**SMALL) as llm:
         params = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
         (expected,) = llm.generate(PROMPTS[:1], params)
-    monkeypatch.setattr(async_engine, "runs_on_gpu", lambda config: True)
+    monkeypatch.setattr(executor_choice, "runs_on_gpu", lambda config: True)
     engine = AsyncEngine(CONFIG)
     engine.start()
 

@@ -22,6 +22,7 @@ from lockstep.runtime.text_worker import EncodeJob, main
 from lockstep.runtime.tokenizer import Tokenizer
 
 from small import SMALL
+from waiting import wait_until
 
 CHAT = [{"role": "user", "content": "Who was Moses?"}]
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -38,12 +39,19 @@ def test_results_equal_those_of_this_process(tokenizer: IsolatedTokenizer) -> No
     assert tokenizer.encode_chat(CHAT, {"bos_token": "é"}) == Tokenizer.encode_chat(tokenizer, CHAT, {"bos_token": "é"})
 
 
-def test_process_that_was_killed_from_outside_is_replaced(tokenizer: IsolatedTokenizer) -> None:
+def test_process_that_was_killed_from_outside_is_replaced(
+    tokenizer: IsolatedTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = tokenizer.encode_chat(CHAT)
     process = tokenizer._process._process
     assert process is not None
     os.kill(process.pid, signal.SIGKILL)
+    end = f"the process that tokenizes (pid {process.pid}) has ended: killed by SIGKILL"
+    wait_until(lambda: end in caplog.text)  # also without another text
     assert tokenizer.encode_chat(CHAT) == expected
+    with closing(IsolatedTokenizer(Path(DEMO_MODEL))) as closed:
+        closed.encode_chat(CHAT)
+    assert caplog.text.count("has ended") == 1, "not the one that was closed"
 
 
 @pytest.mark.parametrize("has_started", [False, True])

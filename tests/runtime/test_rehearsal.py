@@ -28,7 +28,7 @@ from lockstep.runtime.scheduler.scheduler import Scheduler
 from lockstep.runtime.startup import LoadedRank, plan_limits
 
 import emulator
-from checkpoints import tiny_checkpoint
+from checkpoints import FAMILIES, tiny_checkpoint
 from engines import request
 from replayed_graphs import use_replayed_graphs
 
@@ -99,10 +99,14 @@ def serve(limits: Limits, runner: Runner) -> None:
 
 
 @pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize(
+    "architecture",
+    [pytest.param(name, marks=() if name == "LlamaForCausalLM" else pytest.mark.nightly) for name in FAMILIES],
+)
 def test_requests_launch_only_ops_that_were_rehearsed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eager: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, eager: bool
 ) -> None:
-    tiny_checkpoint(tmp_path, "LlamaForCausalLM", max_position_embeddings=128, num_hidden_layers=1)
+    tiny_checkpoint(tmp_path, architecture, max_position_embeddings=128)
     launches: set[Launch] = set()
     monkeypatch.setattr(ops, "reference", RecordedOps(ops.reference, launches))
     with torch.inference_mode():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lockstep.launch.cluster import engine_thread
-from lockstep.launch.cluster.engine_thread import StallDetector
+from lockstep.launch.cluster import stall_detector
+from lockstep.launch.cluster.stall_detector import StallDetector
 
 
 def test_only_live_requests_without_a_step_are_a_stall(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(engine_thread.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stall_detector.time, "monotonic", lambda: now[0])
     detector = StallDetector(timeout_s=30.0)
     for seconds, steps, num_live, problem in [
         (0.0, 0, 0, None),

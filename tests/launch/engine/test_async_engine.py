@@ -30,6 +30,7 @@ import pytest
 
 from lockstep import LLM, SamplingParams, StructuredOutputsParams
 from lockstep.comm.message_sockets import Address
+from lockstep.launch import executor_choice
 from lockstep.launch.cluster import actor_group
 from lockstep.launch.cluster.ray_executor import RayExecutor
 from lockstep.launch.cluster.worker import AllocationReport, Endpoint, Worker
@@ -232,7 +233,7 @@ class Scripted:
 
 @pytest.fixture
 def scripted(monkeypatch: pytest.MonkeyPatch) -> type[Scripted]:
-    monkeypatch.setattr(async_engine, "start_executor", Scripted)
+    monkeypatch.setattr(executor_choice, "start_executor", Scripted)
     monkeypatch.setattr(Scripted, "started", [], raising=False)
     monkeypatch.setattr(Scripted, "starting", lambda: None, raising=False)
     monkeypatch.setattr(Scripted, "num_steps", lambda number: float("inf"), raising=False)

@@ -40,6 +40,15 @@ def pid(check: GrammarCheck) -> int:
     return check._process.pid
 
 
+def test_wait_for_other_grammars_has_a_deadline(check: GrammarCheck, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar_check, "WAIT_S", 0.05)
+    release = threading.Event()
+    check._thread.submit(release.wait)
+    with pytest.raises(GrammarsWaiting, match=r"^the grammar has waited 0\.05 s for other grammars; try again later"):
+        compile_regex(check, "a")
+    release.set()
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_compiler_killed_while_idle_is_replaced(check: GrammarCheck, number: signal.Signals) -> None:
     compile_regex(check, "a")

@@ -99,7 +99,9 @@ def test_lost_and_refused_requests_are_both_reported() -> None:
     executor._connection.wakeup.close()
 
 
-def test_failed_replica_refuses_calls_and_gets_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_replica_refuses_calls_and_gets_no_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Serve keeps it for some seconds, in which it has the prefix and the least to do."""
     from ray.serve.config import RequestRouterConfig
 
@@ -131,8 +133,10 @@ def test_failed_replica_refuses_calls_and_gets_no_more(monkeypatch: pytest.Monke
     failed_replicas.avoid("a")
     assert chosen() == ["b"]
     assert not context.should_backoff
+    assert caplog.messages == []
     failed_replicas.avoid("b")
-    assert chosen() == []
+    assert chosen() == chosen() == []
+    assert caplog.messages == ["no replica runs: requests wait until Ray Serve has started one; see serve status"]
     assert context.should_backoff
 
 
