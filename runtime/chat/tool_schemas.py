@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from ..sampling.neutral_rules import SCHEMAS_BY_NAME, VALUES, without_neutral_rules
+
 REFERENCE = re.compile(r"#/(\$defs|definitions)/([^/~%]+)")
 ANNOTATIONS = frozenset({"title", "description", "examples", "default", "$comment", "deprecated"})
-SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-VALUES = frozenset({"enum", "const", "required", "dependentRequired", "x-guidance"})  # hold no schemas
 TEXT_RULES = frozenset({"pattern", "format", "minLength", "maxLength", "$ref", "anyOf", "oneOf", "allOf", "not", "if"})
 OBJECT_RULES = frozenset({
     "$ref", "anyOf", "oneOf", "allOf", "not", "if", "patternProperties", "minProperties", "propertyNames",
@@ -31,7 +31,7 @@ class ToolSchema:
     @cached_property
     def schema(self) -> dict[str, Any]:
         """The parameters for a grammar: of type object, without annotations, and with the listed properties only."""
-        schema: dict[str, Any] = closed(without_annotations(self.parameters))
+        schema: dict[str, Any] = closed(without_annotations(without_neutral_rules(self.parameters)))
         return {"type": "object"} | schema
 
     @property

@@ -24,6 +24,7 @@ from ..model.tokenizer_files import tokenizer_of_size
 from ..structured_outputs import StructuredOutputsParams
 from .gbnf import is_gbnf, to_lark
 from .grammar_budget import GrammarCost, MaskBudget
+from .neutral_rules import without_neutral_rules
 
 # Two blanks, or a new line with its indentation: without a limit a confused model writes blanks for ever.
 WHITESPACE = r"([ \t]{1,2}|\n[ \t]{0,64})"
@@ -119,7 +120,7 @@ def to_llguidance(kind: str, text: str, compact: bool) -> str:
     if kind == "llguidance":
         return text
     if kind in ("json", "json_object"):
-        schema = json.loads(text)
+        schema = without_neutral_rules(json.loads(text))
         if not isinstance(schema, dict):
             raise ValueError("the JSON schema must be an object")
         blanks = {"whitespace_flexible": False} if compact else {"whitespace_pattern": WHITESPACE}

@@ -26,6 +26,7 @@ from lockstep.runtime.engine import Engine
 from lockstep.runtime.request import Request
 from lockstep.runtime.sampling.grammar import CompiledGrammar, GrammarError, Vocabulary, try_out
 from lockstep.runtime.sampling.grammar_state import mask_tokens_
+from lockstep.runtime.sampling.neutral_rules import without_neutral_rules
 
 from checkpoints import ASCII_TEXTS as TEXTS
 from checkpoints import ascii_checkpoint
@@ -474,3 +475,41 @@ def test_demo_model_follows_the_schema_with_any_seed() -> None:
     for output in ended:
         jsonschema.validate(json.loads(output.text), schema, format_checker=jsonschema.FormatChecker())
     assert len({o.text for o in ended}) > 20
+
+
+STRING = {"type": "string"}
+NEUTRAL: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"type": "object", "propertyNames": STRING, "additionalProperties": STRING}, {"a": "b"}),
+    ({"properties": {"a": {"type": "array", "items": STRING, "uniqueItems": False}}}, {"a": ["b", "b"]}),
+    ({"properties": {"a": STRING | {"format": "password"}}, "dependentRequired": {}}, {"a": "b"}),
+    ({"$defs": {"format": {"type": "object", "properties": {"format": STRING | {"format": "file-path"}}}},
+      "$ref": "#/$defs/format"}, {"format": "b"}),
+    ({"properties": {"propertyNames": STRING, "uniqueItems": {"const": False}}}, {"propertyNames": "b",
+                                                                                   "uniqueItems": False}),
+    ({"properties": {"a": {"enum": [{"format": "x", "uniqueItems": False}]}}}, {"a": {"format": "x",
+                                                                                    "uniqueItems": False}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "value"), NEUTRAL)
+def test_rules_that_allow_everything_are_left_out(schema: dict[str, Any], value: dict[str, Any]) -> None:
+    schema = {"type": "object"} | schema
+    made = without_neutral_rules(schema)
+    for candidate in (value, {"a": 1}, {"propertyNames": 1}, {"format": 1}, {"uniqueItems": True}):
+        assert jsonschema.Draft202012Validator(made).is_valid(candidate) == jsonschema.Draft202012Validator(
+            schema
+        ).is_valid(candidate)
+    params = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
+    tokenizer = Tokenizer.from_file(f"{DEMO_MODEL}/tokenizer.json")
+    ids = tokenizer.encode(json.dumps(value, separators=(",", ":")), add_special_tokens=False).ids
+    matcher = Vocabulary(Path(DEMO_MODEL), tokenizer.get_vocab_size(), (0,)).compile(params).matcher()
+    assert matcher.try_consume_tokens(ids) == len(ids)
+
+
+@pytest.mark.parametrize(
+    "rule", [{"propertyNames": {"maxLength": 3}}, {"dependentRequired": {"a": ["b"]}}, {"format": "regex"}]
+)
+def test_other_rules_are_still_refused(rule: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {"a": STRING | rule}} if "format" in rule else {"type": "object"} | rule
+    with pytest.raises(GrammarError, match="cannot be used"):
+        Vocabulary(Path(DEMO_MODEL), 2048, (0,)).compile(StructuredOutputsParams(json=schema))
