@@ -31,6 +31,7 @@ def ray_cluster() -> Iterator[dict[str, str]]:
             object_store_memory=80 * 2**20,
             logging_level="ERROR",
             log_to_driver=False,
+            _system_config={"worker_niceness": 0},  # at Ray's 15, other processes leave the ranks no core
         )
     finally:
         del os.environ[MARK]  # other processes that tests start are not Ray's

@@ -30,7 +30,7 @@ from lockstep.launch.cluster.local_ray import LocalRay
 
 @ray.remote
 def environment():
-    return dict(os.environ), sys.path
+    return dict(os.environ), sys.path, os.nice(0)
 
 def auth():
     return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
@@ -38,9 +38,10 @@ def auth():
 before = auth()
 for turn in range(int(sys.argv[1])):
     cluster = LocalRay(1, threading.Event(), WakeupEvent())
-    inside, path = ray.get(environment.remote())
+    inside, path, niceness = ray.get(environment.remote())
     report = {"address": cluster.address, "node": ray.nodes()[0]["NodeManagerAddress"], "path": path,
-              "folder": str(cluster.folder.path), "mode": inside["RAY_AUTH_MODE"]}
+              "folder": str(cluster.folder.path), "mode": inside["RAY_AUTH_MODE"],
+              "niceness": niceness}
     print(json.dumps(report), flush=True)
     if sys.argv[2:] == ["wait"]:
         sys.stdin.read()
@@ -82,6 +83,7 @@ def test_cluster_of_a_user_without_home_lets_no_stranger_in(mark: dict[str, str]
     report = json.loads(owner.stdout.readline())
     assert report["mode"] == "token"
     assert report["node"] == "127.0.0.1"
+    assert report["niceness"] == os.nice(0), "other processes of the machine would leave ranks with less no core"
     assert report["address"].startswith("127.0.0.1:")
     folder = Path(report["folder"])
     assert [folder.stat().st_mode & 0o777, (folder / "token").stat().st_mode & 0o777] == [0o700, 0o600]
