@@ -40,6 +40,7 @@ from lockstep.runtime.offline import OfflineLLM
 from lockstep.runtime.outputs import Event, RequestOutput
 from lockstep.runtime.request import RequestRefused
 
+from listeners import free_port
 from processes import is_running, kill_marked, marked, new_mark
 from small import COMMAND, SMALL, SMALL_FLAGS
 from waiting import left_after, wait_until
@@ -132,7 +133,7 @@ def test_close_with_requests_in_flight_leaves_nothing(victim: LLM) -> None:
     next(stream)
     victim.close()
     victim.close()
-    assert not left_after(5, lambda: [pid for pid in workers if is_running(pid)])
+    assert not left_after(lambda: [pid for pid in workers if is_running(pid)])
     with pytest.raises(EngineClosed, match="this LLM is closed"):
         victim.generate(PROMPTS, GREEDY, use_tqdm=False)
     with pytest.raises(EngineClosed, match="this LLM is closed"):
@@ -405,13 +406,13 @@ def two_nodes() -> Iterator[tuple[dict[str, str], str]]:
     token.touch(mode=0o600)
     token.write_text(uuid.uuid4().hex * 2)
     environment = {**new_mark(), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    head = ["--head", "--port=0", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false"]
+    port = free_port()
+    address = f"127.0.0.1:{port}"
+    head = ["--head", f"--port={port}", f"--temp-dir={folder / 'ray'}", "--include-dashboard=false"]
     nodes = []
     try:
-        nodes.append(start_node(head, environment))
-        port = (folder / "ray" / "ray_current_cluster").read_text().rpartition(":")[2].strip()
-        address = f"127.0.0.1:{port}"
-        nodes.append(start_node([f"--address={address}"], environment))
+        for role in (head, [f"--address={address}"]):
+            nodes.append(start_node(role, environment))
         yield environment, address
         for node in reversed(nodes):
             node.terminate()
