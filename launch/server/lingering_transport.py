@@ -52,6 +52,7 @@ class LingeringTransport:
         """Count data that is not read as HTTP; too much of it ends the connection."""
         self._num_dropped += len(data)
         if self._num_dropped > MAX_DROPPED_BYTES:
+            self.close()  # starts the deadline, if nothing has before
             self._transport.close()
 
     def shorten(self, timeout_s: float) -> None:

@@ -226,6 +226,19 @@ def test_data_after_the_last_request_is_dropped(run: Callable[..., Running]) -> 
             assert statuses(read_to_end(raw)) == [200]
 
 
+def test_data_after_the_last_request_has_a_limit(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lingering_transport, "MAX_DROPPED_BYTES", 1000)
+    running = serve()
+    fake(running).paused = True
+    body = b'{"prompt": "In the", "max_tokens": 4}'
+    with connect(running, post(f"connection: close\r\ncontent-length: {len(body)}") + body) as raw:
+        wait_until(lambda: fake(running).live == 1)
+        raw.sendall(b" " * 2000)
+        wait_until(lambda: not running.server.server_state.connections and fake(running).live == 0)
+
+
 def test_client_beyond_the_limit_of_connections_reads_its_refusal(serve: Callable[..., Running]) -> None:
     running = serve(limits=ServerLimits(max_connections=1))
     with connect(running, b""):
