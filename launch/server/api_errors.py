@@ -21,8 +21,8 @@ FOLDERS = re.compile(r"(?<![\w/:.~-])/(?:[^\s/'\":;,()]+/)+(?=[^\s/'\":;,()])") 
 RETRY_AFTER_S = {429: 1, 503: 5}
 TYPES = {429: "rate_limit_error", 500: "server_error", 503: "service_unavailable"}
 ANTHROPIC_TYPES = {
-    401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
-    503: "overloaded_error",
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error", 503: "overloaded_error",
 }  # fmt: skip
 RESPONSES_PARAMS = {  # fields of a chat by their names in the Responses API
     "messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"

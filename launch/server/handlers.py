@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from datetime import datetime, timezone
 from functools import partial
 
 import msgspec
@@ -230,7 +231,8 @@ class Handlers:
         health = (await self._engine.status()).health
         if health.state == "failed":
             raise ApiError(503, f"the engine has failed: {health.reason}", code="failed")
-        return ModelList(data=[self._model(name) for name in self._validator.model_names])
+        models = [self._model(name) for name in self._validator.model_names]
+        return ModelList(data=models, first_id=models[0].id, last_id=models[-1].id)
 
     async def model(self, request: Request) -> Model:
         """Serve GET /v1/models/{name}, where a name may have slashes."""
@@ -240,7 +242,10 @@ class Handlers:
 
     def _model(self, name: str) -> Model:
         root, created = self._engine.name.rstrip("/").rpartition("/")[2], self._engine.started_at
-        return Model(id=name, created=created, root=root, max_model_len=self._validator.max_model_len)
+        return Model(
+            id=name, created=created, root=root, max_model_len=self._validator.max_model_len, display_name=name,
+            created_at=datetime.fromtimestamp(created, timezone.utc), max_input_tokens=self._validator.max_input,
+        )  # fmt: skip
 
     async def tokenize(self, request: Request) -> Response:
         """Serve POST /tokenize."""

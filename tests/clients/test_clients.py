@@ -88,8 +88,15 @@ def test_anthropic(server: Running) -> None:
         (call,) = stream.get_final_message().content
     assert call.input["city"] in ("Paris", "Rome")
     assert client.messages.count_tokens(model=DEMO_NAME, messages=CHAT).input_tokens > 0
-    with pytest.raises(anthropic.NotFoundError):
+    with pytest.raises(anthropic.NotFoundError) as caught:
         client.messages.create(model="other", max_tokens=1, messages=CHAT)
+    assert caught.value.body["request_id"] == caught.value.response.headers["request-id"]
+    beginning = client.messages.create(messages=[*CHAT, {"role": "assistant", "content": "He was"}], **request)
+    assert beginning._request_id
+    assert not beginning.content[0].text.startswith("He was")
+    (model,) = client.models.list()
+    assert (model.id, model.type, model.display_name) == (DEMO_NAME, "model", DEMO_NAME)
+    assert client.models.retrieve(DEMO_NAME).created_at == model.created_at
 
 
 @pytest.mark.parametrize("api", ["OpenAIChatModel", "OpenAIResponsesModel"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
@@ -230,7 +231,10 @@ class ChatChunkIds(Reply, ReturnedIds):
 
 
 class Model(BaseModel):
-    """A served name; `root` is the model behind it, without the folders of the server."""
+    """A served name; `root` is the model behind it, without the folders of the server.
+
+    The last fields are those of Anthropic's API, whose clients ask for models at the same route.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -239,11 +243,19 @@ class Model(BaseModel):
     root: str
     parent: None = None
     max_model_len: int
+    type: Literal["model"] = "model"
+    display_name: str
+    created_at: datetime
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int
 
 
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Model]
+    has_more: Literal[False] = False
+    first_id: str
+    last_id: str
 
 
 class Tokens(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -29,6 +30,12 @@ def test_one_model_of_the_list(run: Callable[..., Running]) -> None:
     assert [running.http.get(f"/v1/models/{model['id']}").json() for model in models] == models
     assert running.openai.models.retrieve("org/demo").id == "org/demo"
     assert {model["root"] for model in models} == {"demo"}
+    assert [model["display_name"] for model in models] == ["org/demo", "demo"], "as Anthropic's clients read it"
+    times = {
+        (datetime.fromisoformat(model["created_at"].replace("Z", "+00:00")).timestamp(), model["created"])
+        for model in models
+    }
+    assert all(created_at == created for created_at, created in times)
     response = running.http.get("/v1/models/other")
     assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
 
