@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -30,12 +31,11 @@ Examine = Callable[..., Iterable[Finding]]
 
 def survey(config: Config, examine: Examine) -> Iterator[Finding]:
     """Yield the findings of the cluster, and those of each node from `examine(config, ip, alone=False)` run there."""
-    was_connected = ray.is_initialized()
-    connected = run_check("Ray cluster", partial(_connect, config))
-    yield connected
-    if connected.status == "fail":
-        return
-    try:
+    with ExitStack() as stack:
+        connected = run_check("Ray cluster", partial(_connect, config, stack))
+        yield connected
+        if connected.status == "fail":
+            return
         by_ip = {node["NodeManagerAddress"]: node for node in nodes()}
         resources = {ip: node["Resources"] for ip, node in by_ip.items()}
         yield run_check("devices", partial(devices_finding, config, resources))
@@ -49,9 +49,6 @@ def survey(config: Config, examine: Examine) -> Iterator[Finding]:
                 yield _no_answer_finding(ip, error)
         yield versions_finding(known_versions)
         yield from merge_findings(findings)
-    finally:
-        if not was_connected:
-            ray.shutdown()
 
 
 def candidates(config: Config, resources: Mapping[str, Mapping[str, float]]) -> list[str]:
@@ -90,8 +87,12 @@ def merge_findings(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Findin
         yield finding if everywhere else replace(finding, name=f"{finding.name} on {', '.join(ips)}")
 
 
-def _connect(config: Config) -> Finding:
-    start_ray(config, threading.Event(), WakeupEvent())  # this connects to an address and starts nothing
+def _connect(config: Config, stack: ExitStack) -> Finding:
+    """Connect to the cluster, unless this process is connected; `stack` disconnects."""
+    connection = start_ray(config, threading.Event(), WakeupEvent())  # config has an address: nothing is started
+    if connection is not None:
+        stack.callback(ray.shutdown)
+        stack.callback(connection.close)
     return addresses_finding([node["NodeManagerAddress"] for node in nodes()])
 
 

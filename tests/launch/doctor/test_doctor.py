@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
 from lockstep.launch.cli.main import main
-from lockstep.launch.doctor import content_checks, machine_checks, p2p, planned_start
+from lockstep.launch.doctor import cluster_survey, content_checks, machine_checks, p2p, planned_start
 from lockstep.launch.doctor.cluster_survey import (
     addresses_finding,
     candidates,
@@ -527,6 +528,23 @@ def test_missing_cluster_fails(command: Command) -> None:
     status, out = command("--ray-address=127.0.0.1:9", "--log-level=error")
     assert status == 1
     assert re.fullmatch(r"fail  Ray cluster: no Ray cluster at 127.0.0.1:9: [^\n]+; [^\n]+\n", out)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_survey_disconnects_from_the_cluster(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """Also if the first look at the cluster fails; a user's own connection stays."""
+    ends: list[str] = []
+    connection = SimpleNamespace(close=lambda: ends.append("connection"))
+    monkeypatch.setattr(cluster_survey, "start_ray", lambda *arguments: connection)
+    monkeypatch.setattr(ray, "shutdown", lambda: ends.append("ray"))
+    monkeypatch.setattr(cluster_survey, "nodes", lambda: 1 // 0 if fails else [])
+    monkeypatch.setattr(cluster_survey, "_examine_nodes", lambda *arguments: {})
+    findings = list(cluster_survey.survey(Config(ray_address="10.0.0.1:6379"), lambda *arguments, **options: []))
+    assert findings[0].status == ("fail" if fails else "ok")
+    assert ends == ["connection", "ray"]
+    monkeypatch.setattr(cluster_survey, "start_ray", lambda *arguments: None)
+    list(cluster_survey.survey(Config(ray_address="10.0.0.1:6379"), lambda *arguments, **options: []))
+    assert ends == ["connection", "ray"]
 
 
 def test_cluster_nodes_examine_themselves(ray_cluster: dict[str, str], checkpoint: Path) -> None:
