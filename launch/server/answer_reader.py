@@ -26,6 +26,7 @@ class AnswerReader:
 
     def __init__(self, chat: PreparedChat, usage: TokenUsage, *, keeps_reasoning: bool = True) -> None:
         self.num_calls, self._usage = 0, usage
+        self._is_call_cut = False
         self._parser: AnswerParser | None = chat.new_parser()
         self._keeps_reasoning = keeps_reasoning
         self._echo = chat.echo
@@ -46,7 +47,8 @@ class AnswerReader:
         """Return the reason of the end after the last event; None before."""
         assert event.finish_reason != "abort", "Handlers raises an error instead"
         assert event.finish_reason != "error"
-        return "tool_calls" if self.num_calls and event.finish_reason == "stop" else event.finish_reason
+        has_calls = self.num_calls > 0 and not self._is_call_cut
+        return "tool_calls" if has_calls and event.finish_reason == "stop" else event.finish_reason
 
     def _parse(self, parser: AnswerParser, event: Event) -> list[AnswerPart]:
         was_in_reasoning = parser.in_reasoning
@@ -54,6 +56,7 @@ class AnswerReader:
         if was_in_reasoning or parser.in_reasoning:
             self._usage.num_reasoning += len(event.token_ids)
         if event.finished:
+            self._is_call_cut = event.is_cut and parser.in_arguments
             pieces += parser.finish(is_cut=event.is_cut)
         self.num_calls += sum(piece.kind == "call" for piece in pieces)
         return pieces if self._keeps_reasoning else [piece for piece in pieces if piece.kind != "reasoning"]

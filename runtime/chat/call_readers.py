@@ -58,6 +58,11 @@ class CallReader(ABC):
             pass
         return pieces
 
+    @property
+    @abstractmethod
+    def in_arguments(self) -> bool:
+        """True if the text so far ends within the arguments of a call."""
+
     def finish(self, *, is_cut: bool) -> list[AnswerPart]:
         """End the text, whose arguments stay as incomplete as they are.
 
@@ -116,6 +121,10 @@ class JsonCallReader(CallReader):
         self._close, self._names = close, names
         self._state = "head"
         self._scanner, self._num_scanned = JsonScanner(), 0
+
+    @property
+    def in_arguments(self) -> bool:
+        return self._state == "arguments"
 
     def _step(self, pieces: list[AnswerPart]) -> bool:
         match self._state:
@@ -197,6 +206,10 @@ class MistralReader(CallReader):
         self._call_reader = JsonCallReader()
         self._scanner = JsonScanner()
 
+    @property
+    def in_arguments(self) -> bool:
+        return self._state == "arguments" or (self._state == "call" and self._call_reader.in_arguments)
+
     def _step(self, pieces: list[AnswerPart]) -> bool:
         match self._state:
             case "head":
@@ -257,6 +270,10 @@ class XmlCallReader(CallReader):
         self._text_parameters = text_parameters
         self._state, self._name, self._value = "head", "", ""
         self._is_text = self._is_first = True
+
+    @property
+    def in_arguments(self) -> bool:
+        return self._state in ("parameters", "newline", "value")
 
     def _step(self, pieces: list[AnswerPart]) -> bool:
         match self._state:

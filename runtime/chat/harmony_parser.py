@@ -46,6 +46,10 @@ class HarmonyParser:
         return self._header is None and self._kind == "reasoning"
 
     @property
+    def in_arguments(self) -> bool:
+        return self._header is None and self._kind == "arguments"
+
+    @property
     def in_message(self) -> bool:
         """True if the text so far ends within a message, not within a header."""
         return self._header is None

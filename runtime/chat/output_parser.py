@@ -43,6 +43,11 @@ class AnswerParser(Protocol):
         """True if the text so far ends within reasoning."""
         ...
 
+    @property
+    def in_arguments(self) -> bool:
+        """True if the text so far ends within the arguments of a call."""
+        ...
+
     def push(self, text: str) -> list[AnswerPart]:
         """Return the pieces that are certain with this text."""
         ...
@@ -87,6 +92,10 @@ class OutputParser:
         self._marker = ""  # the text that opened the reader's block, with the whitespace before it
         self._buffer = ""
         self._skips_blanks = in_reasoning
+
+    @property
+    def in_arguments(self) -> bool:
+        return self._reader is not None and self._reader.in_arguments
 
     def push(self, text: str) -> list[AnswerPart]:
         """Return the pieces that are certain with this text."""

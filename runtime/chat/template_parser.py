@@ -31,6 +31,7 @@ class TemplateParser:
         except FAULTS:  # the message to continue has a call that cannot be parsed
             self._parser = ResponseParser(template, prefix="", tools=list(tools) or None)
         self.in_reasoning = False
+        self.in_arguments = False  # calls come whole
         calls = template.fields.get("tool_calls")
         self._calls_close = calls is None or calls.close_re is not None
         self._failed = False

@@ -71,6 +71,7 @@ class FakeService:
         self.health = Health("ready")
         self.step_s = 0.0
         self.script: str | None = None  # the text of all answers, in place of pseudo-random tokens
+        self.stop_reason: str | None = None  # the stop string that ends the script
         self.paused = False
         self.hold_at = math.inf  # streams with this many tokens wait while it is so
         self.fails: EngineFailed | None = None
@@ -131,8 +132,9 @@ class FakeService:
                     text = texts[index].push(token) + (texts[index].flush() if last else "")
                     lengths[index] += len(text)
                     logprobs = None if params.logprobs is None else [self.candidates(token, params.logprobs)]
+                    stop_reason = self.stop_reason if reason == "stop" else None
                     yield Event(
-                        index, text, [token], logprobs, reason, None, ids, 4, explained,
+                        index, text, [token], logprobs, reason, stop_reason, ids, 4, explained,
                         text_offsets=None if params.logprobs is None else offsets,
                     )  # type: ignore[arg-type]  # fmt: skip
             ended = True

@@ -243,3 +243,13 @@ def test_reasoning_goes_before_a_structured_answer(thinking: Running) -> None:
     assert constraint.kind == "llguidance"
     ask(thinking, tools=None, response_format={"type": "text"})
     assert fake(thinking).asked[-1][1].structured_outputs is None
+
+
+def test_stop_string_within_arguments_is_no_end_of_calls(run: Callable[..., Running]) -> None:
+    """The finish reason tool_calls promises complete calls."""
+    for script, reason in ((CALL_TEXT, "tool_calls"), (CALL_TEXT.partition("ris")[0], "stop")):
+        running = run(reasoning_parser="qwen3")
+        fake(running).script, fake(running).stop_reason = script, "ris"
+        choice = ask(running).choices[0]
+        assert choice.finish_reason == reason
+        assert choice.message.tool_calls[0].function.name == "get_weather"

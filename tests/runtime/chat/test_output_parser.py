@@ -130,6 +130,10 @@ def check_cut(new_parser: Callable[[], AnswerParser | None], text: str, reasonin
             assert names == ["get_weather", "now"][: len(names)], "no name is cut"
             written = [text for kind, text in parts if kind == "arguments"]
             assert all(so_far in (full, full[: len(so_far)]) for so_far, full in zip(written, arguments, strict=False))
+        parser = new_parser()
+        assert parser is not None
+        parser.push(text[:end])
+        assert parser.in_arguments == (len(written) < len(names) or written != arguments[: len(written)])
 
 
 @by_format
