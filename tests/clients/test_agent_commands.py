@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,12 @@ def run_agent(home: Path, command: list[str], **environment: str) -> str:
     return done.stdout
 
 
-def test_claude_code(home: Path) -> None:
-    running = Running(ScriptedAgent("Bash", {"command": "echo hi > made", "description": "x"}))
+@pytest.mark.parametrize("max_model_len", [1_000_000, 60_000])
+def test_claude_code(home: Path, max_model_len: int) -> None:
+    """Its prompt and the 32,000 tokens that it asks for exceed the smaller context: it asks for fewer then."""
+    agent = ScriptedAgent("Bash", {"command": "echo hi > made", "description": "x"})
+    agent.limits = replace(agent.limits, max_model_len=max_model_len)
+    running = Running(agent)
     try:
         answer = run_agent(
             home, ["claude", "-p", "Make a file.", "--output-format", "json", "--allowedTools", "Bash"],
