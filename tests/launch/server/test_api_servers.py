@@ -36,7 +36,7 @@ from fake_engine import CHAT, PROMPT, Running
 from processes import is_running
 from small import COMMAND, SMALL, SMALL_FLAGS
 from step_gate import StepGate, steps_limited
-from waiting import wait_until
+from waiting import PATIENCE_S, wait_until
 
 SEEDED: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "seed": 3, "temperature": 0.8}
 TOOLS = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
@@ -300,7 +300,8 @@ def test_killed_api_server_ends_its_connections_only(
     process, url, log = command("--api-server-count=2")
     number, length = 6, 100
     expected = [stream(url, seed, [], length) for seed in range(number)]
-    assert "generation_tokens_total" in httpx.get(f"{url}/metrics").text  # each process has reported its tokens
+    metrics = httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text
+    assert "generation_tokens_total" in metrics  # each process has reported its tokens
     with ThreadPoolExecutor(8) as threads:
         streams = begin_streams(threads, gate, url, number, length)
         victim = api_servers(process)[0]
@@ -315,9 +316,9 @@ def test_killed_api_server_ends_its_connections_only(
         assert "killed by SIGKILL; another one is started" in log.read_text()
         wait_until(lambda: "serves after" in log.read_text())
         assert len(set(api_servers(process)) - {victim}) == 2
-        statistics = [httpx.get(f"{url}/stats").json() for _ in range(4)]  # of both processes
+        statistics = [httpx.get(f"{url}/stats", timeout=PATIENCE_S).json() for _ in range(4)]  # of both processes
         assert {each["running"] for each in statistics} == {0}
-        pages = [httpx.get(f"{url}/metrics").text for _ in range(4)]
+        pages = [httpx.get(f"{url}/metrics", timeout=PATIENCE_S).text for _ in range(4)]
         counts = {re.search(r"generation_tokens_total\{.*\} (\S+)", page)[1] for page in pages}  # type: ignore[index]
         assert len(counts) == 1
         assert float(counts.pop()) >= (number + num_ended) * length, "those of the killed process count"
@@ -381,7 +382,7 @@ def test_stopped_api_server_is_replaced(command: Callable[..., tuple[subprocess.
         time.sleep(0.1)
     assert f"(pid {victim}) has sent nothing for 30 s and is killed" in log.read_text()
     assert answered > 30
-    assert httpx.post(f"{url}/v1/completions", json=SEEDED).status_code == 200
+    assert httpx.post(f"{url}/v1/completions", json=SEEDED, timeout=PATIENCE_S).status_code == 200
 
 
 @pytest.mark.process

@@ -52,8 +52,9 @@ def serve() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
     yield start
     for process in started:
+        status = process.poll()
         process.kill()
-        process.communicate(timeout=PATIENCE_S)
+        print(f"status {status} before the end; the log: {process.communicate(timeout=PATIENCE_S)[1]}")
 
 
 def address(process: subprocess.Popen[str]) -> str:
@@ -76,7 +77,7 @@ def test_serve_command(serve: Callable[..., subprocess.Popen[str]]) -> None:
     url = address(process)
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=5)
     assert client.completions.create(model="demo", prompt=PROMPT, temperature=0, max_tokens=3).choices[0].text
-    assert httpx.get(f"{url}/v1/models").status_code == 401, "the key came from the environment"
+    assert httpx.get(f"{url}/v1/models", timeout=PATIENCE_S).status_code == 401, "the key came from the environment"
     stream = iter(client.completions.create(model="demo", prompt=PROMPT, max_tokens=60, stream=True))
     next(stream)
     process.send_signal(signal.SIGTERM)
@@ -92,9 +93,9 @@ def test_second_signal_aborts_requests(serve: Callable[..., subprocess.Popen[str
     headers = {"authorization": f"Bearer {KEY}"}
     with ThreadPoolExecutor(1) as thread, httpx.Client(base_url=url, headers=headers, timeout=60) as client:
         answer = thread.submit(client.post, "/v1/completions", json=body)
-        wait_until(lambda: httpx.get(f"{url}/stats", headers=headers).json()["running"] == 1)
+        wait_until(lambda: httpx.get(f"{url}/stats", headers=headers, timeout=PATIENCE_S).json()["running"] == 1)
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        wait_until(lambda: httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 503)
         process.send_signal(signal.SIGTERM)
         response = answer.result()
     assert (response.status_code, response.json()["error"]["code"]) == (503, "aborted")
@@ -150,7 +151,8 @@ def test_server_runs_without_standard_streams() -> None:
         try:
             wait_until(lambda: any(map(_answers, urls_of(process.pid))))
             (url,) = filter(_answers, urls_of(process.pid))
-            assert httpx.post(f"{url}/v1/completions", json={"prompt": PROMPT, "max_tokens": 3}).status_code == 200
+            body = {"prompt": PROMPT, "max_tokens": 3}
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_S).status_code == 200
             process.send_signal(signal.SIGTERM)
             assert process.wait(60) == 0
         finally:
@@ -171,11 +173,11 @@ def test_serve_command_ends_at_second_signal(serve: Callable[..., subprocess.Pop
     url = address(process)
     body = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with httpx.stream(
-        "POST", f"{url}/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"}
+        "POST", f"{url}/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=PATIENCE_S
     ) as response:
         next(response.iter_lines())
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        wait_until(lambda: httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 503)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 128 + signal.SIGINT
 
