@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lockstep.launch.doctor import preflight
 from lockstep.launch.doctor.preflight import Preflight
-from lockstep.runtime.config import Config
+from lockstep.runtime.config import DEMO_MODEL, Config
 
 from small import COMMAND
 
@@ -80,9 +82,11 @@ def test_checks_that_hang_or_break_end_the_wait(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.process
-def test_server_does_not_start_if_checks_fail() -> None:
-    command = [*COMMAND, "serve", "--tp=5", "--port=0"]
-    for flags, text in (([], "error: the start would fail"), (["--no-preflight"], "error: 4 attention heads")):
+def test_server_does_not_start_if_checks_fail(tmp_path: Path) -> None:
+    folder = shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    (folder / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Nothing"}}')
+    command = [*COMMAND, "serve", str(folder), "--port=0"]
+    for flags, text in (([], "error: the start would fail"), (["--no-preflight"], "error: no usable tokenizer in")):
         ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60, env=dict(os.environ))
         assert ended.returncode == 2
         assert text in ended.stderr
