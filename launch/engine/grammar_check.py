@@ -126,7 +126,9 @@ class GrammarCheck:
             log.warning("the grammar compiler ended: %s", error)
             self._num_ends += 1
             memory = f"{MEMORY_BYTES // 2**30} GiB of memory"
-            reason = f"structured_outputs={kind} ended the compiler: it takes more than {memory}, or llguidance fails"
+            reason = (
+                f"structured_outputs={kind} ended the compiler: it takes more than {memory}, or is nested too deeply"
+            )
         except BaseException:  # Ctrl-C: the answer may still come, and would be taken for that of the next grammar
             self._kill()
             raise

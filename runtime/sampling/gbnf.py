@@ -12,13 +12,13 @@ from typing import NoReturn
 
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
-LARK = re.compile(r"^\s*(?:%llguidance\b|start\s*:(?!:=))", re.MULTILINE)
+LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|start\s*:(?!:=))", re.MULTILINE)
 TOKEN = re.compile(
     r"""(?P<literal>"(?:[^"\\]|\\.)*")
     | (?P<class>\[(?:[^\]\\]|\\.)*\])
     | (?P<comment>\#[^\r\n]*)
     | (?P<dot>\.)
-    | (?P<repetition>\{[^}]*\})
+    | (?P<repetition>\{[^{}]*\})
     | (?P<name>[a-zA-Z0-9_-]+)(?P<defines>[ \t]*::=)?
     | (?P<unfinished>["\[].*)""",
     re.VERBOSE | re.DOTALL,

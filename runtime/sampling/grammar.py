@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import random
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +37,9 @@ LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=50_000, step_lexer_fuel=100_000, max_lexer_states=50_000, verbose_errors=False
 )
 MAX_REASON = 300  # characters
+# llguidance recurses over the rules of a grammar, and overflows the stack of its thread. Ranks compile what has passed
+# the check in threads of at least 2 MiB, which is glibc's default under `ulimit -s unlimited`.
+CHECK_STACK_BYTES = 2**20
 TRIED_TOKENS = 16  # a grammar is tried with this many tokens before it is accepted
 NO_EXTENSION = "no token of this model's vocabulary can come next"
 
@@ -203,8 +208,10 @@ def main() -> None:
     except GrammarError as error:
         answer = str(error)
     print(json.dumps(answer), flush=True)  # ready
-    for line in sys.stdin.buffer:
-        print(json.dumps(_problem(vocabulary, line)), flush=True)
+    threading.stack_size(CHECK_STACK_BYTES)
+    with ThreadPoolExecutor(1) as thread:
+        for line in sys.stdin.buffer:
+            print(json.dumps(thread.submit(_problem, vocabulary, line).result()), flush=True)
 
 
 if __name__ == "__main__":

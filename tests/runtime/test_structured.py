@@ -9,7 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from lockstep import LLM, SamplingParams, StructuredOutputsParams
 from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.engine import Engine
 from lockstep.runtime.request import Request
+from lockstep.runtime.sampling.gbnf import is_gbnf, to_lark
 from lockstep.runtime.sampling.grammar import CompiledGrammar, GrammarError, Vocabulary, try_out
 from lockstep.runtime.sampling.grammar_state import mask_tokens_
 from lockstep.runtime.sampling.neutral_rules import without_neutral_rules
@@ -446,6 +449,15 @@ GBNF_MISTAKES = {
     'root = "a"\na ::= "a"': "line 1, column 1: the rule 'root' is not defined",
     '\nroot ::= "a"\n| "b"': "Expected name",
 }
+
+
+@pytest.mark.parametrize("text", ["\n" * 90_000 + 'root ::= "a"', "root ::= " + "{" * 90_000])
+def test_gbnf_is_read_in_linear_time(text: str) -> None:
+    """Reading it again from each line or brace took 10 s."""
+    started = time.thread_time()
+    with suppress(ValueError):
+        to_lark(text) if is_gbnf(text) else text
+    assert time.thread_time() - started < 2.0
 
 
 @pytest.mark.parametrize("rules", GBNF_MISTAKES)

@@ -87,6 +87,19 @@ def test_compiler_that_ends_twice_refuses_the_grammar(check: GrammarCheck, monke
     compile_regex(check, "a")
 
 
+def test_rules_too_deep_for_stack_of_ranks_are_refused(check: GrammarCheck) -> None:
+    """A thread of glibc has 2 MiB under `ulimit -s unlimited`: a chain of 700 rules would end the server."""
+
+    def compile_chain(length: int) -> None:
+        rules = [f'x{i}: "a" x{i + 1}' for i in range(length)]
+        grammar = "\n".join(["start: x0", *rules, f'x{length}: "b"'])
+        asyncio.run(check.check(StructuredOutputsParams(grammar=grammar)))
+
+    compile_chain(200)
+    with pytest.raises(RequestRefused, match=r"ended the compiler: .* nested too deeply; give a simpler one$"):
+        compile_chain(600)
+
+
 @pytest.mark.parametrize(("kills", "error"), [(2, None), (3, GrammarsWaiting)])
 def test_compiler_killed_while_it_starts_is_no_grammars_fault(
     check: GrammarCheck, monkeypatch: pytest.MonkeyPatch, kills: int, error: type[Exception] | None
