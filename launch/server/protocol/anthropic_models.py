@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from ....runtime.sampling_params import MAX_STOP_STRINGS
 from .input_models import (
@@ -176,6 +177,15 @@ class CountTokensRequest(StrictModel):
     speed: Annotated[Literal["standard"] | None, NEUTRAL_ONLY] = None
     cache_control: CacheControl | None = None
 
+    @field_validator("output_config")
+    @classmethod
+    def _check_format(cls, config: OutputConfig | None, info: ValidationInfo) -> OutputConfig | None:
+        """Refuse a format of an answer that has begun, as Anthropic's API does: it would hold for the rest alone."""
+        if config is not None and config.format is not None and _continues_answer(info.data.get("messages")):
+            message = "a format excludes a last message of the assistant, whose text would begin the answer"
+            raise PydanticCustomError("format_of_rest", message)
+        return config
+
     def chat_fields(self) -> ChatFields:
         """Return the fields of the chat request that computes the answer."""
         config, choice, thinking = self.output_config, self.tool_choice, self.thinking
@@ -187,19 +197,13 @@ class CountTokensRequest(StrictModel):
             "reasoning_effort": config and config.effort,
             "chat_template_kwargs": thinking and {"enable_thinking": thinking.type != "disabled"},
         }
-        if self._continues_answer():
+        if _continues_answer(self.messages):
             fields["continue_final_message"] = True
         if choice is not None and choice.disable_parallel_tool_use:
             fields["parallel_tool_calls"] = False
         if config is not None and config.format is not None:
             fields["response_format"] = format_fields({"schema": config.format.schema_})
         return fields
-
-    def _continues_answer(self) -> bool:
-        """Return whether the last message is the beginning of the answer: a text of the assistant."""
-        last = self.messages[-1]
-        blocks = last.content
-        return last.role == "assistant" and bool(blocks) and isinstance(blocks[-1], TextBlock) and bool(blocks[-1].text)
 
 
 class MessagesRequest(CountTokensRequest):
@@ -219,6 +223,14 @@ class MessagesRequest(CountTokensRequest):
         same = ("stream", "temperature", "top_p", "top_k")
         fields = super().chat_fields() | {name: getattr(self, name) for name in same}
         return fields | {"max_completion_tokens": self.max_tokens, "stop": self.stop_sequences or None}
+
+
+def _continues_answer(messages: Sequence[AnthropicMessage] | None) -> bool:
+    """Return whether the last message is the beginning of the answer: a text of the assistant."""
+    if not messages or messages[-1].role != "assistant" or not messages[-1].content:
+        return False
+    block = messages[-1].content[-1]
+    return isinstance(block, TextBlock) and bool(block.text)
 
 
 def _messages(system: Sequence[TextBlock], messages: Sequence[AnthropicMessage]) -> Iterator[ChatFields]:

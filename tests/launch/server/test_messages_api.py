@@ -109,6 +109,7 @@ def test_reasons_of_the_end(thinking: Running) -> None:
     assert thinking.post("/v1/messages", {**BODY, "tools": []}).json()["stop_reason"] == "end_turn"
 
 
+BEGUN = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": '{"name":'}]
 REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"max_tokens": None}, 400, "max_tokens"),
     ({"messages": []}, 400, "messages"),
@@ -117,6 +118,7 @@ REFUSED: list[tuple[dict[str, Any], int, str]] = [
     ({"tool_choice": {"type": "tool", "name": "other"}}, 400, "tool_choice"),
     ({"mcp_servers": [{}]}, 400, "mcp_servers"),
     ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, 400, "context_management.edits[0]"),
+    ({"messages": BEGUN, "output_config": {"format": {"type": "json_schema", "schema": {}}}}, 400, "output_config"),
     ({"colour": 1}, 400, "colour"),
     ({"model": "claude"}, 404, "claude"),
     ({"max_tokens": 10_000}, 400, " + 10000 > 512, decrease input length or `max_tokens`"),

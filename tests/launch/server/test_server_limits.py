@@ -15,7 +15,7 @@ from lockstep.launch.server.server_socket import allow_reuse, bind
 
 from fake_engine import CHAT_BODY, COMPLETION, KEY, Running, error_of, fake
 from listeners import free_port
-from waiting import wait_until
+from waiting import join, wait_until
 
 
 def test_limits_are_flags(run: Callable[..., Running]) -> None:
@@ -114,8 +114,9 @@ def test_invalid_options_are_refused(options: dict[str, Any], message: str) -> N
 def test_port_in_use_is_refused(shared: Running) -> None:
     with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1 port .* in use; choose another --port$"):
         bind(ServerConfig(port=shared.port.getsockname()[1]))
-    with pytest.raises(ValueError, match="not an address to listen on"):
-        bind(ServerConfig(host="no such host"))
+    for host in ("no such host", "a..b", "a" * 100):
+        with pytest.raises(ValueError, match=f"^host='{host}' is not an address to listen on"):
+            bind(ServerConfig(host=host))
     with pytest.raises(ValueError, match=r"cannot listen on 192\.0\.2\.1 .*; choose another --host$"):
         bind(ServerConfig(host="192.0.2.1"))
 
