@@ -61,6 +61,10 @@ class LeaderClient:
         profile, self._profile = self._profile, None
         return profile
 
+    def wake(self) -> None:
+        """End a `receive` of another thread."""
+        self._wakeup.set()
+
     def close(self) -> None:
         """Tell the leader to stop."""
         self._commands.send(encode(Stop()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -20,6 +21,9 @@ class LeaderExecutor(ABC):
     _leader: LeaderClient
     _open: ExitStack  # what `close` closes
     _closed = False
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # held while the sockets are in use, which another thread's `close` would end
 
     @property
     @abstractmethod
@@ -40,10 +44,10 @@ class LeaderExecutor(ABC):
 
     def poll(self, timeout_s: float) -> list[StepOutput]:
         """Do as Executor.poll, but return early when the wakeup event is set."""
-        if not self._closed:
-            outputs = self._leader.receive(timeout_s if self.failure is None else 0.0)
-            if outputs:
-                return outputs
+        with self._lock:
+            outputs = [] if self._closed else self._leader.receive(timeout_s if self.failure is None else 0.0)
+        if outputs:
+            return outputs
         self._check()
         if self._leader.time_left <= 0:
             self._fail(f"no step has ended for {self._leader.silence_s:.0f} s, step_timeout is over")
@@ -66,9 +70,11 @@ class LeaderExecutor(ABC):
         return self._leader.stats
 
     def close(self) -> None:
-        """Stop the ranks and release their resources; safe to call twice."""
+        """Stop the ranks and release their resources; safe to call twice. Ends a `poll` of another thread."""
         self._closed = True
-        self._open.close()
+        self._leader.wake()
+        with self._lock:
+            self._open.close()
 
     def _check(self) -> None:
         if self._closed:

@@ -33,6 +33,7 @@ class ProcessExecutor(LeaderExecutor):
     """
 
     def __init__(self, config: Config, folder: Path, wakeup: WakeupEvent) -> None:
+        super().__init__()
         timer = StartupTimer()
         self._failure: RankFailed | None = None
         self._wakeup = wakeup

@@ -43,6 +43,7 @@ class RayExecutor(LeaderExecutor):
     def __init__(
         self, config: Config, model: ModelConfig, connection: Connection | None = None, *, grace_s: float = 5.0
     ) -> None:
+        super().__init__()
         model.check_tensor_parallel(config.tensor_parallel_size)
         self._report_timeout_s = config.step_timeout + grace_s
         self._phases = StartupTimer()

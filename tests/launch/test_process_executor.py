@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def started(**options: Any) -> Iterator[ProcessExecutor]:
         yield executor
 
 
-def poll_until_failure(frontend: Frontend) -> None:
+def poll_until_failure(frontend: Frontend | ProcessExecutor) -> None:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         frontend.poll(5)
@@ -90,7 +91,7 @@ def test_death_and_silence_are_named() -> None:
             poll_until_failure(frontend)
         os.kill(pid, signal.SIGCONT)
         os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: executor._failure is not None)
+        wait_until(lambda: "died" in str(executor._failure))
         with pytest.raises(RankFailed, match=f"rank 0 in process {pid} died: killed by SIGKILL"):
             poll_until_failure(frontend)
 
@@ -117,3 +118,13 @@ def test_server_continues_when_the_process_is_killed(monkeypatch: pytest.MonkeyP
         assert not is_alive(pid)
 
     asyncio.run(main())
+
+
+def test_close_in_another_thread_ends_a_poll() -> None:
+    """ZeroMQ's sockets belong to one thread: closed under a poll, they fail with ENOTSOCK."""
+    with started() as executor, ThreadPoolExecutor(1) as thread:
+        polled = thread.submit(poll_until_failure, executor)
+        time.sleep(0.05)
+        executor.close()
+        with pytest.raises(EngineClosed, match="ended by close"):
+            polled.result(20)
