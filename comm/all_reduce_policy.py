@@ -60,7 +60,7 @@ class AllReducePolicy:
     def batch_invariant(cls, choice: AllReduceChoice, ranks: int, largest: int = BUFFER_BYTES) -> AllReducePolicy:
         """Return the policy for sums with the same bits in any batch: in slices beyond `largest` bytes.
 
-        Push and one-shot have the same bits; two-shot rounds once more. One-shot is the fastest of two ranks.
+        Push and one-shot have the same bits; two-shot rounds once more. With two ranks one-shot is faster.
         """
         algorithm = choice if choice != "auto" else "push" if ranks == 2 else "two-shot"
         if algorithm != "push":

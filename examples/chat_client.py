@@ -1,26 +1,29 @@
 """Talk to a running server with the openai package, as a stream.
 
     lockstep serve --port 8000
-    python examples/chat_client.py http://127.0.0.1:8000 "And God said unto Noah,"
+    python examples/chat_client.py [URL] [QUESTION]
 
 If the server has keys, set OPENAI_API_KEY to one of them.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import sys
 
 from openai import OpenAI
 
 
 def main() -> None:
-    url, question = sys.argv[1], sys.argv[2]
-    client = OpenAI(base_url=f"{url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "unused"))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000")
+    parser.add_argument("question", nargs="?", default="And God said unto Noah,")
+    args = parser.parse_args()
+    client = OpenAI(base_url=f"{args.url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "unused"))
     model = client.models.list().data[0].id
     stream = client.chat.completions.create(
         model=model,
-        messages=[{"role": "user", "content": question}],
+        messages=[{"role": "user", "content": args.question}],
         max_tokens=64,
         seed=5,
         stream=True,

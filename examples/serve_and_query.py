@@ -26,7 +26,7 @@ def free_port() -> int:
 
 
 def wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:
-    """Return once /health answers 200; it answers 503 while the ranks start."""
+    """Return once /health answers 200; connections are refused until the ranks are ready."""
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if server.poll() is not None:
@@ -35,7 +35,7 @@ def wait_until_healthy(server: subprocess.Popen[bytes], url: str) -> None:
             if httpx.get(f"{url}/health").status_code == 200:
                 return
         except httpx.TransportError:
-            pass  # the port is bound before the model is loaded, but not served yet
+            pass  # the port is bound already, but the server does not listen yet
         time.sleep(0.2)
     raise SystemExit(f"the server was not healthy within {START_S:.0f} s")
 

@@ -51,7 +51,7 @@ def _parameters(options_type: type[Any], fields: Sequence[dataclasses.Field[Any]
         help_text = f.metadata["help"][:1].upper() + f.metadata["help"][1:] + "."
         flag = "--" + f.name.replace("_", "-")
         if f.name == "model":
-            info = typer.Argument(metavar="[MODEL]", help=help_text, show_default=False)
+            info = typer.Argument(metavar="MODEL", help=help_text, show_default=False)
         elif "switch" in f.metadata:
             info = typer.Option(f.metadata["switch"], help=help_text)
         elif hints[f.name] is bool:

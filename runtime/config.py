@@ -112,8 +112,8 @@ class Config:
     )
     generation_config: str = option(
         "auto",
-        "sampling defaults: auto takes them from the checkpoint's generation_config.json, lockstep leaves that file"
-        " out, else the folder of another generation_config.json",
+        "sampling defaults: auto takes them from the checkpoint's generation_config.json, lockstep takes only the"
+        " EOS tokens from it, and a folder is that of another generation_config.json",
     )
     revision: str | None = option(None, "branch, tag or commit of a hub model")
     ray_address: str | None = option(

@@ -108,7 +108,7 @@ def _read_prompts(texts: list[str], files: list[Path]) -> list[str]:
     if not prompts:
         raise ValueError("no prompt; give --prompt TEXT, --prompt-file FILE, or pipe one in")
     if "" in prompts:
-        raise ValueError("the prompt is empty; give a text")
+        raise ValueError("the prompt is empty; give --prompt TEXT, --prompt-file FILE, or pipe a text in")
     return prompts
 
 

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ...comm.message_sockets import WakeupEvent
-from ...comm.message_text import last_line
+from ...comm.message_text import counted, last_line
 from ...runtime.config import Config
 from ..cluster.connection import start_ray
 from ..cluster.placement import nodes
@@ -73,7 +73,7 @@ def versions_finding(by_node: Mapping[str, Mapping[str, str]]) -> Finding:
     ]
     if unequal:
         return Finding("equal versions", "fail", ", ".join(unequal), "install the same on every node")
-    return Finding("equal versions", "ok", f"{', '.join(names)} on {len(by_node)} nodes")
+    return Finding("equal versions", "ok", f"{', '.join(names)} on {counted(len(by_node), 'node')}")
 
 
 def merge_findings(findings: Mapping[str, Sequence[Finding]]) -> Iterator[Finding]:
@@ -101,7 +101,7 @@ def addresses_finding(addresses: Sequence[str]) -> Finding:
     if addresses == [LOOPBACK]:  # Ray takes it without a route to the outside; no other node can join then
         remedy = "ray start --head --node-ip-address=ITS_IP lets others join"
         return warn(f"the only node calls itself {LOOPBACK}", remedy)
-    return ok(f"connected, {len(addresses)} nodes")
+    return ok(f"connected, {counted(len(addresses), 'node')}")
 
 
 def _examine_nodes(config: Config, examine: Examine, by_ip: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

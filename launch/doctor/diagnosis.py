@@ -21,7 +21,7 @@ CHECKS: dict[str, Check] = {
     "tokenizer": model_checks.check_tokenizer,
     "generation config": model_checks.check_generation_config,
     "memory": model_checks.check_memory,
-    "neighbours": machine_checks.check_gpu_processes,
+    "other processes": machine_checks.check_gpu_processes,
     "NCCL": machine_checks.check_nccl,
     "peer access": machine_checks.check_p2p,
     "interface": machine_checks.check_interface,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from packaging.requirements import Requirement
 
-from ...comm.message_text import format_bytes
+from ...comm.message_text import counted, format_bytes
 from ...runtime.config import Config
 from ..cluster.network import is_own, own_addresses
 from ..cluster.rank_resources import LOCAL_OBJECT_STORE_BYTES, bundle, fitting
@@ -73,7 +73,8 @@ def packages_finding(
         target = f"lockstep[{extra}]" if extra else "lockstep"
         return fail(f"needs {', '.join(wrong)}", f"run scripts/setup.sh, or pip install '{target}'")
     listed = [f"{name} {version}" for name, version in installed.items() if name.startswith(LISTED_PACKAGES)]
-    text = f"Python {platform.python_version()}, {', '.join(listed)}, CUDA {cuda or 'not in this torch'}"
+    cuda_text = f"CUDA {cuda}" if cuda else "torch without CUDA"
+    text = f"Python {platform.python_version()}, {', '.join(listed)}, {cuda_text}"
     if driver and not cuda:
         return warn(f"{text}, but this machine has an NVIDIA driver", "scripts/setup.sh installs a CUDA build")
     return ok(text)
@@ -143,7 +144,7 @@ def nccl_finding(version: str, path: str, mapped: Sequence[str], *, named_by_use
 def check_p2p(start: PlannedStart) -> Finding:
     """Check the copies between the GPUs of this machine."""
     if start.gpus < 2 or start.p2p is None:
-        return ok(f"skipped: {start.gpus} GPUs here that the ranks would use, but a copy needs two")
+        return ok(f"skipped: the ranks would use {counted(start.gpus, 'GPU')} here, and a copy needs two")
     return p2p_finding(start.p2p.result())
 
 
@@ -218,7 +219,7 @@ def dev_shm_finding(free: int, ray: int, nccl: int) -> Finding:
 def check_ray_folder(start: PlannedStart) -> Finding:
     """Check that a Ray cluster started here has a folder for its sockets and logs; a bad default is a log line."""
     if not start.starts_ray:
-        return ok("skipped: the start starts no Ray")
+        return ok("skipped: this start needs no local Ray")
     folder = SessionFolder()
     folder.close()
     return ok(str(folder.path.parent))

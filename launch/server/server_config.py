@@ -51,7 +51,7 @@ class ServerConfig(ChatOptions):
     """The address, the keys and the limits of the server; raises ValueError naming field, value and rule."""
 
     replicas: int = option(1, "groups of tensor_parallel_size ranks that share the requests, under Ray Serve")
-    api_server_count: int = option(1, "processes that answer HTTP requests; with one it is the engine's own", high=64)
+    api_server_count: int = option(1, "processes that answer HTTP requests; 1: the engine's process does", high=64)
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 is all interfaces, which an api-key should protect")
     port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
     api_key: list[str] | None = option(
@@ -75,7 +75,7 @@ class ServerConfig(ChatOptions):
     max_logprobs: int = option(20, "candidates with log-probabilities at each position", low=0, high=MAX_LOGPROBS)
     max_body_bytes: int = option(4 * MIB, "longest body of a request, in bytes; a longer one is refused with 413")
     drain_timeout: float = option(30.0, "seconds that live requests get to end after SIGTERM or Ctrl-C", low=0)
-    max_restarts: int = option(3, "times that a failed group of ranks is started again within ten minutes", low=0)
+    max_restarts: int = option(3, "restarts of failed ranks within ten minutes, and as many of API servers", low=0)
     keep_alive_on_engine_death: bool = option(
         False, "answer with 503 when the engine has failed for good, instead of ending with status 1"
     )
@@ -102,8 +102,10 @@ class ServerConfig(ChatOptions):
 class BatchOptions(ChatOptions):
     """The options of `lockstep run-batch` beside those of Config."""
 
-    input_file: Path | None = option(None, "requests in OpenAI's batch format, one JSON object a line", "-i")
-    output_file: Path | None = option(None, "the answers; requests that it has answers to are not sent again", "-o")
+    input_file: Path | None = option(None, "requests in OpenAI's batch format, one JSON object a line; required", "-i")
+    output_file: Path | None = option(
+        None, "the answers; requests that it has answers to are not sent again; required", "-o"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

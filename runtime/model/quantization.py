@@ -8,7 +8,7 @@ Every supported format stores a matrix as float8_e4m3fn and its scales beside it
     modelopt              one for the tensor, one a row, or blocks      weight_scale
     fbgemm_fp8            one a row                                     weight_scale
 
-Scales of activations are ignored: activations are scaled by their section values.
+Scales of activations are ignored: activations are scaled by their own values.
 """
 
 from __future__ import annotations

@@ -107,6 +107,6 @@ def test_chat_client(server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
 @pytest.mark.process
 def test_cluster() -> None:
     out = run("bash", str(EXAMPLES / "cluster.sh"), "127.0.0.1", str(free_port()))
-    assert "Ray cluster: connected, 1 nodes" in out
+    assert "Ray cluster: connected, 1 node\n" in out
     assert "FAIL" not in out.upper().replace("FAILED: 0", "")
     assert out.splitlines()[-1].strip()  # the text

@@ -22,7 +22,7 @@ FINDINGS: list[dict[str, str]] = [
     {"name": "devices", "status": "fail", "finding": "2 ranks do not fit", "remedy": "add nodes"},
     {"name": "memory", "status": "fail", "finding": "no checkpoint", "remedy": ""},
     {"name": "tokenizer", "status": "fail", "finding": "no checkpoint", "remedy": ""},
-    {"name": "neighbours", "status": "warn", "finding": "GPU 0: pid 7", "remedy": "end it"},
+    {"name": "other processes", "status": "warn", "finding": "GPU 0: pid 7", "remedy": "end it"},
     {"name": "interface", "status": "ok", "finding": "lo", "remedy": ""},
 ]
 
@@ -47,7 +47,7 @@ def test_all_failures_are_reported_at_once(findings: list[dict[str, str]], caplo
         "  devices: 2 ranks do not fit; add nodes",
         "  memory, tokenizer: no checkpoint",
     ]
-    assert [record.getMessage() for record in caplog.records] == ["neighbours: GPU 0: pid 7; end it"]
+    assert [record.getMessage() for record in caplog.records] == ["other processes: GPU 0: pid 7; end it"]
 
 
 def test_missing_devices_are_no_failure_if_nodes_may_join(findings: list[dict[str, str]]) -> None:
