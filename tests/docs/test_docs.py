@@ -224,7 +224,7 @@ def test_the_readmes_figures_are_those_of_the_results() -> None:
     for row in rows:
         for engine in ("lockstep", "vLLM 0.22", "mini-sglang"):
             shown = row[engine].replace("*", "")
-            assert not shown or shown == measured[row["model"], row["TP"], engine], (row["model"], engine)
+            assert shown == measured.get((row["model"], row["TP"], engine), ""), (row["model"], engine)
 
 
 def cell(row: dict[str, str]) -> str:
