@@ -89,7 +89,7 @@ def create_app(handlers: Handlers, config: ServerConfig) -> ASGIApp:
     app.add_route("/stats", handlers.stats, include_in_schema=False)
     for path in PAGE_FILES:
         app.add_route(path, _send_page_file, include_in_schema=False)
-    return RefusalPacing(check_origin(AnswerHead(RequestIds(RequireKey(app, keys))), config))
+    return RefusalPacing(RequestIds(check_origin(AnswerHead(RequireKey(app, keys)), config)))
 
 
 async def _send_page_file(request: Request) -> Response:

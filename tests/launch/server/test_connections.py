@@ -191,6 +191,7 @@ def test_other_hosts_are_refused_on_loopback(shared: Running) -> None:
         for host in OTHERS:
             response = shared.http.get(path, headers={"host": host})
             assert (response.status_code, error_of(response)["code"]) == (403, "host_not_allowed"), host
+            assert response.headers["x-request-id"]
     assert "evil.com" in error_of(shared.http.get("/", headers={"host": "evil.com"}))["message"]
     long = shared.http.get("/", headers={"host": "x" * 5000})
     assert long.status_code == 403
