@@ -30,17 +30,14 @@ from .session_folder import SessionFolder, folder_sockets, remove_folder_of_argu
 
 log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
-# Settings of the cluster. Nothing reads its metrics, and telemetry leaves a thread behind at each shutdown. Ray checks
-# for a lack of memory once a second instead of four times. Ray ends a process whose call waits for a GCS that has
-# ended, after a minute by default: nothing else interrupts such a call. It waits as long for a worker that was killed
-# before it had registered, which takes a second on an idle machine: none is started in advance, one for each CPU.
-# By default workers have niceness 15: beside a busy process of the machine a rank would get 1 % of a core.
-SYSTEM_CONFIG = {
-    "enable_open_telemetry": False,
-    "enable_metrics_collection": False,
+SYSTEM_CONFIG = {  # of the cluster
+    "enable_open_telemetry": False,  # telemetry leaves a thread behind at each shutdown
+    "enable_metrics_collection": False,  # nothing reads the metrics
+    # Ray ends a process whose call waits for a GCS that is gone, by default after a minute. Nothing else ends the call.
     "gcs_rpc_server_reconnect_timeout_s": 20,
-    "prestart_worker_first_driver": False,
-    "worker_niceness": 0,
+    "prestart_worker_first_driver": False,  # Ray would start a worker for each CPU
+    "worker_niceness": 0,  # at Ray's 15, a busy process of the machine would leave a rank 1 % of a core
+    # Longest wait for a worker to register, which takes a second on an idle machine. A worker may be killed before.
     "worker_register_timeout_seconds": 30,
 }
 DEFAULTS = {

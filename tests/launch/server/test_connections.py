@@ -110,7 +110,7 @@ def test_refusal_of_a_half_closed_client_is_not_probed(
 @pytest.mark.parametrize("before", [b"", GET_HEALTH], ids=["first", "pipelined"])
 @pytest.mark.parametrize("body", [b'{"model": ', b"no length", b"5 x", b"5\r\n12345\r\n\x00"])
 def test_chunk_without_length_is_refused_at_once(shared: Running, body: bytes, before: bytes) -> None:
-    with socket.create_connection(shared.port.getsockname(), timeout=20) as raw:
+    with socket.create_connection(shared.port.getsockname(), timeout=60) as raw:
         raw.sendall(before + f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n{CHUNKED}\r\n".encode() + body)
         received = read_to_end(raw)
     assert b"HTTP/1.1 400" in received
@@ -119,7 +119,7 @@ def test_chunk_without_length_is_refused_at_once(shared: Running, body: bytes, b
 def test_part_of_a_pipelined_request_keeps_the_connection(run: Callable[..., Running]) -> None:
     running = run()
     running.server.config.timeout_keep_alive = 0.05  # type: ignore[assignment]
-    with socket.create_connection(running.port.getsockname(), timeout=20) as raw:
+    with socket.create_connection(running.port.getsockname(), timeout=60) as raw:
         raw.sendall(GET_HEALTH + GET_HEALTH[:8])
         assert raw.recv(1 << 16).startswith(b"HTTP/1.1 200")
         time.sleep(0.3)

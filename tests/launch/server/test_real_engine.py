@@ -103,8 +103,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [  # fields of a request, the f
         "guided_json", "schema too large"),
     ({"guided_json": {"enum": [f"{i * 7919}" * 2 for i in range(5000)]}}, "guided_json", "limit"),
     ({"guided_grammar": "root ::= " * 3000}, "guided_grammar", "column 10: the rule 'root' is defined twice"),
-    ({"guided_grammar": 'root ::= "a" missing'}, "guided_grammar", "line 1, column 14: the rule 'missing' is not defined"),
-    ({"guided_grammar": 'root ::= "a"\nroot ::= "b"'}, "guided_grammar", "line 2, column 1: the rule 'root' is defined twice"),
+    ({"guided_grammar": 'root ::= "a" missing'}, "guided_grammar", "column 14: the rule 'missing' is not defined"),
+    ({"guided_grammar": 'root ::= "a"\nroot ::= "b"'}, "guided_grammar", "column 1: the rule 'root' is defined twice"),
     ({"guided_grammar": 'other ::= "a"'}, "guided_grammar", "No 'root' rule found"),
 ]  # fmt: skip
 
