@@ -59,7 +59,11 @@ class GenerateOptions:
 
 
 def generate(config: dict[str, Any], options: GenerateOptions) -> None:
-    """Print the outputs of all prompts during generation; raises ValueError before the model is loaded."""
+    """Print the outputs of all prompts during generation.
+
+    Raises ValueError for wrong values before the model is loaded. Prompts that are too long, and grammars that cannot
+    be compiled, are refused after it, since they need the tokenizer.
+    """
     if options.logprobs is not None and not options.as_json:
         raise ValueError("--logprobs is printed with --json only; add --json")
     prompts = _read_prompts(options.prompt or [], options.prompt_file or [])
