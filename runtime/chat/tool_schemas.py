@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from ..sampling.neutral_rules import SCHEMAS_BY_NAME, VALUES, without_neutral_rules
+from ..sampling.neutral_rules import VALUES, without_neutral_rules, without_rules
 
 REFERENCE = re.compile(r"#/(\$defs|definitions)/([^/~%]+)")
 ANNOTATIONS = frozenset({"title", "description", "examples", "default", "$comment", "deprecated"})
@@ -106,17 +106,7 @@ def _references(schemas: Sequence[Any]) -> Iterator[Any]:
 
 def without_annotations(schema: Any) -> Any:
     """Return a JSON schema without titles, descriptions and the like, which agents send by the 10,000 characters."""
-    if isinstance(schema, list):
-        return [without_annotations(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept: dict[str, Any] = {}
-    for name, value in schema.items():
-        if name in SCHEMAS_BY_NAME and isinstance(value, dict):
-            kept[name] = {key: without_annotations(item) for key, item in value.items()}
-        elif name not in ANNOTATIONS:
-            kept[name] = value if name in VALUES else without_annotations(value)
-    return kept
+    return without_rules(schema, lambda rule, value: rule in ANNOTATIONS)
 
 
 def closed(schema: Any) -> Any:

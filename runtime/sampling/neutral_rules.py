@@ -5,6 +5,7 @@ Libraries write them for every type: Zod a `propertyNames` for records, Pydantic
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
@@ -18,16 +19,21 @@ FORMATS = frozenset({
 
 def without_neutral_rules(schema: Any) -> Any:
     """Return a JSON schema that allows the same values, without the rules that allow all of them."""
+    return without_rules(schema, _is_neutral)
+
+
+def without_rules(schema: Any, is_left_out: Callable[[str, Any], bool]) -> Any:
+    """Return a JSON schema without the rules of these names and values, here and in the schemas within."""
     if isinstance(schema, list):
-        return [without_neutral_rules(item) for item in schema]
+        return [without_rules(item, is_left_out) for item in schema]
     if not isinstance(schema, dict):
         return schema
     kept: dict[str, Any] = {}
     for name, value in schema.items():
         if name in SCHEMAS_BY_NAME and isinstance(value, dict):
-            kept[name] = {key: without_neutral_rules(item) for key, item in value.items()}
-        elif not _is_neutral(name, value):
-            kept[name] = value if name in VALUES else without_neutral_rules(value)
+            kept[name] = {key: without_rules(item, is_left_out) for key, item in value.items()}
+        elif not is_left_out(name, value):
+            kept[name] = value if name in VALUES else without_rules(value, is_left_out)
     return kept
 
 
