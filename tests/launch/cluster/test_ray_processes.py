@@ -53,11 +53,18 @@ class FakeRay:
         self.starter.communicate()
 
 
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Return whether a process has set a handler for a signal, which would otherwise end it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.partition("SigCgt:")[2].split()[0], 16) >> (number - 1) & 1)
+
+
 @pytest.fixture
 def fake_ray() -> Iterator[FakeRay]:
     started = FakeRay()
     wait_until(lambda: started.watch.update() or len(started.watch._needed) == 5)
     assert started.watch.problem() is None
+    wait_until(lambda: catches(started.pids["raylet"], signal.SIGTERM))
     yield started
     started.end()
 
