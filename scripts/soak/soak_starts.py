@@ -21,7 +21,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -89,7 +89,7 @@ def interrupt(flags: list[str], phase: str, number: int, twice: bool) -> tuple[S
     try:
         if not wait(lambda: PHASES[phase](server), END_S):
             raise SystemExit(f"within {END_S:.0f} s it was never true that {phase}:\n{server.log()}")
-        client = _stream(server) if phase in ("streaming", "draining") else None
+        stream = _stream(server) if phase in ("streaming", "draining") else None
         if phase == "draining":
             _send(server, number)
             wait(lambda: "draining" in server.log(), 5)
@@ -100,8 +100,8 @@ def interrupt(flags: list[str], phase: str, number: int, twice: bool) -> tuple[S
         if not wait(lambda: server.process.poll() is not None, END_S):
             raise SystemExit(f"it has not ended {END_S:.0f} s after signal {number}:\n{server.log()}")
         status = server.process.wait()
-        if client is not None:
-            client.close()
+        if stream is not None:
+            stream[0].close()
         return server, status
     except BaseException:
         server.kill()
@@ -113,12 +113,13 @@ def _send(server: ServerProcess, number: int) -> None:
         (os.killpg if number == signal.SIGINT else os.kill)(server.process.pid, number)
 
 
-def _stream(server: ServerProcess) -> httpx.Client:
-    """Return a client in the middle of a stream."""
+def _stream(server: ServerProcess) -> tuple[httpx.Client, Iterator[str]]:
+    """Return a client in the middle of a stream, and its lines; the stream ends when they are collected."""
     client = httpx.Client(base_url=server.url(), timeout=60)
     response = client.send(client.build_request("POST", "/v1/completions", json=LONG_REQUEST), stream=True)
-    next(response.iter_lines())
-    return client
+    lines = response.iter_lines()
+    next(lines)
+    return client, lines
 
 
 def check(end: str, server: ServerProcess, status: int, patience_s: float) -> list[str]:

@@ -153,7 +153,8 @@ def test_limits_count_the_requests_of_all_api_servers(serve: Callable[..., Runni
     second = serve(new_client=new_client, max_concurrent_requests=1)
     body = {**SEEDED, "max_tokens": 1500, "ignore_eos": True, "stream": True}
     with steps_limited(engine, 20), first.http.stream("POST", "/v1/completions", json=body) as response:
-        assert next(response.iter_lines()).startswith("data: {")
+        lines = response.iter_lines()  # kept: httpx closes the connection when it is collected
+        assert next(lines).startswith("data: {")
         refused = second.post("/v1/completions", SEEDED)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert "1 request with 1 output" in refused.json()["error"]["message"]
@@ -173,7 +174,8 @@ def test_lost_api_server_frees_the_engine_and_the_limits(serve: Callable[..., Ru
     body = {**SEEDED, "max_tokens": 1500, "ignore_eos": True, "stream": True, "n": 2}
     with lost.http.stream("POST", "/v1/completions", json=body) as response:
         with steps_limited(engine, 20):
-            next(response.iter_lines())
+            lines = response.iter_lines()
+            next(lines)
             wait_until(lambda: engine.stats().num_live == 2)
             assert lost.server._loop is not None
             lost.server._loop.call_soon_threadsafe(clients[0].gateway.close)

@@ -190,7 +190,8 @@ def test_disconnect_frees_the_engine(real: Running) -> None:
     engine = cast(AsyncEngine, real.service)
     with steps_limited(engine, 20):
         with real.http.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # kept: httpx closes the connection when it is collected
+            next(lines)
             assert engine.stats().num_live == 4
         wait_until(lambda: engine.stats().num_live == 0)
     assert real.http.get("/health").status_code == 200

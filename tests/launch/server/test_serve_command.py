@@ -175,7 +175,8 @@ def test_serve_command_ends_at_second_signal(serve: Callable[..., subprocess.Pop
     with httpx.stream(
         "POST", f"{url}/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=PATIENCE_S
     ) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: httpx closes the connection when it is collected
+        next(lines)
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 503)
         process.send_signal(signal.SIGINT)
