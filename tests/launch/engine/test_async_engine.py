@@ -565,7 +565,7 @@ def test_drain_finishes_live_requests_and_refuses_new(scripted: type[Scripted]) 
             short, long = (asyncio.create_task(tokens_of(started, 1, number)) for number in (60, 1500))
             gathered = Gathered()
             await until(lambda: len(scripted.started[0].live) == 2)
-            closing = asyncio.create_task(started.close(drain_timeout=1.0))
+            closing = asyncio.create_task(started.close(drain_timeout=3.0))
             await until(lambda: started.health.state == "draining")
             with pytest.raises(EngineFailed, match="the server is shutting down"):
                 await gathered.listen(started, 0, "In the", SamplingParams(max_tokens=2))
