@@ -22,6 +22,7 @@ from ...runtime.token_bounds import max_chars_per_token
 from ...runtime.tokenizer import Tokenizer
 from ..errors import TokenizerBusy
 from ..text_process import TIME_LIMIT_S, TextProcess, TextRefused, encode_job
+from .bounded_wait import result_within
 
 NUM_THREADS = 4
 SHORT_CHARS = 16_384  # the longest texts of a request that threads of this process tokenize; 8 ms
@@ -162,12 +163,5 @@ class AsyncTokenizer:
 
 async def result_of(job: Future[Result]) -> Result:
     """Wait for the result of a thread; raises TokenizerBusy after WAIT_S, and takes back a job that has not begun."""
-    future = asyncio.wrap_future(job)
-    try:
-        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the result.
-        done, _ = await asyncio.wait((future,), timeout=WAIT_S)
-    finally:
-        future.cancel()
-    if not done:
-        raise TokenizerBusy(f"the server is busy: this request waited {WAIT_S:g} s for its tokens; try again later")
-    return future.result()
+    late = TokenizerBusy(f"the server is busy: this request waited {WAIT_S:g} s for its tokens; try again later")
+    return await result_within(WAIT_S, asyncio.wrap_future(job), late)

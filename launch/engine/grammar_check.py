@@ -18,6 +18,7 @@ from ...runtime.request import RequestRefused
 from ...runtime.sampling.grammar import Vocabulary
 from ...runtime.structured_outputs import StructuredOutputsParams
 from ..child_process import ChildFailed, ChildProcess, retry_ended
+from .bounded_wait import result_within
 
 log = logging.getLogger(__name__)
 START_S = 60.0  # start of Python and the tokenizer on a busy machine
@@ -54,14 +55,9 @@ class GrammarCheck:
                 raise GrammarsWaiting(f"{MAX_WAITING} other grammars are being compiled; try again later")
             answer = self._answers[line] = self._thread.submit(self._problem, line, params.kind)
             answer.add_done_callback(lambda _: self._answers.pop(line, None))
-        waiting = asyncio.shield(asyncio.wrap_future(answer))  # other requests may wait for the same answer
-        try:
-            done, _ = await asyncio.wait((waiting,), timeout=WAIT_S)
-        finally:
-            waiting.cancel()
-        if not done:
-            raise GrammarsWaiting(f"the grammar has waited {WAIT_S:g} s for other grammars; try again later")
-        error = waiting.result()
+        late = GrammarsWaiting(f"the grammar has waited {WAIT_S:g} s for other grammars; try again later")
+        # Not cancelled with this request: others may wait for the same answer.
+        error = await result_within(WAIT_S, asyncio.shield(asyncio.wrap_future(answer)), late)
         if error is not None:
             raise RequestRefused(error)
 
