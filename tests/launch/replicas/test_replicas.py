@@ -33,6 +33,7 @@ from lockstep.runtime.scheduler.waiting_queue import WaitingQueue
 
 from processes import kill_marked, marked, new_mark
 from small import COMMAND, SMALL, SMALL_FLAGS
+from streams import begun_stream
 from waiting import holds_within, wait_until
 
 pytest.importorskip("grpc", reason="needs lockstep[serve]")
@@ -260,13 +261,10 @@ def test_router_prefers_the_replica_with_the_prefix(server: Server) -> None:
 @pytest.mark.process
 @pytest.mark.serial
 def test_client_disconnect_cancels_in_replicas(server: Server) -> None:
-    body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": 4}
+    body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "n": 4}
     ranks = server.ranks()
-    with server.http.stream("POST", "/v1/completions", json=body) as response:
-        lines = response.iter_lines()  # which ends the response when it is collected
-        next(lines)
-        with server.held(ranks):
-            assert server.live() == 4
+    with begun_stream(server.http, body), server.held(ranks):
+        assert server.live() == 4
     wait_until(lambda: server.live() == 0)
 
     def ranks_stand_still() -> bool:
@@ -283,12 +281,10 @@ def test_client_disconnect_cancels_in_replicas(server: Server) -> None:
 @pytest.mark.serial
 def test_requests_beyond_the_queue_are_refused(server: Server) -> None:
     at_once = 2 * SMALL["max_num_seqs"]
-    body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "stream": True, "n": at_once}
+    body = {"prompt": PROMPTS[0], "max_tokens": 1900, "ignore_eos": True, "n": at_once}
     more = {"prompt": [PROMPTS[0]] * (QUEUED + 1), "max_tokens": 2}
     ranks = server.ranks()
-    with server.http.stream("POST", "/v1/completions", json=body) as response:
-        lines = response.iter_lines()
-        next(lines)
+    with begun_stream(server.http, body):
         with server.held(ranks):
             response = server.http.post("/v1/completions", json=more)
         assert response.status_code == 429

@@ -14,13 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from linked_client import LinkedClient, linked_clients
 
 from lockstep.launch.engine.async_engine import AsyncEngine
 from lockstep.launch.engine.grammar_check import GrammarsWaiting
@@ -33,9 +32,11 @@ from lockstep.runtime.config import Config
 from lockstep.runtime.request import RequestRefused
 
 from fake_engine import CHAT, PROMPT, Running
+from linked_client import LinkedClient, linked_clients
 from processes import is_running
 from small import COMMAND, SMALL, SMALL_FLAGS
 from step_gate import StepGate, steps_limited
+from streams import begun_stream
 from waiting import PATIENCE_S, wait_until
 
 SEEDED: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 12, "seed": 3, "temperature": 0.8}
@@ -151,10 +152,8 @@ def test_limits_count_the_requests_of_all_api_servers(serve: Callable[..., Runni
     new_client = linked_clients()
     first = serve(new_client=new_client, max_concurrent_requests=1)
     second = serve(new_client=new_client, max_concurrent_requests=1)
-    body = {**SEEDED, "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    with steps_limited(engine, 20), first.http.stream("POST", "/v1/completions", json=body) as response:
-        lines = response.iter_lines()  # kept: httpx closes the connection when it is collected
-        assert next(lines).startswith("data: {")
+    body = {**SEEDED, "max_tokens": 1500, "ignore_eos": True}
+    with steps_limited(engine, 20), begun_stream(first.http, body):
         refused = second.post("/v1/completions", SEEDED)
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert "1 request with 1 output" in refused.json()["error"]["message"]
@@ -171,16 +170,16 @@ def test_lost_api_server_frees_the_engine_and_the_limits(serve: Callable[..., Ru
         return clients[-1]
 
     lost, other = serve(new_client=noted, max_concurrent_requests=1), serve(new_client=noted)
-    body = {**SEEDED, "max_tokens": 1500, "ignore_eos": True, "stream": True, "n": 2}
-    with lost.http.stream("POST", "/v1/completions", json=body) as response:
-        with steps_limited(engine, 20):
-            lines = response.iter_lines()
-            next(lines)
+    body = {**SEEDED, "max_tokens": 1500, "ignore_eos": True, "n": 2}
+    with ExitStack() as limited:
+        limited.enter_context(steps_limited(engine, 20))
+        with begun_stream(lost.http, body):
             wait_until(lambda: engine.stats().num_live == 2)
             assert lost.server._loop is not None
             lost.server._loop.call_soon_threadsafe(clients[0].gateway.close)
             wait_until(lambda: engine.stats().num_live == 0)
-        assert other.post("/v1/completions", SEEDED).status_code == 200
+            limited.close()
+            assert other.post("/v1/completions", SEEDED).status_code == 200
 
 
 def test_failures_keep_their_class() -> None:

@@ -17,6 +17,7 @@ pytest.importorskip("websockets", reason="the tests of the page need websockets:
 from browser import PROGRAM, Browser, chromium
 from fake_engine import KEY, Running, fake
 from small import COMMAND
+from streams import begun_stream
 from waiting import wait_until
 
 pytestmark = [
@@ -238,11 +239,8 @@ def agree(page: Browser) -> dict[str, Any]:
 
 def test_live_view_agrees_with_metrics(page: Browser, server: tuple[str, int]) -> None:
     url, pid = server
-    body = {"prompt": ["In the beginning"] * 6, "max_tokens": 1500, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
-        assert response.status_code == 200
-        lines = response.iter_lines()  # kept: the stream closes with it
-        next(lines)
+    body = {"prompt": ["In the beginning"] * 6, "max_tokens": 1500, "ignore_eos": True}
+    with httpx.Client(base_url=url, timeout=60) as client, begun_stream(client, body):
         page.wait("window.seen.at(-1).running === 4 && window.seen.at(-2)?.running === 4")
         stats = agree(page)
         assert page.text("#state") == "ready"

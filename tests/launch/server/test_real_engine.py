@@ -24,6 +24,7 @@ from lockstep.runtime.structured_outputs import StructuredOutputsParams
 from fake_engine import CHAT, COMPLETION, PROMPT, Running, demo_server, error_of
 from small import SMALL
 from step_gate import steps_limited
+from streams import begun_stream
 from waiting import join, wait_until
 
 
@@ -186,12 +187,10 @@ def test_new_grammars_wait_in_a_short_queue(real: Running, monkeypatch: pytest.M
 
 
 def test_disconnect_frees_the_engine(real: Running) -> None:
-    body = {"prompt": PROMPT, "max_tokens": 1000, "n": 4, "ignore_eos": True, "stream": True}
+    body = {"prompt": PROMPT, "max_tokens": 1000, "n": 4, "ignore_eos": True}
     engine = cast(AsyncEngine, real.service)
     with steps_limited(engine, 20):
-        with real.http.stream("POST", "/v1/completions", json=body) as response:
-            lines = response.iter_lines()  # kept: httpx closes the connection when it is collected
-            next(lines)
+        with begun_stream(real.http, body):
             assert engine.stats().num_live == 4
         wait_until(lambda: engine.stats().num_live == 0)
     assert real.http.get("/health").status_code == 200

@@ -27,6 +27,7 @@ from fake_engine import KEY, PROMPT, Running
 from listeners import urls_of
 from small import COMMAND, SMALL_FLAGS
 from step_gate import StepGate
+from streams import begun_stream
 from waiting import PATIENCE_S, wait_until
 
 SERVE = ["serve", *SMALL_FLAGS]
@@ -171,12 +172,8 @@ def test_serve_command_ends_at_second_signal(serve: Callable[..., subprocess.Pop
     process = serve("--port=0", command=gate.command)
     gate.limit(20)
     url = address(process)
-    body = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True, "stream": True}
-    with httpx.stream(
-        "POST", f"{url}/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=PATIENCE_S
-    ) as response:
-        lines = response.iter_lines()  # kept: httpx closes the connection when it is collected
-        next(lines)
+    body, headers = {"prompt": PROMPT, "max_tokens": 2000, "ignore_eos": True}, {"authorization": f"Bearer {KEY}"}
+    with httpx.Client(base_url=url, headers=headers, timeout=PATIENCE_S) as client, begun_stream(client, body):
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: httpx.get(f"{url}/health", timeout=PATIENCE_S).status_code == 503)
         process.send_signal(signal.SIGINT)

@@ -161,6 +161,7 @@ def test_health_detects_a_stall(run: Callable[..., Running]) -> None:
     wait_until(lambda: running.http.get("/health").status_code == 503)
     assert "no step for" in error_of(running.http.get("/health"))["message"]
     service.paused = False
+    wait_until(lambda: running.http.get("/health").status_code == 200)
     wait_until(lambda: service.live == 0)
     time.sleep(0.4)
     assert running.http.get("/health").status_code == 200, "idle is healthy"
