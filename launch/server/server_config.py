@@ -119,9 +119,7 @@ class ServerLimits:
     """The limits that have no option."""
 
     request_timeout_s: float = 60.0  # from the first byte, or from the connection, to the last byte of a request
-    response_timeout_s: float = (
-        60.0  # longest time that a client may leave response bytes unread, or send a refused body
-    )
+    response_timeout_s: float = 60.0  # longest time of a client that leaves a response unread, or sends a refused body
     stall_timeout_s: float = 30.0  # longest time without a step while requests are live; --step-timeout limits a step
     max_bodies: int = 64  # memory limit of all bodies, in bodies of the maximum length
     max_connections: int | None = None  # None: as many as the limit of open files allows

@@ -98,6 +98,18 @@ def serve(limits: Limits, runner: Runner) -> None:
             engine.step()
 
 
+def check_requests_launch_nothing_new(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, launches: set[Launch], *, eager: bool
+) -> None:
+    """Start a rank and serve requests; `launches` gets what is launched meanwhile."""
+    with torch.inference_mode():
+        limits, runner = start(folder, monkeypatch, eager=eager)
+        rehearsed = set(launches)
+        assert len(rehearsed) > 10
+        serve(limits, runner)
+    assert launches == rehearsed
+
+
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize(
     "architecture",
@@ -109,12 +121,7 @@ def test_requests_launch_only_ops_that_were_rehearsed(
     tiny_checkpoint(tmp_path, architecture, max_position_embeddings=128)
     launches: set[Launch] = set()
     monkeypatch.setattr(ops, "reference", RecordedOps(ops.reference, launches))
-    with torch.inference_mode():
-        limits, runner = start(tmp_path, monkeypatch, eager=eager)
-        rehearsed = set(launches)
-        assert len(rehearsed) > 10
-        serve(limits, runner)
-    assert launches == rehearsed
+    check_requests_launch_nothing_new(tmp_path, monkeypatch, launches, eager=eager)
 
 
 @pytest.mark.nightly
@@ -137,12 +144,7 @@ def test_requests_launch_only_kernels_that_were_rehearsed(
         if callable(function) and "kernel" in getattr(function, "__globals__", {}):
             monkeypatch.setitem(function.__globals__, "kernel", recorded)
     monkeypatch.setattr(ops, "reference", kernels)
-    with torch.inference_mode():
-        limits, runner = start(tmp_path, monkeypatch, eager=eager)
-        rehearsed = set(launches)
-        assert len(rehearsed) > 10
-        serve(limits, runner)
-    assert launches == rehearsed
+    check_requests_launch_nothing_new(tmp_path, monkeypatch, launches, eager=eager)
 
 
 def test_prefix_comparison_is_compiled_before_the_first_request(
