@@ -32,9 +32,9 @@ from .timing import graph_us
 log = logging.getLogger(__name__)
 COLUMNS = 4096  # columns of the timed residual stream, bfloat16
 SIZES = [8192 << shift for shift in (0, 2, 3, 4, 5, 6, 8, 10, 12, 13)]  # bytes: 8 KiB to 64 MiB
-GRAPH_LENGTH, REPLAYS = 10, 3
+GRAPH_LENGTH, REPLAYS, ROUNDS = 10, 3, 3
 EPS = 1e-5
-VERSION = 2  # raise it when a kernel changes: cached times are then ignored
+VERSION = 3  # raise it when a kernel or its timing changes: cached times are then ignored
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the kernels over peer buffers sum these
 GATHER_BYTES = 1 << 20  # an all-gather of at most this size per rank goes through peer buffers
 PUSH_BYTES = 256 << 10  # the largest message that is pushed: PUSH_BYTES of peer_protocol.cuh
@@ -151,7 +151,7 @@ def _measure(groups: Mapping[AllReduceAlgorithm, Communicator]) -> dict[AllReduc
                 continue
             call = _all_reduce_and_norm(comm, nbytes)
             call()  # loads kernels
-            times[name].append(graph_us(comm, call, length=GRAPH_LENGTH, times=REPLAYS))
+            times[name].append(graph_us(comm, call, length=GRAPH_LENGTH, times=REPLAYS, rounds=ROUNDS))
     torch.cuda.empty_cache()  # else the memory of the graphs would count as used when the KV cache is sized
     return times
 

@@ -41,6 +41,7 @@ from lockstep.comm.all_reduce_policy import (
 from lockstep.comm.base import CommError, Communicator, PeerMemoryUnavailable
 from lockstep.comm.connect import map_peer_buffers, with_peer_memory
 from lockstep.comm.rendezvous import Rendezvous
+from lockstep.comm.timing import graph_us
 from lockstep.kernels import ops
 from lockstep.runtime import config
 from lockstep.runtime.model.linear import RowLinear
@@ -801,6 +802,22 @@ def gpu_graphs(comm: Communicator) -> int:
     return int(wrong)
 
 
+def gpu_us_with_a_late_rank(comm: Communicator) -> float:
+    """Return the time of an all-reduce in a graph whose replays the last rank launches 50 ms late."""
+    comm, x = connected(comm), torch.zeros(4096, device="cuda")
+    barrier = comm.barrier
+
+    def barrier_and_delay() -> None:
+        barrier()
+        time.sleep(0.05 if comm.rank == comm.size - 1 else 0)
+
+    comm.all_reduce(x)  # loads the kernel
+    with mock.patch.object(comm, "barrier", barrier_and_delay):
+        us = graph_us(comm, lambda: comm.all_reduce(x), length=10, times=3)
+    comm.close()
+    return us
+
+
 def gpu_loses(comm: Communicator, when: str, how: str, in_graph: bool) -> tuple[list[str], float, float]:
     return lose_last_rank(connected(comm), when, how, in_graph)
 
@@ -843,6 +860,13 @@ def test_gpu_check_finds_a_fault_of_one_kernel(shared: tuple[int, dict[str, Any]
 def test_gpu_many_all_reduces_with_a_slow_rank(shared: tuple[int, dict[str, Any]]) -> None:
     size, options = shared
     assert run_processes(size, gpu_many, timeout_s=60, **options) == [0] * size
+
+
+@pytest.mark.gpu
+def test_gpu_times_leave_out_the_wait_for_a_late_rank(shared: tuple[int, dict[str, Any]]) -> None:
+    size, options = shared
+    us = run_processes(size, gpu_us_with_a_late_rank, timeout_s=60, **{**options, "all_reduce": "one-shot"})
+    assert max(us) * 30 < 50_000, us  # all timed calls together are shorter than the delay
 
 
 @pytest.mark.gpu
