@@ -36,6 +36,7 @@ HELP = f"""\
 /again           answers the last question anew
 /clear           forgets the conversation
 /help            shows this
+//TEXT           sends a message that begins with a slash
 /exit            ends"""
 
 
@@ -51,31 +52,21 @@ def chat(config: dict[str, Any], url: str | None) -> None:
 
 @dataclass
 class Conversation:
-    """The messages so far and the settings of the next answer."""
+    """The questions and answers so far, in turn, and the settings of the next answer."""
 
     messages: list[Message] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     system: str = ""
     reasoning: str = ""  # the reasoning of the last answer
 
-    @property
-    def sent(self) -> list[Message]:
-        """The messages of a request."""
-        return [{"role": "system", "content": self.system}, *self.messages] if self.system else list(self.messages)
-
-    def add(self, answer: Iterator[AnswerPart], out: TextIO) -> None:
-        """Print an answer to the last message, and add it; without an answer that message is dropped."""
-        text, self.reasoning = _print_answer(answer, out)
+    def ask(self, messages: list[Message], answer: Answer, out: TextIO) -> None:
+        """Print an answer to `messages`, and make both the conversation; it stays as it was if there is no answer."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        text, reasoning = _print_answer(answer([*system, *messages], self.settings), out)
+        if text or reasoning:
+            self.reasoning = reasoning
         if text:
-            self.messages.append({"role": "assistant", "content": text})
-        else:
-            self.messages.pop()  # chat templates refuse two messages of the user in a row
-
-    def drop_answer(self) -> bool:
-        """Remove the last answer; return False if there is none."""
-        if self.messages:
-            self.messages.pop()
-        return bool(self.messages)
+            self.messages = [*messages, {"role": "assistant", "content": text}]
 
 
 def talk(answer: Answer, out: TextIO) -> None:
@@ -83,13 +74,13 @@ def talk(answer: Answer, out: TextIO) -> None:
     print(HELP, file=out)
     conversation = Conversation()
     while (line := _read_line()) is not None and line != "/exit":
-        if line == "/again" and conversation.drop_answer():
-            conversation.add(answer(conversation.sent, conversation.settings), out)
-        elif line.startswith("/"):
+        if line == "/again" and conversation.messages:
+            conversation.ask(conversation.messages[:-1], answer, out)
+        elif line.startswith("/") and not line.startswith("//"):
             print(_run_command(line, conversation), file=out)
         elif line:
-            conversation.messages.append({"role": "user", "content": line})
-            conversation.add(answer(conversation.sent, conversation.settings), out)
+            question = {"role": "user", "content": line.replace("//", "/", 1) if line.startswith("//") else line}
+            conversation.ask([*conversation.messages, question], answer, out)
 
 
 def remote(url: str, model: str | None) -> Answer:

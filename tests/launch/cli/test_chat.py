@@ -74,6 +74,24 @@ def test_server_refusal_is_shown_and_conversation_continues() -> None:
     assert {body["model"] for body in stub.bodies} == {"named"}
 
 
+def test_refused_repetition_keeps_the_answer() -> None:
+    with stub_server(lambda number, body: refuse(503, "full") if number == 1 else conversation(number, body)) as stub:
+        ended = chat(["first", "/again", "second"], f"--url={stub.url}")
+    assert "error: HTTP 503: full" in ended.stdout
+    first = ("user", "first")
+    assert [said(body) for body in stub.bodies] == [
+        [first],
+        [first],
+        [first, ("assistant", "first "), ("user", "second")],
+    ]
+
+
+def test_two_slashes_send_a_message_that_begins_with_one() -> None:
+    with stub_server(conversation) as stub:
+        chat(["//etc/fstab // is a file"], f"--url={stub.url}")
+    assert [said(body) for body in stub.bodies] == [[("user", "/etc/fstab // is a file")]]
+
+
 def test_unreachable_server_is_reported() -> None:
     for model in ([], ["named"]):
         ended = chat(["hello"], *model, "--url=http://127.0.0.1:9")
