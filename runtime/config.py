@@ -102,8 +102,12 @@ class Config:
     attention_backend: AttentionChoice = option(
         "auto", "auto is flashinfer on a GPU, if it supports the dtype and head size"
     )
-    enforce_eager: bool = option(
-        False, "launch every kernel of a decode step from Python instead of replaying CUDA graphs"
+    enforce_eager: bool = option(False, "launch every kernel from Python instead of replaying CUDA graphs")
+    piecewise_cuda_graph_max_tokens: int | None = option(
+        None,
+        "launch steps with prompts of up to this many tokens as CUDA graphs, attention excepted; 0 for none; if not"
+        " given, as many tokens as a GPU computes faster than Python launches the kernels",
+        low=0,
     )
     overlap_scheduling: bool = option(True, "on a GPU, schedule a step while the one before still runs")
     load_format: LoadFormat = option("auto", "auto reads safetensors; dummy fills the weights with random numbers")
@@ -143,13 +147,14 @@ class Config:
     step_timeout: float = option(120.0, "seconds that one step may take before the group is declared stuck")
 
     def __post_init__(self) -> None:
+        lows = {f.name: 1 if f.metadata["low"] is None else f.metadata["low"] for f in dataclasses.fields(self)}
         for name, hint in get_type_hints(type(self)).items():
             value, choices = getattr(self, name), get_args(hint)
             if choices and all(isinstance(choice, str) for choice in choices):
                 self._require(name, value in choices, f"is not one of {', '.join(choices)}")
             elif hint is int or (int in choices and value is not None):
-                is_integer = isinstance(value, int) and not isinstance(value, bool)
-                self._require(name, is_integer and value >= 1, "must be an integer >= 1")
+                is_integer, low = isinstance(value, int) and not isinstance(value, bool), lows[name]
+                self._require(name, is_integer and value >= low, f"must be an integer >= {low}")
         for name in ("model", "generation_config", "revision"):  # an empty path would be the current folder
             self._require(name, getattr(self, name) != "", "is empty; give a value, or leave the option out")
         for name in ("startup_timeout", "wait_for_resources", "step_timeout", "kv_cache_memory"):

@@ -27,6 +27,7 @@ from .memory.memory_plan import (
     plan_weights,
     saved_states,
 )
+from .memory.parameter_count import parameters_per_token
 from .model.attention.prefill_compilation import compile_ahead
 from .model.attention.select_backend import import_ahead, select_backend
 from .model.decoder import Decoder
@@ -38,6 +39,7 @@ from .model.state_pool import StatePool
 from .model.weights import fill_dummy, load_weights
 from .rehearsal import decode_steps, largest_step, sampling_steps
 from .runner.graphs import DecodeGraphs
+from .runner.piecewise_graphs import PiecewiseGraphs, max_piecewise_tokens, piecewise_sizes
 from .runner.rank_memory import PinnedReadback, RankMemory, SlotTables
 from .runner.runner import Runner
 from .sampling.grammar import Vocabulary
@@ -72,6 +74,7 @@ class LoadedRank:
         check_weights(self._plan)
         check_host_memory(self._plan, config, model)
         self._rehearsed: torch.cuda.CUDAGraph | None = None  # keeps the memory pool of the rehearsal's graphs
+        self._piecewise: PiecewiseGraphs | None = None
         import_ahead(config)
         self._compilation = compile_ahead(config, model)
         with self._phase("weights"):
@@ -104,9 +107,11 @@ class LoadedRank:
                 prefix_compare()
         with self._phase("graphs"):
             graphs = self._capture(memory, announce=announce)
+            piecewise = self._piecewise or self._capture_piecewise(memory, graphs)
         gc.collect()
         gc.freeze()  # torch leaves so many objects behind that a full collection would stop a step for 50 ms
-        return Runner(memory, graphs, overlaps=self.config.overlap_scheduling and self.device.type == "cuda")
+        overlaps = self.config.overlap_scheduling and self.device.type == "cuda"
+        return Runner(memory, graphs, piecewise, overlaps=overlaps)
 
     def _load(self, folder: Path) -> Decoder:
         config = self.config
@@ -168,18 +173,30 @@ class LoadedRank:
             if announce:
                 uncapturable = f"{self.comm.description} cannot be captured"
                 reason = "enforce_eager is set" if self.config.enforce_eager else uncapturable
-                log.info("decode without CUDA graphs: %s", reason)
+                log.info("no CUDA graphs: %s", reason)
             return None
         max_rows = min(self.config.max_num_seqs, MAX_GRAPH_ROWS)
         graphs = DecodeGraphs(memory, max_rows, reuse=self._rehearsed, show_progress=announce)
         self._rehearsed = graphs.largest
         return graphs
 
+    @torch.inference_mode()
+    def _capture_piecewise(self, memory: RankMemory, graphs: DecodeGraphs | None) -> PiecewiseGraphs | None:
+        """Capture steps with prompts beside `graphs`; return None if that is not possible or not wanted."""
+        most = self.config.piecewise_cuda_graph_max_tokens
+        if most is None:
+            most = max_piecewise_tokens(parameters_per_token(self.model, self.comm.size) / self.model.num_layers)
+        if graphs is None or most == 0:
+            return None
+        sizes = piecewise_sizes(min(most, self.config.max_num_batched_tokens))
+        with self._timer("piecewise graphs"):
+            return PiecewiseGraphs(memory, sizes, graphs.largest.pool())
+
     def _rehearse(self) -> MemoryPlan:
         """Run the largest step and others, and capture the graphs, to measure their memory beside the KV cache.
 
-        torch's allocator keeps that memory for the real ones. Graphs know the KV cache by its address, so they are
-        captured again once it is allocated.
+        torch's allocator keeps that memory for the real ones. Decode graphs know the KV cache by its address, so they
+        are captured again once it is allocated.
         """
         assert self.config.max_model_len is not None
         measure = partial(read_gpu, self.device, self.config.gpus_per_rank)
@@ -192,10 +209,12 @@ class LoadedRank:
         torch.cuda.empty_cache()
         before, _ = measure()
         graphs = self._capture(memory, announce=False)
+        self._piecewise = self._capture_piecewise(memory, graphs)
         if graphs is None:
             for plan in decode_steps(self.config, MAX_GRAPH_ROWS):
                 runner.launch(plan).wait()
         torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # runs before a capture leave memory that counts as workspaces already
         with_graphs, _ = measure()
         return replace(
             self._plan,
@@ -203,6 +222,8 @@ class LoadedRank:
             graphs=max(0, with_graphs - before),
             num_graphs=len(graphs.sizes) if graphs else 0,
             graph_rows=graphs.max_rows if graphs else 0,
+            num_piecewise=len(self._piecewise.sizes) if self._piecewise else 0,
+            piecewise_tokens=self._piecewise.max_tokens if self._piecewise else 0,
             other_processes=other_processes(self.device),
         )
 

@@ -52,6 +52,8 @@ class MemoryPlan:
     graphs: int = 0
     num_graphs: int = 0
     graph_rows: int = 0  # rows of the largest graph
+    num_piecewise: int = 0  # numbers of tokens of piecewise graphs
+    piecewise_tokens: int = 0  # the largest of them
     states: int = 0  # recurrent states of the slots and of cached prefixes
     workspaces: int = 0  # activations of the largest step, workspaces, tables, kernels, libraries
     other_processes: str = ""  # the end of an error message, as gpu.other_processes returns it
@@ -103,6 +105,8 @@ class MemoryPlan:
         contexts = f"{self.num_pages / self.pages_at_once(context):,.1f} contexts of {context:,}"
         tokens = f"{self.tokens:,} tokens of {format_bytes(self.page_bytes // self.page_size)}: {contexts}"
         graphs = f"{self.num_graphs} captured, up to {self.graph_rows} rows"
+        if self.num_piecewise:
+            graphs += f"; {self.num_piecewise} piecewise, up to {self.piecewise_tokens:,} tokens"
         in_use = (
             self.other_processes.removeprefix("; ") if self.at_start > OWN_CONTEXT else "CUDA context, communication"
         )

@@ -38,6 +38,17 @@ def parameters_of_rank(model: ModelConfig, ranks: int, rank: int = 0) -> int:
     return tables * vocabulary + attention + mlps + norms
 
 
+def parameters_per_token(model: ModelConfig, ranks: int) -> float:
+    """Return the parameters of rank 0's layers that a token is multiplied by: of experts, those that it selects."""
+    tables = (1 if model.tie_word_embeddings else 2) * -(-model.vocab_size // ranks) * model.hidden_size
+    unused = 0.0
+    if model.experts is not None:
+        part, share_of_token = model.experts.of_rank(0, ranks), model.experts.num_per_token / model.experts.num_experts
+        experts = 3 * part.num_features * model.hidden_size * len(part.experts)
+        unused = len(model.experts.layers) * experts * (1 - share_of_token)
+    return parameters_of_rank(model, ranks) - tables - unused
+
+
 def saved_by_quantization(model: ModelConfig, ranks: int, itemsize: int, rank: int = 0) -> int:
     """Return the bytes that FP8 or MXFP4 saves, less the scales, on a rank whose other weights have this itemsize."""
     if model.experts is not None and model.experts.mxfp4:

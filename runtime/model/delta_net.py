@@ -6,7 +6,6 @@ Shapes: T tokens, D hidden, Hk and Hv key and value heads of this rank, E and Ev
 from __future__ import annotations
 
 from ...comm.base import Communicator
-from ...kernels import state_ops
 from ...kernels.arguments import DeltaLayer
 from .linear import ColumnLinear, Projection, RowLinear, projections
 from .model_config import ModelConfig
@@ -64,7 +63,6 @@ class GatedDeltaNet:
         else:
             gates = self.gates(normed)
         qkv, z = mixed[:, : self.channels], mixed[:, self.channels :]
-        out = state_ops.delta_net_(
-            qkv, z, gates, self.layer, states.inputs, states.sums, states.rows, batch_invariant=self.batch_invariant
-        )
+        memory = states.inputs, states.sums, states.rows
+        out = states.delta_net(qkv, z, gates, self.layer, *memory, batch_invariant=self.batch_invariant)
         self.output(out, residual)

@@ -6,13 +6,14 @@ next one receives the writes of padding rows, and the others hold states at the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...kernels import state_ops
 from ...kernels.arguments import StateRows
 
 
@@ -41,6 +42,7 @@ class LayerStates(NamedTuple):
     inputs: Tensor  # [N, K - 1, C]: the last inputs of the convolution
     sums: Tensor  # [N, H, E, Ev] float32
     rows: StateRows
+    delta_net: Callable[..., Tensor] = state_ops.delta_net_  # a capture of CUDA graphs has another function
 
 
 class StatePool:

@@ -6,7 +6,9 @@ static buffers. Padding rows store no keys, and their results are not read.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,15 +89,16 @@ class DecodeGraphs:
         # Capture the largest size first: the smaller ones then fit into its memory.
         for size in tqdm(self.sizes[::-1], desc="capture CUDA graphs", unit="graph", disable=not show_progress):
             inputs = GraphInputs(size, memory.device, memory.tables.num_tables)
-            inputs.fill(_decode_rows(0, memory.tables.num_tables), np.empty(0, PARAMS), memory.tables.spare_slot)
+            inputs.fill(decode_rows(0, memory.tables.num_tables), np.empty(0, PARAMS), memory.tables.spare_slot)
             if reuse is None:  # the first run is outside of the graphs: it loads kernels and grows workspaces
                 self._resample(inputs, *self._step(inputs))
             step, resample = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             pool = pool_owner.pool() if pool_owner else None
-            with torch.cuda.graph(step, pool=pool, capture_error_mode="thread_local"):
+            options: Any = {"stream": capture_stream(), "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(step, pool=pool, **options):
                 logits, sampled = self._step(inputs)
             pool_owner = pool_owner or step
-            with torch.cuda.graph(resample, pool=pool_owner.pool(), capture_error_mode="thread_local"):
+            with torch.cuda.graph(resample, pool=pool_owner.pool(), **options):
                 resampled = self._resample(inputs, logits, sampled)
             self._captured[size] = CapturedGraphs(step, resample, inputs, logits, sampled, resampled)
         self.largest = self._captured[self.max_rows].step  # keeps the memory pool of all of them alive
@@ -117,7 +120,7 @@ class DecodeGraphs:
 
     def _step(self, inputs: GraphInputs) -> tuple[Logits, Tensor]:
         memory, tables = self._memory, self._memory.tables
-        rows = _decode_rows(inputs.size, tables.num_tables)
+        rows = decode_rows(inputs.size, tables.num_tables)
         batch = tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, rows)
         memory.attention.plan(batch)
         logits = memory.decoder.logits(memory.decoder.forward(batch, memory.pool, memory.attention, memory.states))
@@ -131,13 +134,19 @@ class DecodeGraphs:
         return resampled
 
 
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    """Return the stream of all captures: graphs reuse the memory of others that were captured in the same stream."""
+    return torch.cuda.Stream()
+
+
 def graph_sizes(max_rows: int) -> list[int]:
     """Return the numbers of rows to capture: 1, 2, 4, then every 8 up to 128, then every 16."""
     sizes = [1, 2, 4, *range(8, 129, 8), *range(144, max_rows, 16)]
     return [*(s for s in sizes if s < max_rows), max_rows]
 
 
-def _decode_rows(count: int, num_tables: int) -> HostBatch:
+def decode_rows(count: int, num_tables: int) -> HostBatch:
     """Return the metadata of `count` decoding rows; their slots and positions are on the device only."""
     zeros = np.zeros(count, np.int32)
     return HostBatch(

@@ -20,6 +20,7 @@ from ..plan import PromptLogprobs, StepPlan, TokenLogprobs
 from ..sampling.logprobs import PendingLogprobs, prompt_logprobs, sampled_logprobs
 from ..sampling.sampler import Method
 from .graphs import DecodeGraphs
+from .piecewise_graphs import PiecewiseGraphs
 from .rank_memory import RankMemory, TokenCopy
 
 
@@ -67,13 +68,22 @@ class SampledRows(NamedTuple):
 class Runner:
     """One rank's model and memory.
 
-    graphs    captured decode steps, or None to launch every kernel from Python
-    overlaps  the next step may be launched before the tokens of this one are waited for
+    graphs     captured decode steps, or None to launch every kernel from Python
+    piecewise  captured parts of steps with prompts, or None
+    overlaps   the next step may be launched before the tokens of this one are waited for
     """
 
-    def __init__(self, memory: RankMemory, graphs: DecodeGraphs | None = None, *, overlaps: bool = False) -> None:
+    def __init__(
+        self,
+        memory: RankMemory,
+        graphs: DecodeGraphs | None = None,
+        piecewise: PiecewiseGraphs | None = None,
+        *,
+        overlaps: bool = False,
+    ) -> None:
         self.memory = memory
         self.graphs = graphs
+        self.piecewise = piecewise
         self.overlaps = overlaps
         self.comm = memory.decoder.comm
 
@@ -94,15 +104,18 @@ class Runner:
 
     def close(self) -> None:
         """End the group's communication; the memory is freed with the runner."""
-        self.graphs = None  # NCCL waits for graphs that hold its kernels
+        self.graphs = self.piecewise = None  # NCCL waits for graphs that hold its kernels
         self.comm.close()
 
     def _run(self, plan: StepPlan, host: HostBatch) -> PendingStep:
-        """Launch a step kernel by kernel."""
+        """Launch a step kernel by kernel, or as piecewise graphs."""
         memory, decoder = self.memory, self.memory.decoder
         batch = memory.tables.batch(plan, host)
         memory.attention.plan(batch)
-        residual = decoder.forward(batch, memory.pool, memory.attention, memory.states)
+        if self.piecewise is not None and len(batch.token_ids) <= self.piecewise.max_tokens:
+            residual = self.piecewise.forward(batch, memory)
+        else:
+            residual = decoder.forward(batch, memory.pool, memory.attention, memory.states)
         memory.grammars.advance()
         step = PendingStep(plan)
         if len(plan.sampled_rows):

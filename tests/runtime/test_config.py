@@ -26,3 +26,10 @@ def test_empty_text_is_refused(name: str) -> None:
     """An empty path would be the current folder."""
     with pytest.raises(ValueError, match=f"{name}='' is empty; give a value"):
         Config.from_options({name: ""})
+
+
+@pytest.mark.parametrize("value", [-1, True, 2.0, "8"])
+def test_piecewise_graphs_have_a_number_of_tokens_or_none(value: object) -> None:
+    assert Config(piecewise_cuda_graph_max_tokens=0).piecewise_cuda_graph_max_tokens == 0
+    with pytest.raises(ValueError, match=f"piecewise_cuda_graph_max_tokens={value!r} must be an integer >= 0"):
+        Config.from_options({"piecewise_cuda_graph_max_tokens": value})

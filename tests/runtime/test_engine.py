@@ -422,10 +422,10 @@ def test_graphs_are_bitwise_equal_to_eager(tmp_path: Path, architecture: str, ro
     tiny_checkpoint(tmp_path, architecture, head_dim=64, hidden_size=256, sliding_window=20)
     actual = []
     for enforce_eager in (False, True):
-        # As many requests as a graph has rows, all of one length: nothing is padded.
+        # As many requests as a graph has rows, and prompts of as many tokens as a piecewise graph: nothing is padded.
         kinds = [DRAWS[(i + rows) % len(DRAWS)] for i in range(rows)]
         requests = [
-            request(i, [7 * i + j for j in range(9)], logprobs=logprobs, **kind) for i, kind in enumerate(kinds)
+            request(i, [7 * i + j for j in range(8)], logprobs=logprobs, **kind) for i, kind in enumerate(kinds)
         ]
         options = {"device": "cuda", "dtype": "bfloat16", "enforce_eager": enforce_eager}
         actual.append(run_engine(tmp_path, requests, **options))  # type: ignore[arg-type]

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 
 from lockstep.runtime.config import Config
 from lockstep.runtime.memory.memory_plan import plan_weights
-from lockstep.runtime.memory.parameter_count import kv_elements_per_token, parameters_of_rank
+from lockstep.runtime.memory.parameter_count import (
+    kv_elements_per_token,
+    parameters_of_rank,
+    parameters_per_token,
+)
 from lockstep.runtime.model.decoder import Decoder
 from lockstep.runtime.model.families import ARCHITECTURES
 from lockstep.runtime.model.model_config import DTYPES, ModelConfig
@@ -92,3 +96,24 @@ def test_memory_plan_refuses_an_impossible_split() -> None:
     model = ModelConfig.from_folder(config.model)
     with pytest.raises(ValueError, match=r"4 attention heads .* over 5 ranks"):
         plan_weights(config.resolved(model, cuda=False), model)
+
+
+QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072,
+         "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+         "max_position_embeddings": 40960, "tie_word_embeddings": True}  # fmt: skip
+EXPERTS = {"architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 48,
+           "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8,
+           "moe_intermediate_size": 768, "tie_word_embeddings": False}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hf", "ranks", "published"),
+    [(QWEN3, 1, 0.44e9), (QWEN3 | EXPERTS, 1, 3.3e9 - 2 * 151936 * 2048), (QWEN3 | EXPERTS, 2, 1.34e9)],
+    ids=["Qwen3-0.6B", "Qwen3-30B-A3B", "half of it"],
+)
+def test_parameters_per_token_are_those_that_are_published_as_active(hf: Configs, ranks: int, published: float) -> None:
+    model = ModelConfig.from_hf(hf)
+    assert parameters_per_token(model, ranks) == pytest.approx(published, rel=0.03)
+    assert parameters_per_token(model.with_expert_parallel(model.experts is not None), ranks) == pytest.approx(
+        published, rel=0.03
+    )
