@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..comm.base import Communicator
+from ..comm.message_text import first_line
 from ..kernels.native import prefix_compare
 from .config import Config
 from .limits import Limits
@@ -39,6 +40,7 @@ from .model.state_pool import StatePool
 from .model.weights import fill_dummy, load_weights
 from .rehearsal import decode_steps, largest_step, sampling_steps
 from .runner.graphs import DecodeGraphs
+from .runner.kernel_compilation import compile_decode_kernels
 from .runner.piecewise_graphs import PiecewiseGraphs, max_piecewise_tokens, piecewise_sizes
 from .runner.rank_memory import PinnedReadback, RankMemory, SlotTables
 from .runner.runner import Runner
@@ -169,7 +171,7 @@ class LoadedRank:
         """Capture the decode steps; return None if that is not possible or not wanted."""
         if not memory.attention.capturable:
             return None
-        if self.config.enforce_eager or not self.comm.capturable:
+        if not self._may_capture(memory):
             if announce:
                 uncapturable = f"{self.comm.description} cannot be captured"
                 reason = "enforce_eager is set" if self.config.enforce_eager else uncapturable
@@ -192,6 +194,21 @@ class LoadedRank:
         with self._timer("piecewise graphs"):
             return PiecewiseGraphs(memory, sizes, graphs.largest.pool())
 
+    def _compile(self, memory: RankMemory) -> None:
+        """Compile the kernels of decode steps, if these can be captured; else each is compiled at its first launch."""
+        if not self._may_capture(memory):
+            return
+        with self._timer("kernels"):
+            try:
+                compile_decode_kernels(memory, min(self.config.max_num_seqs, MAX_GRAPH_ROWS))
+            except RuntimeError as error:
+                log.warning("the kernels are compiled one after the other: %s", first_line(error))
+        gc.collect()  # memory of the captures would count as used
+        torch.cuda.empty_cache()
+
+    def _may_capture(self, memory: RankMemory) -> bool:
+        return memory.attention.capturable and self.comm.capturable and not self.config.enforce_eager
+
     def _rehearse(self) -> MemoryPlan:
         """Run the largest step and others, and capture the graphs, to measure their memory beside the KV cache.
 
@@ -201,6 +218,7 @@ class LoadedRank:
         assert self.config.max_model_len is not None
         measure = partial(read_gpu, self.device, self.config.gpus_per_rank)
         memory = self._allocate_memory(1, self.config.max_model_len, announce=False)
+        self._compile(memory)
         runner = Runner(memory)
         for plan in (largest_step(self.config), *sampling_steps()):
             runner.launch(plan).wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..arguments import Scoring
 from . import gemm
 from .elementwise import rms_norm
-from .kernel_launch import MAX_THREADS, VECTOR_BYTES, c_name, kernel, optional
+from .kernel_launch import MAX_THREADS, VECTOR_BYTES, c_name, kept_zeros, kernel, optional
 
 MAX_TOKENS = 8  # ROWS of route_tokens.cu
 COLUMNS = 64  # of a warp's chunk there
@@ -109,7 +108,6 @@ def _takes(x: Tensor, weight: Tensor, norm: Tensor | None) -> bool:
     return alike and half and 0 < len(x) <= MAX_TOKENS and x.shape[1] % 8 == 0 and len(weight) <= 512
 
 
-@functools.cache
 def _counter(device: torch.device) -> Tensor:
     """Return the blocks that have ended; the last block sets it to zero again."""
-    return torch.zeros(1, dtype=torch.int32, device=device)
+    return kept_zeros("route_tokens", 1, device)

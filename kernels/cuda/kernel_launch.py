@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import cupy
@@ -31,6 +34,9 @@ NULL = np.int64(0)
 
 BOX_COLUMNS = 128  # columns of a box of a tile map; mirrors LINE of wgmma.cuh
 Launch = Callable[..., None]  # takes grid, threads and Arguments
+Instance = tuple[str, str, str]  # source, name and architecture of a kernel
+_requested: set[Instance] | None = None  # set by requested_kernels
+_kept: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def c_name(tensor: Tensor) -> str:
@@ -84,14 +90,10 @@ def kernel(
     cluster       adjacent blocks that run together and read each other's shared memory
     architecture  such as sm_90a, for instructions that sm_90 lacks; NVRTC prefers it to the GPU's that CuPy names
     """
-    templates = (name,) if "<" in name else None
-    options = ("-std=c++17", f"-arch={architecture}") if architecture else ("-std=c++17",)
-    try:
-        module = cupy.RawModule(code=source_text(source), options=options, name_expressions=templates)
-        function = module.get_function(name)
-        static_bytes = function.shared_size_bytes
-    except cupy.cuda.compiler.CompileException as error:
-        raise CompileError(f"NVRTC failed on {source}, {name}:\n{error}") from error
+    if _requested is not None:
+        _requested.add((source, name, architecture))
+        return _launch_nothing
+    function, static_bytes = _compile(source, name, architecture)
     if static_bytes + shared_bytes > DEFAULT_SHARED_BYTES:
         # The device's maximum, not shared_bytes: instances of other sizes share the function.
         maximum = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
@@ -113,6 +115,69 @@ def kernel(
             raise RuntimeError(f"cannot launch {name} on {grid} x {threads} threads: {status.name}")
 
     return launch
+
+
+@functools.cache
+def _compile(source: str, name: str, architecture: str) -> tuple[Any, int]:
+    """Return a function of CuPy, and the bytes of its static shared memory."""
+    templates = (name,) if "<" in name else None
+    options = ("-std=c++17", f"-arch={architecture}") if architecture else ("-std=c++17",)
+    try:
+        module = cupy.RawModule(code=source_text(source), options=options, name_expressions=templates)
+        function = module.get_function(name)
+        return function, function.shared_size_bytes
+    except cupy.cuda.compiler.CompileException as error:
+        raise CompileError(f"NVRTC failed on {source}, {name}:\n{error}") from error
+
+
+@contextmanager
+def requested_kernels() -> Iterator[set[Instance]]:
+    """Yield the set of kernels that the block requests for the first time; they are neither compiled nor launched.
+
+    The results of the ops in the block are undefined. Capture them in a graph that is not replayed, or use them for
+    nothing.
+    """
+    global _requested
+    _requested = requested = set[Instance]()
+    try:
+        yield requested
+    finally:
+        _requested = None
+        kernel.cache_clear()  # it holds launches of nothing
+
+
+def compile_kernels(instances: Iterable[Instance], device: torch.device, rank: int = 0, ranks: int = 1) -> None:
+    """Compile kernels in threads, so that `kernel` has them at once: one after the other they take seconds.
+
+    The ranks of a host need the same kernels and have one cache. Each compiles its share first, on its share of the
+    cores, and then finds most of the others in the cache.
+    """
+
+    def compile_one(instance: Instance) -> None:
+        torch.cuda.set_device(device)  # a new thread has device 0
+        _compile(*instance)
+
+    ordered = sorted(instances)
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // ranks)) as threads:
+        for share in (ordered[rank::ranks], ordered):
+            list(threads.map(compile_one, share))
+
+
+def kept_zeros(user: str, count: int, device: torch.device) -> Tensor:
+    """Return int32 zeros that a kernel uses at each launch, and leaves as zeros.
+
+    They are not kept in a block of requested_kernels: its graph is never replayed, so nothing fills them.
+    """
+    zeros = _kept.get((user, device))
+    if zeros is None:
+        zeros = torch.zeros(count, dtype=torch.int32, device=device)
+        if _requested is None:
+            _kept[user, device] = zeros
+    return zeros
+
+
+def _launch_nothing(grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
+    return
 
 
 def _current_stream() -> int:

@@ -88,18 +88,17 @@ class DecodeGraphs:
         pool_owner = reuse
         # Capture the largest size first: the smaller ones then fit into its memory.
         for size in tqdm(self.sizes[::-1], desc="capture CUDA graphs", unit="graph", disable=not show_progress):
-            inputs = GraphInputs(size, memory.device, memory.tables.num_tables)
-            inputs.fill(decode_rows(0, memory.tables.num_tables), np.empty(0, PARAMS), memory.tables.spare_slot)
+            inputs = padding_inputs(memory, size)
             if reuse is None:  # the first run is outside of the graphs: it loads kernels and grows workspaces
-                self._resample(inputs, *self._step(inputs))
+                resample_candidates(memory, inputs, *decode_step(memory, inputs))
             step, resample = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             pool = pool_owner.pool() if pool_owner else None
             options: Any = {"stream": capture_stream(), "capture_error_mode": "thread_local"}
             with torch.cuda.graph(step, pool=pool, **options):
-                logits, sampled = self._step(inputs)
+                logits, sampled = decode_step(memory, inputs)
             pool_owner = pool_owner or step
             with torch.cuda.graph(resample, pool=pool_owner.pool(), **options):
-                resampled = self._resample(inputs, logits, sampled)
+                resampled = resample_candidates(memory, inputs, logits, sampled)
             self._captured[size] = CapturedGraphs(step, resample, inputs, logits, sampled, resampled)
         self.largest = self._captured[self.max_rows].step  # keeps the memory pool of all of them alive
 
@@ -118,20 +117,31 @@ class DecodeGraphs:
             captured.resample.replay()
         return captured.logits[:num_rows], (captured.resampled if with_candidates else captured.sampled)[:num_rows]
 
-    def _step(self, inputs: GraphInputs) -> tuple[Logits, Tensor]:
-        memory, tables = self._memory, self._memory.tables
-        rows = decode_rows(inputs.size, tables.num_tables)
-        batch = tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, rows)
-        memory.attention.plan(batch)
-        logits = memory.decoder.logits(memory.decoder.forward(batch, memory.pool, memory.attention, memory.states))
-        sampled = sample_gumbel_max(logits, inputs.params)
-        tables.append(inputs.slots, inputs.positions, sampled)
-        return logits, sampled
 
-    def _resample(self, inputs: GraphInputs, logits: Logits, sampled: Tensor) -> Tensor:
-        resampled = torch.where(inputs.params.top_k > 0, sample_candidates(logits, inputs.params), sampled)
-        self._memory.tables.append(inputs.slots, inputs.positions, resampled)
-        return resampled
+def padding_inputs(memory: RankMemory, size: int) -> GraphInputs:
+    """Return the inputs of `size` rows of padding."""
+    inputs = GraphInputs(size, memory.device, memory.tables.num_tables)
+    inputs.fill(decode_rows(0, memory.tables.num_tables), np.empty(0, PARAMS), memory.tables.spare_slot)
+    return inputs
+
+
+def decode_step(memory: RankMemory, inputs: GraphInputs) -> tuple[Logits, Tensor]:
+    """Run a step from the slots' last tokens to their next ones; return the logits and the tokens [size] int32."""
+    tables = memory.tables
+    rows = decode_rows(inputs.size, tables.num_tables)
+    batch = tables.decode_batch(inputs.slots, inputs.positions, inputs.kv_slots, rows)
+    memory.attention.plan(batch)
+    logits = memory.decoder.logits(memory.decoder.forward(batch, memory.pool, memory.attention, memory.states))
+    sampled = sample_gumbel_max(logits, inputs.params)
+    tables.append(inputs.slots, inputs.positions, sampled)
+    return logits, sampled
+
+
+def resample_candidates(memory: RankMemory, inputs: GraphInputs, logits: Logits, sampled: Tensor) -> Tensor:
+    """Sample the rows with a top_k among candidates instead; return the tokens of all rows, [size] int32."""
+    resampled = torch.where(inputs.params.top_k > 0, sample_candidates(logits, inputs.params), sampled)
+    memory.tables.append(inputs.slots, inputs.positions, resampled)
+    return resampled
 
 
 @functools.cache

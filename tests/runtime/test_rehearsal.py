@@ -6,8 +6,11 @@ instances themselves are recorded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,8 @@ from lockstep.runtime.engine import Engine
 from lockstep.runtime.limits import Limits
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.request import Request
+from lockstep.runtime.runner.kernel_compilation import compile_decode_kernels
+from lockstep.runtime.runner.rank_memory import RankMemory
 from lockstep.runtime.runner.runner import Runner
 from lockstep.runtime.scheduler.scheduler import Scheduler
 from lockstep.runtime.startup import LoadedRank, plan_limits
@@ -64,10 +69,20 @@ class RecordedOps:
         return run
 
 
-def start(folder: Path, monkeypatch: pytest.MonkeyPatch, *, eager: bool) -> tuple[Limits, Runner]:
+def start(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    eager: bool,
+    compile_kernels: Callable[..., object] = lambda *_: None,
+) -> tuple[Limits, Runner]:
     """Start a rank as on a GPU, with its rehearsal, whose measurements are left out."""
     use_replayed_graphs(monkeypatch)
-    for name, stub in (("read_gpu", lambda *_: (0, 0)), ("other_processes", lambda _: [])):
+    for name, stub in (
+        ("read_gpu", lambda *_: (0, 0)),
+        ("other_processes", lambda _: []),
+        ("compile_decode_kernels", compile_kernels),
+    ):
         monkeypatch.setattr(startup, name, stub)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     asked = Config(
@@ -139,12 +154,61 @@ def test_requests_launch_only_kernels_that_were_rehearsed(
         launches.add((source, name))
         return emulator._kernel(source, name, **options)
 
+    use_emulator(monkeypatch, recorded)
+    check_requests_launch_nothing_new(tmp_path, monkeypatch, launches, eager=eager)
+
+
+def use_emulator(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Any]) -> None:
+    """Let the ops launch kernels in the emulator, which they get from `kernel`."""
     kernels = emulator.emulated()
     for function in vars(kernels).values():
         if callable(function) and "kernel" in getattr(function, "__globals__", {}):
-            monkeypatch.setitem(function.__globals__, "kernel", recorded)
+            monkeypatch.setitem(function.__globals__, "kernel", kernel)
     monkeypatch.setattr(ops, "reference", kernels)
-    check_requests_launch_nothing_new(tmp_path, monkeypatch, launches, eager=eager)
+
+
+@pytest.mark.nightly
+@pytest.mark.emulator
+def test_rehearsal_compiles_only_kernels_of_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of decode steps and of sampling were named before, without a launch, for threads to compile."""
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_hidden_layers": 1}
+    tiny_checkpoint(tmp_path, "LlamaForCausalLM", max_position_embeddings=128, **sizes)
+    named, launched = set[Launch](), set[Launch]()
+
+    @contextmanager
+    def requested_kernels() -> Iterator[set[Launch]]:
+        with monkeypatch.context() as naming:
+            use_emulator(naming, lambda source, name, **options: lambda *_: named.add((source, name)))
+            yield named
+
+    def recorded(source: str, name: str, **options: Any) -> Callable[..., None]:
+        launched.add((source, name))
+        return emulator._kernel(source, name, **options)
+
+    launches: Any = ModuleType("kernel_launch")
+    launches.requested_kernels, launches.compile_kernels = requested_kernels, lambda *_: None
+    monkeypatch.setitem(sys.modules, "lockstep.kernels.cuda.kernel_launch", launches)
+    use_emulator(monkeypatch, recorded)
+    with torch.inference_mode():
+        start(tmp_path, monkeypatch, eager=False, compile_kernels=compile_decode_kernels)
+    prompts = "rms_norm<bf16, 8, 1>", "silu_and_mul<bf16, 8>", "rotate_and_store<bf16, bf16, 1, 1>"
+    assert {name for _, name in launched - named} == {*prompts}
+    assert named < launched
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_start_continues_if_steps_cannot_be_captured_ahead(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, eager: bool
+) -> None:
+    def fail(memory: RankMemory, max_rows: int) -> None:
+        assert max_rows == ROWS
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    with torch.inference_mode():
+        _, runner = start(llama_folder, monkeypatch, eager=eager, compile_kernels=fail)
+    assert (runner.graphs is None) == eager
+    warning = "the kernels are compiled one after the other: operation not permitted"
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [warning] * (not eager)
 
 
 def test_prefix_comparison_is_compiled_before_the_first_request(

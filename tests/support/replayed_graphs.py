@@ -21,8 +21,8 @@ from lockstep.runtime.model.embedding import Logits
 from lockstep.runtime.model.kv_pool import AttentionShape
 from lockstep.runtime.model.model_config import ModelConfig
 from lockstep.runtime.runner import graphs, piecewise_graphs
-from lockstep.runtime.runner.graphs import DecodeGraphs, GraphInputs
-from lockstep.runtime.runner.rank_memory import PinnedReadback, TokenCopy
+from lockstep.runtime.runner.graphs import GraphInputs
+from lockstep.runtime.runner.rank_memory import PinnedReadback, RankMemory, TokenCopy
 
 from ranks import ThreadRank
 
@@ -125,13 +125,13 @@ def recorded_whole(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def use_replayed_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, resample, start = DecodeGraphs._step, DecodeGraphs._resample, PinnedReadback.start
+    step, resample, start = graphs.decode_step, graphs.resample_candidates, PinnedReadback.start
 
-    def recorded_step(self: DecodeGraphs, inputs: GraphInputs) -> tuple[Logits, Tensor]:
-        logits, sampled = step(self, inputs)
+    def recorded_step(memory: RankMemory, inputs: GraphInputs) -> tuple[Logits, Tensor]:
+        logits, sampled = step(memory, inputs)
 
         def replay() -> None:
-            new_logits, new_sampled = step(self, inputs)
+            new_logits, new_sampled = step(memory, inputs)
             logits.shard.copy_(new_logits.shard)
             sampled.copy_(new_sampled)
 
@@ -139,10 +139,10 @@ def use_replayed_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
             CAPTURE.graph.function = replay
         return logits, sampled
 
-    def recorded_resample(self: DecodeGraphs, inputs: GraphInputs, logits: Logits, sampled: Tensor) -> Tensor:
-        resampled = resample(self, inputs, logits, sampled)
+    def recorded_resample(memory: RankMemory, inputs: GraphInputs, logits: Logits, sampled: Tensor) -> Tensor:
+        resampled = resample(memory, inputs, logits, sampled)
         if CAPTURE.graph is not None:
-            CAPTURE.graph.function = lambda: resampled.copy_(resample(self, inputs, logits, sampled))
+            CAPTURE.graph.function = lambda: resampled.copy_(resample(memory, inputs, logits, sampled))
         return resampled
 
     def batch_invariant(
@@ -160,8 +160,8 @@ def use_replayed_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "capture_stream", lambda: None)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(expert_ops, "experts", recorded_whole(expert_ops.experts))
-    monkeypatch.setattr(DecodeGraphs, "_step", recorded_step)
-    monkeypatch.setattr(DecodeGraphs, "_resample", recorded_resample)
+    monkeypatch.setattr(graphs, "decode_step", recorded_step)
+    monkeypatch.setattr(graphs, "resample_candidates", recorded_resample)
     monkeypatch.setattr(PinnedReadback, "start", start_copy)
     monkeypatch.setattr(startup, "select_backend", batch_invariant)
     monkeypatch.setattr(ThreadRank, "capturable", True)
