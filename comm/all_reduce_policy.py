@@ -27,7 +27,7 @@ from .all_reduce_names import ALL_REDUCE_ALGORITHMS, AllReduceAlgorithm, AllRedu
 from .base import Communicator
 from .message_text import format_bytes
 from .rendezvous import Rendezvous
-from .timing import graph_us
+from .timing import graph_us, wait_for_imports
 
 log = logging.getLogger(__name__)
 COLUMNS = 4096  # columns of the timed residual stream, bfloat16
@@ -132,6 +132,7 @@ def autotune_all_reduce(
     cached = rendezvous.exchange("autotune/cached", _load(file, key) if rendezvous.rank == 0 else "")[0]
     if cached:
         return AllReduceTimings(**json.loads(cached), cached=True)
+    wait_for_imports()
     started = time.perf_counter()
     times = [json.loads(text) for text in rendezvous.exchange("autotune/times", json.dumps(_measure(groups)))]
     us = {name: [max(column) for column in zip(*(rank[name] for rank in times), strict=True)] for name in groups}

@@ -5,12 +5,18 @@ All ranks time the same calls together. A failed wait raises the communicator's 
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable
 
 import torch
 
 from .base import Communicator
+
+log = logging.getLogger(__name__)
+IMPORT_THREAD = "lockstep-import"  # the name of threads that import modules ahead of their use
+IMPORTS_END_S = 60.0
 
 
 def eager_us(comm: Communicator, call: Callable[[], object], *, warmup: int, times: int, cuda: bool) -> float:
@@ -66,6 +72,18 @@ def _replay_us(comm: Communicator, graph: torch.cuda.CUDAGraph, times: int) -> f
     ended.record()
     comm.wait(ended)
     return float(started.elapsed_time(ended)) * 1e3 / times
+
+
+def wait_for_imports() -> None:
+    """Wait for the threads that import modules: they keep the interpreter, so that launches are milliseconds late.
+
+    A rank that launches late delays the collectives of all ranks.
+    """
+    for thread in threading.enumerate():
+        if thread.name == IMPORT_THREAD:
+            thread.join(IMPORTS_END_S)
+            if thread.is_alive():
+                log.warning("timing while modules are imported: that has not ended after %.0f s", IMPORTS_END_S)
 
 
 def capture(launch: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from pathlib import Path
 from typing import get_args
 
 import pytest
 from torch.distributed import HashStore
 
-from lockstep.comm import all_reduce_policy
+from lockstep.comm import all_reduce_policy, timing
 from lockstep.comm.all_reduce_policy import SIZES, AllReduceAlgorithm, AllReduceTimings, autotune_all_reduce
 from lockstep.comm.base import Communicator
 from lockstep.comm.rendezvous import Rendezvous
+from lockstep.comm.timing import IMPORT_THREAD
 
 from ranks import run_ranks
 
@@ -58,6 +61,35 @@ def test_table_has_the_times_of_the_slowest_rank(folder: Path, measured: list[Ti
         assert tables[0].us[name] == [max(times[name][column] for times in measured) for column in range(len(SIZES))]
     assert tables == [tables[0]] * SIZE
     assert not tables[0].cached
+
+
+def test_times_are_taken_after_imports(folder: Path, measured: list[Times]) -> None:
+    times_taken: list[int] = []
+
+    def import_modules() -> None:
+        time.sleep(0.2)
+        times_taken.append(len(measured))
+
+    threading.Thread(target=import_modules, name=IMPORT_THREAD).start()
+    tune(["a", "b", "c"])
+    assert times_taken == [0]
+    assert len(measured) == SIZE
+
+
+def test_imports_without_an_end_do_not_hold_a_start(
+    folder: Path, measured: list[Times], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(timing, "IMPORTS_END_S", 0.05)
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait, name=IMPORT_THREAD)
+    thread.start()
+    try:
+        tune(["a", "b", "c"])
+    finally:
+        end.set()
+    thread.join()
+    assert len(measured) == SIZE
+    assert "timing while modules are imported" in caplog.text
 
 
 def test_cached_table_is_used_on_the_same_gpus(folder: Path, measured: list[Times]) -> None:

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import torch
 
+from ....comm.timing import IMPORT_THREAD
 from ...config import Config
 from ...startup_timer import StartupTimer
 from ..kv_pool import AttentionShape
@@ -57,7 +58,7 @@ def import_ahead(config: Config) -> None:
     """
     if config.device == "cuda":
         uses_flashinfer = config.attention_backend != "torch" and not config.deterministic
-        threading.Thread(target=_import_modules, args=(uses_flashinfer,), name="lockstep-import").start()
+        threading.Thread(target=_import_modules, args=(uses_flashinfer,), name=IMPORT_THREAD).start()
 
 
 def _import_modules(uses_flashinfer: bool) -> None:
