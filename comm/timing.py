@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..kernels import graph_capture
 from .base import Communicator
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def wait_for_imports() -> None:
 def capture(launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """Return a graph of the kernels that `launch` queues."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with graph_capture.capture(graph):
         launch()
     return graph
 

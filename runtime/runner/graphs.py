@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ...kernels.graph_capture import capture
 from ..model.batch import HostBatch
 from ..model.embedding import Logits
 from ..sampling.sampler import GREEDY, PARAMS, ROW_PARAMS, RowParams, sample_candidates, sample_gumbel_max
@@ -93,11 +93,10 @@ class DecodeGraphs:
                 resample_candidates(memory, inputs, *decode_step(memory, inputs))
             step, resample = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             pool = pool_owner.pool() if pool_owner else None
-            options: Any = {"stream": capture_stream(), "capture_error_mode": "thread_local"}
-            with torch.cuda.graph(step, pool=pool, **options):
+            with capture(step, pool=pool, stream=capture_stream()):
                 logits, sampled = decode_step(memory, inputs)
             pool_owner = pool_owner or step
-            with torch.cuda.graph(resample, pool=pool_owner.pool(), **options):
+            with capture(resample, pool=pool_owner.pool(), stream=capture_stream()):
                 resampled = resample_candidates(memory, inputs, logits, sampled)
             self._captured[size] = CapturedGraphs(step, resample, inputs, logits, sampled, resampled)
         self.largest = self._captured[self.max_rows].step  # keeps the memory pool of all of them alive

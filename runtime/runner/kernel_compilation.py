@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ...comm.base import SingleRank
+from ...kernels.graph_capture import capture
 from ..model.embedding import Logits
 from ..sampling.sampler import METHODS
 from .graphs import decode_step, graph_sizes, padding_inputs, resample_candidates
@@ -28,7 +29,7 @@ def compile_decode_kernels(memory: RankMemory, max_rows: int) -> None:
     with requested_kernels() as instances:
         for size in [size for size in graph_sizes(max_rows) if size <= FEW_ROWS]:
             inputs = padding_inputs(memory, size)
-            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            with capture(torch.cuda.CUDAGraph()):
                 resample_candidates(memory, inputs, *decode_step(memory, inputs))
         _sample_in_all_ways(memory)
     comm = memory.decoder.comm

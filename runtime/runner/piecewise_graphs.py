@@ -9,7 +9,6 @@ of the step alone, so padding stores no keys, and nothing reads its results.
 from __future__ import annotations
 
 import bisect
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.arguments import DeltaLayer, KVCache, StateRows
+from ...kernels.graph_capture import paused_collection
 from ..model.attention.backend import AttentionBackend, Heads
 from ..model.batch import Batch
 from ..model.norm import Residual
@@ -163,7 +163,6 @@ class PiecewiseGraphs:
         self._token_ids, self._positions = torch.zeros(2, self.max_tokens, dtype=torch.int32, device=device)
         self._attention_out = torch.zeros(self.max_tokens, shape.num_heads * shape.head_dim, dtype=dtype, device=device)
         self._delta_net_out = torch.zeros(self.max_tokens, state_features, dtype=dtype, device=device)
-        gc.collect()  # one during a capture could free memory of the device, which would end the capture
         # Capture the largest size first: the smaller ones then fit into its memory.
         self._captured = {size: self._capture(size, memory, pool) for size in sizes[::-1]}
 
@@ -205,7 +204,7 @@ class PiecewiseGraphs:
 
         run(SkippedAttention(*outputs))  # outside of the graphs: it loads kernels and grows workspaces
         breaks = GraphBreaks(*outputs, pool)
-        with torch.cuda.stream(capture_stream()):
+        with paused_collection(), torch.cuda.stream(capture_stream()):
             breaks.begin()
             residual = run(breaks)
             breaks.end()

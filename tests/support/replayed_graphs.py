@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -91,6 +92,7 @@ class ReplayedGraph:
     def pool(self) -> None: ...
 
     def capture_begin(self, **options: Any) -> None:
+        assert not gc.isenabled()
         CAPTURE.recorder = self._recorder
         self._recorder.__enter__()
 
@@ -109,6 +111,7 @@ class ReplayedGraph:
 
 @contextmanager
 def capture(graph: ReplayedGraph, **options: Any) -> Iterator[None]:
+    assert not gc.isenabled()
     CAPTURE.graph = graph
     yield
     CAPTURE.graph = None
