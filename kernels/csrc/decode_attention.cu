@@ -344,6 +344,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
     block.load_first_tile(tile, range);
     block.load_angles_and_slot(range, 0);
     block.load_norms();
+    if (sinks) prefetch_line(sinks + kv_head * (heads / kv_heads));
     wait_for_previous();
     block.load_heads(range, 0);
     for (int stage = 0; range.chunk < block.stop; stage ^= 1) {

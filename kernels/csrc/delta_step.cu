@@ -43,6 +43,8 @@ __global__ void __launch_bounds__(LANES * COLUMNS / W, 512 / (LANES * COLUMNS / 
         weights[turn] = *reinterpret_cast<const Vec<T, K>*>(taps + channel * K);
         UNROLL for (int j = 0; j < K - 1; ++j) recent[turn][j] = to_float(inputs_of(slot, channel)[j * channels]);
     }
+    prefetch_line(decay + head + threadIdx.x % 2 * value_heads);
+    prefetch_line(norm + first_column);
     wait_for_previous();
 
     UNROLL for (int turn = 0; turn < TURNS; ++turn) {

@@ -6,6 +6,7 @@ template <typename T, int V, int N>
 __global__ void __launch_bounds__(256) rms_norm(
     T* __restrict__ out, const T* __restrict__ x, T* __restrict__ residual, const T* __restrict__ weight, int size, float eps) {
     launch_next();
+    for (int i = threadIdx.x * V; i < size; i += blockDim.x * V) prefetch_line(weight + i);
     wait_for_previous();
     const long long row = (long long)blockIdx.x * size;
     float value[N][V];

@@ -2,10 +2,10 @@
 #pragma once
 #include "common.cuh"
 
-// Return a number that is greater for a greater x, and then for a lesser index.
-DEVICE long long order_key(float x, int index) {
-    const int bits = __float_as_int(x + 0.f);  // -0 becomes 0
-    return (long long)(bits ^ (bits >> 31 & 0x7fffffff)) << 32 | (0x7fffffff - index);
+// Return a number that is greater for a greater x, and greater than 0.
+DEVICE unsigned order_key(float x) {
+    const unsigned bits = __float_as_int(x + 0.f);  // -0 becomes 0
+    return bits ^ ((int)bits < 0 ? 0xffffffffu : 0x80000000u);
 }
 
 // What a choice depends on: `bias` is added to the scores for the choice if it is not null. `scaling` multiplies the scores.
@@ -29,6 +29,7 @@ DEVICE void choose_experts(long long* expert_ids, float* scores, const Choice& c
         key[i] = expert < experts ? logit(expert) : -infinity();
         greatest = fmaxf(greatest, key[i]);
     }
+    const float shared_logit = choice.shared ? logit(experts) : 0.f;
     for (int n = 16; n > 0; n >>= 1) greatest = fmaxf(greatest, __shfl_xor_sync(0xffffffffu, greatest, n));
     UNROLL for (int i = 0; i < PER_LANE; ++i) {
         score[i] = SIGMOID ? 1.f / (1.f + __expf(-key[i])) : __expf(key[i] - greatest);
@@ -43,25 +44,32 @@ DEVICE void choose_experts(long long* expert_ids, float* scores, const Choice& c
         }
         divisor = 1.f;
     }
+    unsigned order[PER_LANE];  // 0: chosen, or no expert
+    int place[PER_LANE];       // among the choices, or -1
+    UNROLL for (int i = 0; i < PER_LANE; ++i) {
+        order[i] = lane + 32 * i < experts ? order_key(key[i]) : 0;
+        place[i] = -1;
+    }
     sum = 0.f;
     for (int n = 0; n < choice.choices; ++n) {
-        long long best = order_key(-infinity(), 0x7fffffff);
-        UNROLL for (int i = 0; i < PER_LANE; ++i) best = max(best, order_key(key[i], lane + 32 * i));
-        for (int m = 16; m > 0; m >>= 1) best = max(best, __shfl_xor_sync(0xffffffffu, best, m));
-        const int expert = 0x7fffffff - (int)(best & 0x7fffffff);
-        UNROLL for (int i = 0; i < PER_LANE; ++i) {
-            if (expert != lane + 32 * i) continue;
-            sum += score[i];
-            expert_ids[n] = expert - choice.first_expert;
-            scores[n] = score[i];
-            key[i] = -infinity();
-        }
+        unsigned best = 0;
+        UNROLL for (int i = 0; i < PER_LANE; ++i) best = max(best, order[i]);
+        best = __reduce_max_sync(0xffffffffu, best);
+        int first = PER_LANE;  // of the lane's experts that are as good
+        UNROLL for (int i = PER_LANE - 1; i >= 0; --i)
+            if (order[i] == best) first = i;
+        const int expert = __reduce_min_sync(0xffffffffu, lane + 32u * first);
+        UNROLL for (int i = 0; i < PER_LANE; ++i)
+            if (expert == lane + 32 * i) sum += score[i], order[i] = 0, place[i] = n;
     }
     if (NORMALIZED) divisor = fmaxf(warp_sum(sum), choice.least_sum * divisor);
+    UNROLL for (int i = 0; i < PER_LANE; ++i)
+        if (place[i] >= 0) {
+            expert_ids[place[i]] = lane + 32 * i - choice.first_expert;
+            scores[place[i]] = score[i] * (choice.scaling / divisor);
+        }
     if (choice.shared && lane == 0) {
         expert_ids[choice.choices] = experts - choice.first_expert;
-        scores[choice.choices] = 1.f / (1.f + __expf(-logit(experts)));
+        scores[choice.choices] = 1.f / (1.f + __expf(-shared_logit));
     }
-    __syncwarp();
-    for (int n = lane; n < choice.choices; n += 32) scores[n] *= choice.scaling / divisor;
 }

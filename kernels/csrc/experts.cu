@@ -318,27 +318,48 @@ __global__ void __launch_bounds__(256) float32_gemm(
     if (lane == 0) out[at] = epilogue.template finish<GATE>(first, second, column, columns);
 }
 
+// Load where it is written; the compiler would wait for a pair's expert first.
+template <typename T> DEVICE T load_here(const T* from) { return *const_cast<const volatile T*>(from); }
+template <typename T, int V> DEVICE Vec<T, V> load_here(const Vec<T, V>* from) {
+    if constexpr (sizeof(*from) < 16) return *from;
+    const uint4 loaded = stream(from);
+    return *reinterpret_cast<const Vec<T, V>*>(&loaded);
+}
+
 // out[t] = sum over k of scores[t, k] * expert_out[t K + k] in float32, in the order of k, and add_to[t] if it is not null, which may
-// be out; grid (T, parts of a row).
+// be out; grid (T, parts of a row). The loads of AT_ONCE choices do not wait for each other: also of a choice without an expert, whose
+// row holds anything.
 template <typename T, int V>
-__global__ void __launch_bounds__(256) weighted_sum(
+__global__ void __launch_bounds__(256, 2) weighted_sum(
     T* out, const T* __restrict__ expert_out, const float* __restrict__ scores, const long long* __restrict__ expert_ids,
     const T* add_to, int choices, int experts, int size) {
+    constexpr int AT_ONCE = 9;
+    typedef Vec<T, V> Vector;
     launch_next();
     wait_for_previous();
     const long long first = (long long)blockIdx.x * choices;
     for (int i = (blockIdx.y * blockDim.x + threadIdx.x) * V; i < size; i += gridDim.y * blockDim.x * V) {
-        float sum[V] = {};
-        for (long long pair = first; pair < first + choices; ++pair) {
-            if (!exists(expert_ids[pair], experts)) continue;  // expert_out has nothing here
-            const Vec<T, V> in = *reinterpret_cast<const Vec<T, V>*>(expert_out + pair * size + i);
-            UNROLL for (int j = 0; j < V; ++j) sum[j] += scores[pair] * to_float(in.at[j]);
-        }
         const long long at = (long long)blockIdx.x * size + i;
-        if (add_to) {
-            const Vec<T, V> before = *reinterpret_cast<const Vec<T, V>*>(add_to + at);
-            UNROLL for (int j = 0; j < V; ++j) sum[j] += to_float(before.at[j]);
+        float sum[V] = {};
+        Vector before;
+        if (add_to) before = *reinterpret_cast<const Vector*>(add_to + at);
+        for (int begin = 0; begin < choices; begin += AT_ONCE) {
+            Vector in[AT_ONCE];
+            float score[AT_ONCE];
+            long long expert[AT_ONCE];
+            UNROLL for (int k = 0; k < AT_ONCE; ++k) {
+                if (begin + k >= choices) break;
+                const long long pair = first + begin + k;
+                in[k] = load_here(reinterpret_cast<const Vector*>(expert_out + pair * size + i));
+                score[k] = load_here(scores + pair);
+                expert[k] = load_here(expert_ids + pair);
+            }
+            UNROLL for (int k = 0; k < AT_ONCE; ++k)
+                if (begin + k < choices && exists(expert[k], experts))
+                    UNROLL for (int j = 0; j < V; ++j) sum[j] += score[k] * to_float(in[k].at[j]);
         }
-        *reinterpret_cast<Vec<T, V>*>(out + at) = round_all<T>(sum);
+        if (add_to)
+            UNROLL for (int j = 0; j < V; ++j) sum[j] += to_float(before.at[j]);
+        *reinterpret_cast<Vector*>(out + at) = round_all<T>(sum);
     }
 }

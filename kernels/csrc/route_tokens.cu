@@ -2,13 +2,59 @@
 #include "expert_choice.cuh"
 #include "weight_chunk.cuh"
 
-constexpr int ROWS = 8, WARPS = 8, DEPTH = 4;  // DEPTH: chunks that a warp loads ahead
+constexpr int ROWS = 8, WARPS = 8;
+
+// Tokens in shared memory, and the weight of their norm after them. Each token has `share` warps.
+template <typename T> struct Staged {
+    T* at;
+    int stride, size, tokens, share;
+    DEVICE Staged(void* memory, int stride, int size, int tokens)
+        : at(static_cast<T*>(memory)), stride(stride), size(size), tokens(tokens), share(WARPS / tokens) {}
+
+    // Copy the norm's weight, by all threads.
+    DEVICE void copy_norm(const T* norm) const {
+        for (int i = threadIdx.x * 8; i < size; i += 32 * WARPS * 8) copy_async(at + tokens * stride + i, norm + i);
+    }
+    // Call `process` with the addresses of the vectors of this thread's token.
+    template <typename F> DEVICE void for_vectors(F process) const {
+        const int token = warp_id() / share;
+        for (int i = (warp_id() % share * 32 + lane_id()) * 8; token < tokens && i < size; i += share * 32 * 8)
+            process(reinterpret_cast<Vec<T, 8>*>(at + token * stride + i), token, i);
+    }
+    DEVICE void copy(const T* x) const {
+        for_vectors([&](Vec<T, 8>* to, int token, int i) { copy_async(to, x + token * size + i); });
+        wait_all_copies();
+    }
+    // Normalize the tokens; also write those to `normed` that are this block's. All threads of the block call it.
+    DEVICE void normalize(T* normed, float eps) const {
+        __shared__ float squares[WARPS];
+        float square = 0.f;
+        for_vectors([&](const Vec<T, 8>* from, int, int) {
+            const Vec<T, 8> x = *from;
+            UNROLL for (int j = 0; j < 8; ++j) square += to_float(x.at[j]) * to_float(x.at[j]);
+        });
+        square = warp_sum(square);
+        if (lane_id() == 0) squares[warp_id()] = square;
+        __syncthreads();
+        float sum = 0.f;
+        for (int n = 0; n < share; ++n) sum += squares[warp_id() / share * share + n];
+        const float scale = rsqrtf(sum / size + eps);
+        for_vectors([&](Vec<T, 8>* to, int token, int i) {
+            const Vec<T, 8> x = *to, by = *reinterpret_cast<const Vec<T, 8>*>(at + tokens * stride + i);
+            float scaled[8];
+            UNROLL for (int j = 0; j < 8; ++j) scaled[j] = to_float(x.at[j]) * scale * to_float(by.at[j]);
+            *to = round_all<T>(scaled);
+            if (blockIdx.x == token % gridDim.x) *reinterpret_cast<Vec<T, 8>*>(normed + token * size + i) = *to;
+        });
+    }
+};
 
 // normed = RMSNorm(x) if there is the norm's weight, and experts and scores of choose_experts by the logits normed weight^T + logit_bias.
 // x [tokens, size]; a block has 16 rows of the weight, of which its warps share the columns. `logits` is memory for them, rounded to T;
-// `counter` is 0 before and after. Dynamic shared memory: tokens rows of `size` elements, rounded up to a multiple of 64, and 32 more.
-template <typename T, int PER_LANE, bool NORMALIZED, bool SIGMOID>
-__global__ void __launch_bounds__(32 * WARPS) route_tokens(
+// `counter` is 0 before and after. Dynamic shared memory: tokens + 1 rows of `size` elements, rounded up to a multiple of 64, and 32 more.
+// All weights load before the kernel before has ended: a warp has CHUNKS chunks. Up to six leave room for a block of skinny_gemm.
+template <typename T, int CHUNKS, int PER_LANE, bool NORMALIZED, bool SIGMOID>
+__global__ void __launch_bounds__(32 * WARPS, CHUNKS <= 6 ? 2 : 1) route_tokens(
     long long* expert_ids, float* scores, T* normed, float* logits, unsigned* counter, const T* x, const T* __restrict__ norm, float eps,
     const T* __restrict__ weight, const T* __restrict__ logit_bias, const float* __restrict__ bias, float least_sum, float scaling,
     int tokens, int size, int experts, int choices, int first_expert, int shared) {
@@ -17,54 +63,40 @@ __global__ void __launch_bounds__(32 * WARPS) route_tokens(
     __shared__ float partial[WARPS][ROWS][16 + 1];
     __shared__ unsigned ended;
     launch_next();
-    const int warp = warp_id(), lane = lane_id(), g = group_id(), t = thread_in_group(), first_row = blockIdx.x * 16;
+    const int warp = warp_id(), g = group_id(), t = thread_in_group(), first_row = blockIdx.x * 16;
     const int rows = experts + shared, chunks = (size + Chunk::COLUMNS - 1) / Chunk::COLUMNS;
     const int stride = chunks * Chunk::COLUMNS + 32;  // lanes (g, t) and (g + 1, t) read different banks
-    T* staged = reinterpret_cast<T*>(memory);
     const LaneRows<T> from = {weight, nullptr, {min(first_row + g, rows - 1), min(first_row + g + 8, rows - 1)}, size};
-    Chunk ahead[DEPTH];
-    UNROLL for (int d = 0; d < DEPTH; ++d)
-        if (warp + d * WARPS < chunks) ahead[d].load(from, warp + d * WARPS);
+    Chunk weights[CHUNKS];
+    UNROLL for (int c = 0; c < CHUNKS; ++c) weights[c].load(from, warp + c * WARPS);
+    const int bias_row = first_row + threadIdx.x % 16;
+    const float row_bias = logit_bias && bias_row < rows ? to_float(logit_bias[bias_row]) : 0.f;
+    if (bias && threadIdx.x * 32 < experts) prefetch_line(bias + threadIdx.x * 32);
+    const Staged<T> staged(memory, stride, size, tokens);
+    if (norm) staged.copy_norm(norm);
     wait_for_previous();
-
-    if (warp < tokens) {  // a warp normalizes a token
-        const T* row = x + (long long)warp * size;
-        float squares = 0.f, scale = 1.f;
-        for (int i = lane * 8; norm && i < size; i += 32 * 8) {
-            const Vec<T, 8> eight = *reinterpret_cast<const Vec<T, 8>*>(row + i);
-            UNROLL for (int j = 0; j < 8; ++j) squares += to_float(eight.at[j]) * to_float(eight.at[j]);
-        }
-        if (norm) scale = rsqrtf(warp_sum(squares) / size + eps);
-        for (int i = lane * 8; i < size; i += 32 * 8) {
-            Vec<T, 8> eight = *reinterpret_cast<const Vec<T, 8>*>(row + i);
-            if (norm) {
-                const Vec<T, 8> by = *reinterpret_cast<const Vec<T, 8>*>(norm + i);
-                UNROLL for (int j = 0; j < 8; ++j) eight.at[j] = from_float<T>(to_float(eight.at[j]) * scale * to_float(by.at[j]));
-                if (blockIdx.x == warp % gridDim.x) *reinterpret_cast<Vec<T, 8>*>(normed + (long long)warp * size + i) = eight;
-            }
-            *reinterpret_cast<Vec<T, 8>*>(staged + warp * stride + i) = eight;
-        }
-    }
+    staged.copy(x);
+    if (norm) staged.normalize(normed, eps);
     __syncthreads();
 
-    float sums[1][4] = {};
-    for (int first = warp; first < chunks; first += DEPTH * WARPS)
-        UNROLL for (int d = 0; d < DEPTH; ++d) {
-            const int chunk = first + d * WARPS, next = chunk + DEPTH * WARPS;
-            if (chunk >= chunks) break;
-            UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) {
-                uint4 right[1] = {make_uint4(0, 0, 0, 0)};
-                const int column = Chunk::column(chunk, piece);
-                if (g < tokens && column < size) right[0] = *reinterpret_cast<const uint4*>(staged + g * stride + column);
-                ahead[d].template multiply_piece<false>(sums, piece, right);
-            }
-            if (next < chunks) ahead[d].load(from, next);
+    constexpr int PARTS = 4;  // sums that are independent of each other
+    float sums[PARTS][1][4] = {};
+    UNROLL for (int c = 0; c < CHUNKS; ++c)
+        UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) {
+            uint4 right[1] = {make_uint4(0, 0, 0, 0)};
+            const int column = Chunk::column(warp + c * WARPS, piece);
+            if (g < tokens && column < size) right[0] = *reinterpret_cast<const uint4*>(staged.at + g * stride + column);
+            weights[c].template multiply_piece<false>(sums[(c * Chunk::PIECES + piece) % PARTS], piece, right);
         }
-    UNROLL for (int i = 0; i < 4; ++i) partial[warp][2 * t + i % 2][g + i / 2 * 8] = sums[0][i];
+    UNROLL for (int i = 0; i < 4; ++i) {
+        float sum = 0.f;
+        UNROLL for (int part = 0; part < PARTS; ++part) sum += sums[part][0][i];
+        partial[warp][2 * t + i % 2][g + i / 2 * 8] = sum;
+    }
     __syncthreads();
     if (threadIdx.x < tokens * 16 && first_row + threadIdx.x % 16 < rows) {
         const int token = threadIdx.x / 16, row = first_row + threadIdx.x % 16;
-        float sum = logit_bias ? to_float(logit_bias[row]) : 0.f;
+        float sum = row_bias;
         UNROLL for (int w = 0; w < WARPS; ++w) sum += partial[w][token][threadIdx.x % 16];
         logits[token * rows + row] = to_float(from_float<T>(sum));
         __threadfence();

@@ -14,7 +14,7 @@ from .elementwise import rms_norm
 from .kernel_launch import MAX_THREADS, VECTOR_BYTES, c_name, kept_zeros, kernel, optional
 
 MAX_TOKENS = 8  # ROWS of route_tokens.cu
-COLUMNS = 64  # of a warp's chunk there
+COLUMNS, WARPS, MAX_CHUNKS = 64, 8, 14  # columns of a chunk there, warps of a block, and chunks of a warp
 
 
 def select_experts(
@@ -34,7 +34,7 @@ def select_experts(
     expert_ids = torch.empty(tokens, count + has_shared, dtype=torch.int64, device=logits.device)
     scores = torch.empty(tokens, count + has_shared, dtype=torch.float32, device=logits.device)
     if tokens:
-        instance = _instance(logits, num_experts, normalized, scoring)
+        instance = ", ".join(_instance(logits, num_experts, normalized, scoring))
         launch = kernel("experts.cu", f"select_experts<{instance}>", early=True)
         stride = num_experts if bias is not None and bias.dim() > 1 else 0
         biases = optional(logit_bias), optional(None if bias is None else bias.contiguous()), np.int32(stride)
@@ -46,10 +46,10 @@ def select_experts(
     return expert_ids, scores
 
 
-def _instance(x: Tensor, num_experts: int, normalized: bool, scoring: Scoring) -> str:
+def _instance(x: Tensor, num_experts: int, normalized: bool, scoring: Scoring) -> tuple[str, ...]:
     """Return the arguments of a template: the type, the experts of a lane, and the rules of the choice."""
     per_lane = next(n for n in (1, 2, 4, 8, 16) if 32 * n >= num_experts)
-    return ", ".join((c_name(x), str(per_lane), str(normalized).lower(), str(scoring == "sigmoid").lower()))
+    return c_name(x), str(per_lane), str(normalized).lower(), str(scoring == "sigmoid").lower()
 
 
 def route_tokens(
@@ -90,8 +90,10 @@ def route_tokens(
     expert_ids = torch.empty(tokens, count + has_shared, dtype=torch.int64, device=x.device)
     scores, logits = (torch.empty(tokens, n, dtype=torch.float32, device=x.device) for n in (count + has_shared, rows))
     normed = x if norm is None else torch.empty_like(x)
-    shared_bytes = tokens * (-(-size // COLUMNS) * COLUMNS + 32) * x.element_size()
-    name = f"route_tokens<{_instance(x, num_experts, normalized, scoring)}>"
+    shared_bytes = (tokens + 1) * (-(-size // COLUMNS) * COLUMNS + 32) * x.element_size()
+    chunks = -(-size // (WARPS * COLUMNS))
+    kind, *rules = _instance(x, num_experts, normalized, scoring)
+    name = f"route_tokens<{', '.join((kind, str(chunks), *rules))}>"
     launch = kernel("route_tokens.cu", name, shared_bytes=shared_bytes, early=True)
     results = expert_ids, scores, normed, logits, _counter(x.device)
     inputs = x, optional(norm), np.float32(eps), weight, optional(logit_bias), optional(bias)
@@ -105,7 +107,8 @@ def _takes(x: Tensor, weight: Tensor, norm: Tensor | None) -> bool:
     tensors = [x, weight] if norm is None else [x, weight, norm]
     alike = all(t.dtype == x.dtype and t.is_contiguous() and t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
     half = x.dtype in (torch.bfloat16, torch.float16)
-    return alike and half and 0 < len(x) <= MAX_TOKENS and x.shape[1] % 8 == 0 and len(weight) <= 512
+    few = 0 < len(x) <= MAX_TOKENS and x.shape[1] <= MAX_CHUNKS * WARPS * COLUMNS
+    return alike and half and few and x.shape[1] % 8 == 0 and len(weight) <= 512
 
 
 def _counter(device: torch.device) -> Tensor:

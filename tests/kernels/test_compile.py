@@ -129,7 +129,8 @@ INSTANCES = {
             "bf16, mxfp4, 2, 4, 1",
             "bf16, mxfp4, 4, 3, 1",
             "bf16, bf16, 1, 3, 4",
-            "f16, f16, 1, 3, 1",
+            "bf16, bf16, 1, 3, 1",
+            "f16, f16, 1, 3, 2",
         )
         for gate in ("PLAIN", "SILU", "CLAMPED")
     ],
@@ -139,7 +140,13 @@ INSTANCES = {
         for gate in ("PLAIN", "SILU", "CLAMPED")
     ],
     "route_tokens.cu": [
-        f"route_tokens<{shape}>" for shape in ("bf16, 1, true, false", "bf16, 16, true, false", "f16, 8, true, true")
+        f"route_tokens<{shape}>"
+        for shape in (
+            "bf16, 6, 1, true, false",
+            "bf16, 4, 8, true, false",
+            "bf16, 14, 16, true, false",
+            "f16, 8, 8, true, true",
+        )
     ],
     "quantize_rows.cu": [
         *(f"quantize_rows<{shape}>" for shape in ("bf16, false, true", "bf16, true, false", "f16, true, true")),

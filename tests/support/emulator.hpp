@@ -5,6 +5,7 @@
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdint>
@@ -379,6 +380,14 @@ inline unsigned __ballot_sync(unsigned, bool predicate) {
     unsigned ballot = 0;
     for (int lane = 0; lane < 32; ++lane) ballot |= (unsigned)predicates[lane] << lane;
     return ballot;
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+    const unsigned* values = emulator::exchange(x);
+    return *std::max_element(values, values + 32);
+}
+inline unsigned __reduce_min_sync(unsigned, unsigned x) {
+    const unsigned* values = emulator::exchange(x);
+    return *std::min_element(values, values + 32);
 }
 inline void __syncwarp() { emulator::arrive_and_wait(emulator::here->warps[emulator::current / 32].barrier); }
 template <typename T> T __shfl_xor_sync(unsigned, T x, int mask) { return emulator::exchange(x)[threadIdx.x % 32 ^ mask]; }
