@@ -42,9 +42,25 @@ template <typename T> DEVICE Vec<T, 8> load_normed(const T* x, const T* norm, in
     return v;
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool COPIES_ROWS = false;  // registers do not suffice
+#else
+constexpr bool COPIES_ROWS = true;  // of x asynchronously
+#endif
+
+template <typename T> struct IsBF16 { static constexpr bool value = false; };
+template <> struct IsBF16<bf16> { static constexpr bool value = true; };
+
 // Copy x to shared memory, times the weight of the norm if there is one; squares[row] = the sum of squares of this warp's elements.
 template <typename T, int WARPS> DEVICE void stage_x(
     T* staged, float (&squares)[WARPS][ROWS], const T* x, const T* norm, int rows, int size, int stride, int warp, int lane) {
+    if (COPIES_ROWS && IsBF16<T>::value && !norm) {  // all rows are on their way at once
+        const int share = WARPS / rows, row = warp / share;
+        ROLLED for (int at = (warp % share * 32 + lane) * 8; row < rows && at < size; at += share * 32 * 8)
+            copy_async(staged + row * stride + at, x + row * size + at);
+        wait_all_copies();
+        return;
+    }
     UNROLL for (int row = 0; row < ROWS; ++row) {
         float square = 0.f;
         for (int at = threadIdx.x * 8; row < rows && at < size; at += 32 * WARPS * 8)
@@ -135,8 +151,6 @@ template <typename T> DEVICE void multiply_lane(float (&c)[4], const uint4 (&a)[
     multiply_widened(c, a[0].w, a[1].w, x[1].z, x[1].w, type);
 }
 
-template <typename T> struct IsBF16 { static constexpr bool value = false; };
-template <> struct IsBF16<bf16> { static constexpr bool value = true; };
 // The type of the operands: float16 for an FP8 weight if x is staged.
 template <typename T, bool HALVED> struct Operand { typedef T type; };
 template <typename T> struct Operand<T, true> { typedef f16 type; };
@@ -176,6 +190,7 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     const Scales scales{scale, row_shift, column_shift, groups};
     const int before = SCALED ? first : 0, rounds = (before + size + CHUNK * WARPS * DEPTH - 1) / (CHUNK * WARPS * DEPTH);
 
+    if (!SCALED && bias && threadIdx.x == 0) prefetch_line(bias + blockIdx.x * WIDTH);  // the results would wait for it
     uint4 a[DEPTH][2][2];  // [chunk][half of it][row g or g + 8]
     auto chunk = [&](int round, int d) { return ((round * DEPTH + d) * WARPS + warp) * CHUNK; };
     auto column = [&](int round, int d, int half) { return chunk(round, d) + half * (CHUNK / 2) + t * LANE - before; };
