@@ -2,7 +2,8 @@
 //
 // A warp has 16 rows of one expert's weights. They are the first operand, straight from memory to registers: lane (g, t) loads some
 // columns of rows g and g + 8. SPLIT warps of a block take chunks of the same rows in turn, and the last step adds up their sums: few
-// rows of x need many warps to load at once. The warps of a block read the same x at about the same time, from L1.
+// rows of x need many warps to load at once. Up to 8 rows of x are in shared memory: registers do not suffice to load them ahead too.
+// The warps of a block read more rows at about the same time, from L1.
 #include "expert_epilogue.cuh"
 #include "mxfp4.cuh"
 #include "weight_chunk.cuh"
@@ -17,6 +18,7 @@ template <> struct Chunk<bf16, mxfp4> {
     int scales[2];
 
     DEVICE static int block(int chunk) { return chunk * 4 + thread_in_group(); }
+    DEVICE static int place(int vector) { return vector % 4 * 4 + vector / 4; }  // of eight columns, by piece and t
     DEVICE static int column(int chunk, int piece, int width) { return min(block(chunk), width / 32 - 1) * 32 + piece * 8; }
     DEVICE void load(const LaneRows<mxfp4>& from, int chunk) {
         const int t = thread_in_group();
@@ -42,67 +44,93 @@ template <> struct Chunk<bf16, mxfp4> {
     DEVICE bool is_large() const { return __any_sync(0xffffffffu, max(scales[0], scales[1]) > 128); }
 };
 
-// The rows of x of a tile, in eights. Unless CHECKED, others take the place of rows that do not exist: only sums that nobody reads are
-// theirs.
-template <typename T, int TILES, bool CHECKED> struct RightRows {
-    const T* at[TILES];  // row g of each eight
-    int rows, width;
+// Rows of x in shared memory: for each chunk the vectors of its pieces, and for each piece those of t = 0 .. 3. With the padding eight
+// lanes read from all banks. Behind the last column are zeros.
+template <typename T, typename Chunk> struct StagedRows {
+    static constexpr int VECTORS = Chunk::PIECES * 4;  // of a chunk
+    uint4* memory;
+    int chunks;
+    DEVICE int stride() const { return chunks * VECTORS + 4; }
 
-    DEVICE void load(uint4 (&to)[TILES], int column) const {
-        UNROLL for (int n = 0; n < TILES; ++n) {
-            if (CHECKED) to[n] = make_uint4(0, 0, 0, 0);
-            if (!CHECKED || (column < width && 8 * n + group_id() < rows)) to[n] = *reinterpret_cast<const uint4*>(at[n] + column);
+    // Copy a row, by all threads of the block.
+    DEVICE void copy(int row, const T* from, int width) const {
+        ROLLED for (int v = threadIdx.x; v < chunks * VECTORS; v += 32 * WARPS) {
+            uint4* to = memory + row * stride() + v / VECTORS * VECTORS + Chunk::place(v % VECTORS);
+            if (v * 8 < width) copy_async(to, from + v * 8);
+            else *to = make_uint4(0, 0, 0, 0);
         }
+    }
+    DEVICE uint4 at(int row, int chunk, int piece) const {
+        return memory[row * stride() + chunk * VECTORS + piece * 4 + thread_in_group()];
     }
 };
 
-// Add the products of a chunk to sums, and replace x by that of the chunk `next`. Parts of sums are independent of each other.
-template <bool LARGE, typename Right, typename Chunk, int PARTS, int TILES> DEVICE void multiply_chunk(
-    float (&sums)[PARTS][TILES][4], const Chunk& weights, uint4 (&x)[Chunk::PIECES][TILES], const Right& right, int next) {
+// The rows of x of a tile, in eights. Others take the place of rows that do not exist: only sums that nobody reads are theirs.
+template <typename T, int TILES> struct LoadedRows {
+    const T* at[TILES];  // row g of each eight
+
+    DEVICE void load(uint4 (&to)[TILES], int column) const {
+        UNROLL for (int n = 0; n < TILES; ++n) to[n] = *reinterpret_cast<const uint4*>(at[n] + column);
+    }
+};
+
+// Add the products of a chunk to sums, by x in shared memory. Parts of sums are independent of each other.
+template <bool LARGE, typename T, typename Chunk, int PARTS>
+DEVICE void multiply_chunk(float (&sums)[PARTS][1][4], const Chunk& weights, const StagedRows<T, Chunk>& x, int row, int chunk) {
     UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) {
-        weights.template multiply_piece<LARGE>(sums[piece % PARTS], piece, x[piece]);
-        right.load(x[piece], Chunk::column(next, piece, right.width));
+        const uint4 right[1] = {x.at(row, chunk, piece)};
+        weights.template multiply_piece<LARGE>(sums[piece % PARTS], piece, right);
+    }
+}
+
+// Do the same by x in registers; replace x by the columns of the chunk `next`.
+template <bool LARGE, typename T, typename Chunk, int TILES> DEVICE void multiply_chunk(
+    float (&sums)[1][TILES][4], const Chunk& weights, uint4 (&x)[Chunk::PIECES][TILES], const LoadedRows<T, TILES>& rows, int next, int width) {
+    UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) {
+        weights.template multiply_piece<LARGE>(sums[0], piece, x[piece]);
+        rows.load(x[piece], Chunk::column(next, piece, width));
     }
 }
 
 // Find the tile of a block without group_pairs: pair p has a tile if the number of pairs before it with the same expert is a multiple of
-// ROWS. Write its pairs to `order`; return (expert, 0, rows, 0), with 0 rows if p has none. All threads of the block call it.
-template <int ROWS> DEVICE int4 find_tile(int (&order)[ROWS], const long long* expert_ids, int p, int num_pairs, int experts) {
+// `most`, its most rows. Write its pairs to `order`; return (expert, 0, rows, 0), with 0 rows if p has none. All threads of the block call it.
+template <int ROWS> DEVICE int4 find_tile(int (&order)[ROWS], const long long* expert_ids, int p, int num_pairs, int experts, int most) {
     const long long expert = expert_ids[p];
-    if (!exists(expert, experts)) return make_int4(0, 0, 0, 0);
     int before = 0, rows = 0;  // pairs with the expert before p, and from p on
-    for (int first = 0; first < num_pairs; first += 32) {
+    ROLLED for (int first = 0; first < num_pairs; first += 32) {
         const int pair = first + lane_id();
         const unsigned same = __ballot_sync(0xffffffffu, pair < num_pairs && expert_ids[min(pair, num_pairs - 1)] == expert);
         const unsigned from_p = p <= first ? same : p < first + 32 ? same & 0xffffffffu << (p - first) : 0u;
         const int at = rows + __popc(from_p & ((1u << lane_id()) - 1));
-        if (warp_id() == 0 && (from_p >> lane_id() & 1) && at < ROWS) order[at] = pair;
+        if (warp_id() == 0 && (from_p >> lane_id() & 1) && at < most) order[at] = pair;
         before += __popc(same & ~from_p);
         rows += __popc(from_p);
     }
     __syncthreads();
-    return make_int4(expert, 0, before % ROWS ? 0 : min(rows, ROWS), 0);
+    return make_int4(expert, 0, exists(expert, experts) && before % most == 0 ? min(rows, most) : 0, 0);
 }
 
 // out[p] = weights[expert of p] x[p / pairs_per_row] as in grouped_gemm, for the pairs of a tile of 8 TILES rows and, in a warp, 16
-// rows of the weights: 16 columns, or gate and up of 8. SPLIT warps share them. A lane loads DEPTH chunks ahead. Without `tiles` and `order` blocks find their tiles.
+// rows of the weights: 16 columns, or gate and up of 8. SPLIT warps share them. A lane loads DEPTH chunks ahead. Without `tiles` and
+// `order` blocks find their tiles, of up to `most` rows. Dynamic shared memory of TILES = 1: StagedRows of so many rows.
 // The kernel before may write expert_ids and tiles, unless GATE is PLAIN: that kernel, the GEMM of gate and up, starts this one only
 // after they are complete, so the first weights load before its end.
 template <typename T, typename W, int TILES, int DEPTH, int SPLIT, Gate GATE>
-__global__ void __launch_bounds__(32 * WARPS) skinny_experts(
+__global__ void __launch_bounds__(32 * WARPS, TILES > 1 ? 1 : sizeof(W) == 1 ? 6 : 5) skinny_experts(
     T* __restrict__ out, const T* __restrict__ x, const W* __restrict__ weights, const unsigned char* __restrict__ scales,
-    const T* __restrict__ bias, const int4* tiles, const int* order, const long long* expert_ids, int num_pairs, int experts,
+    const T* __restrict__ bias, const int4* tiles, const int* order, const long long* expert_ids, int num_pairs, int experts, int most,
     int pairs_per_row, int width, int columns, float alpha, float limit) {
     constexpr bool GATED = GATE != PLAIN;
     constexpr int PART = GATED ? 8 : 16;
     typedef Chunk<T, W> Chunk;
+    extern __shared__ uint4 memory[];
     __shared__ float partial[WARPS][8 * TILES][16 + 1];
     __shared__ int in_order[8 * TILES];
     constexpr int BLOCK_PART = PART * WARPS / SPLIT;
     const int parts = (columns + BLOCK_PART - 1) / BLOCK_PART, first_column = blockIdx.x % parts * BLOCK_PART;
     const int number = blockIdx.x / parts, share = warp_id() % SPLIT;
     if (GATED) wait_for_previous();
-    const int4 tile = tiles ? tiles[number] : find_tile(in_order, expert_ids, number, num_pairs, experts);
+    const int4 tile = tiles ? tiles[number] : find_tile(in_order, expert_ids, number, num_pairs, experts, most);
     const int* pairs = tiles ? order + tile.y : in_order;
     const int expert = tile.x, rows = tile.z, g = group_id(), t = thread_in_group();
     const int chunks = (width + Chunk::COLUMNS - 1) / Chunk::COLUMNS;
@@ -114,29 +142,44 @@ __global__ void __launch_bounds__(32 * WARPS) skinny_experts(
     Chunk ahead[DEPTH];
     UNROLL for (int d = 0; d < DEPTH; ++d)
         if (rows > 0 && share + d * SPLIT < chunks) ahead[d].load(from, share + d * SPLIT);
+    const Epilogue<T> epilogue = epilogue_of<GATE>(bias, expert, columns, alpha, limit);
+    if (bias && rows > 0 && threadIdx.x < (GATED ? 2 : 1)) prefetch_line(epilogue.bias + threadIdx.x * columns + first_column);
     if (!GATED) wait_for_previous();
     launch_next();
     if (rows == 0) return;
 
-    // A chunk of MXFP4 is twice as many columns, and takes long enough to hide the loads of x of the next one.
-    constexpr bool IS_MXFP4 = sizeof(W) == 1;
-    constexpr int X_DEPTH = IS_MXFP4 ? 1 : DEPTH, PARTS = IS_MXFP4 && TILES == 1 ? 2 : 1;
-    RightRows<T, TILES, !IS_MXFP4> right{{}, rows, width};
-    UNROLL for (int n = 0; n < TILES; ++n)
-        right.at[n] = x + (long long)(pairs[min(8 * n + g, rows - 1)] / pairs_per_row) * width;
-    uint4 x_ahead[X_DEPTH][Chunk::PIECES][TILES];
-    UNROLL for (int d = 0; d < X_DEPTH; ++d)
-        UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece)
-            right.load(x_ahead[d][piece], Chunk::column(share + d * SPLIT, piece, width));
+    constexpr int PARTS = TILES == 1 ? 2 : 1;
     float sums[PARTS][TILES][4] = {};
-    for (int first = share; first < chunks; first += DEPTH * SPLIT)
-        UNROLL for (int d = 0; d < DEPTH; ++d) {
-            const int chunk = first + d * SPLIT, next = chunk + DEPTH * SPLIT, next_x = chunk + X_DEPTH * SPLIT;
-            if (chunk >= chunks) break;
-            if (ahead[d].is_large()) multiply_chunk<true>(sums, ahead[d], x_ahead[d % X_DEPTH], right, next_x);
-            else multiply_chunk<false>(sums, ahead[d], x_ahead[d % X_DEPTH], right, next_x);
-            if (next < chunks) ahead[d].load(from, next);
-        }
+    const auto for_chunks = [&](const auto& multiply) {
+        for (int first = share; first < chunks; first += DEPTH * SPLIT)
+            UNROLL for (int d = 0; d < DEPTH; ++d) {
+                const int chunk = first + d * SPLIT;
+                if (chunk >= chunks) break;
+                multiply(ahead[d], chunk);
+                if (chunk + DEPTH * SPLIT < chunks) ahead[d].load(from, chunk + DEPTH * SPLIT);
+            }
+    };
+    const auto row_of_x = [&](int row) { return x + (long long)(pairs[min(row, rows - 1)] / pairs_per_row) * width; };
+    if constexpr (TILES == 1) {
+        const StagedRows<T, Chunk> staged = {memory, chunks};
+        ROLLED for (int row = 0; row < rows; ++row) staged.copy(row, row_of_x(row), width);
+        wait_all_copies();
+        __syncthreads();
+        const int row = min(g, rows - 1);
+        for_chunks([&](const Chunk& now, int chunk) {
+            if (now.is_large()) multiply_chunk<true>(sums, now, staged, row, chunk);
+            else multiply_chunk<false>(sums, now, staged, row, chunk);
+        });
+    } else {
+        LoadedRows<T, TILES> loaded;
+        UNROLL for (int n = 0; n < TILES; ++n) loaded.at[n] = row_of_x(8 * n + g);
+        uint4 x_now[Chunk::PIECES][TILES];  // a chunk takes long enough to hide the loads of x of the next one
+        UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) loaded.load(x_now[piece], Chunk::column(share, piece, width));
+        for_chunks([&](const Chunk& now, int chunk) {
+            if (now.is_large()) multiply_chunk<true>(sums, now, x_now, loaded, chunk + SPLIT, width);
+            else multiply_chunk<false>(sums, now, x_now, loaded, chunk + SPLIT, width);
+        });
+    }
     UNROLL for (int n = 0; n < TILES; ++n)
         UNROLL for (int i = 0; i < 4; ++i) {
             float sum = sums[0][n][i];
@@ -145,7 +188,6 @@ __global__ void __launch_bounds__(32 * WARPS) skinny_experts(
         }
     __syncthreads();
 
-    const Epilogue<T> epilogue = epilogue_of<GATE>(bias, expert, columns, alpha, limit);
     for (int i = threadIdx.x; i < rows * BLOCK_PART; i += 32 * WARPS) {
         const int row = i / BLOCK_PART, at = i % BLOCK_PART, column = first_column + at;
         if (column >= columns) continue;

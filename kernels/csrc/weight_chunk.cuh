@@ -17,7 +17,8 @@ template <typename T, typename W> struct Chunk {
     uint4 weights[PIECES][2];
 
     DEVICE static int column(int chunk, int piece) { return chunk * COLUMNS + piece * 32 + thread_in_group() * 8; }
-    DEVICE static int column(int chunk, int piece, int) { return column(chunk, piece); }
+    DEVICE static int column(int chunk, int piece, int width) { return min(column(chunk, piece), width - 8); }  // within x
+    DEVICE static int place(int vector) { return vector; }  // of eight columns, by piece and thread_in_group()
     DEVICE void load(const LaneRows<T>& from, int chunk) {
         UNROLL for (int piece = 0; piece < PIECES; ++piece)
             UNROLL for (int i = 0; i < 2; ++i) {

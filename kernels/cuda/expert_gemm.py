@@ -32,6 +32,9 @@ TILE_SHAPES = {16: (1, 4, 1, 1, 6), 64: (1, 4, 4, 2, 3), 128: (2, 4, 4, 2, 3)}
 # Mean rows of an expert up to which skinny_experts is faster than the grouped GEMM: of MXFP4, and of 16 bits.
 MAX_FEW_ROWS = {True: 16, False: 1}
 SKINNY_WARPS = 4  # WARPS of skinny_experts.cu
+# Rows of x in shared memory of a block of skinny_experts: of tiles that it finds itself, so that six blocks fit on a
+# multiprocessor, and of tiles of group_pairs, whose rows are fixed. Rows that need more stay in L1.
+MAX_STAGED_BYTES, MAX_TILE_BYTES = 34 * 1024, 100 * 1024
 SKINNY_DEPTHS = {1: 3, 2: 4, 4: 3}  # chunks that a lane loads ahead, by the tile's rows / 8
 # Blocks of skinny_experts for a multiprocessor, up to which they are divided further: of MXFP4, and of 16 bits.
 SKINNY_BLOCKS = {True: 11.0, False: 4.4}
@@ -143,7 +146,7 @@ def _multiply_by_expert(expert_ids: Tensor, num_experts: int, max_few: int) -> C
     if mean > max_few:
         return functools.partial(multiply_tiles, tiles=_group_pairs(expert_ids, num_experts, tile_rows(mean)))
     if pairs <= MAX_UNGROUPED_PAIRS:
-        tiles = ExpertTiles(None, None, 8, pairs)
+        tiles = ExpertTiles(None, None, min(8, len(expert_ids)), pairs)  # each token has an expert once
     else:
         tiles = _group_pairs(expert_ids, num_experts, 8 if mean <= 4 else 16 if mean <= 8 else 32)
     return functools.partial(_skinny_experts, tiles=tiles, expert_ids=expert_ids)
@@ -217,17 +220,25 @@ def _skinny_experts(
     tiles: ExpertTiles,
     expert_ids: Tensor,
 ) -> None:
-    """Do `multiply_tiles` for tiles of 8 or 16 rows."""
+    """Do `multiply_tiles` for tiles of up to 32 rows."""
     assert not isinstance(weights, FP8Weight)
+    is_mxfp4 = isinstance(weights, MXFP4Weight)
     matrices = (weights.data, weights.scales) if isinstance(weights, MXFP4Weight) else (weights, NULL)
-    columns, eights = out.shape[1], tiles.rows // 8
+    columns, rows, row_bytes = out.shape[1], tiles.rows, -(-x.shape[1] // 128) * 256 + 64  # StagedRows
+    if tiles.tiles is None:
+        rows = max(1, min(rows, MAX_STAGED_BYTES // row_bytes))
+    eights = -(-rows // 8)
+    if eights == 1 and rows * row_bytes > MAX_TILE_BYTES:
+        eights = 2  # an instance that reads x from L1
     units = tiles.num_tiles * -(-columns // (16 if gate == "PLAIN" else 8))  # what a warp, or several, multiplies
-    split = _skinny_split(units, SKINNY_BLOCKS[isinstance(weights, MXFP4Weight)], out.device.index)
+    split = _skinny_split(units, SKINNY_BLOCKS[is_mxfp4], out.device.index)
     instance = c_name(x), _format_of(x, weights).name, eights, SKINNY_DEPTHS[eights], split, gate
-    launch = kernel("skinny_experts.cu", f"skinny_experts<{', '.join(map(str, instance))}>", early=True)
+    name = f"skinny_experts<{', '.join(map(str, instance))}>"
+    shared_bytes = rows * row_bytes if eights == 1 else 0
+    launch = kernel("skinny_experts.cu", name, shared_bytes=shared_bytes, early=True)
     grid = tiles.num_tiles * -(-columns * split // (SKINNY_WARPS * (16 if gate == "PLAIN" else 8))), 1
     groups = optional(tiles.tiles), optional(tiles.order), expert_ids
-    sizes = map(np.int32, (len(out), weights.shape[0], len(out) // len(x), x.shape[1], columns))
+    sizes = map(np.int32, (len(out), weights.shape[0], rows, len(out) // len(x), x.shape[1], columns))
     launch(grid, 32 * SKINNY_WARPS, out, x, *matrices, optional(bias), *groups, *sizes, *_parameters(swiglu))
 
 

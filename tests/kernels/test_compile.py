@@ -130,6 +130,8 @@ INSTANCES = {
             "bf16, mxfp4, 4, 3, 1",
             "bf16, bf16, 1, 3, 4",
             "bf16, bf16, 1, 3, 1",
+            "bf16, bf16, 2, 4, 1",
+            "f16, f16, 2, 4, 4",
             "f16, f16, 1, 3, 2",
         )
         for gate in ("PLAIN", "SILU", "CLAMPED")

@@ -300,6 +300,63 @@ def test_experts_of_mxfp4(pairs: int, size: int, features: int, batch_invariant:
     check("experts", *arguments, **biases, swiglu=SWIGLU, factor=4, batch_invariant=batch_invariant)
 
 
+@pytest.mark.parametrize(
+    ("pairs", "size", "features", "most_bytes"), [(10, 328, 200, 2**16), (90, 72, 40, 2**16), (10, 328, 200, 0)]
+)
+def test_experts_of_many(
+    pairs: int, size: int, features: int, most_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many experts that few rows meet each of them; also with rows that do not fit into shared memory."""
+    monkeypatch.setitem(emulator.emulated().experts.__globals__, "MAX_TILE_BYTES", most_bytes)
+    x, expert_ids = random(pairs // 2, size), torch.randint(-1, 100, (pairs // 2, 2))
+    weights = (random(99, 2 * features, size) / 16, random(99, size, features) / 16)
+    check("experts", x, expert_ids, torch.rand(pairs // 2, 2), *weights, factor=4)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "experts", "limit"),
+    [
+        (12, 3, "MAX_STAGED_BYTES"),
+        (110, 40, "MAX_STAGED_BYTES"),
+        (12, 3, "MAX_TILE_BYTES"),
+        (110, 40, "MAX_TILE_BYTES"),
+    ],
+)
+def test_few_rows_of_mxfp4_in_shared_memory(
+    pairs: int, experts: int, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of fewer rows than an expert has, because more do not fit; tiles of group_pairs that fit or do not."""
+    monkeypatch.setitem(emulator.emulated().experts.__globals__, limit, 2 * (3 * 256 + 64))
+    x, expert_ids = random(pairs // 2, 288), torch.randint(-1, experts + 1, (pairs // 2, 2))
+    weights = random_mxfp4(experts, 64, 288), random_mxfp4(experts, 288, 32)
+    check("experts", x, expert_ids, torch.rand(pairs // 2, 2), *weights, factor=4)
+
+
+@pytest.mark.parametrize("pairs", [2, 110])
+@pytest.mark.parametrize("is_mxfp4", [True, False])
+def test_rows_of_wide_experts_fit_into_shared_memory(
+    pairs: int, is_mxfp4: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launches request no more than a block of compute capability 8.0 has: 163 KiB."""
+    requests = []
+
+    def record(source: str, name: str, *, shared_bytes: int = 0, **_: bool) -> Callable[..., None]:
+        requests.append((name, shared_bytes))
+        return lambda *_: None
+
+    experts = emulator.emulated().experts
+    monkeypatch.setitem(experts.__globals__, "kernel", record)
+    for size, in_shared_memory in (4096, True), (16384, pairs == 2):
+        requests.clear()
+        gate_up, down = torch.empty(128, 2 * 32, size, dtype=BF16), torch.empty(128, size, 32, dtype=BF16)
+        weights = [random_mxfp4(128, *w.shape[1:]) if is_mxfp4 else w for w in (gate_up, down)]
+        x, expert_ids = torch.empty(pairs // 2, size, dtype=BF16), torch.zeros(pairs // 2, 2, dtype=torch.int64)
+        experts(x, expert_ids, torch.rand(pairs // 2, 2), *weights)
+        first = next(shared_bytes for name, shared_bytes in requests if name.startswith("skinny_experts"))
+        assert (first > 0) == in_shared_memory
+        assert max(shared_bytes for _, shared_bytes in requests) <= 160 * 1024
+
+
 def test_experts_of_mxfp4_with_large_scales() -> None:
     x, expert_ids = random(9, 64), torch.randint(-1, 4, (9, 2))
     weights = random_mxfp4(3, 64, 64), random_mxfp4(3, 64, 32)
@@ -360,8 +417,8 @@ FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
         lambda: test_decode_attention(*DECODED[1], None, BF16),
     ),
     "skinny_experts.cu": (
-        "__syncthreads();\n\n    const Epilogue",
-        "const Epilogue",
+        "wait_all_copies();\n        __syncthreads();",
+        "wait_all_copies();",
         lambda: test_experts_of_mxfp4(46, 160, 96, batch_invariant=False),
     ),
     "experts.cu": ("wait_copies<STAGES - 2>();", "wait_copies<STAGES - 1>();", lambda: test_experts(60, BF16)),

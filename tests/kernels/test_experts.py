@@ -227,6 +227,26 @@ def test_experts_of_mxfp4_equal_a_loop_over_the_dequantized_weights(device: str,
         assert device == "cpu" or torch.equal(part, actual[rows])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "choices"), [(1, 4), (1, 9), (3, 9), (8, 9), (24, 4)])
+@pytest.mark.parametrize("is_mxfp4", [True, False])
+def test_few_pairs_with_the_features_of_models(tokens: int, choices: int, is_mxfp4: bool) -> None:
+    """The features of gpt-oss-20b and of Qwen3.6-35B-A3B; blocks have tiles of several experts."""
+    torch.manual_seed(0)
+    n, d, i = (14, 2880, 2880) if is_mxfp4 else (96, 2048, 512)  # so many that few rows meet each expert
+    x, expert_ids = torch.randn(tokens, d, device="cuda").bfloat16(), torch.randint(-1, n, (tokens, choices)).cuda()
+    expert_ids[tokens // 2 :] = expert_ids[0]  # up to 12 rows of an expert
+    shapes = (2 * i, d), (d, i)
+    weights: list[Any]
+    if is_mxfp4:
+        weights = [MXFP4Weight(*(t.cuda() for t in random_mxfp4(n, *shape))) for shape in shapes]
+        exact = [weight.dequantized(torch.bfloat16) for weight in weights]
+    else:
+        weights = exact = [torch.randn(n, *shape, device="cuda").bfloat16() / shape[1] ** 0.5 for shape in shapes]
+    scores = torch.rand(tokens, choices, device="cuda")
+    close(expert_ops.experts(x, expert_ids, scores, *weights), brute_force(x, expert_ids, scores, *exact))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [3, 40, 700])
 def test_experts_with_all_tokens_on_one(device: str, tokens: int, dtype: torch.dtype) -> None:
