@@ -72,6 +72,19 @@ template <typename T, int WARPS> DEVICE void stage_x(
     }
 }
 
+// Of two numbers, keep the second in lanes with this bit, the first in the others; add the one that the lane on the other side has.
+DEVICE float fold(float first, float second, int lane, int bit) {
+    return (lane & bit ? second : first) + __shfl_xor_sync(0xffffffffu, lane & bit ? first : second, bit);
+}
+// Return the sum over the warp of the numbers of row lane / 8 of four.
+DEVICE float sum_of_row(const float (&rows)[4], int lane) {
+    float sum = fold(fold(rows[0], rows[2], lane, 16), fold(rows[1], rows[3], lane, 16), lane, 8);
+    for (int i = 4; i > 0; i >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, i);
+    return sum;
+}
+// Return the maximum over the warp of numbers that are not negative: their bits have the same order.
+DEVICE float maximum_of_warp(float x) { return __int_as_float(__reduce_max_sync(0xffffffffu, (unsigned)__float_as_int(x))); }
+
 // A warp's part of stage_x in float16: it stages the chunks of x that it multiplies, and reads only what its own lanes have copied.
 template <int WARPS, int CHUNK> struct Float16Stage {
     static constexpr int VECTORS = CHUNK / 8, STEP = 32 / VECTORS * WARPS * CHUNK;  // lanes of a chunk; from a lane's vector to the next
@@ -90,47 +103,50 @@ template <int WARPS, int CHUNK> struct Float16Stage {
     DEVICE void copy(int row, const bf16* from) const {
         for_columns([&](int column) { copy_async(at<bf16>(row, column), from + column); });
     }
-    // Call `process` with the row, from FIRST, and the values of each vector of AT_ONCE rows of x, times the norm's weight.
-    template <int FIRST, typename F> DEVICE void for_vectors(bool normed, const F& process) const {
+    // Call `process` for each vector of AT_ONCE rows of x: with row, from FIRST, column, values, and values times the norm's weight.
+    template <int FIRST, bool NORMED, typename F> DEVICE void for_vectors(const F& process) const {
         for_columns([&](int column) {
-            Vec<bf16, 8> n = {};
-            if (normed) n = *at<bf16>(rows, column);
+            Vec<bf16, 8> n;
+            if (NORMED) n = *at<bf16>(rows, column);
             UNROLL for (int row = 0; row < AT_ONCE; ++row) {
                 if (FIRST + row >= rows) break;
                 const Vec<bf16, 8> v = *at<bf16>(FIRST + row, column);
-                float values[8];
-                UNROLL for (int i = 0; i < 8; ++i) values[i] = to_float(v.at[i]);
-                process(row, column, values, n);
+                float values[8], products[8];
+                UNROLL for (int i = 0; i < 8; ++i) values[i] = to_float(v.at[i]), products[i] = NORMED ? values[i] * to_float(n.at[i]) : values[i];
+                process(row, column, values, products);
             }
         });
     }
 
-    // Convert AT_ONCE rows of what was copied; squares[row] = the sum of squares of this warp's elements, divisor[i] = the reciprocal of the factor of
-    // row 2 t + i.
-    template <int FIRST> DEVICE void convert(bool normed, float (&squares)[WARPS][ROWS], float (&divisor)[2]) const {
+    // Convert AT_ONCE rows of what was copied; squares[row] = the sum of squares of this warp's elements, if there is a norm;
+    // divisor[i] = the reciprocal of the factor of row 2 t + i.
+    template <int FIRST, bool NORMED> DEVICE void convert(float (&squares)[WARPS][ROWS], float (&divisor)[2]) const {
         float square[AT_ONCE] = {}, peak[AT_ONCE] = {};
-        for_vectors<FIRST>(normed, [&](int row, int, const float (&values)[8], const Vec<bf16, 8>& n) {
+        for_vectors<FIRST, NORMED>([&](int row, int, const float (&values)[8], const float (&products)[8]) {
             UNROLL for (int i = 0; i < 8; ++i) {
-                square[row] += values[i] * values[i];
-                peak[row] = fmaxf(peak[row], fabsf(normed ? values[i] * to_float(n.at[i]) : values[i]));
+                if (NORMED) square[row] += values[i] * values[i];
+                peak[row] = fmaxf(peak[row], fabsf(products[i]));
             }
         });
-        UNROLL for (int i = 16; i > 0; i >>= 1)
-            UNROLL for (int row = 0; row < AT_ONCE; ++row) {
-                if (FIRST + row >= rows) break;
-                peak[row] = fmaxf(peak[row], __shfl_xor_sync(0xffffffffu, peak[row], i));
-                square[row] += __shfl_xor_sync(0xffffffffu, square[row], i);
-            }
         UNROLL for (int row = 0; row < AT_ONCE; ++row) {
-            if (lane == 0) squares[warp][FIRST + row] = square[row];
+            if (FIRST + row >= rows) break;
+            peak[row] = maximum_of_warp(peak[row]);
             if ((FIRST + row) / 2 == lane % 4) divisor[row % 2] = staging_divisor(peak[row]);
         }
-        for_vectors<FIRST>(normed, [&](int row, int column, const float (&values)[8], const Vec<bf16, 8>& n) {
+        if (NORMED) {
+            const float sum = sum_of_row(square, lane);
+            if (lane % 8 == 0) squares[warp][FIRST + lane / 8] = sum;
+        }
+        for_vectors<FIRST, NORMED>([&](int row, int column, const float (&)[8], const float (&products)[8]) {
             const float factor = staging_factor(peak[row]);
             float scaled[8];
-            UNROLL for (int i = 0; i < 8; ++i) scaled[i] = (normed ? values[i] * to_float(n.at[i]) : values[i]) * factor;
+            UNROLL for (int i = 0; i < 8; ++i) scaled[i] = products[i] * factor;
             *at<f16>(FIRST + row, column) = round_all<f16>(scaled);
         });
+    }
+    template <bool NORMED> DEVICE void convert_all(float (&squares)[WARPS][ROWS], float (&divisor)[2]) const {
+        convert<0, NORMED>(squares, divisor);
+        if (rows > AT_ONCE) convert<AT_ONCE, NORMED>(squares, divisor);
     }
 };
 
@@ -228,8 +244,7 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     if constexpr (HALVED) {
         for (int row = 0; row < rows; ++row) stage.copy(row, x + (long long)row * size);
         wait_all_copies();
-        stage.template convert<0>(norm, squares, divisor);
-        if (rows > stage.AT_ONCE) stage.template convert<stage.AT_ONCE>(norm, squares, divisor);
+        norm ? stage.template convert_all<true>(squares, divisor) : stage.template convert_all<false>(squares, divisor);
         __syncwarp();
     } else if (STAGED) {
         stage_x<T, WARPS>(staged, squares, x, norm, rows, size, stride, warp, lane);

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import functools
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +18,14 @@ from .kernel_launch import (
     VECTOR_BYTES,
     c_name,
     kernel,
+    max_shared_bytes,
     num_multiprocessors,
     optional,
 )
 
 MAX_SKINNY_ROWS = 8  # rows of x; mirrors ROWS of skinny_gemm.cu
 MAX_STAGED_BYTES = 100 * 1024  # the most that x takes of shared memory: two blocks share 227 KiB
+SUM_BYTES = (2 * 17 + 1) * MAX_SKINNY_ROWS * 4  # of a warp: `sums` and `squares` of skinny_gemm.cu
 
 Epilogue = Literal["STORE", "ADD", "SILU"]  # the names of Epilogue in skinny_gemm.cu
 
@@ -45,7 +48,7 @@ def linear(
             return scaled_gemm.scaled_linear(x, weight, bias, norm, eps, gated, add_to, out, batch_invariant)
         if not can_widen(x, weight):
             weight = weight.dequantized(x.dtype)
-    if norm is not None and not (skinny and _can_fuse_norm(x, norm, isinstance(weight, FP8Weight))):
+    if norm is not None and not (skinny and _can_fuse_norm(x, norm, weight)):
         x, norm = rms_norm(x, norm, eps), None
     if skinny:
         target = add_to if out is None else out
@@ -89,39 +92,58 @@ def _is_skinny(x: Tensor, weight: Matrix) -> bool:
     return x.dtype in (torch.bfloat16, torch.float16) and contiguous and aligned and blocks
 
 
-def _can_fuse_norm(x: Tensor, norm: Tensor, scaled: bool) -> bool:
+def _can_fuse_norm(x: Tensor, norm: Tensor, weight: Matrix) -> bool:
     """Return whether the GEMM can apply the norm. In float16 an unscaled row times the norm's weight may overflow."""
-    staged = _staged_bytes(x, scaled) <= MAX_STAGED_BYTES
-    return x.dtype == torch.bfloat16 and staged and norm.data_ptr() % VECTOR_BYTES == 0
+    if x.dtype != torch.bfloat16 or norm.data_ptr() % VECTOR_BYTES:
+        return False
+    return _skinny_shape(x, weight, norm).staged_bytes > 0
 
 
-def _staged_bytes(x: Tensor, scaled: bool = False) -> int:
-    """Return how many bytes of shared memory x takes; see `stride` in skinny_gemm.cu. Of FP8, with a norm's weight."""
-    chunk, padding = (128, 8) if scaled else (64, 32)
-    return (len(x) + scaled) * (-(-x.shape[1] // chunk) * chunk + padding) * x.element_size()
+class SkinnyShape(NamedTuple):
+    """A shape of skinny_gemm: the warps of a block, and the chunks of columns that each loads ahead."""
+
+    warps: int
+    depth: int
+    staged_bytes: int = 0  # of shared memory that x takes; 0 if it is read from memory
 
 
 def _skinny_gemm(
     out: Tensor, x: Tensor, weight: Matrix, norm: Tensor | None, bias: Tensor | None, eps: float, epilogue: Epilogue
 ) -> None:
     (rows, size), features = x.shape, out.shape[1]
-    tiles, multiprocessors = -(-features // (8 if epilogue == "SILU" else 16)), num_multiprocessors(x.device.index)
-    shared_bytes = _staged_bytes(x, isinstance(weight, FP8Weight))
-    staged = shared_bytes <= MAX_STAGED_BYTES
-    warps, depth = _skinny_shape(tiles, multiprocessors, size, staged, isinstance(weight, FP8Weight))
+    shape = _skinny_shape(x, weight, norm)
     data, scales = (weight.data, scale_arguments(weight)) if isinstance(weight, FP8Weight) else (weight, NO_SCALES)
-    name = f"skinny_gemm<{c_name(x)}, {c_name(data)}, {warps}, {depth}, {str(staged).lower()}, {epilogue}>"
-    launch = kernel("skinny_gemm.cu", name, shared_bytes=shared_bytes if staged else 0, early=True)
+    staged = str(shape.staged_bytes > 0).lower()
+    name = f"skinny_gemm<{c_name(x)}, {c_name(data)}, {shape.warps}, {shape.depth}, {staged}, {epilogue}>"
+    launch = kernel("skinny_gemm.cu", name, shared_bytes=shape.staged_bytes, early=True)
     sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size)
-    grid = min(tiles, multiprocessors * (16 // warps)), 1
-    launch(grid, 32 * warps, out, x, data, optional(norm), optional(bias), *sizes, *scales)
+    tiles = -(-features // (8 if epilogue == "SILU" else 16))
+    grid = min(tiles, num_multiprocessors(x.device.index) * max(1, 16 // shape.warps)), 1
+    launch(grid, 32 * shape.warps, out, x, data, optional(norm), optional(bias), *sizes, *scales)
 
 
-def _skinny_shape(tiles: int, multiprocessors: int, size: int, staged: bool, scaled: bool) -> tuple[int, int]:
-    """Return the warps of a block of skinny_gemm, and the chunks that a warp loads ahead."""
+def _skinny_shape(x: Tensor, weight: Matrix, norm: Tensor | None) -> SkinnyShape:
+    (rows, size), device = x.shape, x.device.index
+    if isinstance(weight, FP8Weight):
+        return _fp8_shape(rows + (norm is not None), size, weight.first, max_shared_bytes(device))
+    staged_bytes = rows * (-(-size // 64) * 64 + 32) * x.element_size()  # see `stride` in skinny_gemm.cu
     # With few tiles, all warps of a multiprocessor share one. A short row has few chunks to prefetch, and an x that is
-    # not in shared memory leaves few registers for them. Of FP8, 16 warps share one conversion of x.
-    if scaled:
-        return (16 if staged else 8), 2
-    warps = 16 if tiles <= multiprocessors or not staged else 8
-    return warps, 2 if not staged else max(2, min(4, -(-size // (64 * warps))))
+    # not in shared memory leaves few registers for them.
+    if staged_bytes > min(MAX_STAGED_BYTES, max_shared_bytes(device) - 16 * SUM_BYTES):
+        return SkinnyShape(16, 2)
+    warps = 16 if weight.shape[0] <= 16 * num_multiprocessors(device) else 8
+    return SkinnyShape(warps, max(2, min(4, -(-size // (64 * warps)))), staged_bytes)
+
+
+@functools.cache
+def _fp8_shape(staged_rows: int, size: int, first: int, shared_bytes: int) -> SkinnyShape:
+    """Return the shape of skinny_gemm for an FP8 weight.
+
+    Warps that lack a chunk in a step load nothing, and bytes under way are what the speed depends on. So the shape is
+    the one with the fewest such warps, of equal ones the larger: 16 warps for 4096 columns, 20 for 5120.
+    """
+    staged_bytes = staged_rows * (-(-size // 128) * 128 + 8) * 2  # see `stride` in skinny_gemm.cu
+    chunks = -(-(first + size) // 128)
+    warps = min((20, 16), key=lambda warps: -(-chunks // (2 * warps)) * warps)
+    fits = staged_bytes <= min(MAX_STAGED_BYTES, shared_bytes - warps * SUM_BYTES)
+    return SkinnyShape(warps, 2, staged_bytes) if fits else SkinnyShape(8, 2)

@@ -73,6 +73,12 @@ def num_multiprocessors(device: int) -> int:
 
 
 @functools.cache
+def max_shared_bytes(device: int) -> int:
+    """Return the most shared memory that a block of a GPU can have."""
+    return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
+
+
+@functools.cache
 def compute_capability(device: int) -> tuple[int, int]:
     """Return the compute capability of a GPU, such as (9, 0)."""
     return torch.cuda.get_device_capability(device)
@@ -96,8 +102,7 @@ def kernel(
     function, static_bytes = _compile(source, name, architecture)
     if static_bytes + shared_bytes > DEFAULT_SHARED_BYTES:
         # The device's maximum, not shared_bytes: instances of other sizes share the function.
-        maximum = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
-        function.max_dynamic_shared_size_bytes = maximum - static_bytes
+        function.max_dynamic_shared_size_bytes = max_shared_bytes(torch.cuda.current_device()) - static_bytes
 
     attributes = [_early_attribute()] * early + [_cluster_attribute(cluster)] * (cluster > 1)
     parameters = LaunchParameters()

@@ -51,8 +51,9 @@ INSTANCES = {
             ("f16, f16", 8, 2, "true"),
             ("bf16, bf16", 16, 2, "false"),
             ("bf16, fp8", 16, 2, "true"),
+            ("bf16, fp8", 20, 2, "true"),
             ("bf16, fp8", 8, 2, "false"),
-            ("f16, fp8", 16, 2, "true"),
+            ("f16, fp8", 20, 2, "true"),
         )
         for epilogue in ("STORE", "ADD", "SILU")
     ],

@@ -7,6 +7,7 @@ The simple kernels run in the emulator there, too; here are those that need smal
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -92,7 +93,8 @@ FP8_LINEARS = [  # rows, features, size, dtype, rows and columns of a block, pla
     (8, 24, 1040, BF16, 16, 128, 48),
     (5, 72, 2064, F16, 32, 128, 112),
     (2, 24, 1024, BF16, 128, 1024, 0),
-    (8, 24, 7168, BF16, 4, 128, 64),
+    (8, 24, 7168, BF16, 4, 128, 64),  # not staged
+    (5, 72, 5056, BF16, 4, 128, 64),  # 20 warps
 ]
 
 
@@ -105,6 +107,17 @@ def test_linear_of_fp8(
     half = random_fp8(features, size, block_rows, block_columns, first)
     check("linear", x, half, bias[:features], add_to=random(rows, features, dtype=dtype))
     check("linear", x, both, bias, norm=norm, eps=1e-5, gated=True, factor=4)
+
+
+@pytest.mark.parametrize(("kib", "most"), [(99, 99 << 10), (227, 100 << 10)])
+def test_fp8_shapes_of_skinny_gemm_stage_what_fits(kib: int, most: int) -> None:
+    gemm = emulator.emulated().linear.__globals__
+    warps = {4096: 16, 5120: 20, 8192: 16, 8704: 20, 14336: 20, 17408: 20, 25600: 20, 28672: 16}
+    for rows, columns in itertools.product(range(1, 10), warps):
+        shape = gemm["_fp8_shape"](rows, columns, 0, kib << 10)
+        used = rows * (columns + 8) * 2, warps[columns] * gemm["SUM_BYTES"]
+        fits = used[0] <= most and sum(used) <= kib << 10
+        assert shape == ((warps[columns], 2, used[0]) if fits else (8, 2, 0))
 
 
 DECODED = [(1, 2, 1, 64), (5, 8, 2, 64), (5, 6, 1, 128), (12, 3, 3, 64), (2, 4, 1, 96), (4, 2, 1, 256)]

@@ -58,6 +58,7 @@ def emulated() -> SimpleNamespace:
         substitutes: dict[str, Any] = {
             "kernel": _kernel,
             "num_multiprocessors": lambda device: MULTIPROCESSORS,
+            "max_shared_bytes": lambda device: SHARED_BYTES,
             "compute_capability": lambda device: (8, 0),
             "tile_map": _tile_map,
         }
