@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import expert_ops, ops
-from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope, num_groups
+from lockstep.kernels.arguments import FP8Choice, FP8Weight, KVCache, Pages, QKNorm, Rope, num_groups
 
 
 def random(*shape: int) -> Tensor:
@@ -35,6 +35,19 @@ def linear_layers() -> None:
     for tokens in (1, 7, 64):
         expert_ids, scores = torch.randint(-1, 7, (tokens, 2), device="cuda"), torch.rand(tokens, 2, device="cuda")
         expert_ops.experts(random(tokens, 64), expert_ids, scores, random(6, 80, 64), random(6, 64, 40))
+
+
+def fp8_layers() -> None:
+    for rows in (3, 8, 13, 30, 64, 100):  # all tiles of fp8_gemm
+        for features, size in ((48, 128), (136, 656), (1040, 2048), (48, 5120), (48, 17424)):
+            x, norm, choice = random(rows, size), random(size), FP8Choice(tiled_rows=1 << 30)
+            numbers = random(2 * features, size).to(torch.float8_e4m3fn)
+            scales = torch.rand(-(-features // 64), -(-size // 128), device="cuda")
+            both = FP8Weight(numbers, scales, 128, 128, choice=choice)
+            half = FP8Weight(numbers[:features], scales[: -(-features // 128)], 128, 128, choice=choice)
+            ops.linear(x, both, norm=norm, eps=1e-6)
+            ops.linear(x, both, norm=norm, eps=1e-6, gated=True)
+            ops.linear(x, half, add_to=random(rows, features))
 
 
 def attention() -> None:
@@ -83,6 +96,7 @@ def rows_tokens_and_tables() -> None:
 
 if __name__ == "__main__":
     linear_layers()
+    fp8_layers()
     attention()
     rows_tokens_and_tables()
     torch.cuda.synchronize()

@@ -4,8 +4,8 @@
 // rows of the weight for up to N rows of x; two groups of four warps have 64 of them each. One thread more has TMA copy both to
 // shared memory, a step of 128 columns at a time and STAGES ahead, the first weights before the kernel that computes x has ended.
 // A step lies in one block of scales: its products are summed apart in registers, and added times the scales of the weight and of x.
-// The blocks of a cluster share the columns, and add their sums through distributed shared memory, each for a part of the results
-// and always in the same order.
+// The blocks of a cluster, at most four, share the columns, and add their sums through distributed shared memory, each for a part of
+// the results and always in the same order.
 #include "wgmma.cuh"
 
 enum Epilogue { STORE, ADD, SILU };  // out = sum, out += sum, out = silu(gate) * up; scaled_gemm.py uses these names
@@ -13,7 +13,6 @@ enum Epilogue { STORE, ADD, SILU };  // out = sum, out += sum, out = silu(gate) 
 constexpr int GROUPS = 2, GROUP_ROWS = 64, TILE = GROUPS * GROUP_ROWS;  // with SILU, group 0 has gate, and group 1 the same rows of up
 constexpr int CONSUMERS = 128 * GROUPS;                                  // threads that multiply
 constexpr int SUM_STRIDE = TILE + 4;  // from a row of sums to the next, so that lanes write to different banks
-constexpr int MAX_PARTS = 8;          // blocks of a cluster
 
 // Shared memory: stages of TILE rows of the weight, then N rows of x; the scales of x of all stages; two barriers for each stage.
 template <int N, int STAGES> struct Memory {
@@ -111,40 +110,57 @@ template <int N, int STAGES> struct Consumer {
 };
 
 // Add four adjacent sums of the blocks of the cluster.
-DEVICE void add_blocks(float (&total)[4], const float* at, int parts) {
-    float4 of_block[MAX_PARTS];  // all are loaded before the first is used
-    UNROLL for (int i = 0; i < MAX_PARTS; ++i)
-        if (i < parts) of_block[i] = load_of_block(at, i);
-    UNROLL for (int i = 0; i < MAX_PARTS; ++i)
-        if (i < parts) total[0] += of_block[i].x, total[1] += of_block[i].y, total[2] += of_block[i].z, total[3] += of_block[i].w;
+template <int PARTS> DEVICE float4 add_blocks(const float* at) {
+    if (PARTS == 1) return *reinterpret_cast<const float4*>(at);
+    float4 of_block[PARTS];  // all are loaded before the first is used
+    UNROLL for (int i = 0; i < PARTS; ++i) of_block[i] = load_of_block(at, i);
+    UNROLL for (int i = 1; i < PARTS; ++i)
+        of_block[0].x += of_block[i].x, of_block[0].y += of_block[i].y, of_block[0].z += of_block[i].z, of_block[0].w += of_block[i].w;
+    return of_block[0];
 }
 
-// Compute the part of the result that is this block's: finish the sums of the cluster, four features of a row of x at a time.
+// Compute the part of the result that is this block's: finish the sums of the cluster. A thread has four features of some rows of x.
 template <typename T> struct Results {
+    static constexpr int AT_ONCE = 2;  // rows that are loaded before the first is stored
     T* out;
     const T* bias;
     int tile, first_row, rows, features, epilogue, number, parts;
 
     DEVICE Vec<T, 4> load(const T* at, bool exists) const { return exists ? *reinterpret_cast<const Vec<T, 4>*>(at) : Vec<T, 4>{}; }
-    DEVICE void write(const float* sums) const {
-        const int vectors = (epilogue == SILU ? GROUP_ROWS : TILE) / 4;
-        for (int i = number * CONSUMERS + threadIdx.x; i < rows * vectors; i += CONSUMERS * parts) {
-            const int feature = (tile * vectors + i % vectors) * 4;
-            if (feature >= features) continue;
-            T* to = out + (long long)(first_row + i / vectors) * features + feature;
-            const Vec<T, 4> before = load(to, epilogue == ADD), shift = load(bias + feature, bias);
-            const float* at = sums + i / vectors * SUM_STRIDE + i % vectors * 4;
-            float total[4] = {};
-            add_blocks(total, at, parts);
-            UNROLL for (int j = 0; j < 4; ++j) total[j] += to_float(shift.at[j]) + to_float(before.at[j]);
-            if (epilogue == SILU) {
-                const Vec<T, 4> up_shift = load(bias + features + feature, bias);
-                float up[4] = {};
-                add_blocks(up, at + GROUP_ROWS, parts);
-                UNROLL for (int j = 0; j < 4; ++j) total[j] = silu(total[j]) * (up[j] + to_float(up_shift.at[j]));
-            }
-            *reinterpret_cast<Vec<T, 4>*>(to) = round_all<T>(total);
+    DEVICE Vec<T, 4> finish(const float4& sums, const float4& up_sums, const Vec<T, 4>& before, const Vec<T, 4>& shift, const Vec<T, 4>& up_shift) const {
+        const float sum[4] = {sums.x, sums.y, sums.z, sums.w}, up[4] = {up_sums.x, up_sums.y, up_sums.z, up_sums.w};
+        float values[4];
+        UNROLL for (int j = 0; j < 4; ++j) {
+            values[j] = sum[j] + to_float(shift.at[j]) + to_float(before.at[j]);
+            if (epilogue == SILU) values[j] = silu(values[j]) * (up[j] + to_float(up_shift.at[j]));
         }
+        return round_all<T>(values);
+    }
+    static_assert(GROUP_ROWS == 4 << 4 && TILE == 4 << 5, "a row has 16 or 32 vectors");
+    template <int PARTS> DEVICE void write_part(const float* sums) const {
+        const int shift_of_row = epilogue == SILU ? 4 : 5, vectors = 1 << shift_of_row;  // of a row; they divide the threads
+        const int step = CONSUMERS * PARTS >> shift_of_row, column = (threadIdx.x & (vectors - 1)) * 4;
+        const int feature = tile * vectors * 4 + column;
+        if (feature >= features) return;
+        const Vec<T, 4> shift = load(bias + feature, bias), up_shift = load(bias + features + feature, bias && epilogue == SILU);
+        for (int first = number * CONSUMERS + threadIdx.x >> shift_of_row; first < rows; first += AT_ONCE * step) {
+            Vec<T, 4> before[AT_ONCE];
+            float4 sum[AT_ONCE], up[AT_ONCE];
+            auto row = [&](int i) { return min(first + i * step, rows - 1); };
+            auto at = [&](int i) { return out + (long long)(first_row + row(i)) * features + feature; };
+            UNROLL for (int i = 0; i < AT_ONCE; ++i) before[i] = load(at(i), epilogue == ADD);
+            UNROLL for (int i = 0; i < AT_ONCE; ++i) sum[i] = add_blocks<PARTS>(sums + row(i) * SUM_STRIDE + column);
+            UNROLL for (int i = 0; i < AT_ONCE; ++i)
+                up[i] = epilogue == SILU ? add_blocks<PARTS>(sums + row(i) * SUM_STRIDE + column + GROUP_ROWS) : sum[i];
+            UNROLL for (int i = 0; i < AT_ONCE; ++i)
+                if (first + i * step < rows) *reinterpret_cast<Vec<T, 4>*>(at(i)) = finish(sum[i], up[i], before[i], shift, up_shift);
+        }
+    }
+    DEVICE void write(const float* sums) const {
+        if (parts == 1) write_part<1>(sums);
+        else if (parts == 2) write_part<2>(sums);
+        else if (parts == 3) write_part<3>(sums);
+        else write_part<4>(sums);
     }
 };
 
@@ -159,31 +175,31 @@ __global__ void __launch_bounds__(CONSUMERS + 32, 2) fp8_gemm(
     launch_next();
     const Memory<N, STAGES> memory{(unsigned)__cvta_generic_to_shared(shared)};
     if (threadIdx.x == 0) memory.init_barriers();
+    if (threadIdx.x == CONSUMERS) prefetch_map(x);  // it is needed at once after the wait
     const int number = blockIdx.x % parts, row_tiles = (rows + N - 1) / N, steps = (first + size + LINE - 1) / LINE;
     const int tile = blockIdx.x / parts / row_tiles, first_row = blockIdx.x / parts % row_tiles * N;
     const int begin = steps * number / parts, end = steps * (number + 1) / parts;
     auto weight_row = [&](int group) { return epilogue == SILU ? tile * GROUP_ROWS + group * features : tile * TILE + group * GROUP_ROWS; };
     __syncthreads();
 
-    const int group = threadIdx.x / 128, lane_row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // of the group's rows
-    Consumer<N, STAGES> consumer{memory, group, begin, end, {}};
-    if (threadIdx.x == CONSUMERS) {
+    if (threadIdx.x >= CONSUMERS) {
         const int scale_bytes = min(N, padded - first_row) * 4;
         const Producer<N, STAGES> producer{memory, weight, x, {weight_row(0), weight_row(1)}, first_row, scale_bytes, padded};
-        producer.run(end - begin, begin * LINE - first, x_scales + (long long)begin * padded + first_row);
-    } else if (threadIdx.x < CONSUMERS) {
-        const int last = (epilogue == SILU ? 2 : 1) * features - 1;
-        auto row_scales = [&](int row) { return scale + (min(row, last) >> row_shift) * blocks; };
-        const int row = weight_row(group) + lane_row;
-        consumer.run({{row_scales(row), row_scales(row + 8)}, column_shift - 7}, shared);
-        wait_for_previous();  // before results are written
+        if (threadIdx.x == CONSUMERS) producer.run(end - begin, begin * LINE - first, x_scales + (long long)begin * padded + first_row);
+        return;
     }
+    const int group = threadIdx.x / 128, lane_row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;  // of the group's rows
+    const int row = weight_row(group) + lane_row, last = (epilogue == SILU ? 2 : 1) * features - 1;
+    auto row_scales = [&](int row) { return scale + (min(row, last) >> row_shift) * blocks; };
+    Consumer<N, STAGES> consumer{memory, group, begin, end, {}};
+    consumer.run({{row_scales(row), row_scales(row + 8)}, column_shift - 7}, shared);
+    wait_for_previous();  // before results are written
 
-    __syncthreads();  // all have left the stages, which the sums overwrite: N rows of SUM_STRIDE
     float* sums = reinterpret_cast<float*>(shared);
-    if (threadIdx.x < CONSUMERS) consumer.store(sums + group * GROUP_ROWS + lane_row);
-    sync_cluster();
+    sync_threads(CONSUMERS);  // all have left the stages, which the sums overwrite: N rows of SUM_STRIDE
+    consumer.store(sums + group * GROUP_ROWS + lane_row);
+    parts == 1 ? sync_threads(CONSUMERS) : sync_cluster();
     const Results<T> results{out, bias, tile, first_row, min(N, rows - first_row), features, epilogue, number, parts};
-    if (threadIdx.x < CONSUMERS) results.write(sums);
-    sync_cluster();  // no block ends, and gives its memory back, before the others have read it
+    results.write(sums);
+    if (parts > 1) arrive_without_memory(), wait_for_cluster();  // no block ends before the others have read its memory
 }

@@ -54,9 +54,11 @@ DEVICE unsigned long long descriptor(unsigned at) { return 1ull << 62 | 64ull <<
 // A matrix of bytes in global memory whose boxes TMA copies; tile_map of kernel_launch.py makes it.
 struct alignas(64) TileMap { char bytes[128]; };
 
+DEVICE void prefetch_map(const TileMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+
 // Barriers, at addresses of shared memory. A phase ends when `count` threads have arrived, and all expected bytes, too.
 DEVICE void init_barrier(unsigned at, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory"); }
-DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async;" ::: "memory"); }
+DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void arrive(unsigned at) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory"); }
 DEVICE void arrive_expecting(unsigned at, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
@@ -79,3 +81,5 @@ DEVICE void copy_bytes(unsigned to, const void* from, int bytes, unsigned barrie
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
+// A barrier of this many threads of the block, without those that copy.
+DEVICE void sync_threads(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }

@@ -115,11 +115,11 @@ def _tiled_gemm(
 
 
 def _num_parts(tiles: int, size: int, multiprocessors: int) -> int:
-    """Return how many blocks share the columns of a tile: a power of two with some blocks for every multiprocessor."""
-    parts, steps, most = 1, -(-size // GROUP), 3 * multiprocessors // 2  # more blocks than this are slower
-    while 2 * parts <= MAX_PARTS and 2 * parts * tiles <= most and steps >= 2 * parts * MIN_STEPS:
-        parts *= 2
-    return parts
+    """Return how many blocks share the columns of a tile: as many as are useful at once, at most MAX_PARTS."""
+    steps, most = -(-size // GROUP), 3 * multiprocessors // 2  # more blocks than this are slower
+    if 0 < tiles - 2 * multiprocessors <= multiprocessors // 8 and steps >= 2 * MIN_STEPS:
+        return 2  # else few blocks would run at the end, after all others
+    return max(1, min(MAX_PARTS, most // tiles, steps // MIN_STEPS))
 
 
 def _library_takes(x: Tensor, weight: FP8Weight) -> bool:

@@ -103,7 +103,7 @@ def tiled(
 
 
 TILED = [  # rows, features, size, rows and columns of a block, place of column 0 in its block, epilogue, dtype
-    (9, 24, 640, 128, 128, 0, "ADD", torch.bfloat16),
+    (9, 24, 1552, 128, 128, 0, "ADD", torch.bfloat16),  # a cluster of three
     (16, 72, 1200, 16, 128, 48, "SILU", torch.float16),
     (33, 136, 768, 128, 128, 0, "SILU", torch.bfloat16),
     (130, 144, 208, 1, 256, 0, "STORE", torch.bfloat16),
@@ -135,6 +135,41 @@ def test_tiled_gemm(
         assert_close(*tiled(device, x, weight, bias, epilogue, before, False))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [9, 40, 64, 200])
+@pytest.mark.parametrize(
+    ("features", "size", "epilogue"),
+    [(4096, 4096, "ADD"), (6144, 4096, "STORE"), (9216, 2048, "SILU"), (17408, 2048, "SILU")],
+)
+def test_tiled_gemm_of_large_matrices(rows: int, features: int, size: int, epilogue: str) -> None:
+    weight_rows = features * (2 if epilogue == "SILU" else 1)
+    weight = to_device(random_fp8(weight_rows, size, 128, 128), "cuda")
+    x, before = (torch.randn(rows, n, device="cuda").bfloat16() for n in (size, features))
+    bias = torch.randn(weight_rows, device="cuda").bfloat16()
+    for invariant in (False, True):
+        assert_close(*tiled("cuda", x, weight, bias, epilogue, before, invariant))
+
+
+@pytest.mark.emulator
+@pytest.mark.parametrize(
+    ("tiles", "size", "parts"),
+    [
+        (1, 128, 1),
+        (1, 1536, 3),
+        (32, 14336, 4),
+        (48, 4096, 4),
+        (56, 5120, 3),
+        (112, 4096, 1),
+        (264, 5120, 1),
+        (272, 5120, 2),
+        (272, 896, 1),
+        (300, 5120, 1),
+    ],
+)
+def test_blocks_of_a_cluster_have_work_and_run_at_once(tiles: int, size: int, parts: int) -> None:
+    assert launches("cpu")._num_parts(tiles, size, 132) == parts
+
+
 @pytest.mark.emulator
 @pytest.mark.nightly
 @pytest.mark.parametrize(
@@ -142,8 +177,8 @@ def test_tiled_gemm(
     [
         ("wait_for_phase(memory.full(ring.stage), ring.phase);", "", 2),
         ("wait_for_phase(memory.empty(ring.stage), ring.phase);", "", 2),
-        ("sync_cluster();\n    const", "__syncthreads();\n    const", 4),
-        ("__syncthreads();  // all have left", "// all have left", 3),
+        ("parts == 1 ? sync_threads(CONSUMERS) : sync_cluster();", "sync_threads(CONSUMERS);", 4),
+        ("sync_threads(CONSUMERS);  // all have left", "// all have left", 2),
     ],
 )
 def test_tiled_gemm_needs_its_barriers(right: str, wrong: str, case: int, monkeypatch: pytest.MonkeyPatch) -> None:

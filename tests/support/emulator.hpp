@@ -133,7 +133,7 @@ struct Block {
     Grid* grid;
     Dim index;
     int place = 0;  // in its cluster
-    Barrier barrier;
+    Barrier barrier, some;  // of all threads, and of sync_threads
     int any = 0;  // of __syncthreads_or
     std::vector<Warp> warps;
     std::deque<Fiber> fibers;
@@ -173,7 +173,7 @@ inline void run_thread() {
 }
 inline void start(Block& block, Grid& grid, Dim index) {
     const int threads = grid.threads.x;
-    block.grid = &grid, block.index = index, block.barrier = {threads, {}}, block.any = 0;
+    block.grid = &grid, block.index = index, block.barrier = {threads, {}}, block.some = {}, block.any = 0;
     block.warps.assign(threads / 32, Warp{{32, {}}});
     block.arrays.clear();
     block.fibers.resize(max(block.fibers.size(), (size_t)threads));
@@ -485,6 +485,7 @@ inline float4 load_of_block(const float* at, int block) {
     return v;
 }
 inline void prefetch_line(const void*) {}
+template <typename Map> void prefetch_map(const Map&) {}
 inline void init_barrier(unsigned at, int count) { emulator::phase_barrier(at) = {(int16_t)count, (int16_t)count, 0, 0}; }
 inline void publish_barriers() {}
 inline void arrive_expecting(unsigned at, int bytes) {
@@ -513,6 +514,10 @@ template <typename Map> void copy_box(unsigned to, const Map& map, int row, int 
 }
 inline void copy_bytes(unsigned to, const void* from, int bytes, unsigned barrier) {
     emulator::box_copies.push_back({&emulator::phase_barrier(barrier), [=] { return memcpy(emulator::shared + (int)to, from, bytes), bytes; }});
+}
+inline void sync_threads(int threads) {
+    emulator::here->some.expected = threads;
+    emulator::arrive_and_wait(emulator::here->some);
 }
 inline void begin_multiply() {}
 inline void end_multiply() {}

@@ -36,7 +36,8 @@ IN_ASSEMBLY = (
     "stream|stream_half|stream_word|exp2_of|transpose|copy_async|copy_word_async|commit_copies|wait_copies|wait_all_copies"
     "|load_matrices|load_transposed_matrices"
     "|store_release|load_acquire|store_relaxed|load_relaxed|now_ns|multiply_async|begin_multiply|end_multiply|init_barrier"
-    "|publish_barriers|arrive|arrive_expecting|wait_for_phase|copy_box|copy_bytes|prefetch_line|sync_cluster|load_of_block"
+    "|publish_barriers|arrive|arrive_expecting|wait_for_phase|copy_box|copy_bytes|prefetch_line|prefetch_map"
+    "|sync_threads|sync_cluster|load_of_block"
     "|arrive_at_cluster|arrive_without_memory|wait_for_cluster|load_float_of_block|commit_multiply|wait_multiply|publish_copies"
 )
 Launch = Callable[..., None]
