@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...comm.base import Communicator
-from ...comm.timing import graph_us
+from ...comm.timing import graph_us, wait_for_imports
 from ...kernels import ops
 from ...kernels.arguments import FP8Weight
 
@@ -34,6 +34,7 @@ def tune_fp8_gemms(weights: Sequence[FP8Weight], comm: Communicator, dtype: torc
         x = torch.zeros(max(ROWS), group.shape[1], dtype=dtype, device=group.data.device)
         if not ops.has_two_fp8_gemms(x, group):
             continue
+        wait_for_imports()
         some = same[: -(-TIMED_BYTES // group.data.nbytes)]
         times = [
             [_us(comm, x[:rows], some, tiled_rows=rows if tiled else 0) for rows in ROWS] for tiled in (True, False)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from typing import Any
 
 import pytest
 import torch
 
 from lockstep.comm.base import SingleRank
+from lockstep.comm.timing import IMPORT_THREAD
 from lockstep.kernels import ops
 from lockstep.kernels.arguments import FP8Choice, FP8Weight
 from lockstep.runtime.model import fp8_tuning
@@ -41,7 +44,10 @@ class Peers(SingleRank):
 def test_ranks_choose_by_the_slowest_for_each_shape(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    imports = threading.Thread(target=time.sleep, args=(0.2,), name=IMPORT_THREAD)
+
     def us(comm: Any, x: torch.Tensor, weights: list[FP8Weight], *, tiled_rows: int) -> float:
+        assert not imports.is_alive()
         return len(x) * (1.0 if tiled_rows else 0.1) / (1 if weights[0].shape[0] == 256 else 1000) + 8 * (
             tiled_rows == 0
         )
@@ -52,6 +58,7 @@ def test_ranks_choose_by_the_slowest_for_each_shape(
     weights = [random_fp8(256, 128, 128, 128)._replace(choice=choices[0]) for _ in range(3)]
     weights += [random_fp8(384, 128, 128, 128)._replace(choice=choices[1])]
     weights += [random_fp8(16, 128, 1, 256)._replace(choice=choices[2])]
+    imports.start()
     with caplog.at_level(logging.INFO):
         fp8_tuning.tune_fp8_gemms(weights, Peers(), torch.bfloat16)
     assert [choice.tiled_rows for choice in choices] == [0, 256, 64]
