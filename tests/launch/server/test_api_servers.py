@@ -104,7 +104,7 @@ def comparable(text: str) -> Any:
     Which prompts share a step depends on their arrival.
     """
     text = re.sub(r'"(id|response_id|item_id|request_id)":"[a-z_]*-?[0-9a-zA-Z]{20,}"', r'"\1":""', text)
-    return approximate(json.loads(re.sub(r'"(created|created_at|completed_at)":[0-9.]+', r'"\1":0', text)))
+    return approximate(json.loads(re.sub(r'"(created|created_at|completed_at)":("[^"]*"|[0-9.]+)', r'"\1":0', text)))
 
 
 def approximate(value: Any) -> Any:
