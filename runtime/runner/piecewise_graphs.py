@@ -206,8 +206,10 @@ class PiecewiseGraphs:
         breaks = GraphBreaks(*outputs, pool)
         with paused_collection(), torch.cuda.stream(capture_stream()):
             breaks.begin()
-            residual = run(breaks)
-            breaks.end()
+            try:
+                residual = run(breaks)
+            finally:
+                breaks.end()  # else the stream would go on capturing after an error
         for graph in breaks.graphs:  # takes the memory that a graph needs to run, before the KV cache is sized
             graph.replay()
         return CapturedStep(breaks.graphs, breaks.calls, _map_residual(residual, weak_reference))

@@ -6,6 +6,7 @@ those of the eager path.
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,12 @@ from lockstep.runtime import startup
 from lockstep.runtime.model.batch import Batch
 from lockstep.runtime.model.norm import Residual
 from lockstep.runtime.request import Request
-from lockstep.runtime.runner.piecewise_graphs import PiecewiseGraphs, piecewise_sizes
+from lockstep.runtime.runner.piecewise_graphs import GraphBreaks, PiecewiseGraphs, piecewise_sizes
 from lockstep.runtime.runner.rank_memory import RankMemory
 
 from checkpoints import tiny_checkpoint
 from engines import request, run_engine
-from replayed_graphs import ReplayedGraph, use_replayed_graphs
+from replayed_graphs import CAPTURE, ReplayedGraph, use_replayed_graphs
 
 ARCHITECTURES = (  # with all kinds of layers: experts, the delta rule, norms after layers, factors of queries
     "LlamaForCausalLM",
@@ -62,6 +63,18 @@ class Steps:
 
         use_replayed_graphs(monkeypatch)
         monkeypatch.setattr(PiecewiseGraphs, "forward", poisoned)
+
+
+def test_capture_ends_after_an_error(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of memory in a capture")
+
+    use_replayed_graphs(monkeypatch)
+    monkeypatch.setattr(GraphBreaks, "run", fail)
+    with pytest.raises(RuntimeError, match="out of memory in a capture"):
+        run_engine(llama_folder, requests())
+    assert CAPTURE.recorder is None
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("sizes", [[16, 48], [7, 64, 256]], ids=str)
