@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+_lock = threading.Lock()
+_pauses = 0  # blocks of paused_collection, of all threads
+_was_enabled = False  # before the first of them
 
 
 @contextmanager
@@ -16,13 +21,19 @@ def paused_collection() -> Iterator[None]:
 
     A collection during a capture may free another CUDA graph, a module or memory. CUDA then ends the capture.
     """
-    was_enabled = gc.isenabled()
-    gc.disable()
+    global _pauses, _was_enabled
+    with _lock:
+        if not _pauses:
+            _was_enabled = gc.isenabled()
+            gc.disable()
+        _pauses += 1
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        with _lock:
+            _pauses -= 1
+            if _was_enabled and not _pauses:
+                gc.enable()
 
 
 @contextmanager

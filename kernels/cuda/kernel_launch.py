@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ NULL = np.int64(0)
 BOX_COLUMNS = 128  # columns of a box of a tile map; mirrors LINE of wgmma.cuh
 Launch = Callable[..., None]  # takes grid, threads and Arguments
 Instance = tuple[str, str, str]  # source, name and architecture of a kernel
-_requested: set[Instance] | None = None  # set by requested_kernels
+_requests = threading.local()  # `instances`, in a block of requested_kernels in this thread
 _kept: dict[tuple[str, torch.device], Tensor] = {}
 
 
@@ -96,9 +97,11 @@ def kernel(
     cluster       adjacent blocks that run together and read each other's shared memory
     architecture  such as sm_90a, for instructions that sm_90 lacks; NVRTC prefers it to the GPU's that CuPy names
     """
-    if _requested is not None:
-        _requested.add((source, name, architecture))
-        return _launch_nothing
+    if (requested := _requested_here()) is not None:
+        requested.add((source, name, architecture))
+        options: dict[str, Any] = {"shared_bytes": shared_bytes, "early": early, "cluster": cluster}
+        compiled = functools.partial(kernel.__wrapped__, source, name, architecture=architecture, **options)
+        return functools.partial(_launch_in_other_threads, threading.get_ident(), compiled)
     function, static_bytes = _compile(source, name, architecture)
     if static_bytes + shared_bytes > DEFAULT_SHARED_BYTES:
         # The device's maximum, not shared_bytes: instances of other sizes share the function.
@@ -139,15 +142,14 @@ def _compile(source: str, name: str, architecture: str) -> tuple[Any, int]:
 def requested_kernels() -> Iterator[set[Instance]]:
     """Yield the set of kernels that the block requests for the first time; they are neither compiled nor launched.
 
-    The results of the ops in the block are undefined. Capture them in a graph that is not replayed, or use them for
-    nothing.
+    Other threads launch theirs. The results of the ops in the block are undefined. Capture them in a graph that is
+    not replayed, or use them for nothing.
     """
-    global _requested
-    _requested = requested = set[Instance]()
+    _requests.instances = requested = set[Instance]()
     try:
         yield requested
     finally:
-        _requested = None
+        del _requests.instances
         kernel.cache_clear()  # it holds launches of nothing
 
 
@@ -176,13 +178,22 @@ def kept_zeros(user: str, count: int, device: torch.device) -> Tensor:
     zeros = _kept.get((user, device))
     if zeros is None:
         zeros = torch.zeros(count, dtype=torch.int32, device=device)
-        if _requested is None:
+        if _requested_here() is None:
             _kept[user, device] = zeros
     return zeros
 
 
-def _launch_nothing(grid: tuple[int, int], threads: int, *arguments: Argument) -> None:
-    return
+def _requested_here() -> set[Instance] | None:
+    """Return the kernels that a block of requested_kernels in this thread has requested; None outside of one."""
+    return getattr(_requests, "instances", None)
+
+
+def _launch_in_other_threads(
+    requester: int, compiled: Callable[[], Launch], grid: tuple[int, int], threads: int, *arguments: Argument
+) -> None:
+    """Launch nothing in the thread that only requests kernels; all threads have one cache of launches."""
+    if threading.get_ident() != requester:
+        compiled()(grid, threads, *arguments)
 
 
 def _current_stream() -> int:

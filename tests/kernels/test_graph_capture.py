@@ -36,3 +36,13 @@ def test_collection_is_as_before_after_an_error(was_enabled: bool) -> None:
         assert gc.isenabled() == was_enabled
     finally:
         gc.enable()
+
+
+def test_overlapping_blocks_end_with_the_last() -> None:
+    first, second = paused_collection(), paused_collection()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()

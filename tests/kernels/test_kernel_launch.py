@@ -81,6 +81,25 @@ def test_kernels_are_launched_again_after_an_error_in_the_block(launches: Any) -
     assert [name for name, _ in CompiledModule.compiled] == [NORM[1]]
 
 
+def test_other_threads_launch_in_the_meantime(launches: Any) -> None:
+    launched = launches.driver.cuLaunchKernelEx
+    launched.return_value = (launches.driver.CUresult.CUDA_SUCCESS,)
+    launches._current_stream = lambda: 0
+
+    def launch() -> None:
+        launches.kernel(*NORM)((1, 1), 32)
+
+    with launches.requested_kernels():
+        launch()
+        assert not launched.called
+        thread = threading.Thread(target=launch)
+        thread.start()
+        thread.join()
+    assert launched.call_count == 1
+    launch()
+    assert launched.call_count == 2
+
+
 def test_zeros_of_a_graph_that_is_never_replayed_are_not_kept(launches: Any) -> None:
     device = torch.device("cpu")
     with launches.requested_kernels():
