@@ -62,7 +62,9 @@ class Conversation:
     def ask(self, messages: list[Message], answer: Answer, out: TextIO) -> None:
         """Print an answer to `messages`, and make both the conversation; it stays as it was if there is no answer."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text, reasoning = _print_answer(answer([*system, *messages], self.settings), out)
+        text, reasoning, failed = _print_answer(answer([*system, *messages], self.settings), out)
+        if failed and len(messages) < len(self.messages):
+            return  # the answer that should have been replaced is whole
         if text or reasoning:
             self.reasoning = reasoning
         if text:
@@ -109,10 +111,17 @@ def remote(url: str, model: str | None) -> Answer:
             ):
                 if response.status_code != 200:
                     raise refusal(response.status_code, response.read())
+                has_choices = False
                 chunks = (chunk for data in response.iter_bytes() for chunk in events.push(data))
                 for choice in (choice for chunk in chunks for choice in chunk.choices):
+                    has_choices = True
                     yield AnswerPart("reasoning", choice.new_reasoning)
                     yield AnswerPart("content", choice.new_text)
+                if not has_choices:
+                    kind = response.headers.get("content-type", "no content type")
+                    raise ValueError(
+                        f"{url} answered without a completion ({kind}); is it an OpenAI-compatible server?"
+                    )
         except httpx.HTTPError as error:
             raise ValueError(f"{url}: {describe(error)}") from error
 
@@ -161,12 +170,12 @@ def _held_interrupts() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _print_answer(answer: Iterator[AnswerPart], out: TextIO) -> tuple[str, str]:
-    """Print an answer piece by piece, its reasoning folded; returns its text and its reasoning.
+def _print_answer(answer: Iterator[AnswerPart], out: TextIO) -> tuple[str, str, bool]:
+    """Print an answer piece by piece, its reasoning folded; returns its text, its reasoning, and whether it failed.
 
     A refusal is printed instead of raised.
     """
-    text, reasoning, note, thinks_since = "", "", "", 0.0
+    text, reasoning, note, failed, thinks_since = "", "", "", False, 0.0
     try:
         for kind, piece in answer:
             if kind == "reasoning":
@@ -185,9 +194,9 @@ def _print_answer(answer: Iterator[AnswerPart], out: TextIO) -> tuple[str, str]:
     except KeyboardInterrupt:
         note = " [stopped]"
     except ValueError as error:
-        note = f"error: {error}"
+        note, failed = f"\nerror: {error}" if text else f"error: {error}", True
     print(f"]{note}" if thinks_since else note, file=out)
-    return text, reasoning
+    return text, reasoning, failed
 
 
 def _run_command(line: str, conversation: Conversation) -> str:

@@ -86,6 +86,30 @@ def test_refused_repetition_keeps_the_answer() -> None:
     ]
 
 
+def test_answer_is_kept_if_its_repetition_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    questions: list[list[str]] = []
+
+    def answer(messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[AnswerPart]:
+        questions.append([m["content"] for m in messages])
+        yield AnswerPart("content", "half")
+        if len(questions) == 2:
+            raise ValueError("the server is gone")
+        yield AnswerPart("content", " whole")
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n/again\ntwo\n"))
+    out = io.StringIO()
+    talk(answer, out)
+    assert questions == [["one"], ["one"], ["one", "half whole", "two"]]
+    assert "half\nerror: the server is gone\n" in out.getvalue()
+
+
+def test_page_instead_of_a_completion_is_an_error() -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\nconnection: close\r\n\r\n"
+    with stub_server(lambda number, body: [head, b"<html></html>"]) as stub:
+        ended = chat(["hello"], "named", f"--url={stub.url}")
+    assert "answered without a completion (text/html); is it an OpenAI-compatible server?" in ended.stdout
+
+
 def test_two_slashes_send_a_message_that_begins_with_one() -> None:
     with stub_server(conversation) as stub:
         chat(["//etc/fstab // is a file"], f"--url={stub.url}")
