@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(256) float32_gemm(
 template <typename T> DEVICE T load_here(const T* from) { return *const_cast<const volatile T*>(from); }
 template <typename T, int V> DEVICE Vec<T, V> load_here(const Vec<T, V>* from) {
     if constexpr (sizeof(*from) < 16) return *from;
-    const uint4 loaded = stream(from);
+    const uint4 loaded = load_written(from);
     return *reinterpret_cast<const Vec<T, V>*>(&loaded);
 }
 

@@ -400,6 +400,7 @@ inline float exp2_of(float x) { return std::exp2(x); }
 inline unsigned stream_word(const void* from) { return *(const unsigned*)from; }
 inline uint2 stream_half(const void* from) { return *(const uint2*)from; }
 inline uint4 stream(const void* from) { return *(const uint4*)from; }
+inline uint4 load_written(const void* from) { return *(const uint4*)from; }
 inline void copy_async(unsigned to, const void* from, bool inside = true) {
     emulator::here->fibers[emulator::current].groups.back().push_back({emulator::shared + (int)to, from, inside});
 }
