@@ -81,7 +81,7 @@ def talk(answer: Answer, out: TextIO) -> None:
         elif line.startswith("/") and not line.startswith("//"):
             print(_run_command(line, conversation), file=out)
         elif line:
-            question = {"role": "user", "content": line.replace("//", "/", 1) if line.startswith("//") else line}
+            question = {"role": "user", "content": line.removeprefix("/")}
             conversation.ask([*conversation.messages, question], answer, out)
 
 

@@ -25,28 +25,30 @@ def state_bytes(model: ModelConfig, ranks: int, rank: int, itemsize: int) -> int
 
 def parameters_of_rank(model: ModelConfig, ranks: int, rank: int = 0) -> int:
     """Return the parameters that the Decoder of one of `ranks` ranks allocates, padding included."""
-    vocabulary = -(-model.vocab_size // ranks) * model.hidden_size  # parameters of the embedding, or of the head
     mlps = sum(
         _experts_size(model, ranks, rank) if model.has_experts(n) else _mlp_size(model, ranks, rank)
         for n in range(model.num_layers)
     )
     norms = (len(model.names.norms) * model.num_layers + 1) * model.hidden_size
-    tables = 1 if model.tie_word_embeddings else 2
     attention = len(model.attention_layers) * _attention_size(model, ranks, rank)
     if model.delta_net is not None:
         attention += len(model.delta_net.layers) * _delta_size(model, model.delta_net, ranks, rank)
-    return tables * vocabulary + attention + mlps + norms
+    return _vocabulary_size(model, ranks) + attention + mlps + norms
 
 
 def parameters_per_token(model: ModelConfig, ranks: int) -> float:
     """Return the parameters of rank 0's layers that a token is multiplied by: of experts, those that it selects."""
-    tables = (1 if model.tie_word_embeddings else 2) * -(-model.vocab_size // ranks) * model.hidden_size
     unused = 0.0
     if model.experts is not None:
         part, share_of_token = model.experts.of_rank(0, ranks), model.experts.num_per_token / model.experts.num_experts
         experts = 3 * part.num_features * model.hidden_size * len(part.experts)
         unused = len(model.experts.layers) * experts * (1 - share_of_token)
-    return parameters_of_rank(model, ranks) - tables - unused
+    return parameters_of_rank(model, ranks) - _vocabulary_size(model, ranks) - unused
+
+
+def _vocabulary_size(model: ModelConfig, ranks: int) -> int:
+    """Return the parameters of the embedding and of the head, which may be one matrix."""
+    return (1 if model.tie_word_embeddings else 2) * -(-model.vocab_size // ranks) * model.hidden_size
 
 
 def saved_by_quantization(model: ModelConfig, ranks: int, itemsize: int, rank: int = 0) -> int:

@@ -41,6 +41,25 @@ def text_of(parts: Iterator[AnswerPart]) -> str:
     return "".join(part.text for part in parts)
 
 
+def talk_with_an_error(
+    monkeypatch: pytest.MonkeyPatch, lines: list[str], number: int, error: BaseException
+) -> tuple[list[list[str]], str]:
+    """Talk to a stand-in whose answer with this number, from 1, breaks off; return all questions, and the output."""
+    questions: list[list[str]] = []
+
+    def answer(messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[AnswerPart]:
+        questions.append([m["content"] for m in messages])
+        yield AnswerPart("content", "half")
+        if len(questions) == number:
+            raise error
+        yield AnswerPart("content", " whole")
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    out = io.StringIO()
+    talk(answer, out)
+    return questions, out.getvalue()
+
+
 def said(body: dict[str, Any]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in body["messages"]]
 
@@ -87,20 +106,9 @@ def test_refused_repetition_keeps_the_answer() -> None:
 
 
 def test_answer_is_kept_if_its_repetition_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    questions: list[list[str]] = []
-
-    def answer(messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[AnswerPart]:
-        questions.append([m["content"] for m in messages])
-        yield AnswerPart("content", "half")
-        if len(questions) == 2:
-            raise ValueError("the server is gone")
-        yield AnswerPart("content", " whole")
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n/again\ntwo\n"))
-    out = io.StringIO()
-    talk(answer, out)
+    questions, output = talk_with_an_error(monkeypatch, ["one", "/again", "two"], 2, ValueError("the server is gone"))
     assert questions == [["one"], ["one"], ["one", "half whole", "two"]]
-    assert "half\nerror: the server is gone\n" in out.getvalue()
+    assert "half\nerror: the server is gone\n" in output
 
 
 def test_page_instead_of_a_completion_is_an_error() -> None:
@@ -154,20 +162,9 @@ def test_local_options_are_refused_with_url() -> None:
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    questions: list[list[str]] = []
-
-    def answer(messages: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[AnswerPart]:
-        questions.append([m["content"] for m in messages])
-        yield AnswerPart("content", "half")
-        if len(questions) == 1:
-            raise KeyboardInterrupt
-        yield AnswerPart("content", " whole")
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
-    out = io.StringIO()
-    talk(answer, out)
+    questions, output = talk_with_an_error(monkeypatch, ["one", "two"], 1, KeyboardInterrupt())
     assert questions == [["one"], ["one", "half", "two"]]
-    assert out.getvalue().endswith("half [stopped]\nhalf whole\n")
+    assert output.endswith("half [stopped]\nhalf whole\n")
 
 
 class Interrupting(io.StringIO):
