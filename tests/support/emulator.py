@@ -1,4 +1,4 @@
-"""kernels/cuda/ with its kernels on a CPU: compiled by g++ against emulator.hpp, launched as on a very small GPU.
+"""kernels/cuda/ with its kernels on a CPU: compiled by g++ with emulator.hpp, launched as on a very small GPU.
 
 Functions in assembly are removed from the sources; emulator.hpp has them in C++. All other code is compiled unchanged.
 Compiled kernels are cached by source, flags and header, like all native code.
@@ -28,8 +28,9 @@ from lockstep.kernels import native, ops
 from lockstep.kernels.cuda.launch_parameters import LaunchParameters
 
 HEADER = Path(__file__).with_name("emulator.hpp")
+SCHEDULER = HEADER.with_suffix(".cpp")  # of the threads that emulator.hpp declares
 PACKAGE = "lockstep.kernels.emulated"
-FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-w")
+FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-U_FORTIFY_SOURCE")  # it refuses jumps between stacks
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 * 1024
 IN_ASSEMBLY = (
@@ -122,7 +123,18 @@ def _compiled(text: str, name: str) -> ctypes.CDLL:
 
 def compiled(program: str) -> ctypes.CDLL:
     """Return a program that includes emulator.hpp as a library."""
-    return ctypes.CDLL(str(native.build_library("emulated", program, (*FLAGS, "-I", str(_header_folder())))))
+    _load_scheduler()
+    return ctypes.CDLL(str(_library(program)))
+
+
+@functools.cache
+def _load_scheduler() -> None:
+    """Load the functions of emulator.cpp, which the compiled programs call."""
+    ctypes.CDLL(str(_library(SCHEDULER.read_text())), mode=ctypes.RTLD_GLOBAL)
+
+
+def _library(program: str) -> Path:
+    return native.build_library("emulated", program, (*FLAGS, "-I", str(_header_folder())))
 
 
 @functools.cache
