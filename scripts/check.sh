@@ -9,11 +9,12 @@ tier=daily
 case ${1-} in fast | full) tier=$1 && shift ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
+unset PYTHONDONTWRITEBYTECODE  # each of some hundred processes would compile what it imports
 
 case $tier in
-  fast) left_out="ray or process or emulator or nightly or soak or browser or netns or clients" profile=dev patience_s=300 ;;
-  daily) left_out="nightly or soak or browser or netns or clients" profile=ci patience_s=300 ;;
-  full) left_out="" profile=full patience_s=3600 ;;
+  fast) left_out="ray or process or emulator or nightly or soak or browser or netns or clients" profile=dev patience_s=300 processes=2 ;;
+  daily) left_out="nightly or soak or browser or netns or clients" profile=ci patience_s=300 processes=3 ;;
+  full) left_out="" profile=full patience_s=3600 processes=3 ;;
 esac
 cache=$root/.venv/check_cache
 export HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-$profile}
@@ -57,7 +58,7 @@ alone() {
 step format .venv/bin/ruff format --check --quiet .
 step lint .venv/bin/ruff check --quiet .
 step types types
-step tests tests "not serial" -n 2 --dist loadfile --no-loadscope-reorder "$@"
+step tests tests "not serial" -n $processes --dist loadfile --no-loadscope-reorder "$@"
 # All of them start processes. Their files are named to save the collection of the others.
 serial=()
 [ $# -gt 0 ] || mapfile -t serial < <(grep -rl "mark\.serial" tests --include="test_*.py")

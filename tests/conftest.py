@@ -15,12 +15,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # ranks and tests are many, cores are few
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test fetches anything
 
-import torch
 from hypothesis import HealthCheck, settings
 
 import lockstep  # noqa: F401 - takes the checkout off sys.path before transformers looks for a package `kernels`
-
-from checkpoints import tiny_checkpoint
 
 # A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -35,7 +32,7 @@ for _name, _options in PROFILES.items():
     settings.register_profile(_name, deadline=None, suppress_health_check=[HealthCheck.too_slow], **_options)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-DESELECTED = pytest.StashKey[dict[str, int]]()
+DESELECTED = pytest.StashKey[str]()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
@@ -55,8 +52,9 @@ def uses_ray(file: Path) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute whole files, for the sake of their fixtures; all files that use Ray go to one process.
+    """Distribute whole files, for the sake of their fixtures; one process has all files that use Ray, and no others.
 
+    These wait most of the time, so that scripts/check.sh starts one process more than there are cores.
     `--dist worksteal` distributes tests one by one, for those on GPUs: each has processes of its own.
     """
     from xdist.scheduler import LoadFileScheduling
@@ -68,6 +66,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file = str(super()._split_scope(nodeid))
             return "ray" if uses_ray(config.rootpath / file) else file
+
+        def _reschedule(self, node: Any) -> None:
+            if "ray" not in self.assigned_work[node] or self.numnodes == 1:
+                super()._reschedule(node)
+            elif not node.shutting_down:
+                node.shutdown()  # once it has done these tests
 
         def remove_node(self, node: Any) -> str | None:
             """Report the test at which a worker ended, and give others the rest of its tests without that one."""
@@ -84,40 +88,37 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def deselect_gpu_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect the tests that this machine has too few GPUs for, and count them for the summary."""
+    import torch  # here: the process that distributes tests would import it for nothing, before the others start
+
     gpus = torch.cuda.device_count()
-    counts: dict[str, int] = {}
     selected, deselected = [], []
     for item in items:
-        marker = "multigpu" if item.get_closest_marker("multigpu") else "gpu"
-        if item.get_closest_marker(marker) and gpus < (2 if marker == "multigpu" else 1):
-            counts[marker] = counts.get(marker, 0) + 1
-            deselected.append(item)
-        else:
-            selected.append(item)
+        needed = 2 if item.get_closest_marker("multigpu") else 1 if item.get_closest_marker("gpu") else 0
+        (selected if gpus >= needed else deselected).append(item)
     items[:] = selected
     config.hook.pytest_deselected(items=deselected)
-    config.stash[DESELECTED] = counts
+    reason = "no CUDA device" if gpus == 0 else f"{gpus} CUDA device, they need two"
+    config.stash[DESELECTED] = f"{len(deselected)} GPU tests deselected: {reason}" if deselected else ""
     if hasattr(config, "workeroutput"):  # a worker of xdist; each worker collects all tests
-        config.workeroutput["deselected"] = counts
+        config.workeroutput["deselected"] = config.stash[DESELECTED]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    """Keep the counts of a worker of xdist."""
-    node.config.stash[DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", {})
+    """Keep the summary of a worker of xdist."""
+    node.config.stash[DESELECTED] = getattr(node, "workeroutput", {}).get("deselected", "")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    counts, gpus = config.stash.get(DESELECTED, {}), torch.cuda.device_count()
-    number = sum(counts.values())
-    if number:
-        reason = "no CUDA device" if gpus == 0 else f"{gpus} CUDA device, they need two"
-        terminalreporter.write_line(f"{number} GPU tests deselected: {reason}")
+    if line := config.stash.get(DESELECTED, ""):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Llama of vocabulary 131 and 256 positions, without a tokenizer."""
+    from checkpoints import tiny_checkpoint  # imports transformers
+
     folder = tmp_path_factory.mktemp("llama")
     tiny_checkpoint(folder, "LlamaForCausalLM", max_position_embeddings=256)
     return folder

@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from lockstep.comm.base import Communicator
 from lockstep.runtime.config import Config
 from lockstep.runtime.engine import Engine
 from lockstep.runtime.model.model_config import ModelConfig
-from lockstep.runtime.plan import RequestEnd, StepOutput, Stop, TokenLogprobs, decode_plan, encode
+from lockstep.runtime.plan import RequestEnd, StepOutput, StepPlan, Stop, TokenLogprobs, decode_plan, encode
 from lockstep.runtime.request import Request
 from lockstep.runtime.sampling_params import SamplingParams
 from lockstep.runtime.scheduler.scheduler import Scheduler
 from lockstep.runtime.startup import LoadedRank, plan_limits
 
-from ranks import run_ranks
+from ranks import ThreadRank, run_ranks
 
 OPTIONS = {"num_pages": 512, "page_size": 4, "max_num_seqs": 32, "max_num_batched_tokens": 256}
 
@@ -79,13 +78,17 @@ def run_engine(
     config = asked.resolved(model, cuda=False)
     wires: list[queue.Queue[bytes]] = [queue.Queue() for _ in range(tp)]
 
+    def next_plan(comm: ThreadRank) -> StepPlan | Stop:
+        with comm.others_run():
+            return decode_plan(wires[comm.rank].get(timeout=60))
+
     @torch.inference_mode()
-    def rank(comm: Communicator) -> Results | None:
+    def rank(comm: ThreadRank) -> Results | None:
         loaded = LoadedRank(config, model, folder, comm)
         limits = plan_limits(asked, config, model, loaded.plan_memory())
         runner = loaded.allocate(limits)
         if comm.rank > 0:
-            while not isinstance(plan := decode_plan(wires[comm.rank].get(timeout=60)), Stop):
+            while not isinstance(plan := next_plan(comm), Stop):
                 runner.launch(plan)
             return None
 

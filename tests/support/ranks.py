@@ -7,8 +7,9 @@ are an error, a rank that does not arrive is an error, and what a collective con
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -20,10 +21,15 @@ T = TypeVar("T")
 
 
 class ThreadGroup:
-    """The state that the threads share: a place for each rank's operation and tensor, and a barrier."""
+    """The state that the threads share: a place for each rank's operation and tensor, and a barrier.
 
-    def __init__(self, size: int, timeout_s: float = 60.0) -> None:
+    turn  held by the rank that runs: threads that take the GIL from each other at each operation need several times as
+          long; None if all of them run at once
+    """
+
+    def __init__(self, size: int, timeout_s: float = 60.0, turn: threading.Lock | None = None) -> None:
         self.size = size
+        self.turn = turn
         self.offers: list[tuple[str, Tensor]] = [("nothing", torch.empty(0))] * size
         self.barrier = threading.Barrier(size, timeout=timeout_s)
 
@@ -54,6 +60,18 @@ class ThreadRank(Communicator):
     def abort(self) -> None:
         self.group.barrier.abort()
 
+    @contextmanager
+    def others_run(self) -> Iterator[None]:
+        """Let other ranks run within the block, which waits for them."""
+        if self.group.turn is None:
+            yield
+            return
+        self.group.turn.release()
+        try:
+            yield
+        finally:
+            self.group.turn.acquire()
+
     def _exchange(
         self, operation: str, x: Tensor, combine: Callable[[list[Tensor]], Tensor], *, consumes: bool = False
     ) -> Tensor:
@@ -71,16 +89,25 @@ class ThreadRank(Communicator):
 
     def _wait(self, operation: str) -> None:
         try:
-            self.group.barrier.wait()
+            with self.others_run():
+                self.group.barrier.wait()
         except threading.BrokenBarrierError:
             raise CommError(f"rank {self.rank}: another rank failed or did not arrive at {operation}") from None
 
 
-def run_ranks(size: int, fn: Callable[[Communicator], T], timeout_s: float = 60.0) -> list[T]:
-    """`fn(communicator)` of `size` ranks at once; returns the results in rank order or raises the first error."""
-    group = ThreadGroup(size, timeout_s)
+def run_ranks(size: int, fn: Callable[[ThreadRank], T], timeout_s: float = 60.0, *, in_turns: bool = True) -> list[T]:
+    """`fn(communicator)` of `size` ranks; returns the results in rank order or raises the first error.
+
+    in_turns  one rank runs at a time: `fn` waits for other ranks only in collectives and `others_run`
+    """
+    group = ThreadGroup(size, timeout_s, threading.Lock() if in_turns else None)
+
+    def run(rank: ThreadRank) -> T:
+        with group.turn or nullcontext():
+            return fn(rank)
+
     with ThreadPoolExecutor(size) as threads:
-        ranks = [threads.submit(fn, group.rank(rank)) for rank in range(size)]
+        ranks = [threads.submit(run, group.rank(rank)) for rank in range(size)]
         finished, _ = wait(ranks, return_when=FIRST_EXCEPTION)
         for rank in finished:
             if rank.exception() is not None:
