@@ -18,13 +18,15 @@ install_all() {
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     { echo "error: lockstep needs Python 3.10 or newer, which $python is not; set PYTHON" >&2; return 1; }
   [ -x .venv/bin/python ] || "$python" -m venv .venv || return 1
-  local pip=".venv/bin/python -m pip install -qq --disable-pip-version-check"
+  local pip=".venv/bin/python -m pip install -qq --disable-pip-version-check --no-compile"
   if [ "$machine" = cpu ] && ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     # The CPU build where pip can find one; the general build also runs without a GPU but brings gigabytes along.
     $pip 'torch==2.13.0+cpu' 2>/dev/null ||
       { echo "setup: pip finds no CPU build of torch, taking the general one"; $pip 'torch==2.13.0'; } || return 1
   fi
   $pip --editable ".[$extras]" || return 1
+  # pip would do so on one core. The exit status tells of files for other versions of Python, which some packages have.
+  .venv/bin/python -m compileall -qq -j 0 .venv/lib || true
   echo "$want" > .venv/.lockstep-setup
 }
 

@@ -56,9 +56,9 @@ def test_killed_batch_continues_with_the_answers_of_llm(tmp_path: Path) -> None:
         custom_id="response", url="/v1/responses", body={"input": "Who was Moses?", "max_output_tokens": 8, "seed": 1}
     )
     chats = line(custom_id="chat", url="/v1/chat/completions", body=chat) + response
-    source.write_text("".join(completions(200)) + chats + wrong)
+    source.write_text("".join(completions(80)) + chats + wrong)
     gate = StepGate(tmp_path / "gate")
-    gate.limit(300)  # of more than 600 steps
+    gate.limit(120)  # of more than 240 steps
     first = subprocess.Popen(command(source, target, gate.command), stderr=subprocess.PIPE)
     wait_until(lambda: target.exists() and target.read_bytes().count(b"\n") >= 3)
     first.kill()
@@ -78,11 +78,11 @@ def test_killed_batch_continues_with_the_answers_of_llm(tmp_path: Path) -> None:
     with LLM(**SMALL) as llm:
         defaults, replace = llm.get_default_sampling_params(), msgspec.structs.replace
         for number, prompt in enumerate(PROMPTS):
-            params = [replace(defaults, max_tokens=200, seed=seed, ignore_eos=True) for seed in range(8)]
+            params = [replace(defaults, max_tokens=80, seed=seed, ignore_eos=True) for seed in range(8)]
             for seed, result in enumerate(llm.generate([prompt] * 8, params)):
                 body = answers[f"{number}-{seed}"]["body"]
                 assert body["choices"][0]["text"] == result.outputs[0].text
-                assert body["usage"]["completion_tokens"] == 200
+                assert body["usage"]["completion_tokens"] == 80
         (result,) = llm.chat(chat["messages"], replace(defaults, max_tokens=8, seed=1))  # type: ignore[arg-type]
     assert answers["chat"]["body"]["choices"][0]["message"]["content"] == result.outputs[0].text
     assert answers["response"]["body"]["output"][0]["content"][0]["text"] == result.outputs[0].text
