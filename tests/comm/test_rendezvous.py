@@ -103,7 +103,7 @@ def test_gloo_without_a_peer_fails_at_the_deadline() -> None:
     started = time.monotonic()
     with pytest.raises(CommError, match=r"^rank 0 of 2 could not join the group"):
         connect(0, 2, store=stores[0], own_ip=LOOPBACK, device=torch.device("cpu"), timeout_s=1.0)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
     for store in stores:
         store.close()
 

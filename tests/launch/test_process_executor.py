@@ -27,7 +27,7 @@ from lockstep.runtime.frontend import Frontend
 from lockstep.runtime.tokenizer import Tokenizer
 
 from small import SMALL
-from waiting import wait_until
+from waiting import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.process
 CONFIG = Config(**SMALL)
@@ -127,4 +127,4 @@ def test_close_in_another_thread_ends_a_poll() -> None:
         time.sleep(0.05)
         executor.close()
         with pytest.raises(EngineClosed, match="ended by close"):
-            polled.result(20)
+            polled.result(PATIENCE_S)

@@ -23,8 +23,8 @@ from processes import kill_marked, marked, new_mark
 from small import COMMAND, SMALL_FLAGS
 from waiting import holds_within, left_after, wait_until
 
-pytestmark = [pytest.mark.process, pytest.mark.serial]
-NIGHTLY = pytest.mark.nightly
+pytestmark = pytest.mark.process
+NIGHTLY = [pytest.mark.nightly, pytest.mark.serial]
 GROWTH = 100 * MIB  # of a process under attack; each attack sends as much, and a start allocates on its own
 HALF_OPEN = 20
 # Titles of the processes with a port, and who they are.
@@ -125,7 +125,8 @@ def test_ports_are_on_loopback_and_of_known_processes(tmp_path: Path, flags: lis
             assert [listener.port for listener in found] == [client.base_url.port]
 
 
-@NIGHTLY
+@pytest.mark.nightly
+@pytest.mark.serial
 def test_strangers_at_every_port_of_two_ranks(tmp_path: Path) -> None:
     """They attack from the first moment: the server starts, streams, grows by less than one attack sends, and ends."""
     mark = new_mark()

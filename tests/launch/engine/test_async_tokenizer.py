@@ -82,7 +82,7 @@ def test_template_that_fails_in_any_way_names_the_field(tokenizing: AsyncTokeniz
 
 def test_endless_template_ends_in_time_while_other_texts_proceed(tokenizer: Tokenizer) -> None:
     async def main() -> None:
-        tokenizing = AsyncTokenizer(tokenizer, time_limit_s=0.5)
+        tokenizing = AsyncTokenizer(tokenizer, time_limit_s=2)
         try:
             await tokenizing.encode_chat(CHAT)
             started = time.monotonic()
@@ -90,7 +90,7 @@ def test_endless_template_ends_in_time_while_other_texts_proceed(tokenizer: Toke
             await asyncio.sleep(0.05)
             assert await tokenizing.encode(["Blessed"]) == [tokenizer.encode("Blessed")]
             assert await tokenizing.encode([LONG]) == [tokenizer.encode(LONG)]
-            with pytest.raises(TokenizationRefused, match=r"the input took more than 0\.5 s to turn into") as caught:
+            with pytest.raises(TokenizationRefused, match=r"the input took more than 2 s to turn into") as caught:
                 await waiting
             assert (caught.value.param, caught.value.code) == ("messages", "too_complex")
             assert time.monotonic() - started < 30

@@ -113,7 +113,7 @@ def test_failed_replica_refuses_calls_and_gets_no_more(
     failed._failure, failed._thread = ReplicaFailed("rank 0 died", "a"), SimpleNamespace(post=lambda command: None)
     request: Any = SimpleNamespace(uid=1, tokens=np.arange(8, dtype=np.int32), cache_salt=None)
     with pytest.raises(ReplicaFailed, match="rank 0 died") as raised:
-        asyncio.run(asyncio.wait_for(failed.run(request), 10))
+        asyncio.run(asyncio.wait_for(failed.run(request), 60))
     del failed._thread  # its destructor would stop it
     assert pickle.loads(pickle.dumps(raised.value)).replica == "a"
 

@@ -285,7 +285,7 @@ def test_server_ends_while_a_client_sends(
         running.server.handle_exit(signal.SIGTERM, None)
         send_until_reset(raw)
         join(running.thread)
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 30  # far below the response_timeout_s of 60 s
         join(reader)
     assert statuses(received[0]) == [status]
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
