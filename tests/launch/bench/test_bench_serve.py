@@ -44,6 +44,7 @@ from lockstep.runtime.config import DEMO_MODEL
 from lockstep.runtime.tokenizer import Tokenizer
 
 from stub import Stub, completion, conversation, event, refuse, stub_server
+from waiting import PATIENCE_S
 
 LABELS = [
     "Successful requests", "Failed requests", "Maximum request concurrency", "Request rate configured (RPS)",
@@ -510,10 +511,10 @@ def test_transport_reads_what_httpx_reads() -> None:
     async def main() -> None:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        async with httpx.AsyncClient(base_url=url) as plain:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as plain:
             expected = await get_all(plain)
         seen.clear()
-        async with httpx.AsyncClient(base_url=url, transport=StreamTransport()) as client:
+        async with httpx.AsyncClient(base_url=url, transport=StreamTransport(), timeout=PATIENCE_S) as client:
             assert await get_all(client) == expected
         assert len(set(seen)) == len(texts), "each connection serves until it is closed"
         server.close()

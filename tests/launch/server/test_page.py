@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-import httpx
-
 from lockstep.launch.engine.engine_state import Health
 
 from fake_engine import KEY, Running, fake
@@ -59,9 +57,9 @@ def test_stats_have_the_fields_of_the_page(run: Callable[..., Running]) -> None:
 def test_key_as_browser_password(run: Callable[..., Running]) -> None:
     running = run(api_key=[KEY])
     for path in (*FILES, "/stats"):
-        refused = httpx.get(running.url + path)
+        refused = running.http.get(path)
         assert refused.status_code == 401
         assert refused.headers["www-authenticate"].startswith("Basic")
-        assert httpx.get(running.url + path, auth=("anybody", KEY)).status_code == 200
-        assert httpx.get(running.url + path, auth=("anybody", "wrong")).status_code == 401
-        assert httpx.get(running.url + path, headers={"Authorization": "Basic !"}).status_code == 401
+        assert running.http.get(path, auth=("anybody", KEY)).status_code == 200
+        assert running.http.get(path, auth=("anybody", "wrong")).status_code == 401
+        assert running.http.get(path, headers={"Authorization": "Basic !"}).status_code == 401

@@ -116,7 +116,7 @@ def test_server_goes_on_while_nobody_reads_stderr(serve: Callable[..., subproces
         with socket.create_connection((url.host, url.port or 0), timeout=60) as stranger:
             stranger.sendall(b"\x16\x03\x01 garbage\r\n\r\n")
             assert stranger.recv(20).startswith(b"HTTP/1.1 400")
-    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}) as client:
+    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=PATIENCE_S) as client:
         for _ in range(80):  # a line of about 100 bytes each
             assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1}).status_code == 200
     process.send_signal(signal.SIGTERM)
