@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -409,3 +410,17 @@ def test_run_ranks_raises_the_first_error(fail: int) -> None:
 def test_run_ranks_refuses_different_collectives() -> None:
     with pytest.raises(CommError, match="disagree"):
         run_ranks(2, lambda comm: comm.all_reduce(torch.zeros(comm.rank + 1)))
+
+
+def test_one_rank_runs_until_it_waits_for_the_others() -> None:
+    running: list[int] = []
+
+    def run(comm: Communicator) -> None:
+        for _ in range(3):
+            running.append(comm.rank)
+            time.sleep(0.001)  # another thread could run
+            assert running == [comm.rank]
+            running.clear()
+            comm.barrier()
+
+    run_ranks(3, run)
