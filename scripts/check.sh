@@ -11,6 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 unset PYTHONDONTWRITEBYTECODE  # each of some hundred processes would compile what it imports
 
+# Tests that start ranks and servers wait for much of their time: three processes keep two cores busy.
 case $tier in
   fast) left_out="ray or process or emulator or nightly or soak or browser or netns or clients" profile=dev patience_s=300 processes=2 ;;
   daily) left_out="nightly or soak or browser or netns or clients" profile=ci patience_s=300 processes=3 ;;

@@ -52,9 +52,8 @@ def uses_ray(file: Path) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute whole files, for the sake of their fixtures; one process has all files that use Ray, and no others.
+    """Distribute whole files, for the sake of their fixtures; all files that use Ray go to one process.
 
-    These wait most of the time, so that scripts/check.sh starts one process more than there are cores.
     `--dist worksteal` distributes tests one by one, for those on GPUs: each has processes of its own.
     """
     from xdist.scheduler import LoadFileScheduling
@@ -66,12 +65,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             file = str(super()._split_scope(nodeid))
             return "ray" if uses_ray(config.rootpath / file) else file
-
-        def _reschedule(self, node: Any) -> None:
-            if "ray" not in self.assigned_work[node] or self.numnodes == 1:
-                super()._reschedule(node)
-            elif not node.shutting_down:
-                node.shutdown()  # once it has done these tests
 
         def remove_node(self, node: Any) -> str | None:
             """Report the test at which a worker ended, and give others the rest of its tests without that one."""
