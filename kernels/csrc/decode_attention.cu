@@ -19,14 +19,20 @@ DEVICE int common_warp_id() { return __shfl_sync(0xffffffffu, (int)threadIdx.x /
 
 // The grid is one block.
 extern "C" __global__ void __launch_bounds__(1024) partition_keys(
-    int* __restrict__ data, const int* __restrict__ positions, int rows, int window, int kv_chunk, int min_chunks, int max_parts) {
+    int* __restrict__ data, const int* __restrict__ positions, int rows, int window, int kv_chunk, int min_chunks, int max_parts,
+    int slack) {
     const Partition<int> partition{data, rows};
     const int total = scan_chunks(partition.starts(), positions, rows, window, kv_chunk);
-    const int parts = min(max_parts, min(total, max(rows, total / min_chunks)));
-    if (threadIdx.x == 0) partition.starts()[rows] = total, partition.num_parts() = parts, partition.num_chunks() = total;
+    const int parts = min(max_parts, min(total, max(rows, total / min_chunks))), part_rows = (rows + parts - 1) / parts;
+    int* starts = partition.starts();
+    if (threadIdx.x == 0) starts[rows] = total;
     __syncthreads();
-    for (int part = threadIdx.x; part < parts; part += blockDim.x)
-        partition.first_row(part) = row_of(partition.starts(), rows, EvenParts(total, parts).first_chunk(part));
+    const bool whole = have_about_one_length(starts, rows, part_rows, parts, slack);
+    if (threadIdx.x == 0) partition.num_parts() = whole ? (rows + part_rows - 1) / part_rows : parts, partition.num_chunks() = total;
+    for (int part = threadIdx.x; part <= max_parts; part += blockDim.x) {
+        const int chunk = whole ? starts[min(rows, part * part_rows)] : min(total, EvenParts(total, parts).first_chunk(part));
+        partition.first_chunk(part) = chunk, partition.first_row(part) = chunk < total ? row_of(starts, rows, chunk) : rows;
+    }
 }
 
 template <typename T, typename C, int HEAD_DIM, int WARPS> struct DecodeShared {
@@ -72,7 +78,6 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     DEVICE int group() const { return kv_head * gridDim.y + blockIdx.y; }
 
     DEVICE KeyRange range_at(int chunk, int row) const {
-        if (chunk >= stop) return KeyRange{0, 0, 0, 0, chunk};
         const int* starts = partition.starts();
         const int row_chunks = starts[row + 1] - starts[row];
         const int first_chunk = chunk - starts[row], end_chunk = min(row_chunks, first_chunk + stop - chunk);
@@ -82,7 +87,9 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     }
 
     DEVICE KeyRange range_after(const KeyRange& range) const {
-        return range_at(range.chunk + range.end_chunk - range.first_chunk, range.row + range.has_new_token());
+        const int chunk = range.chunk + range.end_chunk - range.first_chunk;
+        if (chunk >= stop) return KeyRange{0, 0, 0, 0, chunk};
+        return range_at(chunk, range.row + range.has_new_token());
     }
 
     DEVICE bool is_rotated(const KeyRange& range) const { return range.position >= 0 && range.position < table_rows; }
@@ -278,12 +285,13 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
 
     // Count the parts of a row that are done; return on all threads whether this block's part was the last.
     DEVICE bool is_last_block(int row, int row_parts) const {
-        __threadfence();
         __syncthreads();
         bool is_last = false;
         if (threadIdx.x == 0) {
             unsigned* counter = counters + row * groups() + group();
+            __threadfence();  // the barriers order the other threads' stores before it, and their loads after it
             is_last = atomicAdd(counter, 1u) == row_parts - 1;
+            __threadfence();
             if (is_last) *counter = 0;  // for the next layer
         }
         return __syncthreads_or(is_last);
@@ -292,13 +300,13 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     // Merge the partial results of a row, if this block's is the last of them.
     DEVICE void merge_parts(T* out, const KeyRange& range) const {
         const int row_start = range.chunk - range.first_chunk;
-        const int first_part = partition.parts().part_of(row_start), last_part = partition.parts().part_of(row_start + range.row_chunks - 1);
+        const EvenParts parts = partition.even_parts();
+        const int first_part = parts.part_of(row_start), last_part = parts.part_of(row_start + range.row_chunks - 1);
         if (is_last_block(range.row, last_part - first_part + 1)) merge_partials(out, first_part, last_part);
     }
 
     // Merge the partial results of a row, in the order of its parts.
     DEVICE void merge_partials(T* out, int first_part, int last_part) const {
-        __threadfence();
         ROLLED for (int h = warp; h < group_size; h += WARPS) {
             float max_score = -infinity(), weight_sum = 0.f, sums[BLOCKS] = {};
             #pragma unroll(HEAD_DIM > 128 ? 2 : WARPS)
@@ -331,15 +339,15 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
     launch_next();
     const Partition<const int> keys{partition, rows};
     const int part = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads;
-    if (part >= keys.num_parts()) return;
+    const int first_row = keys.first_row(part);
+    if (first_row == rows) return;
     DecodeBlock<T, C, HEAD_DIM, WARPS, CAPPED> block{
         qkv, q_norm, k_norm, sinks, k_cache, v_cache, positions, kv_slots, page_table, page_table_rows, cos_sin,
         page_stride, slot_stride, page_table_stride, eps, {scale, softcap}, qkv_stride, head_stride, table_rows, rotary, num_slots,
         page_size, window, kv_chunk, heads, kv_heads, heads / (kv_heads * (int)gridDim.y), keys, partial, counters, shared,
-        reinterpret_cast<WarpSums<HEAD_DIM>*>(warp_sums), common_warp_id(), part, kv_head};
-    block.stop = keys.parts().first_chunk(part + 1);
+        reinterpret_cast<WarpSums<HEAD_DIM>*>(warp_sums), common_warp_id(), part, kv_head, keys.first_chunk(part + 1)};
 
-    KeyRange range = block.range_at(keys.parts().first_chunk(part), keys.first_row(part));
+    KeyRange range = block.range_at(keys.first_chunk(part), first_row);
     CacheTile<T, C, HEAD_DIM, WARPS> tile;
     block.load_first_tile(tile, range);
     block.load_angles_and_slot(range, 0);
@@ -357,10 +365,10 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
         if (next.chunk < block.stop) block.load_angles_and_slot(next, stage ^ 1), block.load_heads(next, stage ^ 1);
         if (range.has_new_token() && blockIdx.y == 0 && block.warp == WARPS - 1) block.store_new_token(shared.slot[stage], value);
 
+        block.attend_new_token(range.has_new_token());
         SoftmaxState<HEAD_DIM> state;
         block.attend_range(state, tile, range, next);
         block.write_state(state);
-        block.attend_new_token(range.has_new_token());
         __syncthreads();
         T* result = out + ((long long)range.row * heads + block.group() * block.group_size) * HEAD_DIM;
         block.merge_warps(result, range, value);

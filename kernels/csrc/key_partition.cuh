@@ -20,15 +20,19 @@ struct EvenParts {
 // The tensor that partition_keys writes; PartitionLayout in paged_attention.py mirrors it. A chunk is kv_chunk keys of one
 // row; the last chunk of a row may have fewer, and a row has at least one chunk. A part is a run of chunks:
 //   num_parts = min(max_parts, num_chunks, max(rows, num_chunks / min_chunks)).
+// The parts are equal, or each has equally many whole rows, the last one perhaps fewer. Then no row has to be merged, but parts may
+// be longer: by fewer than `slack` chunks.
 template <typename Int> struct Partition {
-    Int* data;  // num_parts, num_chunks, starts [rows + 1], first_rows [max_parts], counters [rows, groups of heads]
+    Int* data;  // num_parts, num_chunks, starts [rows + 1], part_starts [max_parts + 1, 2], counters [rows, groups of heads]
     int rows;
 
     DEVICE Int& num_parts() const { return data[0]; }
     DEVICE Int& num_chunks() const { return data[1]; }
-    DEVICE EvenParts parts() const { return {num_chunks(), num_parts()}; }
+    DEVICE EvenParts even_parts() const { return {num_chunks(), num_parts()}; }  // if a row is cut
     DEVICE Int* starts() const { return data + 2; }  // the first chunk of each row, then num_chunks
-    DEVICE Int& first_row(int part) const { return starts()[rows + 1 + part]; }  // the row of its first chunk
+    // The first chunk of a part and its row; num_chunks and `rows` for parts that do not exist.
+    DEVICE Int& first_chunk(int part) const { return starts()[rows + 1 + 2 * part]; }
+    DEVICE Int& first_row(int part) const { return starts()[rows + 2 + 2 * part]; }
 };
 
 // Write the first chunk of each row; return the number of chunks.
@@ -55,6 +59,14 @@ DEVICE int scan_chunks(int* starts, const int* __restrict__ positions, int rows,
         __syncthreads();
     }
     return total;
+}
+
+// Return, on all threads, whether each run of part_rows rows has fewer than total / parts + slack chunks.
+DEVICE bool have_about_one_length(const int* starts, int rows, int part_rows, int parts, int slack) {
+    bool is_long = false;
+    for (int row = threadIdx.x * part_rows; row < rows; row += blockDim.x * part_rows)
+        is_long |= (starts[min(rows, row + part_rows)] - starts[row] - slack) * parts >= starts[rows];
+    return !__syncthreads_or(is_long);
 }
 
 // Return the row of a chunk: starts[row] <= chunk < starts[row + 1].

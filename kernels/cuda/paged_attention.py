@@ -52,36 +52,41 @@ class PartitionLayout(NamedTuple):
     """The division of a step's keys among blocks, and the layout of its tensor; mirrors Partition of key_partition.cuh.
 
     A chunk is `kv_chunk` keys of one row; the last chunk of a row may have fewer. A part is a run of chunks. The tensor
-    is two counts, the rows' first chunks, the parts' first rows, and a counter for each row and group of heads.
+    is two counts, the rows' first chunks, the parts' first chunks and their rows, and a counter for each row and group
+    of heads.
     """
 
     warps: int  # per block
     kv_chunk: int  # keys
     max_parts: int
     min_chunks: int  # per part, unless a whole row has fewer
+    slack: int  # chunks; parts are whole rows if none exceeds equal parts by as many
 
 
 @functools.cache
 def _partition_layout(rows: int, groups: int, device: int, kv_chunk: int | None) -> PartitionLayout:
     if kv_chunk is not None:
-        return PartitionLayout(4, kv_chunk, MAX_CHUNKS * rows, 1)
+        return PartitionLayout(4, kv_chunk, MAX_CHUNKS * rows, 1, 0)
     multiprocessors = num_multiprocessors(device)
     if rows * groups > multiprocessors:  # a chunk is what a block takes at once
-        return PartitionLayout(4, 64, max(1, 3 * multiprocessors // groups), 4)
+        slack = 8 if rows * groups <= 2 * multiprocessors else 0  # of more rows many blocks hide the merge
+        return PartitionLayout(4, 64, max(1, 3 * multiprocessors // groups), 4, slack)
     # Few blocks get more warps each: fewer other blocks hide a block's latency.
     max_parts = max(1, multiprocessors // groups)
     rest = max_parts % max(1, rows)
     if 16 * rest <= max_parts:
         max_parts -= rest  # rows of one length are best divided at their ends
-    return PartitionLayout(8, 128, max_parts, 2 if rows == 1 else 4)  # no block has keys of one row and of another
+    if rows == 1:  # no block has keys of one row and of another
+        return PartitionLayout(8, 128, max_parts, 2, 0)
+    return PartitionLayout(8, 128, max_parts, 4, 4)
 
 
 def partition_keys(positions: Tensor, groups: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
     rows = len(positions)
     layout = _partition_layout(rows, groups, positions.device.index, kv_chunk)
-    table = positions.new_zeros(2 + rows + 1 + layout.max_parts + rows * groups)
+    table = positions.new_zeros(2 + rows + 1 + 2 * (layout.max_parts + 1) + rows * groups)
     if rows:
-        sizes = rows, window or 0, layout.kv_chunk, layout.min_chunks, layout.max_parts
+        sizes = rows, window or 0, layout.kv_chunk, layout.min_chunks, layout.max_parts, layout.slack
         launch = kernel("decode_attention.cu", "partition_keys")
         launch((1, 1), PARTITION_THREADS, table, positions, *map(np.int32, sizes))
     return KeyPartition(table, window, kv_chunk)

@@ -132,6 +132,11 @@ def test_decode_attention(
     check_decode_attention(rows, heads, kv_heads, size, window, torch.randn(701, size), cache_dtype)
 
 
+@pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn])
+def test_decode_attention_of_blocks_with_the_end_of_a_long_row_and_the_next_row(cache_dtype: torch.dtype) -> None:
+    check_decode_attention(2, 2, 1, 64, None, torch.randn(1501, 64), cache_dtype, lengths=(1500, 300))
+
+
 WIDE = [(3, 6, 1, 96), (5, 3, 1, 256), (2, 8, 1, 256), (5, 24, 2, 64), (2, 11, 1, 96)]  # up to 12 heads of a KV head
 
 
@@ -182,20 +187,22 @@ def check_decode_attention(
     softcap: float | None = None,
     padding: int = 0,
     sinks: Tensor | None = None,
+    lengths: tuple[int, ...] = (700, 0, 1, 17, 64, 300, 199, 5, 5, 31, 32, 33),
 ) -> None:
-    positions = torch.tensor([700, 0, 1, 17, 64, 300, 199, 5, 5, 31, 32, 33], dtype=torch.int32)[:rows]
-    table = torch.randperm(rows * 145, dtype=torch.int32).view(rows, 145)
+    positions = torch.tensor(lengths[:rows], dtype=torch.int32)
+    pages = max(lengths) // 5 + 5
+    table = torch.randperm(rows * pages, dtype=torch.int32).view(rows, pages)
     table_rows = torch.randperm(rows, dtype=torch.int32)
     slots = table[table_rows.long(), positions.long() // 5] * 5 + positions % 5
     slots[2:3] = -1
     qkv, norm = random(rows, (heads + 2 * kv_heads) * size), QKNorm(random(size) + 2, random(size) + 2, 1e-6)
-    padded = [random(rows * 145, 5, kv_heads, size + padding).to(cache_dtype) for _ in range(2)]
+    padded = [random(rows * pages, 5, kv_heads, size + padding).to(cache_dtype) for _ in range(2)]
     cache = KVCache(*(part[..., :size] for part in padded))
     partition = emulator.emulated().partition_keys(positions, num_groups(heads, kv_heads), window)
-    rope, pages = Rope(positions, cos_sin), Pages(table, table_rows)
+    rope, views = Rope(positions, cos_sin), Pages(table, table_rows)
     # The kernel leaves the counters of the partition at zero for the next layer; the definition does not touch them.
     out = None if sinks is None else random(rows, heads * size)
-    check("decode_attention", qkv, norm, rope, cache, slots, pages, partition, 0.1, softcap, sinks, out, factor=4)
+    check("decode_attention", qkv, norm, rope, cache, slots, views, partition, 0.1, softcap, sinks, out, factor=4)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])

@@ -642,25 +642,42 @@ def test_decode_attention_with_kv_chunk_is_bitwise_equal_in_any_batch(
 
 @pytest.mark.parametrize("device", [DEVICES[1], "emulated"], indirect=True)
 @pytest.mark.parametrize("window", [None, 100])
-@pytest.mark.parametrize("rows", [1, 2, 33, 256, 1500])
-def test_partition_keys_has_the_first_row_of_each_part(device: str, rows: int, window: int | None) -> None:
+@pytest.mark.parametrize("rows", [1, 2, 5, 33, 256, 1500])
+@pytest.mark.parametrize("longest", [300, 5000])
+def test_partition_keys_cuts_rows_unless_whole_rows_make_parts_of_about_one_length(
+    device: str, rows: int, longest: int, window: int | None
+) -> None:
     emulated = device == "cpu"
     kv_heads = 1 if emulated else 8
     properties = None if emulated else torch.cuda.get_device_properties(0)
     multiprocessors = properties.multi_processor_count if properties else emulator.MULTIPROCESSORS
-    positions = torch.randint(0, 5000, (rows,), device=device, dtype=torch.int32)
+    positions = torch.randint(0, longest, (rows,), device=device, dtype=torch.int32)
     positions[::7] = 0
     num_parts, num_chunks, *rest = ops.partition_keys(positions, kv_heads, window).table.tolist()
-    starts, first_rows = rest[: rows + 1], rest[rows + 1 :][:num_parts]
+    few = rows * kv_heads <= multiprocessors
+    blocks = multiprocessors if few else 3 * multiprocessors
+    several = 8 if rows * kv_heads <= 2 * multiprocessors else 0
+    chunk, least, slack = (128, 2 if rows == 1 else 4, 4 if rows > 1 else 0) if few else (64, 4, several)
     visible = [min(p, window - 1) if window else p for p in positions.tolist()]
-    chunk = 128 if rows * kv_heads <= multiprocessors else 64
     chunks = [max(1, -(-keys // chunk)) for keys in visible]
-    assert starts == [0, *itertools.accumulate(chunks)]
+    starts = [0, *itertools.accumulate(chunks)]
+    assert rest[: rows + 1] == starts
     assert num_chunks == starts[-1]
+    most = max(1, blocks // kv_heads)
+    if few and 16 * (most % rows) <= most:
+        most -= most % rows
+    even = min(most, num_chunks, max(rows, num_chunks // least))
+    whole = starts[:: -(-rows // even)] + [num_chunks] * (rows % -(-rows // even) > 0)
+    if max(stop - start for start, stop in itertools.pairwise(whole)) < num_chunks / even + slack:
+        cuts = whole
+    else:
+        length, longer = divmod(num_chunks, even)
+        cuts = [part * length + min(part, longer) for part in range(even + 1)]
+    assert num_parts == len(cuts) - 1
     row_of = [row for row in range(rows) for _ in range(chunks[row])]
-    length, longer = divmod(num_chunks, num_parts)
-    assert first_rows == [row_of[part * length + min(part, longer)] for part in range(num_parts)]
-    assert 1 <= num_parts <= num_chunks
+    part_starts = rest[rows + 1 :][: 2 * (most + 1)]
+    assert part_starts[::2] == cuts + [num_chunks] * (most - num_parts)
+    assert part_starts[1::2] == [row_of[cut] for cut in cuts[:-1]] + [rows] * (most - num_parts + 1)
 
 
 @also_emulated
