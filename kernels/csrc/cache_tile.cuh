@@ -38,19 +38,30 @@ template <typename T, typename C, int HEAD_DIM, int WARPS> struct CacheTile {
 
     unsigned k[GROUPS][K_VECTORS][2][K_WORDS];
     unsigned v[GROUPS][V_VECTORS][4][V_WORDS];
-    long long offset = 0;  // in the cache, of key lane % 16 of group lane / 16 % GROUPS
+    const unsigned unit;  // bytes
+    unsigned place = 0;   // in the cache, in units, of key lane % 16 of group lane / 16 % GROUPS
 
-    DEVICE long long offset_of(int key) const { return __shfl_sync(0xffffffffu, offset, key); }
-
-    DEVICE void load_keys(const C* cache, int group, int j) {
-        cache += (4 * j + thread_in_group()) * K_WIDTH;
-        UNROLL for (int i = 0; i < 2; ++i) load_vector(k[group][j][i], cache + offset_of(16 * group + 8 * i + group_id()));
+    DEVICE explicit CacheTile(unsigned unit) : unit(unit) {}
+    DEVICE const C* head_of(const C* cache, int key) const {
+        const unsigned long long bytes = (unsigned long long)unit * __shfl_sync(0xffffffffu, place, key);
+        return reinterpret_cast<const C*>(reinterpret_cast<const char*>(cache) + bytes);
     }
 
-    DEVICE void load_values(const C* cache, int group, int j) {
-        cache += (8 * j + group_id()) * V_WIDTH;
-        UNROLL for (int i = 0; i < 4; ++i)
-            load_vector(v[group][j][i], cache + offset_of(16 * group + 8 * (i / 2) + 2 * thread_in_group() + i % 2));
+    // Load the vectors j, before `stop`, of a group.
+    DEVICE void load_keys(const C* cache, int group, int j, int stop) {
+        cache += thread_in_group() * K_WIDTH;
+        UNROLL for (int i = 0; i < 2; ++i) {
+            const C* head = head_of(cache, 16 * group + 8 * i + group_id());
+            UNROLL for (int at = j; at < stop; ++at) load_vector(k[group][at][i], head + 4 * at * K_WIDTH);
+        }
+    }
+
+    DEVICE void load_values(const C* cache, int group, int j, int stop) {
+        cache += group_id() * V_WIDTH;
+        UNROLL for (int i = 0; i < 4; ++i) {
+            const C* head = head_of(cache, 16 * group + 8 * (i / 2) + 2 * thread_in_group() + i % 2);
+            UNROLL for (int at = j; at < stop; ++at) load_vector(v[group][at][i], head + 8 * at * V_WIDTH);
+        }
     }
 
     // Add the products of the elements 8 h .. 8 h + 7 of a lane's vector j of keys to the scores of a group.

@@ -62,10 +62,13 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     C *k_cache, *v_cache;
     const int *positions, *kv_slots, *page_table, *page_table_rows;
     const float* cos_sin;
-    long long page_stride, slot_stride, page_table_stride;
+    long long page_table_stride;
+    unsigned page_stride, slot_stride, head_stride;  // in units, of which 32 bits suffice
+    unsigned long long page_reciprocal;              // of page_size, times 2^32
     float eps;
     Score<CAPPED> score;
-    int qkv_stride, head_stride, table_rows, rotary, num_slots, page_size, window, kv_chunk, heads, kv_heads, group_size;
+    int unit;  // elements
+    int qkv_stride, table_rows, rotary, num_slots, page_size, window, kv_chunk, heads, kv_heads, group_size;
     Partition<const int> partition;
     float* partial;
     unsigned* counters;
@@ -128,34 +131,40 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
             prepare_head<PAIRS, PAIRS>(s.key, s.projected[stage][group_size], k_norm ? s.norms[1] : nullptr, eps, angles, rotary, HEAD_DIM);
     }
 
+    struct Place { int page, slot; };
+
+    // The index of the page that has token or slot `at` of a row or of the cache.
+    DEVICE unsigned page_of(unsigned at) const { return at * page_reciprocal >> 32; }
+
     // Store the new key and value, by one warp.
     DEVICE void store_new_token(int slot, const T* value) const {
-        const long long at = slot / page_size * page_stride + slot % page_size * slot_stride + kv_head * head_stride;
+        const int page = page_of(slot);
+        const long long at = (long long)unit * place_of({page, slot - page * page_size});
         ROLLED for (int i = lane_id(); i < HEAD_DIM && slot >= 0 && slot < num_slots; i += 32)
             k_cache[at + i] = convert<C>(s.key[i]), v_cache[at + i] = convert<C>(value[i]);
     }
 
-    // The place of the key of a tile whose offset this lane has.
-    struct Place { int page, slot; };
+    // The place of the key of a tile whose place this lane has.
     DEVICE Place look_up(const KeyRange& range, int tile_start) const {
         const int token = min(tile_start + lane_id() % 16 + lane_id() / 16 % Tile::GROUPS * Tile::STRIDE, range.end - 1);
-        return {page_table[range.table_row * page_table_stride + token / page_size], token % page_size};
+        const int index = page_of(token);
+        return {page_table[range.table_row * page_table_stride + index], token - index * page_size};
     }
-    DEVICE long long offset(Place place) const { return place.page * page_stride + place.slot * slot_stride + kv_head * head_stride; }
+    DEVICE unsigned place_of(Place place) const { return place.page * page_stride + place.slot * slot_stride + kv_head * head_stride; }
 
     // Point to this warp's first tile of a range; return how many keys are left from there on.
     DEVICE int seek(Tile& tile, const KeyRange& range) const {
         const int first = range.begin + warp * 16;
-        if (first < range.end) tile.offset = offset(look_up(range, first));
+        if (first < range.end) tile.place = place_of(look_up(range, first));
         return range.end - first;
     }
 
     DEVICE void load_first_tile(Tile& tile, const KeyRange& range) const {
         const int left = seek(tile, range);
         UNROLL for (int n = 0; n < Tile::GROUPS; ++n)
-            UNROLL for (int j = 0; j < Tile::K_VECTORS && n * Tile::STRIDE < left; ++j) tile.load_keys(k_cache, n, j);
+            if (n * Tile::STRIDE < left) tile.load_keys(k_cache, n, 0, Tile::K_VECTORS);
         UNROLL for (int n = 0; n < Tile::GROUPS; ++n)
-            UNROLL for (int j = 0; j < Tile::V_VECTORS && n * Tile::STRIDE < left; ++j) tile.load_values(v_cache, n, j);
+            if (n * Tile::STRIDE < left) tile.load_values(v_cache, n, 0, Tile::V_VECTORS);
     }
 
     // Return the elements of head g in the order of a lane's keys: eight for each of the BLOCKS.
@@ -173,7 +182,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
             float odd[4] = {};  // two sums: a product does not wait for the one before
             UNROLL for (int i = 0; i < BLOCKS; ++i) {
                 if (used) tile.multiply_keys(i % 2 && HEAD_DIM <= 128 ? odd : scores[n], n, i / PARTS, i % PARTS, query_part(i));
-                if (loads && i % PARTS == PARTS - 1) tile.load_keys(k_cache, n, i / PARTS);
+                if (loads && i % PARTS == PARTS - 1) tile.load_keys(k_cache, n, i / PARTS, i / PARTS + 1);
             }
             UNROLL for (int i = 0; i < 4; ++i) scores[n][i] += odd[i];
         }
@@ -189,7 +198,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
                 operands[i] = transpose(pack<typename Tile::Operand>(weights[n][2 * i], weights[n][2 * i + 1]));
             UNROLL for (int j = 0; j < Tile::V_VECTORS; ++j) {
                 UNROLL for (int i = 0; i < PAIRS && used; ++i) tile.multiply_values(acc[j * PAIRS + i], n, j, i, operands);
-                if (loads) tile.load_values(v_cache, n, j);
+                if (loads) tile.load_values(v_cache, n, j, j + 1);
             }
         }
     }
@@ -213,7 +222,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
         for (; first < range.end; first += STEP) {
             int next_left = range.end - first - STEP;
             if (next_left <= 0) next_left = seek(tile, next);
-            else tile.offset = offset(ahead);
+            else tile.place = place_of(ahead);
             if (first + 2 * STEP < range.end) ahead = look_up(range, first + 2 * STEP);
             attend_tile(state, tile, first, range.end, next_left);
         }
@@ -330,8 +339,8 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED>
 __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2 : 3) decode_attention(
     T* __restrict__ out, const T* qkv, int qkv_stride, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows, int rotary,
-    C* k_cache, C* v_cache, long long page_stride, long long slot_stride, int head_stride, const int* __restrict__ kv_slots, int num_slots,
-    const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ page_table_rows, int page_size,
+    C* k_cache, C* v_cache, int unit, unsigned page_stride, unsigned slot_stride, unsigned head_stride, const int* __restrict__ kv_slots, int num_slots,
+    const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ page_table_rows, int page_size, unsigned long long page_reciprocal,
     const int* __restrict__ partition, int rows, int window, int kv_chunk, float* partial, unsigned* counters,
     float scale, float softcap, const T* __restrict__ sinks, int heads, int kv_heads) {
     __shared__ DecodeShared<T, C, HEAD_DIM, WARPS> shared;
@@ -343,12 +352,12 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
     if (first_row == rows) return;
     DecodeBlock<T, C, HEAD_DIM, WARPS, CAPPED> block{
         qkv, q_norm, k_norm, sinks, k_cache, v_cache, positions, kv_slots, page_table, page_table_rows, cos_sin,
-        page_stride, slot_stride, page_table_stride, eps, {scale, softcap}, qkv_stride, head_stride, table_rows, rotary, num_slots,
+        page_table_stride, page_stride, slot_stride, head_stride, page_reciprocal, eps, {scale, softcap}, unit, qkv_stride, table_rows, rotary, num_slots,
         page_size, window, kv_chunk, heads, kv_heads, heads / (kv_heads * (int)gridDim.y), keys, partial, counters, shared,
         reinterpret_cast<WarpSums<HEAD_DIM>*>(warp_sums), common_warp_id(), part, kv_head, keys.first_chunk(part + 1)};
 
     KeyRange range = block.range_at(keys.first_chunk(part), first_row);
-    CacheTile<T, C, HEAD_DIM, WARPS> tile;
+    CacheTile<T, C, HEAD_DIM, WARPS> tile(unit * sizeof(C));
     block.load_first_tile(tile, range);
     block.load_angles_and_slot(range, 0);
     block.load_norms();

@@ -35,17 +35,35 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
     launch = kernel(
         "rotate_and_store.cu", f"rotate_and_store<{c_name(qkv)}, {c_name(cache.k)}, {pairs}, {v}>", early=True
     )
-    head_arguments = _head_arguments(norm, Rope(rope.positions.int(), rope.cos_sin), cache, kv_slots.int())
+    page, token, head, _ = cache.k.stride()
+    head_arguments = (
+        *_head_arguments(norm, Rope(rope.positions.int(), rope.cos_sin), cache),
+        np.int64(page),
+        np.int64(token),
+    )
     shape = page_size, pages * page_size, heads, kv_heads, head_dim
-    launch((tokens, 1), STORE_THREADS, q, qkv, np.int64(qkv.stride(0)), *head_arguments, *map(np.int32, shape))
+    launch(
+        (tokens, 1),
+        STORE_THREADS,
+        *(q, qkv, np.int64(qkv.stride(0)), *head_arguments, np.int32(head), kv_slots.int(), *map(np.int32, shape)),
+    )
     return q
 
 
-def _head_arguments(norm: QKNorm, rope: Rope, cache: KVCache, kv_slots: Tensor) -> tuple[Argument, ...]:
+def _head_arguments(norm: QKNorm, rope: Rope, cache: KVCache) -> tuple[Argument, ...]:
     norms = optional(norm.q), optional(norm.k), np.float32(norm.eps)
-    page, token, head, _ = cache.k.stride()
-    strides = np.int64(page), np.int64(token), np.int32(head)
-    return *norms, rope.positions, rope.cos_sin, *map(np.int32, rope.cos_sin.shape), *cache, *strides, kv_slots
+    return *norms, rope.positions, rope.cos_sin, *map(np.int32, rope.cos_sin.shape), *cache
+
+
+@functools.cache
+def _strides_in_units(page: int, token: int, head: int, pages: int) -> list[np.int32]:
+    """Return the unit, which is the number of elements that divides all strides, and the strides in units."""
+    unit = math.gcd(page, token, head)
+    if pages * page >= unit << 32:
+        raise ValueError(
+            f"a KV cache of {pages} pages, {page} elements apart, has more than 2^32 times {unit} elements"
+        )
+    return [np.int32(number) for number in (unit, page // unit, token // unit, head // unit)]
 
 
 class PartitionLayout(NamedTuple):
@@ -122,11 +140,25 @@ def decode_attention(
     shared_bytes = 4 * layout.warps * MAX_GROUP * (head_dim + 4)  # WarpSums of the kernel
     launch = kernel("decode_attention.cu", name, shared_bytes=shared_bytes, early=early)
     grid, threads = (layout.max_parts * kv_heads, groups // kv_heads), 32 * layout.warps
-    head_arguments = *_head_arguments(norm, rope, cache, kv_slots), np.int32(num_pages * page_size)
+    unit, *strides = _strides_in_units(*cache.k.stride()[:3], pages=num_pages)
+    head_arguments = *_head_arguments(norm, rope, cache), unit, *strides, kv_slots, np.int32(num_pages * page_size)
     page_table = pages.table, np.int64(pages.table.stride(0)), pages.table_rows, np.int32(page_size)
+    reciprocal = np.int64(-(-(1 << 32) // page_size))
     keys = partition.table, *map(np.int32, (rows, partition.window or 0, layout.kv_chunk))
     results = partial, partition.table[-rows * groups :]  # partial results, then the counters
     factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
     shape = *map(np.float32, factors), optional(sinks), np.int32(heads), np.int32(kv_heads)
-    launch(grid, threads, out, qkv, np.int32(qkv.stride(0)), *head_arguments, *page_table, *keys, *results, *shape)
+    launch(
+        grid,
+        threads,
+        out,
+        qkv,
+        np.int32(qkv.stride(0)),
+        *head_arguments,
+        *page_table,
+        reciprocal,
+        *keys,
+        *results,
+        *shape,
+    )
     return out
