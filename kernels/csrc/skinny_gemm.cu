@@ -28,44 +28,37 @@ DEVICE int exponent_of(float peak) { return max(__float_as_int(peak) >> 23, 30);
 DEVICE float staging_factor(float peak) { return __int_as_float((268 - exponent_of(peak)) << 23); }
 DEVICE float staging_divisor(float peak) { return __int_as_float((exponent_of(peak) - 14) << 23); }
 
-// Return vector `at` of x, times the norm's weight if there is one; add its squares.
-template <typename T> DEVICE Vec<T, 8> load_normed(const T* x, const T* norm, int at, float& square) {
-    Vec<T, 8> v = *reinterpret_cast<const Vec<T, 8>*>(x + at);
-    if (norm) {
-        const Vec<T, 8> n = *reinterpret_cast<const Vec<T, 8>*>(norm + at);
-        UNROLL for (int i = 0; i < 8; ++i) {
-            const float value = to_float(v.at[i]);
-            square += value * value;
-            v.at[i] = from_float<T>(value * to_float(n.at[i]));
-        }
-    }
-    return v;
-}
-
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool COPIES_ROWS = false;  // registers do not suffice
-#else
-constexpr bool COPIES_ROWS = true;  // of x asynchronously
-#endif
-
 template <typename T> struct IsBF16 { static constexpr bool value = false; };
 template <> struct IsBF16<bf16> { static constexpr bool value = true; };
 
-// Copy x to shared memory, times the weight of the norm if there is one; squares[row] = the sum of squares of this warp's elements.
-template <typename T, int WARPS> DEVICE void stage_x(
-    T* staged, float (&squares)[WARPS][ROWS], const T* x, const T* norm, int rows, int size, int stride, int warp, int lane) {
-    if (COPIES_ROWS && IsBF16<T>::value && !norm) {  // all rows are on their way at once
-        const int share = WARPS / rows, row = warp / share;
-        ROLLED for (int at = (warp % share * 32 + lane) * 8; row < rows && at < size; at += share * 32 * 8)
-            copy_async(staged + row * stride + at, x + row * size + at);
-        wait_all_copies();
-        return;
-    }
-    UNROLL for (int row = 0; row < ROWS; ++row) {
-        float square = 0.f;
-        for (int at = threadIdx.x * 8; row < rows && at < size; at += 32 * WARPS * 8)
-            *reinterpret_cast<Vec<T, 8>*>(staged + row * stride + at) = load_normed(x + (long long)row * size, norm, at, square);
-        if (norm && row < rows) {
+// Multiply bf16 x by the norm's weight, as float products that are rounded would; add the squares of x.
+DEVICE unsigned apply_norm(unsigned x, unsigned weight, float& square) {
+    const float low = __int_as_float(x << 16), high = __int_as_float(x & 0xffff0000u);
+    square += low * low, square += high * high;
+    return scale_pair(x, weight, bf16());
+}
+
+// Copy x to shared memory, all rows at once. With a norm, whose weight is in the row after them, multiply x by it, and let
+// squares[row] be the sum of squares of this warp's elements. A thread reads only what it has copied.
+// The loops are rolled: the code of the kernels of a layer must fit into the instruction cache.
+template <typename T, int WARPS, bool NORMED> DEVICE void stage_x(
+    T* staged, float (&squares)[WARPS][ROWS], const T* x, int rows, int size, int stride, int warp, int lane) {
+    static_assert(!NORMED || IsBF16<T>::value, "apply_norm");
+    const int begin = threadIdx.x * 8, step = 32 * WARPS * 8;
+    ROLLED for (int row = 0; row < rows; ++row)
+        ROLLED for (int at = begin; at < size; at += step) copy_async(staged + row * stride + at, x + row * size + at);
+    wait_all_copies();
+    if constexpr (NORMED) {
+        ROLLED for (int row = 0; row < rows; ++row) {
+            float square = 0.f;
+            ROLLED for (int at = begin; at < size; at += step) {
+                uint4& v = *reinterpret_cast<uint4*>(staged + row * stride + at);
+                const uint4 weight = *reinterpret_cast<const uint4*>(staged + rows * stride + at);
+                uint4 product;
+                product.x = apply_norm(v.x, weight.x, square), product.y = apply_norm(v.y, weight.y, square);
+                product.z = apply_norm(v.z, weight.z, square), product.w = apply_norm(v.w, weight.w, square);
+                v = product;
+            }
             square = warp_sum(square);
             if (lane == 0) squares[warp][row] = square;
         }
@@ -172,16 +165,16 @@ template <typename T, bool HALVED> struct Operand { typedef T type; };
 template <typename T> struct Operand<T, true> { typedef f16 type; };
 
 // Add the sums of the warps; apply the scale of the norm, the bias and SiLU. `column` is that of the feature in its tile.
-template <typename T, int WARPS, bool STAGED, int EPILOGUE> DEVICE float finish_sum(
-    const float (&sums)[WARPS][ROWS][17], const float (&squares)[WARPS][ROWS], int row, int column, const T* norm, const T* bias,
+template <typename T, int WARPS, int EPILOGUE> DEVICE float finish_sum(
+    const float (&sums)[WARPS][ROWS][17], const float (&squares)[WARPS][ROWS], int row, int column, bool normed, const T* bias,
     int feature, int features, int size, float eps) {
     float sum = 0.f, gated = 0.f, square = 0.f;
     UNROLL for (int w = 0; w < WARPS; ++w) {
         sum += sums[w][row][column];
         if (EPILOGUE == SILU) gated += sums[w][row][column + 8];
-        if (STAGED && norm) square += squares[w][row];
+        if (normed) square += squares[w][row];
     }
-    const float scale = STAGED && norm ? rsqrtf(square / size + eps) : 1.f;
+    const float scale = normed ? rsqrtf(square / size + eps) : 1.f;
     sum = sum * scale + (bias ? to_float(bias[feature]) : 0.f);
     if (EPILOGUE == SILU) {
         gated = gated * scale + (bias ? to_float(bias[features + feature]) : 0.f);
@@ -193,11 +186,14 @@ template <typename T, int WARPS, bool STAGED, int EPILOGUE> DEVICE float finish_
 // STAGED: x is in shared memory (dynamic: rows * stride elements), times the norm's weight if there is one. The norm's scale, one
 // factor per row, is applied to the sums. With SILU a tile is 8 rows of gate and the 8 rows of up that belong to them.
 // W is the type of the weight, T or fp8. `first` is the place of column 0 in its block of scales.
-template <typename T, typename W, int WARPS, int DEPTH, bool STAGED, int EPILOGUE>
+// A 16-bit kernel is compiled for a norm (NORMED) or none, with little code. With an FP8 weight the same, and a rolled conversion,
+// made steps up to 3 % slower: NORMED is false there, and `norm` decides.
+template <typename T, typename W, int WARPS, int DEPTH, bool STAGED, bool NORMED, int EPILOGUE>
 __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     T* out, const T* x, const W* __restrict__ weight, const T* __restrict__ norm, const T* __restrict__ bias,
     float eps, int rows, int features, int size, const float* __restrict__ scale, int row_shift, int column_shift, int groups, int first) {
     constexpr bool SCALED = sizeof(W) == 1, HALVED = SCALED && STAGED && IsBF16<T>::value;
+    const bool normed = SCALED ? STAGED && norm : NORMED;
     typedef typename Operand<T, HALVED>::type M;
     constexpr int CHUNK = LINE / sizeof(W), LANE = 16 / sizeof(W);  // columns of a warp, and of a lane's load
     constexpr int WIDTH = EPILOGUE == SILU ? 8 : 16;  // features of a tile
@@ -234,8 +230,11 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     T* staged = reinterpret_cast<T*>(shared);
     const int stride = (size + CHUNK - 1) / CHUNK * CHUNK + (SCALED ? 8 : 32);  // lanes (g, t) and (g + 1, t) read different banks
     const Float16Stage<WARPS, CHUNK> stage{reinterpret_cast<char*>(shared), rows, size, stride, before, warp, lane};
-    if constexpr (HALVED)
+    if constexpr (HALVED) {
         if (norm) stage.copy(rows, norm);
+    } else if (NORMED) {
+        ROLLED for (int at = threadIdx.x * 8; at < size; at += 32 * WARPS * 8) copy_async(staged + rows * stride + at, norm + at);
+    }
     launch_next();
     wait_for_previous();
 
@@ -247,7 +246,7 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
         norm ? stage.template convert_all<true>(squares, divisor) : stage.template convert_all<false>(squares, divisor);
         __syncwarp();
     } else if (STAGED) {
-        stage_x<T, WARPS>(staged, squares, x, norm, rows, size, stride, warp, lane);
+        stage_x<T, WARPS, NORMED>(staged, squares, x, rows, size, stride, warp, lane);
         __syncthreads();
     }
     struct Right { uint4 at[LANE / 8]; };  // x at the columns of a lane's load
@@ -285,11 +284,11 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
         // Lane (g, t) holds features g (c[0], c[1]) and g + 8 (c[2], c[3]) for rows 2 t and 2 t + 1 of x.
         UNROLL for (int i = 0; i < 4; ++i) sums[buffer][warp][2 * t + i % 2][g + 8 * (i / 2)] = HALVED ? c[i] * divisor[i % 2] : c[i];
         __syncthreads();
-        for (int i = threadIdx.x; i < rows * WIDTH; i += 32 * WARPS) {
+        ROLLED for (int i = threadIdx.x; i < rows * WIDTH; i += 32 * WARPS) {
             const int row = i / WIDTH, feature = tile * WIDTH + i % WIDTH;
             if (feature >= features) continue;
-            const float sum = finish_sum<T, WARPS, STAGED, EPILOGUE>(
-                sums[buffer], squares, row, i % WIDTH, norm, bias, feature, features, size, eps);
+            const float sum = finish_sum<T, WARPS, EPILOGUE>(
+                sums[buffer], squares, row, i % WIDTH, normed, bias, feature, features, size, eps);
             T* to = out + (long long)row * features + feature;
             *to = from_float<T>(EPILOGUE == ADD ? sum + to_float(*to) : sum);
         }

@@ -113,8 +113,9 @@ def _skinny_gemm(
     (rows, size), features = x.shape, out.shape[1]
     shape = _skinny_shape(x, weight, norm)
     data, scales = (weight.data, scale_arguments(weight)) if isinstance(weight, FP8Weight) else (weight, NO_SCALES)
-    staged = str(shape.staged_bytes > 0).lower()
-    name = f"skinny_gemm<{c_name(x)}, {c_name(data)}, {shape.warps}, {shape.depth}, {staged}, {epilogue}>"
+    is_normed = norm is not None and not isinstance(weight, FP8Weight)  # NORMED of skinny_gemm.cu
+    staged, normed = (str(flag).lower() for flag in (shape.staged_bytes > 0, is_normed))
+    name = f"skinny_gemm<{c_name(x)}, {c_name(data)}, {shape.warps}, {shape.depth}, {staged}, {normed}, {epilogue}>"
     launch = kernel("skinny_gemm.cu", name, shared_bytes=shape.staged_bytes, early=True)
     sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size)
     tiles = -(-features // (8 if epilogue == "SILU" else 16))
@@ -126,7 +127,8 @@ def _skinny_shape(x: Tensor, weight: Matrix, norm: Tensor | None) -> SkinnyShape
     (rows, size), device = x.shape, x.device.index
     if isinstance(weight, FP8Weight):
         return _fp8_shape(rows + (norm is not None), size, weight.first, max_shared_bytes(device))
-    staged_bytes = rows * (-(-size // 64) * 64 + 32) * x.element_size()  # see `stride` in skinny_gemm.cu
+    staged_rows = rows + (norm is not None)
+    staged_bytes = staged_rows * (-(-size // 64) * 64 + 32) * x.element_size()  # see `stride` in skinny_gemm.cu
     # With few tiles, all warps of a multiprocessor share one. A short row has few chunks to prefetch, and an x that is
     # not in shared memory leaves few registers for them.
     if staged_bytes > min(MAX_STAGED_BYTES, max_shared_bytes(device) - 16 * SUM_BYTES):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,15 +46,16 @@ INSTANCES = {
         "sample_topk",
     ],
     "skinny_gemm.cu": [
-        f"skinny_gemm<{types}, {warps}, {depth}, {staged}, {epilogue}>"
-        for types, warps, depth, staged in (
-            ("bf16, bf16", 8, 4, "true"),
-            ("f16, f16", 8, 2, "true"),
-            ("bf16, bf16", 16, 2, "false"),
-            ("bf16, fp8", 16, 2, "true"),
-            ("bf16, fp8", 20, 2, "true"),
-            ("bf16, fp8", 8, 2, "false"),
-            ("f16, fp8", 20, 2, "true"),
+        f"skinny_gemm<{types}, {warps}, {depth}, {staged_and_normed}, {epilogue}>"
+        for types, warps, depth, staged_and_normed in (
+            ("bf16, bf16", 8, 4, "true, true"),
+            ("bf16, bf16", 8, 4, "true, false"),
+            ("f16, f16", 8, 2, "true, false"),
+            ("bf16, bf16", 16, 2, "false, false"),
+            ("bf16, fp8", 16, 2, "true, false"),
+            ("bf16, fp8", 20, 2, "true, false"),
+            ("bf16, fp8", 8, 2, "false, false"),
+            ("f16, fp8", 20, 2, "true, false"),
         )
         for epilogue in ("STORE", "ADD", "SILU")
     ],
@@ -193,9 +195,9 @@ def test_source_compiles_without_spilling(source: str, architecture: str, tmp_pa
         pytest.skip("needs nvcc")
     uses = "".join(f"auto use{i} = &{name};\n" for i, name in enumerate(INSTANCES[source]))
     report = compile_report(f"{native.source_text(source)}\n{uses}", architecture, tmp_path)  # as NVRTC gets it
-    lines = [line for line in report.splitlines() if "spill" in line]
-    assert len(lines) == len(INSTANCES[source])
-    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in lines), report
+    spills = [int(stores) for stores in re.findall(r"(\d+) bytes spill stores", report)]
+    assert len(spills) == len(INSTANCES[source])
+    assert max(spills) == 0, report
 
 
 def compile_report(text: str, architecture: str, folder: Path) -> str:

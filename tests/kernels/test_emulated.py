@@ -430,7 +430,11 @@ def test_sampling(rows: int, vocab: int, dtype: torch.dtype) -> None:
 
 # A source, a mistake in it, and the test that must fail: a missing barrier, a missing wait, a wait for too little.
 FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
-    "skinny_gemm.cu": ("__syncthreads();\n        for (int i", "for (int i", lambda: test_linear(8, 24, 1024, BF16)),
+    "skinny_gemm.cu": (
+        "__syncthreads();\n        ROLLED for (int i",
+        "ROLLED for (int i",
+        lambda: test_linear(8, 24, 1024, BF16),
+    ),
     "decode_attention.cu": (
         "wait_all_copies();",
         "",
