@@ -47,6 +47,23 @@ DEVICE float exp2_of(float x) {  // 0 where 2^x is subnormal
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+DEVICE float approximate_inverse(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// 1 / x if both are normal numbers.
+DEVICE float inverse_of(float x) {
+    const float y = approximate_inverse(x);
+    return fmaf(fmaf(-x, y, 1.f), y, y);
+}
+// x / divisor without the branches and the call of `/`, but its bits, for the inverse from inverse_of and finite x. The sign of 0 is
+// lost, and quotients of subnormal numbers may differ.
+DEVICE float divide(float x, float divisor, float inverse) {
+    float quotient = x * inverse;
+    quotient = fmaf(fmaf(-divisor, quotient, x), inverse, quotient);
+    return fmaf(fmaf(-divisor, quotient, x), inverse, quotient);
+}
 DEVICE float infinity() { return __int_as_float(0x7f800000); }  // NVRTC has no INFINITY
 
 DEVICE float warp_sum(float x) {
@@ -63,6 +80,9 @@ DEVICE float block_sum(float x) {
     const int warps = blockDim.x / 32;
     return warp_sum(threadIdx.x % 32 < warps ? partial[threadIdx.x % 32] : 0.f);
 }
+
+// sum / count, for a mean of squares.
+DEVICE float mean_of(float sum, int count) { return sum < infinity() ? divide(sum, count, inverse_of(count)) : sum; }
 
 // Programmatic dependent launch (sm_90 and later): a kernel launched early may start while the previous kernel still runs. Until it
 // has waited for the end of the previous kernel, it reads only memory that was complete when the last ordinary launch started:

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(256) rms_norm(
         }
         if (residual) *reinterpret_cast<Vec<T, V>*>(residual + row + i) = sum;
     }
-    const float scale = rsqrtf(block_sum(squares) / size + eps);
+    const float scale = rsqrtf(mean_of(block_sum(squares), size) + eps);
     UNROLL for (int n = 0; n < N; ++n) {
         const int i = (n * blockDim.x + threadIdx.x) * V;
         if (i >= size) break;

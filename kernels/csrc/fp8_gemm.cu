@@ -12,6 +12,7 @@ enum Epilogue { STORE, ADD, SILU };  // out = sum, out += sum, out = silu(gate) 
 
 constexpr int GROUPS = 2, GROUP_ROWS = 64, TILE = GROUPS * GROUP_ROWS;  // with SILU, group 0 has gate, and group 1 the same rows of up
 constexpr int CONSUMERS = 128 * GROUPS;                                  // threads that multiply
+constexpr int MAX_PARTS = 4;                                             // blocks of a cluster
 constexpr int SUM_STRIDE = TILE + 4;  // from a row of sums to the next, so that lanes write to different banks
 
 // Shared memory: stages of TILE rows of the weight, then N rows of x; the scales of x of all stages; two barriers for each stage.
@@ -54,9 +55,9 @@ template <int N, int STAGES> struct Producer {
     }
     DEVICE void run(int steps, int column, const float* x_scales) const {
         const int ahead = min(STAGES, steps);
-        for (int i = 0; i < ahead; ++i) load_weight(i, column + i * LINE);
+        ROLLED for (int i = 0; i < ahead; ++i) load_weight(i, column + i * LINE);
         wait_for_previous();
-        for (int i = 0; i < ahead; ++i, column += LINE, x_scales += padded) load_x(i, column, x_scales);
+        ROLLED for (int i = 0; i < ahead; ++i, column += LINE, x_scales += padded) load_x(i, column, x_scales);
         Ring<STAGES> ring;
         for (int i = ahead; i < steps; ++i, column += LINE, x_scales += padded, ring.advance()) {
             wait_for_phase(memory.empty(ring.stage), ring.phase);
@@ -90,7 +91,7 @@ template <int N, int STAGES> struct Consumer {
         }
     }
     DEVICE void run(const RowScales& scales, const char* shared) {
-        for (int i = begin + threadIdx.x % 4 * 32; i < end; i += 128) prefetch_line(scales.rows[0] + (i >> scales.shift));
+        ROLLED for (int i = begin + threadIdx.x % 4 * 32; i < end; i += 128) prefetch_line(scales.rows[0] + (i >> scales.shift));
         Ring<STAGES> ring;
         Vec<float, 2> next = scales.at(begin);
         for (int step = begin; step < end; ++step, ring.advance()) {
@@ -109,14 +110,21 @@ template <int N, int STAGES> struct Consumer {
     }
 };
 
-// Add four adjacent sums of the blocks of the cluster.
-template <int PARTS> DEVICE float4 add_blocks(const float* at) {
-    if (PARTS == 1) return *reinterpret_cast<const float4*>(at);
-    float4 of_block[PARTS];  // all are loaded before the first is used
-    UNROLL for (int i = 0; i < PARTS; ++i) of_block[i] = load_of_block(at, i);
-    UNROLL for (int i = 1; i < PARTS; ++i)
-        of_block[0].x += of_block[i].x, of_block[0].y += of_block[i].y, of_block[0].z += of_block[i].z, of_block[0].w += of_block[i].w;
-    return of_block[0];
+// sum[i] = four adjacent sums at[i], added over the blocks of the cluster.
+template <int ROWS> DEVICE void add_blocks(float4 (&sum)[ROWS], const float* const (&at)[ROWS], int parts) {
+    if (parts == 1) {
+        UNROLL for (int i = 0; i < ROWS; ++i) sum[i] = *reinterpret_cast<const float4*>(at[i]);
+        return;
+    }
+    float4 of_block[MAX_PARTS][ROWS];  // all are loaded before the first is used
+    UNROLL for (int p = 0; p < MAX_PARTS; ++p)
+        if (p < parts) UNROLL for (int i = 0; i < ROWS; ++i) of_block[p][i] = load_of_block(at[i], p);
+    UNROLL for (int i = 0; i < ROWS; ++i) sum[i] = of_block[0][i];
+    UNROLL for (int p = 1; p < MAX_PARTS; ++p)
+        if (p < parts) UNROLL for (int i = 0; i < ROWS; ++i) {
+            const float4& addend = of_block[p][i];
+            sum[i].x += addend.x, sum[i].y += addend.y, sum[i].z += addend.z, sum[i].w += addend.w;
+        }
 }
 
 // Compute the part of the result that is this block's: finish the sums of the cluster. A thread has four features of some rows of x.
@@ -137,30 +145,25 @@ template <typename T> struct Results {
         return round_all<T>(values);
     }
     static_assert(GROUP_ROWS == 4 << 4 && TILE == 4 << 5, "a row has 16 or 32 vectors");
-    template <int PARTS> DEVICE void write_part(const float* sums) const {
+    DEVICE void write(const float* sums) const {
         const int shift_of_row = epilogue == SILU ? 4 : 5, vectors = 1 << shift_of_row;  // of a row; they divide the threads
-        const int step = CONSUMERS * PARTS >> shift_of_row, column = (threadIdx.x & (vectors - 1)) * 4;
+        const int step = CONSUMERS * parts >> shift_of_row, column = (threadIdx.x & (vectors - 1)) * 4;
         const int feature = tile * vectors * 4 + column;
         if (feature >= features) return;
         const Vec<T, 4> shift = load(bias + feature, bias), up_shift = load(bias + features + feature, bias && epilogue == SILU);
         for (int first = number * CONSUMERS + threadIdx.x >> shift_of_row; first < rows; first += AT_ONCE * step) {
             Vec<T, 4> before[AT_ONCE];
-            float4 sum[AT_ONCE], up[AT_ONCE];
+            float4 sum[AT_ONCE], up[AT_ONCE] = {};
+            const float *from[AT_ONCE], *up_from[AT_ONCE];
             auto row = [&](int i) { return min(first + i * step, rows - 1); };
             auto at = [&](int i) { return out + (long long)(first_row + row(i)) * features + feature; };
             UNROLL for (int i = 0; i < AT_ONCE; ++i) before[i] = load(at(i), epilogue == ADD);
-            UNROLL for (int i = 0; i < AT_ONCE; ++i) sum[i] = add_blocks<PARTS>(sums + row(i) * SUM_STRIDE + column);
-            UNROLL for (int i = 0; i < AT_ONCE; ++i)
-                up[i] = epilogue == SILU ? add_blocks<PARTS>(sums + row(i) * SUM_STRIDE + column + GROUP_ROWS) : sum[i];
+            UNROLL for (int i = 0; i < AT_ONCE; ++i) from[i] = sums + row(i) * SUM_STRIDE + column, up_from[i] = from[i] + GROUP_ROWS;
+            add_blocks(sum, from, parts);
+            if (epilogue == SILU) add_blocks(up, up_from, parts);
             UNROLL for (int i = 0; i < AT_ONCE; ++i)
                 if (first + i * step < rows) *reinterpret_cast<Vec<T, 4>*>(at(i)) = finish(sum[i], up[i], before[i], shift, up_shift);
         }
-    }
-    DEVICE void write(const float* sums) const {
-        if (parts == 1) write_part<1>(sums);
-        else if (parts == 2) write_part<2>(sums);
-        else if (parts == 3) write_part<3>(sums);
-        else write_part<4>(sums);
     }
 };
 
@@ -178,7 +181,7 @@ __global__ void __launch_bounds__(CONSUMERS + 32, 2) fp8_gemm(
     if (threadIdx.x == CONSUMERS) prefetch_map(x);  // it is needed at once after the wait
     const int number = blockIdx.x % parts, row_tiles = (rows + N - 1) / N, steps = (first + size + LINE - 1) / LINE;
     const int tile = blockIdx.x / parts / row_tiles, first_row = blockIdx.x / parts % row_tiles * N;
-    const int begin = steps * number / parts, end = steps * (number + 1) / parts;
+    const int begin = (unsigned)(steps * number) / parts, end = (unsigned)(steps * (number + 1)) / parts;
     auto weight_row = [&](int group) { return epilogue == SILU ? tile * GROUP_ROWS + group * features : tile * TILE + group * GROUP_ROWS; };
     __syncthreads();
 

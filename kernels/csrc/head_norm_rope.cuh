@@ -32,7 +32,7 @@ template <int P, int V, typename T, typename C>
 DEVICE void norm_rotate_store_head(C* to, const Pairs<P>& x, const T* norm, float eps, const float* angles, int rotary, int size) {
     float squares = 0.f;
     UNROLL for (int p = 0; p < P; ++p) squares += x.first[p] * x.first[p] + x.second[p] * x.second[p];
-    const float scale = norm ? rsqrtf(warp_sum(squares) / size + eps) : 1.f;
+    const float scale = norm ? rsqrtf(mean_of(warp_sum(squares), size) + eps) : 1.f;
     UNROLL for (int p = 0; p < P; p += V) {
         const int i = pair_at<V>(p);
         if (i >= size / 2) break;

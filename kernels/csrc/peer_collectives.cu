@@ -114,7 +114,7 @@ template <typename T, int V, int R, bool EARLY> struct RowNorm {
             if (lane == 0) partial[turn][r * warps + threadIdx.x / 32] = squares[r];
         __syncthreads();
         UNROLL for (int i = 0; i < 16 * R; i += 32) total += i + lane < R * warps ? partial[turn][i + lane] : 0.f;
-        const float scale = rsqrtf(warp_sum(total) / size + eps);
+        const float scale = rsqrtf(mean_of(warp_sum(total), size) + eps);
         for_each_vector([&](int r, int i) {
             const Vec<T, V> factor = unpack<T, V>(EARLY ? weights[r] : load<T, V>(weight + i));
             UNROLL for (int j = 0; j < V; ++j) sum[r][j] *= scale * to_float(factor.at[j]);
@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(512, 1) all_reduce_add_rms_norm(
     const PeerTable* peers, int slot, int operation) {
     Pull<T, V, N> pull(peers, slot, operation);
     RowNorm<T, V, R, (R < 4 && R * N <= 8)> norm(out, residual, weight, eps, size);
-    if (x != pull.local) for_each_row_vector<V>(rows, size, 0, size, [&](long long at) { copy<T, V>(pull.local + at, x + at); });
+    for (int row = x != pull.local ? blockIdx.x : rows; row < rows; row += gridDim.x)
+        norm.for_each_vector([&](int r, int i) { copy<T, V>(pull.local + (long long)row * size + i, x + (long long)row * size + i); });
     pull.arrive_and_wait();
     const int chunk = (size + N * UNIT - 1) / (N * UNIT) * UNIT;  // columns of a rank
     if (TWO_SHOT) {

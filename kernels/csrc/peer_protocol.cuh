@@ -147,8 +147,8 @@ struct Rank {
         return time != last && atomicCAS(&header->stop_read, last, time) == last && load_word(peers.stop);
     }
 
-    // Return false if the wait has ended without has_arrived().
-    template <typename F> DEVICE bool wait_for(int peer, F has_arrived) {
+    // Return false if the wait has ended without has_arrived(), which may change `peer`.
+    template <typename F> DEVICE bool wait_for(const int& peer, F has_arrived) {
         long long start = 0;
         for (unsigned polls = 1; !has_arrived(); ++polls) {
             if (polls % POLLS) continue;
@@ -273,10 +273,16 @@ template <typename T, int V, int N> struct Push : Rank {
                 UNROLL for (int h = 0; h < 2; ++h) load_relaxed(halves[k][h], incoming[start + k] + at * (long long)sizeof(T) + h * PUSH_BYTES);
             };
             auto is_here = [&](const ulonglong2& half) { return half.x >> 32 == round && half.y >> 32 == round; };
+            int missing;  // the first peer whose vector is not there
+            auto all_have_arrived = [&] {  // else those that are missing are loaded again; one wait for all is less code
+                missing = N;
+                UNROLL for (int k = TOGETHER - 1; k >= 0; --k)
+                    if (start + k < N && !(is_here(halves[k][0]) && is_here(halves[k][1]))) missing = start + k, load_halves(k);
+                return missing == N;
+            };
             UNROLL for (int k = 0; k < TOGETHER && start + k < N; ++k) load_halves(k);
+            if (!timed_out) timed_out = !wait_for(missing, all_have_arrived);
             UNROLL for (int k = 0; k < TOGETHER && start + k < N; ++k) {
-                auto has_arrived = [&] { return (is_here(halves[k][0]) && is_here(halves[k][1])) || (load_halves(k), false); };
-                if (!timed_out) timed_out = !wait_for(start + k, has_arrived);
                 const ulonglong2 *h = halves[k];
                 values[start + k] = {(unsigned)h[0].x, (unsigned)h[0].y, (unsigned)h[1].x, (unsigned)h[1].y};
             }

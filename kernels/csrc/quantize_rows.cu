@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(1024) quantize_rows(
             const Vec<T, 8> v = source.load(source.x, at);
             UNROLL for (int i = 0; i < 8; ++i) square += to_float(v.at[i]) * to_float(v.at[i]);
         }
-        source.scale = rsqrtf(block_sum(square) / size + eps);
+        source.scale = rsqrtf(mean_of(block_sum(square), size) + eps);
     }
     float values[8] = {}, peak = 0.f;
     if (!GROUPED) {
@@ -64,10 +64,15 @@ __global__ void __launch_bounds__(1024) quantize_rows(
             const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
             for (int i = 8; i > 0; i >>= 1) peak = fmaxf(peak, __shfl_xor_sync(half, peak, i));
         }
-        const float scale = fmaxf(peak, 1e-10f) / MAXIMUM;
+        const bool is_finite = peak < infinity();
+        const float scale = is_finite ? divide(fmaxf(peak, 1e-10f), MAXIMUM, 1.f / MAXIMUM) : peak;
+        const float divisor = is_finite ? scale : 0.f, inverse = is_finite ? inverse_of(scale) : 0.f;  // 0: x / infinity is 0 or NaN
         if (GROUPED ? threadIdx.x % 16 == 0 : place == 0) scales[GROUPED ? place / GROUP * (long long)stride + row : row] = scale;
         if (at < 0 || at >= size) continue;
-        UNROLL for (int i = 0; i < 8; ++i) values[i] = fminf(fmaxf(values[i] / scale, -MAXIMUM), MAXIMUM);
+        UNROLL for (int i = 0; i < 8; ++i) {
+            const float quotient = copysignf(divide(values[i], divisor, inverse), values[i]);  // -0 stays -0
+            values[i] = fminf(fmaxf(quotient, -MAXIMUM), MAXIMUM);
+        }
         *reinterpret_cast<Vec<fp8, 8>*>(out + row * size + at) = round_all<fp8>(values);
     }
 }
