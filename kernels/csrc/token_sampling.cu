@@ -33,20 +33,21 @@ DEVICE float score_of(long long candidate) {
 DEVICE int token_of(long long candidate) { return (int)(0xffffffffu - (unsigned)candidate); }
 // Return the 52 random bits of a token.
 DEVICE u64 random_bits(u64 key, int token) { return mix(key + 0x9E3779B97F4A7C15ull * (u64)token) >> 12; }
+DEVICE unsigned upper_bits(u64 bits) { return bits >> 20; }  // 32 of the 52
 
 // score - log E. double: the 52 bits stay apart also for a small E, which decides.
 DEVICE float gumbel_score(float score, u64 bits) { return score - logf((float)-log(((double)bits + 0.5) * 0x1p-52)); }
 
 // The bounds below add or subtract 1e-3 + 1e-6 |score|, which is more than the errors of the fast logarithms and of float32.
 // A bound below gumbel_score, without its precise logarithms: E = -log u <= (1 - u) / u.
-DEVICE float lower_bound(float score, u64 bits) {
-    const float u = (float)(unsigned)(bits >> 20) * 0x1p-32f, rest = (float)((unsigned)(~bits >> 20) + 1ull) * 0x1p-32f;
+DEVICE float lower_bound(float score, unsigned upper) {
+    const float u = (float)upper, rest = (float)~upper + 1.f;  // times 2^32
     return score - __logf(rest) + __logf(u) - 1e-3f - 1e-6f * fminf(fabsf(score), 1e30f);
 }
 
-// A bound above gumbel_score: E >= 1 - u, the upper bits of which are ~bits.
-DEVICE float upper_bound(float score, u64 bits) {
-    const float rest = (float)(unsigned)(~bits >> 20) * 0x1p-32f;
+// A bound above gumbel_score: E >= 1 - u, the upper bits of which are ~upper.
+DEVICE float upper_bound(float score, unsigned upper) {
+    const float rest = (float)~upper * 0x1p-32f;
     return score - __logf(rest) + 1e-3f + 1e-6f * fminf(fabsf(score), 1e30f);
 }
 
@@ -62,52 +63,52 @@ template <typename T> DEVICE T warp_max(T x) {
 }
 
 // Grid (S, parts): each block merges the best candidate of a part of a row into the row's. `candidates` starts at NO_CANDIDATE.
-// Few tokens can reach the best score so far. One integer comparison per token finds them; only they take two precise logarithms.
+// Few tokens can reach the best score so far. One integer comparison per token finds them; only they take two precise logarithms, in
+// a loop: less code, and the lanes of a warp do it at the same time.
 template <typename T, int V, bool HAS_TOKENS>
 __global__ void __launch_bounds__(256) gumbel_argmax(
     long long* __restrict__ candidates, const T* __restrict__ logits, long long row_stride, const int* __restrict__ tokens,
     int first_token, const float* __restrict__ temperature, const long long* __restrict__ keys, int vocab) {
     const T* row = logits + blockIdx.x * row_stride;
     const int* row_tokens = tokens + (HAS_TOKENS ? (long long)blockIdx.x * vocab : 0);
-    const float t = temperature[blockIdx.x], inverse = 1.f / t;
+    const float t = temperature[blockIdx.x], inverse = inverse_of(t);
     const u64 key = (u64)keys[blockIdx.x];
     long long best = NO_CANDIDATE;
     float threshold = -infinity();  // at most the best score of this warp
     bool has_threshold = t == 0.f;
     for (int base = (blockIdx.y * blockDim.x + threadIdx.x / 32 * 32) * V; base < vocab; base += gridDim.y * blockDim.x * V) {
-        const int first = base + threadIdx.x % 32 * V;
+        const int first = base + threadIdx.x % 32 * V;  // V divides vocab
+        const bool exists = first < vocab;
+        auto token_at = [&](int i) { return HAS_TOKENS ? row_tokens[first + i] : first_token + first + i; };
         Vec<T, V> values;
-        u64 bits[V];
-        int token[V];
-        if (first < vocab) values = *reinterpret_cast<const Vec<T, V>*>(row + first);
+        unsigned upper[V];
         float max_logit = -infinity();
-        UNROLL for (int i = 0; i < V; ++i) {
-            token[i] = !HAS_TOKENS ? first_token + first + i : first + i < vocab ? row_tokens[first + i] : 0;
-            if (first + i < vocab) max_logit = fmaxf(max_logit, to_float(values.at[i]));
-            if (t > 0.f) bits[i] = random_bits(key, token[i]);
-            if (!has_threshold && first + i < vocab) threshold = fmaxf(threshold, lower_bound(to_float(values.at[i]) * inverse, bits[i]));
+        if (exists) {
+            values = *reinterpret_cast<const Vec<T, V>*>(row + first);
+            UNROLL for (int i = 0; i < V; ++i) max_logit = fmaxf(max_logit, to_float(values.at[i]));
+            if (t > 0.f) UNROLL for (int i = 0; i < V; ++i) upper[i] = upper_bits(random_bits(key, token_at(i)));
+            if (!has_threshold)
+                UNROLL for (int i = 0; i < V; ++i) threshold = fmaxf(threshold, lower_bound(to_float(values.at[i]) * inverse, upper[i]));
         }
         if (!has_threshold) threshold = warp_max(threshold);
         has_threshold = true;
-        const unsigned limit = max_rest(max_logit * inverse, threshold);
-        UNROLL for (int i = 0; i < V; ++i) {
-            if (first + i >= vocab) break;
-            float score = to_float(values.at[i]);
-            if (t > 0.f) {
-                if ((unsigned)(~bits[i] >> 20) > limit) continue;
-                score = gumbel_score(__fdiv_rn(score, t), bits[i]);
-            }
+        unsigned left = 0;  // bit i: value i can be the best
+        if (exists) {
+            const unsigned limit = max_rest(max_logit * inverse, threshold);
+            UNROLL for (int i = 0; i < V; ++i)
+                left |= (unsigned)(t > 0.f ? ~upper[i] <= limit : !(to_float(values.at[i]) < max_logit)) << i;
+        }
+        for (; left; left &= left - 1) {
+            const int i = __ffs(left) - 1, token = token_at(i);
+            float score = to_float(row[first + i]);
+            if (t > 0.f) score = gumbel_score(__fdiv_rn(score, t), random_bits(key, token));
             if (score < threshold) continue;
             threshold = score;
-            const long long candidate = pack(score, token[i]);
-            best = candidate > best ? candidate : best;
+            best = max(best, pack(score, token));
         }
         threshold = warp_max(threshold);
     }
-    for (int i = 16; i > 0; i >>= 1) {
-        const long long other = __shfl_xor_sync(0xffffffffu, best, i);
-        best = other > best ? other : best;
-    }
+    best = warp_max(best);
     if (threadIdx.x % 32 == 0) atomicMax(candidates + blockIdx.x, best);
 }
 
@@ -116,7 +117,8 @@ extern "C" __global__ void merge_candidates(int* __restrict__ tokens, const long
     const int row = blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) return;
     long long best = candidates[row];
-    for (int rank = 1; rank < ranks; ++rank) best = max(best, candidates[(long long)rank * rows + row]);
+    ROLLED for (int first = 1; first < ranks; first += 4)  // four loads are under way
+        UNROLL for (int i = 0; i < 4; ++i) best = max(best, candidates[(long long)min(first + i, ranks - 1) * rows + row]);
     tokens[row] = token_of(best);
 }
 
@@ -149,9 +151,10 @@ __global__ void __launch_bounds__(TOPK_THREADS, sizeof(T) == 2 ? 8 : 4) topk_can
     UNROLL for (int r = 0; r < TOPK_ITEMS / V; ++r)
         if (r * TOPK_THREADS * V < left) loaded[r] = *reinterpret_cast<const Vec<T, V>*>(row + r * TOPK_THREADS * V);
     auto for_each = [&](auto f) {  // f(candidate, its index in this thread)
-        UNROLL for (int i = 0; i < TOPK_ITEMS; ++i) {
-            const int at = i / V * TOPK_THREADS * V;
-            if (at < left) f(candidate(loaded[i / V].at[i % V], first_token + first + at + i % V), i);
+        UNROLL for (int r = 0; r < TOPK_ITEMS / V; ++r) {
+            const int at = r * TOPK_THREADS * V;
+            if (at >= left) break;
+            UNROLL for (int i = 0; i < V; ++i) f(candidate(loaded[r].at[i], first_token + first + at + i), r * V + i);
         }
     };
     long long best = NO_CANDIDATE;
@@ -164,13 +167,16 @@ __global__ void __launch_bounds__(TOPK_THREADS, sizeof(T) == 2 ? 8 : 4) topk_can
     unsigned passes = 0;  // one bit for each item
     for_each([&](long long item, int i) { passes |= (unsigned)(item >= threshold && item != NO_CANDIDATE) << i; });
     int place = passes ? atomicAdd(&num_passed, __popc(passes)) : 0;
-    for_each([&](long long item, int i) { if (passes >> i & 1) items[place++] = item; });
+    for (; passes; passes &= passes - 1) {  // few items: they are loaded again, which is less code
+        const int i = __ffs(passes) - 1, at = i / V * TOPK_THREADS * V + i % V;
+        items[place++] = candidate(row[at], first_token + first + at);
+    }
     __syncthreads();
     const int passed = num_passed;
     if (threadIdx.x == 0 && passed % 2) items[passed] = NO_CANDIDATE;
     __syncthreads();
     out += (long long)blockIdx.x * count * gridDim.y + blockIdx.y;
-    for (int i = threadIdx.x; i < max(passed, count); i += TOPK_THREADS) {
+    ROLLED for (int i = threadIdx.x; i < max(passed, count); i += TOPK_THREADS) {
         place = i < passed ? num_greater(items[i], items, passed + passed % 2) : i;
         if (place < count) out[(long long)place * gridDim.y] = i < passed ? items[i] : NO_CANDIDATE;
     }
@@ -212,7 +218,7 @@ extern "C" __global__ void __launch_bounds__(TOPK_THREADS) sample_topk(
     if (i % 32 == 0) warp_best[i / 32] = best;
     __syncthreads();
     if (i > 0) return;
-    for (int warp = 1; warp < blockDim.x / 32; ++warp) best = max(best, warp_best[warp]);
+    ROLLED for (int warp = 1; warp < blockDim.x / 32; ++warp) best = max(best, warp_best[warp]);
     tokens[row] = token_of(best);
 }
 
@@ -222,8 +228,7 @@ template <typename T> DEVICE T block_max(T x) {
     __syncthreads();
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
     __syncthreads();
-    for (int warp = 0; warp < blockDim.x / 32; ++warp) x = max(x, warps[warp]);
-    return x;
+    return warp_max(warps[min(threadIdx.x % 32, blockDim.x / 32 - 1)]);
 }
 
 // One block for each row. If the sample from all tokens is among the kept ones, it is the sample from the kept ones. If not, all
@@ -235,7 +240,12 @@ __global__ void __launch_bounds__(1024) sample_top_p(
     const float* __restrict__ top_p, const float* __restrict__ min_p, const long long* __restrict__ keys, int vocab) {
     const T* row = logits + blockIdx.x * row_stride;
     const float t = temperature[blockIdx.x], p = top_p[blockIdx.x];
+    const float inverse = inverse_of(t);
     const u64 key = (u64)keys[blockIdx.x];
+    auto score_of_logit = [&](float logit) {  // logit / t
+        const float score = divide(logit, t, inverse);
+        return score == score ? score : logit * inverse;  // infinite
+    };
     auto for_each = [&](auto f) {  // f(values, first, count) on all lanes of a warp together
         for (int base = threadIdx.x / 32 * 32 * V; base < vocab; base += blockDim.x * V) {
             const int first = base + threadIdx.x % 32 * V;
@@ -248,12 +258,12 @@ __global__ void __launch_bounds__(1024) sample_top_p(
     for_each([&](const Vec<T, V>& values, int, int count) {
         UNROLL for (int i = 0; i < V; ++i) if (i < count) max_logit = fmaxf(max_logit, to_float(values.at[i]));
     });
-    const float max_score = __fdiv_rn(block_max(max_logit), t);
+    const float max_score = score_of_logit(block_max(max_logit));
     const float min_score = min_p[blockIdx.x] > 0.f ? max_score + logf(min_p[blockIdx.x]) : -infinity();
     float mass = 0.f;  // sum of exp(score - max_score) over the tokens that min-p keeps
     for_each([&](const Vec<T, V>& values, int, int count) {
         UNROLL for (int i = 0; i < V; ++i) {
-            const float score = i < count ? __fdiv_rn(to_float(values.at[i]), t) : -infinity();
+            const float score = i < count ? score_of_logit(to_float(values.at[i])) : -infinity();
             if (score >= min_score) mass += expf(score - max_score);
         }
     });
@@ -262,17 +272,18 @@ __global__ void __launch_bounds__(1024) sample_top_p(
         long long best = NO_CANDIDATE;
         float threshold = -infinity();  // at most the best score of this warp
         for_each([&](const Vec<T, V>& values, int first, int count) {
+            unsigned left = 0;  // bit i: value i can be the best
             UNROLL for (int i = 0; i < V; ++i) {
-                if (i >= count) continue;
-                const float logit = to_float(values.at[i]);
-                float score = __fdiv_rn(logit, t);
-                if (score < min_score || pack(logit, first + i) <= rejected) continue;
-                const u64 bits = random_bits(key, first + i);
-                if (upper_bound(score, bits) < threshold) continue;
-                score = gumbel_score(score, bits);
+                const float logit = to_float(values.at[i]), score = score_of_logit(logit);
+                if (i >= count || score < min_score || pack(logit, first + i) <= rejected) continue;
+                left |= (unsigned)!(upper_bound(score, upper_bits(random_bits(key, first + i))) < threshold) << i;
+            }
+            for (; left; left &= left - 1) {
+                const int token = first + __ffs(left) - 1;
+                const float score = gumbel_score(score_of_logit(to_float(row[token])), random_bits(key, token));
                 if (score < threshold) continue;
                 threshold = score;
-                best = max(best, pack(score, first + i));
+                best = max(best, pack(score, token));
             }
             threshold = warp_max(threshold);
         });
@@ -283,7 +294,7 @@ __global__ void __launch_bounds__(1024) sample_top_p(
         for_each([&](const Vec<T, V>& values, int first, int count) {
             UNROLL for (int i = 0; i < V; ++i) {
                 if (i >= count || pack(to_float(values.at[i]), first + i) <= rejected) continue;
-                mass_above += expf(__fdiv_rn(to_float(values.at[i]), t) - max_score);
+                mass_above += expf(score_of_logit(to_float(values.at[i])) - max_score);
             }
         });
         mass_above = block_sum(mass_above);

@@ -89,6 +89,7 @@ inline float __logf(float x) { return std::log(x); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fdividef(float a, float b) { return a / b; }
 unsigned __byte_perm(unsigned x, unsigned y, unsigned selector);
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline void __threadfence() {}
 template <typename T> T __ldg(const T* from) { return *from; }
