@@ -8,6 +8,17 @@ DEVICE void arrive_at_cluster() { asm volatile("barrier.cluster.arrive;" ::: "me
 DEVICE void arrive_without_memory() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 DEVICE void wait_for_cluster() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
 DEVICE void sync_cluster() { asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory"); }
+// The block's place in its cluster, and the cluster's in the grid.
+DEVICE int place_in_cluster() {
+    int place;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(place));
+    return place;
+}
+DEVICE int cluster_index() {
+    int index;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+    return index;
+}
 // Read from the shared memory of another block of the cluster, at an address of this block's.
 DEVICE float4 load_of_block(const float* at, int block) {
     float4 v;

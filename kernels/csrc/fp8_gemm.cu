@@ -179,9 +179,14 @@ __global__ void __launch_bounds__(CONSUMERS + 32, 2) fp8_gemm(
     const Memory<N, STAGES> memory{(unsigned)__cvta_generic_to_shared(shared)};
     if (threadIdx.x == 0) memory.init_barriers();
     if (threadIdx.x == CONSUMERS) prefetch_map(x);  // it is needed at once after the wait
-    const int number = blockIdx.x % parts, row_tiles = (rows + N - 1) / N, steps = (first + size + LINE - 1) / LINE;
-    const int tile = blockIdx.x / parts / row_tiles, first_row = blockIdx.x / parts % row_tiles * N;
-    const int begin = (unsigned)(steps * number) / parts, end = (unsigned)(steps * (number + 1)) / parts;
+    // Divisions would delay the first copies.
+    const int number = parts == 1 ? 0 : place_in_cluster(), place = parts == 1 ? blockIdx.x : cluster_index();
+    const int row_tiles = (rows + N - 1) / N, steps = (first + size + LINE - 1) / LINE;
+    int tile = place, first_row = 0;
+    if (row_tiles > 1) tile = (unsigned)place / row_tiles, first_row = (place - tile * row_tiles) * N;
+    static_assert(MAX_PARTS == 4, "a division by 3, or a shift");
+    auto share = [&](unsigned steps) { return parts == 3 ? steps / 3 : steps >> parts / 2; };
+    const int begin = share(steps * number), end = share(steps * (number + 1));
     auto weight_row = [&](int group) { return epilogue == SILU ? tile * GROUP_ROWS + group * features : tile * TILE + group * GROUP_ROWS; };
     __syncthreads();
 

@@ -235,7 +235,7 @@ template <typename T> DEVICE T block_max(T x) {
 // kept tokens are more likely than it, and the next round samples from the more likely tokens only. So nothing is sorted, and most
 // rows need two or three passes. (Rejection sampling as in FlashInfer's top-p; here each round's sample is a function of the key.)
 template <typename T, int V>
-__global__ void __launch_bounds__(1024) sample_top_p(
+__global__ void __launch_bounds__(1024, 1) sample_top_p(
     int* __restrict__ tokens, const T* __restrict__ logits, long long row_stride, const float* __restrict__ temperature,
     const float* __restrict__ top_p, const float* __restrict__ min_p, const long long* __restrict__ keys, int vocab) {
     const T* row = logits + blockIdx.x * row_stride;

@@ -277,3 +277,4 @@ void arrive_at_cluster() { emulator::arrive(emulator::cluster); }
 void arrive_without_memory() { emulator::arrive(emulator::cluster); }
 void wait_for_cluster() { emulator::wait(emulator::cluster); }
 void sync_cluster() { arrive_at_cluster(), wait_for_cluster(); }
+int cluster_index() { return blockIdx.x / (int)emulator::cluster.blocks.size(); }

@@ -215,6 +215,8 @@ inline unsigned __cvta_generic_to_shared(const void* at) { return (const char*)a
 
 // The kernels' assembly, in C++.
 inline float exp2_of(float x) { return std::exp2(x); }
+inline int place_in_cluster() { return emulator::here->place; }
+int cluster_index();
 inline float approximate_inverse(float x) { return 1 / x; }
 inline unsigned stream_word(const void* from) { return *(const unsigned*)from; }
 inline uint2 stream_half(const void* from) { return *(const uint2*)from; }
