@@ -95,8 +95,9 @@ __global__ void __launch_bounds__(256) gumbel_argmax(
         unsigned left = 0;  // bit i: value i can be the best
         if (exists) {
             const unsigned limit = max_rest(max_logit * inverse, threshold);
+            const float least = fmaxf(max_logit, threshold);  // where the greatest logit wins
             UNROLL for (int i = 0; i < V; ++i)
-                left |= (unsigned)(t > 0.f ? ~upper[i] <= limit : !(to_float(values.at[i]) < max_logit)) << i;
+                left |= (unsigned)(t > 0.f ? ~upper[i] <= limit : !(to_float(values.at[i]) < least)) << i;
         }
         for (; left; left &= left - 1) {
             const int i = __ffs(left) - 1, token = token_at(i);
