@@ -7,7 +7,7 @@ low and its high half: a sign and an index of MXFP4_NUMBERS. Here the same bits 
   side by side. The last chunk has the rest, if four do not divide the blocks of a row. Scales are in the same order.
 - A block is four words of 32 bits, and word t has the pairs (t, c), c = 0 .. 3. A pair as bfloat16, apart from a power
   of two, has signs in bits 15 and 31, and indices in bits 6 .. 8 and 22 .. 24. ROTATIONS says where these bits are in a
-  word; `small_pair` of mxfp4.cuh rotates them into place.
+  word; `small_pair` of mxfp4.cuh moves them into place.
 
 Any bytes are valid in both orders.
 """
@@ -22,7 +22,13 @@ from torch import Tensor
 ROWS, CHUNK, BLOCK_BYTES = 8, 4, 16  # rows that are stored together; blocks of a row in a chunk
 WORDS = 4  # of a block, and the pairs of a word
 # For each pair of a word: the bits of the bfloat16s, and by how many a rotation to the left moves them into place.
-ROTATIONS = ((0x81C081C0, 0),), ((0x81C081C0, 6),), ((0x81C081C0, 12),), ((0x81808180, 26), (0x00400040, 2))
+NUMBERS = 0x81C081C0
+ROTATIONS = (
+    ((NUMBERS, 0),),
+    ((NUMBERS, 10),),
+    ((NUMBERS, 13),),
+    ((0x00400040, 2), (0x01800180, 7), (0x80008000, 12)),
+)
 
 
 def ordered_mxfp4(data: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ DEVICE unsigned rotate_left(unsigned word, int bits) { return word << bits | wor
 DEVICE unsigned small_pair(unsigned word, int pair) {
     constexpr unsigned NUMBERS = 0x81c081c0u;
     if (pair == 0) return word & NUMBERS;
-    if (pair == 1) return word << 6 & NUMBERS;
-    if (pair == 2) return rotate_left(word, 12) & NUMBERS;
-    return (rotate_left(word, 26) & 0x81808180u) | (word << 2 & 0x00400040u);
+    if (pair == 1) return rotate_left(word, 10) & NUMBERS;
+    if (pair == 2) return rotate_left(word, 13) & NUMBERS;
+    return (word & 0x001b001bu) * 0x1084u & NUMBERS;  // moves bits to the left by 2, 7 and 12; no bit of NUMBERS gets two
 }
 
 // Return a pair of a word as bf16. LARGE allows scales of more than 128.

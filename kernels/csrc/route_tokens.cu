@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS <= 6 ? 2 : 1) route_tokens(
     const int warp = warp_id(), g = group_id(), t = thread_in_group(), first_row = blockIdx.x * 16;
     const int rows = experts + shared, chunks = (size + Chunk::COLUMNS - 1) / Chunk::COLUMNS;
     const int stride = chunks * Chunk::COLUMNS + 32;  // lanes (g, t) and (g + 1, t) read different banks
-    const LaneRows<T> from = {weight, nullptr, {min(first_row + g, rows - 1), min(first_row + g + 8, rows - 1)}, size};
+    const PaddedRows<T> from = {weight, {min(first_row + g, rows - 1), min(first_row + g + 8, rows - 1)}, size};
     Chunk weights[CHUNKS];
     UNROLL for (int c = 0; c < CHUNKS; ++c) weights[c].load(from, warp + c * WARPS);
     const int bias_row = first_row + threadIdx.x % 16;
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS <= 6 ? 2 : 1) route_tokens(
     UNROLL for (int c = 0; c < CHUNKS; ++c)
         UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) {
             uint4 right[1] = {make_uint4(0, 0, 0, 0)};
-            const int column = Chunk::column(warp + c * WARPS, piece);
+            const int column = Chunk::column(warp + c * WARPS, piece, size);
             if (g < tokens && column < size) right[0] = *reinterpret_cast<const uint4*>(staged.at + g * stride + column);
             weights[c].template multiply_piece<false>(sums[(c * Chunk::PIECES + piece) % PARTS], piece, right);
         }

@@ -10,10 +10,33 @@
 
 constexpr int WARPS = 4;
 
+// The two rows of the weights that a lane reads. Other columns take the place of those that do not exist: for these x is 0.
+template <typename W> struct LaneRows {
+    const W* at[2];  // the lane's first column
+    int last;        // vector of a row, counted from there
+
+    DEVICE LaneRows(const W* weights, const unsigned char*, long long first, long long second, int width)
+        : at{row(weights, first * width), row(weights, second * width)}, last(width - 8 - thread_in_group() * 8) {
+        asm volatile("" : "+l"(at[0]), "+l"(at[1]), "+r"(last));  // or the compiler would compute them again for each load
+    }
+    DEVICE static const W* row(const W* weights, long long first) { return weights + first + thread_in_group() * 8; }
+    DEVICE uint4 load(int row, int first) const { return stream(at[row] + min(first, last)); }
+};
+
+template <> struct LaneRows<mxfp4> {
+    const mxfp4* weights;
+    const unsigned char* scales;
+    RowBlocks rows[2];
+
+    DEVICE LaneRows(const mxfp4* weights, const unsigned char* scales, long long first, long long second, int width)
+        : weights(weights), scales(scales), rows{{first, width / 32}, {second, width / 32}} {}
+};
+
 // A chunk of 128 columns in MXFP4: a lane has a block of 32 elements with one scale, of two rows. A piece is eight elements, one pair of
 // each of the block's four words.
 template <> struct Chunk<bf16, mxfp4> {
     static constexpr int COLUMNS = 128, PIECES = 4, OUTSIDE = -126;  // OUTSIDE: a scale that makes every weight 0
+    static constexpr bool MXFP4 = true;
     uint4 weights[2];
     int scales[2];
 
@@ -23,7 +46,7 @@ template <> struct Chunk<bf16, mxfp4> {
     DEVICE void load(const LaneRows<mxfp4>& from, int chunk) {
         const int t = thread_in_group();
         UNROLL for (int i = 0; i < 2; ++i) {
-            const RowBlocks row(from.rows[i], from.width / 32);
+            const RowBlocks& row = from.rows[i];
             const int in_chunk = row.in_chunk(chunk);
             const unsigned at = row.at(4 * chunk) + min(t, in_chunk - 1);
             scales[i] = t < in_chunk ? from.scales[at] : OUTSIDE;
@@ -41,7 +64,7 @@ template <> struct Chunk<bf16, mxfp4> {
             multiply(sums[n], a[0][2], a[1][2], a[0][3], a[1][3], x[n].z, x[n].w, bf16());
         }
     }
-    DEVICE bool is_large() const { return __any_sync(0xffffffffu, max(scales[0], scales[1]) > 128); }
+    DEVICE int greatest_scale() const { return max(scales[0], scales[1]); }
 };
 
 // Rows of x in shared memory: for each chunk the vectors of its pieces, and for each piece those of t = 0 .. 3. With the padding eight
@@ -68,9 +91,15 @@ template <typename T, typename Chunk> struct StagedRows {
 // The rows of x of a tile, in eights. Others take the place of rows that do not exist: only sums that nobody reads are theirs.
 template <typename T, int TILES> struct LoadedRows {
     const T* at[TILES];  // row g of each eight
+    int width;
 
-    DEVICE void load(uint4 (&to)[TILES], int column) const {
-        UNROLL for (int n = 0; n < TILES; ++n) to[n] = *reinterpret_cast<const uint4*>(at[n] + column);
+    // Load the columns of a piece. Those that do not exist are 0, or others if their weights are 0.
+    template <typename Chunk> DEVICE void load(uint4 (&to)[TILES], const Chunk&, int chunk, int piece) const {
+        const int column = Chunk::column(chunk, piece, width);
+        UNROLL for (int n = 0; n < TILES; ++n) {
+            const bool exists = Chunk::MXFP4 || column < width;
+            to[n] = exists ? *reinterpret_cast<const uint4*>(at[n] + column) : make_uint4(0, 0, 0, 0);
+        }
     }
 };
 
@@ -85,21 +114,24 @@ DEVICE void multiply_chunk(float (&sums)[PARTS][1][4], const Chunk& weights, con
 
 // Do the same by x in registers; replace x by the columns of the chunk `next`.
 template <bool LARGE, typename T, typename Chunk, int TILES> DEVICE void multiply_chunk(
-    float (&sums)[1][TILES][4], const Chunk& weights, uint4 (&x)[Chunk::PIECES][TILES], const LoadedRows<T, TILES>& rows, int next, int width) {
+    float (&sums)[1][TILES][4], const Chunk& weights, uint4 (&x)[Chunk::PIECES][TILES], const LoadedRows<T, TILES>& rows, int next) {
     UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) {
         weights.template multiply_piece<LARGE>(sums[0], piece, x[piece]);
-        rows.load(x[piece], Chunk::column(next, piece, width));
+        rows.load(x[piece], weights, next, piece);
     }
 }
+
+// Return whether a lane has a scale that takes widen_mxfp4<true>; all lanes of a warp call it.
+DEVICE bool is_large(int scale) { return __any_sync(0xffffffffu, scale > 128); }
 
 // Find the tile of a block without group_pairs: pair p has a tile if the number of pairs before it with the same expert is a multiple of
 // `most`, its most rows. Write its pairs to `order`; return (expert, 0, rows, 0), with 0 rows if p has none. All threads of the block call it.
 template <int ROWS> DEVICE int4 find_tile(int (&order)[ROWS], const long long* expert_ids, int p, int num_pairs, int experts, int most) {
-    const long long expert = expert_ids[p];
+    const int expert = expert_ids[p];
     int before = 0, rows = 0;  // pairs with the expert before p, and from p on
     ROLLED for (int first = 0; first < num_pairs; first += 32) {
         const int pair = first + lane_id();
-        const unsigned same = __ballot_sync(0xffffffffu, pair < num_pairs && expert_ids[min(pair, num_pairs - 1)] == expert);
+        const unsigned same = __ballot_sync(0xffffffffu, pair < num_pairs && (int)expert_ids[min(pair, num_pairs - 1)] == expert);
         const unsigned from_p = p <= first ? same : p < first + 32 ? same & 0xffffffffu << (p - first) : 0u;
         const int at = rows + __popc(from_p & ((1u << lane_id()) - 1));
         if (warp_id() == 0 && (from_p >> lane_id() & 1) && at < most) order[at] = pair;
@@ -107,12 +139,14 @@ template <int ROWS> DEVICE int4 find_tile(int (&order)[ROWS], const long long* e
         rows += __popc(from_p);
     }
     __syncthreads();
-    return make_int4(expert, 0, exists(expert, experts) && before % most == 0 ? min(rows, most) : 0, 0);
+    const bool begins = before == 0 || (before >= most && before % most == 0);  // most warps leave the division out
+    return make_int4(expert, 0, (unsigned)expert < (unsigned)experts && begins ? min(rows, most) : 0, 0);
 }
 
 // out[p] = weights[expert of p] x[p / pairs_per_row] as in grouped_gemm, for the pairs of a tile of 8 TILES rows and, in a warp, 16
 // rows of the weights: 16 columns, or gate and up of 8. SPLIT warps share them. A lane loads DEPTH chunks ahead. Without `tiles` and
 // `order` blocks find their tiles, of up to `most` rows. Dynamic shared memory of TILES = 1: StagedRows of so many rows.
+// The grid is (parts of the columns, tiles).
 // The kernel before may write expert_ids and tiles, unless GATE is PLAIN: that kernel, the GEMM of gate and up, starts this one only
 // after they are complete, so the first weights load before its end.
 template <typename T, typename W, int TILES, int DEPTH, int SPLIT, Gate GATE>
@@ -127,18 +161,17 @@ __global__ void __launch_bounds__(32 * WARPS, TILES > 1 ? 1 : sizeof(W) == 1 ? 6
     __shared__ float partial[WARPS][8 * TILES][16 + 1];
     __shared__ int in_order[8 * TILES];
     constexpr int BLOCK_PART = PART * WARPS / SPLIT;
-    const int parts = (columns + BLOCK_PART - 1) / BLOCK_PART, first_column = blockIdx.x % parts * BLOCK_PART;
-    const int number = blockIdx.x / parts, share = warp_id() % SPLIT;
+    const int first_column = blockIdx.x * BLOCK_PART, number = blockIdx.y, share = warp_id() % SPLIT;
     if (GATED) wait_for_previous();
     const int4 tile = tiles ? tiles[number] : find_tile(in_order, expert_ids, number, num_pairs, experts, most);
     const int* pairs = tiles ? order + tile.y : in_order;
     const int expert = tile.x, rows = tile.z, g = group_id(), t = thread_in_group();
     const int chunks = (width + Chunk::COLUMNS - 1) / Chunk::COLUMNS;
-    LaneRows<W> from = {weights, scales, {}, width};
-    UNROLL for (int half = 0; half < 2; ++half) {
+    const auto matrix_row = [&](int half) {
         const int column = min(first_column + warp_id() / SPLIT * PART + g + (GATED ? 0 : 8 * half), columns - 1);
-        from.rows[half] = (GATED ? expert * 2ll + half : expert) * columns + column;
-    }
+        return (GATED ? expert * 2ll + half : expert) * columns + column;
+    };
+    const LaneRows<W> from(weights, scales, matrix_row(0), matrix_row(1), width);
     Chunk ahead[DEPTH];
     UNROLL for (int d = 0; d < DEPTH; ++d)
         if (rows > 0 && share + d * SPLIT < chunks) ahead[d].load(from, share + d * SPLIT);
@@ -166,18 +199,27 @@ __global__ void __launch_bounds__(32 * WARPS, TILES > 1 ? 1 : sizeof(W) == 1 ? 6
         wait_all_copies();
         __syncthreads();
         const int row = min(g, rows - 1);
+        int scale = 0;  // the greatest one
         for_chunks([&](const Chunk& now, int chunk) {
-            if (now.is_large()) multiply_chunk<true>(sums, now, staged, row, chunk);
-            else multiply_chunk<false>(sums, now, staged, row, chunk);
+            multiply_chunk<false>(sums, now, staged, row, chunk);
+            scale = max(scale, now.greatest_scale());
         });
+        if (Chunk::MXFP4 && is_large(scale)) {  // rare: the sums are nonsense, and code beside that of the others would slow these down
+            UNROLL for (int i = 0; i < PARTS * 4; ++i) sums[i / 4][0][i % 4] = 0.f;
+            ROLLED for (int chunk = share; chunk < chunks; chunk += SPLIT) {
+                ahead[0].load(from, chunk);
+                multiply_chunk<true>(sums, ahead[0], staged, row, chunk);
+            }
+        }
     } else {
         LoadedRows<T, TILES> loaded;
+        loaded.width = width;
         UNROLL for (int n = 0; n < TILES; ++n) loaded.at[n] = row_of_x(8 * n + g);
         uint4 x_now[Chunk::PIECES][TILES];  // a chunk takes long enough to hide the loads of x of the next one
-        UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) loaded.load(x_now[piece], Chunk::column(share, piece, width));
+        UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) loaded.load(x_now[piece], ahead[0], share, piece);
         for_chunks([&](const Chunk& now, int chunk) {
-            if (now.is_large()) multiply_chunk<true>(sums, now, x_now, loaded, chunk + SPLIT, width);
-            else multiply_chunk<false>(sums, now, x_now, loaded, chunk + SPLIT, width);
+            if (Chunk::MXFP4 && is_large(now.greatest_scale())) multiply_chunk<true>(sums, now, x_now, loaded, chunk + SPLIT);
+            else multiply_chunk<false>(sums, now, x_now, loaded, chunk + SPLIT);
         });
     }
     UNROLL for (int n = 0; n < TILES; ++n)
@@ -188,7 +230,7 @@ __global__ void __launch_bounds__(32 * WARPS, TILES > 1 ? 1 : sizeof(W) == 1 ? 6
         }
     __syncthreads();
 
-    for (int i = threadIdx.x; i < rows * BLOCK_PART; i += 32 * WARPS) {
+    ROLLED for (int i = threadIdx.x; i < rows * BLOCK_PART; i += 32 * WARPS) {
         const int row = i / BLOCK_PART, at = i % BLOCK_PART, column = first_column + at;
         if (column >= columns) continue;
         float both[2] = {};

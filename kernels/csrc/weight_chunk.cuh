@@ -3,28 +3,30 @@
 #pragma once
 #include "mma.cuh"
 
-// The rows of the weights that a lane reads, and how many columns they have.
-template <typename W> struct LaneRows {
-    const W* weights;
-    const unsigned char* scales;  // of MXFP4
+// Two rows of a weight. Columns that do not exist are 0.
+template <typename T> struct PaddedRows {
+    const T* weight;
     long long rows[2];
     int width;
+
+    // Load this lane's vector of the 32 columns from `first` on.
+    DEVICE uint4 load(int row, int first) const {
+        const int column = first + thread_in_group() * 8;
+        return column < width ? stream(weight + rows[row] * width + column) : make_uint4(0, 0, 0, 0);
+    }
 };
 
 // A chunk of 64 columns in 16 bits, in two pieces: a lane has eight columns of each, of two rows.
 template <typename T, typename W> struct Chunk {
     static constexpr int COLUMNS = 64, PIECES = 2;
+    static constexpr bool MXFP4 = false;
     uint4 weights[PIECES][2];
 
-    DEVICE static int column(int chunk, int piece) { return chunk * COLUMNS + piece * 32 + thread_in_group() * 8; }
-    DEVICE static int column(int chunk, int piece, int width) { return min(column(chunk, piece), width - 8); }  // within x
+    DEVICE static int column(int chunk, int piece, int) { return chunk * COLUMNS + piece * 32 + thread_in_group() * 8; }
     DEVICE static int place(int vector) { return vector; }  // of eight columns, by piece and thread_in_group()
-    DEVICE void load(const LaneRows<T>& from, int chunk) {
+    template <typename Rows> DEVICE void load(const Rows& from, int chunk) {
         UNROLL for (int piece = 0; piece < PIECES; ++piece)
-            UNROLL for (int i = 0; i < 2; ++i) {
-                const int at = column(chunk, piece);
-                weights[piece][i] = at < from.width ? stream(from.weights + from.rows[i] * from.width + at) : make_uint4(0, 0, 0, 0);
-            }
+            UNROLL for (int i = 0; i < 2; ++i) weights[piece][i] = from.load(i, chunk * COLUMNS + piece * 32);
     }
     // Multiply a piece by the same columns of row g of each eight rows of x.
     template <bool LARGE, int TILES> DEVICE void multiply_piece(float (&sums)[TILES][4], int piece, const uint4 (&x)[TILES]) const {
@@ -34,5 +36,5 @@ template <typename T, typename W> struct Chunk {
             multiply(sums[n], a.z, b.z, a.w, b.w, x[n].z, x[n].w, T());
         }
     }
-    DEVICE bool is_large() const { return false; }
+    DEVICE int greatest_scale() const { return 0; }
 };

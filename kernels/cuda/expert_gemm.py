@@ -36,8 +36,8 @@ SKINNY_WARPS = 4  # WARPS of skinny_experts.cu
 # multiprocessor, and of tiles of group_pairs, whose rows are fixed. Rows that need more stay in L1.
 MAX_STAGED_BYTES, MAX_TILE_BYTES = 34 * 1024, 100 * 1024
 SKINNY_DEPTHS = {1: 3, 2: 4, 4: 3}  # chunks that a lane loads ahead, by the tile's rows / 8
-# Blocks of skinny_experts for a multiprocessor, up to which they are divided further: of MXFP4, and of 16 bits.
-SKINNY_BLOCKS = {True: 11.0, False: 4.4}
+# Blocks of skinny_experts for a multiprocessor, up to which they are divided further: of 16 bits, and of MXFP4.
+SKINNY_BLOCKS, MXFP4_BLOCKS = 4.4, {"PLAIN": 11.0, "SILU": 6.0, "CLAMPED": 6.0}
 WIDE_SHAPES = {32: (2, 4), 64: (2, 4), 128: (4, 4)}  # of wide_experts, by the rows of a tile: groups, stages
 MIN_WIDE_ROWS = 8  # mean rows of an expert from which wide_experts is faster than skinny_experts
 MAX_UNGROUPED_PAIRS = 96  # up to so many, blocks of skinny_experts find their rows themselves
@@ -231,12 +231,12 @@ def _skinny_experts(
     if eights == 1 and rows * row_bytes > MAX_TILE_BYTES:
         eights = 2  # an instance that reads x from L1
     units = tiles.num_tiles * -(-columns // (16 if gate == "PLAIN" else 8))  # what a warp, or several, multiplies
-    split = _skinny_split(units, SKINNY_BLOCKS[is_mxfp4], out.device.index)
+    split = _skinny_split(units, MXFP4_BLOCKS[gate] if is_mxfp4 else SKINNY_BLOCKS, out.device.index)
     instance = c_name(x), _format_of(x, weights).name, eights, SKINNY_DEPTHS[eights], split, gate
     name = f"skinny_experts<{', '.join(map(str, instance))}>"
     shared_bytes = rows * row_bytes if eights == 1 else 0
     launch = kernel("skinny_experts.cu", name, shared_bytes=shared_bytes, early=True)
-    grid = tiles.num_tiles * -(-columns * split // (SKINNY_WARPS * (16 if gate == "PLAIN" else 8))), 1
+    grid = -(-columns * split // (SKINNY_WARPS * (16 if gate == "PLAIN" else 8))), tiles.num_tiles
     groups = optional(tiles.tiles), optional(tiles.order), expert_ids
     sizes = map(np.int32, (len(out), weights.shape[0], rows, len(out) // len(x), x.shape[1], columns))
     launch(grid, 32 * SKINNY_WARPS, out, x, *matrices, optional(bias), *groups, *sizes, *_parameters(swiglu))
