@@ -240,3 +240,91 @@ __global__ void __launch_bounds__(32 * WARPS, TILES > 1 ? 1 : sizeof(W) == 1 ? 6
         out[(long long)pairs[row] * columns + column] = epilogue.template finish<GATE>(both[0], both[1], column, columns);
     }
 }
+
+// out[t] = sum over k of scores[t, k] y[k], y[k] = weights[e] x[t K + k] + bias[e] and e = expert_ids[t, k], and add_to[t] if it is not
+// null, which may be out. This is the GEMM of down and weighted_sum of few tokens in one, with their roundings and order. K is CHOICES.
+// A block has eight columns of a token: grid (T, parts of a row). Rows 0 .. 7 of a warp's first operand are weights of one choice, rows
+// 8 .. 15 of the next. Even columns of the second operand are x of one, odd columns of the other: half of the sums are used. SPLIT warps
+// share the chunks of two choices, as in skinny_experts. Dynamic shared memory: StagedRows of two rows for each two choices.
+// The kernel before is the GEMM of gate and up. It starts this one only after all that was launched before it has ended, so this one
+// reads the choice, the scores and add_to before its wait.
+template <typename T, typename W, int CHOICES, int SPLIT, int DEPTH>
+__global__ void __launch_bounds__((CHOICES + 1) / 2 * SPLIT * 32, sizeof(W) == 1 ? 3 : 2) sum_experts(
+    T* out, const T* __restrict__ x, const W* __restrict__ weights, const unsigned char* __restrict__ scales, const T* __restrict__ bias,
+    const float* scores, const long long* expert_ids, const T* add_to, int experts, int width, int columns) {
+    typedef Chunk<T, W> Chunk;
+    typedef StagedRows<T, Chunk> Rows;
+    extern __shared__ uint4 memory[];
+    __shared__ float partial[(CHOICES + 1) / 2 * 2][SPLIT][8], products[CHOICES][8], score[CHOICES];
+    const int first_column = blockIdx.y * 8, g = group_id(), t = thread_in_group();
+    const int first_choice = warp_id() / SPLIT * 2, share = warp_id() % SPLIT, chunks = (width + Chunk::COLUMNS - 1) / Chunk::COLUMNS;
+    const long long first_pair = (long long)blockIdx.x * CHOICES;
+    const auto choice = [&](int half) { return min(first_choice + half, CHOICES - 1); };
+    const long long first = expert_ids[first_pair + choice(0)], second = expert_ids[first_pair + choice(1)];
+    const bool any = exists(first, experts) || exists(second, experts);
+    const auto matrix_row = [&](long long expert, long long other) {  // of the other one if there is no such expert
+        return (exists(expert, experts) ? expert : other) * columns + first_column + g;
+    };
+    const LaneRows<W> from(weights, scales, matrix_row(first, second), matrix_row(second, first), width);
+    Chunk ahead[DEPTH];
+    UNROLL for (int d = 0; d < DEPTH; ++d)
+        if (any && share + d * SPLIT < chunks) ahead[d].load(from, share + d * SPLIT);
+
+    const int of = threadIdx.x / 8, column = threadIdx.x % 8;  // the choice and the column that a thread finishes
+    const bool finishes = of < CHOICES;
+    const long long expert = finishes ? expert_ids[first_pair + of] : -1;
+    const float factor = exists(expert, experts) ? scores[first_pair + of] : 0.f;
+    const long long at = (long long)blockIdx.x * columns + first_column + column;
+    T added = from_float<T>(0.f), before = added;  // floats only when they are needed: the wait is not for them
+    if (bias && exists(expert, experts)) added = bias[expert * columns + first_column + column];
+    if (add_to && of == 0) before = add_to[at];
+    const Rows staged = {memory + first_choice * Rows{nullptr, chunks}.stride(), chunks};
+    const int row = lane_id() / Rows::VECTORS, vector = lane_id() % Rows::VECTORS;  // that a lane copies
+    int from_column = share * Chunk::COLUMNS + vector * 8;
+    const T* copied = x + (first_pair + choice(row)) * width + from_column;
+    uint4* copy = staged.memory + row * staged.stride() + share * Rows::VECTORS + Chunk::place(vector);
+    wait_for_previous();
+    launch_next();
+
+    ROLLED for (int chunk = share; row < 2 && chunk < chunks; chunk += SPLIT) {
+        if (from_column < width) copy_async(copy, copied);
+        else *copy = make_uint4(0, 0, 0, 0);
+        from_column += SPLIT * Chunk::COLUMNS, copied += SPLIT * Chunk::COLUMNS, copy += SPLIT * Rows::VECTORS;
+    }
+    wait_all_copies();
+    __syncwarp();  // a warp reads what its own lanes have copied
+    constexpr int PARTS = 2;
+    float sums[PARTS][1][4] = {};
+    int scale = 0;  // the greatest one
+    for (int begin = share; any && begin < chunks; begin += DEPTH * SPLIT)
+        UNROLL for (int d = 0; d < DEPTH; ++d) {
+            const int chunk = begin + d * SPLIT;
+            if (chunk >= chunks) break;
+            multiply_chunk<false>(sums, ahead[d], staged, g % 2, chunk);
+            scale = max(scale, ahead[d].greatest_scale());
+            if (chunk + DEPTH * SPLIT < chunks) ahead[d].load(from, chunk + DEPTH * SPLIT);
+        }
+    if (Chunk::MXFP4 && is_large(scale)) {  // rare: the sums are nonsense
+        UNROLL for (int i = 0; i < PARTS * 4; ++i) sums[i / 4][0][i % 4] = 0.f;
+        ROLLED for (int chunk = share; chunk < chunks; chunk += SPLIT) {
+            ahead[0].load(from, chunk);
+            multiply_chunk<true>(sums, ahead[0], staged, g % 2, chunk);
+        }
+    }
+    if (t == 0)
+        UNROLL for (int half = 0; half < 2; ++half)
+            partial[first_choice + half][share][g] = sums[0][0][3 * half] + sums[1][0][3 * half];
+    __syncthreads();
+
+    if (finishes) {
+        float sum = 0.f;
+        UNROLL for (int w = 0; w < SPLIT; ++w) sum += partial[of][w][column];
+        products[of][column] = exists(expert, experts) ? to_float(from_float<T>(sum + to_float(added))) : 0.f;
+        score[of] = factor;
+    }
+    __syncthreads();
+    if (of > 0) return;
+    float sum = 0.f;
+    UNROLL for (int k = 0; k < CHOICES; ++k) sum += score[k] * products[k][column];
+    out[at] = from_float<T>(sum + to_float(before));
+}

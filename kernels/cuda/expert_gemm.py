@@ -41,6 +41,9 @@ SKINNY_BLOCKS, MXFP4_BLOCKS = 4.4, {"PLAIN": 11.0, "SILU": 6.0, "CLAMPED": 6.0}
 WIDE_SHAPES = {32: (2, 4), 64: (2, 4), 128: (4, 4)}  # of wide_experts, by the rows of a tile: groups, stages
 MIN_WIDE_ROWS = 8  # mean rows of an expert from which wide_experts is faster than skinny_experts
 MAX_UNGROUPED_PAIRS = 96  # up to so many, blocks of skinny_experts find their rows themselves
+# sum_experts does down and the weighted sum in one, for up to so many tokens; it reads an expert once for each.
+MAX_SUMMED_TOKENS, MAX_SUMMED_CHOICES = 2, 20
+SUM_WARPS, SUM_DEPTH = 10, 3  # most warps of its block, and chunks that a lane loads ahead
 MXFP4_SHAPES = {16: (1, 4, 1, 1, 12), 64: (1, 4, 4, 2, 4), 128: (2, 4, 4, 2, 4)}
 FP8_SHAPES = {16: (1, 4, 1, 1, 8), 64: (1, 4, 4, 2, 4), 128: (2, 4, 4, 2, 4)}
 
@@ -85,35 +88,78 @@ def experts(
         gate_up = gate_up.dequantized(x.dtype)
     if isinstance(down, FP8Weight) and not can_widen(x, down):
         down = down.dequantized(x.dtype)
-    (tokens, size), pairs, num_experts = x.shape, expert_ids.numel(), gate_up.shape[0]
+    pairs, num_experts = expert_ids.numel(), gate_up.shape[0]
     if pairs == 0:
         return torch.zeros_like(x) if add_to is None else add_to
     x, expert_ids, scores = x.contiguous(), expert_ids.contiguous(), scores.contiguous()
-    hidden, expert_out = x.new_empty(pairs, down.shape[2]), x.new_empty(pairs, size)
-    # Rows of pairs without an expert are neither written nor read.
-    gate: Gate = "SILU" if swiglu is None else "CLAMPED"
+    multiply = _multiplication(x, expert_ids, gate_up, down, batch_invariant=batch_invariant)
+    # Rows of pairs without an expert are not written, and nothing depends on them.
+    hidden = x.new_empty(pairs, down.shape[2])
+    multiply(hidden, x, gate_up, gate_up_bias, "SILU" if swiglu is None else "CLAMPED", swiglu)
+    out = torch.empty_like(x) if add_to is None else add_to
+    if not batch_invariant and _takes_sum(x, expert_ids, gate_up, down):
+        _sum_experts(out, hidden, down, down_bias, scores, expert_ids, add_to)
+        return out
+    expert_out = x.new_empty(pairs, x.shape[1])
+    multiply(expert_out, hidden, down, down_bias, "PLAIN", None)
+    _weighted_sum(out, expert_out, scores, expert_ids, num_experts, add_to)
+    return out
+
+
+def _multiplication(
+    x: Tensor, expert_ids: Tensor, gate_up: ExpertMatrix, down: ExpertMatrix, *, batch_invariant: bool
+) -> Callable[..., None]:
+    """Return the function that multiplies these weights, as `multiply_tiles` without tiles."""
+    num_experts = gate_up.shape[0]
     if x.dtype == torch.float32:
-        assert isinstance(gate_up, Tensor)
-        assert isinstance(down, Tensor)
-        _float32_gemm(hidden, x, gate_up, gate_up_bias, gate, swiglu, expert_ids)
-        _float32_gemm(expert_out, hidden, down, down_bias, "PLAIN", None, expert_ids)
-    else:
-        if batch_invariant:
-            multiply = _multiply_by_expert(expert_ids, num_experts, 0)
-        elif _takes_wide(x, gate_up, down, -(-pairs // num_experts)):
-            multiply = _multiply_widely(expert_ids, num_experts)
-        else:
-            multiply = _multiply_by_expert(expert_ids, num_experts, _max_few_rows(gate_up, down))
-        multiply(hidden, x, gate_up, gate_up_bias, gate, swiglu)
-        multiply(expert_out, hidden, down, down_bias, "PLAIN", None)
-    out = x.new_empty(tokens, size) if add_to is None else add_to
+        return functools.partial(_float32_gemm, expert_ids=expert_ids)
+    if batch_invariant:
+        return _multiply_by_expert(expert_ids, num_experts, 0)
+    if _takes_wide(x, gate_up, down, -(-expert_ids.numel() // num_experts)):
+        return _multiply_widely(expert_ids, num_experts)
+    return _multiply_by_expert(expert_ids, num_experts, _max_few_rows(gate_up, down))
+
+
+def _weighted_sum(
+    out: Tensor, expert_out: Tensor, scores: Tensor, expert_ids: Tensor, num_experts: int, add_to: Tensor | None
+) -> None:
+    tokens, size = out.shape
     v = vector_width(size, expert_out, out)
     threads = num_threads(size // v)
-    launch = kernel("experts.cu", f"weighted_sum<{c_name(x)}, {v}>", early=True)
+    launch = kernel("experts.cu", f"weighted_sum<{c_name(out)}, {v}>", early=True)
     shape = np.int32(expert_ids.shape[1]), np.int32(num_experts), np.int32(size)
     grid = tokens, -(-size // (v * threads))
     launch(grid, threads, out, expert_out, scores, expert_ids, optional(add_to), *shape)
-    return out
+
+
+def _takes_sum(x: Tensor, expert_ids: Tensor, gate_up: ExpertMatrix, down: ExpertMatrix) -> bool:
+    """Return whether sum_experts multiplies these weights: for few tokens, where skinny_experts would."""
+    tokens, choices = expert_ids.shape
+    few = tokens <= MAX_SUMMED_TOKENS and 1 < choices <= MAX_SUMMED_CHOICES and x.dtype != torch.float32
+    fits = _row_bytes(down.shape[2]) * (choices + 1) <= MAX_TILE_BYTES
+    return few and fits and -(-tokens * choices // down.shape[0]) <= _max_few_rows(gate_up, down)
+
+
+def _sum_experts(
+    out: Tensor,
+    hidden: Tensor,
+    down: ExpertMatrix,
+    bias: Tensor | None,
+    scores: Tensor,
+    expert_ids: Tensor,
+    add_to: Tensor | None,
+) -> None:
+    """Multiply the rows of hidden by down, and write their weighted sum; gate and up are the kernel before."""
+    assert not isinstance(down, FP8Weight)
+    (tokens, choices), (experts, columns, width) = expert_ids.shape, down.shape
+    matrices = (down.data, down.scales) if isinstance(down, MXFP4Weight) else (down, NULL)
+    twos = -(-choices // 2)  # warps take the rows of two choices together
+    split = 1 << (SUM_WARPS // twos).bit_length() - 1
+    name = f"sum_experts<{c_name(out)}, {_format_of(out, down).name}, {choices}, {split}, {SUM_DEPTH}>"
+    launch = kernel("skinny_experts.cu", name, shared_bytes=2 * twos * _row_bytes(width), early=True)
+    sizes = map(np.int32, (experts, width, columns))
+    inputs = hidden, *matrices, optional(bias), scores, expert_ids, optional(add_to)
+    launch((tokens, columns // 8), 32 * twos * split, out, *inputs, *sizes)
 
 
 def _max_few_rows(*matrices: ExpertMatrix) -> int:
@@ -210,6 +256,11 @@ def _format_of(x: Tensor, weights: ExpertMatrix) -> WeightFormat:
     return WeightFormat(c_name(x), TILE_SHAPES, 128, (weights, *NO_SCALES))
 
 
+def _row_bytes(width: int) -> int:
+    """Return the shared memory of a row in StagedRows of skinny_experts.cu."""
+    return -(-width // 128) * 256 + 64
+
+
 def _skinny_experts(
     out: Tensor,
     x: Tensor,
@@ -224,7 +275,7 @@ def _skinny_experts(
     assert not isinstance(weights, FP8Weight)
     is_mxfp4 = isinstance(weights, MXFP4Weight)
     matrices = (weights.data, weights.scales) if isinstance(weights, MXFP4Weight) else (weights, NULL)
-    columns, rows, row_bytes = out.shape[1], tiles.rows, -(-x.shape[1] // 128) * 256 + 64  # StagedRows
+    columns, rows, row_bytes = out.shape[1], tiles.rows, _row_bytes(x.shape[1])
     if tiles.tiles is None:
         rows = max(1, min(rows, MAX_STAGED_BYTES // row_bytes))
     eights = -(-rows // 8)

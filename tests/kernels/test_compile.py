@@ -125,19 +125,22 @@ INSTANCES = {
         "weighted_sum<float, 1>",
     ],
     "skinny_experts.cu": [
-        f"skinny_experts<{shape}, {gate}>"
-        for shape in (
-            "bf16, mxfp4, 1, 3, 4",
-            "bf16, mxfp4, 1, 3, 2",
-            "bf16, mxfp4, 2, 4, 1",
-            "bf16, mxfp4, 4, 3, 1",
-            "bf16, bf16, 1, 3, 4",
-            "bf16, bf16, 1, 3, 1",
-            "bf16, bf16, 2, 4, 1",
-            "f16, f16, 2, 4, 4",
-            "f16, f16, 1, 3, 2",
-        )
-        for gate in ("PLAIN", "SILU", "CLAMPED")
+        *(f"sum_experts<{shape}, 3>" for shape in ("bf16, mxfp4, 4, 4", "bf16, bf16, 9, 2", "f16, f16, 2, 8")),
+        *(
+            f"skinny_experts<{shape}, {gate}>"
+            for shape in (
+                "bf16, mxfp4, 1, 3, 4",
+                "bf16, mxfp4, 1, 3, 2",
+                "bf16, mxfp4, 2, 4, 1",
+                "bf16, mxfp4, 4, 3, 1",
+                "bf16, bf16, 1, 3, 4",
+                "bf16, bf16, 1, 3, 1",
+                "bf16, bf16, 2, 4, 1",
+                "f16, f16, 2, 4, 4",
+                "f16, f16, 1, 3, 2",
+            )
+            for gate in ("PLAIN", "SILU", "CLAMPED")
+        ),
     ],
     "wide_experts.cu": [
         f"wide_experts<{shape}, {gate}>"

@@ -352,6 +352,44 @@ def test_few_rows_of_mxfp4_in_shared_memory(
     check("experts", x, expert_ids, torch.rand(pairs // 2, 2), *weights, factor=4)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "choices", "size", "features", "dtype"),
+    [
+        (1, 4, 32, 1568, None),
+        (2, 9, 16, 456, BF16),
+        pytest.param(4, 3, 64, 160, None, marks=pytest.mark.nightly),
+        pytest.param(3, 6, 24, 72, F16, marks=pytest.mark.nightly),
+    ],
+)
+def test_experts_with_their_sum_in_one_kernel(
+    tokens: int, choices: int, size: int, features: int, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise what skinny_experts and weighted_sum make of it, if as many warps share a row; None is MXFP4."""
+    gemm, names, experts = emulator.emulated().experts.__globals__, [], tokens * choices
+    launch, monkey = gemm["kernel"], monkeypatch.setitem
+    monkey(gemm, "kernel", lambda file, name, **options: names.append(name) or launch(file, name, **options))
+    monkey(gemm, "_skinny_split", lambda *_: 4 if choices <= 4 else 2)
+    monkeypatch.setattr(Tensor, "new_empty", lambda like, *shape: like.new_full(shape, torch.nan))
+    x, expert_ids = random(tokens, size, dtype=dtype or BF16), torch.rand(tokens, experts + 2).argsort(-1) - 1
+    expert_ids[-1, :2] = torch.tensor([-1, experts])  # no expert for two choices of a warp
+    shapes = (experts, 2 * features, size), (experts, size, features)
+    weights = [random_mxfp4(*shape) if dtype is None else random(*shape, dtype=x.dtype) / 16 for shape in shapes]
+    options: dict[str, Any] = {"add_to": random(tokens, size, dtype=x.dtype), "swiglu": SWIGLU}
+    options["gate_up_bias"], options["down_bias"] = (random(experts, n, dtype=x.dtype) for n in (2 * features, size))
+    if tokens == 4:
+        scales = weights[1].scales[:, ::3]
+        scales += torch.randint(8, 12, scales.shape, dtype=torch.uint8)  # some are large
+        x, options = x / 100, {}
+    arguments = x, expert_ids[:, :choices].contiguous(), torch.rand(tokens, choices), *weights
+    outcomes = []
+    for most_tokens, last in (4, "sum_experts"), (0, "weighted_sum"):
+        monkey(gemm, "MAX_SUMMED_TOKENS", most_tokens)
+        outcomes.append(gemm["experts"](*arguments, **{name: cloned(value) for name, value in options.items()}))
+        assert names[-1].startswith(last)
+    assert torch.equal(*outcomes)
+    assert_close(outcomes[0], reference.experts(*arguments, **options).double(), 4)
+
+
 @pytest.mark.parametrize("pairs", [2, 110])
 @pytest.mark.parametrize("is_mxfp4", [True, False])
 def test_rows_of_wide_experts_fit_into_shared_memory(

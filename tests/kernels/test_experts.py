@@ -228,7 +228,7 @@ def test_experts_of_mxfp4_equal_a_loop_over_the_dequantized_weights(device: str,
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("tokens", "choices"), [(1, 4), (1, 9), (3, 9), (8, 9), (24, 4)])
+@pytest.mark.parametrize(("tokens", "choices"), [(1, 4), (1, 9), (2, 4), (3, 9), (8, 9), (24, 4)])
 @pytest.mark.parametrize("is_mxfp4", [True, False])
 def test_few_pairs_with_the_features_of_models(tokens: int, choices: int, is_mxfp4: bool) -> None:
     """The features of gpt-oss-20b and of Qwen3.6-35B-A3B; blocks have tiles of several experts."""
