@@ -32,6 +32,11 @@ def linear_layers() -> None:
         ops.linear(x, weight, norm=norm, eps=1e-6, gated=True)
         ops.linear(x, weight[:features], add_to=random(rows, features))
     ops.linear(random(8, 14336), random(328, 14336), add_to=random(8, 328))  # x does not fit into shared memory
+    for rows in (1, 30, 64, 100, 300):  # tiles of wide_gemm
+        for features, size in ((48, 128), (136, 656), (10000, 200)):
+            x, weight, bias = random(rows, size), random(2 * features, size), random(2 * features)
+            ops.linear(x, weight, bias, gated=True, batch_invariant=True)
+            ops.linear(x, weight[:features], add_to=random(rows, features), batch_invariant=True)
     for tokens in (1, 7, 64):
         expert_ids, scores = torch.randint(-1, 7, (tokens, 2), device="cuda"), torch.rand(tokens, 2, device="cuda")
         expert_ops.experts(random(tokens, 64), expert_ids, scores, random(6, 80, 64), random(6, 64, 40))

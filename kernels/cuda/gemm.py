@@ -1,4 +1,4 @@
-"""Linear layers: a skinny GEMM for up to 8 rows, cuBLAS for more, or the grouped GEMM of experts."""
+"""Linear layers: a skinny GEMM for up to 8 rows, cuBLAS for more; batch-invariant ones by wide_gemm or grouped_gemm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import FP8Weight, Matrix
-from . import scaled_gemm
+from . import scaled_gemm, wide_gemm
 from .elementwise import rms_norm, silu_and_mul
 from .expert_gemm import NO_SCALES, ExpertTiles, can_widen, multiply_tiles, scale_arguments, tile_rows
 from .kernel_launch import (
@@ -57,6 +57,8 @@ def linear(
         epilogue: Epilogue = "SILU" if gated else "STORE" if add_to is None else "ADD"
         _skinny_gemm(target, x, weight, norm, bias, eps, epilogue)
         return target
+    if batch_invariant and isinstance(weight, Tensor) and wide_gemm.takes(x, weight):
+        return wide_gemm.wide_linear(x.contiguous(), weight, bias, gated, add_to, out)
     if batch_invariant or isinstance(weight, FP8Weight):
         product = _batch_invariant_linear(x.contiguous(), weight, bias, gated, out)
         return product if add_to is None else add_to.add_(product)

@@ -33,7 +33,7 @@ VECTOR_BYTES = 16
 DEFAULT_SHARED_BYTES = 48 * 1024  # a kernel that needs more must request it
 NULL = np.int64(0)
 
-BOX_COLUMNS = 128  # columns of a box of a tile map; mirrors LINE of wgmma.cuh
+BOX_BYTES = 128  # of a row of a box of a tile map; mirrors LINE of wgmma.cuh
 Launch = Callable[..., None]  # takes grid, threads and Arguments
 Instance = tuple[str, str, str]  # source, name and architecture of a kernel
 _requests = threading.local()  # `instances`, in a block of requested_kernels in this thread
@@ -203,19 +203,20 @@ def _current_stream() -> int:
 
 
 def tile_map(matrix: Tensor, box_rows: int) -> TileMap:
-    """Return the TileMap argument of wgmma.cuh for boxes of a matrix of bytes [R, C]: box_rows by BOX_COLUMNS."""
-    return _tile_map(matrix.data_ptr(), *matrix.shape, box_rows)
+    """Return the TileMap argument of wgmma.cuh for boxes of a matrix [R, C]: box_rows by BOX_BYTES."""
+    rows, columns = matrix.shape
+    return _tile_map(matrix.data_ptr(), rows, columns * matrix.element_size(), box_rows)
 
 
 @functools.lru_cache(maxsize=4096)
-def _tile_map(address: int, rows: int, columns: int, box_rows: int) -> TileMap:
-    sizes, box = (columns, rows), (BOX_COLUMNS, box_rows)
+def _tile_map(address: int, rows: int, row_bytes: int, box_rows: int) -> TileMap:
+    sizes, box = (row_bytes, rows), (BOX_BYTES, box_rows)
     status, encoded = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
         len(sizes),
         address,
         list(map(driver.cuuint64_t, sizes)),
-        [driver.cuuint64_t(columns)],  # bytes from a row to the next
+        [driver.cuuint64_t(row_bytes)],  # from a row to the next
         list(map(driver.cuuint32_t, box)),
         [driver.cuuint32_t(1)] * len(box),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -224,7 +225,7 @@ def _tile_map(address: int, rows: int, columns: int, box_rows: int) -> TileMap:
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"cannot describe a matrix [{rows}, {columns}] to TMA: {status.name}")
+        raise RuntimeError(f"cannot describe a matrix of {rows} rows of {row_bytes} bytes to TMA: {status.name}")
     return encoded
 
 

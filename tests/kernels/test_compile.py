@@ -161,6 +161,17 @@ INSTANCES = {
         *(f"finish_products<bf16, {finish}>" for finish in ("STORE", "ADD", "SILU")),
     ],
     "fp8_gemm.cu": [f"fp8_gemm<{shape}>" for shape in ("bf16, 16, 6", "f16, 32, 5", "bf16, 64, 4", "f16, 64, 4")],
+    "wide_gemm.cu": [
+        f"wide_gemm<{tile}>"
+        for tile in (
+            "bf16, 64, 16, 11",
+            "f16, 64, 32, 9",
+            "bf16, 128, 64, 4",
+            "bf16, 64, 128, 4",
+            "f16, 128, 128, 3",
+            "bf16, 128, 256, 4",
+        )
+    ],
     "rotate_and_store.cu": [
         f"rotate_and_store<{t}, {t}, {p}, {min(p, 4)}>" for t in ("bf16", "f16", "float") for p in (1, 2, 4, 8)
     ],
@@ -182,7 +193,12 @@ INSTANCES = {
 
 
 # Others: sm_80, sm_90 and sm_100.
-ARCHITECTURES = {"fp8_gemm.cu": ["sm_90a"], "wide_experts.cu": ["sm_90a"], "delta_step.cu": ["sm_90", "sm_100"]}
+ARCHITECTURES = {
+    "fp8_gemm.cu": ["sm_90a"],
+    "wide_experts.cu": ["sm_90a"],
+    "wide_gemm.cu": ["sm_90a"],
+    "delta_step.cu": ["sm_90", "sm_100"],
+}
 
 
 def test_every_source_is_listed() -> None:

@@ -504,20 +504,33 @@ def test_emulator_detects_a_fault(source: str, monkeypatch: pytest.MonkeyPatch) 
         case()
 
 
-@pytest.mark.parametrize(("features", "size", "dtype"), [(67, 136, BF16), (72, 8, F16)])
-def test_linear_batch_invariant_row_is_bitwise_equal_in_any_batch(features: int, size: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("features", "size", "dtype", "capability"),
+    [(67, 136, BF16, (9, 0)), (72, 8, F16, (8, 0)), (72, 136, BF16, (9, 0))],
+)
+def test_linear_batch_invariant_row_is_bitwise_equal_in_any_batch(
+    features: int, size: int, dtype: torch.dtype, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = emulator.emulated()
+    launched: list[int] = []
+    launch = module.launch_wide_gemm
+    of_wide_gemm = module.wide_linear.__globals__
+    monkeypatch.setitem(of_wide_gemm, "compute_capability", lambda device: capability)
+    monkeypatch.setitem(of_wide_gemm, "launch_wide_gemm", lambda *of: (launched.append(len(of[0])), launch(*of)))
     x, weight = random(300, size, dtype=dtype), (random(2 * features, size) / size**0.5).to(dtype)
     bias, norm = random(2 * features, dtype=dtype), random(size, dtype=dtype)
     before = random(300, features, dtype=dtype)
 
     def linears(rows: slice) -> list[Tensor]:
-        return batch_invariant_linears(emulator.emulated().linear, x[rows], weight, bias, norm, before[rows])
+        return batch_invariant_linears(module.linear, x[rows], weight, bias, norm, before[rows])
 
     together = linears(slice(None))
     for rows in (slice(0, 1), slice(5, 21), slice(6, 70), slice(299, 300), slice(0, 0)):
         assert all(torch.equal(part, whole[rows]) for part, whole in zip(linears(rows), together, strict=True))
     expected = reference.linear(x, weight, bias, norm=norm, eps=1e-5, gated=True)
     assert_close(together[3], expected.double(), 4)
+    assert (300 in launched) == (capability == (9, 0) and features % 8 == 0)  # for any number of rows, or none
+    assert len(launched) in (0, 4 * 5)
 
 
 @pytest.mark.parametrize("cache_dtype", [BF16, torch.float8_e4m3fn])

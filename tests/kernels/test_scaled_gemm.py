@@ -16,7 +16,7 @@ from lockstep.kernels import native, ops
 from lockstep.kernels.arguments import FP8Weight
 
 import emulator
-from kernel_cases import assert_close, dequantized, random_fp8, to_device
+from kernel_cases import assert_close, dequantized, finished, random_fp8, to_device
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.emulator), pytest.param("cuda", marks=pytest.mark.gpu)]
 EPS = 1e-5
@@ -82,13 +82,6 @@ def test_finish_of_products(device: str, epilogue: str, biased: bool) -> None:
     expected = finished(products.double(), bias, epilogue, before)
     launches(device).finish_products(before, products, bias, epilogue)
     assert_close(before, expected)
-
-
-def finished(sums: Tensor, bias: Tensor | None, epilogue: str, before: Tensor) -> Tensor:
-    """Return what an epilogue makes of sums, in float64."""
-    sums = sums if bias is None else sums + bias.double()
-    gate, up = sums.chunk(2, dim=-1)
-    return F.silu(gate) * up if epilogue == "SILU" else sums + before.double() if epilogue == "ADD" else sums
 
 
 def tiled(

@@ -309,19 +309,26 @@ inline void sync_threads(int threads) {
 }
 inline void begin_multiply() {}
 inline void end_multiply() {}
-// Return byte k of a row of a matrix that wgmma reads with this descriptor: rows of 128 bytes, chunks of 16 swizzled by row.
-inline float wgmma_operand(unsigned long long descriptor, int row, int k) {
-    const unsigned at = (unsigned)(descriptor & 0x3fff) * 16 + row * 128 + k;
-    return __nv_fp8_e4m3::value(emulator::block_memory()[at ^ (at >> 7 & 7) << 4]);
+// Return an element of a row of a matrix that wgmma reads with this descriptor: rows of 128 bytes, chunks of 16 swizzled by row.
+template <typename Bits> Bits wgmma_operand(unsigned long long descriptor, int row, int k) {
+    const unsigned at = (unsigned)(descriptor & 0x3fff) * 16 + row * 128 + k * sizeof(Bits);
+    Bits bits;
+    memcpy(&bits, emulator::block_memory() + (at ^ (at >> 7 & 7) << 4), sizeof(bits));
+    return bits;
+}
+template <int SIZE, typename F> void multiply_operands(float (&d)[SIZE], int columns, F product) {
+    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+    for (int i = 0; i < SIZE; ++i)
+        for (int k = 0; k < columns; ++k) d[i] += product(row + i / 2 % 2 * 8, i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2, k);
 }
 template <int SIZE> void multiply_async(float (&d)[SIZE], unsigned long long a, unsigned long long b, int add) {
-    const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    for (int i = 0; i < SIZE; ++i) {
-        float sum = add ? d[i] : 0.f;
-        for (int k = 0; k < 32; ++k)
-            sum += wgmma_operand(a, row + i / 2 % 2 * 8, k) * wgmma_operand(b, i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2, k);
-        d[i] = sum;
-    }
+    if (!add) for (float& sum : d) sum = 0.f;
+    auto value = [](unsigned long long of, int row, int k) { return __nv_fp8_e4m3::value(wgmma_operand<uint8_t>(of, row, k)); };
+    multiply_operands(d, 32, [&](int row, int column, int k) { return value(a, row, k) * value(b, column, k); });
+}
+template <int SIZE, typename T> auto multiply_async(float (&d)[SIZE], unsigned long long a, unsigned long long b, T type) -> decltype((void)value_of(0, type)) {
+    auto value = [=](unsigned long long of, int row, int k) { return value_of(wgmma_operand<uint16_t>(of, row, k), type); };
+    multiply_operands(d, 16, [&](int row, int column, int k) { return value(a, row, k) * value(b, column, k); });
 }
 inline void commit_multiply() {}
 inline void publish_copies() {}
@@ -335,9 +342,7 @@ template <int SIZE> void multiply_async(float (&d)[SIZE], const unsigned (&a)[4]
     emulator::here->fibers[emulator::current].multiplications.push_back([=, &d] {
         for (int i = 0; i < SIZE; ++i)
             for (int k = 0; k < 16; ++k) {
-                const unsigned at = (unsigned)(b & 0x3fff) * 16 + (i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2) * 128 + 2 * k;
-                uint16_t x;
-                memcpy(&x, emulator::block_memory() + (at ^ (at >> 7 & 7) << 4), 2);
+                const uint16_t x = wgmma_operand<uint16_t>(b, i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2, k);
                 d[i] += value_of(row[k % 8 / 2].a[i / 2 % 2 + k / 8 * 2][k % 2], __nv_bfloat16()) * value_of(x, __nv_bfloat16());
             }
     });

@@ -104,7 +104,9 @@ class EmulatedTileMap:
 
 def _tile_map(matrix: torch.Tensor, box_rows: int) -> EmulatedTileMap:
     """Stand for `tile_map` of kernel_launch.py."""
-    return EmulatedTileMap(np.array([matrix.data_ptr(), *matrix.shape, box_rows, *[0] * 12]))
+    rows, columns = matrix.shape
+    words = matrix.data_ptr(), rows, columns * matrix.element_size(), box_rows, *[0] * 12
+    return EmulatedTileMap(np.array(words))
 
 
 @functools.cache
@@ -154,7 +156,7 @@ def _header_folder() -> Path:
 def in_cpp(text: str) -> str:
     """Return a source without assembly, and with shared memory as C++ can declare it."""
     text = re.sub(r"#include <cuda_\w+\.h>|#pragma \w+.*", "", text)
-    for macro in ("MULTIPLY", "SCALE_PAIR", "LOAD_RELAXED"):
+    for macro in ("MULTIPLY_ASYNC", "MULTIPLY", "SCALE_PAIR", "LOAD_RELAXED"):
         text = re.sub(rf"#define {macro}.*?\n    }}\n({macro}\(.*?\)\n)+", "", text, flags=re.DOTALL)
     text = re.sub(r"#if __CUDA_ARCH__ >= 890\n.*?#endif\n", "", text, flags=re.DOTALL)
     text = re.sub(rf"(template <int N> )?DEVICE [\w ]+ ({IN_ASSEMBLY})\(.*?\n?}}\n", "", text, flags=re.DOTALL)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.kernels import reference
@@ -73,6 +74,13 @@ def batch_invariant_linears(
         linear(x, weight, gated=True, **normed),
         linear(x, weight, bias, gated=True, **normed),
     ]
+
+
+def finished(sums: Tensor, bias: Tensor | None, epilogue: str, before: Tensor) -> Tensor:
+    """Return what an epilogue makes of sums, in float64."""
+    sums = sums if bias is None else sums + bias.double()
+    gate, up = sums.chunk(2, dim=-1)
+    return F.silu(gate) * up if epilogue == "SILU" else sums + before.double() if epilogue == "ADD" else sums
 
 
 def random_fp8(rows: int, size: int, block_rows: int, block_columns: int, first: int = 0) -> FP8Weight:
