@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -29,20 +30,38 @@ ADVANTAGE = 1.05  # the library must be this much faster, so that starts with ne
 @torch.inference_mode()
 def tune_fp8_gemms(weights: Sequence[FP8Weight], comm: Communicator, dtype: torch.dtype) -> None:
     """Time and set the choice for every shape of FP8 weights on this rank's GPU; a collective call."""
-    for group in {id(weight.choice): weight for weight in weights}.values():
-        same = [weight for weight in weights if weight.choice is group.choice]
-        x = torch.zeros(max(ROWS), group.shape[1], dtype=dtype, device=group.data.device)
-        if not ops.has_two_fp8_gemms(x, group):
-            continue
+    groups = _with_two_gemms(weights, comm, dtype)
+    if groups:
         wait_for_imports()
-        some = same[: -(-TIMED_BYTES // group.data.nbytes)]
+    for same in groups:
+        choice, x = same[0].choice, _input(same[0], dtype)
+        some = same[: -(-TIMED_BYTES // same[0].data.nbytes)]
         times = [
             [_us(comm, x[:rows], some, tiled_rows=rows if tiled else 0) for rows in ROWS] for tiled in (True, False)
         ]
         tiled, library = comm.all_gather(torch.tensor(times, device=x.device)).amax(0).tolist()
-        group.choice.tiled_rows = most = tiled_rows(tiled, library)
+        choice.tiled_rows = most = tiled_rows(tiled, library)
         if comm.rank == 0:
-            log.info("FP8 GEMM %s: %s", list(group.shape), _described(most, tiled, library))
+            log.info("FP8 GEMM %s: %s", list(same[0].shape), _described(most, tiled, library))
+
+
+def _with_two_gemms(weights: Sequence[FP8Weight], comm: Communicator, dtype: torch.dtype) -> list[list[FP8Weight]]:
+    """Return the weights of each choice that there is; none if ranks with unequal shares have other choices."""
+    by_choice: dict[int, list[FP8Weight]] = {}
+    for weight in weights:
+        by_choice.setdefault(id(weight.choice), []).append(weight)
+    groups = [same for same in by_choice.values() if ops.has_two_fp8_gemms(_input(same[0], dtype), same[0])]
+    ends = repr([same[0].choice.gated for same in groups])
+    digests = comm.all_gather(torch.tensor([zlib.crc32(ends.encode())], device=weights[0].data.device))
+    if len(digests.unique()) == 1:
+        return groups
+    if comm.rank == 0:
+        log.info("FP8 GEMMs are not timed: ranks have unequal shares of the weights")
+    return []
+
+
+def _input(weight: FP8Weight, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(max(ROWS), weight.shape[1], dtype=dtype, device=weight.data.device)
 
 
 def tiled_rows(tiled: Sequence[float], library: Sequence[float]) -> int:

@@ -38,7 +38,7 @@ class Peers(SingleRank):
     """A rank whose peer took twice as long with fp8_gemm."""
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.stack([x, x * torch.tensor([[2.0], [1.0]])])
+        return torch.stack([x, x * torch.tensor([[2.0], [1.0]]) if x.is_floating_point() else x])
 
 
 def test_ranks_choose_by_the_slowest_for_each_shape(
@@ -64,6 +64,26 @@ def test_ranks_choose_by_the_slowest_for_each_shape(
     assert [choice.tiled_rows for choice in choices] == [0, 256, 64]
     assert "FP8 GEMM [256, 128]: cuBLAS (us by rows, fp8_gemm / cuBLAS: 16: 32.0 / 9.6" in caplog.text
     assert "FP8 GEMM [384, 128]: fp8_gemm up to 256 rows, cuBLAS beyond" in caplog.text
+
+
+class Unlike(SingleRank):
+    """A rank whose peer has other kinds of weights."""
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        assert not x.is_floating_point()  # no times are exchanged
+        return torch.stack([x, x + 1])
+
+
+def test_ranks_with_unlike_weights_time_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ops, "has_two_fp8_gemms", lambda *_: True)
+    monkeypatch.setattr(fp8_tuning, "_us", lambda *_, **options: pytest.fail("timed"))
+    weight = random_fp8(256, 128, 128, 128)._replace(choice=FP8Choice())
+    with caplog.at_level(logging.INFO):
+        fp8_tuning.tune_fp8_gemms([weight], Unlike(), torch.bfloat16)
+    assert weight.choice.tiled_rows == 64
+    assert "not timed: ranks have unequal shares" in caplog.text
 
 
 @pytest.mark.gpu
