@@ -32,6 +32,7 @@ def tune_fp8_gemms(weights: Sequence[FP8Weight], comm: Communicator, dtype: torc
     """Time and set the choice for every shape of FP8 weights on this rank's GPU; a collective call."""
     groups = _with_two_gemms(weights, comm, dtype)
     if groups:
+        _compile([same[0] for same in groups], comm, dtype)
         wait_for_imports()
     for same in groups:
         choice, x = same[0].choice, _input(same[0], dtype)
@@ -64,6 +65,18 @@ def _input(weight: FP8Weight, dtype: torch.dtype) -> Tensor:
     return torch.zeros(max(ROWS), weight.shape[1], dtype=dtype, device=weight.data.device)
 
 
+def _compile(weights: Sequence[FP8Weight], comm: Communicator, dtype: torch.dtype) -> None:
+    """Compile the kernels that are timed in threads: one after the other they take seconds."""
+    from ...kernels.cuda.kernel_launch import compile_kernels, requested_kernels  # imports CuPy
+
+    with requested_kernels() as instances:
+        for weight, rows in itertools.product(weights, ROWS):
+            x = _input(weight, dtype)[:rows]
+            for most in (rows, 0):
+                _multiply(x, weight, tiled_rows=most)
+    compile_kernels(instances, weights[0].data.device, comm.rank, comm.size)
+
+
 def tiled_rows(tiled: Sequence[float], library: Sequence[float]) -> int:
     """Return the most rows for which fp8_gemm is faster, and is so for all fewer; both have a time for each of ROWS."""
     faster = itertools.takewhile(lambda times: times[1] <= times[2] * ADVANTAGE, zip(ROWS, tiled, library, strict=True))
@@ -72,10 +85,18 @@ def tiled_rows(tiled: Sequence[float], library: Sequence[float]) -> int:
 
 def _us(comm: Communicator, x: Tensor, weights: Sequence[FP8Weight], *, tiled_rows: int) -> float:
     """Return the time of one linear layer of x with fp8_gemm up to this many rows."""
-    choice, turns = weights[0].choice, itertools.cycle(weights)
-    choice.tiled_rows = tiled_rows
-    ops.linear(x, next(turns), gated=choice.gated)  # compiles
-    return graph_us(comm, lambda: ops.linear(x, next(turns), gated=choice.gated), length=len(weights), times=REPLAYS)
+    turns = itertools.cycle(weights)
+
+    def multiply() -> Tensor:
+        return _multiply(x, next(turns), tiled_rows=tiled_rows)
+
+    multiply()  # loads the kernels
+    return graph_us(comm, multiply, length=len(weights), times=REPLAYS)
+
+
+def _multiply(x: Tensor, weight: FP8Weight, *, tiled_rows: int) -> Tensor:
+    weight.choice.tiled_rows = tiled_rows
+    return ops.linear(x, weight, gated=weight.choice.gated)
 
 
 def _described(most: int, tiled: Sequence[float], library: Sequence[float]) -> str:

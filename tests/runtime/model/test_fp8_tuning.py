@@ -19,6 +19,7 @@ from lockstep.runtime.model import fp8_tuning
 from kernel_cases import random_fp8, to_device
 
 SLOW, FAST = [20.0] * 5, [10.0] * 5
+TIME = fp8_tuning._us
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,7 @@ def test_ranks_choose_by_the_slowest_for_each_shape(
         )
 
     monkeypatch.setattr(fp8_tuning, "_us", us)
+    monkeypatch.setattr(fp8_tuning, "_compile", lambda *_: None)
     monkeypatch.setattr(ops, "has_two_fp8_gemms", lambda x, weight: weight.columns == 128)
     choices = FP8Choice(), FP8Choice(), FP8Choice()
     weights = [random_fp8(256, 128, 128, 128)._replace(choice=choices[0]) for _ in range(3)]
@@ -86,8 +88,18 @@ def test_ranks_with_unlike_weights_time_nothing(
     assert "not timed: ranks have unequal shares" in caplog.text
 
 
+def timed_without_compiling(*arguments: Any, **options: Any) -> float:
+    from lockstep.kernels.cuda import kernel_launch
+
+    compiled = kernel_launch._compile.cache_info().misses
+    us = TIME(*arguments, **options)
+    assert kernel_launch._compile.cache_info().misses == compiled
+    return us
+
+
 @pytest.mark.gpu
-def test_tuning_on_a_gpu_times_both(caplog: pytest.LogCaptureFixture) -> None:
+def test_tuning_on_a_gpu_times_both(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8_tuning, "_us", timed_without_compiling)
     weights = [to_device(random_fp8(512, 1024, 128, 128), "cuda")._replace(choice=FP8Choice(1)) for _ in range(2)]
     with caplog.at_level(logging.INFO):
         fp8_tuning.tune_fp8_gemms(weights, SingleRank(), torch.bfloat16)
