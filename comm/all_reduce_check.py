@@ -1,8 +1,8 @@
 """Check at start-up that the all-reduce kernels over peer memory compute what NCCL computes.
 
-The ranks compare each size with the algorithm that the policy chooses for it, in the model's columns and dtype. The
-inputs are small integers: their sums have no rounding, so the bits of all algorithms must be equal. RMSNorm is compared
-within the rounding of its result.
+The ranks compare each size with the algorithm that the policy chooses for it, in the model's columns and dtype, and
+sums that GEMMs push. The inputs are small integers: their sums have no rounding, so the bits of all algorithms must be
+equal. RMSNorm is compared within the rounding of its result.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import ops
 from .all_reduce_names import AllReduceAlgorithm
-from .all_reduce_policy import EPS, SIZES, AllReducePolicy
+from .all_reduce_policy import EPS, MAX_GEMM_ROWS, SIZES, AllReducePolicy
 from .base import CommError, Communicator
 from .message_text import format_bytes
 from .rendezvous import Rendezvous
@@ -52,6 +53,18 @@ class RowShape:
 
 
 @dataclass(frozen=True)
+class CheckedSize:
+    """Rows whose sums are checked, and the algorithm that serves them."""
+
+    rows: int
+    algorithm: AllReduceAlgorithm
+    of_gemms: bool = False  # the sums of Communicator.linear, which GEMMs may push
+
+    def describe(self, shape: RowShape) -> str:
+        return f"{format_bytes(shape.nbytes(self.rows))}{' of GEMMs' if self.of_gemms else ''}"
+
+
+@dataclass(frozen=True)
 class Trial:
     """One input of this rank, and NCCL's results for the inputs of all ranks."""
 
@@ -71,14 +84,28 @@ class Trial:
         norm = ops.add_rms_norm(total.clone(), total_with_residual, weight, EPS)
         return cls(x, residual, weight, total, total_with_residual, norm)
 
-    def count_wrong(self, comm: Communicator) -> Tensor:
-        """Return how many elements of two sums over `comm` differ, one of them with the norm; int64 on the device."""
+    def count_wrong(self, comm: Communicator, *, of_gemms: bool) -> Tensor:
+        """Return how many elements of sums over `comm` differ, with the norm and without; int64 on the device.
+
+        of_gemms  there is a sum with the norm only, of products that are equal to x
+        """
+        if of_gemms:
+            return self._count_wrong_norms(comm, self._multiply(comm))
         total = comm.all_reduce(self._place_input(comm))
+        return (total != self.total).sum() + self._count_wrong_norms(comm, self._place_input(comm))
+
+    def _count_wrong_norms(self, comm: Communicator, x: Tensor) -> Tensor:
         residual = self.residual.clone()
-        norm = comm.all_reduce_add_rms_norm(self._place_input(comm), residual, self.weight, EPS)
+        norm = comm.all_reduce_add_rms_norm(x, residual, self.weight, EPS)
         tolerance = 4 * torch.finfo(norm.dtype).eps
         norm_is_wrong = ~torch.isclose(norm, self.norm, rtol=tolerance, atol=tolerance)
-        return (total != self.total).sum() + (residual != self.total_with_residual).sum() + norm_is_wrong.sum()
+        return (residual != self.total_with_residual).sum() + norm_is_wrong.sum()
+
+    def _multiply(self, comm: Communicator) -> Tensor:
+        """Return x as the product of rows of the identity and a weight that has the rows of x as its columns."""
+        weight = F.pad(self.x.t(), (0, MAX_GEMM_ROWS - len(self.x))).contiguous()
+        identity = torch.eye(len(self.x), MAX_GEMM_ROWS, dtype=weight.dtype, device=weight.device)
+        return comm.linear(identity, weight, None)
 
     def _place_input(self, comm: Communicator) -> Tensor:
         rows, columns = self.x.shape
@@ -100,13 +127,11 @@ def wrong_algorithms(
     attempt  a number that no earlier call in this group had
     Raises CommError, with the algorithm, if one waits for a peer in vain.
     """
-    rows = dict.fromkeys(map(shape.num_rows, SIZES))
-    chosen = {n: policy.algorithm(shape.nbytes(n), shape.dtype) for n in rows}
-    chosen = {n: algorithm for n, algorithm in chosen.items() if algorithm != "nccl"}
+    sizes = _checked_sizes(policy, shape)
     faults: dict[AllReduceAlgorithm, str] = {}
-    for (n, algorithm), count in zip(chosen.items(), _counts(comm, nccl, chosen, shape), strict=True):
+    for size, count in zip(sizes, _counts(comm, nccl, sizes, shape), strict=True):
         if count:
-            faults.setdefault(algorithm, f"{count} wrong elements at {format_bytes(shape.nbytes(n))}")
+            faults.setdefault(size.algorithm, f"{count} wrong elements at {size.describe(shape)}")
     if shape.device.type == "cuda":
         torch.cuda.empty_cache()  # else the memory of the graph would count as used when the KV cache is sized
     agreed: dict[AllReduceAlgorithm, str] = {}
@@ -116,27 +141,32 @@ def wrong_algorithms(
     return agreed
 
 
-def _counts(
-    comm: Communicator, nccl: Communicator, chosen: dict[int, AllReduceAlgorithm], shape: RowShape
-) -> list[int]:
-    """Return the number of wrong elements for each number of rows: in calls, and in a graph of calls."""
-    counts = torch.zeros(len(chosen), dtype=torch.int64, device=shape.device)
+def _checked_sizes(policy: AllReducePolicy, shape: RowShape) -> list[CheckedSize]:
+    chosen = {n: policy.algorithm(shape.nbytes(n), shape.dtype) for n in map(shape.num_rows, SIZES)}
+    sizes = [CheckedSize(n, algorithm) for n, algorithm in chosen.items() if algorithm != "nccl"]
+    gemms = [n for n in range(1, MAX_GEMM_ROWS + 1) if policy.lets_gemms_push(n, shape.columns, shape.dtype)]
+    return sizes + [CheckedSize(n, "push", of_gemms=True) for n in dict.fromkeys(gemms[:1] + gemms[-1:])]
+
+
+def _counts(comm: Communicator, nccl: Communicator, sizes: list[CheckedSize], shape: RowShape) -> list[int]:
+    """Return the number of wrong elements for each size: in calls, and in a graph of calls."""
+    counts = torch.zeros(len(sizes), dtype=torch.int64, device=shape.device)
     captured: list[tuple[int, Trial]] = []
-    for place, (rows, algorithm) in enumerate(chosen.items()):
-        trials = [Trial.draw(nccl, shape, rows, turn) for turn in range(TURNS)]
-        with _named_failure(algorithm, format_bytes(shape.nbytes(rows))):
+    for place, size in enumerate(sizes):
+        trials = [Trial.draw(nccl, shape, size.rows, turn) for turn in range(TURNS)]
+        with _named_failure(size.algorithm, size.describe(shape)):
             for trial in trials:
-                counts[place] += trial.count_wrong(comm)
+                counts[place] += trial.count_wrong(comm, of_gemms=size.of_gemms)
             _finish(comm, shape)
-        if shape.nbytes(rows) <= GRAPH_BYTES:
+        if shape.nbytes(size.rows) <= GRAPH_BYTES:
             captured += [(place, trial) for trial in trials]
 
     def launch() -> None:
         for place, trial in captured:
-            counts[place] += trial.count_wrong(comm)
+            counts[place] += trial.count_wrong(comm, of_gemms=sizes[place].of_gemms)
 
     if captured and shape.device.type == "cuda":
-        with _named_failure(", ".join(sorted(set(chosen.values()))), "a CUDA graph"):
+        with _named_failure(", ".join(sorted({size.algorithm for size in sizes})), "a CUDA graph"):
             graph = capture(launch)
             for _ in range(2):
                 graph.replay()

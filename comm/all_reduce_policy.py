@@ -38,6 +38,8 @@ VERSION = 4  # raise it when a kernel or its timing changes: cached times are th
 SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the kernels over peer buffers sum these
 GATHER_BYTES = 1 << 20  # an all-gather of at most this size per rank goes through peer buffers
 PUSH_BYTES = 256 << 10  # the largest message that is pushed: PUSH_BYTES of peer_protocol.cuh
+GEMM_BYTES = 64 << 10  # the largest sum that GEMMs push; none larger was measured
+MAX_GEMM_ROWS = 8  # the most rows of a GEMM that pushes: ROWS of skinny_gemm.cu
 BUFFER_BYTES = SIZES[-1]  # the largest message in a peer buffer
 LARGEST: dict[AllReduceAlgorithm, int] = dict.fromkeys(ALL_REDUCE_ALGORITHMS, BUFFER_BYTES) | {"push": PUSH_BYTES}
 
@@ -50,11 +52,19 @@ class AllReducePolicy:
     steps: tuple[tuple[int, AllReduceAlgorithm], ...]
     gather_bytes: int = GATHER_BYTES
     slices: bool = False  # larger messages go in slices of rows instead of to NCCL
+    gemm_bytes: int = 0  # the largest sum that GEMMs push where push or one-shot serves it
 
     @classmethod
     def only(cls, algorithm: AllReduceAlgorithm, largest: int = BUFFER_BYTES) -> AllReducePolicy:
         """Return the policy that uses one algorithm up to `largest` bytes, or up to what it can do."""
-        return cls(((min(largest, LARGEST[algorithm]), algorithm),), min(GATHER_BYTES, largest))
+        gemm_bytes = min(largest, GEMM_BYTES) if algorithm == "push" else 0
+        steps = ((min(largest, LARGEST[algorithm]), algorithm),)
+        return cls(steps, min(GATHER_BYTES, largest), gemm_bytes=gemm_bytes)
+
+    @classmethod
+    def auto(cls, table: AllReduceTimings) -> AllReducePolicy:
+        """Return the policy of the fastest algorithms. If push is among the timed ones, GEMMs may push."""
+        return cls(tuple(table.thresholds()), gemm_bytes=GEMM_BYTES if "push" in table.us else 0)
 
     @classmethod
     def batch_invariant(cls, choice: AllReduceChoice, ranks: int, largest: int = BUFFER_BYTES) -> AllReducePolicy:
@@ -72,6 +82,12 @@ class AllReducePolicy:
             return "nccl"
         return next((algorithm for largest, algorithm in self.steps if nbytes <= largest), "nccl")
 
+    def lets_gemms_push(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
+        """Return whether a sum of GEMMs is pushed, with the bits of push and one-shot; equal on all ranks."""
+        nbytes = rows * columns * dtype.itemsize
+        fits = rows <= MAX_GEMM_ROWS and nbytes <= self.gemm_bytes and dtype.itemsize == 2
+        return fits and self.algorithm(nbytes, dtype) in ("push", "one-shot")
+
     def sliced(self, x: Tensor) -> list[Tensor]:
         """Return the rows of x in as many slices as the policy needs; the slices are views."""
         if not self.slices or x.nbytes <= self.steps[-1][0]:
@@ -82,7 +98,8 @@ class AllReducePolicy:
         steps = [f"{algorithm} up to {format_bytes(largest)}" for largest, algorithm in self.steps]
         if self.slices:
             return ", ".join(steps) + ", and in slices beyond"
-        return ", ".join(steps) + (" and NCCL beyond" if steps else "NCCL for sums")
+        gemms = f", GEMMs push up to {format_bytes(self.gemm_bytes)}" if self.gemm_bytes else ""
+        return ", ".join(steps) + (" and NCCL beyond" if steps else "NCCL for sums") + gemms
 
 
 @dataclass(frozen=True)

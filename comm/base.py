@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
+from ..kernels.arguments import Matrix
 
 
 class CommError(RuntimeError):
@@ -56,6 +57,16 @@ class Communicator(ABC):
     def buffer(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
         """Return memory for the input of the next collective, which then is not copied; None if any memory will do."""
         return None
+
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
+        """Return `x @ weight^T + bias` as the partial sum of the next collective, an all_reduce_add_rms_norm.
+
+        That call must follow, and nothing else may use the result: it may stand for what a GEMM has sent to the peers.
+        x       [T, K]; K may differ between the ranks
+        weight  [D, K]
+        """
+        out = self.buffer(len(x), weight.shape[0], x.dtype)
+        return ops.linear(x, weight, bias, out=out, batch_invariant=batch_invariant)
 
     def wait(self, done: torch.cuda.Event) -> None:
         """Return once the device has reached `done`; raises CommError if a peer does not arrive before the deadline."""

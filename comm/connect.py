@@ -189,7 +189,7 @@ def _autotuned(
     table = autotune_all_reduce(groups, f"{gpu.name} {gpu.uuid} {nccl.description}", rendezvous)
     notes: list[str] = []
     for attempt in range(len(groups)):  # each excludes at least one, and never NCCL
-        tuned = comm.with_policy(AllReducePolicy(tuple(table.thresholds())))
+        tuned = comm.with_policy(AllReducePolicy.auto(table))
         wrong = wrong_algorithms(tuned, nccl, tuned.policy, rendezvous, shape, attempt)
         if not wrong:
             break

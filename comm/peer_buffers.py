@@ -90,6 +90,7 @@ class PeerBuffers:
         self.timeout_s = DEVICE_SHARE * rendezvous.timeout_s
         self._rendezvous = rendezvous
         self._device = torch.empty(0, device=device).device  # a device without an index gets the current one
+        self.shares_device = shares_device
         self._ranks_per_device = rendezvous.size if shares_device else 1
         self._address = 0
         self._mapped: list[int] = []  # addresses of the peers' memory

@@ -120,7 +120,9 @@ def compile_sums(columns: int, dtype: torch.dtype, peers: PeerTable) -> None:
     """Compile the kernels that sum rows of this shape, in threads: one after the other they take seconds."""
     layouts = {_norm_layout(rows, columns, dtype, peers)[0] for rows in (1, 2**30)}
     fused = [f"all_reduce_add_rms_norm<{layout}, {two}>" for layout in layouts for two in ("false", "true")]
-    fused += [f"push_all_reduce_add_rms_norm<{layout}>" for layout in layouts if fits_push(columns * dtype.itemsize)]
+    if fits_push(columns * dtype.itemsize):
+        names = ("push_all_reduce_add_rms_norm", "receive_add_rms_norm")
+        fused += [f"{name}<{layout}>" for name in names for layout in layouts]
     vectors = f"{C_NAMES[dtype]}, {VECTOR_BYTES // dtype.itemsize}, {peers.size}"
     plain = [f"{name}_all_reduce<{vectors}>" for name in ("push", "one_shot", "two_shot")]
 
@@ -214,6 +216,18 @@ def push_all_reduce_add_rms_norm(
     rows, columns = map(np.int32, x.shape)
     operation = _operation("all_reduce_add_rms_norm")
     launch(grid, threads, out, x, residual, weight, np.float32(eps), rows, columns, peers.fields, operation)
+
+
+def receive_add_rms_norm(out: Tensor, residual: Tensor, weight: Tensor, eps: float, peers: PeerTable) -> None:
+    """Compute the same of an x that this rank's last GEMM has sent to all: `send_linear` of gemm.py.
+
+    Other ranks may call `push_all_reduce_add_rms_norm` instead.
+    """
+    shape, grid, threads = _norm_layout(len(out), out.shape[1], out.dtype, peers)
+    launch = kernel("peer_collectives.cu", f"receive_add_rms_norm<{shape}>", early=True)
+    rows, columns = map(np.int32, out.shape)
+    operation = _operation("all_reduce_add_rms_norm")
+    launch(grid, threads, out, residual, weight, np.float32(eps), rows, columns, peers.fields, operation)
 
 
 def _norm_layout(rows: int, columns: int, dtype: torch.dtype, peers: PeerTable) -> tuple[str, tuple[int, int], int]:

@@ -183,3 +183,18 @@ __global__ void __launch_bounds__(512, 1) push_all_reduce_add_rms_norm(
         if (row + gridDim.x < rows) norm.load_residual(row + gridDim.x);
     }
 }
+
+// The same for an x that the GEMM before it has sent instead of storing it.
+template <typename T, int V, int N, int R>
+__global__ void __launch_bounds__(512, 1) receive_add_rms_norm(
+    T* out, T* residual, const T* weight, float eps, int rows, int size, const PeerTable* peers, int operation) {
+    Push<T, V, N> push(peers, operation);
+    RowNorm<T, V, R, (R < 4 && R * N <= 8)> norm(out, residual, weight, eps, size);
+    push.read_round();
+    for (int row = blockIdx.x; row < rows; row += gridDim.x) {
+        float sum[R][V];
+        norm.for_each_vector([&](int r, int i) { push.load_sum(sum[r], (long long)row * size + i); });
+        norm.add_and_store(row, sum);
+        if (row + gridDim.x < rows) norm.load_residual(row + gridDim.x);
+    }
+}

@@ -10,9 +10,11 @@
 // there has arrived: no signal, no fence and no answer, but twice the bytes. All pushes of a rank count rounds together, and rounds
 // alternate between two mailboxes. A rank writes into one in round r only after its round r - 1 has ended, for which every peer has
 // sent words. A peer sends these after its round r - 2 has ended, in which it read this mailbox last.
+// The words of a round may be sent by its kernel or by a GEMM before it (PUSH of skinny_gemm.cu): peers see no difference. The GEMM
+// sends after its wait for the kernel before it, when round r - 1 has ended: no other push lies between the GEMM and its round.
 //
 // A wait ends at a timeout, or when the host sets `stop`. The rank's results are then invalid, and it never signals its peers
-// again: they time out as well. The host finds the missing ranks in `missing`.
+// or sends to them again: they time out as well. The host finds the missing ranks in `missing`.
 #pragma once
 #include "common.cuh"
 
@@ -288,5 +290,24 @@ template <typename T, int V, int N> struct Push : Rank {
             }
         }
         add_all<T, V>(sum, values);
+    }
+};
+
+// The next push of a rank, whose words a GEMM sends. Read it after the wait for the kernel before: the last push has ended then.
+struct NextPush {
+    unsigned round, ended;  // ended: a wait of this rank has, so it sends nothing
+
+    DEVICE void read(const PeerTable* peers) {
+        const Header* header = reinterpret_cast<const Header*>(peers->buffers[peers->rank]);
+        round = load_word(&header->push_round) + 1;
+        ended = load_word(&header->end);
+    }
+
+    // Send elements `at` and `at` + 1 of the input, of 16 bits each, to one of `ranks` peers, as Push::send does. `at` is even.
+    DEVICE void send(const PeerTable* peers, int ranks, int peer, long long at, unsigned word) const {
+        const int half = at % 8 / 4, place = at % 4 / 2;
+        char* box = peers->buffers[peer] + HEADER_BYTES + (round % 2 * ranks + peers->rank) * 2ll * PUSH_BYTES;
+        char* to = box + at / 8 * 16 + half * PUSH_BYTES + place * 8;
+        store_relaxed(reinterpret_cast<unsigned long long*>(to), (unsigned long long)round << 32 | word);
     }
 };

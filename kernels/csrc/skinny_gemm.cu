@@ -10,8 +10,9 @@
 // element near float16's maximum.
 // A block goes through its tiles of 16 rows of the weight. Its warps share the columns of a tile; their sums are added at the end.
 #include "mma.cuh"
+#include "peer_protocol.cuh"
 
-enum Epilogue { STORE, ADD, SILU };  // out = sum, out += sum, out = silu(gate) * up; gemm.py uses these names
+enum Epilogue { STORE, ADD, SILU, PUSH };  // out = sum, out += sum, out = silu(gate) * up, send the sum to all ranks; gemm.py uses these names
 
 constexpr int ROWS = 8;    // the most rows of x
 constexpr int LINE = 128;  // bytes of a weight row that a warp processes at once
@@ -191,7 +192,8 @@ template <typename T, int WARPS, int EPILOGUE> DEVICE float finish_sum(
 template <typename T, typename W, int WARPS, int DEPTH, bool STAGED, bool NORMED, int EPILOGUE>
 __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     T* out, const T* x, const W* __restrict__ weight, const T* __restrict__ norm, const T* __restrict__ bias,
-    float eps, int rows, int features, int size, const float* __restrict__ scale, int row_shift, int column_shift, int groups, int first) {
+    float eps, int rows, int features, int size, const float* __restrict__ scale, int row_shift, int column_shift, int groups, int first,
+    const PeerTable* peers, int ranks) {
     constexpr bool SCALED = sizeof(W) == 1, HALVED = SCALED && STAGED && IsBF16<T>::value;
     const bool normed = SCALED ? STAGED && norm : NORMED;
     typedef typename Operand<T, HALVED>::type M;
@@ -237,6 +239,8 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     }
     launch_next();
     wait_for_previous();
+    __shared__ NextPush push;
+    if (EPILOGUE == PUSH && threadIdx.x == 0) push.read(peers);
 
     __shared__ float sums[2][WARPS][ROWS][17], squares[WARPS][ROWS];
     float divisor[2] = {1.f, 1.f};  // of the sums of rows 2 t and 2 t + 1
@@ -284,6 +288,19 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
         // Lane (g, t) holds features g (c[0], c[1]) and g + 8 (c[2], c[3]) for rows 2 t and 2 t + 1 of x.
         UNROLL for (int i = 0; i < 4; ++i) sums[buffer][warp][2 * t + i % 2][g + 8 * (i / 2)] = HALVED ? c[i] * divisor[i % 2] : c[i];
         __syncthreads();
+        if constexpr (EPILOGUE == PUSH) {
+            // Two adjacent features are a word, which a thread sends to one rank.
+            constexpr int PAIRS = WIDTH / 2;
+            ROLLED for (int i = threadIdx.x; i < ranks * rows * PAIRS; i += 32 * WARPS) {
+                const int row = i / PAIRS % rows, peer = i / PAIRS / rows, at = i % PAIRS * 2, feature = tile * WIDTH + at;
+                if (feature >= features || push.ended) continue;
+                float pair[2];
+                UNROLL for (int j = 0; j < 2; ++j)
+                    pair[j] = finish_sum<T, WARPS, EPILOGUE>(sums[buffer], squares, row, at + j, normed, bias, feature + j, features, size, eps);
+                push.send(peers, ranks, peer, (long long)row * features + feature, pack<T>(pair[0], pair[1]));
+            }
+            continue;
+        }
         ROLLED for (int i = threadIdx.x; i < rows * WIDTH; i += 32 * WARPS) {
             const int row = i / WIDTH, feature = tile * WIDTH + i % WIDTH;
             if (feature >= features) continue;

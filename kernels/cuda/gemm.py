@@ -15,6 +15,7 @@ from . import scaled_gemm, wide_gemm
 from .elementwise import rms_norm, silu_and_mul
 from .expert_gemm import NO_SCALES, ExpertTiles, can_widen, multiply_tiles, scale_arguments, tile_rows
 from .kernel_launch import (
+    NULL,
     VECTOR_BYTES,
     c_name,
     kernel,
@@ -22,12 +23,13 @@ from .kernel_launch import (
     num_multiprocessors,
     optional,
 )
+from .launch_parameters import Argument
 
 MAX_SKINNY_ROWS = 8  # rows of x; mirrors ROWS of skinny_gemm.cu
 MAX_STAGED_BYTES = 100 * 1024  # the most that x takes of shared memory: two blocks share 227 KiB
 SUM_BYTES = (2 * 17 + 1) * MAX_SKINNY_ROWS * 4  # of a warp: `sums` and `squares` of skinny_gemm.cu
 
-Epilogue = Literal["STORE", "ADD", "SILU"]  # the names of Epilogue in skinny_gemm.cu
+Epilogue = Literal["STORE", "ADD", "SILU", "PUSH"]  # the names of Epilogue in skinny_gemm.cu
 
 
 def linear(
@@ -109,8 +111,34 @@ class SkinnyShape(NamedTuple):
     staged_bytes: int = 0  # of shared memory that x takes; 0 if it is read from memory
 
 
+def can_send(x: Tensor, weight: Matrix) -> bool:
+    """Return whether `send_linear` takes these tensors; their addresses and the rank's columns also decide."""
+    if weight.shape[0] % 8 or not _is_skinny(x, weight):
+        return False
+    shape = _skinny_shape(x, weight, None)
+    room = max_shared_bytes(x.device.index) - shape.warps * SUM_BYTES
+    return 0 < shape.staged_bytes < room  # NextPush of peer_protocol.cuh takes 8 bytes
+
+
+def send_linear(x: Tensor, weight: Matrix, bias: Tensor | None, peers: Tensor, ranks: int) -> None:
+    """Send `x @ weight^T + bias` to all ranks, with the bits of `linear`; no memory of this rank has the result.
+
+    The next push of this rank is `receive_add_rms_norm` of peer_memory.py.
+    peers  the fields of a PeerTable of `ranks` ranks
+    """
+    nowhere = x.new_empty(0, weight.shape[0])
+    _skinny_gemm(nowhere, x, weight, None, bias, 0.0, "PUSH", (peers, np.int32(ranks)))
+
+
 def _skinny_gemm(
-    out: Tensor, x: Tensor, weight: Matrix, norm: Tensor | None, bias: Tensor | None, eps: float, epilogue: Epilogue
+    out: Tensor,
+    x: Tensor,
+    weight: Matrix,
+    norm: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    epilogue: Epilogue,
+    peers: tuple[Argument, np.int32] = (NULL, np.int32(0)),
 ) -> None:
     (rows, size), features = x.shape, out.shape[1]
     shape = _skinny_shape(x, weight, norm)
@@ -122,7 +150,7 @@ def _skinny_gemm(
     sizes = np.float32(eps), np.int32(rows), np.int32(features), np.int32(size)
     tiles = -(-features // (8 if epilogue == "SILU" else 16))
     grid = min(tiles, num_multiprocessors(x.device.index) * max(1, 16 // shape.warps)), 1
-    launch(grid, 32 * shape.warps, out, x, data, optional(norm), optional(bias), *sizes, *scales)
+    launch(grid, 32 * shape.warps, out, x, data, optional(norm), optional(bias), *sizes, *scales, *peers)
 
 
 def _skinny_shape(x: Tensor, weight: Matrix, norm: Tensor | None) -> SkinnyShape:

@@ -16,7 +16,7 @@ DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 # The first pattern that matches a kernel's name gives its class: names of attention kernels also contain those of GEMMs
 # (they are made of CUTLASS), and the name of a fused all-reduce also contains its norm.
 CLASSES = {
-    "communication": r"nccl|gloo|c10d|all_?reduce|all_?gather",
+    "communication": r"nccl|gloo|c10d|all_?reduce|all_?gather|receive_add",
     "attention": r"attention|flashinfer|Batch(Decode|Prefill)|MergeState|partition_keys|fmha",
     "sampling": r"argmax|topk|top_p|candidates|multinomial|sort",
     "product": r"gemm|gemv|nvjet|cutlass|splitK|aten::(addmm|mm|bmm|linear|matmul)$",

@@ -143,6 +143,7 @@ class DecoderLayer:
                 config.intermediate_size,
                 bias=config.mlp_bias,
                 activation=config.activation,
+                norm_follows=layer + 1 < config.num_layers,  # a step without logits has no norm after the last layer
             )
 
     def __call__(

@@ -87,7 +87,10 @@ class ColumnLinear:
 
 
 class RowLinear:
-    """The rank's `columns` of one projection [out_features, in_features] that adds to the residual stream."""
+    """The rank's `columns` of one projection [out_features, in_features] that adds to the residual stream.
+
+    norm_follows  in every step a norm reduces the partial sum, and nothing adds to it before
+    """
 
     def __init__(
         self,
@@ -99,12 +102,13 @@ class RowLinear:
         columns: slice,
         *,
         bias: bool,
+        norm_follows: bool = True,
     ) -> None:
         piece = Piece(f"{name}.weight", (out_features, in_features), (ALL, columns))
         self.weight = add_matrix(weights, (out_features, columns.stop - columns.start), [piece])
         self.out_features = out_features
         self.bias = weights.add((out_features,), [Piece(f"{name}.bias", (out_features,))]) if bias else None
-        self.comm = comm
+        self.comm, self.norm_follows = comm, norm_follows
         self.batch_invariant = weights.batch_invariant
         self.adds_bias = comm.rank == 0  # the sum over the ranks contains the bias once
 
@@ -113,6 +117,8 @@ class RowLinear:
         bias = self.bias if self.adds_bias else None
         if self.comm.size == 1 and not residual.separate:
             ops.linear(x, self.weight, bias, add_to=residual.total, batch_invariant=self.batch_invariant)
+        elif self.norm_follows and not residual.separate:
+            residual.partial = self.comm.linear(x, self.weight, bias, batch_invariant=self.batch_invariant)
         else:
             out = self.comm.buffer(len(x), self.out_features, x.dtype)
             residual.partial = ops.linear(x, self.weight, bias, out=out, batch_invariant=self.batch_invariant)
@@ -121,7 +127,8 @@ class RowLinear:
 class MLP:
     """`down(activation(gate(x)) * up(x))`, divided over the ranks by intermediate features.
 
-    gate_up  the names of both tensors, or of one that has the rows of gate, then of up
+    gate_up       the names of both tensors, or of one that has the rows of gate, then of up
+    norm_follows  see RowLinear
     """
 
     def __init__(
@@ -135,11 +142,13 @@ class MLP:
         *,
         bias: bool,
         activation: Activation = "silu",
+        norm_follows: bool = True,
     ) -> None:
         rows = shard_of(intermediate_size, comm)
         parts = projections(gate_up, (intermediate_size,) * 2, (rows, rows))
         self.gate_up = ColumnLinear(weights, parts, hidden_size, bias=bias, gated=activation == "silu")
-        self.down = RowLinear(weights, comm, down, hidden_size, intermediate_size, rows, bias=bias)
+        features = hidden_size, intermediate_size
+        self.down = RowLinear(weights, comm, down, *features, rows, bias=bias, norm_follows=norm_follows)
 
     def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Add the MLP of rows [T, D] to `residual`."""

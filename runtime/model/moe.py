@@ -104,7 +104,8 @@ class SharedExpert(MLP):
         rules = experts.rules
         name = f"{layer}.{rules.block}.{rules.shared}"
         gate, up, down = (f"{name}.{projection}" for projection in SHARED_PROJECTIONS)
-        super().__init__(weights, comm, (gate, up), down, hidden_size, experts.shared_size, bias=bias)
+        sizes = hidden_size, experts.shared_size
+        super().__init__(weights, comm, (gate, up), down, *sizes, bias=bias, norm_follows=False)  # the experts add
         self.gate: Tensor | None = None
         if rules.shared_gate:
             self.gate = weights.add((1, hidden_size), [Piece(f"{name}_gate.weight", (1, hidden_size))])

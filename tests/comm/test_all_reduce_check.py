@@ -77,9 +77,11 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lockstep.comm.all_reduce_check.SIZES", [size for size in SIZES if size <= 512 << 10])
 
 
-def wrong(faults: dict[int, dict[AllReduceAlgorithm, Fault]]) -> list[dict[AllReduceAlgorithm, str]]:
+def wrong(
+    faults: dict[int, dict[AllReduceAlgorithm, Fault]], gemm_bytes: int = 0
+) -> list[dict[AllReduceAlgorithm, str]]:
     """Return what each rank finds when some ranks have faults."""
-    store, policy = HashStore(), AllReducePolicy(STEPS)
+    store, policy = HashStore(), AllReducePolicy(STEPS, gemm_bytes=gemm_bytes)
 
     def check(comm: Communicator) -> dict[AllReduceAlgorithm, str]:
         sums = SumsByPolicy(comm, policy, faults.get(comm.rank, {}))
@@ -103,6 +105,20 @@ def test_misplaced_and_stale_sums_are_noticed() -> None:
     assert set(wrong({2: {"push": swap_rows}})[0]) == {"push"}
     earlier: list[Tensor] = []
     assert set(wrong({0: {"two-shot": lambda total: be_stale(total, earlier)}})[0]) == {"two-shot"}
+
+
+def test_wrong_sums_of_gemms_are_those_of_push(monkeypatch: pytest.MonkeyPatch) -> None:
+    def linear(self: SumsByPolicy, *arguments: Any, **options: Any) -> Tensor:
+        product = Communicator.linear(self, *arguments, **options)
+        assert product.shape[1] == SHAPE.columns
+        product[-1, -1] += self.rank == 1
+        return product
+
+    assert wrong({}, 16 << 10) == [{}] * SIZE
+    monkeypatch.setattr(SumsByPolicy, "linear", linear)
+    faults = wrong({}, 16 << 10)
+    assert [set(found) for found in faults] == [{"push"}] * SIZE
+    assert faults[0]["push"].endswith(" wrong elements at 2 KiB of GEMMs"), "one row"
 
 
 def test_silent_rank_is_named_with_the_algorithm() -> None:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +31,7 @@ from torch.distributed import HashStore
 
 from lockstep.comm import connect as connecting
 from lockstep.comm.all_reduce_check import RowShape, wrong_algorithms
-from lockstep.comm.all_reduce_names import AllReduceChoice
+from lockstep.comm.all_reduce_names import ALL_REDUCE_ALGORITHMS, AllReduceChoice
 from lockstep.comm.all_reduce_policy import (
     BUFFER_BYTES,
     PUSH_BYTES,
@@ -58,8 +59,9 @@ HOST = "9a1f"
 
 
 def import_without_cupy(name: str) -> Any:
-    """A module of comm that imports kernels/peer_memory.py, also on a machine without CuPy."""
-    stand_in = {} if find_spec("cupy") else {"lockstep.kernels.peer_memory": ModuleType("peer_memory")}
+    """A module of comm that imports kernels that need CuPy, also on a machine without it."""
+    names = () if find_spec("cupy") else ("lockstep.kernels.peer_memory", "lockstep.kernels.cuda.gemm")
+    stand_in = {module: ModuleType(module) for module in names}
     sys.modules.update(stand_in)
     try:
         return importlib.import_module(f"lockstep.comm.{name}")
@@ -412,11 +414,12 @@ class Recorder(Communicator):
 class RecordingBuffers:
     """A stand-in for PeerBuffers that records its calls, and reports a timeout if it is given one."""
 
-    timeout_s, peers = 1.8, None
+    timeout_s, peers = 1.8, SimpleNamespace(fields=None)
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.lost: Any = None
+        self.shares_device = False
 
     def input(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         self.calls.append("input")
@@ -447,10 +450,12 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
         return launch
 
     sums = ("push_all_reduce", "one_shot_all_reduce", "two_shot_all_reduce", "all_gather")
-    names = (*sums, "all_reduce_add_rms_norm", "push_all_reduce_add_rms_norm")
+    names = (*sums, "all_reduce_add_rms_norm", "push_all_reduce_add_rms_norm", "receive_add_rms_norm")
     fits: dict[str, Any] = {"fits_norm": lambda columns, dtype: columns < 4096, "fits_push": lambda n: n % 16 == 0}
     peers = SimpleNamespace(**fits, **{name: recorded(name) for name in names})
     monkeypatch.setattr(symmetric, "peer_memory", peers)
+    gemms = SimpleNamespace(can_send=lambda x, weight: len(x) < 4, send_linear=recorded("send_linear"))
+    monkeypatch.setattr(symmetric, "gemm", gemms)
     policy = AllReducePolicy(((256, "push"), (1024, "one-shot"), (4096, "two-shot")), 2048)
     return symmetric.SymmetricCommunicator(nccl, buffers, policy, CPU), buffers, nccl
 
@@ -503,6 +508,74 @@ def test_norm_is_fused_if_a_row_fits(rank: Rank) -> None:
     assert nccl.calls == ["all_reduce"]
     assert torch.equal(result, norm)
     assert not difference.any()
+
+
+GEMMS = AllReducePolicy(((256, "push"), (1024, "one-shot"), (4096, "two-shot")), gemm_bytes=1024)
+STORED = ["push_all_reduce_add_rms_norm"]
+SENT = ["send_linear", "receive_add_rms_norm"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "options", "expected"),
+    [
+        (1, 64, {}, SENT),
+        (3, 64, {}, SENT),  # instead of one-shot
+        (5, 64, {}, STORED),  # the GEMM of this rank cannot send it, that of another may
+        (1, 64, {"dtype": torch.float32}, STORED),
+        (3, 64, {"dtype": torch.float32}, ["input", "all_reduce_add_rms_norm"]),
+        (9, 32, {}, ["input", "all_reduce_add_rms_norm"]),
+        (8, 128, {}, ["input", "all_reduce_add_rms_norm two-shot"]),
+        (3, 100, {}, ["input", "all_reduce_add_rms_norm"]),  # no whole vectors
+        (3, 64, {"batch_invariant": True}, ["input", "all_reduce_add_rms_norm"]),
+        (3, 64, {"shares_device": True}, ["input", "all_reduce_add_rms_norm"]),
+        (3, 64, {"policy": replace(GEMMS, gemm_bytes=0)}, ["input", "all_reduce_add_rms_norm"]),
+    ],
+)
+def test_gemm_sends_its_sum_where_push_or_one_shot_serves_it(
+    rows: int, columns: int, options: dict[str, Any], expected: list[str], rank: Rank
+) -> None:
+    comm, buffers, _ = rank
+    buffers.shares_device = options.get("shares_device", False)
+    comm = comm.with_policy(options.get("policy", GEMMS))
+    dtype = options.get("dtype", torch.bfloat16)
+    x, weight, residual = (
+        torch.ones(rows, 8, dtype=dtype),
+        torch.ones(columns, 8, dtype=dtype),
+        torch.ones(rows, columns),
+    )
+    partial = comm.linear(x, weight, None, batch_invariant=options.get("batch_invariant", False))
+    assert partial.shape == residual.shape
+    out = comm.all_reduce_add_rms_norm(partial, residual.to(dtype), torch.ones(columns, dtype=dtype), 1e-5)
+    assert (out.shape, out.dtype, out.device) == (residual.shape, dtype, residual.device)
+    assert buffers.calls == expected
+
+
+def test_sum_that_a_gemm_has_sent_is_for_the_norm_only(rank: Rank) -> None:
+    x, weight = torch.ones(1, 8, dtype=torch.bfloat16), torch.ones(64, 8, dtype=torch.bfloat16)
+    comm = rank[0].with_policy(GEMMS)
+    sent = comm.linear(x, weight, None)
+    for call in (
+        lambda: comm.all_reduce(sent),
+        lambda: comm.all_gather(sent),
+        lambda: comm.linear(x, weight, None),
+        lambda: comm.all_reduce_add_rms_norm(torch.ones_like(sent, device="cpu"), sent, weight, 1e-5),
+        comm.barrier,
+    ):
+        with pytest.raises(RuntimeError, match="must be that of the next collective"):
+            call()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        (sent + weight.new_ones(64)).tolist()
+
+
+def test_gemms_push_only_with_push_among_the_algorithms() -> None:
+    times = AllReduceTimings([8192, 65536], {"nccl": [9.0, 9.0], "push": [3.0, 4.0], "one-shot": [3.1, 3.9]})
+    policy = AllReducePolicy.auto(times)
+    assert [policy.lets_gemms_push(rows, 4096, torch.bfloat16) for rows in (1, 8, 9)] == [True, True, False]
+    assert not policy.lets_gemms_push(8, 5120, torch.bfloat16), "80 KiB"
+    assert not AllReducePolicy.auto(times.without(["push"])).lets_gemms_push(1, 4096, torch.bfloat16)
+    for choice in ALL_REDUCE_ALGORITHMS:
+        sums = AllReducePolicy.only(choice), AllReducePolicy.batch_invariant(choice, 2)
+        assert [p.lets_gemms_push(1, 4096, torch.bfloat16) for p in sums] == [choice == "push", False]
 
 
 def test_misaligned_residual_is_updated_in_place(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -725,6 +798,45 @@ def gpu_same_bits(comm: Communicator) -> list[str]:
     return differing
 
 
+def gpu_sums_of_gemms(comm: Communicator) -> list[str]:
+    """Return the products whose sums differ in a bit from a push of the stored ones."""
+    comm, differing = connected(comm), []
+    assert comm.gemms_push(8, 4096, torch.bfloat16) == (not comm._buffers.shares_device)
+    for dtype, rows, columns, stores in itertools.product(FLOATS[1:], (1, 3, 8), (4096, 1000), (False, True)):
+        if count := differing_sums_of_gemms(comm, rows, columns, dtype, stores):
+            differing.append(f"{dtype} {rows} x {columns}, stored on rank 1: {stores}: {count}")
+    comm.close()
+    return differing
+
+
+def differing_sums_of_gemms(comm: Any, rows: int, columns: int, dtype: torch.dtype, stores: bool) -> int:
+    """Return how many elements differ, in calls and in a graph; if `stores`, the GEMM of rank 1 does not send."""
+    share, turn = 512 + 128 * (comm.rank % 2), torch.zeros(1, dtype=torch.int64, device="cuda")
+    xs, weight = part(comm.rank, 3, rows, share, dtype=dtype), part(80 + comm.rank, columns, share, dtype=dtype)
+    bias, norm = (part(seed, columns, dtype=dtype) for seed in (90, 91))
+    before, wrong = part(92, rows, columns, dtype=dtype), torch.zeros((), dtype=torch.int64, device="cuda")
+    first = int(stores and comm.rank == 1)  # then x is at no multiple of 16 bytes
+    x = torch.empty(rows * share + 1, dtype=dtype, device="cuda")[first:][: rows * share].view(rows, share)
+
+    def both() -> None:
+        x.copy_(xs.index_select(0, turn)[0])
+        stored, sent = before.clone(), before.clone()
+        expected = comm.all_reduce_add_rms_norm(ops.linear(x, weight, bias), stored, norm, 1e-5)
+        out = comm.all_reduce_add_rms_norm(comm.linear(x, weight, bias), sent, norm, 1e-5)
+        wrong.add_((out != expected).sum() + (sent != stored).sum())
+        turn.add_(1).remainder_(3)
+
+    both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        both()
+    for _ in range(4):
+        graph.replay()
+    reached(comm)
+    return int(wrong)
+
+
 def gpu_check_with_a_fault(comm: Communicator) -> dict[str, str]:
     """Return what the check at start-up finds when the pushed norms of the last rank are wrong in one element."""
     comm, policy = connected(comm), AllReducePolicy(((PUSH_BYTES, "push"), (BUFFER_BYTES, "one-shot")))
@@ -846,6 +958,12 @@ def test_gpu_norms_against_torch_are_bitwise_identical_on_all_ranks(
 def test_gpu_push_has_the_bits_of_one_shot(shared: tuple[int, dict[str, Any]]) -> None:
     size, options = shared
     assert run_processes(size, gpu_same_bits, timeout_s=60, **{**options, "all_reduce": "one-shot"}) == [[]] * size
+
+
+@pytest.mark.gpu
+def test_gpu_sums_of_gemms_have_the_bits_of_push(shared: tuple[int, dict[str, Any]]) -> None:
+    size, options = shared
+    assert run_processes(size, gpu_sums_of_gemms, timeout_s=60, **{**options, "all_reduce": "push"}) == [[]] * size
 
 
 @pytest.mark.gpu

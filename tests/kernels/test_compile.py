@@ -36,7 +36,11 @@ INSTANCES = {
             )
             for two_steps in ("false", "true")
         ),
-        *(f"push_all_reduce_add_rms_norm<{shape}>" for shape in ("bf16, 8, 2, 1", "f16, 8, 8, 2", "float, 4, 4, 4")),
+        *(
+            f"{name}<{shape}>"
+            for name in ("push_all_reduce_add_rms_norm", "receive_add_rms_norm")
+            for shape in ("bf16, 8, 2, 1", "f16, 8, 8, 2", "float, 4, 4, 4")
+        ),
     ],
     "token_sampling.cu": [
         *(f"gumbel_argmax<{shape}>" for shape in ("bf16, 8, false", "float, 4, true", "f16, 1, false")),
@@ -57,7 +61,9 @@ INSTANCES = {
             ("bf16, fp8", 8, 2, "false, false"),
             ("f16, fp8", 20, 2, "true, false"),
         )
-        for epilogue in ("STORE", "ADD", "SILU")
+        for epilogue in (
+            ("STORE", "ADD", "SILU") if "true, true" in staged_and_normed else ("STORE", "ADD", "SILU", "PUSH")
+        )
     ],
     "decode_attention.cu": [
         "partition_keys",

@@ -469,8 +469,8 @@ def test_sampling(rows: int, vocab: int, dtype: torch.dtype) -> None:
 # A source, a mistake in it, and the test that must fail: a missing barrier, a missing wait, a wait for too little.
 FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
     "skinny_gemm.cu": (
-        "__syncthreads();\n        ROLLED for (int i",
-        "ROLLED for (int i",
+        "__syncthreads();\n        if constexpr (EPILOGUE == PUSH)",
+        "if constexpr (EPILOGUE == PUSH)",
         lambda: test_linear(8, 24, 1024, BF16),
     ),
     "decode_attention.cu": (

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
+from lockstep.kernels import native
+from lockstep.kernels.arguments import FP8Weight, Matrix
 from lockstep.kernels.native import source_text
 
+import emulator
 from peer_emulator import PeerEmulator
-from peer_group import FUSED, PLAIN, PeerGroup, queue_all
+from peer_group import EPS, FUSED, PLAIN, PeerGroup, queue_all
 
 pytestmark = [pytest.mark.emulator, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
 BUFFER_BYTES = 8192
@@ -52,6 +57,8 @@ def test_kernels_that_are_compiled_ahead_are_those_of_the_sums(
     for operation in (*PLAIN[:3], *FUSED):
         for rows in (1, 2, 3, 8):
             group.queue(operation, rows, 512, dtype)
+            x, weight = group.random(rows, 512, dtype), group.random(1, 512, dtype)[0]
+            group.kernels.receive_add_rms_norm(x, x, weight, EPS, group.peers.tables[0])
     assert {name for _, name, *_ in group.peers._launches} <= set(names)
 
 
@@ -124,3 +131,125 @@ def test_one_thread_at_a_time_reads_the_stop_word_of_the_host(stops: bool) -> No
     group.peers.run()
     assert group.peers.missing(0) == ([] if stops else [1]), "a stop ends a wait before the timeout"
     assert 1 <= words[-2] <= (1 if stops else ticks + 1)
+
+
+# --- sums that GEMMs send ---------------------------------------------------------------------------------------------
+
+PUSH_ROUND = 4 * (1024 * 8 + 1024 + 2)  # the place of push_round in Header of peer_protocol.cuh
+
+
+@dataclass
+class Products:
+    """Products of all ranks, with columns of different numbers; rank 0 adds a bias."""
+
+    group: PeerGroup
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    fp8: bool = False
+    x: list[torch.Tensor] = field(init=False)
+    weights: list[Matrix] = field(init=False)
+
+    def __post_init__(self) -> None:
+        shares = [128 * (1 + rank % 2) for rank in range(self.group.size)]
+        self.x = [self.group.random(self.rows, share, self.dtype) for share in shares]
+        self.weights = [self._weight(share) for share in shares]
+        self.bias = self.group.random(1, self.columns, self.dtype)[0]
+        self.residual = self.group.random(self.rows, self.columns, self.dtype)
+
+    def _weight(self, share: int) -> Matrix:
+        if not self.fp8:
+            return self.group.random(self.columns, share, self.dtype)
+        data = self.group.random(self.columns, share, torch.float32).to(torch.float8_e4m3fn)
+        return FP8Weight(data, torch.rand(self.columns // 16, share // 128), 16, 128)
+
+    def arguments(self, rank: int) -> tuple[torch.Tensor, Matrix, torch.Tensor | None]:
+        return self.x[rank], self.weights[rank], None if rank else self.bias
+
+    def sums(self, sends: Callable[[int], bool]) -> list[torch.Tensor]:
+        """Return each rank's new residual, and its norm; a rank's GEMM sends the product or stores it."""
+        kernels, peers, results, E = self.group.kernels, self.group.peers, list[torch.Tensor](), emulator.emulated()
+        for rank in range(self.group.size):
+            residual, out = self.residual.clone(), torch.full_like(self.residual, torch.nan)
+            last = residual, torch.ones_like(self.bias), EPS
+            with peers.on_rank(rank) as table:
+                if sends(rank):
+                    assert E.can_send(*self.arguments(rank)[:2])
+                    E.send_linear(*self.arguments(rank), table.fields, self.group.size)
+                    kernels.receive_add_rms_norm(out, *last, table)
+                else:
+                    kernels.push_all_reduce_add_rms_norm(out, E.linear(*self.arguments(rank)), *last, table)
+            results += [residual, out]
+        peers.run()
+        assert [peers.missing(rank) for rank in range(self.group.size)] == [[]] * self.group.size
+        return results
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks", "dtype", "fp8"),
+    [
+        (2, 8, torch.bfloat16, False),
+        pytest.param(3, 2, torch.float16, False, marks=NIGHTLY),
+        pytest.param(4, 2, torch.bfloat16, True, marks=NIGHTLY),
+        pytest.param(3, 8, torch.float16, True, marks=NIGHTLY),
+    ],
+)
+def test_sums_that_gemms_send_have_the_bits_of_push(size: int, blocks: int, dtype: torch.dtype, fp8: bool) -> None:
+    """Also if the GEMMs of some ranks store their results, between other pushes, and when the rounds overflow."""
+    group = emulated(size, blocks=blocks)
+    for memory in group.peers.memory:
+        memory.fill_(0x7F)  # else empty mailboxes look like those of round 0
+        memory[: group.kernels.HEADER_BYTES] = 0
+        memory[PUSH_ROUND : PUSH_ROUND + 4].view(torch.int32).fill_(-6)
+    for rows in range(1, 9):
+        products = Products(group, rows, (64, 208, 512)[rows % 3], dtype, fp8)
+        expected = products.sums(lambda rank: False)
+        assert all(torch.equal(x, y) for x, y in zip(products.sums(lambda rank: True), expected, strict=True))
+        if rows in (1, 5):
+            some = products.sums(lambda rank: rank == 0)
+            assert all(torch.equal(x, y) for x, y in zip(some, expected, strict=True))
+            group.queue("push", rows, 64)
+            group.check()
+
+
+GEMM_MUTATIONS: dict[str, tuple[str, str]] = {
+    "one mailbox": ("(round % 2 * ranks + peers->rank)", "(0 * ranks + peers->rank)"),
+    "no flag": ("(unsigned long long)round << 32 | word", "word"),
+    "the last round": ("load_word(&header->push_round) + 1", "load_word(&header->push_round)"),
+    "half of the vectors": ("at / 8 * 16 + half * PUSH_BYTES", "at / 8 * 16 + 0 * half * PUSH_BYTES"),
+}
+
+
+@NIGHTLY
+@pytest.mark.parametrize("name", GEMM_MUTATIONS)
+def test_errors_in_what_gemms_send_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = GEMM_MUTATIONS[name]
+    text = source_text("skinny_gemm.cu")
+    assert text.count(before) == 1
+    products = Products(emulated(2, timeout_ns=100_000), 2, 64, torch.bfloat16)
+    expected = products.sums(lambda rank: False)
+    monkeypatch.setattr(native, "source_text", lambda source: text.replace(before, after))
+
+    def twice() -> None:
+        for _ in range(2):
+            assert all(torch.equal(x, y) for x, y in zip(products.sums(lambda rank: True), expected, strict=True))
+
+    with pytest.raises(AssertionError):
+        twice()
+
+
+def test_gemm_of_a_rank_that_has_waited_in_vain_sends_nothing() -> None:
+    group = emulated(2, timeout_ns=100_000)
+    products, E = Products(group, 1, 64, torch.bfloat16), emulator.emulated()
+    with group.peers.on_rank(0) as table:
+        E.send_linear(*products.arguments(0), table.fields, 2)
+        out, residual = torch.empty_like(products.residual), products.residual.clone()
+        group.kernels.receive_add_rms_norm(out, residual, torch.ones_like(products.bias), EPS, table)
+    group.peers.run()
+    assert group.peers.missing(0) == [1]
+    word = int(group.peers.words[0][1])
+    assert (group.kernels.OPERATIONS[word >> 32], word & 0xFFFFFFFF) == ("all_reduce_add_rms_norm", 1)
+    before = group.peers.memory[1].clone()
+    assert before.any(), "the first sum was sent"
+    E.send_linear(*products.arguments(0), table.fields, 2)
+    assert torch.equal(group.peers.memory[1], before)

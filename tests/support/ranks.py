@@ -1,7 +1,8 @@
 """Several ranks in one process: a communicator whose ranks are threads, so that tensor parallelism is a unit test.
 
 It is strict where a real one would hang or give garbage: ranks that disagree on the operation, the shape or the dtype
-are an error, a rank that does not arrive is an error, and what a collective consumes is overwritten.
+are an error, a rank that does not arrive is an error, and what a collective consumes is overwritten. The sum of
+`linear` has no elements until all_reduce_add_rms_norm gets it, as if a GEMM had sent it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lockstep.comm.base import CommError, Communicator
+from lockstep.kernels.arguments import Matrix
 
 T = TypeVar("T")
 
@@ -47,6 +49,20 @@ class ThreadRank(Communicator):
         self.group = group
         self.rank = rank
         self.size = group.size
+        self.sent: tuple[Tensor, Tensor] | None = None  # what `linear` has returned, and the product
+
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
+        assert self.sent is None, "the sum before was not completed"
+        product = super().linear(x, weight, bias, batch_invariant=batch_invariant)
+        self.sent = torch.empty_like(product, device="meta"), product
+        return self.sent[0]
+
+    def all_reduce_add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if self.sent is not None:
+            (expected, product), self.sent = self.sent, None
+            assert x is expected
+            x = product
+        return super().all_reduce_add_rms_norm(x, residual, weight, eps)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return self._exchange("all_reduce", x, _sum, consumes=True)

@@ -279,6 +279,7 @@ KERNELS = {
     "void flashinfer::PersistentVariableLengthMergeStatesKernel<8, 16>(...)": "attention",
     "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096>)": "communication",
     "void all_reduce_add_rms_norm<__nv_bfloat16>(...)": "communication",
+    "void receive_add_rms_norm<__nv_bfloat16, 8, 4, 1>(...)": "communication",
     "Memcpy HtoD (Pinned -> Device)": "copy",
     "Memset (Device)": "copy",
     "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(...)": "elementwise",

@@ -77,9 +77,11 @@ def test_mlp_shards_sum_to_the_layer(size: int, tmp_path: Path) -> None:
     )
     expected = F.linear(F.silu(gate) * up, saved["mlp.down_proj.weight"], saved["mlp.down_proj.bias"])
 
+    names = ("mlp.gate_proj", "mlp.up_proj")
+
     def run(comm: Communicator) -> Tensor:
         mlp = _loaded(
-            lambda weights: MLP(weights, comm, ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", D, FF, bias=True),
+            lambda weights: MLP(weights, comm, names, "mlp.down_proj", D, FF, bias=True, norm_follows=False),
             tmp_path,
         )
         assert mlp.gate_up.weight.shape == (2 * FF // size, D)
@@ -172,7 +174,7 @@ def test_column_then_row_equals_two_linears(size: int, tmp_path: Path) -> None:
     def run(comm: Communicator) -> Tensor:
         def build(weights: Weights) -> tuple[ColumnLinear, RowLinear]:
             column = ColumnLinear(weights, [Projection("a", FF, shard_of(FF, comm))], D, bias=True)
-            return column, RowLinear(weights, comm, "b", D, FF, shard_of(FF, comm), bias=True)
+            return column, RowLinear(weights, comm, "b", D, FF, shard_of(FF, comm), bias=True, norm_follows=False)
 
         column, row = _loaded(build, tmp_path)
         residual = Residual(before.clone())
