@@ -39,17 +39,22 @@ DEVICE unsigned apply_norm(unsigned x, unsigned weight, float& square) {
     return scale_pair(x, weight, bf16());
 }
 
-// Copy x to shared memory, all rows at once. With a norm, whose weight is in the row after them, multiply x by it, and let
-// squares[row] be the sum of squares of this warp's elements. A thread reads only what it has copied.
+// Copy x to shared memory. With a norm, whose weight is in the row after x, multiply x by it, and let squares[row] be the sum of
+// squares of this warp's elements; a thread reads only what it has copied. Without a norm different warps copy different rows.
 // The loops are rolled: the code of the kernels of a layer must fit into the instruction cache.
 template <typename T, int WARPS, bool NORMED> DEVICE void stage_x(
     T* staged, float (&squares)[WARPS][ROWS], const T* x, int rows, int size, int stride, int warp, int lane) {
     static_assert(!NORMED || IsBF16<T>::value, "apply_norm");
-    const int begin = threadIdx.x * 8, step = 32 * WARPS * 8;
-    ROLLED for (int row = 0; row < rows; ++row)
-        ROLLED for (int at = begin; at < size; at += step) copy_async(staged + row * stride + at, x + row * size + at);
-    wait_all_copies();
-    if constexpr (NORMED) {
+    if constexpr (!NORMED) {
+        const int share = WARPS / rows, row = warp / share;
+        ROLLED for (int at = (warp % share * 32 + lane) * 8; row < rows && at < size; at += share * 32 * 8)
+            copy_async(staged + row * stride + at, x + row * size + at);
+        wait_all_copies();
+    } else {
+        const int begin = threadIdx.x * 8, step = 32 * WARPS * 8;
+        ROLLED for (int row = 0; row < rows; ++row)
+            ROLLED for (int at = begin; at < size; at += step) copy_async(staged + row * stride + at, x + row * size + at);
+        wait_all_copies();
         ROLLED for (int row = 0; row < rows; ++row) {
             float square = 0.f;
             ROLLED for (int at = begin; at < size; at += step) {
