@@ -133,13 +133,12 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
 
     struct Place { int page, slot; };
 
-    // The index of the page that has token or slot `at` of a row or of the cache.
+    // The index of a token's page in its row: at / page_size, exact for 2^20 tokens and pages of up to 4096.
     DEVICE unsigned page_of(unsigned at) const { return at * page_reciprocal >> 32; }
 
     // Store the new key and value, by one warp.
     DEVICE void store_new_token(int slot, const T* value) const {
-        const int page = page_of(slot);
-        const long long at = (long long)unit * place_of({page, slot - page * page_size});
+        const long long at = (long long)unit * place_of({slot / page_size, slot % page_size});
         ROLLED for (int i = lane_id(); i < HEAD_DIM && slot >= 0 && slot < num_slots; i += 32)
             k_cache[at + i] = convert<C>(s.key[i]), v_cache[at + i] = convert<C>(value[i]);
     }

@@ -56,14 +56,17 @@ def _head_arguments(norm: QKNorm, rope: Rope, cache: KVCache) -> tuple[Argument,
 
 
 @functools.cache
-def _strides_in_units(page: int, token: int, head: int, pages: int) -> list[np.int32]:
-    """Return the unit, which is the number of elements that divides all strides, and the strides in units."""
-    unit = math.gcd(page, token, head)
-    if pages * page >= unit << 32:
+def _strides_in_units(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[np.int32]:
+    """Return the unit, which is the number of elements that divides all strides, and the strides in units.
+
+    shape, strides  of pages, tokens and heads
+    """
+    unit = math.gcd(*strides)
+    if sum((count - 1) * stride for count, stride in zip(shape, strides, strict=True)) >= unit << 32:
         raise ValueError(
-            f"a KV cache of {pages} pages, {page} elements apart, has more than 2^32 times {unit} elements"
+            f"a KV cache of {shape} heads with strides {strides} is longer than 2^32 times {unit} elements"
         )
-    return [np.int32(number) for number in (unit, page // unit, token // unit, head // unit)]
+    return [np.int32(number) for number in (unit, *(stride // unit for stride in strides))]
 
 
 class PartitionLayout(NamedTuple):
@@ -140,7 +143,7 @@ def decode_attention(
     shared_bytes = 4 * layout.warps * MAX_GROUP * (head_dim + 4)  # WarpSums of the kernel
     launch = kernel("decode_attention.cu", name, shared_bytes=shared_bytes, early=early)
     grid, threads = (layout.max_parts * kv_heads, groups // kv_heads), 32 * layout.warps
-    unit, *strides = _strides_in_units(*cache.k.stride()[:3], pages=num_pages)
+    unit, *strides = _strides_in_units(cache.k.shape[:3], cache.k.stride()[:3])
     head_arguments = *_head_arguments(norm, rope, cache), unit, *strides, kv_slots, np.int32(num_pages * page_size)
     page_table = pages.table, np.int64(pages.table.stride(0)), pages.table_rows, np.int32(page_size)
     reciprocal = np.int64(-(-(1 << 32) // page_size))
