@@ -167,14 +167,9 @@ __global__ void __launch_bounds__(512, 1) all_reduce_add_rms_norm(
     pull.release();
 }
 
-// The same with the bits of one-shot; every rank has sent x to all.
-template <typename T, int V, int N, int R>
-__global__ void __launch_bounds__(512, 1) push_all_reduce_add_rms_norm(
-    T* out, const T* x, T* residual, const T* weight, float eps, int rows, int size, const PeerTable* peers, int operation) {
-    Push<T, V, N> push(peers, operation);
-    RowNorm<T, V, R, (R < 4 && R * N <= 8)> norm(out, residual, weight, eps, size);
-    for (int row = blockIdx.x; row < rows; row += gridDim.x)
-        norm.for_each_vector([&](int r, int i) { push.send(x, (long long)row * size + i); });
+// Add what all ranks have sent, row by row, and apply the norm.
+template <typename T, int V, int N, int R, bool EARLY>
+DEVICE void receive_rows(Push<T, V, N>& push, RowNorm<T, V, R, EARLY>& norm, int rows, int size) {
     push.read_round();
     for (int row = blockIdx.x; row < rows; row += gridDim.x) {
         float sum[R][V];
@@ -184,17 +179,22 @@ __global__ void __launch_bounds__(512, 1) push_all_reduce_add_rms_norm(
     }
 }
 
+// The same with the bits of one-shot; every rank has sent x to all.
+template <typename T, int V, int N, int R>
+__global__ void __launch_bounds__(512, 1) push_all_reduce_add_rms_norm(
+    T* out, const T* x, T* residual, const T* weight, float eps, int rows, int size, const PeerTable* peers, int operation) {
+    Push<T, V, N> push(peers, operation);
+    RowNorm<T, V, R, (R < 4 && R * N <= 8)> norm(out, residual, weight, eps, size);
+    for (int row = blockIdx.x; row < rows; row += gridDim.x)
+        norm.for_each_vector([&](int r, int i) { push.send(x, (long long)row * size + i); });
+    receive_rows(push, norm, rows, size);
+}
+
 // The same for an x that the GEMM before it has sent instead of storing it.
 template <typename T, int V, int N, int R>
 __global__ void __launch_bounds__(512, 1) receive_add_rms_norm(
     T* out, T* residual, const T* weight, float eps, int rows, int size, const PeerTable* peers, int operation) {
     Push<T, V, N> push(peers, operation);
     RowNorm<T, V, R, (R < 4 && R * N <= 8)> norm(out, residual, weight, eps, size);
-    push.read_round();
-    for (int row = blockIdx.x; row < rows; row += gridDim.x) {
-        float sum[R][V];
-        norm.for_each_vector([&](int r, int i) { push.load_sum(sum[r], (long long)row * size + i); });
-        norm.add_and_store(row, sum);
-        if (row + gridDim.x < rows) norm.load_residual(row + gridDim.x);
-    }
+    receive_rows(push, norm, rows, size);
 }

@@ -33,7 +33,7 @@ STAGES = {16: 6, 32: 5, 64: 4}  # steps in shared memory by the rows of x of a t
 MAX_ROW_THREADS = 1024  # of quantize_rows
 MAX_PARTS = 4  # blocks of a cluster; 8 are slower
 MIN_STEPS = 4  # of 128 columns for each block of a cluster
-Epilogue = Literal["STORE", "ADD", "SILU"]  # the names of Epilogue in fp8_gemm.cu and of Finish in quantize_rows.cu
+Epilogue = Literal["STORE", "ADD", "SILU"]  # Epilogue in fp8_gemm.cu and wide_gemm.cu, and Finish
 EPILOGUES: tuple[Epilogue, ...] = ("STORE", "ADD", "SILU")
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from .kernel_launch import BOX_BYTES, c_name, compute_capability, kernel, num_multiprocessors, optional, tile_map
+from .scaled_gemm import EPILOGUES, Epilogue
 
 FEW_ROWS = 16, 32, 64  # of x in a tile that has all of them
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of a multiprocessor, and of them for each block
-Epilogue = Literal["STORE", "ADD", "SILU"]  # the names of Epilogue in wide_gemm.cu
-EPILOGUES: tuple[Epilogue, ...] = ("STORE", "ADD", "SILU")
 
 
 class WideTile(NamedTuple):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.kernels import native, reference
+from lockstep.kernels import reference
 from lockstep.kernels.arguments import ClampedSwiGLU, KVCache, Pages, QKNorm, Rope, num_groups
 
 import emulator
@@ -495,11 +495,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
 @pytest.mark.parametrize("source", FAULTS)
 def test_emulator_detects_a_fault(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right, wrong, case = FAULTS[source]
-    original = native.source_text
-    text = original(source)
-    assert text.count(right) == 1
-    faulty = text.replace(right, wrong)
-    monkeypatch.setattr(native, "source_text", lambda name: faulty if name == source else original(name))
+    emulator.put_fault(monkeypatch, source, right, wrong)
     with pytest.raises(AssertionError, match="not close"):
         case()
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lockstep.kernels import native, ops
+from lockstep.kernels import ops
 from lockstep.kernels.arguments import FP8Weight
 
 import emulator
@@ -175,9 +175,7 @@ def test_blocks_of_a_cluster_have_work_and_run_at_once(tiles: int, size: int, pa
     ],
 )
 def test_tiled_gemm_needs_its_barriers(right: str, wrong: str, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = native.source_text
-    assert original("fp8_gemm.cu").count(right) == 1
-    monkeypatch.setattr(native, "source_text", lambda name: original(name).replace(right, wrong))
+    emulator.put_fault(monkeypatch, "fp8_gemm.cu", right, wrong)
     with pytest.raises(AssertionError, match=r"not close|forever"):
         test_tiled_gemm("cpu", *TILED[case])
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.kernels import native, ops
+from lockstep.kernels import ops
 
 import emulator
 from kernel_cases import assert_close, finished
@@ -98,9 +98,7 @@ def test_wide_gemm_row_is_bitwise_equal_in_any_batch_and_tile(device: str) -> No
     ],
 )
 def test_wide_gemm_needs_its_barriers(right: str, wrong: str, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = native.source_text
-    assert original("wide_gemm.cu").count(right) == 1
-    monkeypatch.setattr(native, "source_text", lambda name: original(name).replace(right, wrong))
+    emulator.put_fault(monkeypatch, "wide_gemm.cu", right, wrong)
     with pytest.raises(AssertionError, match=r"not close|forever"):
         test_wide_gemm("cpu", *CASES[case])
 

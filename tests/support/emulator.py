@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 
 from lockstep.kernels import native, ops
@@ -70,6 +71,14 @@ def emulated() -> SimpleNamespace:
         names = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
         modules = [importlib.import_module(f"{PACKAGE}.{name}") for name in names]
     return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
+
+
+def put_fault(monkeypatch: pytest.MonkeyPatch, source: str, right: str, wrong: str) -> None:
+    """Replace `right`, which a kernel source has once, by `wrong`, for a test that must fail then."""
+    original = native.source_text
+    assert original(source).count(right) == 1
+    faulty = original(source).replace(right, wrong)
+    monkeypatch.setattr(native, "source_text", lambda name: faulty if name == source else original(name))
 
 
 def _kernel(
