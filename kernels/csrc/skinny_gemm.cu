@@ -32,43 +32,18 @@ DEVICE float staging_divisor(float peak) { return __int_as_float((exponent_of(pe
 template <typename T> struct IsBF16 { static constexpr bool value = false; };
 template <> struct IsBF16<bf16> { static constexpr bool value = true; };
 
-// Multiply bf16 x by the norm's weight, as float products that are rounded would; add the squares of x.
+// Multiply two bf16 numbers by the norm's weight, as float products that are rounded would; add their squares.
 DEVICE unsigned apply_norm(unsigned x, unsigned weight, float& square) {
     const float low = __int_as_float(x << 16), high = __int_as_float(x & 0xffff0000u);
     square += low * low, square += high * high;
     return scale_pair(x, weight, bf16());
 }
-
-// Copy x to shared memory. With a norm, whose weight is in the row after x, multiply x by it, and let squares[row] be the sum of
-// squares of this warp's elements; a thread reads only what it has copied. Without a norm different warps copy different rows.
-// The loops are rolled: the code of the kernels of a layer must fit into the instruction cache.
-template <typename T, int WARPS, bool NORMED> DEVICE void stage_x(
-    T* staged, float (&squares)[WARPS][ROWS], const T* x, int rows, int size, int stride, int warp, int lane) {
-    static_assert(!NORMED || IsBF16<T>::value, "apply_norm");
-    if constexpr (!NORMED) {
-        const int share = WARPS / rows, row = warp / share;
-        ROLLED for (int at = (warp % share * 32 + lane) * 8; row < rows && at < size; at += share * 32 * 8)
-            copy_async(staged + row * stride + at, x + row * size + at);
-        wait_all_copies();
-    } else {
-        const int begin = threadIdx.x * 8, step = 32 * WARPS * 8;
-        ROLLED for (int row = 0; row < rows; ++row)
-            ROLLED for (int at = begin; at < size; at += step) copy_async(staged + row * stride + at, x + row * size + at);
-        wait_all_copies();
-        ROLLED for (int row = 0; row < rows; ++row) {
-            float square = 0.f;
-            ROLLED for (int at = begin; at < size; at += step) {
-                uint4& v = *reinterpret_cast<uint4*>(staged + row * stride + at);
-                const uint4 weight = *reinterpret_cast<const uint4*>(staged + rows * stride + at);
-                uint4 product;
-                product.x = apply_norm(v.x, weight.x, square), product.y = apply_norm(v.y, weight.y, square);
-                product.z = apply_norm(v.z, weight.z, square), product.w = apply_norm(v.w, weight.w, square);
-                v = product;
-            }
-            square = warp_sum(square);
-            if (lane == 0) squares[warp][row] = square;
-        }
-    }
+// The same for a vector; return the sum of its squares.
+DEVICE float apply_norm(uint4& x, const uint4& weight) {
+    float square = 0.f;
+    x.x = apply_norm(x.x, weight.x, square), x.y = apply_norm(x.y, weight.y, square);
+    x.z = apply_norm(x.z, weight.z, square), x.w = apply_norm(x.w, weight.w, square);
+    return square;
 }
 
 // Of two numbers, keep the second in lanes with this bit, the first in the others; add the one that the lane on the other side has.
@@ -84,7 +59,7 @@ DEVICE float sum_of_row(const float (&rows)[4], int lane) {
 // Return the maximum over the warp of numbers that are not negative: their bits have the same order.
 DEVICE float maximum_of_warp(float x) { return __int_as_float(__reduce_max_sync(0xffffffffu, (unsigned)__float_as_int(x))); }
 
-// A warp's part of stage_x in float16: it stages the chunks of x that it multiplies, and reads only what its own lanes have copied.
+// A warp's part of x for an FP8 weight, in float16: it stages the chunks that it multiplies, and reads only what its own lanes have copied.
 template <int WARPS, int CHUNK> struct Float16Stage {
     static constexpr int VECTORS = CHUNK / 8, STEP = 32 / VECTORS * WARPS * CHUNK;  // lanes of a chunk; from a lane's vector to the next
     static constexpr int AT_ONCE = 4;  // rows whose registers are in use at once
@@ -99,8 +74,8 @@ template <int WARPS, int CHUNK> struct Float16Stage {
         for (int c = (warp + WARPS * (lane / VECTORS)) * CHUNK + lane % VECTORS * 8 - before; c < size; c += STEP)
             if (c >= 0) process(c);
     }
-    DEVICE void copy(int row, const bf16* from) const {
-        for_columns([&](int column) { copy_async(at<bf16>(row, column), from + column); });
+    template <typename T> DEVICE void copy(int row, const T* from) const {
+        for_columns([&](int column) { copy_async(at<T>(row, column), from + column); });
     }
     // Call `process` for each vector of AT_ONCE rows of x: with row, from FIRST, column, values, and values times the norm's weight.
     template <int FIRST, bool NORMED, typename F> DEVICE void for_vectors(const F& process) const {
@@ -146,6 +121,46 @@ template <int WARPS, int CHUNK> struct Float16Stage {
     template <bool NORMED> DEVICE void convert_all(float (&squares)[WARPS][ROWS], float (&divisor)[2]) const {
         convert<0, NORMED>(squares, divisor);
         if (rows > AT_ONCE) convert<AT_ONCE, NORMED>(squares, divisor);
+    }
+};
+
+// The same for a weight in 16 bits. A warp begins to multiply when the first chunks are here. Loops are rolled: the code of the kernels
+// of a layer must fit into the instruction cache.
+template <typename T, int WARPS, int CHUNK, bool NORMED> struct ChunkStage {
+    static_assert(!NORMED || IsBF16<T>::value, "apply_norm");
+    static constexpr int VECTORS = CHUNK / 8;  // lanes of a chunk
+    T* shared;  // rows of x, then the norm's weight
+    int rows, size, stride, warp, lane;
+    float square[2] = {};  // the sums of squares of what this lane has of rows lane / 8 and lane / 8 + 4, if there is a norm
+
+    DEVICE int column(int chunk) const { return (chunk * WARPS + warp) * CHUNK + lane % VECTORS * 8; }
+    // Copy the warp's chunks from `begin` to `end` of `count` rows, from row `to` on. The lanes have one chunk of four rows at a time, or
+    // four chunks of one row, or two of two.
+    DEVICE void copy(int to, const T* from, int count, int begin, int end) const {
+        const int shift = count > 4 ? 3 : count > 2 ? 2 : count > 1 ? 1 : 0;  // binary logarithm of the rows, rounded up
+        ROLLED for (int i = (begin << shift) + lane / VECTORS; i < end << shift; i += 32 / VECTORS) {
+            const int row = i & ((1 << shift) - 1), at = column(i >> shift);
+            if (row < count && at < size) copy_async(shared + (to + row) * stride + at, from + row * size + at);
+        }
+        commit_copies();
+    }
+    // Let the warp read chunks that its lanes have copied, times the norm's weight.
+    DEVICE void publish(int begin, int end) {
+        __syncwarp();
+        if constexpr (!NORMED) return;
+        ROLLED for (int chunk = begin; chunk < end && column(chunk) < size; ++chunk) {
+            const uint4 weight = *at(rows, chunk);
+            UNROLL for (int i = 0; i < 2; ++i)
+                if (lane / 8 + 4 * i < rows) square[i] += apply_norm(*at(lane / 8 + 4 * i, chunk), weight);
+        }
+        __syncwarp();
+    }
+    DEVICE uint4* at(int row, int chunk) const { return reinterpret_cast<uint4*>(shared + row * stride + column(chunk)); }
+    DEVICE void store_squares(float (&squares)[WARPS][ROWS]) {
+        UNROLL for (int i = 0; i < 2; ++i) {
+            UNROLL for (int bit = 1; bit < 8; bit *= 2) square[i] += __shfl_xor_sync(0xffffffffu, square[i], bit);
+            if (lane % 8 == 0) squares[warp][lane / 8 + 4 * i] = square[i];
+        }
     }
 };
 
@@ -236,11 +251,12 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     extern __shared__ uint4 shared[];
     T* staged = reinterpret_cast<T*>(shared);
     const int stride = (size + CHUNK - 1) / CHUNK * CHUNK + (SCALED ? 8 : 32);  // lanes (g, t) and (g + 1, t) read different banks
-    const Float16Stage<WARPS, CHUNK> stage{reinterpret_cast<char*>(shared), rows, size, stride, before, warp, lane};
+    const Float16Stage<WARPS, CHUNK> halves{reinterpret_cast<char*>(shared), rows, size, stride, before, warp, lane};
+    ChunkStage<T, WARPS, CHUNK, NORMED> stage{staged, rows, size, stride, warp, lane};
     if constexpr (HALVED) {
-        if (norm) stage.copy(rows, norm);
+        if (norm) halves.copy(rows, norm);
     } else if (NORMED) {
-        ROLLED for (int at = threadIdx.x * 8; at < size; at += 32 * WARPS * 8) copy_async(staged + rows * stride + at, norm + at);
+        stage.copy(rows, norm, 1, 0, rounds * DEPTH);
     }
     launch_next();
     wait_for_previous();
@@ -249,14 +265,15 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
 
     __shared__ float sums[2][WARPS][ROWS][17], squares[WARPS][ROWS];
     float divisor[2] = {1.f, 1.f};  // of the sums of rows 2 t and 2 t + 1
-    if constexpr (HALVED) {
-        for (int row = 0; row < rows; ++row) stage.copy(row, x + (long long)row * size);
+    if constexpr (STAGED && SCALED) {
+        for (int row = 0; row < rows; ++row) halves.copy(row, x + (long long)row * size);
         wait_all_copies();
-        norm ? stage.template convert_all<true>(squares, divisor) : stage.template convert_all<false>(squares, divisor);
+        if constexpr (HALVED)
+            norm ? halves.template convert_all<true>(squares, divisor) : halves.template convert_all<false>(squares, divisor);
         __syncwarp();
     } else if (STAGED) {
-        stage_x<T, WARPS, NORMED>(staged, squares, x, rows, size, stride, warp, lane);
-        __syncthreads();
+        stage.copy(0, x, rows, 0, DEPTH);
+        stage.copy(0, x, rows, DEPTH, rounds * DEPTH);
     }
     struct Right { uint4 at[LANE / 8]; };  // x at the columns of a lane's load
     auto load_x = [&](int round, int d, int half) {
@@ -275,6 +292,10 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
         float c[4] = {};
         for (int round = 0; round < rounds; ++round) {
             const bool is_last = round + 1 == rounds;
+            if (STAGED && !SCALED && round < 2 && tile == blockIdx.x) {
+                round == 0 ? wait_copies<1>() : wait_all_copies();
+                stage.publish(round * DEPTH, round == 0 ? DEPTH : rounds * DEPTH);
+            }
             const int next_tile = is_last ? tile + gridDim.x : tile, next_round = is_last ? 0 : round + 1;
             UNROLL for (int d = 0; d < DEPTH; ++d) {
                 float sum[2][4] = {};
@@ -290,6 +311,7 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
             }
         }
 
+        if (NORMED && tile == blockIdx.x) stage.store_squares(squares);
         // Lane (g, t) holds features g (c[0], c[1]) and g + 8 (c[2], c[3]) for rows 2 t and 2 t + 1 of x.
         UNROLL for (int i = 0; i < 4; ++i) sums[buffer][warp][2 * t + i % 2][g + 8 * (i / 2)] = HALVED ? c[i] * divisor[i % 2] : c[i];
         __syncthreads();

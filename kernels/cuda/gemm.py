@@ -26,7 +26,9 @@ from .kernel_launch import (
 from .launch_parameters import Argument
 
 MAX_SKINNY_ROWS = 8  # rows of x; mirrors ROWS of skinny_gemm.cu
-MAX_STAGED_BYTES = 100 * 1024  # the most that x takes of shared memory: two blocks share 227 KiB
+# The most that x takes of shared memory. Loads on their way need L1, which has what shared memory leaves of 256 KiB.
+MAX_STAGED_BYTES, MAX_STAGED_FP8_BYTES = 145 * 1024, 100 * 1024
+MIN_COLUMNS_OF_16_WARPS = 2048  # with fewer, two blocks of 8 warps run on a multiprocessor
 SUM_BYTES = (2 * 17 + 1) * MAX_SKINNY_ROWS * 4  # of a warp: `sums` and `squares` of skinny_gemm.cu
 
 Epilogue = Literal["STORE", "ADD", "SILU", "PUSH"]  # the names of Epilogue in skinny_gemm.cu
@@ -100,7 +102,10 @@ def _can_fuse_norm(x: Tensor, norm: Tensor, weight: Matrix) -> bool:
     """Return whether the GEMM can apply the norm. In float16 an unscaled row times the norm's weight may overflow."""
     if x.dtype != torch.bfloat16 or norm.data_ptr() % VECTOR_BYTES:
         return False
-    return _skinny_shape(x, weight, norm).staged_bytes > 0
+    if isinstance(weight, FP8Weight):
+        return _skinny_shape(x, weight, norm).staged_bytes > 0
+    rows = MAX_SKINNY_ROWS + 1  # of x, whatever its number is: a norm of its own rounds once more
+    return _shape_of_16_bits(rows, x.shape[1], max_shared_bytes(x.device.index)).staged_bytes > 0
 
 
 class SkinnyShape(NamedTuple):
@@ -154,17 +159,27 @@ def _skinny_gemm(
 
 
 def _skinny_shape(x: Tensor, weight: Matrix, norm: Tensor | None) -> SkinnyShape:
-    (rows, size), device = x.shape, x.device.index
+    staged_rows, size, shared_bytes = len(x) + (norm is not None), x.shape[1], max_shared_bytes(x.device.index)
     if isinstance(weight, FP8Weight):
-        return _fp8_shape(rows + (norm is not None), size, weight.first, max_shared_bytes(device))
-    staged_rows = rows + (norm is not None)
-    staged_bytes = staged_rows * (-(-size // 64) * 64 + 32) * x.element_size()  # see `stride` in skinny_gemm.cu
-    # With few tiles, all warps of a multiprocessor share one. A short row has few chunks to prefetch, and an x that is
-    # not in shared memory leaves few registers for them.
-    if staged_bytes > min(MAX_STAGED_BYTES, max_shared_bytes(device) - 16 * SUM_BYTES):
-        return SkinnyShape(16, 2)
-    warps = 16 if weight.shape[0] <= 16 * num_multiprocessors(device) else 8
-    return SkinnyShape(warps, max(2, min(4, -(-size // (64 * warps)))), staged_bytes)
+        return _fp8_shape(staged_rows, size, weight.first, shared_bytes)
+    return _shape_of_16_bits(staged_rows, size, shared_bytes)
+
+
+@functools.cache
+def _shape_of_16_bits(staged_rows: int, size: int, shared_bytes: int) -> SkinnyShape:
+    """Return the shape of skinny_gemm for a weight in 16 bits.
+
+    The warps depend on the columns only. So they share the columns of a row alike, and its result has the same bits in
+    any batch. A warp loads 4 or 5 chunks ahead, whichever leaves fewer steps without a chunk; fewer in a short row. An
+    x that is not in shared memory leaves few registers for them.
+    """
+    warps = 16 if size >= MIN_COLUMNS_OF_16_WARPS else 8
+    staged_bytes = staged_rows * (-(-size // 64) * 64 + 32) * 2  # see `stride` in skinny_gemm.cu
+    if staged_bytes > min(MAX_STAGED_BYTES, shared_bytes - (warps + 1) * SUM_BYTES):
+        return SkinnyShape(warps, 2)
+    chunks = -(-size // (64 * warps))
+    depth = min((4, 5), key=lambda depth: -(-chunks // depth) * depth) if chunks > 3 else max(2, chunks)
+    return SkinnyShape(warps, depth, staged_bytes)
 
 
 @functools.cache
@@ -177,5 +192,5 @@ def _fp8_shape(staged_rows: int, size: int, first: int, shared_bytes: int) -> Sk
     staged_bytes = staged_rows * (-(-size // 128) * 128 + 8) * 2  # see `stride` in skinny_gemm.cu
     chunks = -(-(first + size) // 128)
     warps = min((20, 16), key=lambda warps: -(-chunks // (2 * warps)) * warps)
-    fits = staged_bytes <= min(MAX_STAGED_BYTES, shared_bytes - warps * SUM_BYTES)
+    fits = staged_bytes <= min(MAX_STAGED_FP8_BYTES, shared_bytes - warps * SUM_BYTES)
     return SkinnyShape(warps, 2, staged_bytes) if fits else SkinnyShape(8, 2)

@@ -52,9 +52,10 @@ INSTANCES = {
     "skinny_gemm.cu": [
         f"skinny_gemm<{types}, {warps}, {depth}, {staged_and_normed}, {epilogue}>"
         for types, warps, depth, staged_and_normed in (
-            ("bf16, bf16", 8, 4, "true, true"),
-            ("bf16, bf16", 8, 4, "true, false"),
-            ("f16, f16", 8, 2, "true, false"),
+            ("bf16, bf16", 16, 4, "true, true"),
+            ("bf16, bf16", 16, 5, "true, true"),
+            ("bf16, bf16", 16, 5, "true, false"),
+            ("f16, f16", 16, 2, "true, false"),
             ("bf16, bf16", 16, 2, "false, false"),
             ("bf16, fp8", 16, 2, "true, false"),
             ("bf16, fp8", 20, 2, "true, false"),

@@ -77,7 +77,14 @@ def random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 @pytest.mark.parametrize(
     ("rows", "features", "size", "dtype"),
-    [(1, 16, 64, F16), (3, 40, 72, BF16), (8, 24, 1024, BF16), (5, 72, 2056, F16), (8, 24, 7168, BF16)],
+    [
+        (1, 16, 64, F16),
+        (3, 40, 72, BF16),
+        (8, 24, 1024, BF16),
+        (5, 72, 2056, F16),
+        (2, 56, 5120, BF16),  # five chunks ahead
+        (8, 24, 9600, BF16),  # not staged
+    ],
 )
 def test_linear(rows: int, features: int, size: int, dtype: torch.dtype) -> None:
     x, weight = random(rows, size, dtype=dtype), (random(2 * features, size) / size**0.5).to(dtype)
@@ -85,6 +92,17 @@ def test_linear(rows: int, features: int, size: int, dtype: torch.dtype) -> None
     before = random(rows, features, dtype=dtype)
     check("linear", x, weight[:features], bias[:features], add_to=before)
     check("linear", x, weight, bias, norm=norm, eps=1e-5, gated=True, factor=4)
+
+
+@pytest.mark.parametrize("size", [1032, 5128, 8192, 9600])
+def test_linear_row_is_bitwise_equal_in_any_small_batch(size: int) -> None:
+    """Also if fewer rows fit into shared memory than the batch has, and with a norm where it is not fused."""
+    x, weight, norm = random(8, size), random(48, size), random(size)
+    linear = emulator.emulated().linear
+    for options in ({}, {"norm": norm, "eps": 1e-5, "gated": True}):
+        together = linear(x, weight, **options)
+        for rows in (slice(0, 1), slice(2, 4), slice(3, 8)):
+            assert torch.equal(linear(x[rows].contiguous(), weight, **options), together[rows])
 
 
 FP8_LINEARS = [  # rows, features, size, dtype, rows and columns of a block, place of column 0 in its block

@@ -440,12 +440,14 @@ def test_linear_of_fp8_equals_float64_of_the_dequantized_weight(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True])
-def test_linear_row_is_bitwise_equal_in_any_small_batch(gated: bool) -> None:
-    x, weight = (torch.randn(n, 3072, device="cuda").bfloat16() for n in (8, 2048))
-    norm = torch.rand(3072, device="cuda").bfloat16()
-    together = ops.linear(x, weight, norm=norm, eps=1e-5, gated=gated)
-    for rows in (slice(0, 1), slice(2, 3), slice(5, 8)):
-        assert torch.equal(ops.linear(x[rows].contiguous(), weight, norm=norm, eps=1e-5, gated=gated), together[rows])
+@pytest.mark.parametrize("size", [3072, 5120, 8192, 12800])
+def test_linear_row_is_bitwise_equal_in_any_small_batch(size: int, gated: bool) -> None:
+    x, weight = (torch.randn(n, size, device="cuda").bfloat16() for n in (8, 2048))
+    for norm in (None, torch.rand(size, device="cuda").bfloat16()):
+        together = ops.linear(x, weight, norm=norm, eps=1e-5, gated=gated)
+        for n in range(1, 8):
+            part = ops.linear(x[8 - n :].contiguous(), weight, norm=norm, eps=1e-5, gated=gated)
+            assert torch.equal(part, together[8 - n :])
 
 
 @pytest.mark.gpu
