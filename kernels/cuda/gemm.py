@@ -122,7 +122,7 @@ def can_send(x: Tensor, weight: Matrix) -> bool:
         return False
     shape = _skinny_shape(x, weight, None)
     room = max_shared_bytes(x.device.index) - shape.warps * SUM_BYTES
-    return 0 < shape.staged_bytes < room  # NextPush of peer_protocol.cuh takes 8 bytes
+    return shape.staged_bytes < room  # NextPush of peer_protocol.cuh takes 8 bytes
 
 
 def send_linear(x: Tensor, weight: Matrix, bias: Tensor | None, peers: Tensor, ranks: int) -> None:

@@ -568,10 +568,10 @@ def test_sum_that_a_gemm_has_sent_is_for_the_norm_only(rank: Rank) -> None:
 
 
 def test_gemms_push_only_with_push_among_the_algorithms() -> None:
-    times = AllReduceTimings([8192, 65536], {"nccl": [9.0, 9.0], "push": [3.0, 4.0], "one-shot": [3.1, 3.9]})
+    times = AllReduceTimings([8192, 262144], {"nccl": [9.0, 9.0], "push": [3.0, 4.0], "one-shot": [3.1, 3.9]})
     policy = AllReducePolicy.auto(times)
-    assert [policy.lets_gemms_push(rows, 4096, torch.bfloat16) for rows in (1, 8, 9)] == [True, True, False]
-    assert not policy.lets_gemms_push(8, 5120, torch.bfloat16), "80 KiB"
+    assert [policy.lets_gemms_push(rows, 8192, torch.bfloat16) for rows in (1, 8, 9)] == [True, True, False]
+    assert not policy.lets_gemms_push(8, 8200, torch.bfloat16), "more than 128 KiB"
     assert not AllReducePolicy.auto(times.without(["push"])).lets_gemms_push(1, 4096, torch.bfloat16)
     for choice in ALL_REDUCE_ALGORITHMS:
         sums = AllReducePolicy.only(choice), AllReducePolicy.batch_invariant(choice, 2)
@@ -801,17 +801,21 @@ def gpu_same_bits(comm: Communicator) -> list[str]:
 def gpu_sums_of_gemms(comm: Communicator) -> list[str]:
     """Return the products whose sums differ in a bit from a push of the stored ones."""
     comm, differing = connected(comm), []
-    assert comm.gemms_push(8, 4096, torch.bfloat16) == (not comm._buffers.shares_device)
-    for dtype, rows, columns, stores in itertools.product(FLOATS[1:], (1, 3, 8), (4096, 1000), (False, True)):
-        if count := differing_sums_of_gemms(comm, rows, columns, dtype, stores):
-            differing.append(f"{dtype} {rows} x {columns}, stored on rank 1: {stores}: {count}")
+    assert comm.gemms_push(8, 8192, torch.bfloat16) == (not comm._buffers.shares_device)
+    shapes = (4096, 512), (1000, 512), (8192, 512), (1000, 14336)  # 8 rows of the last one are not staged
+    for dtype, rows, shape, stores in itertools.product(FLOATS[1:], (1, 3, 8), shapes, (False, True)):
+        if count := differing_sums_of_gemms(comm, rows, *shape, dtype, stores):
+            differing.append(f"{dtype} {rows} rows of {shape}, stored on rank 1: {stores}: {count}")
     comm.close()
     return differing
 
 
-def differing_sums_of_gemms(comm: Any, rows: int, columns: int, dtype: torch.dtype, stores: bool) -> int:
-    """Return how many elements differ, in calls and in a graph; if `stores`, the GEMM of rank 1 does not send."""
-    share, turn = 512 + 128 * (comm.rank % 2), torch.zeros(1, dtype=torch.int64, device="cuda")
+def differing_sums_of_gemms(comm: Any, rows: int, columns: int, share: int, dtype: torch.dtype, stores: bool) -> int:
+    """Return how many elements differ, in calls and in a graph; if `stores`, the GEMM of rank 1 does not send.
+
+    share  columns of x on ranks with even numbers; the others have more
+    """
+    share, turn = share + 128 * (comm.rank % 2), torch.zeros(1, dtype=torch.int64, device="cuda")
     xs, weight = part(comm.rank, 3, rows, share, dtype=dtype), part(80 + comm.rank, columns, share, dtype=dtype)
     bias, norm = (part(seed, columns, dtype=dtype) for seed in (90, 91))
     before, wrong = part(92, rows, columns, dtype=dtype), torch.zeros((), dtype=torch.int64, device="cuda")

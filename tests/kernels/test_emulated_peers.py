@@ -146,11 +146,12 @@ class Products:
     columns: int
     dtype: torch.dtype
     fp8: bool = False
+    share: int = 128  # columns of x on ranks with even numbers; the others have twice as many
     x: list[torch.Tensor] = field(init=False)
     weights: list[Matrix] = field(init=False)
 
     def __post_init__(self) -> None:
-        shares = [128 * (1 + rank % 2) for rank in range(self.group.size)]
+        shares = [self.share * (1 + rank % 2) for rank in range(self.group.size)]
         self.x = [self.group.random(self.rows, share, self.dtype) for share in shares]
         self.weights = [self._weight(share) for share in shares]
         self.bias = self.group.random(1, self.columns, self.dtype)[0]
@@ -209,6 +210,14 @@ def test_sums_that_gemms_send_have_the_bits_of_push(size: int, blocks: int, dtyp
             assert all(torch.equal(x, y) for x, y in zip(some, expected, strict=True))
             group.queue("push", rows, 64)
             group.check()
+
+
+@pytest.mark.parametrize(("columns", "share"), [(64, 7424), pytest.param(8192, 128, marks=NIGHTLY)])
+def test_large_sums_that_gemms_send_have_the_bits_of_push(columns: int, share: int) -> None:
+    """128 KiB of sums, and 8 rows of 14,848 columns on rank 1, which do not fit into shared memory."""
+    products = Products(emulated(2, blocks=8, threads=256), 8, columns, torch.bfloat16, share=share)
+    expected = products.sums(lambda rank: False)
+    assert all(torch.equal(x, y) for x, y in zip(products.sums(lambda rank: True), expected, strict=True))
 
 
 GEMM_MUTATIONS: dict[str, tuple[str, str]] = {
