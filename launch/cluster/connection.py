@@ -16,7 +16,7 @@ from ...runtime.config import Config
 from ..errors import PlacementError, RankFailed, RayLost
 from ..signals import Undo
 from .local_ray import LocalRay
-from .rank_resources import local_cpus
+from .rank_resources import local_cluster
 from .ray_address import LOCAL, ray_address
 from .ray_client import while_connected
 from .ray_starter import LOOPBACK
@@ -110,5 +110,5 @@ def start_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = ray_address(config)
     if address == LOCAL:
-        return LocalRay(local_cpus(config, replicas), shutting_down, wakeup)
+        return LocalRay(local_cluster(config, replicas), shutting_down, wakeup)
     return RemoteRay(address, wakeup)

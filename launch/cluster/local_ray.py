@@ -15,6 +15,7 @@ from ...comm.message_sockets import WakeupEvent
 from ..child_process import ChildFailed
 from ..errors import PlacementError, RayLost
 from ..signals import Undo
+from .rank_resources import LocalCluster
 from .ray_client import join_on_loopback, ray_prints_nothing, token_of, while_connected
 from .ray_processes import RayProcesses
 from .ray_starter import ray_starter
@@ -25,7 +26,7 @@ POLL_S, WATCH_S = 0.1, 0.5
 
 
 class LocalRay:
-    """A local Ray cluster with `num_cpus` CPUs, to which this process is connected; always call `close`.
+    """A local Ray cluster of this size, to which this process is connected; always call `close`.
 
     Only processes with its token are let in, whatever RAY_AUTH_MODE says. Raises PlacementError if Ray does not start,
     or when `shutting_down` is set meanwhile.
@@ -33,11 +34,11 @@ class LocalRay:
     When a process that the ranks need has ended, a thread kills the rest of the cluster, sets `failure` and `wakeup`.
     """
 
-    def __init__(self, num_cpus: int, shutting_down: threading.Event, wakeup: WakeupEvent) -> None:
+    def __init__(self, cluster: LocalCluster, shutting_down: threading.Event, wakeup: WakeupEvent) -> None:
         self.failure: RayLost | None = None
         self._wakeup, self._closing, self._lock = wakeup, threading.Event(), threading.Lock()
         with Undo() as stack:
-            starter = ray_starter(num_cpus)
+            starter = ray_starter(cluster)
             stack.callback(starter.close)
             self._process, self.folder = starter.process, starter.folder
             self._processes = RayProcesses(self._process.pid)
@@ -99,4 +100,5 @@ class LocalRay:
         if "error" in answer:
             raise PlacementError(f"Ray does not start on this machine: {answer['error']}")
         self._processes.update()
+        self._processes.forget_workers()
         return str(answer["address"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ...runtime.config import Config
 
@@ -20,6 +21,21 @@ def fitting(resources: Mapping[str, float], bundle: Mapping[str, float]) -> int:
     return min(int(resources.get(name, 0) / amount + 1e-6) for name, amount in bundle.items())
 
 
-def local_cpus(config: Config, replicas: int = 1) -> int:
-    """Return the CPUs of a local cluster: those of this machine, or one for each rank if there are more ranks."""
-    return max(os.cpu_count() or 1, replicas * config.tensor_parallel_size)
+@dataclass(frozen=True)
+class LocalCluster:
+    """The size of a local cluster, and whether Ray starts a worker for each CPU at once, before there are actors."""
+
+    num_cpus: int
+    starts_workers: bool
+
+
+def local_cluster(config: Config, replicas: int = 1) -> LocalCluster:
+    """Return the local cluster for these ranks.
+
+    The ranks of one group take all CPUs, so that Ray can start their workers in advance. With several groups, Ray
+    Serve's actors would take these workers, and must not wait for CPUs.
+    """
+    num_ranks = replicas * config.tensor_parallel_size
+    if replicas == 1:
+        return LocalCluster(num_ranks, starts_workers=True)
+    return LocalCluster(max(os.cpu_count() or 1, num_ranks), starts_workers=False)

@@ -24,6 +24,8 @@ AGENTS = {
     "dashboard agent": ("dashboard/agent.py", "ray::DashboardAgent"),
     "runtime env agent": ("runtime_env/agent/main.py", "ray::RuntimeEnvAgent"),
 }
+# The start of Ray waits for the workers that start with it, and has no deadline. Later they have another title.
+WORKER, WORKER_SCRIPT = "worker", "workers/default_worker.py"
 ENDED, STOPPED = "XxZ", "T"  # states in proc(5)
 
 
@@ -75,23 +77,38 @@ class RayProcesses:
     def __init__(self, root_pid: int) -> None:
         self._root_pid = root_pid
         self._needed = {"starter": NeededProcess("starter", root_pid)}
+        self._workers: dict[int, NeededProcess] = {}
 
     def update(self) -> None:
-        """Add the needed processes that have started since the last call, from all below the root."""
+        """Add the needed processes that have started since the last call, from all below the root.
+
+        Workers that have yet to register are among them, until `forget_workers`.
+        """
         with suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self._root_pid).children(recursive=True):
                 with suppress(psutil.NoSuchProcess):
                     role = _role(process)
-                    if role and role not in self._needed:
+                    if role == WORKER:
+                        self._add_worker(process)
+                    elif role and role not in self._needed:
                         self._needed[role] = NeededProcess(role, process.pid)
+
+    def forget_workers(self) -> None:
+        """Leave the workers to the raylet, which knows all of them once Ray has started."""
+        self._workers = {}
 
     def problem(self) -> str | None:
         """Return which needed process has ended or is stopped, and how; None if none. Takes less than a millisecond."""
-        problems = [(process, text) for process in self._needed.values() if (text := process.problem())]
+        processes = [*self._needed.values(), *self._workers.values()]
+        problems = [(process, text) for process in processes if (text := process.problem())]
         if not problems:
             return None
         process, text = min(problems, key=_distance_from_cause)
         return f"{process} {text}"
+
+    def _add_worker(self, process: psutil.Process) -> None:
+        if process.pid not in self._workers and process.ppid() not in self._workers:  # a child has its command at first
+            self._workers[process.pid] = NeededProcess(WORKER, process.pid)
 
     def kill(self, spare: str = "") -> None:
         """Kill the session's processes, except the starter and, unless it is stopped, the one with role `spare`."""
@@ -111,11 +128,13 @@ def _is_stopped(pid: int) -> bool:
 def _distance_from_cause(problem: tuple[NeededProcess, str]) -> int:
     """Return a number that is lowest for the process whose end has caused the others'.
 
-    All end with the starter. A raylet that is not killed ends by itself when it has lost an agent, which it has waited
-    for, and kills the other agent.
+    All end with the starter, and workers with the raylet. A raylet that is not killed ends by itself when it has lost
+    an agent, which it has waited for, and kills the other agent.
     """
     process, text = problem
     was_killed = "killed" in text
+    if process.role == WORKER:
+        return 4
     if process.role in AGENTS:
         return 2 if was_killed else 1
     return 0 if was_killed or process.role == "starter" else 3
@@ -130,7 +149,8 @@ def _role(process: psutil.Process) -> str:
         if program in SERVERS:
             return program
     start = " ".join(command[:4])  # the raylet has the agents' commands among its arguments
-    return next((role for role, names in AGENTS.items() if any(name in start for name in names)), "")
+    scripts = {**AGENTS, WORKER: (WORKER_SCRIPT,)}
+    return next((role for role, names in scripts.items() if any(name in start for name in names)), "")
 
 
 def _end(exit_code: int) -> str:

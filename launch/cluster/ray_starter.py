@@ -24,7 +24,7 @@ from ..child_process import ChildProcess, calling
 from ..errors import PlacementError
 from ..open_files import require_open_files
 from ..signals import Undo
-from .rank_resources import LOCAL_OBJECT_STORE_BYTES, local_cpus
+from .rank_resources import LOCAL_OBJECT_STORE_BYTES, LocalCluster, local_cluster
 from .ray_address import needs_local_ray
 from .session_folder import SessionFolder, folder_sockets, remove_folder_of_argument, sweep, with_token
 
@@ -35,7 +35,7 @@ SYSTEM_CONFIG = {  # of the cluster
     "enable_metrics_collection": False,  # nothing reads the metrics
     # Ray ends a process whose call waits for a GCS that is gone, by default after a minute. Nothing else ends the call.
     "gcs_rpc_server_reconnect_timeout_s": 20,
-    "prestart_worker_first_driver": False,  # Ray would start a worker for each CPU
+    "prestart_worker_first_driver": False,  # Ray would start a worker for each CPU, and let it import nothing
     "worker_niceness": 0,  # at Ray's 15, a busy process of the machine would leave a rank 1 % of a core
     # Longest wait for a worker to register, which takes a second on an idle machine. A worker may be killed before.
     "worker_register_timeout_seconds": 30,
@@ -48,6 +48,14 @@ DEFAULTS = {
     "RAY_raylet_client_connect_timeout_milliseconds": "50",
     "RAY_raylet_client_num_connect_attempts": "200",
 }
+# Each CPU's worker starts with the raylet, and imports what a rank needs. A Ray that does not know these variables
+# starts a worker for each actor.
+WORKERS_AHEAD = {
+    "RAY_enable_worker_prestart": "true",
+    "RAY_preload_python_modules": f"{__package__}.rank_imports",
+    # Ray would end them 1 s later, when the placement group has reserved their CPUs.
+    "RAY_idle_worker_killing_time_threshold_ms": "3600000",
+}
 # With this Ray takes 127.0.0.1 for the node's address, as it does on Windows and macOS: other hosts cannot reach it.
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 ATTACHED = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS")  # these would attach the cluster to another one
@@ -55,24 +63,24 @@ _ahead: list[RayStarter] = []  # at most one, which `start_ray_ahead` has starte
 
 
 class RayStarter:
-    """A helper process that starts a Ray cluster of `num_cpus` CPUs, below which it runs; always call `close`.
+    """A helper process that starts a Ray cluster of this size, below which it runs; always call `close`.
 
     It ends the cluster when this process has ended. Its answer is {"address": ...} or {"error": ...}.
     Raises PlacementError if this machine cannot reach itself, or allows too few open files.
     """
 
-    def __init__(self, num_cpus: int) -> None:
+    def __init__(self, cluster: LocalCluster) -> None:
         require_open_files()
         _check_loopback()
         sweep()
         log.info("starting Ray on this machine, which takes a few seconds")
-        self.started, self.num_cpus = time.perf_counter(), num_cpus
+        self.started, self.cluster = time.perf_counter(), cluster
         with Undo() as stack:
             self.folder = SessionFolder()
             stack.callback(self.folder.close)
             self.process = ChildProcess(
-                [*calling(serve_cluster), str(num_cpus), str(self.folder.path)],
-                environment=_environment(self.folder),
+                [*calling(serve_cluster), str(cluster.num_cpus), str(self.folder.path)],
+                environment=_environment(self.folder, cluster),
                 inherited=[self.folder.lock],
             )
             stack.callback(self.process.close)
@@ -94,7 +102,7 @@ def start_ray_ahead(config: Config, replicas: int = 1) -> Iterator[None]:
     if _ahead or is_connected or not needs_local_ray(config, replicas):
         yield
         return
-    _ahead.append(RayStarter(local_cpus(config, replicas)))
+    _ahead.append(RayStarter(local_cluster(config, replicas)))
     try:
         yield
     finally:
@@ -103,11 +111,11 @@ def start_ray_ahead(config: Config, replicas: int = 1) -> Iterator[None]:
             _ahead.pop().close()
 
 
-def ray_starter(num_cpus: int) -> RayStarter:
-    """Return the start in progress if it is for so many CPUs, else a new one."""
-    if _ahead and _ahead[-1].num_cpus == num_cpus:
+def ray_starter(cluster: LocalCluster) -> RayStarter:
+    """Return the start in progress if it is that of such a cluster, else a new one."""
+    if _ahead and _ahead[-1].cluster == cluster:
         return _ahead.pop()
-    return RayStarter(num_cpus)
+    return RayStarter(cluster)
 
 
 def _check_loopback() -> None:
@@ -119,9 +127,10 @@ def _check_loopback() -> None:
         raise PlacementError(f"{LOOPBACK} cannot be reached: {error}; ip link set lo up") from error
 
 
-def _environment(folder: SessionFolder) -> dict[str, str]:
+def _environment(folder: SessionFolder, cluster: LocalCluster) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if name not in ATTACHED}
-    return with_token(DEFAULTS | inherited | LOOPBACK_ONLY, folder.token_path)
+    defaults = DEFAULTS | (WORKERS_AHEAD if cluster.starts_workers else {})
+    return with_token(defaults | inherited | LOOPBACK_ONLY, folder.token_path)
 
 
 def serve_cluster() -> None:

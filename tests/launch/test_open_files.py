@@ -9,6 +9,7 @@ import pytest
 
 from lockstep.comm.message_sockets import WakeupEvent
 from lockstep.launch.cluster.local_ray import LocalRay
+from lockstep.launch.cluster.rank_resources import LocalCluster
 from lockstep.launch.cluster.remote_ray import RemoteRay
 from lockstep.launch.errors import PlacementError
 from lockstep.launch.open_files import MIN_FILES, require_open_files
@@ -44,6 +45,6 @@ def test_hard_limit_that_is_too_low_is_named_before_ray_starts(limits: list[int]
     limits[:] = [40, 64]
     rule = rf"^the limit of open files is 64, and Ray needs {MIN_FILES}; as root ulimit -n {MIN_FILES}, docker run "
     with pytest.raises(PlacementError, match=rule):
-        LocalRay(2, threading.Event(), WakeupEvent())
+        LocalRay(LocalCluster(2, starts_workers=False), threading.Event(), WakeupEvent())
     with pytest.raises(PlacementError, match=rule):
         RemoteRay("10.0.0.1:6379", WakeupEvent())

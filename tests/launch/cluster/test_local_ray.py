@@ -27,6 +27,7 @@ import json, os, sys, threading
 import ray
 from lockstep.comm.message_sockets import WakeupEvent
 from lockstep.launch.cluster.local_ray import LocalRay
+from lockstep.launch.cluster.rank_resources import LocalCluster
 
 @ray.remote
 def environment():
@@ -37,7 +38,7 @@ def auth():
 
 before = auth()
 for turn in range(int(sys.argv[1])):
-    cluster = LocalRay(1, threading.Event(), WakeupEvent())
+    cluster = LocalRay(LocalCluster(1, starts_workers=True), threading.Event(), WakeupEvent())
     inside, path, niceness = ray.get(environment.remote())
     report = {"address": cluster.address, "node": ray.nodes()[0]["NodeManagerAddress"], "path": path,
               "folder": str(cluster.folder.path), "mode": inside["RAY_AUTH_MODE"],

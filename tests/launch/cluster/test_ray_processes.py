@@ -30,9 +30,20 @@ start("ray::RuntimeEnvAgent", "1000", program="/bin/sleep")
 start("python", "-c", "sleep 1000", "/ray/dashboard/agent.py")
 start("python", "-c", "sleep 1000", "/ray/monitor.py")
 start("ray::Worker", "1000", program="/bin/sleep")
+start("python", "-c", "sleep 1000", "/ray/_private/workers/default_worker.py")
+start("python", "-c", "sleep 1000", "/ray/_private/workers/default_worker.py")
 sys.stdin.read()
 """
-NAMES = ("gcs_server", "raylet", "runtime env agent", "dashboard agent", "monitor", "worker")
+NAMES = (
+    "gcs_server",
+    "raylet",
+    "runtime env agent",
+    "dashboard agent",
+    "monitor",
+    "worker",
+    "new worker",
+    "other new worker",
+)
 
 
 class FakeRay:
@@ -62,7 +73,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
 @pytest.fixture
 def fake_ray() -> Iterator[FakeRay]:
     started = FakeRay()
-    wait_until(lambda: started.watch.update() or len(started.watch._needed) == 5)
+    wait_until(lambda: started.watch.update() or (len(started.watch._needed) == 5 and len(started.watch._workers) == 2))
     assert started.watch.problem() is None
     wait_until(lambda: catches(started.pids["raylet"], signal.SIGTERM))
     yield started
@@ -75,6 +86,18 @@ def test_killed_process_is_named_with_its_signal(fake_ray: FakeRay, role: str, n
     os.kill(fake_ray.pids[role], number)
     wait_until(fake_ray.watch.problem)
     assert fake_ray.watch.problem() == f"Ray's {role} (pid {fake_ray.pids[role]}) was killed by {number.name}"
+
+
+def test_worker_is_needed_until_it_is_forgotten(fake_ray: FakeRay) -> None:
+    os.kill(fake_ray.pids["other new worker"], signal.SIGKILL)
+    wait_until(fake_ray.watch.problem)
+    pid = fake_ray.pids["other new worker"]
+    assert fake_ray.watch.problem() == f"Ray's worker (pid {pid}) was killed by SIGKILL"
+    os.kill(fake_ray.pids["gcs_server"], signal.SIGKILL)
+    wait_until(lambda: "gcs_server" in str(fake_ray.watch.problem()))  # a cause of the other's end, if there is one
+    fake_ray.watch.forget_workers()
+    assert len(fake_ray.watch._needed) == 5
+    assert not fake_ray.watch._workers
 
 
 def test_server_that_ended_before_the_first_update_is_found() -> None:

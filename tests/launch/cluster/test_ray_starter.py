@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from lockstep.launch.cluster import ray_starter
-from lockstep.launch.cluster.rank_resources import local_cpus
+from lockstep.launch.cluster.rank_resources import LocalCluster, local_cluster
 from lockstep.launch.cluster.ray_starter import start_ray_ahead
 from lockstep.runtime.config import Config
 
@@ -19,8 +19,8 @@ TWO = Config(tensor_parallel_size=2, device="cpu")
 class FakeStarter:
     """A stand-in for RayStarter, which starts nothing."""
 
-    def __init__(self, num_cpus: int) -> None:
-        self.num_cpus, self.num_closed = num_cpus, 0
+    def __init__(self, cluster: LocalCluster) -> None:
+        self.cluster, self.num_closed = cluster, 0
 
     def close(self) -> None:
         self.num_closed += 1
@@ -37,9 +37,9 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_start_is_taken_over_and_not_closed_by_the_block() -> None:
     with start_ray_ahead(TWO):
         [started] = ray_starter._ahead
-        taken = ray_starter.ray_starter(local_cpus(TWO))
+        taken = ray_starter.ray_starter(local_cluster(TWO))
         assert taken is started
-        assert ray_starter.ray_starter(local_cpus(TWO)) is not started
+        assert ray_starter.ray_starter(local_cluster(TWO)) is not started
     assert taken.num_closed == 0
 
 
@@ -57,10 +57,10 @@ def test_start_that_nobody_takes_ends_with_the_outermost_block() -> None:
     assert not ray_starter._ahead
 
 
-def test_start_for_another_number_of_cpus_is_not_taken() -> None:
+def test_start_of_another_cluster_is_not_taken() -> None:
     with start_ray_ahead(TWO):
         [started] = ray_starter._ahead
-        assert ray_starter.ray_starter(started.num_cpus + 1) is not started
+        assert ray_starter.ray_starter(local_cluster(TWO, 2)) is not started
     assert started.num_closed == 1
 
 
@@ -85,7 +85,11 @@ def test_user_who_has_connected_to_ray_keeps_it(monkeypatch: pytest.MonkeyPatch)
         assert not ray_starter._ahead
 
 
-def test_local_cluster_has_a_cpu_for_each_rank() -> None:
-    config = Config(tensor_parallel_size=(os.cpu_count() or 1) + 1)
-    assert local_cpus(config) == config.tensor_parallel_size
-    assert local_cpus(config, 3) == 3 * config.tensor_parallel_size
+def test_ranks_of_one_group_take_all_cpus_of_a_local_cluster() -> None:
+    assert local_cluster(TWO) == LocalCluster(2, starts_workers=True)
+
+
+def test_several_groups_have_a_cpu_for_each_rank_and_those_of_the_machine() -> None:
+    cpus = os.cpu_count() or 1
+    assert local_cluster(Config(tensor_parallel_size=cpus + 1), 3) == LocalCluster(3 * cpus + 3, starts_workers=False)
+    assert local_cluster(Config(), 2) == LocalCluster(max(2, cpus), starts_workers=False)
