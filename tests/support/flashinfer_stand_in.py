@@ -70,10 +70,10 @@ class StandInPrefill:
 @contextmanager
 def flashinfer_stand_in() -> Iterator[None]:
     """Let the FlashInfer backend be imported and run on a CPU."""
-    module = ModuleType("flashinfer")
+    package, module = ModuleType("flashinfer"), ModuleType("flashinfer.prefill")
     module.BatchPrefillWithPagedKVCacheWrapper = StandInPrefill  # type: ignore[attr-defined]
     with (
-        mock.patch.dict(sys.modules, {"flashinfer": module}),
+        mock.patch.dict(sys.modules, {"flashinfer": package, "flashinfer.prefill": module}),
         mock.patch("torch.cuda.Event"),
         mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
     ):

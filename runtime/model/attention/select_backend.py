@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 
 from ....comm.timing import IMPORT_THREAD
+from ....kernels.graph_capture import paused_collection
 from ...config import Config
 from ...startup_timer import StartupTimer
 from ..kv_pool import AttentionShape
@@ -45,7 +46,7 @@ def select_backend(
         assert config.max_model_len is not None
         return BatchInvariantAttention(shape, scale, {window for window, _ in windows}, config.max_model_len, softcap)
     with timer("imports"):
-        from . import flashinfer_backend  # costs 5 s and needs a GPU
+        from . import flashinfer_backend  # costs 2 s and needs a GPU
 
     return flashinfer_backend.FlashInferAttention(shape, scale, windows, torch.device(config.device), softcap)
 
@@ -62,7 +63,7 @@ def import_ahead(config: Config) -> None:
 
 
 def _import_modules(uses_flashinfer: bool) -> None:
-    with suppress(Exception):  # the importing module raises it again
+    with paused_collection(), suppress(Exception):  # the importing module raises it again
         from ....kernels.cuda import kernel_launch  # noqa: F401 - CuPy, which connecting needs first
 
         if uses_flashinfer:
