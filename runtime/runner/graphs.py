@@ -85,20 +85,23 @@ class DecodeGraphs:
     ) -> None:
         self.max_rows, self.sizes, self._memory = max_rows, graph_sizes(max_rows), memory
         self._captured: dict[int, CapturedGraphs] = {}
+        # The largest size comes first: the smaller ones then fit into its memory.
+        inputs = {size: padding_inputs(memory, size) for size in self.sizes[::-1]}
+        if reuse is None:
+            # Runs outside of the graphs load kernels and grow workspaces. They come before all captures: each capture
+            # gives unused memory back to the driver, and the next run would have to allocate it again.
+            for padding in inputs.values():
+                resample_candidates(memory, padding, *decode_step(memory, padding))
         pool_owner = reuse
-        # Capture the largest size first: the smaller ones then fit into its memory.
-        for size in tqdm(self.sizes[::-1], desc="capture CUDA graphs", unit="graph", disable=not show_progress):
-            inputs = padding_inputs(memory, size)
-            if reuse is None:  # the first run is outside of the graphs: it loads kernels and grows workspaces
-                resample_candidates(memory, inputs, *decode_step(memory, inputs))
+        for size, padding in tqdm(inputs.items(), desc="capture CUDA graphs", unit="graph", disable=not show_progress):
             step, resample = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             pool = pool_owner.pool() if pool_owner else None
             with capture(step, pool=pool, stream=capture_stream()):
-                logits, sampled = decode_step(memory, inputs)
+                logits, sampled = decode_step(memory, padding)
             pool_owner = pool_owner or step
             with capture(resample, pool=pool_owner.pool(), stream=capture_stream()):
-                resampled = resample_candidates(memory, inputs, logits, sampled)
-            self._captured[size] = CapturedGraphs(step, resample, inputs, logits, sampled, resampled)
+                resampled = resample_candidates(memory, padding, logits, sampled)
+            self._captured[size] = CapturedGraphs(step, resample, padding, logits, sampled, resampled)
         self.largest = self._captured[self.max_rows].step  # keeps the memory pool of all of them alive
 
     def run(self, host: HostBatch, params: np.ndarray, *, with_candidates: bool) -> tuple[Logits, Tensor]:

@@ -163,7 +163,9 @@ class PiecewiseGraphs:
         self._token_ids, self._positions = torch.zeros(2, self.max_tokens, dtype=torch.int32, device=device)
         self._attention_out = torch.zeros(self.max_tokens, shape.num_heads * shape.head_dim, dtype=dtype, device=device)
         self._delta_net_out = torch.zeros(self.max_tokens, state_features, dtype=dtype, device=device)
-        # Capture the largest size first: the smaller ones then fit into its memory.
+        # The largest size comes first: the smaller ones then fit into its memory.
+        for size in sizes[::-1]:  # outside of the graphs: it loads kernels and grows workspaces
+            self._run(size, memory, SkippedAttention(*self._outputs(size)))
         self._captured = {size: self._capture(size, memory, pool) for size in sizes[::-1]}
 
     def forward(self, batch: Batch, memory: RankMemory) -> Residual:
@@ -187,8 +189,20 @@ class PiecewiseGraphs:
         return _map_residual(captured.residual, lambda tensor: tensor[:count])
 
     def _capture(self, size: int, memory: RankMemory, pool: Any) -> CapturedStep:
+        breaks = GraphBreaks(*self._outputs(size), pool)
+        with paused_collection(), torch.cuda.stream(capture_stream()):
+            breaks.begin()
+            try:
+                residual = self._run(size, memory, breaks)
+            finally:
+                breaks.end()  # else the stream would go on capturing after an error
+        for graph in breaks.graphs:  # takes the memory that a graph needs to run, before the KV cache is sized
+            graph.replay()
+        return CapturedStep(breaks.graphs, breaks.calls, _map_residual(residual, weak_reference))
+
+    def _run(self, size: int, memory: RankMemory, attention: SkippedAttention) -> Residual:
+        """Launch a step of `size` tokens up to the stream after the last layer."""
         decoder, net = memory.decoder, memory.decoder.config.delta_net
-        outputs = self._attention_out[:size], self._delta_net_out[:size]
         batch = Batch(
             token_ids=self._token_ids[:size],
             positions=self._positions[:size],
@@ -197,22 +211,11 @@ class PiecewiseGraphs:
             device_page_table=[],
             host=decode_rows(0, memory.tables.num_tables),
         )
+        states = None if net is None else SkippedStates(len(net.layers), attention)
+        return decoder.forward(batch, memory.pool, attention, states)
 
-        def run(attention: SkippedAttention) -> Residual:
-            states = None if net is None else SkippedStates(len(net.layers), attention)
-            return decoder.forward(batch, memory.pool, attention, states)
-
-        run(SkippedAttention(*outputs))  # outside of the graphs: it loads kernels and grows workspaces
-        breaks = GraphBreaks(*outputs, pool)
-        with paused_collection(), torch.cuda.stream(capture_stream()):
-            breaks.begin()
-            try:
-                residual = run(breaks)
-            finally:
-                breaks.end()  # else the stream would go on capturing after an error
-        for graph in breaks.graphs:  # takes the memory that a graph needs to run, before the KV cache is sized
-            graph.replay()
-        return CapturedStep(breaks.graphs, breaks.calls, _map_residual(residual, weak_reference))
+    def _outputs(self, size: int) -> tuple[Tensor, Tensor]:
+        return self._attention_out[:size], self._delta_net_out[:size]
 
 
 def _map_residual(residual: Residual, function: Callable[[Tensor], Tensor]) -> Residual:
