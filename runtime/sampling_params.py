@@ -15,6 +15,7 @@ from .structured_outputs import StructuredOutputsParams
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_STOP_STRINGS = 16
+MAX_STOPS_BY_DEFAULT = 4  # default of --max-stop-strings, as in OpenAI's API
 MAX_LOGPROB_TOKEN_IDS = 128
 MAX_BAD_WORDS, MAX_BAD_WORD_CHARS = 128, 4096  # words, and characters of all of them: they are tokenized at once
 # Below this temperature sampling is greedy, as in vLLM (_SAMPLING_EPS). Divided by it, logits up to 3e33 are finite in

@@ -11,8 +11,7 @@ from typing import Any
 
 from ...runtime.chat.parser_names import ReasoningParserName, ToolCallParserName
 from ...runtime.config import check_bounds, option
-from ...runtime.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS
-from .protocol.request_models import MAX_STOPS_BY_DEFAULT
+from ...runtime.sampling_params import MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS, MAX_STOPS_BY_DEFAULT
 
 MIB = 2**20
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")

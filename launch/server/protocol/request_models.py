@@ -23,12 +23,12 @@ from ....runtime.sampling_params import (
     MAX_LOGPROBS,
     MAX_N,
     MAX_STOP_STRINGS,
+    MAX_STOPS_BY_DEFAULT,
 )
 from .message_models import Messages, ToolChoice, ToolDefinitions
 from .strict_model import NEUTRAL_ONLY, FalseOnly, NeutralFalse, NeutralTrue, StrictModel
 
 MAX_STOP_LENGTH = 1024  # unit: characters
-MAX_STOPS_BY_DEFAULT = 4  # default of --max-stop-strings, as in OpenAI's API
 MAX_ENTRIES = 1024  # applies to logit_bias, stop_token_ids and the choices of a structured output
 MAX_SALT_LENGTH = 1024  # characters, as in vLLM
 MAX_TEMPLATE_KWARGS = 65536  # characters of chat_template_kwargs as JSON

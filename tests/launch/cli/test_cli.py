@@ -205,7 +205,7 @@ def test_help_imports_no_slow_library() -> None:
     report = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); " + COMMAND[-1]
     ended = subprocess.run([*COMMAND[:-1], report, "--help"], capture_output=True, text=True, timeout=60)
     assert "generate" in ended.stdout
-    assert {"torch", "transformers", "ray", "fastapi", "uvicorn"}.isdisjoint(ended.stderr.split())
+    assert {"torch", "transformers", "ray", "fastapi", "uvicorn", "pydantic"}.isdisjoint(ended.stderr.split())
 
 
 def test_structured_output_flags(command: Command, tmp_path: Path) -> None:
