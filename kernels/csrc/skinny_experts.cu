@@ -162,11 +162,14 @@ __global__ void __launch_bounds__(32 * WARPS, TILES > 1 ? 1 : sizeof(W) == 1 ? 6
     __shared__ int in_order[8 * TILES];
     constexpr int BLOCK_PART = PART * WARPS / SPLIT;
     const int first_column = blockIdx.x * BLOCK_PART, number = blockIdx.y, share = warp_id() % SPLIT;
+    const int chunks = (width + Chunk::COLUMNS - 1) / Chunk::COLUMNS;
+    const StagedRows<T, Chunk> staged = {memory, chunks};
+    const bool has_one_row = GATED && TILES == 1 && num_pairs == pairs_per_row;
     if (GATED) wait_for_previous();
+    if (has_one_row) staged.copy(0, x, width);  // behind the weights it would arrive late
     const int4 tile = tiles ? tiles[number] : find_tile(in_order, expert_ids, number, num_pairs, experts, most);
     const int* pairs = tiles ? order + tile.y : in_order;
     const int expert = tile.x, rows = tile.z, g = group_id(), t = thread_in_group();
-    const int chunks = (width + Chunk::COLUMNS - 1) / Chunk::COLUMNS;
     const auto matrix_row = [&](int half) {
         const int column = min(first_column + warp_id() / SPLIT * PART + g + (GATED ? 0 : 8 * half), columns - 1);
         return (GATED ? expert * 2ll + half : expert) * columns + column;
@@ -194,11 +197,10 @@ __global__ void __launch_bounds__(32 * WARPS, TILES > 1 ? 1 : sizeof(W) == 1 ? 6
     };
     const auto row_of_x = [&](int row) { return x + (long long)(pairs[min(row, rows - 1)] / pairs_per_row) * width; };
     if constexpr (TILES == 1) {
-        const StagedRows<T, Chunk> staged = {memory, chunks};
-        ROLLED for (int row = 0; row < rows; ++row) staged.copy(row, row_of_x(row), width);
+        ROLLED for (int row = 0; row < rows && !has_one_row; ++row) staged.copy(row, row_of_x(row), width);
         wait_all_copies();
         __syncthreads();
-        const int row = min(g, rows - 1);
+        const int row = has_one_row ? 0 : min(g, rows - 1);
         int scale = 0;  // the greatest one
         for_chunks([&](const Chunk& now, int chunk) {
             multiply_chunk<false>(sums, now, staged, row, chunk);
