@@ -19,8 +19,8 @@ struct Choice {
 
 // Write the `choices` experts of a token with the greatest scores, and their scores: sigmoid(logit), or the softmax of all logits.
 // NORMALIZED divides them by their sum, which is at least least_sum. logit(i) is that of expert i; a lane has the experts lane,
-// lane + 32, ...
-template <int PER_LANE, bool NORMALIZED, bool SIGMOID, typename F>
+// lane + 32, ... If logits are ROUNDED to 16 bits, their last bits are zeros, in which an expert's number finds room if there is no bias.
+template <int PER_LANE, bool NORMALIZED, bool SIGMOID, bool ROUNDED, typename F>
 DEVICE void choose_experts(long long* expert_ids, float* scores, const Choice& choice, F logit) {
     const int lane = threadIdx.x % 32, experts = choice.experts;
     float key[PER_LANE], score[PER_LANE], greatest = -infinity(), sum = 0.f;
@@ -44,10 +44,13 @@ DEVICE void choose_experts(long long* expert_ids, float* scores, const Choice& c
         }
         divisor = 1.f;
     }
+    constexpr unsigned NUMBERS = 0x1fff;
+    const bool numbered = ROUNDED && !choice.bias;
     unsigned order[PER_LANE];  // 0: chosen, or no expert
     int place[PER_LANE];       // among the choices, or -1
     UNROLL for (int i = 0; i < PER_LANE; ++i) {
         order[i] = lane + 32 * i < experts ? order_key(key[i]) : 0;
+        if (numbered && order[i]) order[i] = (order[i] & ~NUMBERS) | (NUMBERS - lane - 32 * i);  // of equal experts the first has the greatest
         place[i] = -1;
     }
     sum = 0.f;
@@ -55,10 +58,13 @@ DEVICE void choose_experts(long long* expert_ids, float* scores, const Choice& c
         unsigned best = 0;
         UNROLL for (int i = 0; i < PER_LANE; ++i) best = max(best, order[i]);
         best = __reduce_max_sync(0xffffffffu, best);
-        int first = PER_LANE;  // of the lane's experts that are as good
-        UNROLL for (int i = PER_LANE - 1; i >= 0; --i)
-            if (order[i] == best) first = i;
-        const int expert = __reduce_min_sync(0xffffffffu, lane + 32u * first);
+        int expert = NUMBERS - (best & NUMBERS);
+        if (!numbered) {
+            int first = PER_LANE;  // of the lane's experts that are as good
+            UNROLL for (int i = PER_LANE - 1; i >= 0; --i)
+                if (order[i] == best) first = i;
+            expert = __reduce_min_sync(0xffffffffu, lane + 32u * first);
+        }
         UNROLL for (int i = 0; i < PER_LANE; ++i)
             if (expert == lane + 32 * i) sum += score[i], order[i] = 0, place[i] = n;
     }

@@ -2,10 +2,10 @@
 #include "expert_choice.cuh"
 #include "weight_chunk.cuh"
 
-constexpr int ROWS = 8, WARPS = 8;
+constexpr int ROWS = 8, SHARES = 8;  // most tokens; warps that share the columns of 16 rows of the weight
 
 // Tokens in shared memory, and the weight of their norm after them. Each token has `share` warps.
-template <typename T> struct Staged {
+template <typename T, int WARPS> struct Staged {
     T* at;
     int stride, size, tokens, share;
     DEVICE Staged(void* memory, int stride, int size, int tokens)
@@ -50,29 +50,33 @@ template <typename T> struct Staged {
 };
 
 // normed = RMSNorm(x) if there is the norm's weight, and experts and scores of choose_experts by the logits normed weight^T + logit_bias.
-// x [tokens, size]; a block has 16 rows of the weight, of which its warps share the columns. `logits` is memory for them, rounded to T;
+// x [tokens, size]; a block has 16 rows of the weight for each of its GROUPS of warps, which share their columns. Two groups have all rows,
+// and the logits stay in the block. Else `logits` is memory for them, rounded to T;
 // `counter` is 0 before and after. Dynamic shared memory: tokens + 1 rows of `size` elements, rounded up to a multiple of 64, and 32 more.
 // All weights load before the kernel before has ended: a warp has CHUNKS chunks. Up to six leave room for a block of skinny_gemm.
-template <typename T, int CHUNKS, int PER_LANE, bool NORMALIZED, bool SIGMOID>
-__global__ void __launch_bounds__(32 * WARPS, CHUNKS <= 6 ? 2 : 1) route_tokens(
+template <typename T, int CHUNKS, int PER_LANE, bool NORMALIZED, bool SIGMOID, int GROUPS>
+__global__ void __launch_bounds__(32 * SHARES * GROUPS, GROUPS == 1 && CHUNKS <= 6 ? 2 : 1) route_tokens(
     long long* expert_ids, float* scores, T* normed, float* logits, unsigned* counter, const T* x, const T* __restrict__ norm, float eps,
     const T* __restrict__ weight, const T* __restrict__ logit_bias, const float* __restrict__ bias, float least_sum, float scaling,
     int tokens, int size, int experts, int choices, int first_expert, int shared) {
     typedef Chunk<T, T> Chunk;
     extern __shared__ uint4 memory[];
-    __shared__ float partial[WARPS][ROWS][16 + 1];
+    constexpr int WARPS = SHARES * GROUPS, BLOCK_ROWS = 16 * GROUPS;
+    __shared__ float partial[WARPS][ROWS][16 + 1], block_logits[ROWS][BLOCK_ROWS];
     __shared__ unsigned ended;
     launch_next();
-    const int warp = warp_id(), g = group_id(), t = thread_in_group(), first_row = blockIdx.x * 16;
+    const int warp = warp_id(), share = warp % SHARES, g = group_id(), t = thread_in_group();
+    const int block_row = blockIdx.x * BLOCK_ROWS, first_row = block_row + warp / SHARES * 16;
     const int rows = experts + shared, chunks = (size + Chunk::COLUMNS - 1) / Chunk::COLUMNS;
     const int stride = chunks * Chunk::COLUMNS + 32;  // lanes (g, t) and (g + 1, t) read different banks
     const PaddedRows<T> from = {weight, {min(first_row + g, rows - 1), min(first_row + g + 8, rows - 1)}, size};
     Chunk weights[CHUNKS];
-    UNROLL for (int c = 0; c < CHUNKS; ++c) weights[c].load(from, warp + c * WARPS);
-    const int bias_row = first_row + threadIdx.x % 16;
-    const float row_bias = logit_bias && bias_row < rows ? to_float(logit_bias[bias_row]) : 0.f;
+    UNROLL for (int c = 0; c < CHUNKS; ++c) weights[c].load(from, share + c * SHARES);
+    const int token = threadIdx.x / BLOCK_ROWS, row = block_row + threadIdx.x % BLOCK_ROWS;  // of the logit that this thread finishes
+    const bool finishes = token < tokens && row < rows;
+    const float row_bias = logit_bias && row < rows ? to_float(logit_bias[row]) : 0.f;
     if (bias && threadIdx.x * 32 < experts) prefetch_line(bias + threadIdx.x * 32);
-    const Staged<T> staged(memory, stride, size, tokens);
+    const Staged<T, WARPS> staged(memory, stride, size, tokens);
     if (norm) staged.copy_norm(norm);
     wait_for_previous();
     staged.copy(x);
@@ -84,7 +88,7 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS <= 6 ? 2 : 1) route_tokens(
     UNROLL for (int c = 0; c < CHUNKS; ++c)
         UNROLL for (int piece = 0; piece < Chunk::PIECES; ++piece) {
             uint4 right[1] = {make_uint4(0, 0, 0, 0)};
-            const int column = Chunk::column(warp + c * WARPS, piece, size);
+            const int column = Chunk::column(share + c * SHARES, piece, size);
             if (g < tokens && column < size) right[0] = *reinterpret_cast<const uint4*>(staged.at + g * stride + column);
             weights[c].template multiply_piece<false>(sums[(c * Chunk::PIECES + piece) % PARTS], piece, right);
         }
@@ -94,23 +98,25 @@ __global__ void __launch_bounds__(32 * WARPS, CHUNKS <= 6 ? 2 : 1) route_tokens(
         partial[warp][2 * t + i % 2][g + i / 2 * 8] = sum;
     }
     __syncthreads();
-    if (threadIdx.x < tokens * 16 && first_row + threadIdx.x % 16 < rows) {
-        const int token = threadIdx.x / 16, row = first_row + threadIdx.x % 16;
+    if (finishes) {
         float sum = row_bias;
-        UNROLL for (int w = 0; w < WARPS; ++w) sum += partial[w][token][threadIdx.x % 16];
-        logits[token * rows + row] = to_float(from_float<T>(sum));
-        __threadfence();
+        UNROLL for (int w = 0; w < SHARES; ++w) sum += partial[threadIdx.x % BLOCK_ROWS / 16 * SHARES + w][token][threadIdx.x % 16];
+        const float logit = to_float(from_float<T>(sum));
+        if (GROUPS > 1) block_logits[token][row] = logit;
+        else logits[token * rows + row] = logit, __threadfence();
     }
     __syncthreads();
-    if (threadIdx.x == 0) ended = atomicAdd(counter, 1u);
-    __syncthreads();
-    if (ended + 1 != gridDim.x) return;
-
-    __threadfence();
-    if (threadIdx.x == 0) *counter = 0;
+    if constexpr (GROUPS == 1) {
+        if (threadIdx.x == 0) ended = atomicAdd(counter, 1u);
+        __syncthreads();
+        if (ended + 1 != gridDim.x) return;
+        __threadfence();
+        if (threadIdx.x == 0) *counter = 0;
+    }
     if (warp >= tokens) return;
     const Choice choice = {bias, least_sum, scaling, experts, choices, first_expert, shared};
     const long long first = (long long)warp * (choices + shared);
-    const float* row = logits + warp * rows;
-    choose_experts<PER_LANE, NORMALIZED, SIGMOID>(expert_ids + first, scores + first, choice, [&](int i) { return __ldcg(row + i); });
+    choose_experts<PER_LANE, NORMALIZED, SIGMOID, true>(expert_ids + first, scores + first, choice, [&](int i) {
+        return GROUPS > 1 ? block_logits[warp][i] : __ldcg(logits + warp * rows + i);
+    });
 }

@@ -14,7 +14,8 @@ from .elementwise import rms_norm
 from .kernel_launch import MAX_THREADS, VECTOR_BYTES, c_name, kept_zeros, kernel, optional
 
 MAX_TOKENS = 8  # ROWS of route_tokens.cu
-COLUMNS, WARPS, MAX_CHUNKS = 64, 8, 14  # columns of a chunk there, warps of a block, and chunks of a warp
+COLUMNS, WARPS, MAX_CHUNKS = 64, 8, 14  # columns of a chunk there, warps that share a row, and chunks of a warp
+MAX_CHUNKS_ALONE = 6  # of a warp, if one block has all rows
 
 
 def select_experts(
@@ -93,12 +94,22 @@ def route_tokens(
     shared_bytes = (tokens + 1) * (-(-size // COLUMNS) * COLUMNS + 32) * x.element_size()
     chunks = -(-size // (WARPS * COLUMNS))
     kind, *rules = _instance(x, num_experts, normalized, scoring)
-    name = f"route_tokens<{', '.join((kind, str(chunks), *rules))}>"
+    # One block with all rows exchanges no logits; more weights for a lane do not fit into registers.
+    groups = 2 if rows <= 32 and chunks <= MAX_CHUNKS_ALONE else 1
+    name = f"route_tokens<{', '.join((kind, str(chunks), *rules, str(groups)))}>"
     launch = kernel("route_tokens.cu", name, shared_bytes=shared_bytes, early=True)
     results = expert_ids, scores, normed, logits, _counter(x.device)
     inputs = x, optional(norm), np.float32(eps), weight, optional(logit_bias), optional(bias)
     sizes = map(np.int32, (tokens, size, num_experts, count, first_expert, has_shared))
-    launch((-(-rows // 16), 1), MAX_THREADS, *results, *inputs, np.float32(least_sum), np.float32(scaling), *sizes)
+    launch(
+        (-(-rows // (16 * groups)), 1),
+        32 * WARPS * groups,
+        *results,
+        *inputs,
+        np.float32(least_sum),
+        np.float32(scaling),
+        *sizes,
+    )
     return normed, expert_ids, scores
 
 
