@@ -162,15 +162,18 @@ def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_
 
 
 @op("paged_attention")
-def partition_keys(positions: Tensor, groups: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
+def partition_keys(
+    positions: Tensor, table_rows: Tensor, groups: int, window: int | None, kv_chunk: int | None = None
+) -> KeyPartition:
     """Return how `decode_attention` divides its keys among the thread blocks of a GPU, for all layers of a step.
 
     positions         [B] int32, as for decode_attention
+    table_rows        [B] int32, of its pages
     groups            num_groups(H, Hkv)
     window, kv_chunk  see KeyPartition
     Launches no copy and does not wait for the device.
     """
-    require(positions.dim() == 1 and positions.dtype == torch.int32, "positions", positions, "must be [B] int32")
+    check_int32(positions.shape, positions=positions, table_rows=table_rows)
 
 
 @op("paged_attention")
@@ -209,6 +212,9 @@ def decode_attention(
         columns = qkv.shape[1] - 2 * cache.k.shape[-2] * cache.k.shape[-1]
         fits = out.shape == (len(qkv), columns) and out.dtype == qkv.dtype and out.is_contiguous()
         require(fits, "out", out, f"must be [{len(qkv)}, {columns}] {qkv.dtype}, contiguous")
+    for weight in norm[:2]:
+        if weight is not None:
+            require(weight.data_ptr() % 16 == 0, "norm", weight, "must begin at a multiple of 16 bytes")
     table, rows = pages.table, qkv.shape[:1]
     require(table.dim() == 2 and table.dtype == torch.int32, "pages", table, "must be [R, P] int32")
     check_int32(rows, positions=rope.positions, kv_slots=kv_slots, table_rows=pages.table_rows)

@@ -120,7 +120,9 @@ def _store_kv(k: Tensor, v: Tensor, cache: KVCache, kv_slots: Tensor) -> None:
             target.index_put_(places, rows.to(target.dtype))
 
 
-def partition_keys(positions: Tensor, groups: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
+def partition_keys(
+    positions: Tensor, table_rows: Tensor, groups: int, window: int | None, kv_chunk: int | None = None
+) -> KeyPartition:
     return KeyPartition(positions.new_zeros(0), window, kv_chunk)  # decode_attention goes row by row
 
 

@@ -71,7 +71,7 @@ def attention() -> None:
         for first in (0, 65, 67, 69):  # few rows and many take different blocks
             part = slice(first, rows)
             qkv, rope = random(rows - first, (heads + 2 * kv_heads) * size), Rope(positions[part], cos_sin)
-            partition = ops.partition_keys(positions[part], num_groups(heads, kv_heads), window)
+            partition = ops.partition_keys(positions[part], table_rows[part], num_groups(heads, kv_heads), window)
             pages = Pages(table, table_rows[part])
             ops.decode_attention(qkv, norm, rope, cache, kv_slots[part], pages, partition, 0.1, softcap)
             ops.rotate_and_store_(qkv, norm, rope, cache, kv_slots[part])

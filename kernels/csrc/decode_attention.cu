@@ -2,11 +2,13 @@
 //
 // partition_keys divides the keys of all rows into parts, once per step for all layers. A block processes one part of one KV head,
 // with a group of its query heads: all of them, if they are at most MAX_GROUP. It goes through its part row by row: a KeyRange is the
-// keys of one row in a part. The last block of a row to finish merges the row's partial results in the order of the parts, so
-// rounding does not depend on timing. Adjacent blocks have the heads of one part, so that they read a page at about the same time.
+// keys of one row in a part. A row that is cut has several parts. The last of its blocks to finish merges its partial results in the
+// order of the parts, so rounding does not depend on timing. Adjacent blocks have the heads of one part, so that they read a page at
+// about the same time.
 //
 // Both products run on tensor cores, straight from registers (see cache_tile.cuh): scores = keys x queries, results = values^T x
 // weights. Between them movmatrix transposes the weights.
+#include "bulk_copy.cuh"
 #include "cache_tile.cuh"
 #include "head_norm_rope.cuh"
 #include "key_partition.cuh"
@@ -19,19 +21,23 @@ DEVICE int common_warp_id() { return __shfl_sync(0xffffffffu, (int)threadIdx.x /
 
 // The grid is one block.
 extern "C" __global__ void __launch_bounds__(1024) partition_keys(
-    int* __restrict__ data, const int* __restrict__ positions, int rows, int window, int kv_chunk, int min_chunks, int max_parts,
-    int slack) {
-    const Partition<int> partition{data, rows};
-    const int total = scan_chunks(partition.starts(), positions, rows, window, kv_chunk);
-    const int parts = min(max_parts, min(total, max(rows, total / min_chunks))), part_rows = (rows + parts - 1) / parts;
+    int* __restrict__ data, const int* __restrict__ positions, const int* __restrict__ table_rows, int rows, int window, int kv_chunk,
+    int min_chunks, int max_parts, int slack, int enough_parts) {
+    const Partition<int> partition{data, max_parts};
     int* starts = partition.starts();
+    const int total = scan_chunks(starts, positions, rows, window, kv_chunk);
+    const int parts = min(max_parts, min(total, max(rows, total / min_chunks))), part_rows = (rows + parts - 1) / parts;
     if (threadIdx.x == 0) starts[rows] = total;
     __syncthreads();
-    const bool whole = have_about_one_length(starts, rows, part_rows, parts, slack);
-    if (threadIdx.x == 0) partition.num_parts() = whole ? (rows + part_rows - 1) / part_rows : parts, partition.num_chunks() = total;
-    for (int part = threadIdx.x; part <= max_parts; part += blockDim.x) {
-        const int chunk = whole ? starts[min(rows, part * part_rows)] : min(total, EvenParts(total, parts).first_chunk(part));
-        partition.first_chunk(part) = chunk, partition.first_row(part) = chunk < total ? row_of(starts, rows, chunk) : rows;
+    const int whole_parts = (rows + part_rows - 1) / part_rows;
+    const bool whole = have_about_one_length(starts, rows, part_rows, whole_parts < enough_parts ? parts : whole_parts, slack);
+    if (threadIdx.x == 0) partition.num_parts() = whole ? whole_parts : parts, partition.num_chunks() = total;
+    const EvenParts even(total, parts);
+    const KeySequence keys{starts, positions, table_rows, window, kv_chunk};
+    for (int part = threadIdx.x; part < max_parts; part += blockDim.x) {
+        const int chunk = whole ? starts[min(rows, part * part_rows)] : min(total, even.first_chunk(part));
+        const int stop = whole ? starts[min(rows, (part + 1) * part_rows)] : min(total, even.first_chunk(part + 1));
+        partition.set_part(part, {chunk < total ? keys.range_at(chunk, row_of(starts, rows, chunk), stop) : KeyRange{-1}, stop});
     }
 }
 
@@ -43,6 +49,8 @@ template <typename T, typename C, int HEAD_DIM, int WARPS> struct DecodeShared {
     alignas(16) T norms[2][HEAD_DIM];
     alignas(16) float angles[2][HEAD_DIM];  // cosines, then sines
     int slot[2];                            // of the new token in the cache
+    unsigned long long copied;              // a barrier: the inputs of a range have arrived
+    CutRow cut_rows[2];                     // of the part: its first row and its last one, if other parts have keys of them
     // The partial results of the warps, with their acc in WarpSums; the last element is that of the new token.
     float max_score[WARPS + 1][MAX_GROUP], weight_sum[WARPS + 1][MAX_GROUP];
 };
@@ -56,11 +64,13 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     typedef CacheTile<T, C, HEAD_DIM, WARPS> Tile;
     static constexpr int THREADS = 32 * WARPS, BLOCKS = HEAD_DIM / 32;
     static constexpr int STEP = Tile::GROUPS * Tile::STRIDE;  // keys that a block processes at once
-    static constexpr int PARTIAL = HEAD_DIM + 2;              // floats of a head's partial result: acc, max_score, weight_sum
+    static constexpr int PARTIAL = HEAD_DIM + 4;  // floats of a head's partial result: acc, max_score, weight_sum, two for alignment
+    static constexpr int WIDTH = WARPS > 4 ? 2 : 4;  // adjacent places of a head that a thread merges at once
+    typedef Vec<float, WIDTH> Places;
 
     const T *qkv, *q_norm, *k_norm, *sinks;
     C *k_cache, *v_cache;
-    const int *positions, *kv_slots, *page_table, *page_table_rows;
+    const int *kv_slots, *page_table;
     const float* cos_sin;
     long long page_table_stride;
     unsigned page_stride, slot_stride, head_stride;  // in units, of which 32 bits suffice
@@ -68,8 +78,9 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     float eps;
     Score<CAPPED> score;
     int unit;  // elements
-    int qkv_stride, table_rows, rotary, num_slots, page_size, window, kv_chunk, heads, kv_heads, group_size;
+    int qkv_stride, table_rows, rotary, num_slots, page_size, heads, kv_heads, group_size;
     Partition<const int> partition;
+    KeySequence keys;
     float* partial;
     unsigned* counters;
 
@@ -80,55 +91,80 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     DEVICE int groups() const { return kv_heads * gridDim.y; }
     DEVICE int group() const { return kv_head * gridDim.y + blockIdx.y; }
 
-    DEVICE KeyRange range_at(int chunk, int row) const {
-        const int* starts = partition.starts();
-        const int row_chunks = starts[row + 1] - starts[row];
-        const int first_chunk = chunk - starts[row], end_chunk = min(row_chunks, first_chunk + stop - chunk);
-        const int position = positions[row], first = position - num_visible_keys(position, window);
-        const int begin = min(position, first + first_chunk * kv_chunk), end = min(position, first + end_chunk * kv_chunk);
-        return KeyRange{row, begin, end, position, chunk, first_chunk, end_chunk, row_chunks, page_table_rows[row]};
-    }
-
     DEVICE KeyRange range_after(const KeyRange& range) const {
         const int chunk = range.chunk + range.end_chunk - range.first_chunk;
         if (chunk >= stop) return KeyRange{0, 0, 0, 0, chunk};
-        return range_at(chunk, range.row + range.has_new_token());
+        return keys.range_at(chunk, range.row + range.has_new_token(), stop);
     }
 
     DEVICE bool is_rotated(const KeyRange& range) const { return range.position >= 0 && range.position < table_rows; }
-    DEVICE void load_angles_and_slot(const KeyRange& range, int stage) const {
-        ROLLED for (int i = threadIdx.x; i < rotary / 4 && is_rotated(range); i += THREADS)
-            copy_async(&s.angles[stage][4 * i], cos_sin + (long long)range.position * rotary + 4 * i);
-        if (threadIdx.x == 0) copy_word_async(&s.slot[stage], kv_slots + range.row);
-    }
 
-    DEVICE void load_heads(const KeyRange& range, int stage) const {
-        constexpr int VECTORS = HEAD_DIM / 8;
+    // One warp copies what a range needs beside keys: angles, weights of the norms, the new token's slot, and heads.
+    DEVICE void expect_copies(const KeyRange& range) const {
+        const int elements = (group_size + 2 + (q_norm != nullptr) + (k_norm != nullptr)) * HEAD_DIM;
+        expect_copies(elements * sizeof(T) + (is_rotated(range) ? rotary : 0) * sizeof(float));
+    }
+    DEVICE void copy_tables(const KeyRange& range, int stage) const {
+        if (lane_id() == 0) copy_word_async(&s.slot[stage], kv_slots + range.row);
+        if (is_rotated(range)) copy_run(s.angles[stage], cos_sin + (long long)range.position * rotary, rotary * sizeof(float));
+        if (q_norm) copy_run(s.norms[0], q_norm, HEAD_DIM * sizeof(T));
+        if (k_norm) copy_run(s.norms[1], k_norm, HEAD_DIM * sizeof(T));
+    }
+    DEVICE void copy_heads(const KeyRange& range, int stage) const {
         const T* from = qkv + (long long)range.row * qkv_stride;
-        ROLLED for (int i = threadIdx.x; i < (group_size + 2) * VECTORS; i += THREADS) {
-            const int h = i / VECTORS, place = h < group_size ? group() * group_size + h : heads + (h - group_size) * kv_heads + kv_head;
-            copy_async(&s.projected[stage][h][i % VECTORS * 8], from + place * HEAD_DIM + i % VECTORS * 8);
-        }
+        T* to = s.projected[stage][0];
+        const int queries = group_size * HEAD_DIM;
+        copy_run(to, from + group() * queries, queries * sizeof(T));
+        copy_run(to + queries, from + (heads + kv_head) * HEAD_DIM, HEAD_DIM * sizeof(T));
+        copy_run(to + queries + HEAD_DIM, from + (heads + kv_heads + kv_head) * HEAD_DIM, HEAD_DIM * sizeof(T));
     }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+    DEVICE void init_copies() const {}
+    DEVICE void expect_copies(int bytes) const {}
+    DEVICE void copy_run(void* to, const void* from, int bytes) const {
+        ROLLED for (int i = 16 * lane_id(); i < bytes; i += 16 * 32) copy_async((char*)to + i, (const char*)from + i);
+    }
+    DEVICE void wait_for_copies(int stage) const {
+        wait_all_copies();
+        __syncthreads();
+    }
+#else
+    DEVICE unsigned copied() const { return (unsigned)__cvta_generic_to_shared(&s.copied); }
+    DEVICE void init_copies() const {
+        if (lane_id() == 0) init_barrier(copied(), 1), publish_barriers();
+    }
+    DEVICE void expect_copies(int bytes) const {
+        if (lane_id() == 0) arrive_expecting(copied(), bytes);
+    }
+    DEVICE void copy_run(void* to, const void* from, int bytes) const {
+        if (lane_id() == 0) copy_bytes((unsigned)__cvta_generic_to_shared(to), from, bytes, copied());
+    }
+    DEVICE void wait_for_copies(int stage) const { wait_for_phase(copied(), stage); }
+#endif
 
-    // Load the weights of the norms, and zero the queries of heads that the group does not have.
-    DEVICE void load_norms() const {
-        ROLLED for (int i = threadIdx.x; i < HEAD_DIM; i += THREADS) {
-            s.norms[0][i] = q_norm ? q_norm[i] : T();
-            s.norms[1][i] = k_norm ? k_norm[i] : T();
-        }
+    // Zero the queries of heads that the group does not have.
+    DEVICE void zero_queries() const {
         ROLLED for (int i = group_size * (HEAD_DIM + 32) + threadIdx.x; i < MAX_GROUP * (HEAD_DIM + 32); i += THREADS)
             s.query[0][i] = typename Tile::Operand();
     }
 
-    // Norm and rotate the query heads, a warp for each, and the new key if it is in this range.
+    // Norm and rotate the query heads, a warp for each, and after them the new key if it is in this range.
     DEVICE void prepare_heads(const KeyRange& range, int stage) const {
+        ROLLED for (int h = warp; h < group_size + range.has_new_token(); h += WARPS) {
+            const bool is_key = h == group_size;
+            const T* norm = is_key ? (k_norm ? s.norms[1] : nullptr) : q_norm ? s.norms[0] : nullptr;
+            if constexpr (Tile::WIDENED) {
+                if (is_key) prepare(s.key, range, stage, h, norm);
+                else prepare(s.query[h], range, stage, h, norm);
+            } else {
+                prepare(is_key ? s.key : s.query[h], range, stage, h, norm);
+            }
+        }
+    }
+    template <typename To> DEVICE void prepare(To* to, const KeyRange& range, int stage, int h, const T* norm) const {
         constexpr int PAIRS = HEAD_DIM <= 64 ? 1 : HEAD_DIM <= 128 ? 2 : 4;
         const float* angles = is_rotated(range) ? s.angles[stage] : nullptr;
-        ROLLED for (int h = warp; h < group_size; h += WARPS)
-            prepare_head<PAIRS, PAIRS>(s.query[h], s.projected[stage][h], q_norm ? s.norms[0] : nullptr, eps, angles, rotary, HEAD_DIM);
-        if (range.has_new_token() && warp == WARPS - 1)
-            prepare_head<PAIRS, PAIRS>(s.key, s.projected[stage][group_size], k_norm ? s.norms[1] : nullptr, eps, angles, rotary, HEAD_DIM);
+        prepare_head<PAIRS, PAIRS>(to, s.projected[stage][h], norm, eps, angles, rotary, HEAD_DIM);
     }
 
     struct Place { int page, slot; };
@@ -137,7 +173,10 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     DEVICE unsigned page_of(unsigned at) const { return at * page_reciprocal >> 32; }
 
     // Store the new key and value, by one warp.
-    DEVICE void store_new_token(int slot, const T* value) const {
+    DEVICE void store_new_token(const T* value, int stage) const {
+        wait_all_copies();
+        __syncwarp();
+        const int slot = s.slot[stage];
         const long long at = (long long)unit * place_of({slot / page_size, slot % page_size});
         ROLLED for (int i = lane_id(); i < HEAD_DIM && slot >= 0 && slot < num_slots; i += 32)
             k_cache[at + i] = convert<C>(s.key[i]), v_cache[at + i] = convert<C>(value[i]);
@@ -178,9 +217,10 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
         constexpr int PARTS = Tile::K_WIDTH / 8;
         UNROLL for (int n = 0; n < Tile::GROUPS; ++n) {
             const bool used = n == 0 || n * Tile::STRIDE < left, loads = n * Tile::STRIDE < next_left;
-            float odd[4] = {};  // two sums: a product does not wait for the one before
+            constexpr bool TWO_SUMS = HEAD_DIM <= 128 && (WARPS > 4 || (!Tile::WIDENED && HEAD_DIM != 96));  // registers allow for them
+            float odd[4] = {};  // with two sums a product does not wait for the one before
             UNROLL for (int i = 0; i < BLOCKS; ++i) {
-                if (used) tile.multiply_keys(i % 2 && HEAD_DIM <= 128 ? odd : scores[n], n, i / PARTS, i % PARTS, query_part(i));
+                if (used) tile.multiply_keys(i % 2 && TWO_SUMS ? odd : scores[n], n, i / PARTS, i % PARTS, query_part(i));
                 if (loads && i % PARTS == PARTS - 1) tile.load_keys(k_cache, n, i / PARTS, i / PARTS + 1);
             }
             UNROLL for (int i = 0; i < 4; ++i) scores[n][i] += odd[i];
@@ -237,7 +277,8 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
         }
     }
 
-    // Return the element of a head that is at this place in WarpSums and in partial results.
+    // Return the element of a head that is at this place in WarpSums and in partial results. Those at the WIDTH places from a multiple
+    // of WIDTH on have the distance V_WIDTH.
     DEVICE static int element_at(int place) {
         constexpr int PAIRS = Tile::V_WIDTH / 2;
         const int n = place / 16, odd = place / 8 % 2, g = place % 8;
@@ -256,131 +297,154 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
         }
     }
 
-    // Return the memory for a row's partial results in a part, for each of its heads. A part has two: one for a row that began
-    // in an earlier part, one for a row that begins in this one.
-    DEVICE float* partial_result(int part, bool begins) const {
-        return partial + (2ll * (part * groups() + group()) + begins) * (group_size * PARTIAL);
+    DEVICE T* result_of(T* out, int row) const { return out + ((long long)row * heads + group() * group_size) * HEAD_DIM; }
+
+    // The results of a row in one part, for each of its heads. A part has two such rows: one that began in an earlier part, one that
+    // begins in this part.
+    struct PartialResults {
+        float *acc, *stats;  // [group_size, HEAD_DIM] and [group_size, 2]: max_score and weight_sum
+    };
+    DEVICE PartialResults partial_results(int part, bool begins) const {
+        float* acc = partial + (2 * (part * groups() + group()) + begins) * (group_size * PARTIAL);
+        return {acc, acc + group_size * HEAD_DIM};
     }
 
-    // Return the sum of the weights with that of the sink of a head: a logit without a value.
-    DEVICE float with_sink(float weight_sum, float max_score, int h) const {
-        return sinks ? weight_sum + exp2_of(to_float(sinks[group() * group_size + h]) * LOG2_E - max_score) : weight_sum;
+    template <typename F> DEVICE void for_places(const F& merge) const {
+        ROLLED for (int i = threadIdx.x * WIDTH; i < group_size * HEAD_DIM; i += THREADS * WIDTH) merge(i / HEAD_DIM, i % HEAD_DIM);
+    }
+
+    // Write the result of a head at these places: sums by the sum of the weights, to which the head's sink adds; it has no value.
+    DEVICE void write_result(T* out, int h, int place, const Places& sums, float weight_sum, float max_score) const {
+        if (sinks) weight_sum += exp2_of(to_float(sinks[group() * group_size + h]) * LOG2_E - max_score);
+        const float scale = __fdividef(1.f, weight_sum);
+        const int first = element_at(place);
+        UNROLL for (int j = 0; j < WIDTH; ++j) out[h * HEAD_DIM + first + j * Tile::V_WIDTH] = from_float<T>(sums.at[j] * scale);
     }
 
     // Merge the results of the warps and the new token: into `out` if the range is the whole row, else into the partial result.
     DEVICE void merge_warps(T* out, const KeyRange& range, const T* value) const {
-        const bool whole = range.is_whole_row();
-        ROLLED for (int h = warp; h < group_size; h += WARPS) {
-            float max_score = s.max_score[WARPS][h], weight_sum = 0.f, sums[BLOCKS] = {};
+        const PartialResults mine = partial_results(part, range.first_chunk == 0);
+        for_places([&](int h, int place) {
+            float max_score = s.max_score[WARPS][h], weight_sum = 0.f;
             UNROLL for (int w = 0; w < WARPS; ++w) max_score = fmaxf(max_score, s.max_score[w][h]);
+            Places sums = {};
             UNROLL for (int w = 0; w <= WARPS; ++w) {
                 const float weight = exp2_of(s.max_score[w][h] - max_score);
                 weight_sum += weight * s.weight_sum[w][h];
-                UNROLL for (int j = 0; j < BLOCKS; ++j) {
-                    if (w < WARPS) sums[j] += weight * acc[w][h][lane_id() + 32 * j];
-                    else if (range.has_new_token()) sums[j] += weight * to_float(value[element_at(lane_id() + 32 * j)]);
+                if (w < WARPS) {
+                    const Places from = *reinterpret_cast<const Places*>(&acc[w][h][place]);
+                    UNROLL for (int j = 0; j < WIDTH; ++j) sums.at[j] += weight * from.at[j];
+                } else if (range.has_new_token()) {
+                    UNROLL for (int j = 0; j < WIDTH; ++j) sums.at[j] += weight * to_float(value[element_at(place) + j * Tile::V_WIDTH]);
                 }
             }
-            const float scale = whole ? __fdividef(1.f, with_sink(weight_sum, max_score, h)) : 1.f;
-            float* mine = partial_result(part, range.first_chunk == 0) + h * PARTIAL;
-            UNROLL for (int j = 0; j < BLOCKS; ++j) {
-                if (whole) out[h * HEAD_DIM + element_at(lane_id() + 32 * j)] = from_float<T>(sums[j] * scale);
-                else mine[lane_id() + 32 * j] = sums[j];
-            }
-            if (!whole && lane_id() == 0) mine[HEAD_DIM] = max_score, mine[HEAD_DIM + 1] = weight_sum;
-        }
+            if (range.is_whole_row()) return write_result(out, h, place, sums, weight_sum, max_score);
+            *reinterpret_cast<Places*>(mine.acc + h * HEAD_DIM + place) = sums;
+            if (place == 0) *reinterpret_cast<float2*>(mine.stats + 2 * h) = {max_score, weight_sum};
+        });
     }
 
-    // Count the parts of a row that are done; return on all threads whether this block's part was the last.
-    DEVICE bool is_last_block(int row, int row_parts) const {
+    // Count this part as done for its rows that are cut; merge the partial results of those that have no other part left.
+    DEVICE void merge_cut_rows(T* out) const {
         __syncthreads();
-        bool is_last = false;
-        if (threadIdx.x == 0) {
-            unsigned* counter = counters + row * groups() + group();
-            __threadfence();  // the barriers order the other threads' stores before it, and their loads after it
-            is_last = atomicAdd(counter, 1u) == row_parts - 1;
-            __threadfence();
-            if (is_last) *counter = 0;  // for the next layer
-        }
-        return __syncthreads_or(is_last);
-    }
-
-    // Merge the partial results of a row, if this block's is the last of them.
-    DEVICE void merge_parts(T* out, const KeyRange& range) const {
-        const int row_start = range.chunk - range.first_chunk;
+        if (s.cut_rows[0].row < 0 && s.cut_rows[1].row < 0) return;
         const EvenParts parts = partition.even_parts();
-        const int first_part = parts.part_of(row_start), last_part = parts.part_of(row_start + range.row_chunks - 1);
-        if (is_last_block(range.row, last_part - first_part + 1)) merge_partials(out, first_part, last_part);
+        bool is_done = false;
+        if (threadIdx.x < 2 && s.cut_rows[threadIdx.x].row >= 0) {
+            const CutRow& counted = s.cut_rows[threadIdx.x];
+            unsigned* counter = counters + counted.row * groups() + group();
+            __threadfence();  // the barriers order the other threads' stores before it, and their loads after it
+            is_done = atomicAdd(counter, 1u) == parts.part_of(counted.last_chunk) - parts.part_of(counted.first_chunk);
+            __threadfence();
+            if (is_done) *counter = 0;  // for the next layer
+        }
+        ROLLED for (int i = 0; i < 2; ++i) {
+            const CutRow& cut = s.cut_rows[i];
+            if (__syncthreads_or(is_done && threadIdx.x == i))
+                merge_partials(result_of(out, cut.row), parts.part_of(cut.first_chunk), parts.part_of(cut.last_chunk));
+        }
     }
 
     // Merge the partial results of a row, in the order of its parts.
     DEVICE void merge_partials(T* out, int first_part, int last_part) const {
-        ROLLED for (int h = warp; h < group_size; h += WARPS) {
-            float max_score = -infinity(), weight_sum = 0.f, sums[BLOCKS] = {};
-            #pragma unroll(HEAD_DIM > 128 ? 2 : WARPS)
+        for_places([&](int h, int place) {
+            float max_score = -infinity(), weight_sum = 0.f;
+            Places sums = {};
+            #pragma unroll(WARPS)
             for (int p = first_part; p <= last_part; ++p) {
-                const float* from = partial_result(p, p == first_part) + h * PARTIAL;
-                const float other = __ldcg(from + HEAD_DIM), high = fmaxf(max_score, other);
-                const float rescale = exp2_of(max_score - high), weight = exp2_of(other - high);
-                weight_sum = weight_sum * rescale + weight * __ldcg(from + HEAD_DIM + 1);
-                UNROLL for (int j = 0; j < BLOCKS; ++j) sums[j] = sums[j] * rescale + weight * __ldcg(from + lane_id() + 32 * j);
+                const PartialResults from = partial_results(p, p == first_part);
+                const float2 stats = __ldcg(reinterpret_cast<const float2*>(from.stats + 2 * h));
+                const Places other = load_places(from.acc + h * HEAD_DIM + place);
+                const float high = fmaxf(max_score, stats.x);
+                const float rescale = exp2_of(max_score - high), weight = exp2_of(stats.x - high);
+                weight_sum = weight_sum * rescale + weight * stats.y;
+                UNROLL for (int j = 0; j < WIDTH; ++j) sums.at[j] = sums.at[j] * rescale + weight * other.at[j];
                 max_score = high;
             }
-            const float scale = __fdividef(1.f, with_sink(weight_sum, max_score, h));
-            UNROLL for (int j = 0; j < BLOCKS; ++j)
-                out[h * HEAD_DIM + element_at(lane_id() + 32 * j)] = from_float<T>(sums[j] * scale);
-        }
+            write_result(out, h, place, sums, weight_sum, max_score);
+        });
+    }
+    // Load what another block has written.
+    DEVICE static Places load_places(const float* from) {
+        Places places;
+        UNROLL for (int j = 0; j < WIDTH; j += 2) *reinterpret_cast<float2*>(&places.at[j]) = __ldcg(reinterpret_cast<const float2*>(from + j));
+        return places;
     }
 };
 
 // The grid is max_parts * kv_heads by groups of one KV head.
 template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED>
-__global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2 : 3) decode_attention(
+__global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2 : 4) decode_attention(
     T* __restrict__ out, const T* qkv, int qkv_stride, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows, int rotary,
     C* k_cache, C* v_cache, int unit, unsigned page_stride, unsigned slot_stride, unsigned head_stride, const int* __restrict__ kv_slots, int num_slots,
     const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ page_table_rows, int page_size, unsigned long long page_reciprocal,
-    const int* __restrict__ partition, int rows, int window, int kv_chunk, float* partial, unsigned* counters,
-    float scale, float softcap, const T* __restrict__ sinks, int heads, int kv_heads) {
+    const int* __restrict__ partition, int window, int kv_chunk, float* partial, unsigned* counters,
+    float scale, float softcap, const T* __restrict__ sinks, int heads, int kv_heads, int keys_first) {
     __shared__ DecodeShared<T, C, HEAD_DIM, WARPS> shared;
     extern __shared__ float warp_sums[];  // WarpSums [WARPS]
     launch_next();
-    const Partition<const int> keys{partition, rows};
     const int part = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads;
-    const int first_row = keys.first_row(part);
-    if (first_row == rows) return;
+    const Partition<const int> parts{partition, (int)gridDim.x / kv_heads};
+    const PartStart start = parts.part(part);
+    KeyRange range = start.range;
+    if (range.row < 0) return;
     DecodeBlock<T, C, HEAD_DIM, WARPS, CAPPED> block{
-        qkv, q_norm, k_norm, sinks, k_cache, v_cache, positions, kv_slots, page_table, page_table_rows, cos_sin,
+        qkv, q_norm, k_norm, sinks, k_cache, v_cache, kv_slots, page_table, cos_sin,
         page_table_stride, page_stride, slot_stride, head_stride, page_reciprocal, eps, {scale, softcap}, unit, qkv_stride, table_rows, rotary, num_slots,
-        page_size, window, kv_chunk, heads, kv_heads, heads / (kv_heads * (int)gridDim.y), keys, partial, counters, shared,
-        reinterpret_cast<WarpSums<HEAD_DIM>*>(warp_sums), common_warp_id(), part, kv_head, keys.first_chunk(part + 1)};
+        page_size, heads, kv_heads, heads / (kv_heads * (int)gridDim.y), parts, {parts.starts(), positions, page_table_rows, window, kv_chunk},
+        partial, counters, shared, reinterpret_cast<WarpSums<HEAD_DIM>*>(warp_sums), common_warp_id(), part, kv_head, start.stop};
 
-    KeyRange range = block.range_at(keys.first_chunk(part), first_row);
     CacheTile<T, C, HEAD_DIM, WARPS> tile(unit * sizeof(C));
+    const bool copies = block.warp == WARPS - 1;
+    if (copies) block.init_copies();
+    block.zero_queries();
+    if (threadIdx.x < 2) shared.cut_rows[threadIdx.x].row = -1;
+    const bool heads_first = WARPS <= 4 || !keys_first;
+    if (copies) block.expect_copies(range);
+    if (copies && heads_first) wait_for_previous(), block.copy_heads(range, 0);
+    if (copies) block.copy_tables(range, 0);
     block.load_first_tile(tile, range);
-    block.load_angles_and_slot(range, 0);
-    block.load_norms();
+    if (copies && !heads_first) wait_for_previous(), block.copy_heads(range, 0);
     if (sinks) prefetch_line(sinks + kv_head * (heads / kv_heads));
-    wait_for_previous();
-    block.load_heads(range, 0);
+    __syncthreads();
     for (int stage = 0; range.chunk < block.stop; stage ^= 1) {
-        wait_all_copies();
-        __syncthreads();
+        block.wait_for_copies(stage);
         const KeyRange next = block.range_after(range);
         const T* value = shared.projected[stage][block.group_size + 1];
         block.prepare_heads(range, stage);
         __syncthreads();
-        if (next.chunk < block.stop) block.load_angles_and_slot(next, stage ^ 1), block.load_heads(next, stage ^ 1);
-        if (range.has_new_token() && blockIdx.y == 0 && block.warp == WARPS - 1) block.store_new_token(shared.slot[stage], value);
+        if (copies && range.has_new_token() && blockIdx.y == 0) block.store_new_token(value, stage);
+        if (copies && next.chunk < block.stop) block.expect_copies(next), block.copy_heads(next, stage ^ 1), block.copy_tables(next, stage ^ 1);
 
         block.attend_new_token(range.has_new_token());
         SoftmaxState<HEAD_DIM> state;
         block.attend_range(state, tile, range, next);
         block.write_state(state);
         __syncthreads();
-        T* result = out + ((long long)range.row * heads + block.group() * block.group_size) * HEAD_DIM;
-        block.merge_warps(result, range, value);
-        if (!range.is_whole_row()) block.merge_parts(result, range);
+        block.merge_warps(block.result_of(out, range.row), range, value);
+        if (!range.is_whole_row() && threadIdx.x == 0) shared.cut_rows[next.chunk < block.stop ? 0 : 1] = range.cut_row();
         range = next;
     }
+    block.merge_cut_rows(out);
 }

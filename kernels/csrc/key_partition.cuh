@@ -13,26 +13,64 @@ struct EvenParts {
     DEVICE int first_chunk(int part) const { return part * length + min(part, longer); }
     DEVICE int part_of(int chunk) const {
         const int rest = chunk - longer * (length + 1);  // chunks after the longer parts
-        return rest < 0 ? chunk / (length + 1) : longer + rest / length;
+        const bool is_longer = rest < 0;
+        return (is_longer ? 0 : longer) + (is_longer ? chunk : rest) / (length + is_longer);
     }
+};
+
+// A row that several parts have keys of.
+struct CutRow { int row, first_chunk, last_chunk; };
+
+// The keys of one row in a part.
+struct KeyRange {
+    int row, begin, end;         // the keys [begin, end) of the row
+    int position;                // the position of the row's new token
+    int chunk;                   // the index of the first chunk in the sequence of all chunks
+    int first_chunk, end_chunk;  // the chunks [first_chunk, end_chunk) of the row
+    int row_chunks;
+    int table_row;  // of the page table
+
+    DEVICE bool has_new_token() const { return end_chunk == row_chunks; }
+    DEVICE bool is_whole_row() const { return end_chunk - first_chunk == row_chunks; }
+    DEVICE CutRow cut_row() const { return {row, chunk - first_chunk, chunk - first_chunk + row_chunks - 1}; }
+};
+
+// The first keys of a part, and the first chunk of the next part. Blocks load it at once: keys are then two dependent loads away.
+struct alignas(16) PartStart {
+    KeyRange range;  // its row is -1 if the part does not exist
+    int stop;
 };
 
 // The tensor that partition_keys writes; PartitionLayout in paged_attention.py mirrors it. A chunk is kv_chunk keys of one
 // row; the last chunk of a row may have fewer, and a row has at least one chunk. A part is a run of chunks:
 //   num_parts = min(max_parts, num_chunks, max(rows, num_chunks / min_chunks)).
-// The parts are equal, or each has equally many whole rows, the last one perhaps fewer. Then no row has to be merged, but parts may
-// be longer: by fewer than `slack` chunks.
+// The parts are equal, or each has equally many whole rows, the last one perhaps fewer. Then no row has to be merged. Parts may be
+// longer by fewer than `slack` chunks: than the mean of them if there are `enough_parts`, else than equal parts.
 template <typename Int> struct Partition {
-    Int* data;  // num_parts, num_chunks, starts [rows + 1], part_starts [max_parts + 1, 2], counters [rows, groups of heads]
-    int rows;
+    Int* data;  // parts [max_parts] of PartStart, num_parts, num_chunks, starts [rows + 1], counters [rows, groups of heads]
+    int max_parts;
 
-    DEVICE Int& num_parts() const { return data[0]; }
-    DEVICE Int& num_chunks() const { return data[1]; }
+    DEVICE PartStart part(int i) const { return reinterpret_cast<const PartStart*>(data)[i]; }
+    DEVICE void set_part(int i, const PartStart& to) const { reinterpret_cast<PartStart*>(data)[i] = to; }
+    DEVICE Int& num_parts() const { return data[max_parts * (int)sizeof(PartStart) / 4]; }
+    DEVICE Int& num_chunks() const { return (&num_parts())[1]; }
     DEVICE EvenParts even_parts() const { return {num_chunks(), num_parts()}; }  // if a row is cut
-    DEVICE Int* starts() const { return data + 2; }  // the first chunk of each row, then num_chunks
-    // The first chunk of a part and its row; num_chunks and `rows` for parts that do not exist.
-    DEVICE Int& first_chunk(int part) const { return starts()[rows + 1 + 2 * part]; }
-    DEVICE Int& first_row(int part) const { return starts()[rows + 2 + 2 * part]; }
+    DEVICE Int* starts() const { return &num_parts() + 2; }  // the first chunk of each row, then num_chunks
+};
+
+// All chunks, one row after the other.
+struct KeySequence {
+    const int *starts, *positions, *table_rows;
+    int window, kv_chunk;
+
+    // Return the keys of a row from this chunk on, up to the chunk `stop`.
+    DEVICE KeyRange range_at(int chunk, int row, int stop) const {
+        const int row_chunks = starts[row + 1] - starts[row];
+        const int first_chunk = chunk - starts[row], end_chunk = min(row_chunks, first_chunk + stop - chunk);
+        const int position = positions[row], first = position - num_visible_keys(position, window);
+        const int begin = min(position, first + first_chunk * kv_chunk), end = min(position, first + end_chunk * kv_chunk);
+        return KeyRange{row, begin, end, position, chunk, first_chunk, end_chunk, row_chunks, table_rows[row]};
+    }
 };
 
 // Write the first chunk of each row; return the number of chunks.
@@ -78,16 +116,3 @@ DEVICE int row_of(const int* starts, int rows, int chunk) {
     }
     return low;
 }
-
-// The keys of one row in a part.
-struct KeyRange {
-    int row, begin, end;         // the keys [begin, end) of the row
-    int position;                // the position of the row's new token
-    int chunk;                   // the index of the first chunk in the sequence of all chunks
-    int first_chunk, end_chunk;  // the chunks [first_chunk, end_chunk) of the row
-    int row_chunks;
-    int table_row;  // of the page table
-
-    DEVICE bool has_new_token() const { return end_chunk == row_chunks; }
-    DEVICE bool is_whole_row() const { return end_chunk - first_chunk == row_chunks; }
-};

@@ -1,6 +1,7 @@
 // What only sm_90a has: wgmma, the MMA of four warps whose operands stand in shared memory, and TMA, copies of boxes of a matrix to
 // shared memory, whose end a barrier (mbarrier) reports. The emulator has all of this in C++.
 #pragma once
+#include "bulk_copy.cuh"
 #include "cluster.cuh"
 
 constexpr int LINE = 128;  // bytes of a row of a box; its chunks of 16 bytes are swizzled, eight rows make 1024 bytes
@@ -75,30 +76,10 @@ struct alignas(64) TileMap { char bytes[128]; };
 
 DEVICE void prefetch_map(const TileMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 
-// Barriers, at addresses of shared memory. A phase ends when `count` threads have arrived, and all expected bytes, too.
-DEVICE void init_barrier(unsigned at, int count) { asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory"); }
-DEVICE void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory"); }
-DEVICE void arrive(unsigned at) { asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory"); }
-DEVICE void arrive_expecting(unsigned at, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-// Wait until phase 0, 1, 2 ... of the barrier has ended; only the phase's parity counts.
-DEVICE void wait_for_phase(unsigned at, int phase) {
-    unsigned ended = 0;
-    while (!ended)
-        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
-                     : "=r"(ended) : "r"(at), "r"(phase & 1) : "memory");
-}
-
 // Copy the box of the matrix that begins at this row and column; what is outside of the matrix becomes zeros.
 DEVICE void copy_box(unsigned to, const TileMap& map, int row, int column, unsigned barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
-// Copy bytes, a multiple of 16.
-DEVICE void copy_bytes(unsigned to, const void* from, int bytes, unsigned barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 // A barrier of this many threads of the block, without those that copy.
 DEVICE void sync_threads(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }

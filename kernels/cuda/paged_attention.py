@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from ..arguments import MAX_CHUNKS, MAX_GROUP, KeyPartition, KVCache, Pages, QKNorm, Rope, num_groups
+from .gemm import MAX_SKINNY_ROWS
 from .kernel_launch import c_name, kernel, num_multiprocessors, optional
 from .launch_parameters import Argument
 
 LOG2_E = 1.4426950408889634
 STORE_THREADS = 128
 PARTITION_THREADS = 1024  # threads of the one block that partitions keys
+BLOCKS = 4  # of four warps, on a multiprocessor at once; with heads of 256 elements 2
+PART_INTS = 12  # of a PartStart of key_partition.cuh
+NEVER = 1 << 30  # more parts than there are
 
 
 def rotate_and_store_(qkv: Tensor, norm: QKNorm, rope: Rope, cache: KVCache, kv_slots: Tensor) -> Tensor:
@@ -73,43 +77,46 @@ class PartitionLayout(NamedTuple):
     """The division of a step's keys among blocks, and the layout of its tensor; mirrors Partition of key_partition.cuh.
 
     A chunk is `kv_chunk` keys of one row; the last chunk of a row may have fewer. A part is a run of chunks. The tensor
-    is two counts, the rows' first chunks, the parts' first chunks and their rows, and a counter for each row and group
-    of heads.
+    is the first keys of each part, two counts, the rows' first chunks, and a counter for each row and group of heads.
     """
 
     warps: int  # per block
     kv_chunk: int  # keys
-    max_parts: int
     min_chunks: int  # per part, unless a whole row has fewer
+    max_parts: int
     slack: int  # chunks; parts are whole rows if none exceeds equal parts by as many
+    enough_parts: int  # of whole rows use the GPU; none of them may then exceed their mean by the slack
 
 
 @functools.cache
 def _partition_layout(rows: int, groups: int, device: int, kv_chunk: int | None) -> PartitionLayout:
     if kv_chunk is not None:
-        return PartitionLayout(4, kv_chunk, MAX_CHUNKS * rows, 1, 0)
+        return PartitionLayout(4, kv_chunk, 1, MAX_CHUNKS * rows, 0, NEVER)
     multiprocessors = num_multiprocessors(device)
     if rows * groups > multiprocessors:  # a chunk is what a block takes at once
-        slack = 8 if rows * groups <= 2 * multiprocessors else 0  # of more rows many blocks hide the merge
-        return PartitionLayout(4, 64, max(1, 3 * multiprocessors // groups), 4, slack)
+        slack = 8 if rows * groups <= 2 * multiprocessors else 4
+        max_parts = max(1, BLOCKS * multiprocessors // groups)
+        return PartitionLayout(4, 64, 4, max_parts, slack, -(-2 * multiprocessors // groups))
     # Few blocks get more warps each: fewer other blocks hide a block's latency.
     max_parts = max(1, multiprocessors // groups)
     rest = max_parts % max(1, rows)
     if 16 * rest <= max_parts:
         max_parts -= rest  # rows of one length are best divided at their ends
     if rows == 1:  # no block has keys of one row and of another
-        return PartitionLayout(8, 128, max_parts, 2, 0)
-    return PartitionLayout(8, 128, max_parts, 4, 4)
+        return PartitionLayout(8, 128, 2, max_parts, 0, NEVER)
+    return PartitionLayout(8, 128, 4, max_parts, 4, NEVER)
 
 
-def partition_keys(positions: Tensor, groups: int, window: int | None, kv_chunk: int | None = None) -> KeyPartition:
+def partition_keys(
+    positions: Tensor, table_rows: Tensor, groups: int, window: int | None, kv_chunk: int | None = None
+) -> KeyPartition:
     rows = len(positions)
     layout = _partition_layout(rows, groups, positions.device.index, kv_chunk)
-    table = positions.new_zeros(2 + rows + 1 + 2 * (layout.max_parts + 1) + rows * groups)
+    table = positions.new_zeros(layout.max_parts * PART_INTS + 2 + rows + 1 + rows * groups)
     if rows:
-        sizes = rows, window or 0, layout.kv_chunk, layout.min_chunks, layout.max_parts, layout.slack
         launch = kernel("decode_attention.cu", "partition_keys")
-        launch((1, 1), PARTITION_THREADS, table, positions, *map(np.int32, sizes))
+        sizes = map(np.int32, (rows, window or 0, *layout[1:]))
+        launch((1, 1), PARTITION_THREADS, table, positions, table_rows, *sizes)
     return KeyPartition(table, window, kv_chunk)
 
 
@@ -135,7 +142,7 @@ def decode_attention(
     groups = num_groups(heads, kv_heads)
     layout = _partition_layout(rows, groups, qkv.device.index, partition.kv_chunk)
     # For each part two partial results: of the row that it begins with, and of the row that it ends with.
-    partial = torch.empty(2 * layout.max_parts * heads * (head_dim + 2), dtype=torch.float32, device=qkv.device)
+    partial = torch.empty(2 * layout.max_parts * heads * (head_dim + 4), dtype=torch.float32, device=qkv.device)
     # With kv_chunk the previous kernel may have stored keys that this one reads: all keys of a prefill come first.
     early = partition.kv_chunk is None
     capped = "false" if softcap is None else "true"
@@ -147,10 +154,12 @@ def decode_attention(
     head_arguments = *_head_arguments(norm, rope, cache), unit, *strides, kv_slots, np.int32(num_pages * page_size)
     page_table = pages.table, np.int64(pages.table.stride(0)), pages.table_rows, np.int32(page_size)
     reciprocal = np.int64(-(-(1 << 32) // page_size))
-    keys = partition.table, *map(np.int32, (rows, partition.window or 0, layout.kv_chunk))
+    keys = partition.table, *map(np.int32, (partition.window or 0, layout.kv_chunk))
     results = partial, partition.table[-rows * groups :]  # partial results, then the counters
     factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
-    shape = *map(np.float32, factors), optional(sinks), np.int32(heads), np.int32(kv_heads)
+    # More rows come from cuBLAS, which starts nothing early: their heads are complete, and are loaded before the keys.
+    keys_first = early and rows <= MAX_SKINNY_ROWS
+    shape = *map(np.float32, factors), optional(sinks), *map(np.int32, (heads, kv_heads, keys_first))
     launch(
         grid,
         threads,

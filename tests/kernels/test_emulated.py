@@ -187,10 +187,11 @@ def test_decode_attention_rotates_a_part_of_a_head(size: int, table: tuple[int, 
 def test_decode_attention_of_queries_beyond_float16_with_an_fp8_cache() -> None:
     cache = KVCache(*(random(9, 16, 1, 64).to(torch.float8_e4m3fn) for _ in "kv"))
     qkv, positions = random(1, 4 * 64), torch.tensor([143], dtype=torch.int32)
+    table_rows = torch.zeros(1, dtype=torch.int32)
     qkv[0, :2], qkv[0, 64] = torch.tensor([1e30, 1.0]), -1e30  # one element decides for each head
-    partition = emulator.emulated().partition_keys(positions, 1, None)
+    partition = emulator.emulated().partition_keys(positions, table_rows, 1, None)
     norm, rope, pages = QKNorm(None, None, 0.0), Rope(positions, torch.randn(0, 64)), torch.arange(9).int()
-    views = Pages(pages[None], torch.zeros(1, dtype=torch.int32))
+    views = Pages(pages[None], table_rows)
     check("decode_attention", qkv, norm, rope, cache, positions.clone(), views, partition, 0.1, factor=4)
 
 
@@ -216,7 +217,7 @@ def check_decode_attention(
     qkv, norm = random(rows, (heads + 2 * kv_heads) * size), QKNorm(random(size) + 2, random(size) + 2, 1e-6)
     padded = [random(rows * pages, 5, kv_heads, size + padding).to(cache_dtype) for _ in range(2)]
     cache = KVCache(*(part[..., :size] for part in padded))
-    partition = emulator.emulated().partition_keys(positions, num_groups(heads, kv_heads), window)
+    partition = emulator.emulated().partition_keys(positions, table_rows, num_groups(heads, kv_heads), window)
     rope, views = Rope(positions, cos_sin), Pages(table, table_rows)
     # The kernel leaves the counters of the partition at zero for the next layer; the definition does not touch them.
     out = None if sinks is None else random(rows, heads * size)
@@ -492,7 +493,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
         lambda: test_linear(8, 24, 1024, BF16),
     ),
     "decode_attention.cu": (
-        "wait_all_copies();",
+        "block.wait_for_copies(stage);",
         "",
         lambda: test_decode_attention(*DECODED[1], None, BF16),
     ),
@@ -561,7 +562,7 @@ def test_decode_attention_with_kv_chunk_is_bitwise_equal_in_any_batch(
     qkv, cos_sin = random(rows, (heads + 2 * kv_heads) * size), torch.randn(500, size)
 
     def attention(rows: slice, module: Any, kv_chunk: int | None) -> Tensor:
-        partition = module.partition_keys(positions[rows], kv_heads, window, kv_chunk)
+        partition = module.partition_keys(positions[rows], table_rows[rows], kv_heads, window, kv_chunk)
         norm, rope, pages = QKNorm(None, None, 0.0), Rope(positions[rows], cos_sin), Pages(table, table_rows[rows])
         result: Tensor = module.decode_attention(qkv[rows], norm, rope, cache, slots[rows], pages, partition, 0.1)
         return result

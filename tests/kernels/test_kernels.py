@@ -516,7 +516,7 @@ def test_decode_attention_reads_fp8_as_the_numbers_it_stands_for(
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * size, device="cuda").to(dtype)
     rope = Rope(positions, torch.randn(16 * pages, size, device="cuda"))
     views = Pages(table, torch.arange(rows, device="cuda", dtype=torch.int32))
-    partition = ops.partition_keys(positions, kv_heads, window)
+    partition = ops.partition_keys(positions, views.table_rows, kv_heads, window)
     norm, sinks = QKNorm(None, None, 1e-6), torch.randn(heads, device="cuda").to(dtype)
     stored = KVCache(*(part.clone() for part in fp8))
     ops.rotate_and_store_(qkv, norm, rope, stored, kv_slots)
@@ -565,7 +565,7 @@ def test_decode_attention(
     norm, rope, cache = QKNorm(q_norm, k_norm, 1e-6), Rope(positions, cos_sin), KVCache(k_cache, v_cache)
     expected_cache = KVCache(k_cache.clone(), v_cache.clone())
     pages = Pages(table, table_rows)
-    partition = ops.partition_keys(positions, num_groups(heads, kv_heads), window)
+    partition = ops.partition_keys(positions, table_rows, num_groups(heads, kv_heads), window)
     sinks = (3 * torch.randn(heads, device=device)).to(dtype) if has_sinks else None
     for _ in range(2):  # what one layer leaves behind must not disturb the next
         out = ops.decode_attention(qkv, norm, rope, cache, slots, pages, partition, 0.1, softcap, sinks)
@@ -607,7 +607,7 @@ def test_decode_attention_of_many_rows(rows: int, heads: int, kv_heads: int, win
     cache = KVCache(*torch.randn(2, rows * 563, 16, kv_heads, 64, device="cuda").bfloat16())
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * 64, device="cuda").bfloat16()
     rope = Rope(positions, torch.randn(9001, 64, device="cuda"))
-    partition = ops.partition_keys(positions, kv_heads, window)
+    partition = ops.partition_keys(positions, table_rows, kv_heads, window)
     inputs = qkv, QKNorm(None, None, 0.0), rope, cache, slots, Pages(table, table_rows), partition, 0.1
     outputs = [ops.decode_attention(*inputs) for _ in range(3)]
     assert all(torch.equal(outputs[0], again) for again in outputs)
@@ -631,7 +631,7 @@ def test_decode_attention_with_kv_chunk_is_bitwise_equal_in_any_batch(
     cos_sin = torch.randn(kv_chunk * 8 + 1, size, device="cuda")
 
     def attention(rows: slice, kv_chunk: int | None) -> torch.Tensor:
-        partition = ops.partition_keys(positions[rows], kv_heads, window, kv_chunk)
+        partition = ops.partition_keys(positions[rows], table_rows[rows], kv_heads, window, kv_chunk)
         norm, rope, pages = QKNorm(None, None, 0.0), Rope(positions[rows], cos_sin), Pages(table, table_rows[rows])
         return ops.decode_attention(qkv[rows], norm, rope, cache, slots[rows], pages, partition, 0.1)
 
@@ -655,31 +655,52 @@ def test_partition_keys_cuts_rows_unless_whole_rows_make_parts_of_about_one_leng
     multiprocessors = properties.multi_processor_count if properties else emulator.MULTIPROCESSORS
     positions = torch.randint(0, longest, (rows,), device=device, dtype=torch.int32)
     positions[::7] = 0
-    num_parts, num_chunks, *rest = ops.partition_keys(positions, kv_heads, window).table.tolist()
+    table_rows = torch.randperm(rows, device=device).int()
+    table = ops.partition_keys(positions, table_rows, kv_heads, window).table
     few = rows * kv_heads <= multiprocessors
-    blocks = multiprocessors if few else 3 * multiprocessors
-    several = 8 if rows * kv_heads <= 2 * multiprocessors else 0
-    chunk, least, slack = (128, 2 if rows == 1 else 4, 4 if rows > 1 else 0) if few else (64, 4, several)
+    blocks = multiprocessors if few else 4 * multiprocessors
+    several = 8 if rows * kv_heads <= 2 * multiprocessors else 4
+    chunk_keys, least, slack = (128, 2 if rows == 1 else 4, 4 if rows > 1 else 0) if few else (64, 4, several)
     visible = [min(p, window - 1) if window else p for p in positions.tolist()]
-    chunks = [max(1, -(-keys // chunk)) for keys in visible]
+    chunks = [max(1, -(-keys // chunk_keys)) for keys in visible]
     starts = [0, *itertools.accumulate(chunks)]
-    assert rest[: rows + 1] == starts
-    assert num_chunks == starts[-1]
     most = max(1, blocks // kv_heads)
     if few and 16 * (most % rows) <= most:
         most -= most % rows
+    parts, (num_parts, num_chunks, *rest) = table[: 12 * most].view(most, 12).tolist(), table[12 * most :].tolist()
+    assert rest[: rows + 1] == starts
+    assert num_chunks == starts[-1]
     even = min(most, num_chunks, max(rows, num_chunks // least))
     whole = starts[:: -(-rows // even)] + [num_chunks] * (rows % -(-rows // even) > 0)
-    if max(stop - start for start, stop in itertools.pairwise(whole)) < num_chunks / even + slack:
+    enough = not few and (len(whole) - 1) * kv_heads >= 2 * multiprocessors
+    compared = len(whole) - 1 if enough else even
+    if max(stop - start for start, stop in itertools.pairwise(whole)) < num_chunks / compared + slack:
         cuts = whole
     else:
         length, longer = divmod(num_chunks, even)
         cuts = [part * length + min(part, longer) for part in range(even + 1)]
     assert num_parts == len(cuts) - 1
     row_of = [row for row in range(rows) for _ in range(chunks[row])]
-    part_starts = rest[rows + 1 :][: 2 * (most + 1)]
-    assert part_starts[::2] == cuts + [num_chunks] * (most - num_parts)
-    assert part_starts[1::2] == [row_of[cut] for cut in cuts[:-1]] + [rows] * (most - num_parts + 1)
+    for (first, stop), (
+        row,
+        begin,
+        end,
+        position,
+        chunk,
+        first_chunk,
+        end_chunk,
+        row_chunks,
+        table_row,
+        last,
+        *_,
+    ) in zip(itertools.pairwise(cuts), parts, strict=False):
+        assert (row, chunk, last) == (row_of[first], first, stop)
+        assert (position, table_row, row_chunks) == (int(positions[row]), int(table_rows[row]), chunks[row])
+        assert (first_chunk, end_chunk) == (first - starts[row], min(chunks[row], stop - starts[row]))
+        hidden = position - visible[row]
+        assert begin == min(position, hidden + first_chunk * chunk_keys)
+        assert end == min(position, hidden + end_chunk * chunk_keys)
+    assert all(part[0] == -1 for part in parts[num_parts:])
 
 
 @also_emulated

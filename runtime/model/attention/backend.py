@@ -188,7 +188,10 @@ class BatchInvariantAttention:
         self._slices = [slice(first, min(first + MAX_ROWS, tokens)) for first in range(0, tokens, MAX_ROWS)]
         self._partitions = {
             window: [
-                ops.partition_keys(batch.positions[rows], self._groups, window, self._kv_chunk) for rows in self._slices
+                ops.partition_keys(
+                    batch.positions[rows], batch.page_table_rows[rows], self._groups, window, self._kv_chunk
+                )
+                for rows in self._slices
             ]
             for window in self._windows
         }

@@ -99,8 +99,8 @@ class FlashInferAttention:
         n = batch.host.num_decoding
         self._decoding, self._prompts = batch.part(slice(n)), batch.part(slice(n, None))
         self._has_prompts = n < batch.host.num_rows
-        positions, groups = self._decoding.positions, self._groups
-        self._partitions = {window: ops.partition_keys(positions, groups, window) for window in self._windows if n}
+        rows = self._decoding.positions, self._decoding.page_table_rows
+        self._partitions = {w: ops.partition_keys(*rows, self._groups, w) for w in self._windows if n}
         if self._has_prompts:
             self._plan_prefill(batch)
 
