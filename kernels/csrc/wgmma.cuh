@@ -13,6 +13,10 @@ constexpr int LINE = 128;  // bytes of a row of a box; its chunks of 16 bytes ar
 #define REGISTERS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
 #define REGISTERS_16 REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define REGISTERS_32 REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define REGISTERS_24 REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define REGISTERS_40 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39"
+#define REGISTERS_48 REGISTERS_40 ",%40,%41,%42,%43,%44,%45,%46,%47"
+#define REGISTERS_56 REGISTERS_48 ",%48,%49,%50,%51,%52,%53,%54,%55"
 #define REGISTERS_64 REGISTERS_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define REGISTERS_128 REGISTERS_64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95," \
                       "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
@@ -40,6 +44,19 @@ DEVICE void multiply_async(float (&d)[32], unsigned long long a, unsigned long l
     DEVICE void multiply_async(float (&d)[32], unsigned long long a, unsigned long long b, T) { \
         asm volatile(WGMMA_HALF(T, 64, REGISTERS_32, "%32", "%33") : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24) : "l"(a), "l"(b)); \
     } \
+    DEVICE void multiply_async(float (&d)[24], unsigned long long a, unsigned long long b, T) { \
+        asm volatile(WGMMA_HALF(T, 48, REGISTERS_24, "%24", "%25") : EIGHT(0), EIGHT(8), EIGHT(16) : "l"(a), "l"(b)); \
+    } \
+    DEVICE void multiply_async(float (&d)[40], unsigned long long a, unsigned long long b, T) { \
+        asm volatile(WGMMA_HALF(T, 80, REGISTERS_40, "%40", "%41") : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32) : "l"(a), "l"(b)); \
+    } \
+    DEVICE void multiply_async(float (&d)[48], unsigned long long a, unsigned long long b, T) { \
+        asm volatile(WGMMA_HALF(T, 96, REGISTERS_48, "%48", "%49") : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40) : "l"(a), "l"(b)); \
+    } \
+    DEVICE void multiply_async(float (&d)[56], unsigned long long a, unsigned long long b, T) { \
+        asm volatile(WGMMA_HALF(T, 112, REGISTERS_56, "%56", "%57") \
+                     : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48) : "l"(a), "l"(b)); \
+    } \
     DEVICE void multiply_async(float (&d)[64], unsigned long long a, unsigned long long b, T) { \
         asm volatile(WGMMA_HALF(T, 128, REGISTERS_64, "%64", "%65") : SIXTY_FOUR(0) : "l"(a), "l"(b)); \
     } \
@@ -63,6 +80,10 @@ DEVICE void multiply_async(float (&d)[64], const unsigned (&a)[4], unsigned long
 }
 DEVICE void commit_multiply() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 DEVICE void wait_multiply() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Wait for all groups of multiplications but the last one.
+DEVICE void wait_multiply_but_last() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
+// Let nothing be computed from a sum before this place, such as before the wait for its multiplication.
+DEVICE void compute_later(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 // Let wgmma see what this thread's finished copies by copy_async have written.
 DEVICE void publish_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 DEVICE void begin_multiply() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

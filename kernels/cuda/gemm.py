@@ -1,4 +1,7 @@
-"""Linear layers: a skinny GEMM for up to 8 rows, cuBLAS for more; batch-invariant ones by wide_gemm or grouped_gemm."""
+"""Linear layers: a skinny GEMM for up to 8 rows, stream_gemm for tens of them, cuBLAS for more.
+
+Batch-invariant ones are done by wide_gemm or grouped_gemm.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import FP8Weight, Matrix
-from . import scaled_gemm, wide_gemm
+from . import scaled_gemm, stream_gemm, wide_gemm
 from .elementwise import rms_norm, silu_and_mul
 from .expert_gemm import NO_SCALES, ExpertTiles, can_widen, multiply_tiles, scale_arguments, tile_rows
 from .kernel_launch import (
@@ -66,6 +69,10 @@ def linear(
     if batch_invariant or isinstance(weight, FP8Weight):
         product = _batch_invariant_linear(x.contiguous(), weight, bias, gated, out)
         return product if add_to is None else add_to.add_(product)
+    if stream_gemm.takes(x, weight):
+        streamed = stream_gemm.stream_linear(x, weight, bias, gated, add_to, out)
+        if streamed is not None:
+            return streamed
     if add_to is not None:
         add_to.addmm_(x, weight.t())
         return add_to if bias is None else add_to.add_(bias)

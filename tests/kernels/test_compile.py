@@ -170,6 +170,18 @@ INSTANCES = {
         *(f"finish_products<bf16, {finish}>" for finish in ("STORE", "ADD", "SILU")),
     ],
     "fp8_gemm.cu": [f"fp8_gemm<{shape}>" for shape in ("bf16, 16, 6", "f16, 32, 5", "bf16, 64, 4", "f16, 64, 4")],
+    "stream_gemm.cu": [
+        f"stream_gemm<{tile}>"
+        for tile in (
+            "bf16, 16, 32, 1, 2, 17",
+            "f16, 32, 48, 1, 2, 10",
+            "bf16, 64, 64, 1, 1, 6",
+            "bf16, 32, 80, 1, 1, 7",
+            "f16, 64, 96, 1, 1, 5",
+            "bf16, 64, 112, 2, 1, 3",
+            "bf16, 16, 128, 1, 1, 6",
+        )
+    ],
     "wide_gemm.cu": [
         f"wide_gemm<{tile}>"
         for tile in (
@@ -204,6 +216,7 @@ INSTANCES = {
 # Others: sm_80, sm_90 and sm_100.
 ARCHITECTURES = {
     "fp8_gemm.cu": ["sm_90a"],
+    "stream_gemm.cu": ["sm_90a"],
     "wide_experts.cu": ["sm_90a"],
     "wide_gemm.cu": ["sm_90a"],
     "delta_step.cu": ["sm_90", "sm_100"],

@@ -277,6 +277,7 @@ void sync_cluster();
 inline float load_float_of_block(const float* at, int block) {
     return *(const float*)((const char*)at + (block - emulator::here->place) * emulator::SHARED);
 }
+inline void store_of_block(float4* at, int block, const float* v) { memcpy((char*)at + (block - emulator::here->place) * emulator::SHARED, v, sizeof(*at)); }
 inline float4 load_of_block(const float* at, int block) {
     float4 v;
     memcpy(&v, (const char*)at + (block - emulator::here->place) * emulator::SHARED, sizeof(v));
@@ -334,6 +335,8 @@ inline void commit_multiply() {}
 inline void publish_copies() {}
 // Do what multiply_async of registers has begun: as late as the source allows, when other threads may have overwritten b.
 void wait_multiply();
+inline void wait_multiply_but_last() {}
+inline void compute_later(float&) {}
 template <int SIZE> void multiply_async(float (&d)[SIZE], const unsigned (&a)[4], unsigned long long b) {
     struct Word { uint16_t a[4][2]; };
     const Word* words = emulator::exchange(bit_cast<Word>(std::array{a[0], a[1], a[2], a[3]}));
