@@ -21,7 +21,7 @@ constexpr int LINE = 128;  // bytes of a weight row that a warp processes at onc
 struct Scales {
     const float* __restrict__ at;
     int row_shift, column_shift, groups;  // binary logarithms of a block's rows and columns; blocks across the matrix
-    DEVICE float of(int row, int column) const { return *(at + (row >> row_shift) * groups + (column >> column_shift)); }
+    DEVICE float of(int row, int column) const { return stream_float(at + (row >> row_shift) * groups + (column >> column_shift)); }
 };
 
 // The power of two that brings `peak` to 2^14 .. 2^15, and its reciprocal.
@@ -239,15 +239,14 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
             }
         }
     };
-    float factor[2] = {};  // of the next chunk, if the weight has scales
+    float factor[DEPTH][2] = {};  // the scales of the chunks, if the weight has scales
     auto load_factor = [&](int tile, int round, int d) {
         UNROLL for (int r = 0; r < 2; ++r) {
             const int feature = min(tile * WIDTH + g + (EPILOGUE == SILU ? r * features : 8 * r), last);
-            if (SCALED && chunk(round, d) < before + size) factor[r] = scales.of(feature, chunk(round, d));
+            if (SCALED && chunk(round, d) < before + size) factor[d][r] = scales.of(feature, chunk(round, d));
         }
     };
-    UNROLL for (int d = 0; d < DEPTH; ++d) load_weight(blockIdx.x, 0, d);
-    load_factor(blockIdx.x, 0, 0);
+    UNROLL for (int d = 0; d < DEPTH; ++d) load_weight(blockIdx.x, 0, d), load_factor(blockIdx.x, 0, d);
     extern __shared__ uint4 shared[];
     T* staged = reinterpret_cast<T*>(shared);
     const int stride = (size + CHUNK - 1) / CHUNK * CHUNK + (SCALED ? 8 : 32);  // lanes (g, t) and (g + 1, t) read different banks
@@ -287,8 +286,16 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
 
     Right b[2];  // if not STAGED: the two halves of a chunk of x, from memory
     if (!STAGED) b[0] = load_x(0, 0, 0), b[1] = load_x(0, 0, 1);
+    static_assert(ROWS * WIDTH <= 32 * WARPS, "a thread has one result of a tile, or none");
+    const int result_row = threadIdx.x / WIDTH;
+    auto result_feature = [&](int tile) { return tile * WIDTH + (int)threadIdx.x % WIDTH; };
+    auto has_result = [&](int tile) { return result_row < rows && result_feature(tile) < features; };
+    auto result = [&](int tile) { return out + (long long)result_row * features + result_feature(tile); };
+    auto load_residual = [&](int tile) { return EPILOGUE == ADD && has_result(tile) ? *result(tile) : T(); };
     int buffer = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
+        T residual;  // a 16-bit kernel has no register for it during the products
+        if (SCALED) residual = load_residual(tile);
         float c[4] = {};
         for (int round = 0; round < rounds; ++round) {
             const bool is_last = round + 1 == rounds;
@@ -305,9 +312,10 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
                     if (!STAGED) b[h] = d + 1 < DEPTH ? load_x(round, d + 1, h) : load_x(next_round, 0, h);
                 }
                 if (SCALED)
-                    UNROLL for (int i = 0; i < 4; ++i) c[i] += factor[i / 2] * (sum[0][i] + sum[1][i]);
-                d + 1 < DEPTH ? load_factor(tile, round, d + 1) : load_factor(next_tile, next_round, 0);
+                    UNROLL for (int i = 0; i < 4; ++i) c[i] += factor[d][i / 2] * (sum[0][i] + sum[1][i]);
                 load_weight(next_tile, next_round, d);
+                load_factor(next_tile, next_round, d);
+                if (SCALED && d + 1 < DEPTH) end_basic_block(size, d);
             }
         }
 
@@ -328,13 +336,10 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
             }
             continue;
         }
-        ROLLED for (int i = threadIdx.x; i < rows * WIDTH; i += 32 * WARPS) {
-            const int row = i / WIDTH, feature = tile * WIDTH + i % WIDTH;
-            if (feature >= features) continue;
-            const float sum = finish_sum<T, WARPS, EPILOGUE>(
-                sums[buffer], squares, row, i % WIDTH, normed, bias, feature, features, size, eps);
-            T* to = out + (long long)row * features + feature;
-            *to = from_float<T>(EPILOGUE == ADD ? sum + to_float(*to) : sum);
-        }
+        if (!has_result(tile)) continue;
+        if (!SCALED) residual = load_residual(tile);
+        const float sum = finish_sum<T, WARPS, EPILOGUE>(
+            sums[buffer], squares, result_row, threadIdx.x % WIDTH, normed, bias, result_feature(tile), features, size, eps);
+        *result(tile) = from_float<T>(EPILOGUE == ADD ? sum + to_float(residual) : sum);
     }
 }

@@ -201,6 +201,7 @@ const char* run_ranks();
 
 }  // namespace emulator
 
+inline void __trap() { __builtin_trap(); }
 inline void __syncthreads() { emulator::arrive_and_wait(emulator::here->barrier); }
 int __syncthreads_or(int predicate);
 int __any_sync(unsigned, int predicate);
@@ -219,6 +220,7 @@ inline int place_in_cluster() { return emulator::here->place; }
 int cluster_index();
 inline float approximate_inverse(float x) { return 1 / x; }
 inline unsigned stream_word(const void* from) { return *(const unsigned*)from; }
+inline float stream_float(const float* from) { return *from; }
 inline uint2 stream_half(const void* from) { return *(const uint2*)from; }
 inline uint4 stream(const void* from) { return *(const uint4*)from; }
 inline uint4 load_written(const void* from) { return *(const uint4*)from; }

@@ -35,7 +35,7 @@ FLAGS = ("-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-U_FORTIFY_SOURCE")
 MULTIPROCESSORS = 3
 SHARED_BYTES = 227 * 1024
 IN_ASSEMBLY = (
-    "stream|load_written|stream_half|stream_word|exp2_of|approximate_inverse|transpose|copy_async|copy_word_async|commit_copies|wait_copies|wait_all_copies"
+    "stream|load_written|stream_half|stream_word|stream_float|exp2_of|approximate_inverse|transpose|copy_async|copy_word_async|commit_copies|wait_copies|wait_all_copies"
     "|load_matrices|load_transposed_matrices"
     "|store_release|load_acquire|store_relaxed|load_relaxed|now_ns|multiply_async|begin_multiply|end_multiply|init_barrier"
     "|publish_barriers|arrive|arrive_expecting|wait_for_phase|copy_box|copy_bytes|prefetch_line|prefetch_map"
