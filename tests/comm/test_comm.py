@@ -86,13 +86,13 @@ def test_single_rank() -> None:
     assert all(everything(SingleRank()).values())
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 4, 8])
 def test_thread_ranks_of_the_tests_are_communicators(size: int) -> None:
     for found in run_ranks(size, everything):
         assert all(found.values()), [name for name, ok in found.items() if not ok]
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, pytest.param(8, marks=pytest.mark.nightly)])
 def test_gloo_collectives_against_torch(size: int) -> None:
     for found in run_processes(size, everything):
         assert all(found.values()), [name for name, ok in found.items() if not ok]

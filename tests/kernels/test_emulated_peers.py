@@ -35,7 +35,7 @@ NIGHTLY = pytest.mark.nightly
         (2, torch.bfloat16),
         pytest.param(3, torch.float32, marks=NIGHTLY),
         pytest.param(4, torch.float16, marks=NIGHTLY),
-        pytest.param(8, torch.bfloat16, marks=NIGHTLY),
+        (8, torch.bfloat16),
     ],
 )
 def test_collectives_of_ranks_that_are_slow_in_turn(size: int, dtype: torch.dtype, in_graph: bool) -> None:
@@ -192,6 +192,7 @@ class Products:
         pytest.param(3, 2, torch.float16, False, marks=NIGHTLY),
         pytest.param(4, 2, torch.bfloat16, True, marks=NIGHTLY),
         pytest.param(3, 8, torch.float16, True, marks=NIGHTLY),
+        pytest.param(8, 2, torch.bfloat16, False, marks=NIGHTLY),
     ],
 )
 def test_sums_that_gemms_send_have_the_bits_of_push(size: int, blocks: int, dtype: torch.dtype, fp8: bool) -> None:
