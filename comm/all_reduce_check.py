@@ -127,7 +127,7 @@ def wrong_algorithms(
     attempt  a number that no earlier call in this group had
     Raises CommError, with the algorithm, if one waits for a peer in vain.
     """
-    sizes = _checked_sizes(policy, shape)
+    sizes = _checked_sizes(comm, policy, shape)
     faults: dict[AllReduceAlgorithm, str] = {}
     for size, count in zip(sizes, _counts(comm, nccl, sizes, shape), strict=True):
         if count:
@@ -141,10 +141,10 @@ def wrong_algorithms(
     return agreed
 
 
-def _checked_sizes(policy: AllReducePolicy, shape: RowShape) -> list[CheckedSize]:
+def _checked_sizes(comm: Communicator, policy: AllReducePolicy, shape: RowShape) -> list[CheckedSize]:
     chosen = {n: policy.algorithm(shape.nbytes(n), shape.dtype) for n in map(shape.num_rows, SIZES)}
     sizes = [CheckedSize(n, algorithm) for n, algorithm in chosen.items() if algorithm != "nccl"]
-    gemms = [n for n in range(1, MAX_GEMM_ROWS + 1) if policy.lets_gemms_push(n, shape.columns, shape.dtype)]
+    gemms = [n for n in range(1, MAX_GEMM_ROWS + 1) if comm.gemms_push(n, shape.columns, shape.dtype)]
     return sizes + [CheckedSize(n, "push", of_gemms=True) for n in dict.fromkeys(gemms[:1] + gemms[-1:])]
 
 

@@ -39,6 +39,7 @@ SUMMED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the kernels ov
 GATHER_BYTES = 1 << 20  # an all-gather of at most this size per rank goes through peer buffers
 PUSH_BYTES = 256 << 10  # the largest message that is pushed: PUSH_BYTES of peer_protocol.cuh
 GEMM_BYTES = 128 << 10  # the largest sum that GEMMs push: 8 rows of 8,192 columns
+ADDED_ONCE: tuple[AllReduceAlgorithm, ...] = ("push", "one-shot")  # their sums have the bits of those that GEMMs push
 MAX_GEMM_ROWS = 8  # the most rows of a GEMM that pushes: ROWS of skinny_gemm.cu
 BUFFER_BYTES = SIZES[-1]  # the largest message in a peer buffer
 LARGEST: dict[AllReduceAlgorithm, int] = dict.fromkeys(ALL_REDUCE_ALGORITHMS, BUFFER_BYTES) | {"push": PUSH_BYTES}
@@ -86,7 +87,7 @@ class AllReducePolicy:
         """Return whether a sum of GEMMs is pushed, with the bits of push and one-shot; equal on all ranks."""
         nbytes = rows * columns * dtype.itemsize
         fits = rows <= MAX_GEMM_ROWS and nbytes <= self.gemm_bytes and dtype.itemsize == 2
-        return fits and self.algorithm(nbytes, dtype) in ("push", "one-shot")
+        return fits and self.algorithm(nbytes, dtype) in ADDED_ONCE
 
     def sliced(self, x: Tensor) -> list[Tensor]:
         """Return the rows of x in as many slices as the policy needs; the slices are views."""
@@ -98,8 +99,19 @@ class AllReducePolicy:
         steps = [f"{algorithm} up to {format_bytes(largest)}" for largest, algorithm in self.steps]
         if self.slices:
             return ", ".join(steps) + ", and in slices beyond"
-        gemms = f", GEMMs push up to {format_bytes(self.gemm_bytes)}" if self.gemm_bytes else ""
+        largest = self._largest_of_gemms()
+        gemms = f", GEMMs push up to {format_bytes(largest)}" if largest else ""
         return ", ".join(steps) + (" and NCCL beyond" if steps else "NCCL for sums") + gemms
+
+    def _largest_of_gemms(self) -> int:
+        """Return the largest sum in bytes that GEMMs push, or 0."""
+        starts = [0, *(largest for largest, _ in self.steps)]
+        pushed = (
+            min(largest, self.gemm_bytes)
+            for start, (largest, algorithm) in zip(starts, self.steps, strict=False)
+            if algorithm in ADDED_ONCE and start < self.gemm_bytes
+        )
+        return max(pushed, default=0)
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,10 @@ class Communicator(ABC):
         """Return memory for the input of the next collective, which then is not copied; None if any memory will do."""
         return None
 
+    def gemms_push(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
+        """Return whether sums of `linear` of this shape are pushed, by the GEMMs that can; equal on all ranks."""
+        return False
+
     def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
         """Return `x @ weight^T + bias` as the partial sum of the next collective, an all_reduce_add_rms_norm.
 

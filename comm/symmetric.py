@@ -74,7 +74,6 @@ class SymmetricCommunicator(Communicator):
         return self.policy.algorithm(nbytes, dtype) != "nccl"
 
     def gemms_push(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
-        """Return whether sums of `linear` of this shape are pushed, by the GEMMs that can; equal on all ranks."""
         if not self.policy.lets_gemms_push(rows, columns, dtype):
             return False
         return peer_memory.fits_push(columns * dtype.itemsize) and peer_memory.fits_norm(columns, dtype)

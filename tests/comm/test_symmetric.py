@@ -578,6 +578,21 @@ def test_gemms_push_only_with_push_among_the_algorithms() -> None:
         assert [p.lets_gemms_push(1, 4096, torch.bfloat16) for p in sums] == [choice == "push", False]
 
 
+@pytest.mark.parametrize(
+    ("steps", "gemms"),
+    [
+        (((32 << 10, "push"), (256 << 10, "one-shot")), ", GEMMs push up to 64 KiB"),
+        (((16 << 10, "one-shot"), (1 << 20, "two-shot")), ", GEMMs push up to 16 KiB"),
+        (((128 << 10, "two-shot"), (256 << 10, "push")), ""),
+        (((1 << 20, "two-shot"),), ""),
+    ],
+)
+def test_description_says_what_gemms_push(steps: tuple[tuple[int, AllReduceAlgorithm], ...], gemms: str) -> None:
+    policy = AllReducePolicy(steps, gemm_bytes=64 << 10)
+    assert str(policy).partition(" and NCCL beyond")[2] == gemms
+    assert str(policy).endswith(gemms or "NCCL beyond")
+
+
 def test_misaligned_residual_is_updated_in_place(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     comm, _, _ = rank
 
