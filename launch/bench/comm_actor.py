@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from ...comm.all_reduce_names import PEER_ALGORITHMS, PeerAlgorithm
-from ...comm.all_reduce_policy import SUMMED_DTYPES, AllReducePolicy
+from ...comm.all_reduce_policy import MAX_GEMM_ROWS, SUMMED_DTYPES, AllReducePolicy
 from ...comm.base import Communicator
 from ...comm.connect import map_peer_buffers
 from ...comm.message_text import first_line
@@ -23,7 +23,7 @@ from ...comm.nccl import NcclCommunicator
 from ...comm.rendezvous import Rendezvous
 from ...comm.timing import capture, eager_us, graph_us, synchronize
 from ..cluster.worker import Endpoint, RankActor
-from .comm_report import ALGORITHMS, CommBenchSpec, Mode, RankCapabilities, TableLine, Timing
+from .comm_report import ALGORITHMS, GEMM_ALGORITHMS, CommBenchSpec, Mode, RankCapabilities, TableLine, Timing
 
 if TYPE_CHECKING:
     from ...comm.symmetric import SymmetricCommunicator
@@ -103,6 +103,38 @@ class CommunicatorAllReduce(AllReduceAlgorithm):
         return TimedCall(call)
 
 
+class GemmAllReduce(AllReduceAlgorithm):
+    """A GEMM, then the all-reduce + residual + RMSNorm of its result: the rows that GEMMs may push.
+
+    The GEMM has the shape of a rank's output projection. It reads the same weight in each call, from L2.
+    pushes  the GEMM sends its result itself; else the kernel of the all-reduce does
+    """
+
+    fused = True
+
+    def __init__(self, comm: SymmetricCommunicator, device: torch.device, columns: int, *, pushes: bool) -> None:
+        self.comm, self.device, self.columns = comm, device, columns
+        self._sums = comm if pushes else comm.with_policy(replace(comm.policy, gemm_bytes=0))
+
+    def prepare(self, count: int, dtype: torch.dtype, *, in_place: bool) -> TimedCall | None:
+        rows, columns = shape_of(count, self.columns)
+        if in_place or not self.comm.gemms_push(rows, columns, dtype):
+            return None
+        initial, norm = norm_inputs(count, columns, dtype, self.device)
+        residual, share = initial.clone(), max(columns // self.comm.size, MAX_GEMM_ROWS)
+        identity = torch.eye(rows, share, dtype=dtype, device=self.device)
+        weight = torch.zeros(columns, share, dtype=dtype, device=self.device)  # its first columns are the values
+
+        def call(values: Tensor | None) -> list[Tensor]:
+            if values is not None:
+                weight[:, :rows] = values.view(rows, columns).t()
+                residual.copy_(initial)
+            partial = self._sums.linear(identity, weight, None)
+            return [residual, self._sums.all_reduce_add_rms_norm(partial, residual, norm, EPS)]
+
+        return TimedCall(call)
+
+
 def shape_of(count: int, columns: int) -> tuple[int, int]:
     """Return (rows, columns) of a stream of `count` elements; fewer than `columns` make one shorter row."""
     return (count // columns, columns) if count >= columns else (1, count)
@@ -158,6 +190,9 @@ class CommBenchActor(RankActor):
 
     def make(self, name: str) -> AllReduceAlgorithm:
         """Return one of ALGORITHMS; raises RuntimeError with the reason if this rank cannot run it."""
+        if name in GEMM_ALGORITHMS:
+            pushing, pushes = self._symmetric_for("push"), name == "push by GEMM"
+            return GemmAllReduce(pushing, self._device, self.spec.hidden_size, pushes=pushes)
         first_word, _, fused = name.partition(" ")
         has_buffers, comm = first_word in PEER_ALGORITHMS, self._comm
         if has_buffers:

@@ -12,9 +12,10 @@ from ...runtime.version import __version__
 
 Mode = Literal["eager", "graph"]
 MODE_TEXTS: dict[Mode, str] = {"eager": "eager", "graph": "in a CUDA graph"}
+GEMM_ALGORITHMS = ("push after GEMM", "push by GEMM")  # with residual and norm, and the time of the GEMM
 ALGORITHMS = (
-    "push", "one-shot", "two-shot", "push fused", "one-shot fused", "two-shot fused", "nccl", "nccl + norm", "gloo",
-    "gloo + norm",
+    "push", "one-shot", "two-shot", "push fused", "one-shot fused", "two-shot fused", *GEMM_ALGORITHMS, "nccl",
+    "nccl + norm", "gloo", "gloo + norm",
 )  # fmt: skip
 NCCL_TESTS_TYPES = {"float32": "float", "bfloat16": "bfloat16", "float16": "half"}
 

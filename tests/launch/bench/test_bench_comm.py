@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from lockstep.comm.all_reduce_policy import AllReducePolicy
 from lockstep.comm.base import Communicator
-from lockstep.launch.bench.comm_actor import CommBenchActor, CommunicatorAllReduce
+from lockstep.kernels.arguments import Matrix
+from lockstep.launch.bench.comm_actor import CommBenchActor, CommunicatorAllReduce, GemmAllReduce
 from lockstep.launch.bench.comm_command import parse_bytes
 from lockstep.launch.bench.comm_report import AlgorithmTimings, CommBenchSpec, TableLine, Timing, lines
 from lockstep.launch.cli.main import app
@@ -66,7 +68,7 @@ def test_two_ranks_over_gloo(ray_cluster: dict[str, str], tmp_path: Path) -> Non
 
 
 def test_refused_algorithms_have_a_reason_and_json_is_all_that_is_printed(ray_cluster: dict[str, str]) -> None:
-    names = ("push", "push fused", "one-shot", "two-shot fused", "nccl", "nccl + norm")
+    names = ("push", "push fused", "one-shot", "two-shot fused", "push by GEMM", "nccl", "nccl + norm")
     result = bench("--tp=2", "-e1K", "--json", "--dtype=float32", *(f"--algorithm={name}" for name in (*names, "gloo")))
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -128,6 +130,42 @@ def test_wrong_elements_are_counted(errors: int) -> None:
         assert plain_16 == plain_1024 == errors
         assert completed_16 >= 2 * errors or errors == 0  # the residual stream and its norm
         assert (completed_16 == 0) == (completed_1024 == 0) == (errors == 0)
+
+
+class Pushing(Wrong):
+    """The same with GEMMs that push up to eight rows, as the log says."""
+
+    def __init__(self, real: Communicator, errors: int, log: list[str], gemm_bytes: int = 1 << 16) -> None:
+        super().__init__(real, errors)
+        self.policy, self.log = AllReducePolicy(((1 << 16, "push"),), gemm_bytes=gemm_bytes), log
+
+    def with_policy(self, policy: AllReducePolicy) -> Pushing:
+        return Pushing(self.real, self.errors, self.log, policy.gemm_bytes)
+
+    def gemms_push(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
+        return self.policy.lets_gemms_push(rows, columns, dtype)
+
+    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
+        self.log.append("sent" if self.gemms_push(len(x), len(weight), x.dtype) else "stored")  # type: ignore[arg-type]
+        return super().linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("pushes", [False, True])
+def test_sums_of_gemms_are_timed_where_gemms_push(pushes: bool) -> None:
+    def rank(comm: Communicator) -> tuple[list[int | None], set[str]]:
+        log: list[str] = []
+        comm = Pushing(comm, 0, log)
+        actor = CommBenchActor(comm.rank, comm.size, Config(device="cpu", tensor_parallel_size=2), {})
+        actor._comm, actor._device, actor.spec = comm, CPU, spec(sizes=[256, 2048, 4096], dtype="bfloat16")
+        actor.dtype = torch.bfloat16
+        actor._algorithms = {"": GemmAllReduce(comm, CPU, 128, pushes=pushes)}  # type: ignore[arg-type]
+        cells = [line.out_of_place for line in actor.measure("", "eager")]
+        return [cell and cell.wrong for cell in cells], set(log)
+
+    for (one_row, eight_rows, sixteen_rows), log in run_ranks(2, rank):
+        assert one_row == eight_rows == 0
+        assert sixteen_rows is None
+        assert log == {"sent" if pushes else "stored"}
 
 
 def test_block_has_the_slowest_rank_and_all_wrong_elements() -> None:
