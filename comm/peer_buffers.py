@@ -1,8 +1,8 @@
 """Peer memory: memory of each rank's GPU that all ranks of one host have mapped.
 
-It has a header, in which the kernels keep their flags, mailboxes for messages that peers push, and three peer buffers
-for messages that peers read. Imports CuPy, so only code
-that runs on GPUs imports this module.
+It has a header, in which the kernels keep their flags, mailboxes for small messages that peers push, three peer buffers
+for messages that peers read, and inboxes for larger ones that they push. Imports CuPy, so only code that runs on GPUs
+imports this module.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GRANULE = 2 << 20  # smaller allocations may share an exported block with others
 VERIFY_S = 5.0  # `verify` waits at most this long for a peer's write
 CLOSE_S = 3.0
 DEVICE_SHARE = 0.9  # the device times out at this share of the deadline, before the host: it knows the missing rank
-NUM_BUFFERS = 3
+INBOX_BYTES = 8 << 20  # the largest message in an inbox, of which there are four
 
 
 @dataclass
@@ -87,6 +87,7 @@ class PeerBuffers:
 
     def __init__(self, rendezvous: Rendezvous, *, device: torch.device, buffer_bytes: int, shares_device: bool) -> None:
         self.rank, self.size, self.buffer_bytes = rendezvous.rank, rendezvous.size, buffer_bytes
+        self.inbox_bytes = min(buffer_bytes, INBOX_BYTES)
         self.timeout_s = DEVICE_SHARE * rendezvous.timeout_s
         self._rendezvous = rendezvous
         self._device = torch.empty(0, device=device).device  # a device without an index gets the current one
@@ -102,8 +103,10 @@ class PeerBuffers:
             raise PeerMemoryUnavailable(f"{self.size} ranks are more than {peer_memory.MAX_RANKS}")
         if os.environ.get("NCCL_P2P_DISABLE", "0") != "0":
             raise PeerMemoryUnavailable("NCCL_P2P_DISABLE is set")
-        nbytes = whole_granules(peer_memory.first_buffer(self.size) + NUM_BUFFERS * self.buffer_bytes)
+        inboxes = peer_memory.first_inbox(self.size, self.buffer_bytes)
+        nbytes = whole_granules(inboxes + peer_memory.NUM_INBOXES * self.inbox_bytes)
         self._address, self._bytes = peer_memory.allocate(nbytes, self._device.index)
+        self._bytes[inboxes:].fill_(peer_memory.EMPTY_BYTE)  # before `verify`, which all ranks pass before they push
         self._words = peer_memory.host_words(peer_memory.MAX_RANKS + 1)
         peer_memory.prepare(self.size)
         blocks = peer_memory.max_blocks(self._device.index, self._ranks_per_device)
@@ -118,11 +121,12 @@ class PeerBuffers:
             self._words,
             timeout_ns=int(min(VERIFY_S, self._rendezvous.timeout_s / 2) * 1e9),
             buffer_bytes=self.buffer_bytes,
+            inbox_bytes=self.inbox_bytes,
             rank=self.rank,
             alone=self._ranks_per_device == 1,
         )
         self._table = torch.tensor(fields, dtype=torch.int64, device=self._device)
-        self.peers = peer_memory.PeerTable(self._table, self.size, min(map(int, blocks)))
+        self.peers = peer_memory.PeerTable(self._table, self.size, min(map(int, blocks)), self.inbox_bytes)
         return ""
 
     def verify(self, turn: int) -> str:

@@ -141,8 +141,11 @@ class SymmetricCommunicator(Communicator):
         self._begin()
         out, total = torch.empty_like(x), _aligned(residual)
         x, weight, peers = _aligned(x), _aligned(weight), self._buffers.peers
+        rows, columns = x.shape
         if algorithm == "push":
             peer_memory.push_all_reduce_add_rms_norm(out, x, total, weight, eps, peers)
+        elif algorithm == "two-shot" and peer_memory.fits_two_pushes(rows, columns, x.dtype, peers):
+            peer_memory.two_push_add_rms_norm(out, x, total, weight, eps, peers)
         else:
             buffer_index, two_shot = self._buffers.take_buffer_index(), algorithm == "two-shot"
             peer_memory.all_reduce_add_rms_norm(out, x, total, weight, eps, peers, buffer_index, two_shot=two_shot)

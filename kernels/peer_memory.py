@@ -22,6 +22,7 @@ MAX_RANKS = 8
 TIMEOUT_FIELD = MAX_RANKS + 2  # the index of timeout_ns in the fields of a PeerTable
 HEADER_BYTES, PUSH_BYTES, UNIT, BLOCKS = 65536, 262144, 16, 1024  # mirror those of peer_protocol.cuh
 THREADS = 512  # the most of a block
+NUM_BUFFERS, NUM_INBOXES, EMPTY_BYTE = 3, 4, 0xFF  # EMPTY_BYTE: four make EMPTY of peer_protocol.cuh
 NORM_VECTORS = (1, 2, 4)  # vectors of a row in a thread's registers
 
 
@@ -32,10 +33,18 @@ class PeerTable:
     fields: Tensor  # int64 on the GPU: struct PeerTable of peer_protocol.cuh
     size: int  # the number of ranks
     max_blocks: int  # of THREADS threads per launch; twice as many of half as many threads, and so on
+    inbox_bytes: int  # the most of a message in two pushes
 
 
 def table_fields(
-    buffers: list[int], words: Tensor, *, timeout_ns: int, buffer_bytes: int, rank: int, alone: bool
+    buffers: list[int],
+    words: Tensor,
+    *,
+    timeout_ns: int,
+    buffer_bytes: int,
+    inbox_bytes: int,
+    rank: int,
+    alone: bool,
 ) -> list[int]:
     """Return the fields of struct PeerTable.
 
@@ -44,7 +53,17 @@ def table_fields(
     alone    no other rank shares this GPU
     """
     missing, stop = words.data_ptr(), words[MAX_RANKS:].data_ptr()
-    return [*buffers, *[0] * (MAX_RANKS - len(buffers)), missing, stop, timeout_ns, buffer_bytes, rank, int(alone)]
+    return [
+        *buffers,
+        *[0] * (MAX_RANKS - len(buffers)),
+        missing,
+        stop,
+        timeout_ns,
+        buffer_bytes,
+        inbox_bytes,
+        rank,
+        int(alone),
+    ]
 
 
 def allocate(nbytes: int, device: int) -> tuple[int, Tensor]:
@@ -101,6 +120,11 @@ def first_buffer(size: int) -> int:
     return HEADER_BYTES + 4 * size * PUSH_BYTES
 
 
+def first_inbox(size: int, buffer_bytes: int) -> int:
+    """Return where the inboxes start, behind the peer buffers; all their bytes are EMPTY_BYTE at first."""
+    return first_buffer(size) + NUM_BUFFERS * buffer_bytes
+
+
 def capture() -> int:
     """Return the number of the graph that is being captured on the current stream, or 0."""
     if not torch.cuda.is_current_stream_capturing():
@@ -123,6 +147,8 @@ def compile_sums(columns: int, dtype: torch.dtype, peers: PeerTable) -> None:
     if fits_push(columns * dtype.itemsize):
         names = ("push_all_reduce_add_rms_norm", "receive_add_rms_norm")
         fused += [f"{name}<{layout}>" for name in names for layout in layouts]
+    if fits_two_pushes(1, columns, dtype, peers):
+        fused += [f"two_push_add_rms_norm<{layout}>" for layout in layouts]
     vectors = f"{C_NAMES[dtype]}, {VECTOR_BYTES // dtype.itemsize}, {peers.size}"
     plain = [f"{name}_all_reduce<{vectors}>" for name in ("push", "one_shot", "two_shot")]
 
@@ -211,8 +237,27 @@ def push_all_reduce_add_rms_norm(
     out: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, peers: PeerTable
 ) -> None:
     """Compute the same with the bits of one-shot: each rank writes x to all. `fits_push` holds for a row."""
+    _push_add_rms_norm("push_all_reduce", out, x, residual, weight, eps, peers)
+
+
+def fits_two_pushes(rows: int, columns: int, dtype: torch.dtype, peers: PeerTable) -> bool:
+    """Return whether the rows fit into an inbox, and each rank has whole vectors of their columns."""
+    row = columns * dtype.itemsize
+    return rows * row <= peers.inbox_bytes and row % (VECTOR_BYTES * peers.size) == 0
+
+
+def two_push_add_rms_norm(
+    out: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, peers: PeerTable
+) -> None:
+    """Compute the same with the bits of two-shot, by pushes of parts and of sums. `fits_two_pushes` holds."""
+    _push_add_rms_norm("two_push", out, x, residual, weight, eps, peers)
+
+
+def _push_add_rms_norm(
+    name: str, out: Tensor, x: Tensor, residual: Tensor, weight: Tensor, eps: float, peers: PeerTable
+) -> None:
     shape, grid, threads = _norm_layout(len(x), x.shape[1], x.dtype, peers)
-    launch = kernel("peer_collectives.cu", f"push_all_reduce_add_rms_norm<{shape}>", early=True)
+    launch = kernel("peer_collectives.cu", f"{name}_add_rms_norm<{shape}>", early=True)
     rows, columns = map(np.int32, x.shape)
     operation = _operation("all_reduce_add_rms_norm")
     launch(grid, threads, out, x, residual, weight, np.float32(eps), rows, columns, peers.fields, operation)

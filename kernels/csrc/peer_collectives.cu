@@ -198,3 +198,27 @@ __global__ void __launch_bounds__(512, 1) receive_add_rms_norm(
     RowNorm<T, V, R, (R < 4 && R * N <= 8)> norm(out, residual, weight, eps, size);
     receive_rows(push, norm, rows, size);
 }
+
+// Two-shot by pushes, with the bits of all_reduce_add_rms_norm: each rank sums its columns of every row. A block sends a row, then the
+// sums of its row before that, then applies the norm to the one before: so its exchanges overlap.
+template <typename T, int V, int N, int R>
+__global__ void __launch_bounds__(512, 1) two_push_add_rms_norm(
+    T* out, const T* x, T* residual, const T* weight, float eps, int rows, int size, const PeerTable* peers, int operation) {
+    TwoPushes<T, V, N> pushes(peers, operation, size);
+    RowNorm<T, V, R, (R < 4)> norm(out, residual, weight, eps, size);
+    pushes.read_round();
+    const int step = gridDim.x;
+    for (int next = blockIdx.x; next < rows + 2 * step; next += step) {
+        const int summed = next - step, row = summed - step;
+        if (next < rows) norm.for_each_vector([&](int, int i) { pushes.send(x, next, i); });
+        if (summed >= 0 && summed < rows)
+            for (int i = threadIdx.x * V; i < pushes.chunk; i += blockDim.x * V) pushes.send_sum(x, summed, i);
+        if (row < 0) continue;
+        float sum[R][V];
+        Packed<T, V> values[R];
+        pushes.receive(values, row, [&](int r) { return (r * blockDim.x + threadIdx.x) * V; });
+        UNROLL for (int r = 0; r < R; ++r) add<T, V>(sum[r], values[r], true);
+        norm.add_and_store(row, sum);
+        if (row + step < rows) norm.load_residual(row + step);
+    }
+}

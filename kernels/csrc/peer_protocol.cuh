@@ -13,6 +13,10 @@
 // The words of a round may be sent by its kernel or by a GEMM before it (PUSH of skinny_gemm.cu): peers see no difference. The GEMM
 // sends after its wait for the kernel before it, when round r - 1 has ended: no other push lies between the GEMM and its round.
 //
+// Two pushes: ranks send columns to their owners, and owners send the sums to all, into inboxes. A vector there has arrived when two
+// of its words are not EMPTY, a NaN that no rank sends. So nothing but the data is sent. Who reads a vector makes its place EMPTY again.
+// These rounds count together with those of the other pushes, and alternate between two pairs of inboxes for the same reason.
+//
 // A wait ends at a timeout, or when the host sets `stop`. The rank's results are then invalid, and it never signals its peers
 // or sends to them again: they time out as well. The host finds the missing ranks in `missing`.
 #pragma once
@@ -22,6 +26,7 @@ constexpr int RANKS = 8, BLOCKS = 1024;  // the maxima
 constexpr int HEADER_BYTES = 65536;      // before the mailboxes
 constexpr int PUSH_BYTES = 262144;       // the largest input that is pushed
 constexpr int UNIT = 16;                 // elements: the share of a block is a multiple of it, for any vector width
+constexpr unsigned EMPTY = 0xffffffffu, OTHER_NAN = 0x7fff7fffu;  // words of an inbox: not arrived, and what is sent for it
 constexpr int POLLS = 256;               // polls of a signal between two reads of the clock
 constexpr int STOP_SHIFT = 17;           // a GPU reads `stop` once in 2^17 ns, 0.13 ms
 constexpr unsigned TIMED_OUT = 1, STOPPED = 2;
@@ -36,7 +41,7 @@ struct PeerTable {  // one rank's view of all ranks, constant; its fields are th
     char* buffers[RANKS];
     unsigned long long* missing;  // on the host: for each rank (operation << 32 | round) of the wait that timed out
     const unsigned* stop;         // on the host: not zero ends all waits
-    long long timeout_ns, slot_bytes, rank, alone;  // alone: no other rank shares this GPU, so the next kernel may start early
+    long long timeout_ns, slot_bytes, inbox_bytes, rank, alone;  // alone: no other rank shares this GPU: the next kernel may start early
 };
 
 // Stores and loads between ranks. Loads never come from L1, which does not see the writes of peers.
@@ -231,19 +236,34 @@ template <typename T, int V, int N> struct Pull : Rank {
     }
 };
 
+// A round of pushes of N ranks.
+template <int N> struct PushRound : Rank {
+    char* memories[N];  // of all ranks
+
+    DEVICE PushRound(const PeerTable* table, int operation) : Rank(table, operation) {
+        UNROLL for (int p = 0; p < N; ++p) memories[p] = peers.buffers[p];
+        wait_for_inputs(&header->push_round);
+        ++round;
+    }
+
+    // Call it once. The last block to read the round of this push counts it for the next one.
+    DEVICE void read_round() {
+        __syncthreads();
+        if (threadIdx.x == 0 && atomicInc(&header->push_blocks, gridDim.x - 1) == gridDim.x - 1) header->push_round = round;
+    }
+};
+
 // A push of N ranks: send, read_round, load_sum. The vectors have 16 bytes.
-template <typename T, int V, int N> struct Push : Rank {
+template <typename T, int V, int N> struct Push : PushRound<N> {
     static_assert(sizeof(T) * V == 16, "four words");
+    using Rank::rank, Rank::round, Rank::timed_out;
     char *outgoing[N], *incoming[N];  // mailboxes at each peer for this rank, and here for each peer
 
-    DEVICE Push(const PeerTable* table, int operation) : Rank(table, operation) {
-        char* boxes[N];
-        UNROLL for (int p = 0; p < N; ++p) boxes[p] = peers.buffers[p] + HEADER_BYTES;
-        wait_for_inputs(&header->push_round);
-        const int turn = ++round % 2 * N;
+    DEVICE Push(const PeerTable* table, int operation) : PushRound<N>(table, operation) {
+        const int turn = round % 2 * N;
         UNROLL for (int p = 0; p < N; ++p) {
-            outgoing[p] = boxes[p] + (turn + rank) * 2ll * PUSH_BYTES;
-            incoming[p] = reinterpret_cast<char*>(header) + HEADER_BYTES + (turn + p) * 2ll * PUSH_BYTES;
+            outgoing[p] = this->memories[p] + HEADER_BYTES + (turn + rank) * 2ll * PUSH_BYTES;
+            incoming[p] = reinterpret_cast<char*>(this->header) + HEADER_BYTES + (turn + p) * 2ll * PUSH_BYTES;
         }
     }
 
@@ -257,12 +277,6 @@ template <typename T, int V, int N> struct Push : Rank {
             store_relaxed(outgoing[p] + at * (long long)sizeof(T), ulonglong2{flag | words.x, flag | words.y});
             store_relaxed(outgoing[p] + at * (long long)sizeof(T) + PUSH_BYTES, ulonglong2{flag | words.z, flag | words.w});
         }
-    }
-
-    // Call it once, after all sends. The last block to read the round of this push counts it for the next one.
-    DEVICE void read_round() {
-        __syncthreads();
-        if (threadIdx.x == 0 && atomicInc(&header->push_blocks, gridDim.x - 1) == gridDim.x - 1) header->push_round = round;
     }
 
     // sum = the sum over the ranks of what each has sent at this place.
@@ -283,13 +297,84 @@ template <typename T, int V, int N> struct Push : Rank {
                 return missing == N;
             };
             UNROLL for (int k = 0; k < TOGETHER && start + k < N; ++k) load_halves(k);
-            if (!timed_out) timed_out = !wait_for(missing, all_have_arrived);
+            if (!timed_out) timed_out = !this->wait_for(missing, all_have_arrived);
             UNROLL for (int k = 0; k < TOGETHER && start + k < N; ++k) {
                 const ulonglong2 *h = halves[k];
                 values[start + k] = {(unsigned)h[0].x, (unsigned)h[0].y, (unsigned)h[1].x, (unsigned)h[1].y};
             }
         }
         add_all<T, V>(sum, values);
+    }
+};
+
+// Two pushes of N ranks, for rows of N * `chunk` columns: send, send_sum, receive. The vectors have 16 bytes. An inbox has the rows.
+// In the first one of a round a rank finds what rank p sends of its columns in place of the columns of p.
+template <typename T, int V, int N> struct TwoPushes : PushRound<N> {
+    static_assert(sizeof(T) * V == 16, "four words");
+    using Rank::rank, Rank::round, Rank::timed_out;
+    T *inboxes[N], *own;    // the first inbox of this round at each rank, and here
+    long long second;       // elements from there to the second one, for sums
+    int size, chunk, mine;  // columns: of a row, of a rank, and before those of this rank
+
+    DEVICE TwoPushes(const PeerTable* table, int operation, int size)
+        : PushRound<N>(table, operation), size(size), chunk(size / N), mine(rank * chunk) {
+        const long long bytes = this->peers.inbox_bytes;
+        const long long start = HEADER_BYTES + 4 * N * PUSH_BYTES + 3 * this->peers.slot_bytes + round % 2 * 2 * bytes;
+        UNROLL for (int p = 0; p < N; ++p) inboxes[p] = reinterpret_cast<T*>(this->memories[p] + start);
+        own = reinterpret_cast<T*>(reinterpret_cast<char*>(this->header) + start);
+        second = bytes / sizeof(T);
+    }
+
+    // Send a vector of x to the owner of its columns, i and those after it.
+    DEVICE void send(const T* x, int row, int i) const {
+        const int owner = i / chunk;
+        T* to = inboxes[0];
+        UNROLL for (int p = 1; p < N; ++p) if (owner == p) to = inboxes[p];
+        if (owner != rank) put(to + row * size + mine + i - owner * chunk, load<T, V>(x + row * size + i));
+    }
+
+    // Send the sums over the ranks of this rank's columns i and those after it, rounded, to all.
+    DEVICE void send_sum(const T* x, int row, int i) {
+        const int at = row * size + i;
+        Packed<T, V> values[N];
+        float sum[V];
+        take(values, [&](int p) { return p == rank ? x + at + mine : own + at + p * chunk; }, [&](int p) { return p == rank ? -1 : p; });
+        add_all<T, V>(sum, values);
+        const Vec<T, V> rounded = round_all<T>(sum);
+        UNROLL for (int p = 0; p < N; ++p) put(inboxes[p] + second + at + mine, reinterpret_cast<const Packed<T, V>&>(rounded));
+    }
+
+    // values[r] = the sums of the columns at column(r) and after it; nothing if that is beyond the row.
+    template <int R, typename F> DEVICE void receive(Packed<T, V> (&values)[R], int row, F column) {
+        const T* from = own + second + row * size;
+        take(values, [&](int r) { return from + min(column(r), size - V); }, [&](int r) { return column(r) < size ? column(r) / chunk : -1; });
+    }
+
+private:
+    DEVICE void put(T* to, uint4 words) const {
+        if (timed_out) return;
+        if (words.x == EMPTY) words.x = OTHER_NAN;
+        if (words.z == EMPTY) words.z = OTHER_NAN;
+        store_relaxed(to, ulonglong2{(unsigned long long)words.y << 32 | words.x, (unsigned long long)words.w << 32 | words.z});
+    }
+
+    // Load the vectors at place(k). Wait for those in an inbox, which sender(k) sends, and empty their places. Others have no sender: -1.
+    template <int K, typename F, typename S> DEVICE void take(Packed<T, V> (&values)[K], F place, S sender) {
+        ulonglong2 words[K];
+        int missing;
+        auto have_arrived = [&] {  // else those that are missing are loaded again; one wait for all is less code
+            missing = -1;
+            UNROLL for (int k = 0; k < K; ++k)
+                if (sender(k) >= 0 && ((unsigned)words[k].x == EMPTY || (unsigned)words[k].y == EMPTY))
+                    missing = sender(k), load_relaxed(words[k], place(k));
+            return missing < 0;
+        };
+        UNROLL for (int k = 0; k < K; ++k) load_relaxed(words[k], place(k));
+        if (!timed_out) timed_out = !this->wait_for(missing, have_arrived);
+        UNROLL for (int k = 0; k < K; ++k) {
+            values[k] = {(unsigned)words[k].x, (unsigned)(words[k].x >> 32), (unsigned)words[k].y, (unsigned)(words[k].y >> 32)};
+            if (sender(k) >= 0) store(const_cast<T*>(place(k)), unpack<T, V>(Packed<T, V>{EMPTY, EMPTY, EMPTY, EMPTY}));
+        }
     }
 };
 

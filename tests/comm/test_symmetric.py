@@ -86,12 +86,13 @@ class HostPeers:
     """A stand-in for kernels/peer_memory.py of one rank, which is a thread; `faults` name its failures."""
 
     OPERATIONS, MAX_RANKS, FIRST, TIMEOUT_FIELD = ("barrier",), 8, 4096, 10
+    NUM_INBOXES, EMPTY_BYTE = 4, 255
 
     def __init__(self, shared: HostMemory, rank: int, faults: set[str]) -> None:
         self.shared, self.rank, self.faults = shared, rank, faults
 
-    def PeerTable(self, fields: Tensor, size: int, max_blocks: int) -> SimpleNamespace:  # a class of that name
-        return SimpleNamespace(max_blocks=max_blocks)
+    def PeerTable(self, fields: Tensor, size: int, max_blocks: int, inbox_bytes: int) -> SimpleNamespace:  # a class
+        return SimpleNamespace(max_blocks=max_blocks, inbox_bytes=inbox_bytes)
 
     def allocate(self, nbytes: int, device: Any) -> tuple[int, Tensor]:
         if "no memory" in self.faults:
@@ -128,6 +129,9 @@ class HostPeers:
 
     def first_buffer(self, size: int) -> int:
         return self.FIRST
+
+    def first_inbox(self, size: int, buffer_bytes: int) -> int:
+        return self.FIRST + 3 * buffer_bytes
 
     def capture(self) -> int:
         return 0
@@ -450,8 +454,10 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Rank:
         return launch
 
     sums = ("push_all_reduce", "one_shot_all_reduce", "two_shot_all_reduce", "all_gather")
-    names = (*sums, "all_reduce_add_rms_norm", "push_all_reduce_add_rms_norm", "receive_add_rms_norm")
+    norms = ("push_all_reduce_", "two_push_", "receive_")
+    names = (*sums, "all_reduce_add_rms_norm", *(f"{name}add_rms_norm" for name in norms))
     fits: dict[str, Any] = {"fits_norm": lambda columns, dtype: columns < 4096, "fits_push": lambda n: n % 16 == 0}
+    fits["fits_two_pushes"] = lambda rows, columns, dtype, peers: rows * columns * dtype.itemsize <= 2048
     peers = SimpleNamespace(**fits, **{name: recorded(name) for name in names})
     monkeypatch.setattr(symmetric, "peer_memory", peers)
     gemms = SimpleNamespace(can_send=lambda x, weight: len(x) < 4, send_linear=recorded("send_linear"))
@@ -499,11 +505,10 @@ def test_norm_is_fused_if_a_row_fits(rank: Rank) -> None:
         result = comm.all_reduce_add_rms_norm(x, residual, weight, 1e-5)
         return result, norm, residual - expected
 
-    complete(1, 64)
-    complete(2, 64)
-    complete(8, 64)
-    expected = ["push_all_reduce_add_rms_norm", "all_reduce_add_rms_norm", "all_reduce_add_rms_norm two-shot"]
-    assert buffers.calls == expected
+    for rows in (1, 2, 8, 12):
+        complete(rows, 64)
+    norms = ("push_all_reduce_{}", "all_reduce_{}", "two_push_{}", "all_reduce_{} two-shot")
+    assert buffers.calls == [name.format("add_rms_norm") for name in norms]
     result, norm, difference = complete(1, 4096)  # NCCL's stand-in returns x itself: the sum of one rank
     assert nccl.calls == ["all_reduce"]
     assert torch.equal(result, norm)
@@ -524,7 +529,7 @@ SENT = ["send_linear", "receive_add_rms_norm"]
         (1, 64, {"dtype": torch.float32}, STORED),
         (3, 64, {"dtype": torch.float32}, ["input", "all_reduce_add_rms_norm"]),
         (9, 32, {}, ["input", "all_reduce_add_rms_norm"]),
-        (8, 128, {}, ["input", "all_reduce_add_rms_norm two-shot"]),
+        (8, 128, {}, ["input", "two_push_add_rms_norm"]),
         (3, 100, {}, ["input", "all_reduce_add_rms_norm"]),  # no whole vectors
         (3, 64, {"batch_invariant": True}, ["input", "all_reduce_add_rms_norm"]),
         (3, 64, {"shares_device": True}, ["input", "all_reduce_add_rms_norm"]),

@@ -37,8 +37,8 @@ INSTANCES = {
             for two_steps in ("false", "true")
         ),
         *(
-            f"{name}<{shape}>"
-            for name in ("push_all_reduce_add_rms_norm", "receive_add_rms_norm")
+            f"{name}_add_rms_norm<{shape}>"
+            for name in ("push_all_reduce", "two_push", "receive")
             for shape in ("bf16, 8, 2, 1", "f16, 8, 8, 2", "float, 4, 4, 4")
         ),
     ],

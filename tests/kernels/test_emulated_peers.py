@@ -61,10 +61,17 @@ def test_kernels_that_are_compiled_ahead_are_those_of_the_sums(
     assert {name for _, name, *_ in group.peers._launches} <= set(names)
 
 
+LAYOUTS = {
+    "one-shot": [("one-shot", 128, 8), ("push", 64, 3), ("push", 32, 1)],
+    "two-shot": [("two-shot", 128, 8), ("two-push", 64, 1), ("two-push", 32, 1), ("two-push", 128, 8)],
+}
+
+
 @NIGHTLY
-def test_push_has_the_bits_of_one_shot_in_any_layout() -> None:
+@pytest.mark.parametrize("pull", LAYOUTS)
+def test_pushes_have_the_bits_of_pulls_in_any_layout(pull: str) -> None:
     results = []
-    for operation, threads, blocks in (("one-shot", 64, 1), ("one-shot", 128, 8), ("push", 64, 3), ("push", 32, 1)):
+    for operation, threads, blocks in ((pull, 64, 1), *LAYOUTS[pull]):
         group = emulated(2, threads=threads, blocks=blocks)
         group.queue(f"{operation} fused", 3, 512)
         results.append([result for _, result, *_ in group.expectations])
@@ -73,12 +80,29 @@ def test_push_has_the_bits_of_one_shot_in_any_layout() -> None:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nan_of_an_empty_inbox_can_be_sent(dtype: torch.dtype) -> None:
+    group = emulated(2)
+    empty = torch.full((2, 64 * dtype.itemsize), 0xFF, dtype=torch.uint8).view(dtype)
+    results = []
+    for rank in range(2):
+        x, residual = (empty if rank else torch.zeros_like(empty)).clone(), torch.zeros_like(empty)
+        with group.peers.on_rank(rank) as table:
+            group.kernels.two_push_add_rms_norm(torch.empty_like(x), x, residual, torch.ones_like(x[0]), EPS, table)
+        results.append(residual)
+    group.check()
+    assert all(result.isnan().all() for result in results)
+
+
 MUTATIONS: dict[str, tuple[str, str]] = {
     "a signal without a fence": ("store_release(signal, round)", "*signal = round"),
     "no barrier before a signal": ("__syncthreads();\n        ++round;", "++round;"),
-    "one mailbox": ("const int turn = ++round % 2 * N;", "const int turn = 0 * ++round;"),
+    "one mailbox": ("const int turn = round % 2 * N;", "const int turn = 0;"),
     "half of the flags": ("half.x >> 32 == round && half.y >> 32 == round", "half.x >> 32 == round"),
     "no wait for signals": (">= 0; });", ">= -1; });"),
+    "one pair of inboxes": ("round % 2 * 2 * bytes", "0 * bytes"),
+    "half of a vector": (" || (unsigned)words[k].y == EMPTY", ""),
+    "inboxes that stay full": ("if (sender(k) >= 0) store(const_cast<T*>(place(k)),", "static_cast<void>("),
     "no barrier after buffer 0": ("if (slot == 0) arrive_and_wait();", ""),
 }
 
@@ -96,6 +120,8 @@ def test_errors_in_the_kernels_are_seen(name: str) -> None:
         for seed in range(4):
             group = emulated(2, seed, in_graph=seed % 2 == 0, mutate=mutate)
             queue_all(group, seed)
+            for _ in range(3):
+                group.queue("two-push fused", 3, 64)
             group.check()
 
     with pytest.raises(AssertionError):
@@ -105,7 +131,7 @@ def test_errors_in_the_kernels_are_seen(name: str) -> None:
 @pytest.mark.parametrize("operation", ["push", *(pytest.param(name, marks=NIGHTLY) for name in (*PLAIN[1:], *FUSED))])
 def test_missing_rank_is_named(operation: str) -> None:
     group = emulated(3, timeout_ns=100_000)
-    parts = [group.random(2, 64, torch.float32) for _ in range(3)]
+    parts = [group.random(2, 96, torch.float32) for _ in range(3)]
     for rank in (0, 2):
         with group.peers.on_rank(rank) as table:
             for _ in range(2):

@@ -26,22 +26,24 @@ def test_collectives_of_ranks_in_streams(size: int, dtype: torch.dtype) -> None:
     group.check()
 
 
+@pytest.mark.parametrize("operations", [("one-shot", "push"), ("two-shot", "two-push")])
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
-def test_push_has_the_bits_of_one_shot(size: int) -> None:
+def test_pushes_have_the_bits_of_pulls(size: int, operations: tuple[str, ...]) -> None:
     results = []
-    for operation in ("one-shot", "push"):
-        group = PeerGroup(PeerStreams(size, buffer_bytes=1 << 20))
+    for operation in operations:
+        group = PeerGroup(PeerStreams(size, buffer_bytes=4 << 20))
         for rows, columns in ((1, 4096), (32, 4096), (12, 8192), (25, 5120)):
             group.queue(f"{operation} fused", rows, columns)
         results.append([result for _, result, *_ in group.expectations])
         group.check()
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("operation", [*PLAIN, *FUSED])
 def test_missing_rank_is_named(operation: str) -> None:
     group = PeerGroup(PeerStreams(3, buffer_bytes=1 << 20, timeout_ns=20_000_000))
-    parts = [group.random(2, 64, torch.float32) for _ in range(3)]
+    parts = [group.random(2, 96, torch.float32) for _ in range(3)]
     for rank in (0, 2):
         with group.peers.on_rank(rank) as table:
             group.queue_on(operation, table, parts, rank, parts[rank].clone(), parts[0][0])

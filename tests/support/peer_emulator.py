@@ -41,17 +41,22 @@ class QueuedPeers:
         self.size, self.device, self._rank = size, torch.device(device), 0
         self._launches: list[tuple[int, str, int, int, tuple[Any, ...]]] = []
         self.kernels: Any = _import_peer_memory(self._kernel)
-        nbytes, count = self.kernels.first_buffer(size) + 3 * buffer_bytes, self.kernels.MAX_RANKS + 1
-        self.memory = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in range(size)]
+        start, count = self.kernels.first_inbox(size, buffer_bytes), self.kernels.MAX_RANKS + 1
+        self.memory = [
+            torch.zeros(start + self.kernels.NUM_INBOXES * buffer_bytes, dtype=torch.uint8, device=device)
+            for _ in range(size)
+        ]
+        for memory in self.memory:
+            memory[start:].fill_(self.kernels.EMPTY_BYTE)
         on_gpu = self.device.type == "cuda"
         self.words = [torch.zeros(count, dtype=torch.int64, pin_memory=on_gpu) for _ in range(size)]
         addresses = [memory.data_ptr() for memory in self.memory]
-        options = {"timeout_ns": timeout_ns, "buffer_bytes": buffer_bytes, "alone": alone}
+        options = {"timeout_ns": timeout_ns, "buffer_bytes": buffer_bytes, "inbox_bytes": buffer_bytes, "alone": alone}
         self.tables = []
         for rank, words in enumerate(self.words):
             fields = self.kernels.table_fields(addresses, words, rank=rank, **options)
             fields = torch.tensor(fields, dtype=torch.int64, device=device)
-            self.tables.append(self.kernels.PeerTable(fields, size, blocks))
+            self.tables.append(self.kernels.PeerTable(fields, size, blocks, buffer_bytes))
 
     @contextmanager
     def on_rank(self, rank: int) -> Iterator[Any]:

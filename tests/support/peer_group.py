@@ -11,7 +11,7 @@ from torch import Tensor
 from peer_emulator import QueuedPeers
 
 EPS = 1e-5
-FUSED = ("push fused", "one-shot fused", "two-shot fused")
+FUSED = ("push fused", "one-shot fused", "two-shot fused", "two-push fused")
 PLAIN = ("push", "one-shot", "two-shot", "all-gather")
 
 
@@ -28,12 +28,15 @@ class PeerGroup:
         self.expectations: list[tuple[str, Tensor, Tensor, bool]] = []
 
     def queue(self, operation: str, rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        fits = self.kernels.fits_two_pushes(rows, columns, dtype, self.peers.tables[0])
+        if operation == "two-push fused" and not fits:
+            operation = "two-shot fused"
         parts = [self.random(rows, columns, dtype) for _ in range(self.size)]
         residual, weight = self.random(rows, columns, dtype), self.random(1, columns, dtype)[0]
         for rank in range(self.size):
             with self.peers.on_rank(rank) as table:
                 self.queue_on(operation, table, parts, rank, residual.clone(), weight)
-        if self.in_graph and not operation.startswith("push"):
+        if self.in_graph and "push" not in operation:
             self.index = 2 if self.index == 1 else 1
 
     def queue_on(
@@ -53,9 +56,11 @@ class PeerGroup:
             launch(out, x, table, *([] if name == "push" else [self.index]))
             self.expectations.append((operation, out, exact.to(x.dtype), True))
             return
-        total = residual.float() + (exact.to(x.dtype).float() if name == "two-shot" else exact)
+        total = residual.float() + (exact.to(x.dtype).float() if name.startswith("two") else exact)
         if name == "push":
             self.kernels.push_all_reduce_add_rms_norm(out, x, residual, weight, EPS, table)
+        elif name == "two-push":
+            self.kernels.two_push_add_rms_norm(out, x, residual, weight, EPS, table)
         else:
             options = {"two_shot": name == "two-shot"}
             self.kernels.all_reduce_add_rms_norm(out, x, residual, weight, EPS, table, self.index, **options)
@@ -86,5 +91,5 @@ def queue_all(
 ) -> None:
     """Queue each collective twice, in random order, on a few rows."""
     order = random.Random(seed)
-    for operation in order.sample(2 * (*PLAIN, *FUSED), 14):
+    for operation in order.sample(2 * (*PLAIN, *FUSED), 16):
         group.queue(operation, order.randint(*rows), order.choice(columns), dtype)
