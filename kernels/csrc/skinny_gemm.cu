@@ -16,6 +16,11 @@ enum Epilogue { STORE, ADD, SILU, PUSH };  // out = sum, out += sum, out = silu(
 
 constexpr int ROWS = 8;    // the most rows of x
 constexpr int LINE = 128;  // bytes of a weight row that a warp processes at once
+#if __CUDA_ARCH__ == 900
+constexpr int MAX_ORDERED_WARPS = 20;  // of a block that multiplies an FP8 weight and keeps the order of loads
+#else
+constexpr int MAX_ORDERED_WARPS = 16;  // on compute capability 10.0 more would spill registers
+#endif
 
 // The scales of an FP8 weight; see FP8Weight of arguments.py. Columns are counted from the begin of the block of column 0.
 struct Scales {
@@ -315,7 +320,7 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
                     UNROLL for (int i = 0; i < 4; ++i) c[i] += factor[d][i / 2] * (sum[0][i] + sum[1][i]);
                 load_weight(next_tile, next_round, d);
                 load_factor(next_tile, next_round, d);
-                if (SCALED && d + 1 < DEPTH) end_basic_block(size, d);
+                if (SCALED && WARPS <= MAX_ORDERED_WARPS && d + 1 < DEPTH) end_basic_block(size, d);
             }
         }
 
