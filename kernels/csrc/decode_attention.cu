@@ -15,6 +15,11 @@
 #include "running_softmax.cuh"
 
 constexpr int MAX_GROUP = 8;  // query heads of a block
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int MAX_BLOCKS = 3;  // of four warps on a multiprocessor; ordinary copies take more registers than bulk copies
+#else
+constexpr int MAX_BLOCKS = 4;
+#endif
 
 // The index of the warp. Because one lane gives it to the others, the compiler knows that they branch alike.
 DEVICE int common_warp_id() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
@@ -394,7 +399,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
 
 // The grid is max_parts * kv_heads by groups of one KV head.
 template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED>
-__global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2 : 4) decode_attention(
+__global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2 : MAX_BLOCKS) decode_attention(
     T* __restrict__ out, const T* qkv, int qkv_stride, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows, int rotary,
     C* k_cache, C* v_cache, int unit, unsigned page_stride, unsigned slot_stride, unsigned head_stride, const int* __restrict__ kv_slots, int num_slots,
