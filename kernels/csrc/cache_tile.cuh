@@ -94,4 +94,12 @@ template <typename T, typename C, int HEAD_DIM, int WARPS> struct CacheTile {
         if constexpr (WIDENED) widen(__byte_perm(first[i / 2], second[i / 2], i % 2 ? 0x7362 : 0x5140), to[0], to[1], Operand());
         else to[0] = __byte_perm(first[i], second[i], 0x5410), to[1] = __byte_perm(first[i], second[i], 0x7632);
     }
+
+    // Return the element of a head that is at this place in the sums of a block and in partial results. Those at adjacent places, from a
+    // multiple of four on, have the distance V_WIDTH.
+    DEVICE static int element_at(int place) {
+        constexpr int PAIRS = V_WIDTH / 2;
+        const int n = place / 16, odd = place / 8 % 2, g = place % 8;
+        return (n / PAIRS * 8 + g) * V_WIDTH + n % PAIRS * 2 + odd;
+    }
 };

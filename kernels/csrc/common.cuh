@@ -66,6 +66,9 @@ DEVICE float divide(float x, float divisor, float inverse) {
 }
 DEVICE float infinity() { return __int_as_float(0x7f800000); }  // NVRTC has no INFINITY
 
+// The index of the warp. Because one lane gives it to the others, the compiler knows that they branch alike.
+DEVICE int common_warp_id() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
+
 DEVICE float warp_sum(float x) {
     for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(0xffffffffu, x, i);
     return x;

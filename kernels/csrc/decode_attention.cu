@@ -8,10 +8,10 @@
 //
 // Both products run on tensor cores, straight from registers (see cache_tile.cuh): scores = keys x queries, results = values^T x
 // weights. Between them movmatrix transposes the weights.
-#include "bulk_copy.cuh"
 #include "cache_tile.cuh"
 #include "head_norm_rope.cuh"
 #include "key_partition.cuh"
+#include "run_copies.cuh"
 #include "running_softmax.cuh"
 
 constexpr int MAX_GROUP = 8;  // query heads of a block
@@ -20,31 +20,6 @@ constexpr int MAX_BLOCKS = 3;  // of four warps on a multiprocessor; ordinary co
 #else
 constexpr int MAX_BLOCKS = 4;
 #endif
-
-// The index of the warp. Because one lane gives it to the others, the compiler knows that they branch alike.
-DEVICE int common_warp_id() { return __shfl_sync(0xffffffffu, (int)threadIdx.x / 32, 0); }
-
-// The grid is one block.
-extern "C" __global__ void __launch_bounds__(1024) partition_keys(
-    int* __restrict__ data, const int* __restrict__ positions, const int* __restrict__ table_rows, int rows, int window, int kv_chunk,
-    int min_chunks, int max_parts, int slack, int enough_parts) {
-    const Partition<int> partition{data, max_parts};
-    int* starts = partition.starts();
-    const int total = scan_chunks(starts, positions, rows, window, kv_chunk);
-    const int parts = min(max_parts, min(total, max(rows, total / min_chunks))), part_rows = (rows + parts - 1) / parts;
-    if (threadIdx.x == 0) starts[rows] = total;
-    __syncthreads();
-    const int whole_parts = (rows + part_rows - 1) / part_rows;
-    const bool whole = have_about_one_length(starts, rows, part_rows, whole_parts < enough_parts ? parts : whole_parts, slack);
-    if (threadIdx.x == 0) partition.num_parts() = whole ? whole_parts : parts, partition.num_chunks() = total;
-    const EvenParts even(total, parts);
-    const KeySequence keys{starts, positions, table_rows, window, kv_chunk};
-    for (int part = threadIdx.x; part < max_parts; part += blockDim.x) {
-        const int chunk = whole ? starts[min(rows, part * part_rows)] : min(total, even.first_chunk(part));
-        const int stop = whole ? starts[min(rows, (part + 1) * part_rows)] : min(total, even.first_chunk(part + 1));
-        partition.set_part(part, {chunk < total ? keys.range_at(chunk, row_of(starts, rows, chunk), stop) : KeyRange{-1}, stop});
-    }
-}
 
 template <typename T, typename C, int HEAD_DIM, int WARPS> struct DecodeShared {
     // Two stages: one for this range, one for the next.
@@ -61,7 +36,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS> struct DecodeShared {
 };
 
 // The acc of each warp, in dynamic shared memory: with heads of 256 elements it does not fit into the 48 KiB of static memory.
-// Place 16 n + 8 o + g of a head is acc[n][2 o + ..] of the lanes g; see element_at. 4: no two lanes on one bank.
+// Place 16 n + 8 o + g of a head is acc[n][2 o + ..] of the lanes g; see CacheTile::element_at. 4: no two lanes on one bank.
 template <int HEAD_DIM> using WarpSums = float[MAX_GROUP][HEAD_DIM + 4];
 
 // The state of one block of the kernel: its arguments, its part and head, and the steps that it takes.
@@ -105,48 +80,25 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     DEVICE bool is_rotated(const KeyRange& range) const { return range.position >= 0 && range.position < table_rows; }
 
     // One warp copies what a range needs beside keys: angles, weights of the norms, the new token's slot, and heads.
+    DEVICE RunCopies copies() const { return {&s.copied}; }
     DEVICE void expect_copies(const KeyRange& range) const {
         const int elements = (group_size + 2 + (q_norm != nullptr) + (k_norm != nullptr)) * HEAD_DIM;
-        expect_copies(elements * sizeof(T) + (is_rotated(range) ? rotary : 0) * sizeof(float));
+        copies().expect(elements * sizeof(T) + (is_rotated(range) ? rotary : 0) * sizeof(float));
     }
     DEVICE void copy_tables(const KeyRange& range, int stage) const {
         if (lane_id() == 0) copy_word_async(&s.slot[stage], kv_slots + range.row);
-        if (is_rotated(range)) copy_run(s.angles[stage], cos_sin + (long long)range.position * rotary, rotary * sizeof(float));
-        if (q_norm) copy_run(s.norms[0], q_norm, HEAD_DIM * sizeof(T));
-        if (k_norm) copy_run(s.norms[1], k_norm, HEAD_DIM * sizeof(T));
+        if (is_rotated(range)) copies().copy(s.angles[stage], cos_sin + (long long)range.position * rotary, rotary * sizeof(float));
+        if (q_norm) copies().copy(s.norms[0], q_norm, HEAD_DIM * sizeof(T));
+        if (k_norm) copies().copy(s.norms[1], k_norm, HEAD_DIM * sizeof(T));
     }
     DEVICE void copy_heads(const KeyRange& range, int stage) const {
         const T* from = qkv + (long long)range.row * qkv_stride;
         T* to = s.projected[stage][0];
         const int queries = group_size * HEAD_DIM;
-        copy_run(to, from + group() * queries, queries * sizeof(T));
-        copy_run(to + queries, from + (heads + kv_head) * HEAD_DIM, HEAD_DIM * sizeof(T));
-        copy_run(to + queries + HEAD_DIM, from + (heads + kv_heads + kv_head) * HEAD_DIM, HEAD_DIM * sizeof(T));
+        copies().copy(to, from + group() * queries, queries * sizeof(T));
+        copies().copy(to + queries, from + (heads + kv_head) * HEAD_DIM, HEAD_DIM * sizeof(T));
+        copies().copy(to + queries + HEAD_DIM, from + (heads + kv_heads + kv_head) * HEAD_DIM, HEAD_DIM * sizeof(T));
     }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-    DEVICE void init_copies() const {}
-    DEVICE void expect_copies(int bytes) const {}
-    DEVICE void copy_run(void* to, const void* from, int bytes) const {
-        ROLLED for (int i = 16 * lane_id(); i < bytes; i += 16 * 32) copy_async((char*)to + i, (const char*)from + i);
-    }
-    DEVICE void wait_for_copies(int stage) const {
-        wait_all_copies();
-        __syncthreads();
-    }
-#else
-    DEVICE unsigned copied() const { return (unsigned)__cvta_generic_to_shared(&s.copied); }
-    DEVICE void init_copies() const {
-        if (lane_id() == 0) init_barrier(copied(), 1), publish_barriers();
-    }
-    DEVICE void expect_copies(int bytes) const {
-        if (lane_id() == 0) arrive_expecting(copied(), bytes);
-    }
-    DEVICE void copy_run(void* to, const void* from, int bytes) const {
-        if (lane_id() == 0) copy_bytes((unsigned)__cvta_generic_to_shared(to), from, bytes, copied());
-    }
-    DEVICE void wait_for_copies(int stage) const { wait_for_phase(copied(), stage); }
-#endif
-
     // Zero the queries of heads that the group does not have.
     DEVICE void zero_queries() const {
         ROLLED for (int i = group_size * (HEAD_DIM + 32) + threadIdx.x; i < MAX_GROUP * (HEAD_DIM + 32); i += THREADS)
@@ -282,14 +234,6 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
         }
     }
 
-    // Return the element of a head that is at this place in WarpSums and in partial results. Those at the WIDTH places from a multiple
-    // of WIDTH on have the distance V_WIDTH.
-    DEVICE static int element_at(int place) {
-        constexpr int PAIRS = Tile::V_WIDTH / 2;
-        const int n = place / 16, odd = place / 8 % 2, g = place % 8;
-        return (n / PAIRS * 8 + g) * Tile::V_WIDTH + n % PAIRS * 2 + odd;
-    }
-
     // Add the new token as the result of one key: its score is the maximum, its weight 1.
     DEVICE void attend_new_token(bool has_new_token) const {
         ROLLED for (int h = warp; h < group_size; h += WARPS) {
@@ -322,7 +266,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     DEVICE void write_result(T* out, int h, int place, const Places& sums, float weight_sum, float max_score) const {
         if (sinks) weight_sum += exp2_of(to_float(sinks[group() * group_size + h]) * LOG2_E - max_score);
         const float scale = __fdividef(1.f, weight_sum);
-        const int first = element_at(place);
+        const int first = Tile::element_at(place);
         UNROLL for (int j = 0; j < WIDTH; ++j) out[h * HEAD_DIM + first + j * Tile::V_WIDTH] = from_float<T>(sums.at[j] * scale);
     }
 
@@ -340,7 +284,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
                     const Places from = *reinterpret_cast<const Places*>(&acc[w][h][place]);
                     UNROLL for (int j = 0; j < WIDTH; ++j) sums.at[j] += weight * from.at[j];
                 } else if (range.has_new_token()) {
-                    UNROLL for (int j = 0; j < WIDTH; ++j) sums.at[j] += weight * to_float(value[element_at(place) + j * Tile::V_WIDTH]);
+                    UNROLL for (int j = 0; j < WIDTH; ++j) sums.at[j] += weight * to_float(value[Tile::element_at(place) + j * Tile::V_WIDTH]);
                 }
             }
             if (range.is_whole_row()) return write_result(out, h, place, sums, weight_sum, max_score);
@@ -422,7 +366,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
 
     CacheTile<T, C, HEAD_DIM, WARPS> tile(unit * sizeof(C));
     const bool copies = block.warp == WARPS - 1;
-    if (copies) block.init_copies();
+    if (copies) block.copies().init();
     block.zero_queries();
     if (threadIdx.x < 2) shared.cut_rows[threadIdx.x].row = -1;
     const bool heads_first = WARPS <= 4 || !keys_first;
@@ -434,7 +378,7 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
     if (sinks) prefetch_line(sinks + kv_head * (heads / kv_heads));
     __syncthreads();
     for (int stage = 0; range.chunk < block.stop; stage ^= 1) {
-        block.wait_for_copies(stage);
+        block.copies().wait(stage);
         const KeyRange next = block.range_after(range);
         const T* value = shared.projected[stage][block.group_size + 1];
         block.prepare_heads(range, stage);

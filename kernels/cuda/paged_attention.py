@@ -114,10 +114,30 @@ def partition_keys(
     layout = _partition_layout(rows, groups, positions.device.index, kv_chunk)
     table = positions.new_zeros(layout.max_parts * PART_INTS + 2 + rows + 1 + rows * groups)
     if rows:
-        launch = kernel("decode_attention.cu", "partition_keys")
+        launch = kernel("partition_keys.cu", "partition_keys")
         sizes = map(np.int32, (rows, window or 0, *layout[1:]))
         launch((1, 1), PARTITION_THREADS, table, positions, table_rows, *sizes)
     return KeyPartition(table, window, kv_chunk)
+
+
+def _key_arguments(
+    cache: KVCache, kv_slots: Tensor, pages: Pages, partition: KeyPartition, kv_chunk: int
+) -> tuple[Argument, ...]:
+    """Return the arguments from `unit` to `kv_chunk` of the kernel: where keys are, and which of them a part has."""
+    num_pages, page_size = cache.k.shape[:2]
+    unit_and_strides = _strides_in_units(cache.k.shape[:3], cache.k.stride()[:3])
+    slots = kv_slots, np.int32(num_pages * page_size)
+    table = pages.table, np.int64(pages.table.stride(0)), pages.table_rows, np.int32(page_size)
+    reciprocal = np.int64(-(-(1 << 32) // page_size))
+    return (
+        *unit_and_strides,
+        *slots,
+        *table,
+        reciprocal,
+        partition.table,
+        np.int32(partition.window or 0),
+        np.int32(kv_chunk),
+    )
 
 
 def decode_attention(
@@ -133,7 +153,7 @@ def decode_attention(
     sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    rows, (num_pages, page_size, kv_heads, head_dim) = qkv.shape[0], cache.k.shape
+    rows, (kv_heads, head_dim) = qkv.shape[0], cache.k.shape[2:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     if out is None:
         out = qkv.new_empty(rows, heads * head_dim)
@@ -150,27 +170,12 @@ def decode_attention(
     shared_bytes = 4 * layout.warps * MAX_GROUP * (head_dim + 4)  # WarpSums of the kernel
     launch = kernel("decode_attention.cu", name, shared_bytes=shared_bytes, early=early)
     grid, threads = (layout.max_parts * kv_heads, groups // kv_heads), 32 * layout.warps
-    unit, *strides = _strides_in_units(cache.k.shape[:3], cache.k.stride()[:3])
-    head_arguments = *_head_arguments(norm, rope, cache), unit, *strides, kv_slots, np.int32(num_pages * page_size)
-    page_table = pages.table, np.int64(pages.table.stride(0)), pages.table_rows, np.int32(page_size)
-    reciprocal = np.int64(-(-(1 << 32) // page_size))
-    keys = partition.table, *map(np.int32, (partition.window or 0, layout.kv_chunk))
     results = partial, partition.table[-rows * groups :]  # partial results, then the counters
     factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
     # More rows come from cuBLAS, which starts nothing early: their heads are complete, and are loaded before the keys.
     keys_first = early and rows <= MAX_SKINNY_ROWS
     shape = *map(np.float32, factors), optional(sinks), *map(np.int32, (heads, kv_heads, keys_first))
-    launch(
-        grid,
-        threads,
-        out,
-        qkv,
-        np.int32(qkv.stride(0)),
-        *head_arguments,
-        *page_table,
-        reciprocal,
-        *keys,
-        *results,
-        *shape,
-    )
+    heads_of_rows = qkv, np.int32(qkv.stride(0)), *_head_arguments(norm, rope, cache)
+    keys = _key_arguments(cache, kv_slots, pages, partition, layout.kv_chunk)
+    launch(grid, threads, out, *heads_of_rows, *keys, *results, *shape)
     return out

@@ -66,8 +66,8 @@ INSTANCES = {
             ("STORE", "ADD", "SILU") if "true, true" in staged_and_normed else ("STORE", "ADD", "SILU", "PUSH")
         )
     ],
+    "partition_keys.cu": ["partition_keys"],
     "decode_attention.cu": [
-        "partition_keys",
         *(
             f"decode_attention<{shape}>"
             for shape in (

@@ -493,7 +493,7 @@ FAULTS: dict[str, tuple[str, str, Callable[[], None]]] = {
         lambda: test_linear(8, 24, 1024, BF16),
     ),
     "decode_attention.cu": (
-        "block.wait_for_copies(stage);",
+        "block.copies().wait(stage);",
         "",
         lambda: test_decode_attention(*DECODED[1], None, BF16),
     ),
