@@ -1,4 +1,4 @@
-"""Linear layers: a skinny GEMM for up to 8 rows, stream_gemm for tens of them, cuBLAS for more.
+"""Linear layers: a skinny GEMM for up to 8 rows; cuBLAS for more, or stream_gemm where it is faster.
 
 Batch-invariant ones are done by wide_gemm or grouped_gemm.
 """
@@ -69,7 +69,7 @@ def linear(
     if batch_invariant or isinstance(weight, FP8Weight):
         product = _batch_invariant_linear(x.contiguous(), weight, bias, gated, out)
         return product if add_to is None else add_to.add_(product)
-    if stream_gemm.takes(x, weight):
+    if stream_gemm.takes(x, weight, gated):
         streamed = stream_gemm.stream_linear(x, weight, bias, gated, add_to, out)
         if streamed is not None:
             return streamed

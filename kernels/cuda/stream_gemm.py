@@ -30,6 +30,7 @@ BARRIER_BYTES = 1024
 SHARED_BYTES = 227 * 1024
 # Bytes in a microsecond: of the weight for a multiprocessor, of it and x for a multiprocessor, of the weight for all.
 WEIGHT_RATE, READ_RATE, MEMORY_RATE = 42e3, 80e3, 4.1e6
+SMALL_BYTES = 32 << 20  # stream_gemm takes smaller weights of any shape
 STEP_US = 0.3  # for one group to multiply a step, about the same for all tiles
 SHARING_US, SPLIT_US = 2.0, 0.4  # to exchange sums between blocks, and within a block
 
@@ -84,12 +85,21 @@ class Tile(NamedTuple):
         return max(weight / WEIGHT_RATE, (weight + x) / READ_RATE, memory, products) + exchange
 
 
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Return whether `stream_linear` takes these tensors."""
+def takes(x: Tensor, weight: Tensor, gated: bool) -> bool:
+    """Return whether `stream_linear` takes these tensors, and `is_faster`."""
     half = x.dtype in (torch.bfloat16, torch.float16) and x.dtype == weight.dtype
     aligned = all(t.is_contiguous() and t.data_ptr() % VECTOR_BYTES == 0 for t in (x, weight))
     fits = 0 < len(x) <= max(ROWS) and x.shape[1] % 8 == 0 and len(weight) % 8 == 0
-    return half and aligned and fits and compute_capability(x.device.index) == (9, 0)
+    faster = fits and is_faster(len(weight), x.shape[1], gated)
+    return half and aligned and faster and compute_capability(x.device.index) == (9, 0)
+
+
+def is_faster(weight_rows: int, size: int, gated: bool) -> bool:
+    """Return whether stream_gemm is faster than cuBLAS, by measurements of chains and models.
+
+    cuBLAS has few tiles for long rows, needs one more kernel for SiLU, and starts late, which small weights show.
+    """
+    return gated or 2 * size >= 3 * weight_rows or 2 * weight_rows * size < SMALL_BYTES
 
 
 def stream_linear(

@@ -108,6 +108,21 @@ def test_all_blocks_of_the_chosen_tile_run_at_once() -> None:
     assert module.choose_tile(64, 128256, 4096, 132) is None  # more tiles than multiprocessors
 
 
+@pytest.mark.emulator
+@pytest.mark.parametrize(
+    ("weight_rows", "size", "gated", "faster"),
+    [
+        (28672, 4096, True, True),  # gate and up of Llama-3.1-8B
+        (4096, 14336, False, True),  # its down projection: long rows
+        (4096, 4096, False, False),  # its output projection, 32 MiB
+        (4096, 3584, False, True),  # a quarter of its down projection, 28 MiB
+        (8192, 7168, False, False),  # a quarter of the down projection of Llama-3.1-70B
+    ],
+)
+def test_weights_that_stream_gemm_takes(weight_rows: int, size: int, gated: bool, faster: bool) -> None:
+    assert launches("cpu").is_faster(weight_rows, size, gated) == faster
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(("weight_rows", "size"), [(1536, 4096), (4096, 14336), (28672, 4096)])
