@@ -31,7 +31,10 @@ def add_matrix(weights: Weights, shape: Sequence[int], pieces: Iterable[Piece], 
     pieces, quantization = tuple(pieces), weights.quantization
     modules = sorted({module_of(piece) for piece in pieces})
     if quantization is None or not quantization.covers_all(modules):
-        return weights.add(shape, pieces)
+        tensor = weights.add(shape, pieces)
+        if len(shape) == 2:
+            weights.linear[tensor.shape, gated] = tensor
+        return tensor
     grid = grid_of(quantization, pieces, shape[-1])
     data = torch.zeros(*shape, dtype=torch.float8_e4m3fn, device=weights.device)
     scales = torch.zeros(*shape[:-2], *grid.shape(shape[-2], shape[-1]), dtype=torch.float32, device=weights.device)

@@ -92,6 +92,7 @@ class Weights(list[Weight]):
     unused              beginnings of names in the checkpoint that no layer uses
     of_other_ranks      modules of which this rank has nothing: whole experts of other ranks
     fp8                 the FP8 matrices [F, D] of linear layers; their tensors are weights, too
+    linear              of the other ones, the last of each shape; by shape, and whether the result is gated
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Weights(list[Weight]):
         self.dtype, self.device, self.batch_invariant = dtype, device, batch_invariant
         self.quantization, self.zero_centred_norms = quantization, zero_centred_norms
         self.fp8: list[FP8Weight] = []
+        self.linear: dict[tuple[torch.Size, bool], Tensor] = {}
 
     def add(
         self,

@@ -9,18 +9,23 @@ from __future__ import annotations
 import torch
 
 from ...comm.base import SingleRank
+from ...kernels import ops
 from ...kernels.graph_capture import capture
 from ..model.embedding import Logits
+from ..model.weights import Weights
 from ..sampling.sampler import METHODS
 from .graphs import decode_step, graph_sizes, padding_inputs, resample_candidates
 from .rank_memory import RankMemory
 
-FEW_ROWS = 8  # more rows go through cuBLAS, whose first call must not be captured
+FEW_ROWS = 8  # more rows may go through cuBLAS, whose first call must not be captured
+TENS_OF_ROWS = 16, 32, 64  # of the instances of stream_gemm
 
 
 @torch.inference_mode()
 def compile_decode_kernels(memory: RankMemory, max_rows: int) -> None:
-    """Compile the kernels of decode steps of few rows, and those of sampling. Call it before any step runs.
+    """Compile the kernels of decode steps of few rows, of GEMMs of tens of rows, and of sampling.
+
+    Call it before any step runs.
 
     Raises RuntimeError if the steps cannot be captured.
     """
@@ -31,9 +36,18 @@ def compile_decode_kernels(memory: RankMemory, max_rows: int) -> None:
             inputs = padding_inputs(memory, size)
             with capture(torch.cuda.CUDAGraph()):
                 resample_candidates(memory, inputs, *decode_step(memory, inputs))
+        _multiply_tens_of_rows(memory.decoder.weights)
         _sample_in_all_ways(memory)
     comm = memory.decoder.comm
     compile_kernels(instances, memory.device, comm.rank, comm.size)
+
+
+def _multiply_tens_of_rows(weights: Weights) -> None:
+    """Do a linear layer of each shape for each number of rows that has a kernel; without capture, because of cuBLAS."""
+    for (_, gated), weight in weights.linear.items():
+        for rows in TENS_OF_ROWS:
+            x = weight.new_zeros(rows, weight.shape[1])
+            ops.linear(x, weight, gated=gated, batch_invariant=weights.batch_invariant)
 
 
 def _sample_in_all_ways(memory: RankMemory) -> None:
