@@ -154,8 +154,10 @@ struct Rank {
         return time != last && atomicCAS(&header->stop_read, last, time) == last && load_word(peers.stop);
     }
 
-    // Return false if the wait has ended without has_arrived(), which may change `peer`.
-    template <typename F> DEVICE bool wait_for(const int& peer, F has_arrived) {
+    // Return false if the wait has ended without has_arrived(), which may change `peer`. A DEPENDENT wait is for what a peer sends after a
+    // wait of its own. So it ends later, and does not name that peer when another wait has timed out.
+    template <bool DEPENDENT = false, typename F> DEVICE bool wait_for(const int& peer, F has_arrived) {
+        const long long timeout = peers.timeout_ns + (DEPENDENT ? peers.timeout_ns / 8 : 0);
         long long start = 0;
         for (unsigned polls = 1; !has_arrived(); ++polls) {
             if (polls % POLLS) continue;
@@ -163,9 +165,10 @@ struct Rank {
             if (start == 0) start = now;
             unsigned end = load_word(&header->end);
             if (!end && is_stopped(now)) end = STOPPED;
-            if (!end && now - start >= peers.timeout_ns) end = TIMED_OUT;
+            const bool is_late = !end && now - start >= timeout;
+            if (is_late) end = TIMED_OUT;
             if (!end) continue;
-            if (end == TIMED_OUT) store_relaxed(peers.missing + peer, (unsigned long long)operation << 32 | round);
+            if (is_late || (end == TIMED_OUT && !DEPENDENT)) store_relaxed(peers.missing + peer, (unsigned long long)operation << 32 | round);
             header->end = end;
             return false;
         }
@@ -338,7 +341,7 @@ template <typename T, int V, int N> struct TwoPushes : PushRound<N> {
         const int at = row * size + i;
         Packed<T, V> values[N];
         float sum[V];
-        take(values, [&](int p) { return p == rank ? x + at + mine : own + at + p * chunk; }, [&](int p) { return p == rank ? -1 : p; });
+        take<false>(values, [&](int p) { return p == rank ? x + at + mine : own + at + p * chunk; }, [&](int p) { return p == rank ? -1 : p; });
         add_all<T, V>(sum, values);
         const Vec<T, V> rounded = round_all<T>(sum);
         UNROLL for (int p = 0; p < N; ++p) put(inboxes[p] + second + at + mine, reinterpret_cast<const Packed<T, V>&>(rounded));
@@ -347,7 +350,7 @@ template <typename T, int V, int N> struct TwoPushes : PushRound<N> {
     // values[r] = the sums of the columns at column(r) and after it; nothing if that is beyond the row.
     template <int R, typename F> DEVICE void receive(Packed<T, V> (&values)[R], int row, F column) {
         const T* from = own + second + row * size;
-        take(values, [&](int r) { return from + min(column(r), size - V); }, [&](int r) { return column(r) < size ? column(r) / chunk : -1; });
+        take<true>(values, [&](int r) { return from + min(column(r), size - V); }, [&](int r) { return column(r) < size ? column(r) / chunk : -1; });
     }
 
 private:
@@ -359,7 +362,7 @@ private:
     }
 
     // Load the vectors at place(k). Wait for those in an inbox, which sender(k) sends, and empty their places. Others have no sender: -1.
-    template <int K, typename F, typename S> DEVICE void take(Packed<T, V> (&values)[K], F place, S sender) {
+    template <bool DEPENDENT, int K, typename F, typename S> DEVICE void take(Packed<T, V> (&values)[K], F place, S sender) {
         ulonglong2 words[K];
         int missing;
         auto have_arrived = [&] {  // else those that are missing are loaded again; one wait for all is less code
@@ -370,7 +373,7 @@ private:
             return missing < 0;
         };
         UNROLL for (int k = 0; k < K; ++k) load_relaxed(words[k], place(k));
-        if (!timed_out) timed_out = !this->wait_for(missing, have_arrived);
+        if (!timed_out) timed_out = !this->template wait_for<DEPENDENT>(missing, have_arrived);
         UNROLL for (int k = 0; k < K; ++k) {
             values[k] = {(unsigned)words[k].x, (unsigned)(words[k].x >> 32), (unsigned)words[k].y, (unsigned)(words[k].y >> 32)};
             if (sender(k) >= 0) store(const_cast<T*>(place(k)), unpack<T, V>(Packed<T, V>{EMPTY, EMPTY, EMPTY, EMPTY}));
