@@ -62,10 +62,9 @@ class RankActor:
     def __init__(self, rank: int, size: int, config: Config, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         self.rank, self.size, self.config = rank, size, config
-        if config.device == "cpu":
-            # Not from os.environ: Ray sets OMP_NUM_THREADS=1 in its workers.
-            cores = len(os.sched_getaffinity(0)) // size
-            torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", max(1, cores))))
+        # Not from os.environ: Ray sets OMP_NUM_THREADS=1 in its workers, in some only after torch has read it.
+        cores = max(1, len(os.sched_getaffinity(0)) // size) if config.device == "cpu" else 1
+        torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", cores)))
 
     def bind(self, ip: str | None) -> Endpoint:
         """Open this rank's ports on `ip`, by default the node's address in the cluster; return the endpoint."""
