@@ -49,12 +49,12 @@ def linear(
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    skinny = _is_skinny(x, weight) and not batch_invariant
+    skinny, is_stored = _is_skinny(x, weight) and not batch_invariant, True
     if isinstance(weight, FP8Weight) and not skinny:
         if len(x) and scaled_gemm.takes(x, weight):
             return scaled_gemm.scaled_linear(x, weight, bias, norm, eps, gated, add_to, out, batch_invariant)
         if not can_widen(x, weight):
-            weight = weight.dequantized(x.dtype)
+            weight, is_stored = weight.dequantized(x.dtype), False  # a kernel that starts early must not read it yet
     if norm is not None and not (skinny and _can_fuse_norm(x, norm, weight)):
         x, norm = rms_norm(x, norm, eps), None
     if skinny:
@@ -64,12 +64,12 @@ def linear(
         epilogue: Epilogue = "SILU" if gated else "STORE" if add_to is None else "ADD"
         _skinny_gemm(target, x, weight, norm, bias, eps, epilogue)
         return target
-    if batch_invariant and isinstance(weight, Tensor) and wide_gemm.takes(x, weight):
+    if batch_invariant and is_stored and isinstance(weight, Tensor) and wide_gemm.takes(x, weight):
         return wide_gemm.wide_linear(x.contiguous(), weight, bias, gated, add_to, out)
     if batch_invariant or isinstance(weight, FP8Weight):
         product = _batch_invariant_linear(x.contiguous(), weight, bias, gated, out)
         return product if add_to is None else add_to.add_(product)
-    if stream_gemm.takes(x, weight, gated):
+    if is_stored and stream_gemm.takes(x, weight, gated):
         streamed = stream_gemm.stream_linear(x, weight, bias, gated, add_to, out)
         if streamed is not None:
             return streamed
