@@ -1,7 +1,7 @@
 // Collectives between the GPUs of one host. peer_protocol.cuh has the exchange of data between ranks.
 //
 // Sums are in rank order and in float32: bitwise identical on all ranks. The norm of a row has the same bits in each kernel and grid.
-#include "peer_protocol.cuh"
+#include "two_pushes.cuh"
 
 // out = sum of x over the ranks; every rank reads all slots.
 template <typename T, int V, int N>
