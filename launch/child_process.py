@@ -139,6 +139,16 @@ def retry_ended(start: Callable[[], Result]) -> Result:
     return start()
 
 
+def session_processes(leader: int) -> list[int]:
+    """Return the pids of the other processes in the session of this leader, parents first."""
+    pids = []
+    for pid in sorted(map(int, filter(str.isdigit, os.listdir("/proc")))):
+        with suppress(ProcessLookupError, PermissionError):
+            if os.getsid(pid) == leader != pid:
+                pids.append(pid)
+    return pids
+
+
 def calling(function: Callable[[], None]) -> list[str]:
     """Return the arguments of a Python process that calls a function of a module of lockstep.
 

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -15,7 +16,7 @@ from ...comm.message_sockets import WakeupEvent
 from ...runtime.config import Config
 from ..errors import PlacementError, RankFailed, RayLost
 from ..signals import Undo
-from .local_ray import LocalRay
+from .local_ray import LocalRay, WorkerEnded
 from .rank_resources import local_cluster
 from .ray_address import LOCAL, ray_address
 from .ray_client import while_connected
@@ -110,5 +111,10 @@ def start_ray(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = ray_address(config)
     if address == LOCAL:
-        return LocalRay(local_cluster(config, replicas), shutting_down, wakeup)
+        cluster = local_cluster(config, replicas)
+        try:
+            return LocalRay(cluster, shutting_down, wakeup)
+        except WorkerEnded as error:
+            log.warning("%s; starting it again, without workers", error)
+            return LocalRay(replace(cluster, starts_workers=False), shutting_down, wakeup)
     return RemoteRay(address, wakeup)

@@ -17,7 +17,6 @@ from ..errors import PlacementError, RayLost
 from ..signals import Undo
 from .rank_resources import LocalCluster
 from .ray_client import join_on_loopback, ray_prints_nothing, token_of, while_connected
-from .ray_processes import RayProcesses
 from .ray_starter import ray_starter
 
 log = logging.getLogger(__name__)
@@ -25,11 +24,15 @@ START_S = 120.0  # Ray takes 2 s on two idle cores
 POLL_S, WATCH_S = 0.1, 0.5
 
 
+class WorkerEnded(PlacementError):
+    """A worker has ended while Ray was starting, for which Ray would wait for ever."""
+
+
 class LocalRay:
     """A local Ray cluster of this size, to which this process is connected; always call `close`.
 
     Only processes with its token are let in, whatever RAY_AUTH_MODE says. Raises PlacementError if Ray does not start,
-    or when `shutting_down` is set meanwhile.
+    or when `shutting_down` is set meanwhile; it is WorkerEnded if the start may succeed without workers.
 
     When a process that the ranks need has ended, a thread kills the rest of the cluster, sets `failure` and `wakeup`.
     """
@@ -41,7 +44,8 @@ class LocalRay:
             starter = ray_starter(cluster)
             stack.callback(starter.close)
             self._process, self.folder = starter.process, starter.folder
-            self._processes = RayProcesses(self._process.pid)
+            starter.end_watch()
+            self._processes = starter.processes
             stack.callback(self._processes.kill)  # stopped ranks too, which would outlive their raylet
             try:
                 self.address = self._wait(shutting_down)
@@ -91,6 +95,8 @@ class LocalRay:
             problem = self._processes.problem()
             if problem is not None:  # Ray would wait for it for half a minute
                 raise PlacementError(f"Ray does not start on this machine: {problem}")
+            if problem := self._processes.worker_problem():
+                raise WorkerEnded(f"{problem} while Ray was starting")
             if time.monotonic() > deadline:
                 raise PlacementError(f"Ray has not started on this machine within {START_S:.0f} s; see its load")
         try:

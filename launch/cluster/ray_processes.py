@@ -12,9 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray  # noqa: F401 - brings psutil
-
-import psutil  # type: ignore[import-untyped]  # isort: skip
+from ..child_process import session_processes
 
 STOPPED_S = 3.0  # a debugger may stop a process for a moment
 SERVERS = ("gcs_server", "raylet")  # names of their programs
@@ -26,6 +24,7 @@ AGENTS = {
 }
 # The start of Ray waits for the workers that start with it, and has no deadline. Later they have another title.
 WORKER, WORKER_SCRIPT = "worker", "workers/default_worker.py"
+DRIVER = "driver"  # the starter's child, of which all others are children
 ENDED, STOPPED = "XxZ", "T"  # states in proc(5)
 
 
@@ -34,6 +33,7 @@ class ProcessState:
     """The kernel's record of a process, from /proc/PID/stat."""
 
     state: str  # one letter
+    parent: int
     started: str  # together with the pid it identifies the process
     exit_code: int  # as waitpid returns it; readable until the parent has waited for the process
 
@@ -44,7 +44,7 @@ class ProcessState:
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return None
-        return cls(fields[0], fields[19], int(fields[49]))
+        return cls(fields[0], int(fields[1]), fields[19], int(fields[49]))
 
 
 class NeededProcess:
@@ -72,7 +72,7 @@ class NeededProcess:
 
 
 class RayProcesses:
-    """The processes of a cluster below `root_pid`, which is the leader of their session."""
+    """The processes of a cluster in the session that `root_pid` leads."""
 
     def __init__(self, root_pid: int) -> None:
         self._root_pid = root_pid
@@ -80,18 +80,17 @@ class RayProcesses:
         self._workers: dict[int, NeededProcess] = {}
 
     def update(self) -> None:
-        """Add the needed processes that have started since the last call, from all below the root.
+        """Add the needed processes that have started since the last call.
 
         Workers that have yet to register are among them, until `forget_workers`.
         """
-        with suppress(psutil.NoSuchProcess):
-            for process in psutil.Process(self._root_pid).children(recursive=True):
-                with suppress(psutil.NoSuchProcess):
-                    role = _role(process)
-                    if role == WORKER:
-                        self._add_worker(process)
-                    elif role and role not in self._needed:
-                        self._needed[role] = NeededProcess(role, process.pid)
+        for pid in session_processes(self._root_pid):
+            with suppress(OSError):  # it has ended meanwhile
+                role = _role(pid)
+                if role == WORKER:
+                    self._add_worker(pid)
+                elif role and role not in self._needed:
+                    self._needed[role] = NeededProcess(role, pid)
 
     def forget_workers(self) -> None:
         """Leave the workers to the raylet, which knows all of them once Ray has started."""
@@ -99,25 +98,29 @@ class RayProcesses:
 
     def problem(self) -> str | None:
         """Return which needed process has ended or is stopped, and how; None if none. Takes less than a millisecond."""
-        processes = [*self._needed.values(), *self._workers.values()]
-        problems = [(process, text) for process in processes if (text := process.problem())]
+        problems = [(process, text) for process in self._needed.values() if (text := process.problem())]
         if not problems:
             return None
         process, text = min(problems, key=_distance_from_cause)
         return f"{process} {text}"
 
-    def _add_worker(self, process: psutil.Process) -> None:
-        if process.pid not in self._workers and process.ppid() not in self._workers:  # a child has its command at first
-            self._workers[process.pid] = NeededProcess(WORKER, process.pid)
+    def worker_problem(self) -> str | None:
+        """Return the same of a worker that is not forgotten; ask `problem` first, for a cause of its end."""
+        workers = list(self._workers.values())  # another thread may update
+        return next((f"{worker} {text}" for worker in workers if (text := worker.problem())), None)
+
+    def _add_worker(self, pid: int) -> None:
+        state = ProcessState.read(pid)
+        if state and not {pid, state.parent} & self._workers.keys():  # a child has its parent's command at first
+            self._workers[pid] = NeededProcess(WORKER, pid)
 
     def kill(self, spare: str = "") -> None:
         """Kill the session's processes, except the starter and, unless it is stopped, the one with role `spare`."""
         spared = self._needed.get(spare)
-        kept = {self._root_pid} | ({spared.pid} if spared and not _is_stopped(spared.pid) else set())
-        for pid in set(psutil.pids()) - kept:
+        kept = {spared.pid} if spared and not _is_stopped(spared.pid) else set()
+        for pid in set(session_processes(self._root_pid)) - kept:
             with suppress(ProcessLookupError, PermissionError):
-                if os.getsid(pid) == self._root_pid:
-                    os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
 
 
 def _is_stopped(pid: int) -> bool:
@@ -128,28 +131,25 @@ def _is_stopped(pid: int) -> bool:
 def _distance_from_cause(problem: tuple[NeededProcess, str]) -> int:
     """Return a number that is lowest for the process whose end has caused the others'.
 
-    All end with the starter, and workers with the raylet. A raylet that is not killed ends by itself when it has lost
-    an agent, which it has waited for, and kills the other agent.
+    All end with the starter or the driver. A raylet that is not killed ends by itself when it has lost an agent, which
+    it has waited for, and kills the other agent.
     """
     process, text = problem
     was_killed = "killed" in text
-    if process.role == WORKER:
-        return 4
     if process.role in AGENTS:
         return 2 if was_killed else 1
-    return 0 if was_killed or process.role == "starter" else 3
+    return 0 if was_killed or process.role in ("starter", DRIVER) else 3
 
 
-def _role(process: psutil.Process) -> str:
-    """Return the role of a process that is needed; empty for other processes."""
-    command = []
-    with suppress(psutil.ZombieProcess, psutil.AccessDenied):  # one that has ended has only its name
-        command = process.cmdline()
-    for program in (process.name(), os.path.basename(command[0]) if command else ""):
+def _role(pid: int) -> str:
+    """Return the role of a process that is needed; empty for other processes. One that has ended has only its name."""
+    folder = Path(f"/proc/{pid}")
+    command = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    for program in ((folder / "comm").read_text().strip(), os.path.basename(command[0])):
         if program in SERVERS:
             return program
     start = " ".join(command[:4])  # the raylet has the agents' commands among its arguments
-    scripts = {**AGENTS, WORKER: (WORKER_SCRIPT,)}
+    scripts = {**AGENTS, WORKER: (WORKER_SCRIPT,), DRIVER: ("import serve_cluster",)}
     return next((role for role, names in scripts.items() if any(name in start for name in names)), "")
 
 

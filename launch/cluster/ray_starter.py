@@ -5,6 +5,7 @@ This module imports no Ray and no torch: a command starts Ray first, and imports
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -20,12 +21,13 @@ from typing import TextIO
 
 from ...comm.message_text import first_line
 from ...runtime.config import Config
-from ..child_process import ChildProcess, calling
+from ..child_process import ChildProcess, calling, session_processes
 from ..errors import PlacementError
 from ..open_files import require_open_files
 from ..signals import Undo
 from .rank_resources import LOCAL_OBJECT_STORE_BYTES, LocalCluster, local_cluster
 from .ray_address import needs_local_ray
+from .ray_processes import RayProcesses
 from .session_folder import SessionFolder, folder_sockets, remove_folder_of_argument, sweep, with_token
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ WORKERS_AHEAD = {
 }
 # With this Ray takes 127.0.0.1 for the node's address, as it does on Windows and macOS: other hosts cannot reach it.
 LOOPBACK_ONLY = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+WATCH_S = 0.1  # a worker registers after a second
 ATTACHED = ("RAY_ADDRESS", "RAY_REDIS_ADDRESS")  # these would attach the cluster to another one
 _ahead: list[RayStarter] = []  # at most one, which `start_ray_ahead` has started and no LocalRay has taken
 
@@ -84,7 +88,21 @@ class RayStarter:
                 inherited=[self.folder.lock],
             )
             stack.callback(self.process.close)
+            self.processes, self._watch_ends = RayProcesses(self.process.pid), threading.Event()
+            self._watcher = threading.Thread(target=self._watch, name="lockstep-ray-start-watch", daemon=True)
+            self._watcher.start()
+            stack.callback(self.end_watch)
             self._open = stack.pop_all()
+
+    def end_watch(self) -> None:
+        """Let the caller alone update `processes` from now on; safe to call twice."""
+        self._watch_ends.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        """Get to know the workers from the first: nobody else would miss one that ends while this process imports."""
+        while not self._watch_ends.wait(WATCH_S):
+            self.processes.update()
 
     def close(self) -> None:
         """Kill the cluster and remove its folder; safe to call twice."""
@@ -134,22 +152,33 @@ def _environment(folder: SessionFolder, cluster: LocalCluster) -> dict[str, str]
 
 
 def serve_cluster() -> None:
-    """Run in the helper process: start Ray and print its address as JSON; end Ray when the parent process has ended."""
+    """Run in the helper process: start Ray and print its address as JSON; end Ray when the parent process has ended.
+
+    A process of its own connects to Ray, because Ray may hold its interpreter for ever: it would see no end of stdin.
+    """
     num_cpus, folder = int(sys.argv[1]), Path(sys.argv[2])
     signal.signal(signal.SIGTERM, lambda number, frame: None)  # a supervisor may send it to all: the parent decides
-    answers, sys.stdout = sys.stdout, sys.stderr  # Ray prints
-    # In the main thread Ray would replace the handler. Its servers end when the thread that has started them ends.
-    threading.Thread(target=_start, args=(num_cpus, folder, answers), daemon=True).start()
-    sys.stdin.read()
-    import ray  # noqa: F401 - brings psutil
-
-    import psutil  # type: ignore[import-untyped]  # isort: skip
-
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    # The other thread may still be starting Ray. A new program ends it, and with it the servers that it has started.
+    starter, driver = os.getpid(), os.fork()
+    if driver == 0:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != starter:  # it ended before the call
+            return
+        answers, sys.stdout = sys.stdout, sys.stderr  # Ray prints
+        # In the main thread Ray would replace the handler. Its servers end with the thread that has started them.
+        thread = threading.Thread(target=_start, args=(num_cpus, folder, answers))
+        thread.start()
+        thread.join()
+    threading.Thread(target=_kill_at_end_of_input, args=(driver,), daemon=True).start()
+    os.waitpid(driver, 0)
+    for pid in session_processes(starter):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     os.execv(sys.executable, [sys.executable, *calling(remove_folder_of_argument), str(folder)])
+
+
+def _kill_at_end_of_input(pid: int) -> None:
+    sys.stdin.read()
+    os.kill(pid, signal.SIGKILL)
 
 
 def _start(num_cpus: int, folder: Path, answers: TextIO) -> None:

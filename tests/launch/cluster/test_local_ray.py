@@ -52,6 +52,31 @@ for turn in range(int(sys.argv[1])):
     assert not os.path.exists(report["folder"])
     assert not ray.is_initialized()
 """
+# A command whose first worker ends before Ray knows it, and before the command waits for Ray.
+LOST_WORKER = """
+import logging, os, signal, sys, threading, time
+import ray
+from lockstep.comm.message_sockets import WakeupEvent
+from lockstep.launch.cluster.connection import start_ray
+from lockstep.launch.cluster.ray_starter import _ahead, start_ray_ahead
+from lockstep.runtime.config import Config
+
+logging.basicConfig(level=logging.WARNING)
+config = Config(tensor_parallel_size=2, device="cpu")
+with start_ray_ahead(config):
+    processes = _ahead[-1].processes
+    while not processes._workers:
+        time.sleep(0.01)
+    worker = min(processes._workers)
+    os.kill(worker, signal.SIGKILL)
+    while processes.worker_problem() is None:
+        time.sleep(0.01)
+    print(worker, flush=True)
+    sys.stdin.readline()
+    cluster = start_ray(config, threading.Event(), WakeupEvent())
+    print(ray.get(ray.remote(lambda: "it works").remote()), flush=True)
+    cluster.close()
+"""
 # What another user of this machine can try: connect without a token.
 STRANGER = """
 import sys
@@ -71,8 +96,10 @@ def mark() -> Iterator[dict[str, str]]:
     assert not left
 
 
-def start_owner(mark: dict[str, str], turns: int, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", OWNER, str(turns), *arguments]
+def start_owner(
+    mark: dict[str, str], turns: int, *arguments: str, program: str = OWNER, **environment: str
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", program, str(turns), *arguments]
     pipe, variables = subprocess.PIPE, {**os.environ, **mark, **environment}
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=variables)
 
@@ -116,6 +143,26 @@ def assert_doctor_names_the_token(address: str, mark: dict[str, str]) -> None:
     assert lines[0].startswith(f"fail  Ray cluster: the Ray cluster at {address} refuses the token in RAY_AUTH_TOKEN, ")
     assert "; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a file with the token of its nodes" in lines[0]
     assert doctor.stderr == ""
+
+
+def test_start_without_a_worker_is_repeated(mark: dict[str, str]) -> None:
+    owner = start_owner(mark, 0, program=LOST_WORKER)
+    out, err = owner.communicate("\n", timeout=60)
+    worker, result = out.splitlines()
+    assert result == "it works", err
+    assert f"Ray's worker (pid {worker}) " in err
+    assert " while Ray was starting; starting it again, without workers" in err
+
+
+def test_nothing_is_left_of_a_start_that_waits_for_ever(mark: dict[str, str]) -> None:
+    """Its process that connects to Ray executes no more Python code."""
+    owner = start_owner(mark, 0, program=LOST_WORKER)
+    assert owner.stdout is not None
+    assert owner.stdout.readline()
+    wait_until(lambda: marked(mark, "ray::IDLE"))  # the other worker has registered
+    owner.kill()
+    owner.communicate()
+    assert not left_after(lambda: marked(mark))
 
 
 @NIGHTLY

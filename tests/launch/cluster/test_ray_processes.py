@@ -90,12 +90,12 @@ def test_killed_process_is_named_with_its_signal(fake_ray: FakeRay, role: str, n
 
 def test_worker_is_needed_until_it_is_forgotten(fake_ray: FakeRay) -> None:
     os.kill(fake_ray.pids["other new worker"], signal.SIGKILL)
-    wait_until(fake_ray.watch.problem)
+    wait_until(fake_ray.watch.worker_problem)
     pid = fake_ray.pids["other new worker"]
-    assert fake_ray.watch.problem() == f"Ray's worker (pid {pid}) was killed by SIGKILL"
-    os.kill(fake_ray.pids["gcs_server"], signal.SIGKILL)
-    wait_until(lambda: "gcs_server" in str(fake_ray.watch.problem()))  # a cause of the other's end, if there is one
+    assert fake_ray.watch.worker_problem() == f"Ray's worker (pid {pid}) was killed by SIGKILL"
+    assert fake_ray.watch.problem() is None
     fake_ray.watch.forget_workers()
+    assert fake_ray.watch.worker_problem() is None
     assert len(fake_ray.watch._needed) == 5
     assert not fake_ray.watch._workers
 
