@@ -106,7 +106,7 @@ def stream_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, add_to: Tensor | None, out: Tensor | None
 ) -> Tensor | None:
     """Do `linear` without a norm, or return None if no tile suits the weight."""
-    tile = choose_tile(len(x), len(weight), x.shape[1], num_multiprocessors(x.device.index))
+    tile = fastest_tile(len(x), len(weight), x.shape[1], num_multiprocessors(x.device.index))
     if tile is None:
         return None
     target = add_to if out is None else out
@@ -118,7 +118,7 @@ def stream_linear(
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_tile(rows: int, weight_rows: int, size: int, multiprocessors: int) -> Tile | None:
+def fastest_tile(rows: int, weight_rows: int, size: int, multiprocessors: int) -> Tile | None:
     """Return the fastest tile by estimate, of those that all run at once; None if there is none."""
     few = next(n for n in ROWS if rows <= n)
     at_once = {1: multiprocessors, 2: multiprocessors // 2 * 2, 4: multiprocessors * 10 // 11}  # clusters leave gaps

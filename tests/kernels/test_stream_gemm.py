@@ -100,12 +100,12 @@ def test_all_blocks_of_the_chosen_tile_run_at_once() -> None:
     module = launches("cpu")
     for rows in (9, 30, 64):
         for weight_rows, size in ((1536, 4096), (4096, 1024), (6144, 4096), (28672, 4096), (4096, 14336)):
-            tile = module.choose_tile(rows, weight_rows, size, 132)
+            tile = module.fastest_tile(rows, weight_rows, size, 132)
             assert tile.rows >= rows
             assert tile.num_blocks(weight_rows) <= (120 if tile.sharing > 2 else 132)
             assert tile.stages >= 3
             assert tile.stages * tile.stage_bytes + tile.extra_bytes <= 227 * 1024
-    assert module.choose_tile(64, 128256, 4096, 132) is None  # more tiles than multiprocessors
+    assert module.fastest_tile(64, 128256, 4096, 132) is None  # more tiles than multiprocessors
 
 
 @pytest.mark.emulator
