@@ -58,11 +58,8 @@ def linear(
     if norm is not None and not (skinny and _can_fuse_norm(x, norm, weight)):
         x, norm = rms_norm(x, norm, eps), None
     if skinny:
-        target = add_to if out is None else out
-        if target is None:
-            target = x.new_empty(len(x), weight.shape[0] // 2 if gated else weight.shape[0])
-        epilogue: Epilogue = "SILU" if gated else "STORE" if add_to is None else "ADD"
-        _skinny_gemm(target, x, weight, norm, bias, eps, epilogue)
+        target = scaled_gemm.target_of(x, weight.shape[0], gated, add_to, out)
+        _skinny_gemm(target, x, weight, norm, bias, eps, scaled_gemm.epilogue_of(gated, add_to))
         return target
     if batch_invariant and is_stored and isinstance(weight, Tensor) and wide_gemm.takes(x, weight):
         return wide_gemm.wide_linear(x.contiguous(), weight, bias, gated, add_to, out)

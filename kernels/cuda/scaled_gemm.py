@@ -50,6 +50,17 @@ def has_two_fp8_gemms(x: Tensor, weight: FP8Weight) -> bool:
     return takes(x, weight) and _library_takes(x, weight)
 
 
+def epilogue_of(gated: bool, add_to: Tensor | None) -> Epilogue:
+    """Return what follows the products of `linear`."""
+    return "ADD" if add_to is not None else "SILU" if gated else "STORE"
+
+
+def target_of(x: Tensor, weight_rows: int, gated: bool, add_to: Tensor | None, out: Tensor | None) -> Tensor:
+    """Return the tensor for the result of `linear`, a new one if there is none."""
+    target = add_to if out is None else out
+    return x.new_empty(len(x), weight_rows // (2 if gated else 1)) if target is None else target
+
+
 def scaled_linear(
     x: Tensor,
     weight: FP8Weight,
@@ -64,10 +75,7 @@ def scaled_linear(
     """Do `linear` with activations in FP8."""
     tiled = batch_invariant or len(x) <= weight.choice.tiled_rows or not _library_takes(x, weight)
     numbers, scales = quantize_rows(x, norm, eps, grouped=tiled or _is_blocked(weight), first=weight.first)
-    epilogue: Epilogue = "ADD" if add_to is not None else "SILU" if gated else "STORE"
-    target = add_to if out is None else out
-    if target is None:
-        target = x.new_empty(len(x), weight.shape[0] // (2 if gated else 1))
+    epilogue, target = epilogue_of(gated, add_to), target_of(x, weight.shape[0], gated, add_to, out)
     if tiled:
         _tiled_gemm(target, numbers, scales, weight, bias, epilogue, batch_invariant)
         return target

@@ -20,7 +20,7 @@ from .kernel_launch import (
     optional,
     tile_map,
 )
-from .scaled_gemm import EPILOGUES, Epilogue
+from .scaled_gemm import EPILOGUES, Epilogue, epilogue_of, target_of
 
 ROWS = 16, 32, 64  # of x in an instance of stream_gemm
 OPERAND_ROWS = 64  # of x that wgmma reads
@@ -109,11 +109,8 @@ def stream_linear(
     tile = fastest_tile(len(x), len(weight), x.shape[1], num_multiprocessors(x.device.index))
     if tile is None:
         return None
-    target = add_to if out is None else out
-    if target is None:
-        target = x.new_empty(len(x), weight.shape[0] // (2 if gated else 1))
-    epilogue: Epilogue = "ADD" if add_to is not None else "SILU" if gated else "STORE"
-    launch_stream_gemm(target, x, weight, bias, epilogue, tile)
+    target = target_of(x, len(weight), gated, add_to, out)
+    launch_stream_gemm(target, x, weight, bias, epilogue_of(gated, add_to), tile)
     return target
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .kernel_launch import BOX_BYTES, c_name, compute_capability, kernel, num_multiprocessors, optional, tile_map
-from .scaled_gemm import EPILOGUES, Epilogue
+from .scaled_gemm import EPILOGUES, Epilogue, epilogue_of, target_of
 
 FEW_ROWS = 16, 32, 64  # of x in a tile that has all of them
 SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of a multiprocessor, and of them for each block
@@ -45,13 +45,10 @@ def wide_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool, add_to: Tensor | None, out: Tensor | None
 ) -> Tensor:
     """Do `linear` of contiguous x without a norm."""
-    target = add_to if out is None else out
-    if target is None:
-        target = x.new_empty(len(x), weight.shape[0] // (2 if gated else 1))
+    target = target_of(x, len(weight), gated, add_to, out)
     if len(x):
-        epilogue: Epilogue = "ADD" if add_to is not None else "SILU" if gated else "STORE"
         tile = choose_tile(len(x), len(weight), num_multiprocessors(x.device.index))
-        launch_wide_gemm(target, x, weight, bias, epilogue, tile)
+        launch_wide_gemm(target, x, weight, bias, epilogue_of(gated, add_to), tile)
     return target
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-import shutil
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,24 +17,8 @@ from lockstep.kernels.arguments import FP8Weight
 import emulator
 from kernel_cases import assert_close, dequantized, finished, random_fp8, to_device
 
-DEVICES = [pytest.param("cpu", marks=pytest.mark.emulator), pytest.param("cuda", marks=pytest.mark.gpu)]
+launches = functools.partial(emulator.launches, "scaled_gemm")
 EPS = 1e-5
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    torch.manual_seed(0)
-    if request.param == "cpu" and shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    return str(request.param)
-
-
-def launches(device: str) -> Any:
-    if device == "cpu":
-        return emulator.emulated()
-    from lockstep.kernels.cuda import scaled_gemm
-
-    return SimpleNamespace(**vars(scaled_gemm))
 
 
 def activations(x: Tensor, norm: Tensor | None) -> Tensor:

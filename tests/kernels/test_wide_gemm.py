@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from types import SimpleNamespace
+import functools
 from typing import Any
 
 import pytest
@@ -15,24 +14,8 @@ from lockstep.kernels import ops
 import emulator
 from kernel_cases import assert_close, finished
 
-DEVICES = [pytest.param("cpu", marks=pytest.mark.emulator), pytest.param("cuda", marks=pytest.mark.gpu)]
+launches = functools.partial(emulator.launches, "wide_gemm")
 BF16, F16 = torch.bfloat16, torch.float16
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    torch.manual_seed(0)
-    if request.param == "cpu" and shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    return str(request.param)
-
-
-def launches(device: str) -> Any:
-    if device == "cpu":
-        return emulator.emulated()
-    from lockstep.kernels.cuda import wide_gemm
-
-    return SimpleNamespace(**vars(wide_gemm))
 
 
 CASES = [  # rows, features, size, epilogue, dtype, rows of the weight and of x in a tile

@@ -74,6 +74,13 @@ def emulated() -> SimpleNamespace:
     return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
 
 
+def launches(module: str, device: str) -> SimpleNamespace:
+    """Return what a module of kernels/cuda has, for "cpu" with the emulator's kernels."""
+    if device == "cpu":
+        return emulated()
+    return SimpleNamespace(**vars(importlib.import_module(f"lockstep.kernels.cuda.{module}")))
+
+
 def put_fault(monkeypatch: pytest.MonkeyPatch, source: str, right: str, wrong: str) -> None:
     """Replace `right`, which a kernel source has once, by `wrong`, for a test that must fail then."""
     original = native.source_text
