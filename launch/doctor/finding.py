@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -23,9 +23,12 @@ class Finding:
     finding: str
     remedy: str = ""
 
-    def repeats(self, other: Finding) -> bool:
-        """Return whether another check has found the same fault."""
-        return self.status != "ok" and (self.finding, self.remedy) == (other.finding, other.remedy)
+    def after(self, others: Iterable[Finding]) -> Finding:
+        """Return the finding as it is printed after `others`: of a fault that one of them has, only their name."""
+        for other in others:
+            if self.status != "ok" and (self.finding, self.remedy) == (other.finding, other.remedy):
+                return replace(self, finding=f"skipped: see {other.name}", remedy="")
+        return self
 
     def __str__(self) -> str:
         return f"{self.status:<4}  {self.name}: {self.finding}" + (f"; {self.remedy}" if self.remedy else "")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from huggingface_hub import constants
 from packaging.requirements import Requirement
 from safetensors.torch import load_file, save_file
 
@@ -279,6 +280,27 @@ def test_one_fault_is_printed_once(command: Command, checkpoint: Path) -> None:
     assert status == 1
     (line,) = [line for line in out.splitlines() if "has no config.json" in line]
     assert line.startswith("fail  checkpoint: ")
+    assert "fail  tensor parallel: skipped: see checkpoint" in out.splitlines()
+
+
+MISSING_CHECKPOINTS: dict[str, tuple[str, int, str]] = {
+    "not fetched": ("nobody/nothing", 0, "warn"),
+    "no folder": ("/no/such/folder", 1, "fail"),
+}
+
+
+@pytest.mark.parametrize(("model", "status", "word"), MISSING_CHECKPOINTS.values(), ids=MISSING_CHECKPOINTS)
+def test_checks_without_a_checkpoint_are_printed_as_skipped(
+    command: Command, monkeypatch: pytest.MonkeyPatch, model: str, status: int, word: str
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    ended, out = command(model, "--max-num-seqs=8")
+    assert ended == status
+    assert sum(f"{model} " in line for line in out.splitlines()) == 1  # the fault is named once
+    skipped = "tensor parallel", "tokenizer", "generation config", "memory", *CONTENT_CHECKS
+    assert [f"{word}  {name}: skipped: see checkpoint" for name in skipped] == [
+        line for line in out.splitlines() if line.endswith("skipped: see checkpoint")
+    ]
 
 
 def test_dummy_weights_need_no_checkpoint(checkpoint: Path) -> None:
