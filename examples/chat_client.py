@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from openai import OpenAI
+from openai import APIConnectionError, OpenAI
 
 
 def main() -> None:
@@ -20,7 +20,10 @@ def main() -> None:
     parser.add_argument("question", nargs="?", default="And God said unto Noah,")
     args = parser.parse_args()
     client = OpenAI(base_url=f"{args.url}/v1", api_key=os.environ.get("OPENAI_API_KEY", "unused"))
-    model = client.models.list().data[0].id
+    try:
+        model = client.models.list().data[0].id
+    except APIConnectionError:
+        raise SystemExit(f"no server at {args.url}; start one with lockstep serve") from None
     stream = client.chat.completions.create(
         model=model,
         messages=[{"role": "user", "content": args.question}],

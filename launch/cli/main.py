@@ -52,6 +52,7 @@ def main() -> None:
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     try:
         check_encoding(sys.argv[1:])
+        check_model_is_no_option(sys.argv[1:])
         app()
     except (ValueError, PlacementError, RankFailed, EngineFailed) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -69,6 +70,13 @@ def check_encoding(arguments: Sequence[str]) -> None:
     for argument in arguments:
         if any("\ud800" <= character <= "\udfff" for character in argument):
             raise ValueError(f"the argument {os.fsencode(argument)!r} is not UTF-8; encode it as UTF-8")
+
+
+def check_model_is_no_option(arguments: Sequence[str]) -> None:
+    """Raise ValueError for `--model`, which other servers have; only a benchmark of a running server has it here."""
+    is_option = any(argument.split("=")[0] == "--model" for argument in arguments)
+    if is_option and arguments[:2] not in (["bench", "serve"], ["bench", "comm"]):
+        raise ValueError("--model is no option: the model is the first argument; lockstep serve org/name")
 
 
 @app.callback(invoke_without_command=True)
@@ -166,8 +174,8 @@ def doctor_command(
     stdout, findings = sys.stdout, list[Finding]()
     with redirect_stdout(sys.stderr):
         for finding in diagnose(Config.from_options(config), reads_contents=True):
-            if not as_json and not any(finding.repeats(other) for other in findings):
-                print(finding, file=stdout, flush=True)
+            if not as_json:
+                print(finding.after(findings), file=stdout, flush=True)
             findings.append(finding)
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))

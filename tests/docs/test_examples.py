@@ -104,6 +104,11 @@ def test_chat_client(server: str, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert re.search(r"^\d+ prompt tokens, [1-9]\d* generated$", out, re.M), out
 
 
+def test_chat_client_without_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit, match="no server at"):
+        run_here(monkeypatch, "chat_client.py", f"http://127.0.0.1:{free_port()}")
+
+
 @pytest.mark.process
 def test_cluster() -> None:
     out = run("bash", str(EXAMPLES / "cluster.sh"), "127.0.0.1", str(free_port()))

@@ -124,6 +124,7 @@ BAD_VALUES = {
     "no ranks": (["--prompt=x", "--tp=0"], "tensor_parallel_size=0 must be an integer >= 1"),
     "log level": (["--prompt=x", "--log-level=loud"], "'loud' is not one of debug, info, warning, error"),
     "context": (["--prompt=x", "--max-model-len=999999"], "max_model_len=999999 is beyond the 2048 positions"),
+    "model as an option": (["--model=x", "--prompt=x"], "the model is the first argument"),
     "model folder": (["/nowhere/model", "--prompt=x"], "model folder /nowhere/model does not exist"),
 }
 
