@@ -118,7 +118,7 @@ def with_peer_memory(
 ) -> Communicator:
     """Return a communicator with peer memory for small messages, or `nccl`, with the reason in its description.
 
-    The arguments are those of `connect`; "nccl" maps no peer memory. Batch-invariant sums always use one algorithm.
+    The arguments are those of `connect`; "nccl" maps no peer memory. Batch-invariant sums have one order of additions.
     Raises CommError if an algorithm that the caller has chosen computes wrong sums; `auto` excludes it.
     """
     if all_reduce == "nccl":

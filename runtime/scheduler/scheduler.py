@@ -1,12 +1,12 @@
 """Continuous batching with chunked prefill: choose the tokens that each step computes.
 
-Every step computes the next token of all decoding requests and fills the rest of its token budget with prompts, oldest
+A step computes the next token of all decoding requests and fills the rest of its token budget with prompts, oldest
 first. Prefill and decode share one batch. When pages run out, the newest request is preempted: its pages go to the
 prefix cache or are freed, and it is computed again later. The oldest request is never preempted, so there is neither
-deadlock nor starvation.
+deadlock nor starvation. With priorities, the newest of the lowest priority is preempted, and may starve.
 
-While several clients have requests, steps are shorter and divided among the clients (`StepDivision`). A client that
-waits gets slots and pages of clients with more than twice as many.
+While several clients have requests, steps are shorter and divided among the clients (`StepDivision`); decoding requests
+of a client with many then take turns. A client that waits gets slots and pages of clients with more than twice as many.
 
 State advances when a step is scheduled, not when it has run. `schedule` may therefore be called again before the
 results of the step before are known; `commit` then only adds the sampled tokens. KV that a scheduled step will write
