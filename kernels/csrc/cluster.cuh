@@ -32,3 +32,16 @@ DEVICE float load_float_of_block(const float* at, int block) {
                  : "=f"(v) : "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block) : "memory");
     return v;
 }
+// Write to the shared memory of a block of the cluster, at an address of this block's; a barrier there (mbarrier) counts the bytes.
+DEVICE void send_to_block(float* at, float2 pair, int block, unsigned barrier) {
+    asm volatile("{ .reg .b32 a, b; mapa.shared::cluster.u32 a, %0, %1; mapa.shared::cluster.u32 b, %2, %1;"
+                 " st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [a], {%3,%4}, [b]; }"
+                 ::"r"((unsigned)__cvta_generic_to_shared(at)), "r"(block), "r"(barrier), "f"(pair.x), "f"(pair.y) : "memory");
+}
+// Wait until a phase of the barrier has ended, as wait_for_phase does, for what other blocks of the cluster have sent.
+DEVICE void wait_for_blocks(unsigned at, int phase) {
+    unsigned ended = 0;
+    while (!ended)
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(ended) : "r"(at), "r"(phase & 1) : "memory");
+}

@@ -41,6 +41,7 @@ template <typename T, int V> DEVICE Vec<T, V> round_all(const float (&values)[V]
 }
 
 DEVICE float silu(float x) { return x / (1.f + __expf(-x)); }
+DEVICE float fast_silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }  // less code, two more units in the last place
 DEVICE float tanh_of(float x) { return 1.f - __fdividef(2.f, 1.f + __expf(2.f * x)); }
 DEVICE float exp2_of(float x) {  // 0 where 2^x is subnormal
     float y;

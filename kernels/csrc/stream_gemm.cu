@@ -2,192 +2,213 @@
 //
 // x is the left operand of wgmma: 64 rows, of which those that x lacks are whatever the memory holds. The rows of the weight are the right
 // one, so that a tile has any multiple of 16. It is chosen such that nearly all multiprocessors have one tile each. Where that makes too
-// small ones, the blocks of a cluster share the columns of a tile; each adds up the sums of a part of the features.
-// With SPLIT two groups of four warps multiply the same rows, each a half of the columns: one alone is too slow for small tiles.
-// One thread has TMA copy both to shared memory, STAGES steps ahead, the first weights before the kernel that computes x has ended.
+// small ones, SHARING blocks of a cluster share the columns of a tile; each adds up the sums of a part of the features.
+// Two warps more have TMA copy the weight and x to shared memory, STAGES steps ahead. The first weights are copied before the kernel that
+// computes x has ended, but few at a time: what that kernel reads would queue behind more.
+//
+// A tile takes a few microseconds, so the code before and behind the products must be short: it is fetched once and runs once.
 #include "wgmma.cuh"
 
 enum Epilogue { STORE, ADD, SILU };  // out = sum, out += sum, out = silu(gate) * up; stream_gemm.py uses these names
 
-constexpr int PARTS = 2;  // of a step: LINE bytes of columns each
+constexpr int BARRIERS = 1024;          // bytes for them; the last one counts the sums that have arrived
+constexpr int FIRST_BYTES = 32 * 1024;  // of the first stages of the weight that are on their way at a time, and what makes it whole steps
 
-// Write four sums to the shared memory of a block of the cluster, at an address of this block's.
-DEVICE void store_of_block(float4* at, int block, const float* v) {
-    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.v4.f32 [a], {%2,%3,%4,%5}; }"
-                 ::"r"((unsigned)__cvta_generic_to_shared(at)), "r"(block), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
-}
-
-// Shared memory: stages of PARTS times ROWS of x and GROUPS times N rows of the weight, barriers, and sums of other blocks. wgmma reads
-// 64 rows of x, also beyond the stages.
-template <int ROWS, int N, int GROUPS, int SPLIT, int STAGES> struct Stages {
-    static constexpr int PART = (ROWS + GROUPS * N) * LINE, STAGE = PARTS * PART, HALF = N / 2, RECEIVED = STAGES * STAGE + 1024;
-    static_assert(STAGES * 16 <= 1024, "barriers");
+// Shared memory: stages of PARTS times ROWS of x and, for each group, PARTS times N rows of the weight; then barriers, and sums of other
+// blocks. A part is LINE bytes of columns. wgmma reads 64 rows of x, also those of the weight behind it.
+template <int ROWS, int N, int GROUPS, int PARTS, int STAGES> struct Stages {
+    static constexpr int X = PARTS * ROWS * LINE, GROUP = PARTS * N * LINE, STAGE = X + GROUPS * GROUP, RECEIVED = STAGES * STAGE + BARRIERS;
+    static constexpr int AT_ONCE = (FIRST_BYTES + GROUPS * GROUP - 1) / (GROUPS * GROUP);  // steps of FIRST_BYTES
+    static_assert(STAGES * 24 + 8 <= BARRIERS && (64 - ROWS) * LINE <= GROUP, "barriers, and rows that x lacks");
     unsigned base;
 
-    DEVICE unsigned x(int step, int part) const { return base + step % STAGES * STAGE + part * PART; }
-    DEVICE unsigned weight(int step, int part, int group) const { return x(step, part) + (ROWS + group * N) * LINE; }
-    DEVICE unsigned full(int step) const { return base + STAGES * STAGE + step % STAGES * 16; }
-    DEVICE unsigned empty(int step) const { return full(step) + 8; }
+    DEVICE unsigned x(int stage) const { return base + stage * STAGE; }
+    DEVICE unsigned weight(int stage, int group) const { return x(stage) + X + group * GROUP; }
+    // Barriers: the weight's rows are there; x is there; all have been multiplied; sums are there.
+    DEVICE unsigned has_weight(int stage) const { return base + STAGES * STAGE + stage * 24; }
+    DEVICE unsigned has_x(int stage) const { return has_weight(stage) + 8; }
+    DEVICE unsigned empty(int stage) const { return has_weight(stage) + 16; }
+    DEVICE unsigned has_sums() const { return base + RECEIVED - 8; }
     DEVICE void init_barriers() const {
-        for (int i = 0; i < STAGES; ++i) init_barrier(full(i), 1), init_barrier(empty(i), 4 * GROUPS * SPLIT);
+        ROLLED for (int i = 0; i < STAGES; ++i) init_barrier(has_weight(i), 1), init_barrier(has_x(i), 1), init_barrier(empty(i), 4 * GROUPS);
+        init_barrier(has_sums(), 1);
         publish_barriers();
     }
 
-    // The thread that has steps first .. first + steps - 1 copied. A group has HALF rows of the weight from first_half + group * stride
-    // on, and as many from second_half on.
-    DEVICE void copy(const TileMap& weights, const TileMap& rows, int first_half, int second_half, int stride, int first, int steps) const {
-        auto load_weight = [&](int step) {
-            arrive_expecting(full(step), STAGE);
-            UNROLL for (int part = 0; part < PARTS; ++part) {
-                const int column = ((first + step) * PARTS + part) * LINE;
-                UNROLL for (int group = 0; group < GROUPS; ++group) {
-                    copy_box(weight(step, part, group), weights, first_half + group * stride, column, full(step));
-                    copy_box(weight(step, part, group) + HALF * LINE, weights, second_half + group * stride, column, full(step));
-                }
-            }
-        };
-        auto load_x = [&](int step) {
-            UNROLL for (int part = 0; part < PARTS; ++part) copy_box(x(step, part), rows, 0, ((first + step) * PARTS + part) * LINE, full(step));
-        };
-        const int ahead = min(STAGES, steps);
-        ROLLED for (int step = 0; step < ahead; ++step) load_weight(step);
-        wait_for_previous();
-        ROLLED for (int step = 0; step < ahead; ++step) load_x(step);
-        ROLLED for (int step = ahead; step < steps; ++step) {
-            wait_for_phase(empty(step), step / STAGES - 1);
-            load_weight(step), load_x(step);
+    // The warp that copies the weight for steps begin .. end - 1 of the block, which are `first` further in the weight. A group has rows
+    // from `row` + group * stride on.
+    DEVICE void copy_weight(const TileMap& weights, int row, int stride, int first, int begin, int end) const {
+        ROLLED for (int step = begin; step < end; ++step) {
+            const int stage = step % STAGES;
+            if (step >= STAGES)
+                wait_for_phase(empty(stage), step / STAGES - 1);
+            else if (step >= AT_ONCE)
+                wait_for_phase(has_weight(step - AT_ONCE), 0);
+            if (!is_elected()) continue;
+            arrive_expecting(has_weight(stage), GROUPS * GROUP);
+            UNROLL for (int group = 0; group < GROUPS; ++group)
+                copy_parts(weight(stage, group), weights, row + group * stride, (first + step) * PARTS, has_weight(stage));
+        }
+    }
+    // The warp that copies x.
+    DEVICE void copy_x(const TileMap& rows, int first, int steps) const {
+        ROLLED for (int step = 0; step < steps; ++step) {
+            const int stage = step % STAGES;
+            if (step >= STAGES) wait_for_phase(empty(stage), step / STAGES - 1);
+            if (!is_elected()) continue;
+            arrive_expecting(has_x(stage), X);
+            copy_parts(x(stage), rows, 0, (first + step) * PARTS, has_x(stage));
         }
     }
 
-    // A thread that multiplies: add the products of 64 rows of x and its group's rows of the weight, of its parts of each step.
-    template <typename T> DEVICE void multiply(float (&sums)[N / 2], int group, int split, int steps, T type) const {
-        auto release = [&](int step) {
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) arrive(empty(step));
-        };
+    // A thread that multiplies: add the products of 64 rows of x and its group's rows of the weight.
+    template <typename T> DEVICE void multiply(float (&sums)[N / 2], int group, int steps, T type) const {
         UNROLL for (float& sum : sums) sum = 0.f;
-        for (int step = 0; step < steps; ++step) {
-            wait_for_phase(full(step), step / STAGES);
+        int stage = 0, phase = 0, last = 0;
+        ROLLED for (int step = 0; step < steps; ++step) {
+            wait_for_phase(has_weight(stage), phase);
+            wait_for_phase(has_x(stage), phase);
             begin_multiply();
-            UNROLL for (int i = 0; i < PARTS / SPLIT; ++i) {
-                const int part = SPLIT * i + split;
-                const unsigned long long a = descriptor(x(step, part)), b = descriptor(weight(step, part, group));
+            UNROLL for (int part = 0; part < PARTS; ++part) {
+                const unsigned long long a = descriptor(x(stage) + part * ROWS * LINE), b = descriptor(weight(stage, group) + part * N * LINE);
                 UNROLL for (int k = 0; k < LINE / 32; ++k) multiply_async(sums, a + 2 * k, b + 2 * k, type);
             }
             commit_multiply();
             wait_multiply_but_last();
-            if (step > 0) release(step - 1);
+            __syncwarp();
+            if (step > 0 && threadIdx.x % 32 == 0) arrive(empty(last));
+            last = stage;
+            if (++stage == STAGES) stage = 0, ++phase;
         }
         wait_multiply();
         UNROLL for (float& sum : sums) compute_later(sum);
     }
 };
 
-// A thread's part of the results. A unit is 8 features and 8 more, HALF further or of up; of both the thread has two adjacent ones in
-// rows `row` and row + 8.
-template <typename T, int N> struct Results {
-    static constexpr int UNITS = N / 16;
+// The results of a block. Its groups send their sums to the shared memory of the block that owns them. There a thread adds up those of
+// an item: of one row, eight features and eight more, N / 2 further or, with SILU, of up. A unit is these features of all rows.
+template <typename T, int ROWS, int N, int GROUPS, int SHARING> struct Results {
+    static constexpr int UNITS = N / 16, OWN = (UNITS + SHARING - 1) / SHARING;  // units of a group, and those of one block
+    static constexpr int STRIDE = 2 * OWN * 8 + 8;  // from a row of sums to the next, so that lanes write to different banks
+    static constexpr int THREADS = 128 * GROUPS, ITEMS = (ROWS * GROUPS * OWN + THREADS - 1) / THREADS;
+    typedef Vec<T, 8> Eight;
     T* out;
     const T* bias;
-    int row, rows, first_half, second_half, features, epilogue;  // the thread's first features of both halves
-    Vec<T, 2> before[UNITS][2][2];
+    int rows, features, epilogue, first_feature, stride, place;
+    float* sums;  // [block of the cluster][group][row][half][the block's units][8]
+    Eight before[ITEMS][2];
 
-    DEVICE int feature(int unit, int half) const { return (half ? second_half : first_half) + 8 * unit; }
-    DEVICE Vec<T, 2>* at(int unit, int half, int r) const {
-        return reinterpret_cast<Vec<T, 2>*>(out + (long long)(row + 8 * r) * features + feature(unit, half));
+    struct Item { int unit, group, row, feature; };
+    DEVICE Item item(int i) const {
+        const int index = i * THREADS + threadIdx.x, unit = index % OWN, group = index / OWN % GROUPS;
+        return {unit, group, index / OWN / GROUPS, first_feature + group * stride + 8 * (place * OWN + unit)};
     }
-    DEVICE bool exists(int unit, int half, int r) const { return row + 8 * r < rows && feature(unit, half) < features; }
+    DEVICE bool exists(const Item& i, int half) const {
+        return i.row < rows && i.feature + half * N / 2 < features && place * OWN + i.unit < UNITS;
+    }
+    DEVICE Eight* at(const Item& i, int half) const { return reinterpret_cast<Eight*>(out + (long long)i.row * features + i.feature + half * N / 2); }
     DEVICE void load_before() {
-        UNROLL for (int unit = 0; unit < UNITS; ++unit)
-            UNROLL for (int i = 0; i < 4; ++i)
-                before[unit][i / 2][i % 2] = epilogue == ADD && exists(unit, i / 2, i % 2) ? *at(unit, i / 2, i % 2) : Vec<T, 2>{};
+        UNROLL for (int i = 0; i < 2 * ITEMS; ++i) before[i / 2][i % 2] = Eight{};
+        if (epilogue != ADD) return;
+        UNROLL for (int i = 0; i < 2 * ITEMS; ++i)
+            if (exists(item(i / 2), i % 2)) before[i / 2][i % 2] = *at(item(i / 2), i % 2);
     }
-    // first and second: the sums of both halves, row after row.
-    DEVICE void write(int unit, const float* first, const float* second) const {
-        UNROLL for (int half = 0; half < (epilogue == SILU ? 1 : 2); ++half) {
-            if (feature(unit, half) >= features) continue;
-            float shift[2] = {}, up_shift[2] = {};
-            UNROLL for (int i = 0; i < 2; ++i) {
-                if (bias) shift[i] = to_float(bias[feature(unit, half) + i]);
-                if (bias && epilogue == SILU) up_shift[i] = to_float(bias[features + feature(unit, half) + i]);
-            }
-            UNROLL for (int r = 0; r < 2; ++r) {
-                if (row + 8 * r >= rows) continue;
-                float values[2];
-                UNROLL for (int i = 0; i < 2; ++i) {
-                    values[i] = (half ? second : first)[2 * r + i] + shift[i] + to_float(before[unit][half][r].at[i]);
-                    if (epilogue == SILU) values[i] = silu(values[i]) * (second[2 * r + i] + up_shift[i]);
+
+    DEVICE float* sums_at(int from, int group, int row, int half, int unit) const {
+        return sums + ((from * GROUPS + group) * ROWS + row) * STRIDE + (half * OWN + unit) * 8;
+    }
+    // The bytes that all blocks of the cluster send to this one.
+    DEVICE int bytes() const { return SHARING * GROUPS * ROWS * max(0, min(OWN, UNITS - place * OWN)) * 16 * 4; }
+    DEVICE void send(const float (&of_thread)[N / 2], int group, unsigned barrier) const {
+        const int row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
+        if (row >= ROWS) return;
+        float* const first = sums_at(place, group, row, 0, 0) + threadIdx.x % 4 * 2;
+        UNROLL for (int i = 0; i < N / 4; ++i) {  // two sums: of one unit, one half, and row `row` or row + 8
+            const int unit = i / 2 % UNITS, half = i / 2 / UNITS;
+            float* const to = first + i % 2 * 8 * STRIDE + (half * OWN + unit % OWN) * 8;
+            const float2 pair{of_thread[2 * i], of_thread[2 * i + 1]};
+            if (SHARING == 1)
+                *reinterpret_cast<float2*>(to) = pair;
+            else
+                send_to_block(to, pair, unit / OWN, barrier);
+        }
+    }
+
+    DEVICE void add(float (&values)[8], const Eight* from) const {
+        const Eight v = *from;
+        UNROLL for (int i = 0; i < 8; ++i) values[i] += to_float(v.at[i]);
+    }
+    DEVICE void sum_blocks(float (&values)[8], const Item& i, int half) const {
+        UNROLL for (float& value : values) value = 0.f;
+        UNROLL for (int from = 0; from < SHARING; ++from) {
+            const Vec<float, 8> v = *reinterpret_cast<const Vec<float, 8>*>(sums_at(from, i.group, i.row, half, i.unit));
+            UNROLL for (int j = 0; j < 8; ++j) values[j] += v.at[j];
+        }
+        if (bias) add(values, reinterpret_cast<const Eight*>(bias + i.feature + half * (epilogue == SILU ? features : N / 2)));
+    }
+    DEVICE void write() {
+        ROLLED for (int n = 0; n < ITEMS; ++n) {
+            const Item i = item(n);
+            if (exists(i, 0)) {
+                float first[8], second[8] = {};
+                sum_blocks(first, i, 0);
+                if (epilogue == SILU || exists(i, 1)) sum_blocks(second, i, 1);
+                if (epilogue == SILU) {
+                    UNROLL for (int j = 0; j < 8; ++j) first[j] = fast_silu(first[j]) * second[j];
+                } else {
+                    add(first, &before[0][0]), add(second, &before[0][1]);
+                    if (exists(i, 1)) *at(i, 1) = round_all<T>(second);
                 }
-                *at(unit, half, r) = round_all<T>(values);
+                *at(i, 0) = round_all<T>(first);
             }
+            UNROLL for (int k = 1; k < ITEMS; ++k) before[k - 1][0] = before[k][0], before[k - 1][1] = before[k][1];  // no index: they stay in registers
         }
     }
 };
 
-// The grid is tiles of the weight x `sharing`, the blocks of a cluster.
-template <typename T, int ROWS, int N, int GROUPS, int SPLIT, int STAGES>
-__global__ void __launch_bounds__(128 * GROUPS * SPLIT + 32, 1) stream_gemm(
-    T* out, const __grid_constant__ TileMap x, const __grid_constant__ TileMap weight, const T* bias, int rows, int features, int size,
-    int epilogue, int sharing) {
-    constexpr int UNITS = N / 16, CONSUMERS = 128 * GROUPS * SPLIT, SENDERS = GROUPS * ROWS * 2;  // threads that have rows of x
-    typedef Stages<ROWS, N, GROUPS, SPLIT, STAGES> Shape;
+// The grid is tiles of the weight x SHARING.
+template <typename T, int ROWS, int N, int GROUPS, int SHARING, int PARTS, int STAGES>
+__global__ void __launch_bounds__(128 * GROUPS + 64, 1) stream_gemm(
+    T* out, const __grid_constant__ TileMap x, const __grid_constant__ TileMap weight, const T* bias, int rows, int features, int size, int epilogue) {
+    typedef Stages<ROWS, N, GROUPS, PARTS, STAGES> Shape;
+    typedef Results<T, ROWS, N, GROUPS, SHARING> Sums;
+    static_assert(SHARING > 1 || GROUPS * ROWS * Sums::STRIDE * 4 <= STAGES * Shape::STAGE, "sums fit into the stages");
     extern __shared__ __align__(1024) char shared[];
     launch_next();
     const Shape stages{(unsigned)__cvta_generic_to_shared(shared)};
-    if (threadIdx.x == 0) stages.init_barriers();
-    if (threadIdx.x == CONSUMERS) prefetch_map(x);  // it is needed at once after the wait
-    const bool gated = epilogue == SILU;
-    const int tile = blockIdx.x / sharing, place = blockIdx.x % sharing, stride = gated ? Shape::HALF : N;
-    const int all = (size * (int)sizeof(T) + PARTS * LINE - 1) / (PARTS * LINE), first = all * place / sharing;
-    const int steps = all * (place + 1) / sharing - first, first_half = tile * GROUPS * stride, second_half = first_half + (gated ? features : Shape::HALF);
-    if (sharing > 1) arrive_without_memory();  // this block has begun
+    const int warp = common_warp_id(), copier = warp - 4 * GROUPS;  // common: descriptors and addresses stay in uniform registers
+    const int tile = blockIdx.x / SHARING, place = blockIdx.x % SHARING, stride = epilogue == SILU ? N / 2 : N, feature = tile * GROUPS * stride;
+    const int all = (size * (int)sizeof(T) + PARTS * LINE - 1) / (PARTS * LINE), first = all * place / SHARING, steps = all * (place + 1) / SHARING - first;
+    const int at_once = min(Shape::AT_ONCE, min(STAGES, steps));
+    if (copier == 0) {
+        if (is_elected()) stages.init_barriers();
+        stages.copy_weight(weight, feature, stride, first, 0, at_once);
+    }
+    if (copier == 1 && is_elected()) prefetch_map(x);
+    if (SHARING > 1) arrive_without_memory();  // this block has begun
     __syncthreads();
 
-    if (threadIdx.x >= CONSUMERS) {
-        if (threadIdx.x == CONSUMERS) stages.copy(weight, x, first_half, second_half, stride, first, steps);
-        __syncwarp();
-        if (sharing > 1) wait_for_cluster(), sync_cluster();  // like the others
+    if (copier >= 0) {
+        if (copier == 0) stages.copy_weight(weight, feature, stride, first, at_once, steps);
+        if (copier == 1) wait_for_previous(), stages.copy_x(x, first, steps);
+        if (SHARING > 1) wait_for_cluster();
         return;
     }
-    const int group = threadIdx.x / 128 / SPLIT, split = threadIdx.x / 128 % SPLIT, t = threadIdx.x % 4, row = threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
     wait_for_previous();  // before results are read or written
-    const int feature = first_half + group * stride + 2 * t;
-    Results<T, N> results{out, bias, row, rows, feature, feature + Shape::HALF, features, epilogue, {}};
+    Sums results{out, bias, rows, features, epilogue, feature, stride, place, reinterpret_cast<float*>(shared + (SHARING > 1 ? Shape::RECEIVED : 0)), {}};
     results.load_before();
     float sums[N / 2];
-    stages.multiply(sums, group, split, steps, T());
+    stages.multiply(sums, warp / 4, steps, T());
 
-    const bool has_rows = row < ROWS;
-    if (SPLIT == 1 && sharing == 1) {
-        if (has_rows)
-            UNROLL for (int unit = 0; unit < UNITS; ++unit) results.write(unit, sums + 4 * unit, sums + Shape::HALF / 2 + 4 * unit);
-        return;
+    if (SHARING > 1) {
+        wait_for_cluster();
+        if (threadIdx.x == 0) arrive_expecting(stages.has_sums(), results.bytes());
+        results.send(sums, warp / 4, stages.has_sums());
+        wait_for_blocks(stages.has_sums(), 0);
+    } else {
+        sync_threads(Sums::THREADS);  // all products are done, so sums may overwrite the stages
+        results.send(sums, warp / 4, 0);
+        sync_threads(Sums::THREADS);
     }
-    // The parties that share a tile: all blocks of the cluster, and the groups of a block that multiply the same rows. Of each unit one
-    // party, the owner, adds up the sums. received[owner's group][party][the owner's units][half][thread]
-    const int parties = sharing * SPLIT, self = place * SPLIT + split, most = (UNITS + parties - 1) / parties;
-    const int sender = group * ROWS * 2 + threadIdx.x % 128;
-    float4* const received = reinterpret_cast<float4*>(shared + Shape::RECEIVED);
-    auto owner_of = [&](int unit) { return ((unit + 1) * parties - 1) / UNITS; };
-    auto place_of = [&](int party, int unit, int half) {
-        const int owner = owner_of(unit), among = unit - UNITS * owner / parties;
-        return (((owner % SPLIT * parties + party) * most + among) * 2 + half) * SENDERS + sender;
-    };
-    if (sharing > 1) wait_for_cluster();
-    if (has_rows)
-        UNROLL for (int unit = 0; unit < UNITS; ++unit)
-            UNROLL for (int half = 0; half < 2; ++half)
-                store_of_block(received + place_of(self, unit, half), owner_of(unit) / SPLIT, sums + half * Shape::HALF / 2 + 4 * unit);
-    sharing > 1 ? sync_cluster() : sync_threads(CONSUMERS);
-    if (!has_rows) return;
-    UNROLL for (int unit = 0; unit < UNITS; ++unit) {
-        if (owner_of(unit) != self) continue;
-        float halves[2][4] = {};
-        for (int party = 0; party < parties; ++party)
-            UNROLL for (int half = 0; half < 2; ++half) {
-                const float4 v = received[place_of(party, unit, half)];
-                halves[half][0] += v.x, halves[half][1] += v.y, halves[half][2] += v.z, halves[half][3] += v.w;
-            }
-        results.write(unit, halves[0], halves[1]);
-    }
+    results.write();
 }

@@ -92,7 +92,7 @@ DEVICE void end_multiply() { asm volatile("wgmma.commit_group.sync.aligned; wgmm
 // Return wgmma's descriptor of rows that TMA has copied to `at`, a multiple of 1024; 32 columns further are 2 more.
 DEVICE unsigned long long descriptor(unsigned at) { return 1ull << 62 | 64ull << 32 | 1ull << 16 | (at & 0x3ffff) >> 4; }
 
-// A matrix of bytes in global memory whose boxes TMA copies; tile_map of kernel_launch.py makes it.
+// A matrix of bytes in global memory whose boxes TMA copies; tile_map and part_map of kernel_launch.py make it.
 struct alignas(64) TileMap { char bytes[128]; };
 
 DEVICE void prefetch_map(const TileMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
@@ -101,6 +101,17 @@ DEVICE void prefetch_map(const TileMap& map) { asm volatile("prefetch.tensormap 
 DEVICE void copy_box(unsigned to, const TileMap& map, int row, int column, unsigned barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  ::"r"(to), "l"(&map), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+// Copy a box of a map with parts, one part after the other: LINE bytes of rows from `row` on, then the next LINE bytes of them.
+DEVICE void copy_parts(unsigned to, const TileMap& map, int row, int first_part, unsigned barrier) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %2, %4}], [%5];"
+                 ::"r"(to), "l"(&map), "r"(0), "r"(row), "r"(first_part), "r"(barrier) : "memory");
+}
+// Return true in one thread of the warp, always the same one. The compiler knows that, and issues a copy without a loop over threads.
+DEVICE bool is_elected() {
+    unsigned elected;
+    asm volatile("{ .reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }" : "=r"(elected));
+    return elected;
 }
 // A barrier of this many threads of the block, without those that copy.
 DEVICE void sync_threads(int threads) { asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory"); }

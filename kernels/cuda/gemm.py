@@ -1,4 +1,4 @@
-"""Linear layers: a skinny GEMM for up to 8 rows; cuBLAS for more, or stream_gemm where it is faster.
+"""Linear layers: skinny_gemm for up to 8 rows, stream_gemm for up to 64, and cuBLAS for more.
 
 Batch-invariant ones are done by wide_gemm or grouped_gemm.
 """
@@ -66,10 +66,9 @@ def linear(
     if batch_invariant or isinstance(weight, FP8Weight):
         product = _batch_invariant_linear(x.contiguous(), weight, bias, gated, out)
         return product if add_to is None else add_to.add_(product)
-    if is_stored and stream_gemm.takes(x, weight, gated):
-        streamed = stream_gemm.stream_linear(x, weight, bias, gated, add_to, out)
-        if streamed is not None:
-            return streamed
+    others = [t for t in (bias, add_to, out) if t is not None]
+    if is_stored and stream_gemm.takes(x, weight, gated, *others):
+        return stream_gemm.stream_linear(x, weight, bias, gated, add_to, out)
     if add_to is not None:
         add_to.addmm_(x, weight.t())
         return add_to if bias is None else add_to.add_(bias)

@@ -205,18 +205,33 @@ def _current_stream() -> int:
 def tile_map(matrix: Tensor, box_rows: int) -> TileMap:
     """Return the TileMap argument of wgmma.cuh for boxes of a matrix [R, C]: box_rows by BOX_BYTES."""
     rows, columns = matrix.shape
-    return _tile_map(matrix.data_ptr(), rows, columns * matrix.element_size(), box_rows)
+    row_bytes = columns * matrix.element_size()
+    return _tile_map(matrix.data_ptr(), (row_bytes, rows), (row_bytes,), (BOX_BYTES, box_rows))
+
+
+def part_map(matrix: Tensor, box_rows: int, halves: int, parts: int) -> TileMap:
+    """Return the TileMap argument of copy_parts in wgmma.cuh for boxes of a matrix [R, C]: box_rows by several parts.
+
+    A part is BOX_BYTES of the columns. A box has one part after the other; C elements must be whole parts.
+    halves  1, or 2 for boxes that have the same rows of both halves of the matrix
+    """
+    rows, columns = matrix.shape
+    row_bytes = columns * matrix.element_size()
+    assert row_bytes % BOX_BYTES == 0
+    sizes = BOX_BYTES, rows // halves, halves, row_bytes // BOX_BYTES
+    strides = row_bytes, rows // halves * row_bytes, BOX_BYTES
+    return _tile_map(matrix.data_ptr(), sizes, strides, (BOX_BYTES, box_rows // halves, halves, parts))
 
 
 @functools.lru_cache(maxsize=4096)
-def _tile_map(address: int, rows: int, row_bytes: int, box_rows: int) -> TileMap:
-    sizes, box = (row_bytes, rows), (BOX_BYTES, box_rows)
+def _tile_map(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> TileMap:
+    """Return a map of bytes; the strides are those of all dimensions but the first."""
     status, encoded = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
         len(sizes),
         address,
         list(map(driver.cuuint64_t, sizes)),
-        [driver.cuuint64_t(row_bytes)],  # from a row to the next
+        list(map(driver.cuuint64_t, strides)),
         list(map(driver.cuuint32_t, box)),
         [driver.cuuint32_t(1)] * len(box),
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -225,7 +240,7 @@ def _tile_map(address: int, rows: int, row_bytes: int, box_rows: int) -> TileMap
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"cannot describe a matrix of {rows} rows of {row_bytes} bytes to TMA: {status.name}")
+        raise RuntimeError(f"cannot describe a matrix of {sizes} bytes to TMA: {status.name}")
     return encoded
 
 

@@ -172,7 +172,7 @@ def decode_attention(
     grid, threads = (layout.max_parts * kv_heads, groups // kv_heads), 32 * layout.warps
     results = partial, partition.table[-rows * groups :]  # partial results, then the counters
     factors = (scale * LOG2_E, 0.0) if softcap is None else (scale / softcap, softcap * LOG2_E)
-    # More rows mostly come from cuBLAS, which starts nothing early: their heads are complete, and are loaded first.
+    # Heads of more rows are loaded first: measured behind cuBLAS, which starts nothing early.
     keys_first = early and rows <= MAX_SKINNY_ROWS
     shape = *map(np.float32, factors), optional(sinks), *map(np.int32, (heads, kv_heads, keys_first))
     heads_of_rows = qkv, np.int32(qkv.stride(0)), *_head_arguments(norm, rope, cache)

@@ -279,7 +279,10 @@ void sync_cluster();
 inline float load_float_of_block(const float* at, int block) {
     return *(const float*)((const char*)at + (block - emulator::here->place) * emulator::SHARED);
 }
-inline void store_of_block(float4* at, int block, const float* v) { memcpy((char*)at + (block - emulator::here->place) * emulator::SHARED, v, sizeof(*at)); }
+inline void send_to_block(float* at, float2 value, int block, unsigned barrier) {
+    const int there = (block - emulator::here->place) * emulator::SHARED;
+    emulator::box_copies.push_back({&emulator::phase_barrier(barrier + there), [=] { return memcpy((char*)at + there, &value, sizeof(value)), (int)sizeof(value); }});
+}
 inline float4 load_of_block(const float* at, int block) {
     float4 v;
     memcpy(&v, (const char*)at + (block - emulator::here->place) * emulator::SHARED, sizeof(v));
@@ -292,6 +295,7 @@ inline void publish_barriers() {}
 void arrive_expecting(unsigned at, int bytes);
 inline void arrive(unsigned at) { arrive_expecting(at, 0); }
 void wait_for_phase(unsigned at, int phase);
+inline void wait_for_blocks(unsigned at, int phase) { wait_for_phase(at, phase); }
 struct EmulatedMap { const char* data; long long rows, columns, box_rows; };  // of tile_map in emulator.py
 template <typename Map> void copy_box(unsigned to, const Map& map, int row, int column, unsigned barrier) {
     EmulatedMap m;
@@ -305,6 +309,22 @@ template <typename Map> void copy_box(unsigned to, const Map& map, int row, int 
         return (int)m.box_rows * 128;
     }});
 }
+struct EmulatedParts { const char* data; long long rows, columns, box_rows, halves, parts; };  // of part_map in emulator.py
+template <typename Map> void copy_parts(unsigned to, const Map& map, int row, int first_part, unsigned barrier) {
+    EmulatedParts m;
+    memcpy(&m, &map, sizeof(m));
+    emulator::box_copies.push_back({&emulator::phase_barrier(barrier), [=] {
+        const int bytes = m.parts * m.halves * m.box_rows * 128;
+        for (int i = 0; i < bytes; ++i) {
+            const long long line = i / 128, r = row + line % m.box_rows, half = line / m.box_rows % m.halves;
+            const long long part = first_part + line / m.box_rows / m.halves, c = part * 128 + i % 128;
+            const bool inside = r < m.rows && part * 128 < m.columns;
+            emulator::shared[(int)to + (i ^ (i >> 7 & 7) << 4)] = inside ? m.data[(half * m.rows + r) * m.columns + c] : 0;
+        }
+        return bytes;
+    }});
+}
+inline bool is_elected() { return threadIdx.x % 32 == 0; }
 void copy_bytes(unsigned to, const void* from, int bytes, unsigned barrier);
 inline void sync_threads(int threads) {
     emulator::here->some.expected = threads;

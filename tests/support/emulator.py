@@ -41,7 +41,7 @@ IN_ASSEMBLY = (
     "|publish_barriers|arrive|arrive_expecting|wait_for_phase|copy_box|copy_bytes|prefetch_line|prefetch_map"
     "|sync_threads|sync_cluster|load_of_block|place_in_cluster|cluster_index"
     "|arrive_at_cluster|arrive_without_memory|wait_for_cluster|load_float_of_block|commit_multiply|wait_multiply|wait_multiply_but_last|publish_copies"
-    "|compute_later|store_of_block"
+    "|compute_later|send_to_block|wait_for_blocks|copy_parts|is_elected"
 )
 Launch = Callable[..., None]
 
@@ -65,6 +65,7 @@ def emulated() -> SimpleNamespace:
             "max_shared_bytes": lambda device: SHARED_BYTES,
             "compute_capability": lambda device: (8, 0),
             "tile_map": _tile_map,
+            "part_map": _part_map,
         }
         for name, substitute in substitutes.items():
             assert hasattr(launches, name)
@@ -124,6 +125,13 @@ def _tile_map(matrix: torch.Tensor, box_rows: int) -> EmulatedTileMap:
     rows, columns = matrix.shape
     words = matrix.data_ptr(), rows, columns * matrix.element_size(), box_rows, *[0] * 12
     return EmulatedTileMap(np.array(words))
+
+
+def _part_map(matrix: torch.Tensor, box_rows: int, halves: int, parts: int) -> EmulatedTileMap:
+    """Stand for `part_map` of kernel_launch.py."""
+    rows, columns = matrix.shape
+    words = matrix.data_ptr(), rows // halves, columns * matrix.element_size(), box_rows // halves, halves, parts
+    return EmulatedTileMap(np.array([*words, *[0] * 10]))
 
 
 @functools.cache
