@@ -32,6 +32,11 @@ DEVICE float load_float_of_block(const float* at, int block) {
                  : "=f"(v) : "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block) : "memory");
     return v;
 }
+// Write to it. The other block must have started: let it arrive at the cluster's barrier before.
+DEVICE void store_float_of_block(float* at, int block, float v) {
+    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }"
+                 :: "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block), "f"(v) : "memory");
+}
 // Write to the shared memory of a block of the cluster, at an address of this block's; a barrier there (mbarrier) counts the bytes.
 DEVICE void send_to_block(float* at, float2 pair, int block, unsigned barrier) {
     asm volatile("{ .reg .b32 a, b; mapa.shared::cluster.u32 a, %0, %1; mapa.shared::cluster.u32 b, %2, %1;"

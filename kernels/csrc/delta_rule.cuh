@@ -45,9 +45,11 @@ struct Gates {
 
     // gate: b, then a after `heads` elements, of one token; decay: A, then bias, likewise.
     template <typename T> DEVICE static Gates of(const T* gate, const T* decay, int heads) {
-        const float x = to_float(gate[heads]) + to_float(decay[heads]);
-        const float softplus = x > 20.f ? x : log1pf(expf(x));
-        return {-expf(to_float(decay[0])) * softplus, 1.f / (1.f + expf(-to_float(gate[0])))};
+        return of(to_float(gate[0]), to_float(gate[heads]), to_float(decay[0]), to_float(decay[heads]));
+    }
+    DEVICE static Gates of(float b, float a, float rate, float bias) {
+        const float x = a + bias, softplus = x > 20.f ? x : log1pf(expf(x));
+        return {-expf(rate) * softplus, 1.f / (1.f + expf(-b))};
     }
 };
 

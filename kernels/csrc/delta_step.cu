@@ -2,7 +2,7 @@
 // token's arithmetic is that of gated_delta.cu, in the same order: the results are bitwise identical.
 //
 // A block has COLUMNS columns of one value head. The blocks of the value heads of a key head are a cluster: they have all read the
-// inputs of the convolution before one of them overwrites these, and those of a head exchange their results for the norm. A block stores
+// inputs of the convolution before one of them overwrites these, and those of a head exchange sums for the norm. A block stores
 // the state after its arrival at the cluster's barrier, because an arrival lasts until earlier stores have ended.
 #include "cluster.cuh"
 #include "delta_rule.cuh"
@@ -18,8 +18,9 @@ __global__ void __launch_bounds__(LANES * COLUMNS / W, 512 / (LANES * COLUMNS / 
     const int* starts, const int* saves) {
     constexpr int THREADS = LANES * COLUMNS / W, CHANNELS = 2 * E + COLUMNS, TURNS = (CHANNELS + THREADS - 1) / THREADS;
     extern __shared__ __align__(16) float memory[];
-    float *results = memory, *mixed = results + COLUMNS;
+    float *results = memory, *squares = results + COLUMNS, *mixed = squares + 32;  // squares: sums for four columns each, of the whole head
     launch_next();
+    arrive_without_memory();  // waited for before blocks write to each other's memory
     const int parts = value_size / COLUMNS, blocks = parts * group, place = blockIdx.x % blocks, part = place % parts;
     const int first_column = part * COLUMNS, value_heads = key_heads * group, row = blockIdx.x / blocks / key_heads;
     const int key_head = blockIdx.x / blocks % key_heads, head = key_head * group + place / parts, lane = threadIdx.x % 32;
@@ -36,64 +37,69 @@ __global__ void __launch_bounds__(LANES * COLUMNS / W, 512 / (LANES * COLUMNS / 
     const int slot = slots[row];
     StateColumns<E, W> state;
     state.load(sums_of(slot), value_size);
-    float recent[TURNS][K];  // recent[K - 1] is the present input
+    T recent[TURNS][K];  // recent[K - 1] is the present input
     Vec<T, K> weights[TURNS];
     UNROLL for (int turn = 0; turn < TURNS; ++turn) {
         const int channel = channel_of(min(turn * THREADS + (int)threadIdx.x, CHANNELS - 1));
         weights[turn] = *reinterpret_cast<const Vec<T, K>*>(taps + channel * K);
-        UNROLL for (int j = 0; j < K - 1; ++j) recent[turn][j] = to_float(inputs_of(slot, channel)[j * channels]);
+        UNROLL for (int j = 0; j < K - 1; ++j) recent[turn][j] = inputs_of(slot, channel)[j * channels];
     }
-    prefetch_line(decay + head + threadIdx.x % 2 * value_heads);
+    const T rate = decay[head], bias = decay[value_heads + head];
     prefetch_line(norm + first_column);
     wait_for_previous();
 
+    UNROLL for (int turn = 0; turn < TURNS; ++turn)  // all loads before the first use
+        recent[turn][K - 1] = x[row * x_stride + channel_of(min(turn * THREADS + (int)threadIdx.x, CHANNELS - 1))];
+    const T b = gates[row * gate_stride + head], a = gates[row * gate_stride + value_heads + head];
+    const bool finishes = threadIdx.x < COLUMNS;  // one column
+    const T gate = finishes ? z[row * z_stride + head * value_size + first_column + threadIdx.x] : from_float<T>(0.f);
     UNROLL for (int turn = 0; turn < TURNS; ++turn) {
         const int i = turn * THREADS + threadIdx.x;
         if (i >= CHANNELS) break;
-        recent[turn][K - 1] = to_float(x[row * x_stride + channel_of(i)]);
         float sum = 0.f;
-        UNROLL for (int j = 0; j < K; ++j) sum += to_float(weights[turn].at[j]) * recent[turn][j];
+        UNROLL for (int j = 0; j < K; ++j) sum += to_float(weights[turn].at[j]) * to_float(recent[turn][j]);
         mixed[i] = to_float(from_float<T>(silu(sum)));
     }
-    float gate = 0.f, norm_weight = 0.f;  // of the column that this thread writes
-    if (threadIdx.x < COLUMNS) {
-        gate = to_float(z[row * z_stride + head * value_size + first_column + threadIdx.x]);
-        norm_weight = to_float(norm[first_column + threadIdx.x]);
-    }
-    const Gates token = Gates::of(gates + row * gate_stride + head, decay + head, value_heads);
+    const Gates token = Gates::of(to_float(b), to_float(a), to_float(rate), to_float(bias));
     __syncthreads();
     const float2 scales = scales_of<E>([&](int i) { return make_float2(mixed[i], mixed[E + i]); });
     const Vec<float, W> result = state.update(
         token, mixed + 2 * E, [&](int i) { return mixed[E + i] * scales.y; }, [&](int i) { return mixed[i] * scales.x; });
-    if (state.lane() == 0)
-        UNROLL for (int c = 0; c < W; ++c) results[state.column() + c] = to_float(from_float<T>(result.at[c]));
+    // The norm's sums over four adjacent columns, in order; with two columns a thread continues the sum of the thread before.
+    float rounded[W], square = 0.f;
+    UNROLL for (int c = 0; c < W; ++c) rounded[c] = to_float(from_float<T>(result.at[c]));
+    UNROLL for (int c = 0; c < W; ++c) square += rounded[c] * rounded[c];
+    if (W == 2) {
+        float sum = __shfl_up_sync(0xffffffffu, square, 1);
+        UNROLL for (int c = 0; c < W; ++c) sum += rounded[c] * rounded[c];
+        if (threadIdx.x % 2) square = sum;
+    }
+    wait_for_cluster();
+    if (state.lane() == 0) {
+        UNROLL for (int c = 0; c < W; ++c) results[state.column() + c] = rounded[c];
+        float* of_norm = squares + (first_column + state.column()) / 4;
+        if (W == 4 || threadIdx.x % 2)
+            ROLLED for (int p = 0; p < parts; ++p) store_float_of_block(of_norm, place - part + p, square);
+    }
     arrive_at_cluster();  // with results, and with the inputs read; it would wait for stores that are under way
     state.store(sums_of(slot), value_size);
     rows.for_each_save(row, 1, [&](int saved) { state.store(sums_of(saved), value_size); });
+    const T norm_weight = finishes ? norm[first_column + threadIdx.x] : from_float<T>(0.f);
     wait_for_cluster();
 
     UNROLL for (int turn = 0; turn < TURNS; ++turn) {
         const int i = turn * THREADS + threadIdx.x;
         if (i >= CHANNELS || (i < 2 * E && i * blocks / (2 * E) != place)) continue;
         auto store = [&](int to) {
-            UNROLL for (int j = 0; j < K - 1; ++j) inputs_of(to, channel_of(i))[j * channels] = from_float<T>(recent[turn][j + 1]);
+            UNROLL for (int j = 0; j < K - 1; ++j) inputs_of(to, channel_of(i))[j * channels] = recent[turn][j + 1];
         };
         store(slot);
         rows.for_each_save(row, 1, store);
     }
-    if (threadIdx.x / 32 * 32 < COLUMNS) {  // whole warps
-        const float scale = norm_scale(value_size, eps, [&](int i) {
-            const float* at = results + i % COLUMNS;
-            return parts > 1 ? load_float_of_block(at, place - part + i / COLUMNS) : *at;
-        });
-        if (threadIdx.x < COLUMNS) {
-            const int i = first_column + threadIdx.x;
-            out[((long long)row * value_heads + head) * value_size + i] =
-                from_float<T>(results[threadIdx.x] * scale * norm_weight * silu(gate));
-        }
-    }
-    if (parts > 1) {  // no block ends, and gives its memory back, before the others have read it
-        arrive_without_memory();
-        wait_for_cluster();
-    }
+    if (threadIdx.x / 32 * 32 >= COLUMNS) return;  // whole warps
+    const float scale = rsqrtf(warp_sum(lane < value_size / 4 ? squares[lane] : 0.f) / value_size + eps);
+    if (!finishes) return;
+    const int i = first_column + threadIdx.x;
+    out[((long long)row * value_heads + head) * value_size + i] =
+        from_float<T>(results[threadIdx.x] * scale * to_float(norm_weight) * silu(to_float(gate)));
 }

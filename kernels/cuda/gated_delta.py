@@ -167,7 +167,7 @@ def delta_step(
     columns, width = _step_columns(len(x), group, key_size, value_size)
     parts = value_size // columns
     name = f"delta_step<{c_name(x)}, {key_size}, {layer.taps.shape[1]}, {width}, {columns}>"
-    shared_bytes = 4 * (2 * columns + 2 * key_size)
+    shared_bytes = 4 * (2 * columns + 2 * key_size + 32)
     launch = kernel("delta_step.cu", name, shared_bytes=shared_bytes, early=True, cluster=parts * group)
     strided = [a for tensor in (x, z, gates) for a in (tensor, np.int64(tensor.stride(0)))]
     weights = layer.taps.contiguous(), layer.decay.contiguous(), layer.norm

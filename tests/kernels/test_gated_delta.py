@@ -207,7 +207,7 @@ def three_ops(case: LayerCase, states: tuple[Tensor, Tensor], rows: StateRows) -
 
 
 @pytest.mark.usefixtures("with_clusters")
-@pytest.mark.parametrize("rows", [3, 10])  # a head in several blocks, and in one
+@pytest.mark.parametrize("rows", [1, 3, 10])  # one row has a head in several blocks
 @pytest.mark.parametrize(("key_heads", "sizes"), [(2, (64, 32)), (4, (32, 16)), (1, (32, 128))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_launch_of_a_step_is_bitwise_the_three(
@@ -215,7 +215,7 @@ def test_one_launch_of_a_step_is_bitwise_the_three(
 ) -> None:
     case = layer_case(device, dtype, key_heads, sizes, rows)
     saves = torch.zeros(rows, 2, 2).int()
-    saves[0, 0], saves[2, 1] = torch.tensor([1, 13]), torch.tensor([1, 14])
+    saves[0, 0], saves[-1, 1] = torch.tensor([1, 13]), torch.tensor([1, 14])
     tensors = torch.randperm(12)[:rows].int(), torch.arange(rows + 1).int(), saves
     tokens = StateRows(*(tensor.to(device) for tensor in tensors))
     actual = state_ops.delta_net_(*case.inputs, case.layer, *case.states[0], tokens)
@@ -225,7 +225,7 @@ def test_one_launch_of_a_step_is_bitwise_the_three(
 
 
 @pytest.mark.usefixtures("with_clusters")
-@pytest.mark.parametrize("num_decoding", [2, 35])  # few rows, and more than the tokens of a chunk
+@pytest.mark.parametrize("num_decoding", [1, 2, 35])  # few rows, and more than the tokens of a chunk
 @pytest.mark.parametrize("batch_invariant", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_that_decode_beside_prompts_are_bitwise_the_three(

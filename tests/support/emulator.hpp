@@ -283,6 +283,8 @@ inline void send_to_block(float* at, float2 value, int block, unsigned barrier) 
     const int there = (block - emulator::here->place) * emulator::SHARED;
     emulator::box_copies.push_back({&emulator::phase_barrier(barrier + there), [=] { return memcpy((char*)at + there, &value, sizeof(value)), (int)sizeof(value); }});
 }
+inline void store_float_of_block(float* at, int block, float v) { *(float*)((char*)at + (block - emulator::here->place) * emulator::SHARED) = v; }
+inline void store_of_block(float4* at, int block, const float* v) { memcpy((char*)at + (block - emulator::here->place) * emulator::SHARED, v, sizeof(*at)); }
 inline float4 load_of_block(const float* at, int block) {
     float4 v;
     memcpy(&v, (const char*)at + (block - emulator::here->place) * emulator::SHARED, sizeof(v));
