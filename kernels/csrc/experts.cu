@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(256) select_experts(
     if (token >= tokens) return;
     const Choice choice = {bias ? bias + token * bias_stride : nullptr, least_sum, scaling, experts, choices, first_expert, shared};
     const T* row = logits + token * logit_stride;
-    choose_experts<PER_LANE, NORMALIZED, SIGMOID, false>(expert_ids + first, scores + first, choice, [&](int i) {
+    choose_experts<PER_LANE, NORMALIZED, SIGMOID>(expert_ids + first, scores + first, choice, [&](int i) {
         return to_float(row[i]) + (logit_bias ? to_float(logit_bias[i]) : 0.f);
     });
 }

@@ -54,7 +54,7 @@ template <typename T, int WARPS> struct Staged {
 // and the logits stay in the block. Else `logits` is memory for them, rounded to T;
 // `counter` is 0 before and after. Dynamic shared memory: tokens + 1 rows of `size` elements, rounded up to a multiple of 64, and 32 more.
 // All weights load before the kernel before has ended: a warp has CHUNKS chunks. Up to six leave room for a block of skinny_gemm.
-template <typename T, int CHUNKS, int PER_LANE, bool NORMALIZED, bool SIGMOID, int GROUPS>
+template <typename T, int CHUNKS, int PER_LANE, bool NORMALIZED, bool SIGMOID, bool BY_LOGITS, int GROUPS>
 __global__ void __launch_bounds__(32 * SHARES * GROUPS, GROUPS == 1 && CHUNKS <= 6 ? 2 : 1) route_tokens(
     long long* expert_ids, float* scores, T* normed, float* logits, unsigned* counter, const T* x, const T* __restrict__ norm, float eps,
     const T* __restrict__ weight, const T* __restrict__ logit_bias, const float* __restrict__ bias, float least_sum, float scaling,
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(32 * SHARES * GROUPS, GROUPS == 1 && CHUNKS <=
     if (warp >= tokens) return;
     const Choice choice = {bias, least_sum, scaling, experts, choices, first_expert, shared};
     const long long first = (long long)warp * (choices + shared);
-    choose_experts<PER_LANE, NORMALIZED, SIGMOID, true>(expert_ids + first, scores + first, choice, [&](int i) {
+    choose<PER_LANE, NORMALIZED, SIGMOID, BY_LOGITS>(expert_ids + first, scores + first, choice, [&](int i) {
         return GROUPS > 1 ? block_logits[warp][i] : __ldcg(logits + warp * rows + i);
     });
 }

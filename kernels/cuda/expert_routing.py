@@ -96,7 +96,8 @@ def route_tokens(
     kind, *rules = _instance(x, num_experts, normalized, scoring)
     # One block with all rows exchanges no logits; more weights for a lane do not fit into registers.
     groups = 2 if rows <= 32 and chunks <= MAX_CHUNKS_ALONE else 1
-    name = f"route_tokens<{', '.join((kind, str(chunks), *rules, str(groups)))}>"
+    by_logits = bias is None and count + has_shared <= 32  # choose_by_logits of expert_choice.cuh
+    name = f"route_tokens<{', '.join((kind, str(chunks), *rules, str(by_logits).lower(), str(groups)))}>"
     launch = kernel("route_tokens.cu", name, shared_bytes=shared_bytes, early=True)
     results = expert_ids, scores, normed, logits, _counter(x.device)
     inputs = x, optional(norm), np.float32(eps), weight, optional(logit_bias), optional(bias)

@@ -157,12 +157,12 @@ INSTANCES = {
     "route_tokens.cu": [
         f"route_tokens<{shape}>"
         for shape in (
-            "bf16, 6, 1, true, false, 2",
-            "f16, 4, 1, false, true, 2",
-            "bf16, 6, 4, true, false, 1",
-            "bf16, 4, 8, true, false, 1",
-            "bf16, 14, 16, true, false, 1",
-            "f16, 8, 8, true, true, 1",
+            "bf16, 6, 1, true, false, true, 2",
+            "f16, 4, 1, false, true, false, 2",
+            "bf16, 6, 4, true, false, true, 1",
+            "bf16, 4, 8, true, false, true, 1",
+            "bf16, 14, 16, true, false, false, 1",
+            "f16, 8, 8, true, true, true, 1",
         )
     ],
     "quantize_rows.cu": [
