@@ -299,8 +299,8 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
     auto load_residual = [&](int tile) { return EPILOGUE == ADD && has_result(tile) ? *result(tile) : T(); };
     int buffer = 0;
     for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
-        T residual;  // a 16-bit kernel has no register for it during the products
-        if (SCALED) residual = load_residual(tile);
+        T residual;  // with five chunks there is no register for it during the products
+        if (DEPTH < 5) residual = load_residual(tile);
         float c[4] = {};
         for (int round = 0; round < rounds; ++round) {
             const bool is_last = round + 1 == rounds;
@@ -325,6 +325,7 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
         }
 
         if (NORMED && tile == blockIdx.x) stage.store_squares(squares);
+        if (DEPTH >= 5) residual = load_residual(tile);
         // Lane (g, t) holds features g (c[0], c[1]) and g + 8 (c[2], c[3]) for rows 2 t and 2 t + 1 of x.
         UNROLL for (int i = 0; i < 4; ++i) sums[buffer][warp][2 * t + i % 2][g + 8 * (i / 2)] = HALVED ? c[i] * divisor[i % 2] : c[i];
         __syncthreads();
@@ -342,7 +343,6 @@ __global__ void __launch_bounds__(32 * WARPS, 16 / WARPS) skinny_gemm(
             continue;
         }
         if (!has_result(tile)) continue;
-        if (!SCALED) residual = load_residual(tile);
         const float sum = finish_sum<T, WARPS, EPILOGUE>(
             sums[buffer], squares, result_row, threadIdx.x % WIDTH, normed, bias, result_feature(tile), features, size, eps);
         *result(tile) = from_float<T>(EPILOGUE == ADD ? sum + to_float(residual) : sum);
