@@ -31,7 +31,8 @@ from .launch_parameters import Argument
 MAX_SKINNY_ROWS = 8  # rows of x; mirrors ROWS of skinny_gemm.cu
 # The most that x takes of shared memory. Loads on their way need L1, which has what shared memory leaves of 256 KiB.
 MAX_STAGED_BYTES, MAX_STAGED_FP8_BYTES = 145 * 1024, 100 * 1024
-MIN_COLUMNS_OF_16_WARPS = 2048  # with fewer, two blocks of 8 warps run on a multiprocessor
+# With fewer columns, or as many with a norm, two blocks of 8 warps run on a multiprocessor. They hide the norm.
+MIN_COLUMNS_OF_16_WARPS = 2048
 SUM_BYTES = (2 * 17 + 1) * MAX_SKINNY_ROWS * 4  # of a warp: `sums` and `squares` of skinny_gemm.cu
 
 Epilogue = Literal["STORE", "ADD", "SILU", "PUSH"]  # the names of Epilogue in skinny_gemm.cu
@@ -108,7 +109,7 @@ def _can_fuse_norm(x: Tensor, norm: Tensor, weight: Matrix) -> bool:
     if isinstance(weight, FP8Weight):
         return _skinny_shape(x, weight, norm).staged_bytes > 0
     rows = MAX_SKINNY_ROWS + 1  # of x, whatever its number is: a norm of its own rounds once more
-    return _shape_of_16_bits(rows, x.shape[1], max_shared_bytes(x.device.index)).staged_bytes > 0
+    return _shape_of_16_bits(rows, x.shape[1], max_shared_bytes(x.device.index), is_normed=True).staged_bytes > 0
 
 
 class SkinnyShape(NamedTuple):
@@ -165,18 +166,18 @@ def _skinny_shape(x: Tensor, weight: Matrix, norm: Tensor | None) -> SkinnyShape
     staged_rows, size, shared_bytes = len(x) + (norm is not None), x.shape[1], max_shared_bytes(x.device.index)
     if isinstance(weight, FP8Weight):
         return _fp8_shape(staged_rows, size, weight.first, shared_bytes)
-    return _shape_of_16_bits(staged_rows, size, shared_bytes)
+    return _shape_of_16_bits(staged_rows, size, shared_bytes, is_normed=norm is not None)
 
 
 @functools.cache
-def _shape_of_16_bits(staged_rows: int, size: int, shared_bytes: int) -> SkinnyShape:
+def _shape_of_16_bits(staged_rows: int, size: int, shared_bytes: int, *, is_normed: bool) -> SkinnyShape:
     """Return the shape of skinny_gemm for a weight in 16 bits.
 
-    The warps depend on the columns only. So they share the columns of a row alike, and its result has the same bits in
-    any batch. A warp loads 4 or 5 chunks ahead, whichever leaves fewer steps without a chunk; fewer in a short row. An
-    x that is not in shared memory leaves few registers for them.
+    The warps depend on the columns and the norm only. So they share the columns of a row alike, and its result has the
+    same bits in any batch. A warp loads 4 or 5 chunks ahead, whichever leaves fewer steps without a chunk; fewer in a
+    short row. An x that is not in shared memory leaves few registers for them.
     """
-    warps = 16 if size >= MIN_COLUMNS_OF_16_WARPS else 8
+    warps = 16 if size > MIN_COLUMNS_OF_16_WARPS or (size == MIN_COLUMNS_OF_16_WARPS and not is_normed) else 8
     staged_bytes = staged_rows * (-(-size // 64) * 64 + 32) * 2  # see `stride` in skinny_gemm.cu
     if staged_bytes > min(MAX_STAGED_BYTES, shared_bytes - (warps + 1) * SUM_BYTES):
         return SkinnyShape(warps, 2)

@@ -52,6 +52,7 @@ INSTANCES = {
     "skinny_gemm.cu": [
         f"skinny_gemm<{types}, {warps}, {depth}, {staged_and_normed}, {epilogue}>"
         for types, warps, depth, staged_and_normed in (
+            ("bf16, bf16", 8, 4, "true, true"),
             ("bf16, bf16", 16, 4, "true, true"),
             ("bf16, bf16", 16, 5, "true, true"),
             ("bf16, bf16", 16, 5, "true, false"),

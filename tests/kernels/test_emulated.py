@@ -94,7 +94,7 @@ def test_linear(rows: int, features: int, size: int, dtype: torch.dtype) -> None
     check("linear", x, weight, bias, norm=norm, eps=1e-5, gated=True, factor=4)
 
 
-@pytest.mark.parametrize("size", [1032, 5128, 8192, 9600])
+@pytest.mark.parametrize("size", [1032, 2048, 5128, 8192, 9600])
 def test_linear_row_is_bitwise_equal_in_any_small_batch(size: int) -> None:
     """Also if fewer rows fit into shared memory than the batch has, and with a norm where it is not fused."""
     x, weight, norm = random(8, size), random(48, size), random(size)
