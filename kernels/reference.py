@@ -25,6 +25,7 @@ from .arguments import (
     Rope,
     Scoring,
 )
+from .random_noise import exponential_noise
 from .state_reference import causal_conv_ as causal_conv_
 from .state_reference import delta_net_ as delta_net_
 from .state_reference import gated_delta_ as gated_delta_
@@ -32,7 +33,6 @@ from .state_reference import gated_rms_norm as gated_rms_norm
 
 FP8_MAX = 448.0  # the maximum of float8_e4m3fn
 NO_CANDIDATE = torch.iinfo(torch.int64).min  # less than any candidate
-GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, odd: the increment of SplitMix64
 
 
 def gather_rows(weight: Tensor, ids: Tensor, *, first_row: int = 0) -> Tensor:
@@ -287,7 +287,7 @@ def gumbel_argmax(
     if temperature.any():
         random = (temperature > 0)[:, None]
         # log(p / E) up to a constant of the row.
-        perturbed = logits / torch.where(random, temperature[:, None], 1) - _exponential(keys, ids).log()
+        perturbed = logits / torch.where(random, temperature[:, None], 1) - exponential_noise(keys, ids).log()
         scores = torch.where(random, perturbed, scores)
     return _descending(_pack(scores, ids), 1)[:, 0]
 
@@ -367,24 +367,6 @@ def _mirror_negative(bits: Tensor) -> Tensor:
 def _descending(packed: Tensor, count: int) -> Tensor:
     missing = max(0, count - packed.shape[1])
     return F.pad(packed, (0, missing), value=NO_CANDIDATE).topk(count, dim=-1).values
-
-
-def _exponential(keys: Tensor, ids: Tensor) -> Tensor:
-    """Return exponential noise [S, V] float32, hashed from the row's key and the token; ids [V] or [S, V]."""
-    bits = _mix(keys[:, None] + GOLDEN * ids.long())
-    uniform = _shift_right(bits, 12).to(torch.float64).add_(0.5).mul_(2.0**-52)
-    return -uniform.log().to(torch.float32)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Apply the finalizer of SplitMix64 (Steele, Lea and Flood, 2014) to int64, taken as 64 unsigned bits."""
-    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shift_right(x, 31)
-
-
-def _shift_right(x: Tensor, n: int) -> Tensor:
-    return (x >> n) & ((1 << (64 - n)) - 1)
 
 
 def common_prefix_length(a: np.ndarray, b: np.ndarray) -> int:

@@ -26,7 +26,7 @@ HEAVY = {  # by whom they are imported
 # From the bottom to the top: a module imports from its own room and from those above it in this list. A folder is one
 # room, or several: then the modules of the lower one are named.
 ROOMS = """
-kernels: argument_checks arguments expert_checks mxfp4_order native reference state_reference
+kernels: argument_checks arguments expert_checks mxfp4_order native random_noise reference state_reference
 kernels/cuda
 kernels
 comm
