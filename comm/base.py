@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops
-from ..kernels.arguments import Matrix
+from ..kernels.arguments import Matrix, Rows
 
 
 class CommError(RuntimeError):
@@ -62,7 +62,7 @@ class Communicator(ABC):
         """Return whether sums of `linear` of this shape are pushed, by the GEMMs that can; equal on all ranks."""
         return False
 
-    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
+    def linear(self, x: Rows, weight: Matrix, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
         """Return `x @ weight^T + bias` as the partial sum of the next collective, an all_reduce_add_rms_norm.
 
         That call must follow, and nothing else may use the result: it may stand for what a GEMM has sent to the peers.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import ops, peer_memory
-from ..kernels.arguments import Matrix
+from ..kernels.arguments import Matrix, Rows
 from ..kernels.cuda import gemm
 from .all_reduce_names import AllReduceAlgorithm
 from .all_reduce_policy import SUMMED_DTYPES, AllReducePolicy
@@ -83,7 +83,7 @@ class SymmetricCommunicator(Communicator):
             return None
         return self._buffers.input((rows, columns), dtype)
 
-    def linear(self, x: Tensor, weight: Matrix, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
+    def linear(self, x: Rows, weight: Matrix, bias: Tensor | None, *, batch_invariant: bool = False) -> Tensor:
         columns = weight.shape[0]
         if batch_invariant or not self.gemms_push(len(x), columns, x.dtype):
             return super().linear(x, weight, bias, batch_invariant=batch_invariant)

@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from .arguments import FP8Weight, Matrix, Rope
+from .arguments import FP8Rows, FP8Weight, Matrix, Rope, Rows
 
 
 def require(condition: bool, name: str, tensor: Tensor, rule: str) -> None:
@@ -42,15 +42,19 @@ def check_heads(qkv: Tensor, multiple: int = 1) -> None:
 
 
 def check_linear(
-    x: Tensor, weight: Matrix, norm: Tensor | None, add_to: Tensor | None, out: Tensor | None, *, gated: bool
+    x: Rows, weight: Matrix, norm: Tensor | None, add_to: Tensor | None, out: Tensor | None, *, gated: bool
 ) -> None:
     """Check the arguments of `ops.linear`."""
     if isinstance(weight, FP8Weight):
         check_fp8("weight", weight)
-    if x.dim() != 2 or x.shape[1] != weight.shape[1]:
-        refuse("x", x, f"must be [T, {weight.shape[1]}]")
+    rows = x.numbers if isinstance(x, FP8Rows) else x
+    if isinstance(x, FP8Rows):
+        takes = isinstance(weight, FP8Weight) and weight.columns == 128 and weight.first == 0 and norm is None
+        require(takes, "x", rows, "is quantized: the weight needs blocks of 128 columns, and there is no norm")
+    if rows.dim() != 2 or rows.shape[1] != weight.shape[1]:
+        refuse("x", rows, f"must be [T, {weight.shape[1]}]")
     if norm is not None and norm.shape != x.shape[1:]:
-        refuse("x", x, "must have as many columns as the norm's weight")
+        refuse("x", rows, "must have as many columns as the norm's weight")
     alone = not gated and (add_to is None or out is None)
     for name, target in (("add_to", add_to), ("out", out)):
         if target is not None:

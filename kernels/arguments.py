@@ -68,6 +68,38 @@ class FP8Weight(NamedTuple):
 Matrix = Tensor | FP8Weight
 
 
+@dataclass(frozen=True)
+class FP8Rows:
+    """Rows of activations [T, D] that a kernel has quantized for `linear` with an FP8 weight.
+
+    They stand for `numbers[t, d] * scales[d // 128, t]`.
+    """
+
+    numbers: Tensor  # [T', D] float8_e4m3fn; T' is T rounded up to a multiple of 4, and rows beyond T are unspecified
+    scales: Tensor  # [ceil(D / 128), T'] float32
+    num_rows: int
+    dtype: torch.dtype  # of the activations before, and of the result of `linear`
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.num_rows, self.numbers.shape[1]))
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.numbers.is_cuda
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def dequantized(self) -> Tensor:
+        """Return the rows that these stand for, rounded once: [T, D]."""
+        groups = torch.arange(self.numbers.shape[1], device=self.numbers.device) // 128
+        return (self.numbers.float() * self.scales[groups].t())[: len(self)].to(self.dtype)
+
+
+Rows = Tensor | FP8Rows
+
+
 class MXFP4Weight(NamedTuple):
     """The matrices of all experts in the OCP format MXFP4: 4-bit numbers in blocks of 32 columns with one exponent.
 

@@ -47,6 +47,7 @@ from .arguments import (
     Pages,
     QKNorm,
     Rope,
+    Rows,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -104,7 +105,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 @op("gemm")
 def linear(
-    x: Tensor,
+    x: Rows,
     weight: Matrix,
     bias: Tensor | None = None,
     *,
@@ -117,7 +118,7 @@ def linear(
 ) -> Tensor:
     """Return `x @ weight^T + bias`, [T, F], fused with a norm of x before it, and `silu(gate) * up` or a sum after it.
 
-    x       [T, D]
+    x       [T, D]; FP8Rows only where a kernel has made them for this weight
     weight  [F, D]; [2 F, D] if gated: rows of gate, then of up, and the result is `silu(gate) * up`
     bias    [F], or [2 F]
     norm    [D]     weight of an RMSNorm of x with `eps`, before the GEMM
@@ -128,8 +129,29 @@ def linear(
     weight rows must be whole 16-byte vectors.
     """
     check_linear(x, weight, norm, add_to, out, gated=gated)
+    if batch_invariant and isinstance(x, Tensor) and x.is_cuda:
+        check_batch_invariant(x, weight)
+
+
+@op("gemm")
+def gated_linear(
+    x: Tensor,
+    weight: Matrix,
+    feeds: Matrix,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    batch_invariant: bool = False,
+) -> Rows:
+    """Do `linear` with `gated`, for the linear layer of the weight `feeds` [G, F] that alone takes the result.
+
+    So the result may be FP8Rows: then the next layer needs no kernel that quantizes.
+    """
+    check_linear(x, weight, norm, None, None, gated=True)
     if batch_invariant and x.is_cuda:
         check_batch_invariant(x, weight)
+    require(2 * feeds.shape[-1] == weight.shape[0], "feeds", feeds.data, f"must have {weight.shape[0] // 2} columns")
 
 
 @op("scaled_gemm")
@@ -189,7 +211,8 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
-) -> Tensor:
+    feeds: Matrix | None = None,
+) -> Rows:
     """Do `rotate_and_store_` for one new token per row; return its attention over the pages of the row: [B, H E].
 
     qkv, norm, rope, cache, kv_slots  as for rotate_and_store_, with B rows; positions and kv_slots are int32
@@ -199,6 +222,7 @@ def decode_attention(
     softcap    the scores are then bounded to `softcap * tanh(score / softcap)`
     sinks      [H]  a score of each query head that takes part in the softmax and has no value
     out        [B, H E]  receives the result, and is returned; contiguous
+    feeds      the weight of the linear layer that alone takes the result: it may be FP8Rows without `out`
     The cache has qkv's dtype, or float8_e4m3fn. On a GPU heads of 64, 96, 128 or 256 elements in bfloat16 or float16,
     with R a multiple of 4, of 8 for 256; any on a CPU. If the partition has a kv_chunk, rows may be tokens of one
     request, provided that their keys are in the cache already.

@@ -15,6 +15,7 @@ from torch import Tensor
 from .arguments import (
     ClampedSwiGLU,
     ExpertMatrix,
+    FP8Rows,
     FP8Weight,
     KeyPartition,
     KVCache,
@@ -23,6 +24,7 @@ from .arguments import (
     Pages,
     QKNorm,
     Rope,
+    Rows,
     Scoring,
 )
 from .random_noise import exponential_noise
@@ -55,7 +57,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def linear(
-    x: Tensor,
+    x: Rows,
     weight: Matrix,
     bias: Tensor | None = None,
     *,
@@ -66,6 +68,8 @@ def linear(
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
+    if isinstance(x, FP8Rows):
+        x = x.dequantized()
     if norm is not None:
         x = rms_norm(x, norm, eps)
     product = F.linear(x, weight.dequantized(x.dtype) if isinstance(weight, FP8Weight) else weight, bias)
@@ -74,6 +78,19 @@ def linear(
     if add_to is not None:
         return add_to.add_(product)
     return product if out is None else out.copy_(product)
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Matrix,
+    feeds: Matrix,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    batch_invariant: bool = False,
+) -> Rows:
+    return linear(x, weight, bias, norm=norm, eps=eps, gated=True, batch_invariant=batch_invariant)
 
 
 def has_two_fp8_gemms(x: Tensor, weight: FP8Weight) -> bool:
@@ -138,7 +155,8 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
-) -> Tensor:
+    feeds: Matrix | None = None,
+) -> Rows:
     q, k, v = _prepare_heads(qkv, norm, rope, cache)
     _store_kv(k, v, cache, kv_slots)
     attended, page_size, window = torch.empty_like(q), cache.k.shape[1], partition.window

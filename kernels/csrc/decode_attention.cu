@@ -9,43 +9,27 @@
 // Both products run on tensor cores, straight from registers (see cache_tile.cuh): scores = keys x queries, results = values^T x
 // weights. Between them movmatrix transposes the weights.
 #include "cache_tile.cuh"
+#include "decode_shared.cuh"
 #include "head_norm_rope.cuh"
-#include "key_partition.cuh"
+#include "head_results.cuh"
 #include "run_copies.cuh"
 #include "running_softmax.cuh"
 
-constexpr int MAX_GROUP = 8;  // query heads of a block
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int MAX_BLOCKS = 3;  // of four warps on a multiprocessor; ordinary copies take more registers than bulk copies
 #else
 constexpr int MAX_BLOCKS = 4;
 #endif
 
-template <typename T, typename C, int HEAD_DIM, int WARPS> struct DecodeShared {
-    // Two stages: one for this range, one for the next.
-    alignas(16) T projected[2][MAX_GROUP + 2][HEAD_DIM];  // q's heads, then k, then v
-    alignas(16) typename OperandOf<T, C>::type query[MAX_GROUP][HEAD_DIM + 32];
-    alignas(16) T key[HEAD_DIM];
-    alignas(16) T norms[2][HEAD_DIM];
-    alignas(16) float angles[2][HEAD_DIM];  // cosines, then sines
-    int slot[2];                            // of the new token in the cache
-    unsigned long long copied;              // a barrier: the inputs of a range have arrived
-    CutRow cut_rows[2];                     // of the part: its first row and its last one, if other parts have keys of them
-    // The partial results of the warps, with their acc in WarpSums; the last element is that of the new token.
-    float max_score[WARPS + 1][MAX_GROUP], weight_sum[WARPS + 1][MAX_GROUP];
-};
-
-// The acc of each warp, in dynamic shared memory: with heads of 256 elements it does not fit into the 48 KiB of static memory.
-// Place 16 n + 8 o + g of a head is acc[n][2 o + ..] of the lanes g; see CacheTile::element_at. 4: no two lanes on one bank.
-template <int HEAD_DIM> using WarpSums = float[MAX_GROUP][HEAD_DIM + 4];
-
 // The state of one block of the kernel: its arguments, its part and head, and the steps that it takes.
-template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct DecodeBlock {
+template <typename T, typename C, typename O, int HEAD_DIM, int WARPS, bool CAPPED> struct DecodeBlock {
     typedef CacheTile<T, C, HEAD_DIM, WARPS> Tile;
     static constexpr int THREADS = 32 * WARPS, BLOCKS = HEAD_DIM / 32;
     static constexpr int STEP = Tile::GROUPS * Tile::STRIDE;  // keys that a block processes at once
     static constexpr int PARTIAL = HEAD_DIM + 4;  // floats of a head's partial result: acc, max_score, weight_sum, two for alignment
-    static constexpr int WIDTH = WARPS > 4 ? 2 : 4;  // adjacent places of a head that a thread merges at once
+    static constexpr bool QUANTIZED = sizeof(O) == 1;  // O is fp8
+    static constexpr int WIDTH = WARPS > 4 && !QUANTIZED ? 2 : 4;  // adjacent places of a head that a thread merges at once
+    static_assert(!QUANTIZED || HEAD_DIM == 32 * WIDTH, "a warp has the results of a head");
     typedef Vec<float, WIDTH> Places;
 
     const T *qkv, *q_norm, *k_norm, *sinks;
@@ -246,7 +230,10 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
         }
     }
 
-    DEVICE T* result_of(T* out, int row) const { return out + ((long long)row * heads + group() * group_size) * HEAD_DIM; }
+    DEVICE HeadResults<O> result_of(const HeadResults<O>& all, int row) const {
+        const int first = group() * group_size;
+        return {all.out + ((long long)row * heads + first) * HEAD_DIM, all.scales + (long long)first * all.stride + row, all.stride};
+    }
 
     // The results of a row in one part, for each of its heads. A part has two such rows: one that began in an earlier part, one that
     // begins in this part.
@@ -259,19 +246,25 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     }
 
     template <typename F> DEVICE void for_places(const F& merge) const {
+        if constexpr (QUANTIZED) {  // a warp has a head: the compiler knows that its lanes branch alike
+            ROLLED for (int h = warp; h < group_size; h += WARPS) merge(h, lane_id() * WIDTH);
+            return;
+        }
         ROLLED for (int i = threadIdx.x * WIDTH; i < group_size * HEAD_DIM; i += THREADS * WIDTH) merge(i / HEAD_DIM, i % HEAD_DIM);
     }
 
     // Write the result of a head at these places: sums by the sum of the weights, to which the head's sink adds; it has no value.
-    DEVICE void write_result(T* out, int h, int place, const Places& sums, float weight_sum, float max_score) const {
+    DEVICE void write_result(const HeadResults<O>& to, int h, int place, const Places& sums, float weight_sum, float max_score) const {
         if (sinks) weight_sum += exp2_of(to_float(sinks[group() * group_size + h]) * LOG2_E - max_score);
         const float scale = __fdividef(1.f, weight_sum);
         const int first = Tile::element_at(place);
-        UNROLL for (int j = 0; j < WIDTH; ++j) out[h * HEAD_DIM + first + j * Tile::V_WIDTH] = from_float<T>(sums.at[j] * scale);
+        T results[WIDTH];
+        UNROLL for (int j = 0; j < WIDTH; ++j) results[j] = from_float<T>(sums.at[j] * scale);
+        to.store(results, h, h * HEAD_DIM + first, Tile::V_WIDTH);
     }
 
     // Merge the results of the warps and the new token: into `out` if the range is the whole row, else into the partial result.
-    DEVICE void merge_warps(T* out, const KeyRange& range, const T* value) const {
+    DEVICE void merge_warps(const HeadResults<O>& out, const KeyRange& range, const T* value) const {
         const PartialResults mine = partial_results(part, range.first_chunk == 0);
         for_places([&](int h, int place) {
             float max_score = s.max_score[WARPS][h], weight_sum = 0.f;
@@ -294,7 +287,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     }
 
     // Count this part as done for its rows that are cut; merge the partial results of those that have no other part left.
-    DEVICE void merge_cut_rows(T* out) const {
+    DEVICE void merge_cut_rows(const HeadResults<O>& out) const {
         __syncthreads();
         if (s.cut_rows[0].row < 0 && s.cut_rows[1].row < 0) return;
         const EvenParts parts = partition.even_parts();
@@ -315,7 +308,7 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     }
 
     // Merge the partial results of a row, in the order of its parts.
-    DEVICE void merge_partials(T* out, int first_part, int last_part) const {
+    DEVICE void merge_partials(const HeadResults<O>& out, int first_part, int last_part) const {
         for_places([&](int h, int place) {
             float max_score = -infinity(), weight_sum = 0.f;
             Places sums = {};
@@ -341,10 +334,10 @@ template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED> struct D
     }
 };
 
-// The grid is max_parts * kv_heads by groups of one KV head.
-template <typename T, typename C, int HEAD_DIM, int WARPS, bool CAPPED>
+// The grid is max_parts * kv_heads by groups of one KV head. The results are of type O, T or fp8; then they have scales [heads, scale_stride].
+template <typename T, typename C, typename O, int HEAD_DIM, int WARPS, bool CAPPED>
 __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2 : MAX_BLOCKS) decode_attention(
-    T* __restrict__ out, const T* qkv, int qkv_stride, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
+    O* __restrict__ out, float* scales, int scale_stride, const T* qkv, int qkv_stride, const T* __restrict__ q_norm, const T* __restrict__ k_norm, float eps,
     const int* __restrict__ positions, const float* __restrict__ cos_sin, int table_rows, int rotary,
     C* k_cache, C* v_cache, int unit, unsigned page_stride, unsigned slot_stride, unsigned head_stride, const int* __restrict__ kv_slots, int num_slots,
     const int* __restrict__ page_table, long long page_table_stride, const int* __restrict__ page_table_rows, int page_size, unsigned long long page_reciprocal,
@@ -358,13 +351,14 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
     const PartStart start = parts.part(part);
     KeyRange range = start.range;
     if (range.row < 0) return;
-    DecodeBlock<T, C, HEAD_DIM, WARPS, CAPPED> block{
+    DecodeBlock<T, C, O, HEAD_DIM, WARPS, CAPPED> block{
         qkv, q_norm, k_norm, sinks, k_cache, v_cache, kv_slots, page_table, cos_sin,
         page_table_stride, page_stride, slot_stride, head_stride, page_reciprocal, eps, {scale, softcap}, unit, qkv_stride, table_rows, rotary, num_slots,
         page_size, heads, kv_heads, heads / (kv_heads * (int)gridDim.y), parts, {parts.starts(), positions, page_table_rows, window, kv_chunk},
         partial, counters, shared, reinterpret_cast<WarpSums<HEAD_DIM>*>(warp_sums), common_warp_id(), part, kv_head, start.stop};
 
     CacheTile<T, C, HEAD_DIM, WARPS> tile(unit * sizeof(C));
+    const HeadResults<O> results{out, scales, scale_stride};
     const bool copies = block.warp == WARPS - 1;
     if (copies) block.copies().init();
     block.zero_queries();
@@ -391,9 +385,9 @@ __global__ void __launch_bounds__(32 * WARPS, WARPS > 4 ? 1 : HEAD_DIM > 128 ? 2
         block.attend_range(state, tile, range, next);
         block.write_state(state);
         __syncthreads();
-        block.merge_warps(block.result_of(out, range.row), range, value);
+        block.merge_warps(block.result_of(results, range.row), range, value);
         if (!range.is_whole_row() && threadIdx.x == 0) shared.cut_rows[next.chunk < block.stop ? 0 : 1] = range.cut_row();
         range = next;
     }
-    block.merge_cut_rows(out);
+    block.merge_cut_rows(results);
 }

@@ -1,22 +1,26 @@
-// quantize_rows: rows of activations in FP8 with a scale for each row or for each 128 columns, after a norm.
-#include "common.cuh"
+// quantize_rows: rows of activations in FP8 with a scale for each row or for each 128 columns, after a norm, or after SiLU of a GEMM's results.
+#include "quantize.cuh"
 
 constexpr int GROUP = 128;      // columns of a scale
-constexpr float MAXIMUM = 448.f;  // of FP8
+
+// What is quantized: x; its RMSNorm with a weight; or silu(gate) * up of the halves of x, each plus its half of a bias.
+enum Source { PLAIN, NORMED, GATED };
 
 // Return 8 columns of a row before their quantization, rounded to T as where they are not quantized; `scale` is that of the norm.
-template <typename T, bool NORMED> struct Row {
-    const T *x, *norm;
+template <typename T, int SOURCE> struct Row {
+    const T *x, *vector;  // the weight of the norm, or the bias
     int size;
     float scale;
 
     DEVICE Vec<T, 8> load(const T* from, int at) const { return *reinterpret_cast<const Vec<T, 8>*>(from + at); }
+    DEVICE float bias(int column) const { return vector ? to_float(vector[column]) : 0.f; }
     DEVICE void values(float (&out)[8], int at) const {
         if (at < 0 || at >= size) return;
-        const Vec<T, 8> row = load(x, at), factors = NORMED ? load(norm, at) : row;
+        const Vec<T, 8> row = load(x, at), factors = SOURCE == NORMED ? load(vector, at) : row, up = SOURCE == GATED ? load(x, size + at) : row;
         UNROLL for (int i = 0; i < 8; ++i) {
-            const float value = to_float(row.at[i]);
-            out[i] = NORMED ? to_float(from_float<T>(value * scale * to_float(factors.at[i]))) : value;
+            out[i] = to_float(row.at[i]);
+            if (SOURCE == NORMED) out[i] = to_float(from_float<T>(out[i] * scale * to_float(factors.at[i])));
+            if (SOURCE == GATED) out[i] = to_float(from_float<T>(silu(out[i] + bias(at + i)) * (to_float(up.at[i]) + bias(size + at + i))));
         }
     }
 };
@@ -29,15 +33,15 @@ DEVICE float greatest(const float (&values)[8]) {
 
 // The grid is (T, parts of a row). GROUPED: scales[group * stride + row], else scales[row], and the grid is (T, 1). `first` is the place
 // of column 0 in its group.
-template <typename T, bool NORMED, bool GROUPED>
-__global__ void __launch_bounds__(1024) quantize_rows(
-    fp8* __restrict__ out, float* __restrict__ scales, const T* __restrict__ x, const T* __restrict__ norm, float eps, int size, int first,
+template <typename T, int SOURCE, bool GROUPED>
+__global__ void __launch_bounds__(SOURCE == GATED ? 256 : 1024) quantize_rows(
+    fp8* __restrict__ out, float* __restrict__ scales, const T* __restrict__ x, const T* __restrict__ vector, float eps, int size, int first,
     int stride) {
     launch_next();
     wait_for_previous();
     const long long row = blockIdx.x;
-    Row<T, NORMED> source{x + row * size, norm, size, 1.f};
-    if (NORMED) {
+    Row<T, SOURCE> source{x + row * size * (SOURCE == GATED ? 2 : 1), vector, size, 1.f};
+    if (SOURCE == NORMED) {
         float square = 0.f;
         for (int at = threadIdx.x * 8; at < size; at += blockDim.x * 8) {
             const Vec<T, 8> v = source.load(source.x, at);
@@ -49,7 +53,7 @@ __global__ void __launch_bounds__(1024) quantize_rows(
     if (!GROUPED) {
         __shared__ float peaks[32];
         for (int at = threadIdx.x * 8; at < size; at += blockDim.x * 8) source.values(values, at), peak = fmaxf(peak, greatest(values));
-        for (int i = 16; i > 0; i >>= 1) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, i));
+        peak = peak_of_warp(peak);
         if (threadIdx.x % 32 == 0) peaks[threadIdx.x / 32] = peak;
         __syncthreads();
         for (int w = 0; w < blockDim.x / 32; ++w) peak = fmaxf(peak, peaks[w]);
@@ -64,15 +68,10 @@ __global__ void __launch_bounds__(1024) quantize_rows(
             const unsigned half = threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u;
             for (int i = 8; i > 0; i >>= 1) peak = fmaxf(peak, __shfl_xor_sync(half, peak, i));
         }
-        const bool is_finite = peak < infinity();
-        const float scale = is_finite ? divide(fmaxf(peak, 1e-10f), MAXIMUM, 1.f / MAXIMUM) : peak;
-        const float divisor = is_finite ? scale : 0.f, inverse = is_finite ? inverse_of(scale) : 0.f;  // 0: x / infinity is 0 or NaN
-        if (GROUPED ? threadIdx.x % 16 == 0 : place == 0) scales[GROUPED ? place / GROUP * (long long)stride + row : row] = scale;
+        const Quantizer quantizer(peak);
+        if (GROUPED ? threadIdx.x % 16 == 0 : place == 0) scales[GROUPED ? place / GROUP * (long long)stride + row : row] = quantizer.scale;
         if (at < 0 || at >= size) continue;
-        UNROLL for (int i = 0; i < 8; ++i) {
-            const float quotient = copysignf(divide(values[i], divisor, inverse), values[i]);  // -0 stays -0
-            values[i] = fminf(fmaxf(quotient, -MAXIMUM), MAXIMUM);
-        }
+        UNROLL for (float& value : values) value = quantizer(value);
         *reinterpret_cast<Vec<fp8, 8>*>(out + row * size + at) = round_all<fp8>(values);
     }
 }

@@ -6,14 +6,14 @@ Batch-invariant ones are done by wide_gemm or grouped_gemm.
 from __future__ import annotations
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import FP8Weight, Matrix
+from ..arguments import FP8Rows, FP8Weight, Matrix, Rows
 from . import scaled_gemm, stream_gemm, wide_gemm
 from .elementwise import rms_norm, silu_and_mul
 from .expert_gemm import NO_SCALES, ExpertTiles, can_widen, multiply_tiles, scale_arguments, tile_rows
@@ -39,7 +39,7 @@ Epilogue = Literal["STORE", "ADD", "SILU", "PUSH"]  # the names of Epilogue in s
 
 
 def linear(
-    x: Tensor,
+    x: Rows,
     weight: Matrix,
     bias: Tensor | None = None,
     *,
@@ -50,6 +50,9 @@ def linear(
     out: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
+    if isinstance(x, FP8Rows):
+        assert isinstance(weight, FP8Weight)
+        return scaled_gemm.scaled_linear(x, weight, bias, None, eps, gated, add_to, out, batch_invariant)
     skinny, is_stored = _is_skinny(x, weight) and not batch_invariant, True
     if isinstance(weight, FP8Weight) and not skinny:
         if len(x) and scaled_gemm.takes(x, weight):
@@ -77,6 +80,21 @@ def linear(
         return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     product = F.linear(x, weight, bias)
     return silu_and_mul(product) if gated else product
+
+
+def gated_linear(
+    x: Tensor,
+    weight: Matrix,
+    feeds: Matrix,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+    batch_invariant: bool = False,
+) -> Rows:
+    if isinstance(weight, FP8Weight) and scaled_gemm.takes(x, weight) and scaled_gemm.takes_fp8_rows(feeds, x):
+        return scaled_gemm.scaled_hidden(x, weight, bias, norm, eps, batch_invariant)
+    return linear(x, weight, bias, norm=norm, eps=eps, gated=True, batch_invariant=batch_invariant)
 
 
 def _batch_invariant_linear(x: Tensor, weight: Matrix, bias: Tensor | None, gated: bool, out: Tensor | None) -> Tensor:
@@ -120,9 +138,9 @@ class SkinnyShape(NamedTuple):
     staged_bytes: int = 0  # of shared memory that x takes; 0 if it is read from memory
 
 
-def can_send(x: Tensor, weight: Matrix) -> bool:
+def can_send(x: Rows, weight: Matrix) -> TypeGuard[Tensor]:
     """Return whether `send_linear` takes these tensors; their addresses and the rank's columns also decide."""
-    if weight.shape[0] % 8 or not _is_skinny(x, weight):
+    if isinstance(x, FP8Rows) or weight.shape[0] % 8 or not _is_skinny(x, weight):
         return False
     shape = _skinny_shape(x, weight, None)
     room = max_shared_bytes(x.device.index) - shape.warps * SUM_BYTES

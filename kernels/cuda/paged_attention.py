@@ -10,10 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import MAX_CHUNKS, MAX_GROUP, KeyPartition, KVCache, Pages, QKNorm, Rope, num_groups
+from ..arguments import (
+    MAX_CHUNKS,
+    MAX_GROUP,
+    FP8Rows,
+    KeyPartition,
+    KVCache,
+    Matrix,
+    Pages,
+    QKNorm,
+    Rope,
+    Rows,
+    num_groups,
+)
 from .gemm import MAX_SKINNY_ROWS
 from .kernel_launch import c_name, kernel, num_multiprocessors, optional
 from .launch_parameters import Argument
+from .scaled_gemm import GROUP, fp8_rows, takes_fp8_rows
 
 LOG2_E = 1.4426950408889634
 STORE_THREADS = 128
@@ -152,13 +165,38 @@ def decode_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
-) -> Tensor:
+    feeds: Matrix | None = None,
+) -> Rows:
     rows, (kv_heads, head_dim) = qkv.shape[0], cache.k.shape[2:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    if out is None:
-        out = qkv.new_empty(rows, heads * head_dim)
-    if rows == 0:
-        return out
+    result: Rows
+    if out is not None:
+        result = out
+    elif head_dim == GROUP and takes_fp8_rows(feeds, qkv):
+        result = fp8_rows(rows, heads * head_dim, qkv)
+    else:
+        result = qkv.new_empty(rows, heads * head_dim)
+    if rows:
+        launch_decode_attention(result, qkv, norm, rope, cache, kv_slots, pages, partition, scale, softcap, sinks)
+    return result
+
+
+def launch_decode_attention(
+    out: Rows,
+    qkv: Tensor,
+    norm: QKNorm,
+    rope: Rope,
+    cache: KVCache,
+    kv_slots: Tensor,
+    pages: Pages,
+    partition: KeyPartition,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Write the attention of at least one row to `out`."""
+    rows, (kv_heads, head_dim) = qkv.shape[0], cache.k.shape[2:]
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
     groups = num_groups(heads, kv_heads)
     layout = _partition_layout(rows, groups, qkv.device.index, partition.kv_chunk)
     # For each part two partial results: of the row that it begins with, and of the row that it ends with.
@@ -166,7 +204,9 @@ def decode_attention(
     # With kv_chunk the previous kernel may have stored keys that this one reads: all keys of a prefill come first.
     early = partition.kv_chunk is None
     capped = "false" if softcap is None else "true"
-    name = f"decode_attention<{c_name(qkv)}, {c_name(cache.k)}, {head_dim}, {layout.warps}, {capped}>"
+    numbers, scales = (out.numbers, out.scales) if isinstance(out, FP8Rows) else (out, None)
+    types = ", ".join(map(c_name, (qkv, cache.k, numbers)))
+    name = f"decode_attention<{types}, {head_dim}, {layout.warps}, {capped}>"
     shared_bytes = 4 * layout.warps * MAX_GROUP * (head_dim + 4)  # WarpSums of the kernel
     launch = kernel("decode_attention.cu", name, shared_bytes=shared_bytes, early=early)
     grid, threads = (layout.max_parts * kv_heads, groups // kv_heads), 32 * layout.warps
@@ -177,5 +217,5 @@ def decode_attention(
     shape = *map(np.float32, factors), optional(sinks), *map(np.int32, (heads, kv_heads, keys_first))
     heads_of_rows = qkv, np.int32(qkv.stride(0)), *_head_arguments(norm, rope, cache)
     keys = _key_arguments(cache, kv_slots, pages, partition, layout.kv_chunk)
-    launch(grid, threads, out, *heads_of_rows, *keys, *results, *shape)
-    return out
+    to = numbers, optional(scales), np.int32(0 if scales is None else scales.shape[1])
+    launch(grid, threads, *to, *heads_of_rows, *keys, *results, *shape)

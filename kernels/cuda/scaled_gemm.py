@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import FP8Weight
+from ..arguments import FP8Rows, FP8Weight, Matrix, Rows
 from .kernel_launch import (
     MAX_THREADS,
     VECTOR_BYTES,
@@ -26,6 +26,7 @@ from .kernel_launch import (
 )
 
 GROUP = 128  # columns of a scale of activations; mirrors GROUP of quantize_rows.cu and STEP of fp8_gemm.cu
+MAX_UNQUANTIZED_ROWS = 8  # mirrors MAX_SKINNY_ROWS of gemm.py
 ALIGNMENT = 4  # scales of activations are copied four at once; in cuBLAS rows and columns of block scales are multiples
 GROUP_ROWS, WEIGHT_ROWS = 64, 128  # rows of the weight of four warps and of a block; GROUP_ROWS and TILE of fp8_gemm.cu
 CONSUMERS = 256  # threads of a block that multiply; a warp more copies
@@ -50,19 +51,39 @@ def has_two_fp8_gemms(x: Tensor, weight: FP8Weight) -> bool:
     return takes(x, weight) and _library_takes(x, weight)
 
 
+def takes_fp8_rows(weight: Matrix | None, x: Tensor) -> bool:
+    """Return whether `linear` of this weight takes FP8Rows, as many as rows of x."""
+    if not isinstance(weight, FP8Weight) or len(x) <= MAX_UNQUANTIZED_ROWS:
+        return False
+    whole = weight.shape[1] % GROUP == 0 and weight.columns == GROUP and weight.first == 0
+    aligned = weight.data.is_contiguous() and weight.data.data_ptr() % VECTOR_BYTES == 0 and weight.shape[0] % 16 == 0
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and whole and aligned and compute_capability(x.device.index) == (9, 0)
+
+
+def fp8_rows(rows: int, columns: int, like: Tensor) -> FP8Rows:
+    """Return FP8Rows to be written, for groups of whole columns, on the device and of the dtype of `like`."""
+    padded = -(-rows // ALIGNMENT) * ALIGNMENT
+    numbers = torch.empty(padded, columns, dtype=torch.float8_e4m3fn, device=like.device)
+    return FP8Rows(numbers, torch.empty(columns // GROUP, padded, device=like.device), rows, like.dtype)
+
+
 def epilogue_of(gated: bool, add_to: Tensor | None) -> Epilogue:
     """Return what follows the products of `linear`."""
     return "ADD" if add_to is not None else "SILU" if gated else "STORE"
 
 
-def target_of(x: Tensor, weight_rows: int, gated: bool, add_to: Tensor | None, out: Tensor | None) -> Tensor:
+def target_of(x: Rows, weight_rows: int, gated: bool, add_to: Tensor | None, out: Tensor | None) -> Tensor:
     """Return the tensor for the result of `linear`, a new one if there is none."""
     target = add_to if out is None else out
-    return x.new_empty(len(x), weight_rows // (2 if gated else 1)) if target is None else target
+    if target is not None:
+        return target
+    device = x.numbers.device if isinstance(x, FP8Rows) else x.device
+    return torch.empty(len(x), weight_rows // (2 if gated else 1), dtype=x.dtype, device=device)
 
 
 def scaled_linear(
-    x: Tensor,
+    x: Rows,
     weight: FP8Weight,
     bias: Tensor | None,
     norm: Tensor | None,
@@ -73,8 +94,11 @@ def scaled_linear(
     batch_invariant: bool,
 ) -> Tensor:
     """Do `linear` with activations in FP8."""
-    tiled = batch_invariant or len(x) <= weight.choice.tiled_rows or not _library_takes(x, weight)
-    numbers, scales = quantize_rows(x, norm, eps, grouped=tiled or _is_blocked(weight), first=weight.first)
+    tiled = _is_tiled(x, weight, batch_invariant)
+    if isinstance(x, FP8Rows):
+        numbers, scales = x.numbers, x.scales
+    else:
+        numbers, scales = quantize_rows(x, norm, eps, grouped=tiled or _is_blocked(weight), first=weight.first)
     epilogue, target = epilogue_of(gated, add_to), target_of(x, weight.shape[0], gated, add_to, out)
     if tiled:
         _tiled_gemm(target, numbers, scales, weight, bias, epilogue, batch_invariant)
@@ -84,6 +108,11 @@ def scaled_linear(
         return products if out is None else out.copy_(products)
     finish_products(target, products, bias, epilogue)
     return target
+
+
+def _is_tiled(x: Rows, weight: FP8Weight, batch_invariant: bool) -> bool:
+    """Return whether a kernel of lockstep multiplies these rows, not the library's."""
+    return batch_invariant or len(x) <= weight.choice.tiled_rows or not _library_takes(x, weight)
 
 
 def _is_blocked(weight: FP8Weight) -> bool:
@@ -130,7 +159,7 @@ def _num_parts(tiles: int, size: int, multiprocessors: int) -> int:
     return max(1, min(MAX_PARTS, most // tiles, steps // MIN_STEPS))
 
 
-def _library_takes(x: Tensor, weight: FP8Weight) -> bool:
+def _library_takes(x: Rows, weight: FP8Weight) -> bool:
     """Return whether `scaled_mm` has a fast GEMM for these tensors. Of float16, for blocks only."""
     blocks = weight.rows == weight.columns == GROUP and weight.first == 0 and weight.scales.shape[1] % ALIGNMENT == 0
     return x.shape[1] % GROUP == 0 and (blocks if _is_blocked(weight) else x.dtype == torch.bfloat16)
@@ -154,6 +183,17 @@ def _library_gemm(numbers: Tensor, scales: Tensor, weight: FP8Weight, dtype: tor
     )
 
 
+def quantize_hidden(products: Tensor, bias: Tensor | None) -> FP8Rows:
+    """Return `silu(gate) * up` in FP8; products [T, 2 F] are those of gate and up, to which the bias adds."""
+    features = products.shape[1] // 2
+    out = fp8_rows(len(products), features, products)
+    launch = kernel("quantize_rows.cu", f"quantize_rows<{c_name(products)}, GATED, true>", early=True)
+    grid = len(products), -(-features // (8 * MAX_THREADS))
+    sizes = np.float32(0), *map(np.int32, (features, 0, len(out.numbers)))
+    launch(grid, num_threads(features // 8), out.numbers, out.scales, products, optional(bias), *sizes)
+    return out
+
+
 def quantize_rows(
     x: Tensor, norm: Tensor | None, eps: float, *, grouped: bool, first: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -167,7 +207,7 @@ def quantize_rows(
     groups = -(-(first + size) // GROUP)
     numbers = torch.empty(padded, size, dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty((groups, padded) if grouped else (padded,), dtype=torch.float32, device=x.device)
-    options = f"{str(norm is not None).lower()}, {str(grouped).lower()}"
+    options = f"{'PLAIN' if norm is None else 'NORMED'}, {str(grouped).lower()}"
     launch = kernel("quantize_rows.cu", f"quantize_rows<{c_name(x)}, {options}>", early=True)
     vectors = groups * GROUP // 8
     parts = -(-vectors // MAX_THREADS) if grouped and norm is None else 1
@@ -176,6 +216,16 @@ def quantize_rows(
     threads = num_threads(vectors) if parts > 1 else min(MAX_ROW_THREADS, -(-vectors // 32) * 32)
     launch((rows, parts), threads, numbers, scales, x, optional(norm), *sizes)
     return numbers, scales
+
+
+def scaled_hidden(
+    x: Tensor, weight: FP8Weight, bias: Tensor | None, norm: Tensor | None, eps: float, batch_invariant: bool
+) -> Rows:
+    """Do `gated_linear` with activations in FP8, for a layer that takes FP8Rows."""
+    if _is_tiled(x, weight, batch_invariant):
+        return scaled_linear(x, weight, bias, norm, eps, True, None, None, batch_invariant)
+    numbers, scales = quantize_rows(x, norm, eps, grouped=_is_blocked(weight), first=weight.first)
+    return quantize_hidden(_library_gemm(numbers, scales, weight, x.dtype)[: len(x)], bias)
 
 
 def finish_products(target: Tensor, products: Tensor, bias: Tensor | None, epilogue: Epilogue) -> None:

@@ -97,8 +97,10 @@ class Attention:
             qkv[:, : self.q_size] *= query_scale
         if self.wide_norm is not None:
             self.wide_norm(qkv)
-        out = backend.run(qkv, self.heads, cache, self.window, self.group)
+        feeds = self.output.weight if gate is None else None
+        out = backend.run(qkv, self.heads, cache, self.window, self.group, feeds=feeds)
         if gate is not None:
+            assert isinstance(out, Tensor)
             ops.multiply_by_sigmoid_(out, gate)
         self.output(out, residual)
 

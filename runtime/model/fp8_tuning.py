@@ -66,7 +66,7 @@ def _input(weight: FP8Weight, dtype: torch.dtype) -> Tensor:
 
 
 def _compile(weights: Sequence[FP8Weight], comm: Communicator, dtype: torch.dtype) -> None:
-    """Compile the kernels that are timed in threads: one after the other they take seconds."""
+    """Compile the kernels that are timed, and those of gated layers, in threads: one after the other takes seconds."""
     from ...kernels.cuda.kernel_launch import compile_kernels, requested_kernels  # imports CuPy
 
     with requested_kernels() as instances:
@@ -74,6 +74,8 @@ def _compile(weights: Sequence[FP8Weight], comm: Communicator, dtype: torch.dtyp
             x = _input(weight, dtype)[:rows]
             for most in (rows, 0):
                 _multiply(x, weight, tiled_rows=most)
+                for feeds in [w for w in weights if weight.choice.gated and 2 * w.shape[1] == weight.shape[0]]:
+                    ops.gated_linear(x, weight, feeds)
     compile_kernels(instances, weights[0].data.device, comm.rank, comm.size)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...comm.base import Communicator
 from ...kernels import ops
+from ...kernels.arguments import Matrix, Rows
 from .families import Activation
 from .fp8_weights import add_matrix
 from .norm import NormInput, Residual
@@ -85,6 +86,11 @@ class ColumnLinear:
         x, norm, eps, invariant = normed.x, normed.weight, normed.eps, self.batch_invariant
         return ops.linear(x, self.weight, self.bias, norm=norm, eps=eps, gated=self.gated, batch_invariant=invariant)
 
+    def hidden_of(self, normed: NormInput, feeds: Matrix) -> Rows:
+        """Return the gated result for the layer of the weight `feeds`, which alone takes it."""
+        x, norm, eps, invariant = normed.x, normed.weight, normed.eps, self.batch_invariant
+        return ops.gated_linear(x, self.weight, feeds, self.bias, norm=norm, eps=eps, batch_invariant=invariant)
+
 
 class RowLinear:
     """The rank's `columns` of one projection [out_features, in_features] that adds to the residual stream.
@@ -112,7 +118,7 @@ class RowLinear:
         self.batch_invariant = weights.batch_invariant
         self.adds_bias = comm.rank == 0  # the sum over the ranks contains the bias once
 
-    def __call__(self, x: Tensor, residual: Residual) -> None:
+    def __call__(self, x: Rows, residual: Residual) -> None:
         """Add the projection of x [T, the rank's columns] to `residual`."""
         bias = self.bias if self.adds_bias else None
         if self.comm.size == 1 and not residual.separate:
@@ -152,5 +158,7 @@ class MLP:
 
     def __call__(self, normed: NormInput, residual: Residual) -> None:
         """Add the MLP of rows [T, D] to `residual`."""
-        hidden = self.gate_up(normed)
-        self.down(hidden if self.gate_up.gated else ops.gelu_and_mul(hidden), residual)
+        if self.gate_up.gated:
+            self.down(self.gate_up.hidden_of(normed, self.down.weight), residual)
+        else:
+            self.down(ops.gelu_and_mul(self.gate_up(normed)), residual)

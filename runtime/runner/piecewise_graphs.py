@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.arguments import DeltaLayer, KVCache, StateRows
+from ...kernels.arguments import DeltaLayer, KVCache, Matrix, StateRows
 from ...kernels.graph_capture import paused_collection
 from ..model.attention.backend import AttentionBackend, Heads
 from ..model.batch import Batch
@@ -78,7 +78,14 @@ class SkippedAttention:
     def plan(self, batch: Batch) -> None: ...
 
     def run(
-        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0, out: Tensor | None = None
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        cache: KVCache,
+        window: int | None,
+        group: int = 0,
+        out: Tensor | None = None,
+        feeds: Matrix | None = None,
     ) -> Tensor:
         return self.attention_out
 
@@ -106,7 +113,14 @@ class GraphBreaks(SkippedAttention):
         self.graphs[-1].capture_end()
 
     def run(
-        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0, out: Tensor | None = None
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        cache: KVCache,
+        window: int | None,
+        group: int = 0,
+        out: Tensor | None = None,
+        feeds: Matrix | None = None,
     ) -> Tensor:
         self.end()
         self.calls.append(AttentionCall(weak_reference(qkv), heads, window, group, self.attention_out))

@@ -72,18 +72,21 @@ INSTANCES = {
         *(
             f"decode_attention<{shape}>"
             for shape in (
-                "f16, f16, 64, 4, false",
-                "bf16, bf16, 96, 8, false",
-                "bf16, bf16, 128, 4, false",
-                "bf16, bf16, 128, 8, true",
-                "bf16, fp8, 128, 4, false",
-                "f16, fp8, 128, 8, true",
-                "bf16, fp8, 96, 4, true",
-                "f16, fp8, 64, 8, false",
-                "bf16, bf16, 256, 4, false",
-                "bf16, bf16, 256, 8, true",
-                "bf16, fp8, 256, 4, false",
-                "f16, fp8, 256, 8, true",
+                "f16, f16, f16, 64, 4, false",
+                "bf16, bf16, bf16, 96, 8, false",
+                "bf16, bf16, bf16, 128, 4, false",
+                "bf16, bf16, bf16, 128, 8, true",
+                "bf16, fp8, bf16, 128, 4, false",
+                "f16, fp8, f16, 128, 8, true",
+                "bf16, fp8, bf16, 96, 4, true",
+                "f16, fp8, f16, 64, 8, false",
+                "bf16, bf16, fp8, 128, 4, false",
+                "bf16, bf16, fp8, 128, 8, false",
+                "f16, fp8, fp8, 128, 4, true",
+                "bf16, bf16, bf16, 256, 4, false",
+                "bf16, bf16, bf16, 256, 8, true",
+                "bf16, fp8, bf16, 256, 4, false",
+                "f16, fp8, f16, 256, 8, true",
             )
         ),
     ],
@@ -167,7 +170,10 @@ INSTANCES = {
         )
     ],
     "quantize_rows.cu": [
-        *(f"quantize_rows<{shape}>" for shape in ("bf16, false, true", "bf16, true, false", "f16, true, true")),
+        *(
+            f"quantize_rows<{shape}>"
+            for shape in ("bf16, PLAIN, true", "bf16, NORMED, false", "f16, NORMED, true", "bf16, GATED, true")
+        ),
         *(f"finish_products<bf16, {finish}>" for finish in ("STORE", "ADD", "SILU")),
     ],
     "fp8_gemm.cu": [f"fp8_gemm<{shape}>" for shape in ("bf16, 16, 6", "f16, 32, 5", "bf16, 64, 4", "f16, 64, 4")],

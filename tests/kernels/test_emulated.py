@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lockstep.kernels import reference
-from lockstep.kernels.arguments import ClampedSwiGLU, KVCache, Pages, QKNorm, Rope, num_groups
+from lockstep.kernels.arguments import ClampedSwiGLU, FP8Rows, KVCache, Pages, QKNorm, Rope, num_groups
 
 import emulator
 from kernel_cases import (
@@ -200,14 +200,29 @@ def check_decode_attention(
     heads: int,
     kv_heads: int,
     size: int,
+    *options: Any,
+    sinks: Tensor | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> None:
+    inputs = decode_inputs(rows, heads, kv_heads, size, *options, **others)
+    # The kernel leaves the counters of the partition at zero for the next layer; the definition does not touch them.
+    out = None if sinks is None else random(rows, heads * size)
+    check("decode_attention", *inputs, softcap, sinks, out, factor=4)
+
+
+def decode_inputs(
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    size: int,
     window: int | None,
     cos_sin: Tensor,
     cache_dtype: torch.dtype = BF16,
-    softcap: float | None = None,
     padding: int = 0,
-    sinks: Tensor | None = None,
     lengths: tuple[int, ...] = (700, 0, 1, 17, 64, 300, 199, 5, 5, 31, 32, 33),
-) -> None:
+) -> tuple[Any, ...]:
+    """Return the arguments of decode_attention up to `scale`."""
     positions = torch.tensor(lengths[:rows], dtype=torch.int32)
     pages = max(lengths) // 5 + 5
     table = torch.randperm(rows * pages, dtype=torch.int32).view(rows, pages)
@@ -218,10 +233,17 @@ def check_decode_attention(
     padded = [random(rows * pages, 5, kv_heads, size + padding).to(cache_dtype) for _ in range(2)]
     cache = KVCache(*(part[..., :size] for part in padded))
     partition = emulator.emulated().partition_keys(positions, table_rows, num_groups(heads, kv_heads), window)
-    rope, views = Rope(positions, cos_sin), Pages(table, table_rows)
-    # The kernel leaves the counters of the partition at zero for the next layer; the definition does not touch them.
-    out = None if sinks is None else random(rows, heads * size)
-    check("decode_attention", qkv, norm, rope, cache, slots, views, partition, 0.1, softcap, sinks, out, factor=4)
+    return qkv, norm, Rope(positions, cos_sin), cache, slots, Pages(table, table_rows), partition, 0.1
+
+
+@pytest.mark.parametrize(("rows", "heads", "kv_heads"), [(2, 6, 1), (5, 4, 2), (12, 3, 3)])
+def test_decode_attention_quantizes_like_quantize_rows(rows: int, heads: int, kv_heads: int) -> None:
+    kernels, inputs = emulator.emulated(), decode_inputs(rows, heads, kv_heads, 128, None, torch.randn(701, 128))
+    numbers, scales = kernels.quantize_rows(kernels.decode_attention(*inputs), None, 0.0, grouped=True)
+    out = FP8Rows(torch.empty_like(numbers), torch.empty_like(scales), rows, BF16)
+    kernels.launch_decode_attention(out, *inputs, None, None)
+    assert torch.equal(out.scales[:, :rows], scales[:, :rows])
+    assert torch.equal(out.numbers[:rows].float(), numbers[:rows].float())
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from lockstep.kernels import native, ops, reference
-from lockstep.kernels.arguments import KVCache, Pages, QKNorm, Rope, num_groups
+from lockstep.kernels.arguments import FP8Rows, KVCache, Pages, QKNorm, Rope, num_groups
 from lockstep.runtime.model.kv_pool import AttentionShape, KVPool
 
 import emulator
@@ -528,6 +528,10 @@ def test_decode_attention_reads_fp8_as_the_numbers_it_stands_for(
     expected = reference.decode_attention(qkv.double(), *step[:2], exact, *step[3:-1], sinks.double())
     assert_close(out, expected, 2)
     assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(fp8, stored, strict=True))
+    quantized = ops.decode_attention(qkv, *step, feeds=to_device(random_fp8(256, heads * size, 128, 128), "cuda"))
+    assert isinstance(quantized, FP8Rows) == (size == 128 and rows > 8)
+    if isinstance(quantized, FP8Rows):
+        assert_close(quantized.dequantized(), out.double(), 10)
 
 
 DECODED = [  # heads, KV heads, head size, softcap, whether there are sinks

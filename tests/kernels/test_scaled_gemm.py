@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lockstep.kernels import ops
-from lockstep.kernels.arguments import FP8Weight
+from lockstep.kernels.arguments import FP8Rows, FP8Weight
 
 import emulator
 from kernel_cases import assert_close, dequantized, finished, random_fp8, to_device
@@ -65,6 +65,22 @@ def test_finish_of_products(device: str, epilogue: str, biased: bool) -> None:
     expected = finished(products.double(), bias, epilogue, before)
     launches(device).finish_products(before, products, bias, epilogue)
     assert_close(before, expected)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_quantize_hidden_has_the_bits_of_two_kernels(device: str, biased: bool) -> None:
+    module, products = launches(device), torch.randn(9, 2 * 2176).to(device, torch.bfloat16)
+    bias = torch.randn(2 * 2176).to(device, torch.bfloat16) if biased else None
+    hidden = products.new_empty(9, 2176)
+    module.finish_products(hidden, products, bias, "SILU")
+    numbers, scales = module.quantize_rows(hidden, None, 0.0, grouped=True)
+    assert_same_rows(module.quantize_hidden(products, bias), numbers, scales)
+
+
+def assert_same_rows(actual: FP8Rows, numbers: Tensor, scales: Tensor) -> None:
+    rows = len(actual)
+    assert torch.equal(actual.numbers[:rows].float(), numbers[:rows].float())
+    assert torch.equal(actual.scales[:, :rows], scales[:, :rows])
 
 
 def tiled(
@@ -199,3 +215,44 @@ def test_linear_of_fp8_activations_is_exact_about_them(rows: int, block_rows: in
         gate, up = (normed @ dequantized(both).T + bias.double()).chunk(2, dim=-1)
         actual = ops.linear(x, both, bias, norm=norm, eps=EPS, gated=True, **option)
         assert_close(actual, F.silu(gate) * up)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [9, 40, 64, 130, 300])
+@pytest.mark.parametrize("invariant", [False, True])
+def test_layers_take_the_rows_that_the_layer_before_has_quantized(rows: int, invariant: bool) -> None:
+    torch.manual_seed(0)
+    x, norm = torch.randn(rows, 1024, device="cuda").bfloat16(), torch.rand(1024, device="cuda").bfloat16()
+    gate_up, down = (to_device(random_fp8(*shape, 128, 128), "cuda") for shape in ((28672, 1024), (1024, 14336)))
+    option: dict[str, Any] = {"batch_invariant": invariant}
+    hidden = ops.gated_linear(x, gate_up, down, norm=norm, eps=EPS, **option)
+    plain = ops.linear(x, gate_up, norm=norm, eps=EPS, gated=True, **option)
+    if isinstance(hidden, FP8Rows):
+        assert hidden.shape == plain.shape
+        assert_close(hidden.dequantized(), plain.double(), 4)
+        sums = meant(hidden.numbers, hidden.scales, rows) @ dequantized(down).T
+        assert_close(ops.linear(hidden, down, **option), sums)
+        assert_close(ops.linear(hidden, down, add_to=x.clone(), **option), sums + x.double())
+    else:
+        assert torch.equal(hidden, plain)
+    assert isinstance(hidden, FP8Rows) == (not invariant and rows > 64)
+
+
+def test_gated_linear_on_a_cpu_is_linear() -> None:
+    x, gate_up, down = torch.randn(3, 256), random_fp8(512, 256, 128, 128), random_fp8(64, 256, 128, 128)
+    assert torch.equal(ops.gated_linear(x, gate_up, down), ops.linear(x, gate_up, gated=True))
+    with pytest.raises(ValueError, match=r"^feeds \[64, 256\] .* must have 128 columns"):
+        ops.gated_linear(x, random_fp8(256, 256, 128, 128), down)
+
+
+def test_linear_on_a_cpu_takes_quantized_rows_of_weights_with_blocks() -> None:
+    numbers, scales = torch.randn(4, 256).to(torch.float8_e4m3fn), torch.rand(2, 4)
+    rows, weight = FP8Rows(numbers, scales, 3, torch.bfloat16), random_fp8(64, 256, 128, 128)
+    x = meant(numbers, scales, 3)
+    assert rows.shape == (3, 256)
+    assert torch.equal(rows.dequantized(), x.bfloat16())
+    assert_close(ops.linear(rows, weight), x @ dequantized(weight).T, 2)
+    with pytest.raises(ValueError, match="is quantized"):
+        ops.linear(rows, random_fp8(64, 256, 1, 256))
+    with pytest.raises(ValueError, match="is quantized"):
+        ops.linear(rows, weight, norm=torch.ones(256))

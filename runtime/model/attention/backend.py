@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels import ops
-from ....kernels.arguments import MAX_CHUNKS, KVCache, Pages, QKNorm, Rope, num_groups
+from ....kernels.arguments import MAX_CHUNKS, KVCache, Matrix, Pages, QKNorm, Rope, Rows, num_groups
 from ..batch import Batch
 from ..kv_pool import AttentionShape
 
@@ -45,8 +45,15 @@ class AttentionBackend(Protocol):
         """Prepare for the layers of one step. For a decode-only step this launches, and neither copies nor waits."""
 
     def run(
-        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        cache: KVCache,
+        window: int | None,
+        group: int = 0,
+        out: Tensor | None = None,
+        feeds: Matrix | None = None,
+    ) -> Rows:
         """Store keys and values of the batch as planned; return attention of its tokens over all keys of their rows.
 
         qkv     [T, (H + 2 Hkv) E]  the projection, before norm and rotation
@@ -54,6 +61,7 @@ class AttentionBackend(Protocol):
         window  a query at position p sees the keys p - window < j <= p; None: all j <= p
         group   of the layer: its pages are those of this page table
         out     [T, H E]  receives the result; contiguous
+        feeds   the weight of the linear layer that alone takes the result: it may be FP8Rows without `out`
         Returns [T, H E].
         """
 
@@ -97,8 +105,15 @@ class TorchAttention:
         self._longest_decode = int(host.kv_lengths[decode_rows].max(initial=0))
 
     def run(
-        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        cache: KVCache,
+        window: int | None,
+        group: int = 0,
+        out: Tensor | None = None,
+        feeds: Matrix | None = None,
+    ) -> Rows:
         started = time.perf_counter()
         q = rotate_and_store(qkv, heads, self._batch, cache, group)
         self._sinks, self._pages = heads.sinks, self._page_tables[group]
@@ -197,8 +212,15 @@ class BatchInvariantAttention:
         }
 
     def run(
-        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        cache: KVCache,
+        window: int | None,
+        group: int = 0,
+        out: Tensor | None = None,
+        feeds: Matrix | None = None,
+    ) -> Rows:
         batch = self._batch
         if out is None:
             out = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * cache.k.shape[2] * cache.k.shape[3])

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels import ops
-from ....kernels.arguments import KVCache, Pages, Rope, num_groups
+from ....kernels.arguments import KVCache, Matrix, Pages, Rope, Rows, num_groups
 from ..batch import Batch, to_device
 from ..kv_pool import AttentionShape
 from .backend import Heads, rotate_and_store
@@ -105,11 +105,18 @@ class FlashInferAttention:
             self._plan_prefill(batch)
 
     def run(
-        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int = 0, out: Tensor | None = None
-    ) -> Tensor:
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        cache: KVCache,
+        window: int | None,
+        group: int = 0,
+        out: Tensor | None = None,
+        feeds: Matrix | None = None,
+    ) -> Rows:
         n = self._decoding.host.num_decoding
         if not self._has_prompts:
-            return self._attend_decoding(qkv, heads, cache, window, group, out)
+            return self._attend_decoding(qkv, heads, cache, window, group, out, feeds)
         if out is None:
             out = qkv.new_empty(len(qkv), self.shape.num_heads * self.shape.head_dim)
         if n:
@@ -119,13 +126,21 @@ class FlashInferAttention:
         return out
 
     def _attend_decoding(
-        self, qkv: Tensor, heads: Heads, cache: KVCache, window: int | None, group: int, out: Tensor | None
-    ) -> Tensor:
+        self,
+        qkv: Tensor,
+        heads: Heads,
+        cache: KVCache,
+        window: int | None,
+        group: int,
+        out: Tensor | None,
+        feeds: Matrix | None = None,
+    ) -> Rows:
         """Return attention of the decoding rows [B, H E], which stores their keys and values, too."""
         rows = self._decoding
         rope, pages = Rope(rows.positions, heads.cos_sin), Pages(rows.device_page_table[group], rows.page_table_rows)
         keys = cache, rows.kv_slots[group], pages, self._partitions[window]
-        return ops.decode_attention(qkv, heads.norm, rope, *keys, self._scale, self._softcap, heads.sinks, out)
+        factors = self._scale, self._softcap, heads.sinks
+        return ops.decode_attention(qkv, heads.norm, rope, *keys, *factors, out, feeds)
 
     def _attend_prompts(
         self, q: Tensor, cache: KVCache, window: tuple[int | None, int], sinks: Tensor | None, out: Tensor
