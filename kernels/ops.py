@@ -151,7 +151,8 @@ def gated_linear(
     check_linear(x, weight, norm, None, None, gated=True)
     if batch_invariant and x.is_cuda:
         check_batch_invariant(x, weight)
-    require(2 * feeds.shape[-1] == weight.shape[0], "feeds", feeds.data, f"must have {weight.shape[0] // 2} columns")
+    if 2 * feeds.shape[-1] != weight.shape[0]:
+        refuse("feeds", feeds.data, f"must have {weight.shape[0] // 2} columns")
 
 
 @op("scaled_gemm")

@@ -26,13 +26,7 @@ DEVICE float4 load_of_block(const float* at, int block) {
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block) : "memory");
     return v;
 }
-DEVICE float load_float_of_block(const float* at, int block) {
-    float v;
-    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %1, %2; ld.shared::cluster.f32 %0, [a]; }"
-                 : "=f"(v) : "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block) : "memory");
-    return v;
-}
-// Write to it. The other block must have started: let it arrive at the cluster's barrier before.
+// Write to the shared memory of another block, which must have started: let it arrive at the cluster's barrier before.
 DEVICE void store_float_of_block(float* at, int block, float v) {
     asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }"
                  :: "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block), "f"(v) : "memory");

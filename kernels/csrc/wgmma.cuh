@@ -31,6 +31,21 @@ DEVICE void multiply_async(float (&d)[16], unsigned long long a, unsigned long l
 DEVICE void multiply_async(float (&d)[32], unsigned long long a, unsigned long long b, int add) {
     asm volatile(WGMMA(64, REGISTERS_32, "%32", "%33", "%34") : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24) : "l"(a), "l"(b), "r"(add));
 }
+DEVICE void multiply_async(float (&d)[24], unsigned long long a, unsigned long long b, int add) {
+    asm volatile(WGMMA(48, REGISTERS_24, "%24", "%25", "%26") : EIGHT(0), EIGHT(8), EIGHT(16) : "l"(a), "l"(b), "r"(add));
+}
+DEVICE void multiply_async(float (&d)[40], unsigned long long a, unsigned long long b, int add) {
+    asm volatile(WGMMA(80, REGISTERS_40, "%40", "%41", "%42")
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32) : "l"(a), "l"(b), "r"(add));
+}
+DEVICE void multiply_async(float (&d)[48], unsigned long long a, unsigned long long b, int add) {
+    asm volatile(WGMMA(96, REGISTERS_48, "%48", "%49", "%50")
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40) : "l"(a), "l"(b), "r"(add));
+}
+DEVICE void multiply_async(float (&d)[56], unsigned long long a, unsigned long long b, int add) {
+    asm volatile(WGMMA(112, REGISTERS_56, "%56", "%57", "%58")
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48) : "l"(a), "l"(b), "r"(add));
+}
 // The same for 16 columns of bf16 or f16, with both operands in shared memory. It is added.
 #define WGMMA_HALF(TYPE, N, REGISTERS, A, B) \
     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" REGISTERS "}, " A ", " B ", 1, 1, 1, 0, 0;"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..arguments import FP8Rows, FP8Weight, Matrix, Rows
+from . import stream_fp8
 from .kernel_launch import (
     MAX_THREADS,
     VECTOR_BYTES,
@@ -55,7 +56,8 @@ def takes_fp8_rows(weight: Matrix | None, x: Tensor) -> bool:
     """Return whether `linear` of this weight takes FP8Rows, as many as rows of x."""
     if not isinstance(weight, FP8Weight) or len(x) <= MAX_UNQUANTIZED_ROWS:
         return False
-    whole = weight.shape[1] % GROUP == 0 and weight.columns == GROUP and weight.first == 0
+    # With one scale a row cuBLAS wants one for each row of x, too.
+    whole = _is_blocked(weight) and weight.shape[1] % GROUP == 0 and weight.columns == GROUP and weight.first == 0
     aligned = weight.data.is_contiguous() and weight.data.data_ptr() % VECTOR_BYTES == 0 and weight.shape[0] % 16 == 0
     half = x.dtype in (torch.bfloat16, torch.float16)
     return half and whole and aligned and compute_capability(x.device.index) == (9, 0)
@@ -129,7 +131,29 @@ def _tiled_gemm(
     epilogue: Epilogue,
     batch_invariant: bool,
 ) -> None:
-    """Write or add the products of fp8_gemm; with batch_invariant the order of a sum depends on the weight alone."""
+    """Write or add the products of stream_fp8 or fp8_gemm.
+
+    With batch_invariant it is fp8_gemm, and the order of a sum depends on the weight alone.
+    """
+    if not batch_invariant and stream_fp8.takes(weight):
+        multiprocessors = num_multiprocessors(out.device.index)
+        tile = stream_fp8.fastest_fp8_tile(len(out), *weight.shape, epilogue == "SILU", multiprocessors)
+        if tile is not None:
+            stream_fp8.launch_stream_fp8(out, numbers, scales, weight, bias, EPILOGUES.index(epilogue), tile)
+            return
+    launch_fp8_gemm(out, numbers, scales, weight, bias, epilogue, batch_invariant)
+
+
+def launch_fp8_gemm(
+    out: Tensor,
+    numbers: Tensor,
+    scales: Tensor,
+    weight: FP8Weight,
+    bias: Tensor | None,
+    epilogue: Epilogue,
+    batch_invariant: bool,
+) -> None:
+    """Write or add the products of fp8_gemm."""
     (rows, features), size = out.shape, numbers.shape[1]
     tile_rows = next((n for n in STAGES if rows <= n), max(STAGES))
     tiles = -(-features // (GROUP_ROWS if epilogue == "SILU" else WEIGHT_ROWS))
@@ -222,10 +246,18 @@ def scaled_hidden(
     x: Tensor, weight: FP8Weight, bias: Tensor | None, norm: Tensor | None, eps: float, batch_invariant: bool
 ) -> Rows:
     """Do `gated_linear` with activations in FP8, for a layer that takes FP8Rows."""
-    if _is_tiled(x, weight, batch_invariant):
+    if not _is_tiled(x, weight, batch_invariant):
+        numbers, scales = quantize_rows(x, norm, eps, grouped=_is_blocked(weight), first=weight.first)
+        return quantize_hidden(_library_gemm(numbers, scales, weight, x.dtype)[: len(x)], bias)
+    tile = None
+    if bias is None and not batch_invariant and stream_fp8.takes(weight):
+        tile = stream_fp8.quantizing_tile(len(x), weight.shape[0], num_multiprocessors(x.device.index))
+    if tile is None:
         return scaled_linear(x, weight, bias, norm, eps, True, None, None, batch_invariant)
-    numbers, scales = quantize_rows(x, norm, eps, grouped=_is_blocked(weight), first=weight.first)
-    return quantize_hidden(_library_gemm(numbers, scales, weight, x.dtype)[: len(x)], bias)
+    numbers, scales = quantize_rows(x, norm, eps, grouped=True)
+    hidden = fp8_rows(len(x), weight.shape[0] // 2, x)
+    stream_fp8.launch_stream_fp8(hidden, numbers, scales, weight, None, EPILOGUES.index("SILU"), tile)
+    return hidden
 
 
 def finish_products(target: Tensor, products: Tensor, bias: Tensor | None, epilogue: Epilogue) -> None:

@@ -19,7 +19,7 @@ CLASSES = {
     "communication": r"nccl|gloo|c10d|all_?reduce|all_?gather|receive_add",
     "attention": r"attention|flashinfer|Batch(Decode|Prefill)|MergeState|partition_keys|fmha",
     "sampling": r"argmax|topk|top_p|candidates|multinomial|sort",
-    "product": r"gemm|gemv|nvjet|cutlass|splitK|aten::(addmm|mm|bmm|linear|matmul)$",
+    "product": r"gemm|stream_fp8|gemv|nvjet|cutlass|splitK|aten::(addmm|mm|bmm|linear|matmul)$",
     "norm": r"norm|aten::(mean|rsqrt)$",
     "copy": r"mem(cpy|set)|copy|gather_rows|aten::(cat|clone|fill_|_?index\w*)$",
     "elementwise": r"elementwise|silu|rotate|aten::(__\w+__|bitwise_\w+|floor_divide|remainder|where|any|sum|[lg][et])$"

@@ -74,8 +74,9 @@ def _compile(weights: Sequence[FP8Weight], comm: Communicator, dtype: torch.dtyp
             x = _input(weight, dtype)[:rows]
             for most in (rows, 0):
                 _multiply(x, weight, tiled_rows=most)
-                for feeds in [w for w in weights if weight.choice.gated and 2 * w.shape[1] == weight.shape[0]]:
-                    ops.gated_linear(x, weight, feeds)
+                for feeds in weights if weight.choice.gated else ():
+                    if 2 * feeds.shape[1] == weight.shape[0]:
+                        ops.gated_linear(x, weight, feeds)
     compile_kernels(instances, weights[0].data.device, comm.rank, comm.size)
 
 

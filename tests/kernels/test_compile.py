@@ -177,6 +177,18 @@ INSTANCES = {
         *(f"finish_products<bf16, {finish}>" for finish in ("STORE", "ADD", "SILU")),
     ],
     "fp8_gemm.cu": [f"fp8_gemm<{shape}>" for shape in ("bf16, 16, 6", "f16, 32, 5", "bf16, 64, 4", "f16, 64, 4")],
+    "stream_fp8.cu": [
+        f"stream_fp8<{types}, {tile}>"
+        for types, tile in (
+            ("bf16, bf16", "64, 48, 1"),
+            ("bf16, bf16", "64, 32, 1"),
+            ("f16, f16", "64, 64, 2"),
+            ("bf16, bf16", "64, 96, 3"),
+            ("bf16, fp8", "64, 64, 4"),
+            ("bf16, bf16", "128, 112, 1"),
+            ("f16, f16", "128, 80, 1"),
+        )
+    ],
     "stream_gemm.cu": [
         f"stream_gemm<{tile}>"
         for tile in (
@@ -224,6 +236,7 @@ INSTANCES = {
 # Others: sm_80, sm_90 and sm_100.
 ARCHITECTURES = {
     "fp8_gemm.cu": ["sm_90a"],
+    "stream_fp8.cu": ["sm_90a"],
     "stream_gemm.cu": ["sm_90a"],
     "wide_experts.cu": ["sm_90a"],
     "wide_gemm.cu": ["sm_90a"],

@@ -81,6 +81,7 @@ def random(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
         (1, 16, 64, F16),
         (3, 40, 72, BF16),
         (8, 24, 1024, BF16),
+        (8, 24, 2048, BF16),
         (5, 72, 2056, F16),
         (2, 56, 5120, BF16),  # five chunks ahead
         (8, 24, 9600, BF16),  # not staged
@@ -275,7 +276,9 @@ def test_select_experts_with_a_bias(scoring: str, normalized: bool, each_token: 
     check("select_experts", logits, 6, scoring=scoring, has_shared=True, logit_bias=torch.randn(70), **options)
 
 
-@pytest.mark.parametrize(("tokens", "size", "experts"), [(1, 136, 40), (8, 1096, 20), (3, 72, 33), (12, 136, 40)])
+@pytest.mark.parametrize(
+    ("tokens", "size", "experts"), [(1, 136, 40), (8, 1096, 20), (3, 72, 33), (12, 136, 40), (2, 72, 256)]
+)
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_route_tokens(tokens: int, size: int, experts: int, dtype: torch.dtype) -> None:
     x, weight, norm = (
@@ -298,6 +301,8 @@ def test_route_tokens(tokens: int, size: int, experts: int, dtype: torch.dtype) 
         factor=4,
     )
     check("route_tokens", x, weight[:experts], 3, normalized=False, scoring="sigmoid", bias=bias, factor=4)
+    check("route_tokens", x, weight[:experts], 8, normalized=False, first_expert=5, factor=4)
+    check("route_tokens", x, weight[:experts], 8, normalized=True, least_sum=0.5, scoring="sigmoid", factor=4)
 
 
 def test_select_experts_takes_the_lesser_of_equal_ones() -> None:

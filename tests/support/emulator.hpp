@@ -276,9 +276,6 @@ void arrive_at_cluster();
 void arrive_without_memory();
 void wait_for_cluster();
 void sync_cluster();
-inline float load_float_of_block(const float* at, int block) {
-    return *(const float*)((const char*)at + (block - emulator::here->place) * emulator::SHARED);
-}
 inline void send_to_block(float* at, float2 value, int block, unsigned barrier) {
     const int there = (block - emulator::here->place) * emulator::SHARED;
     emulator::box_copies.push_back({&emulator::phase_barrier(barrier + there), [=] { return memcpy((char*)at + there, &value, sizeof(value)), (int)sizeof(value); }});
@@ -361,6 +358,8 @@ inline void publish_copies() {}
 void wait_multiply();
 inline void wait_multiply_but_last() {}
 inline void compute_later(float&) {}
+inline void release_registers() {}
+inline void take_registers(int) {}
 template <int SIZE> void multiply_async(float (&d)[SIZE], const unsigned (&a)[4], unsigned long long b) {
     struct Word { uint16_t a[4][2]; };
     const Word* words = emulator::exchange(bit_cast<Word>(std::array{a[0], a[1], a[2], a[3]}));

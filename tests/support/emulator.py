@@ -40,8 +40,8 @@ IN_ASSEMBLY = (
     "|store_release|load_acquire|store_relaxed|load_relaxed|now_ns|multiply_async|begin_multiply|end_multiply|init_barrier"
     "|publish_barriers|arrive|arrive_expecting|wait_for_phase|copy_box|copy_bytes|prefetch_line|prefetch_map"
     "|sync_threads|sync_cluster|load_of_block|place_in_cluster|cluster_index"
-    "|arrive_at_cluster|arrive_without_memory|wait_for_cluster|load_float_of_block|commit_multiply|wait_multiply|wait_multiply_but_last|publish_copies|store_float_of_block"
-    "|compute_later|send_to_block|wait_for_blocks|copy_parts|is_elected|store_of_block"
+    "|arrive_at_cluster|arrive_without_memory|wait_for_cluster|commit_multiply|wait_multiply|wait_multiply_but_last|publish_copies|store_float_of_block"
+    "|compute_later|send_to_block|wait_for_blocks|copy_parts|is_elected|store_of_block|release_registers|take_registers"
 )
 Launch = Callable[..., None]
 

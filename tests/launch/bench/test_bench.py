@@ -268,6 +268,7 @@ KERNELS = {
     "void gather_rows<uint4, int>(...)": "copy",
     "void skinny_gemm<__nv_bfloat16, 4>(...)": "product",
     "void grouped_gemm<__nv_bfloat16>(...)": "product",
+    "void stream_fp8<__nv_bfloat16, __nv_fp8_e4m3, 64, 64, 4>(...)": "product",
     "void float32_gemm<float>(...)": "product",
     "void decode_attention<__nv_bfloat16, 128>(...)": "attention",
     "nvjet_tst_64x8_64x16_1x2_h_bz_splitK_TNT": "product",
