@@ -86,8 +86,7 @@ def route_tokens(
             **rules,
         )
         return x, *chosen
-    tokens, size = x.shape
-    num_experts = rows - has_shared
+    (tokens, size), num_experts = x.shape, rows - has_shared
     expert_ids = torch.empty(tokens, count + has_shared, dtype=torch.int64, device=x.device)
     scores, logits = (torch.empty(tokens, n, dtype=torch.float32, device=x.device) for n in (count + has_shared, rows))
     normed = x if norm is None else torch.empty_like(x)
