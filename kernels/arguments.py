@@ -26,7 +26,7 @@ def num_groups(heads: int, kv_heads: int) -> int:
 
 @dataclass
 class FP8Choice:
-    """The GEMM for FP8 weights of one shape and activations in FP8: fp8_gemm up to `tiled_rows` rows, then cuBLAS."""
+    """The GEMM for FP8 weights of one shape and activations in FP8: lockstep's up to `tiled_rows` rows, then cuBLAS."""
 
     tiled_rows: int = 64
     gated: bool = False  # the GEMM ends with `silu(gate) * up`

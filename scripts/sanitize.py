@@ -1,7 +1,8 @@
 """Run CUDA kernels once, at sizes that no block or vector divides, under compute-sanitizer.
 
 It has GEMMs of up to 8 rows, batch-invariant ones, fp8_gemm, experts in 16 bits, attention, sampling, norms and tables.
-It does not have stream_gemm, routers, experts in FP8 and MXFP4, the gated delta rule and collectives.
+It does not have stream_gemm, stream_fp8, attention that writes FP8, routers, experts in FP8 and MXFP4, the gated delta
+rule and collectives.
 
     compute-sanitizer --tool memcheck --report-api-errors no python scripts/sanitize.py
     compute-sanitizer --tool racecheck python scripts/sanitize.py

@@ -1,4 +1,4 @@
-"""Linear layers of FP8 weights and FP8 activations: fp8_gemm for tens of rows, the GEMMs of cuBLAS or CUTLASS for more.
+"""Linear layers of FP8 weights and FP8 activations: by fp8_gemm or stream_fp8, and by cuBLAS or CUTLASS for many rows.
 
 Activations are scaled for each 128 columns of a row; for the library's GEMM of a weight without blocks, for each row.
 """

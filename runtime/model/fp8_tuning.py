@@ -1,8 +1,8 @@
 """The choice between the two GEMMs with FP8 activations, by timing both on each shape of weight at start.
 
-fp8_gemm is faster for few rows, the library's GEMM, with kernels around it, for many. Where they meet depends on shape
-and GPU. The weights of several layers are multiplied in turn, so that they come from memory as in a step. The slowest
-rank's times count, and all ranks choose alike.
+fp8_gemm, or stream_fp8 in its place, is faster for few rows, the library's GEMM, with kernels around it, for many.
+Where they meet depends on shape and GPU. The weights of several layers are multiplied in turn, so that they come from
+memory as in a step. The slowest rank's times count, and all ranks choose alike.
 """
 
 from __future__ import annotations

@@ -165,6 +165,7 @@ INSTANCES = {
             "f16, 4, 1, false, true, false, 2",
             "bf16, 6, 4, true, false, true, 1",
             "bf16, 4, 8, true, false, true, 1",
+            "bf16, 4, 16, true, false, true, 1",
             "bf16, 14, 16, true, false, false, 1",
             "f16, 8, 8, true, true, true, 1",
         )

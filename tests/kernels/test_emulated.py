@@ -237,12 +237,22 @@ def decode_inputs(
     return qkv, norm, Rope(positions, cos_sin), cache, slots, Pages(table, table_rows), partition, 0.1
 
 
-@pytest.mark.parametrize(("rows", "heads", "kv_heads"), [(2, 6, 1), (5, 4, 2), (12, 3, 3)])
-def test_decode_attention_quantizes_like_quantize_rows(rows: int, heads: int, kv_heads: int) -> None:
-    kernels, inputs = emulator.emulated(), decode_inputs(rows, heads, kv_heads, 128, None, torch.randn(701, 128))
-    numbers, scales = kernels.quantize_rows(kernels.decode_attention(*inputs), None, 0.0, grouped=True)
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "window", "cache_dtype", "rules"), [
+    (2, 6, 1, None, BF16, "plain"),
+    (5, 4, 2, None, BF16, "plain"),
+    (12, 3, 3, None, BF16, "plain"),
+    (2, 24, 2, 70, torch.float8_e4m3fn, "sinks"),  # several blocks for the query heads of a KV head
+    (12, 16, 1, 70, BF16, "sinks and softcap"),
+])  # fmt: skip
+def test_decode_attention_quantizes_like_quantize_rows(
+    rows: int, heads: int, kv_heads: int, window: int | None, cache_dtype: torch.dtype, rules: str
+) -> None:
+    kernels = emulator.emulated()
+    inputs = decode_inputs(rows, heads, kv_heads, 128, window, torch.randn(701, 128), cache_dtype)
+    more = 20.0 if "softcap" in rules else None, random(heads) if "sinks" in rules else None
+    numbers, scales = kernels.quantize_rows(kernels.decode_attention(*inputs, *more), None, 0.0, grouped=True)
     out = FP8Rows(torch.empty_like(numbers), torch.empty_like(scales), rows, BF16)
-    kernels.launch_decode_attention(out, *inputs, None, None)
+    kernels.launch_decode_attention(out, *inputs, *more)
     assert torch.equal(out.scales[:, :rows], scales[:, :rows])
     assert torch.equal(out.numbers[:rows].float(), numbers[:rows].float())
 
@@ -303,6 +313,23 @@ def test_route_tokens(tokens: int, size: int, experts: int, dtype: torch.dtype) 
     check("route_tokens", x, weight[:experts], 3, normalized=False, scoring="sigmoid", bias=bias, factor=4)
     check("route_tokens", x, weight[:experts], 8, normalized=False, first_expert=5, factor=4)
     check("route_tokens", x, weight[:experts], 8, normalized=True, least_sum=0.5, scoring="sigmoid", factor=4)
+
+
+@pytest.mark.parametrize("experts", [20, 64, 250, 511])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_route_tokens_takes_the_lesser_of_equal_ones(experts: int, scoring: str, normalized: bool) -> None:
+    """Logits are small integers, so many are equal, and exact in any order of their sums."""
+    x, weight = (torch.randint(-1, 2, (rows, 64)).to(BF16) for rows in (2, experts))
+    rules: dict[str, Any] = {"normalized": normalized, "scoring": scoring, "least_sum": 0.5, "scaling": 1.7}
+    _, expert_ids, scores = emulator.emulated().route_tokens(x, weight, 10, **rules)
+    logits = x.float() @ weight.float().T
+    assert torch.equal(expert_ids, logits.sort(descending=True, stable=True).indices[:, :10])
+    expected = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
+    chosen = expected.gather(1, expert_ids)
+    torch.testing.assert_close(
+        scores, 1.7 * (chosen / chosen.sum(1, keepdim=True).clamp(min=0.5) if normalized else chosen)
+    )
 
 
 def test_select_experts_takes_the_lesser_of_equal_ones() -> None:
