@@ -39,8 +39,6 @@ class Attention:
     def __init__(
         self, weights: Weights, comm: Communicator, config: ModelConfig, layer: int, name: str, cos_sin: Tensor
     ) -> None:
-        self.window = config.windows[layer]
-        self.group = config.layer_groups.groups[config.attention_layers.index(layer)]
         q_features = config.num_heads * config.head_dim
         kv_features = config.num_kv_heads * config.head_dim
         heads = config.heads_of_rank(comm.rank, comm.size)
@@ -70,13 +68,14 @@ class Attention:
         hidden, bias = config.hidden_size, config.output_bias
         output = f"{name}.{config.names.output}"
         self.output = RowLinear(weights, comm, output, hidden, q_features, q_rows, bias=bias)
-        sinks = None
-        if config.sinks:
-            piece = Piece(
-                f"{name}.self_attn.sinks", (config.num_heads,), (slice(heads.queries.start, heads.queries.stop),)
-            )
-            sinks = weights.add((len(heads.queries),), [piece])
-        self.heads = Heads(QKNorm(q_norm, k_norm, config.norm_eps), cos_sin, sinks)
+        self.heads = Heads(
+            QKNorm(q_norm, k_norm, config.norm_eps),
+            cos_sin,
+            _sinks(weights, config, name, heads.queries) if config.sinks else None,
+            window=config.windows[layer],
+            group=config.layer_groups.groups[config.attention_layers.index(layer)],
+            feeds=None if gates else self.output.weight,
+        )
 
     def __call__(
         self,
@@ -97,12 +96,17 @@ class Attention:
             qkv[:, : self.q_size] *= query_scale
         if self.wide_norm is not None:
             self.wide_norm(qkv)
-        feeds = self.output.weight if gate is None else None
-        out = backend.run(qkv, self.heads, cache, self.window, self.group, feeds=feeds)
+        out = backend.run(qkv, self.heads, cache)
         if gate is not None:
             assert isinstance(out, Tensor)
             ops.multiply_by_sigmoid_(out, gate)
         self.output(out, residual)
+
+
+def _sinks(weights: Weights, config: ModelConfig, name: str, queries: range) -> Tensor:
+    """Add the sinks of the rank's query heads to `weights`."""
+    piece = Piece(f"{name}.self_attn.sinks", (config.num_heads,), (slice(queries.start, queries.stop),))
+    return weights.add((len(queries),), [piece])
 
 
 def _heads_and_gates(q: Projection, heads: range, head_dim: int) -> tuple[list[Projection], list[Projection]]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.arguments import DeltaLayer, KVCache, Matrix, StateRows
+from ...kernels.arguments import DeltaLayer, KVCache, StateRows
 from ...kernels.graph_capture import paused_collection
 from ..model.attention.backend import AttentionBackend, Heads
 from ..model.batch import Batch
@@ -35,13 +35,11 @@ class AttentionCall:
 
     qkv: Tensor  # [size, F], written by the graph before, which has the memory
     heads: Heads
-    window: int | None
-    group: int
     out: Tensor  # [size, H E], read by the next graph
 
     def run(self, count: int, backend: AttentionBackend, cache: KVCache) -> None:
         """Compute attention of the first `count` tokens, those of the batch that `backend` has planned."""
-        backend.run(self.qkv[:count], self.heads, cache, self.window, self.group, out=self.out[:count])
+        backend.run(self.qkv[:count], self.heads, cache, self.out[:count])
 
 
 @dataclass(frozen=True)
@@ -77,16 +75,7 @@ class SkippedAttention:
 
     def plan(self, batch: Batch) -> None: ...
 
-    def run(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        cache: KVCache,
-        window: int | None,
-        group: int = 0,
-        out: Tensor | None = None,
-        feeds: Matrix | None = None,
-    ) -> Tensor:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, out: Tensor | None = None) -> Tensor:
         return self.attention_out
 
     def delta_net(
@@ -112,18 +101,9 @@ class GraphBreaks(SkippedAttention):
     def end(self) -> None:
         self.graphs[-1].capture_end()
 
-    def run(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        cache: KVCache,
-        window: int | None,
-        group: int = 0,
-        out: Tensor | None = None,
-        feeds: Matrix | None = None,
-    ) -> Tensor:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, out: Tensor | None = None) -> Tensor:
         self.end()
-        self.calls.append(AttentionCall(weak_reference(qkv), heads, window, group, self.attention_out))
+        self.calls.append(AttentionCall(weak_reference(qkv), heads, self.attention_out))
         self.begin()
         return self.attention_out
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lockstep.comm.base import Communicator
 from lockstep.kernels import state_ops
-from lockstep.kernels.arguments import KVCache, Matrix, StateRows
+from lockstep.kernels.arguments import KVCache, StateRows
 from lockstep.runtime.config import Config
 from lockstep.runtime.engine import Engine
 from lockstep.runtime.model.attention.backend import Heads
@@ -38,18 +38,9 @@ class PaddedAttention(SkippedAttention):
         super().__init__(graphs._attention_out[:size], graphs._delta_net_out[:size])
         self.count, self.memory, self.rows = len(batch.token_ids), memory, batch.state_rows
 
-    def run(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        cache: KVCache,
-        window: int | None,
-        group: int = 0,
-        out: Tensor | None = None,
-        feeds: Matrix | None = None,
-    ) -> Tensor:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, out: Tensor | None = None) -> Tensor:
         n = self.count
-        self.memory.attention.run(qkv[:n], heads, cache, window, group, out=self.attention_out[:n])
+        self.memory.attention.run(qkv[:n], heads, cache, self.attention_out[:n])
         return self.attention_out
 
     def delta_net(self, x: Tensor, z: Tensor, gates: Tensor, *arguments: Any, batch_invariant: bool) -> Tensor:

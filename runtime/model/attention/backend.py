@@ -28,11 +28,19 @@ MIN_CHUNK = 512  # least number of keys in a chunk
 
 @dataclass(frozen=True)
 class Heads:
-    """The norm and the rotation of a layer's heads of q and k before attention."""
+    """A layer's heads: the norm and the rotation of q and k before attention, the keys that they see, and its result.
+
+    window  a query at position p sees the keys p - window < j <= p; None: all j <= p
+    group   of the layer: its pages are those of this page table
+    feeds   the weight of the linear layer that alone takes the result, if there is one
+    """
 
     norm: QKNorm
     cos_sin: Tensor  # [P, E] float32
     sinks: Tensor | None = None  # [H]: logits that take part in the softmax of each query head and add nothing
+    window: int | None = None
+    group: int = 0
+    feeds: Matrix | None = None
 
 
 class AttentionBackend(Protocol):
@@ -44,32 +52,20 @@ class AttentionBackend(Protocol):
     def plan(self, batch: Batch) -> None:
         """Prepare for the layers of one step. For a decode-only step this launches, and neither copies nor waits."""
 
-    def run(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        cache: KVCache,
-        window: int | None,
-        group: int = 0,
-        out: Tensor | None = None,
-        feeds: Matrix | None = None,
-    ) -> Rows:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, out: Tensor | None = None) -> Rows:
         """Store keys and values of the batch as planned; return attention of its tokens over all keys of their rows.
 
         qkv     [T, (H + 2 Hkv) E]  the projection, before norm and rotation
         cache   this layer's pages; updated in place
-        window  a query at position p sees the keys p - window < j <= p; None: all j <= p
-        group   of the layer: its pages are those of this page table
         out     [T, H E]  receives the result; contiguous
-        feeds   the weight of the linear layer that alone takes the result: it may be FP8Rows without `out`
-        Returns [T, H E].
+        Returns [T, H E]: `out`, or new memory. Without `out` it may be FP8Rows, if `heads.feeds` takes them.
         """
 
 
-def rotate_and_store(qkv: Tensor, heads: Heads, batch: Batch, cache: KVCache, group: int) -> Tensor:
+def rotate_and_store(qkv: Tensor, heads: Heads, batch: Batch, cache: KVCache) -> Tensor:
     """Return the queries [T, H, E] of the batch, ready for attention; store its keys and values in the cache."""
     rope = Rope(batch.positions, heads.cos_sin)
-    return ops.rotate_and_store_(qkv, heads.norm, rope, cache, batch.kv_slots[group])
+    return ops.rotate_and_store_(qkv, heads.norm, rope, cache, batch.kv_slots[heads.group])
 
 
 def unsupported_reason(shape: AttentionShape) -> str | None:
@@ -104,25 +100,16 @@ class TorchAttention:
         self._decode_lengths = torch.from_numpy(host.kv_lengths[decode_rows]).long().to(device)
         self._longest_decode = int(host.kv_lengths[decode_rows].max(initial=0))
 
-    def run(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        cache: KVCache,
-        window: int | None,
-        group: int = 0,
-        out: Tensor | None = None,
-        feeds: Matrix | None = None,
-    ) -> Rows:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, out: Tensor | None = None) -> Rows:
         started = time.perf_counter()
-        q = rotate_and_store(qkv, heads, self._batch, cache, group)
-        self._sinks, self._pages = heads.sinks, self._page_tables[group]
+        q = rotate_and_store(qkv, heads, self._batch, cache)
+        self._sinks, self._pages = heads.sinks, self._page_tables[heads.group]
         attended = torch.empty_like(q) if out is None else out.view_as(q)
         if len(self._decode_rows):
-            attended[self._decode_tokens] = self._decode(q[self._decode_tokens], cache, window)
+            attended[self._decode_tokens] = self._decode(q[self._decode_tokens], cache, heads.window)
         for row in self._prefills:
             start, stop = self._batch.host.query_starts[row : row + 2].tolist()
-            attended[start:stop] = self._prefill(row, q[start:stop], cache, window)
+            attended[start:stop] = self._prefill(row, q[start:stop], cache, heads.window)
         if not qkv.is_cuda:
             self.host_s += time.perf_counter() - started
         return attended.flatten(1)
@@ -211,24 +198,16 @@ class BatchInvariantAttention:
             for window in self._windows
         }
 
-    def run(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        cache: KVCache,
-        window: int | None,
-        group: int = 0,
-        out: Tensor | None = None,
-        feeds: Matrix | None = None,
-    ) -> Rows:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, out: Tensor | None = None) -> Rows:
         batch = self._batch
         if out is None:
             out = qkv.new_empty(len(qkv), qkv.shape[1] - 2 * cache.k.shape[2] * cache.k.shape[3])
         if self._stores_first:
-            rotate_and_store(qkv, heads, batch, cache, group)
-        for rows, partition in zip(self._slices, self._partitions[window], strict=True):
-            q, kv_slots, rope = qkv[rows], batch.kv_slots[group][rows], Rope(batch.positions[rows], heads.cos_sin)
-            pages = Pages(batch.device_page_table[group], batch.page_table_rows[rows])
+            rotate_and_store(qkv, heads, batch, cache)
+        all_slots, page_table = batch.kv_slots[heads.group], batch.device_page_table[heads.group]
+        for rows, partition in zip(self._slices, self._partitions[heads.window], strict=True):
+            q, kv_slots, rope = qkv[rows], all_slots[rows], Rope(batch.positions[rows], heads.cos_sin)
+            pages = Pages(page_table, batch.page_table_rows[rows])
             keys = cache, kv_slots, pages, partition
             factors = self._scale, self._softcap, heads.sinks
             ops.decode_attention(q, heads.norm, rope, *keys, *factors, out=out[rows])

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ....kernels import ops
-from ....kernels.arguments import KVCache, Matrix, Pages, Rope, Rows, num_groups
+from ....kernels.arguments import KVCache, Pages, Rope, Rows, num_groups
 from ..batch import Batch, to_device
 from ..kv_pool import AttentionShape
 from .backend import Heads, rotate_and_store
@@ -104,49 +104,30 @@ class FlashInferAttention:
         if self._has_prompts:
             self._plan_prefill(batch)
 
-    def run(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        cache: KVCache,
-        window: int | None,
-        group: int = 0,
-        out: Tensor | None = None,
-        feeds: Matrix | None = None,
-    ) -> Rows:
+    def run(self, qkv: Tensor, heads: Heads, cache: KVCache, out: Tensor | None = None) -> Rows:
         n = self._decoding.host.num_decoding
         if not self._has_prompts:
-            return self._attend_decoding(qkv, heads, cache, window, group, out, feeds)
+            return self._attend_decoding(qkv, heads, cache, out)
         if out is None:
             out = qkv.new_empty(len(qkv), self.shape.num_heads * self.shape.head_dim)
         if n:
-            self._attend_decoding(qkv[:n], heads, cache, window, group, out[:n])
-        q = rotate_and_store(qkv[n:], heads, self._prompts, cache, group)
-        self._attend_prompts(q, cache, (window, group), heads.sinks, out[n:].view_as(q))
+            self._attend_decoding(qkv[:n], heads, cache, out[:n])
+        q = rotate_and_store(qkv[n:], heads, self._prompts, cache)
+        self._attend_prompts(q, heads, cache, out[n:].view_as(q))
         return out
 
-    def _attend_decoding(
-        self,
-        qkv: Tensor,
-        heads: Heads,
-        cache: KVCache,
-        window: int | None,
-        group: int,
-        out: Tensor | None,
-        feeds: Matrix | None = None,
-    ) -> Rows:
+    def _attend_decoding(self, qkv: Tensor, heads: Heads, cache: KVCache, out: Tensor | None) -> Rows:
         """Return attention of the decoding rows [B, H E], which stores their keys and values, too."""
-        rows = self._decoding
+        rows, group = self._decoding, heads.group
         rope, pages = Rope(rows.positions, heads.cos_sin), Pages(rows.device_page_table[group], rows.page_table_rows)
-        keys = cache, rows.kv_slots[group], pages, self._partitions[window]
+        keys = cache, rows.kv_slots[group], pages, self._partitions[heads.window]
         factors = self._scale, self._softcap, heads.sinks
-        return ops.decode_attention(qkv, heads.norm, rope, *keys, *factors, out, feeds)
+        return ops.decode_attention(qkv, heads.norm, rope, *keys, *factors, out, heads.feeds)
 
-    def _attend_prompts(
-        self, q: Tensor, cache: KVCache, window: tuple[int | None, int], sinks: Tensor | None, out: Tensor
-    ) -> None:
+    def _attend_prompts(self, q: Tensor, heads: Heads, cache: KVCache, out: Tensor) -> None:
         """Write attention of the queries [T, H, E] into `out`; heads of a size that FlashInfer has not are padded."""
-        prefill, padding = self._prefill[window], self.shape.stored_head_dim - self.shape.head_dim
+        prefill, padding = self._prefill[heads.window, heads.group], self.shape.stored_head_dim - self.shape.head_dim
+        sinks = heads.sinks
         if padding == 0 and sinks is None:
             prefill.run(q, tuple(cache), out=out)
             return

@@ -200,7 +200,8 @@ def test_torch_attention_matches_definition(window: int | None, kv_heads: int) -
     # Slots of -1 store nothing and positions of 0 rotate by nothing: the cache already holds all keys.
     qkv, none = _random(sum(counts), (heads + 2 * kv_heads) * size), torch.full((sum(counts),), -1)
     q = qkv[:, : heads * size].unflatten(1, (heads, size))
-    unrotated = Heads(QKNorm(None, None, 0.0), torch.tensor([[1.0] * (size // 2) + [0.0] * (size // 2)]))
+    table = torch.tensor([[1.0] * (size // 2) + [0.0] * (size // 2)])
+    unrotated = Heads(QKNorm(None, None, 0.0), table, window=window)
     starts = np.cumsum([0, *counts], dtype=np.int32)
     host = HostBatch(
         slots=none.numpy(), positions=none.numpy(), kv_slots=none.numpy()[None], page_table=tables.numpy()[None],
@@ -216,7 +217,7 @@ def test_torch_attention_matches_definition(window: int | None, kv_heads: int) -
     )
     attention = TorchAttention(scale)
     attention.plan(batch)
-    actual = attention.run(qkv, unrotated, KVCache(k_cache, v_cache), window).unflatten(1, (heads, size))
+    actual = attention.run(qkv, unrotated, KVCache(k_cache, v_cache)).unflatten(1, (heads, size))
     for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
         for n in range(count):
             position = length - count + n
@@ -287,7 +288,7 @@ def test_flashinfer_attention_matches_torch(
     definition = TorchAttention(scale, softcap)
     definition.plan(_batch(counts, lengths, pages, page_size, num_decoding))
     sinks = (3 * _random(heads)).bfloat16() if has_sinks else None
-    expected = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table, sinks), KVCache(*expected_caches), window)
+    expected = definition.run(qkv, Heads(QKNorm(*norms, 1e-6), table, sinks, window), KVCache(*expected_caches))
     shape = AttentionShape(
         num_layers=1,
         num_heads=heads,
@@ -304,10 +305,13 @@ def test_flashinfer_attention_matches_torch(
     attention.plan(_batch(counts, lengths, pages, page_size, num_decoding, place))
     caches = [cache.to(place)[..., :size] for cache in caches]
     there = Heads(
-        QKNorm(*(norm.to(place) for norm in norms), 1e-6), table.to(place), None if sinks is None else sinks.to(place)
+        QKNorm(*(norm.to(place) for norm in norms), 1e-6),
+        table.to(place),
+        None if sinks is None else sinks.to(place),
+        window,
     )
     whole, out = _guarded(expected.to(place))
-    actual = attention.run(qkv.to(place), there, KVCache(*caches), window, out=out)
+    actual = attention.run(qkv.to(place), there, KVCache(*caches), out)
     assert actual.data_ptr() == out.data_ptr()
     assert whole[[0, -1]].isnan().all(), "only the result is written"
     for one, other in zip((actual, *caches), (expected, *expected_caches), strict=True):
@@ -329,7 +333,7 @@ def test_batch_invariant_attention_matches_torch(
     pages[3, 0] = pages[0, 0]  # a prefix that row 0 computes
     batch = _batch(counts, lengths, pages, page_size, num_decoding=0)
     qkv = _random(sum(counts), (heads + 2 * kv_heads) * size)
-    table = Heads(QKNorm(None, None, 0.0), _random(20, size), sinks)
+    table = Heads(QKNorm(None, None, 0.0), _random(20, size), sinks, window)
     actual = []
     shape = AttentionShape(
         num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=size, page_size=page_size, dtype=torch.float32
@@ -339,11 +343,11 @@ def test_batch_invariant_attention_matches_torch(
         caches = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]
         attention.plan(batch)
         whole, out = _guarded(qkv[:, : heads * size])
-        attention.run(qkv, table, KVCache(*caches), window, out=out)
+        attention.run(qkv, table, KVCache(*caches), out)
         assert whole[[0, -1]].isnan().all(), "only the result is written"
         actual.append((out, *caches))
         again = [_random(40, page_size, kv_heads, size), _random(40, page_size, kv_heads, size) ** 2]
-        assert torch.equal(attention.run(qkv, table, KVCache(*again), window), out)
+        assert torch.equal(attention.run(qkv, table, KVCache(*again)), out)
     for one, other in zip(*actual, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
