@@ -4,40 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from ..arguments import FP8Rows, FP8Weight
 from .kernel_launch import BOX_BYTES, C_NAMES, kernel, optional, tile_map
+from .weight_tile import BARRIER_BYTES, SHARED_BYTES, WeightTile
 
 BLOCK = 128  # rows and columns of a scale of the weight, and columns of one of x
 GROUP_THREADS, GROUP_ROWS = 128, 64  # of x for each group of four warps
-BARRIER_BYTES = 1024
-SHARED_BYTES, HALF_OF_SHARED_BYTES = 227 * 1024, 113 * 1024
+HALF_OF_SHARED_BYTES = 113 * 1024
 FEW_ROWS, MANY_ROWS = 32, 128  # of x: up to few fp8_gemm is faster, beyond many cuBLAS
 LARGE_BYTES = 64 << 20  # of a weight, for which reading x for each 32 rows of it takes too long
 MIN_COLUMNS = 1280  # of a block of a cluster
 
 
-class FP8Tile(NamedTuple):
-    """A tile of stream_fp8.
-
-    rows        rows of x, a multiple of 64
-    group_rows  rows of the weight for each group of four warps
-    groups      groups with other rows of the weight
-    sharing     blocks that share the columns
-    """
-
-    rows: int
-    group_rows: int
-    groups: int = 1
-    sharing: int = 1
-
-    @property
-    def weight_rows(self) -> int:
-        return self.groups * self.group_rows
+class FP8Tile(WeightTile):
+    """A tile of stream_fp8, with a multiple of 64 rows of x."""
 
     @property
     def consumers(self) -> int:
@@ -68,9 +52,6 @@ class FP8Tile(NamedTuple):
     def stages(self) -> int:
         most = SHARED_BYTES if self.is_alone else HALF_OF_SHARED_BYTES
         return (most - self.extra_bytes) // self.stage_bytes
-
-    def num_blocks(self, weight_rows: int) -> int:
-        return -(-weight_rows // self.weight_rows) * self.sharing
 
 
 def takes(weight: FP8Weight) -> bool:

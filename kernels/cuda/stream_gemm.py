@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +19,11 @@ from .kernel_launch import (
     part_map,
 )
 from .scaled_gemm import EPILOGUES, Epilogue, epilogue_of, target_of
+from .weight_tile import BARRIER_BYTES, SHARED_BYTES, WeightTile
 
 ROWS = 16, 32, 64  # of x in an instance of stream_gemm
 COLUMNS = 64  # of a part of a step
 GROUP_ROWS = 32, 48, 64, 80, 96, 112, 128  # of the weight that four warps may have
-BARRIER_BYTES = 1024
-SHARED_BYTES = 227 * 1024
 MAX_STAGE_BYTES = 32 * 1024  # of two parts; a larger stage has one
 # Bytes in a microsecond: of the weight for a multiprocessor, of it and x for a multiprocessor, of the weight for all.
 WEIGHT_RATE, READ_RATE, MEMORY_RATE = 52e3, 165e3, 4e6
@@ -33,23 +31,8 @@ PART_US = 0.024  # for each part that a block multiplies, whatever its size
 SHARING_US, SUM_RATE = 0.13, 10e3  # to exchange sums between blocks, in bytes of a block's sums in a microsecond
 
 
-class Tile(NamedTuple):
-    """A tile of stream_gemm.
-
-    rows        rows of x
-    group_rows  rows of the weight for each group of four warps
-    groups      groups with other rows of the weight
-    sharing     blocks that share the columns
-    """
-
-    rows: int
-    group_rows: int
-    groups: int = 1
-    sharing: int = 1
-
-    @property
-    def weight_rows(self) -> int:
-        return self.groups * self.group_rows
+class Tile(WeightTile):
+    """A tile of stream_gemm."""
 
     @property
     def parts(self) -> int:
@@ -74,9 +57,6 @@ class Tile(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         return self.stages * self.parts * self.part_bytes + self.extra_bytes
-
-    def num_blocks(self, weight_rows: int) -> int:
-        return -(-weight_rows // self.weight_rows) * self.sharing
 
     def microseconds(self, weight_rows: int, size: int) -> float:
         """Return an estimate of the time for a weight whose tiles run at the same time."""
