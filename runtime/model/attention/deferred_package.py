@@ -22,7 +22,7 @@ def import_alone(package: str, module: str) -> ModuleType:
     is_deferred = _defer(package)
     try:
         return importlib.import_module(name)
-    except Exception:
+    except Exception:  # the ordinary import below works, or raises the error again
         if not is_deferred:
             raise
     for imported in [other for other in sys.modules if other == package or other.startswith(f"{package}.")]:
