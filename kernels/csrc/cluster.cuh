@@ -27,6 +27,10 @@ DEVICE float4 load_of_block(const float* at, int block) {
     return v;
 }
 // Write to the shared memory of another block, which must have started: let it arrive at the cluster's barrier before.
+DEVICE void store_of_block(float4* at, int block, const float* v) {
+    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.v4.f32 [a], {%2,%3,%4,%5}; }"
+                 ::"r"((unsigned)__cvta_generic_to_shared(at)), "r"(block), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
 DEVICE void store_float_of_block(float* at, int block, float v) {
     asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.f32 [a], %2; }"
                  :: "r"((unsigned)__cvta_generic_to_shared(at)), "r"(block), "f"(v) : "memory");

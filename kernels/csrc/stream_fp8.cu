@@ -13,11 +13,6 @@ enum Epilogue { STORE, ADD, SILU };  // out = sum, out += sum, out = silu(gate) 
 constexpr int BLOCK = 128;  // rows and columns of a scale of the weight
 static_assert(BLOCK == LINE, "a part of a step has one scale");
 
-// Write four sums to the shared memory of a block of the cluster, at an address of this block's.
-DEVICE void store_of_block(float4* at, int block, const float* v) {
-    asm volatile("{ .reg .b32 a; mapa.shared::cluster.u32 a, %0, %1; st.shared::cluster.v4.f32 [a], {%2,%3,%4,%5}; }"
-                 ::"r"((unsigned)__cvta_generic_to_shared(at)), "r"(block), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
-}
 // Give registers of this group of warps to the others; and take them, in a block where so many groups multiply.
 DEVICE void release_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 24;"); }
 DEVICE void take_registers(int groups) {
